@@ -1,0 +1,233 @@
+"""Makes the pocket checkpoint from nothing: python examples/pocket/train.py --out DIR
+
+Stages: tokenizer, autoencoder (which must reconstruct well enough to go on), latents, flow
+matching, distillation, export. Each finished stage is kept in DIR, flow matching now and then
+too; the same command goes on where it was cut off. The checkpoint lies in DIR/checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers don't mix
+
+import numpy as np
+import torch
+from data import held_out_scenes
+from export import export, folder_size
+from flow_stage import FactsHead, Model, draw_pairs, train_flow
+from judge import as_markdown, judge, scores
+from model import (
+    LATENT_CHANNELS,
+    PAD_TO,
+    SCALING,
+    SHIFT,
+    STEPS,
+    Blocks,
+    build_text_encoder,
+    build_transformer,
+    build_vae,
+    sample,
+)
+from pool import LONGEST, make_buckets, order_scenes
+from tokenizer import encode, train_tokenizer
+from tokenizers import Tokenizer
+from vae_stage import as_pictures, reconstructions, train_vae
+
+VALIDATION_SEED = 4242  # the final evaluation uses others
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. The defaults take under 20 minutes on an H200."""
+
+    vae_pictures: int = 60000
+    vae_steps: int = 6000
+    vae_batch: int = 96
+    vae_rate: float = 1e-3
+    gate: float = 97.0  # least share of reconstructions that the judge passes, in percent
+    scenes: int = 400000
+    batch: int = 768
+    flow_steps: int = 30000
+    flow_rate: float = 1e-3
+    pairs: int = 200000
+    distill_steps: int = 8000
+    distill_rate: float = 4e-4
+    judged: int = 500
+
+    def scaled(self, scale: float) -> Plan:
+        """Every amount times `scale`, and no gate: to try the code out."""
+        if scale == 1:
+            return self
+        amounts = {name: max(8, int(scale * getattr(self, name)))
+                   for name in ("vae_pictures", "vae_steps", "vae_batch", "scenes", "batch", "flow_steps", "pairs",
+                                "distill_steps", "judged")}
+        return replace(self, gate=0.0, **amounts)
+
+
+class Trainer:
+    def __init__(self, folder: Path, plan: Plan, device: str, is_compiled: bool, workers):
+        self.folder, self.plan, self.device, self.is_compiled = folder, plan, device, is_compiled
+        self.workers, self.started = workers, time.time()
+
+    def log(self, text: str) -> None:
+        print(f"[{time.time() - self.started:6.1f} s] {text}", flush=True)
+
+    def run(self, last_stage: str) -> None:
+        tokenizer = self.tokenizer()
+        orders = None
+        if last_stage != "vae" and not self._file("distilled").exists():
+            orders = order_scenes(self.workers, self.plan.scenes, str(self._tokenizer_file), seed=1)
+        vae = self.vae()
+        if last_stage == "vae":
+            return
+        model = self.model(tokenizer)
+        if not self._file("distilled").exists():
+            buckets = make_buckets(orders, vae, self.device, self.log)
+            self.flow(model, buckets, vae, tokenizer)
+            if last_stage == "flow":
+                return
+            self.distill(model, buckets)
+        self._load("distilled", model)
+        self.measure("distilled", model, vae, tokenizer)
+        checkpoint = self.folder / "checkpoint"
+        export(vae, model.encoder, model.transformer, checkpoint)
+        self.log(f"{checkpoint}: {folder_size(checkpoint) / 1e6:.2f} MB")
+
+    # -------------------------------------------------------------- stages
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer_file.exists():
+            return Tokenizer.from_file(str(self._tokenizer_file))
+        tokenizer = train_tokenizer(self._tokenizer_file.parent)
+        self.log("tokenizer trained")
+        return tokenizer
+
+    def vae(self):
+        plan = self.plan
+        if self._file("vae").exists():
+            vae = build_vae().to(self.device)
+            vae.load_state_dict(torch.load(self._file("vae"), map_location=self.device))
+            return vae.eval().requires_grad_(False)
+        vae = train_vae(plan.vae_steps, plan.vae_pictures, plan.vae_batch, plan.vae_rate, self.device, self.log,
+                        self.is_compiled)
+        scenes, pictures, (mean, deviation) = reconstructions(vae, plan.judged, VALIDATION_SEED, self.device)
+        right = self._judge("reconstructions", scenes, pictures)
+        self.log(f"scaled latents: mean {mean:.3f}, deviation {deviation:.3f}")
+        if right < plan.gate:
+            torch.save(vae.state_dict(), self._file("vae_rejected"))
+            sys.exit(f"the autoencoder reconstructs {right:.1f} % of the scenes well enough for the judge, "
+                     f"{plan.gate:.0f} % are wanted: train it for more than {plan.vae_steps} steps (--vae-steps)")
+        self._save("vae", vae.state_dict())
+        return vae
+
+    def model(self, tokenizer: Tokenizer) -> Model:
+        tokens, lengths = (torch.from_numpy(array).long().to(self.device) for array in encode(tokenizer, [""], PAD_TO))
+        torch.manual_seed(0)
+        encoder, transformer, head = build_text_encoder(), build_transformer(), FactsHead()
+        return Model(encoder.to(self.device), transformer.to(self.device), head.to(self.device), tokens, lengths,
+                     Blocks(self.is_compiled))
+
+    def flow(self, model: Model, buckets, vae, tokenizer) -> None:
+        plan = self.plan
+        if not self._file("flow").exists():
+            start = self._load("flow_part", model) if self._file("flow_part").exists() else 0
+            train_flow(model, buckets, plan.flow_steps, plan.batch, plan.flow_rate, self.device, self.log,
+                       start=start, keep=lambda step: self._save("flow_part", self._state(model, step)))
+            self._save("flow", self._state(model, plan.flow_steps))
+            self._file("flow_part").unlink(missing_ok=True)
+            self.measure("flow", model, vae, tokenizer)
+        self._load("flow", model)
+
+    def distill(self, model: Model, buckets) -> None:
+        plan = self.plan
+        pairs = draw_pairs(model, buckets, plan.pairs, plan.batch, self.device, self.log)
+        train_flow(model, pairs, plan.distill_steps, plan.batch, plan.distill_rate, self.device, self.log,
+                   name="distillation", schedule_share=0.6)
+        self._save("distilled", self._state(model, plan.distill_steps))
+
+    # -------------------------------------------------------------- measuring
+    @torch.no_grad()
+    def measure(self, name: str, model: Model, vae, tokenizer: Tokenizer) -> float:
+        """Judge pictures of the validation prompts, drawn in the usual eight steps."""
+        scenes = held_out_scenes(self.plan.judged, VALIDATION_SEED)
+        tokens, lengths = (torch.from_numpy(array).long().to(self.device)
+                           for array in encode(tokenizer, [scene.caption for scene in scenes], LONGEST))
+        keys = [(scene.width, scene.height, PAD_TO if length <= PAD_TO else LONGEST)
+                for scene, length in zip(scenes, lengths.tolist(), strict=True)]
+        pictures: list[np.ndarray | None] = [None] * len(scenes)
+        generator = torch.Generator().manual_seed(11)
+        for key in sorted(set(keys)):
+            width, height, padded = key
+            chosen = [i for i, one in enumerate(keys) if one == key]
+            noise = torch.randn(len(chosen), LATENT_CHANNELS, height // 8, width // 8, generator=generator)
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
+                latents = sample(model.encoder, model.transformer, noise.to(self.device),
+                                 tokens[chosen, :padded], lengths[chosen], STEPS)
+                drawn = vae.decoder(latents / SCALING + SHIFT)
+            for i, picture in zip(chosen, as_pictures(drawn), strict=True):
+                pictures[i] = picture
+        return self._judge(name, scenes, pictures)
+
+    def _judge(self, name: str, scenes, pictures) -> float:
+        verdicts = self.workers.starmap(judge, zip(pictures, scenes, strict=True), chunksize=8)
+        table = scores(scenes, verdicts)
+        self.log(f"{name}, judged:\n{as_markdown(table)}")
+        return table[0].right
+
+    # -------------------------------------------------------------- files
+    @property
+    def _tokenizer_file(self) -> Path:
+        return self.folder / "checkpoint" / "tokenizer" / "tokenizer.json"
+
+    def _file(self, stage: str) -> Path:
+        return self.folder / f"{stage}.pt"
+
+    def _save(self, stage: str, state: dict) -> None:
+        part = self._file(stage).with_suffix(".part")  # never leave half a file under the real name
+        torch.save(state, part)
+        part.replace(self._file(stage))
+
+    def _state(self, model: Model, step: int) -> dict:
+        modules = {"encoder": model.encoder, "transformer": model.transformer, "facts_head": model.facts_head}
+        return {"step": step, **{name: module.state_dict() for name, module in modules.items()}}
+
+    def _load(self, stage: str, model: Model) -> int:
+        state = torch.load(self._file(stage), map_location=self.device)
+        for name in ("encoder", "transformer", "facts_head"):
+            getattr(model, name).load_state_dict(state[name])
+        return state["step"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where stages and checkpoint go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scale", type=float, default=1.0, help="times every amount; small to try the code out")
+    parser.add_argument("--until", default="export", choices=("vae", "flow", "export"), help="the last stage to run")
+    parser.add_argument("--vae-steps", type=int, default=Plan.vae_steps)
+    parser.add_argument("--flow-steps", type=int, default=Plan.flow_steps)
+    parser.add_argument("--distill-steps", type=int, default=Plan.distill_steps)
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="compile the models; by default on a GPU")
+    options = parser.parse_args()
+    plan = replace(Plan(), vae_steps=options.vae_steps, flow_steps=options.flow_steps,
+                   distill_steps=options.distill_steps).scaled(options.scale)
+    options.out.mkdir(parents=True, exist_ok=True)
+    is_compiled = options.device == "cuda" if options.compile is None else options.compile
+    # forked before the GPU is touched; they sample scenes and judge
+    with multiprocessing.get_context("fork").Pool(options.workers) as workers:
+        torch.manual_seed(0)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        Trainer(options.out, plan, options.device, is_compiled, workers).run(options.until)
+
+
+if __name__ == "__main__":
+    main()

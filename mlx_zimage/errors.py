@@ -1,0 +1,35 @@
+"""Everything this package raises on purpose, each with the exit code of the command line.
+
+    ZImageError               1   anything below
+    ├── RequestError          2   a value the caller gave cannot work
+    ├── ModelNotFoundError    3   no such folder, file or repository, or no network to fetch it
+    ├── CheckpointError       4   the files are there, but are not what they should be
+    └── NumericsError         8   the computation left the finite numbers
+
+A message names the thing, its value, what was wanted and the next move.
+"""
+
+from __future__ import annotations
+
+
+class ZImageError(Exception):
+    exit_code = 1
+
+
+class RequestError(ZImageError, ValueError):
+    exit_code = 2
+
+
+class ModelNotFoundError(ZImageError, FileNotFoundError):
+    exit_code = 3
+
+    def __str__(self) -> str:  # FileNotFoundError would print an errno tuple
+        return str(self.args[0]) if self.args else ""
+
+
+class CheckpointError(ZImageError):
+    exit_code = 4
+
+
+class NumericsError(ZImageError, ArithmeticError):
+    exit_code = 8

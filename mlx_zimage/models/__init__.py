@@ -1,0 +1,6 @@
+"""The three networks of Z-Image, one file each, as pure functions over trees of weights.
+
+A tree has the checkpoint's own names (`weights["attention"]["to_q"]["weight"]`), so a diffusers
+folder loads as it is, a streamed block and a resident one take the same path, and a quantized
+linear layer is simply one that has `scales` beside its `weight`.
+"""

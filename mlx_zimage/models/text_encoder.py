@@ -1,0 +1,136 @@
+"""The Qwen3 text encoder: token ids to the hidden states that Z-Image was trained on.
+
+Source: transformers models/qwen3/modeling_qwen3.py. Z-Image takes `hidden_states[-2]`, the output of the last
+layer but one without the final norm, so the last layer and `model.norm` are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from .layers import linear, rms_norm
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    vocab_size: int = 151936
+
+    @classmethod
+    def from_dict(cls, config: dict) -> TextEncoderConfig:
+        """Read text_encoder/config.json in the spelling of transformers 4 or 5; refuse what is not implemented."""
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        fixed = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+        found = {key: config.get(key, wanted) for key, wanted in fixed.items()} | {"rope_type": kind}
+        for key, wanted in (fixed | {"rope_type": "default"}).items():
+            if found[key] != wanted:
+                raise CheckpointError(f"text encoder config: {key} must be {wanted}, got {found[key]}")
+        names = {field.name for field in fields(cls)}
+        known = {key: value for key, value in config.items() if key in names}
+        if "rope_theta" in rope:
+            known["rope_theta"] = rope["rope_theta"]
+        return cls(**known)
+
+    @property
+    def used_layers(self) -> int:
+        return self.num_hidden_layers - 1
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the checkpoint, as transformers stores it."""
+        d, head = self.hidden_size, self.head_dim
+        q, kv = self.num_attention_heads * head, self.num_key_value_heads * head
+        shapes = {"model.embed_tokens.weight": (self.vocab_size, d), "model.norm.weight": (d,)}
+        for i in range(self.num_hidden_layers):
+            layer = f"model.layers.{i}"
+            shapes |= {
+                f"{layer}.input_layernorm.weight": (d,),
+                f"{layer}.post_attention_layernorm.weight": (d,),
+                f"{layer}.self_attn.q_proj.weight": (q, d),
+                f"{layer}.self_attn.k_proj.weight": (kv, d),
+                f"{layer}.self_attn.v_proj.weight": (kv, d),
+                f"{layer}.self_attn.o_proj.weight": (d, q),
+                f"{layer}.self_attn.q_norm.weight": (head,),
+                f"{layer}.self_attn.k_norm.weight": (head,),
+                f"{layer}.mlp.gate_proj.weight": (self.intermediate_size, d),
+                f"{layer}.mlp.up_proj.weight": (self.intermediate_size, d),
+                f"{layer}.mlp.down_proj.weight": (d, self.intermediate_size),
+            }
+        return shapes
+
+    def unused(self, name: str) -> bool:
+        """Whether the tensor cannot influence hidden_states[-2], and may be absent."""
+        last = f"model.layers.{self.num_hidden_layers - 1}."
+        return name in ("model.norm.weight", "lm_head.weight") or name.startswith(last)
+
+
+def attention(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array:
+    """Causal grouped-query attention of x (1, L, hidden) with RMS-normed, rotated queries and keys."""
+    B, L, _ = x.shape
+
+    def heads(name: str) -> mx.array:
+        return linear(x, weights[f"{name}_proj"]).reshape(B, L, -1, config.head_dim)
+
+    def rotated(name: str) -> mx.array:
+        y = rms_norm(heads(name), weights[f"{name}_norm"], config.rms_norm_eps).transpose(0, 2, 1, 3)
+        return mx.fast.rope(
+            y, config.head_dim, traditional=False, base=config.rope_theta, scale=1.0, offset=0
+        )
+
+    q, k, v = rotated("q"), rotated("k"), heads("v").transpose(0, 2, 1, 3)
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.head_dim**-0.5, mask="causal")
+    return linear(out.transpose(0, 2, 1, 3).reshape(B, L, -1), weights["o_proj"])
+
+
+def mlp(x: mx.array, weights: dict) -> mx.array:
+    gate = linear(x, weights["gate_proj"])
+    return linear(gate * mx.sigmoid(gate) * linear(x, weights["up_proj"]), weights["down_proj"])
+
+
+def layer(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array:
+    x = x + attention(
+        rms_norm(x, weights["input_layernorm"], config.rms_norm_eps), weights["self_attn"], config
+    )
+    return x + mlp(rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps), weights["mlp"])
+
+
+class TextEncoder:
+    """The network over a source of weights.
+
+    `read(prefix, dtype)` gives the tree of arrays under a name; `rows(name, ids, dtype)` reads single rows of a
+    table, so that the embedding (0.8 GB of the full model) is never loaded.
+    """
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        read: Callable[[str, mx.Dtype], dict],
+        rows: Callable[[str, Sequence[int], mx.Dtype], mx.array],
+        dtype: mx.Dtype,
+    ):
+        self.config = config
+        self.read = read
+        self.rows = rows
+        self.dtype = dtype
+
+    def __call__(self, ids: Sequence[int]) -> mx.array:
+        """hidden_states[-2] of one prompt's ids (L,): (L, hidden_size), in the compute dtype.
+
+        Only true tokens are run: under causal attention, padding on the right cannot change them.
+        """
+        x = self.rows("model.embed_tokens.weight", ids, self.dtype)[None]
+        for i in range(self.config.used_layers):
+            x = layer(x, self.read(f"model.layers.{i}", self.dtype), self.config)
+        mx.eval(x)
+        return x[0]

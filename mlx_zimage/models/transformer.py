@@ -1,0 +1,298 @@
+"""The S3-DiT transformer of Z-Image: a single stream of image and caption tokens through modulated blocks.
+
+Source: diffusers models/transformers/transformer_z_image.py; its outputs are matched in float32.
+Image tokens are processed alone by `noise_refiner`, caption tokens alone by `context_refiner`, then both
+together, image first, by `layers`. The network predicts data minus noise at the time t = 1 - sigma.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import islice
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError
+from .layers import linear, rms_norm
+
+PATCH = 2  # latent pixels per token side
+PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
+ADALN_WIDTH = 256
+TIME_FREQUENCIES = 256
+TIME_HIDDEN = 1024
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    in_channels: int = 16
+    cap_feat_dim: int = 2560
+    norm_eps: float = 1e-5
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+
+    @classmethod
+    def from_dict(cls, config: dict) -> TransformerConfig:
+        """Read transformer/config.json; refuse what this file does not implement."""
+        fixed = {"all_patch_size": [PATCH], "all_f_patch_size": [1], "qk_norm": True, "siglip_feat_dim": None}
+        for key, wanted in fixed.items():
+            if config.get(key, wanted) != wanted:
+                raise CheckpointError(f"transformer config: {key} must be {wanted}, got {config[key]}")
+        names = {field.name for field in fields(cls)}
+        known = {key: value for key, value in config.items() if key in names}
+        known["axes_dims"] = tuple(known.get("axes_dims", cls.axes_dims))
+        return cls(**known)
+
+    @property
+    def ffn_dim(self) -> int:
+        return int(self.dim / 3 * 8)
+
+    @property
+    def time_dim(self) -> int:
+        return min(self.dim, ADALN_WIDTH)
+
+    @property
+    def modulated(self) -> list[str]:
+        """Names of the blocks that see the time, in the order they run."""
+        refiners = [f"noise_refiner.{i}" for i in range(self.n_refiner_layers)]
+        return refiners + [f"layers.{i}" for i in range(self.n_layers)]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the checkpoint, as diffusers stores it."""
+        d, t, patch = self.dim, self.time_dim, PATCH * PATCH * self.in_channels
+        shapes = {
+            "x_pad_token": (1, d),
+            "cap_pad_token": (1, d),
+            "cap_embedder.0.weight": (self.cap_feat_dim,),
+            **_linear("cap_embedder.1", d, self.cap_feat_dim),
+            **_linear("t_embedder.mlp.0", TIME_HIDDEN, TIME_FREQUENCIES),
+            **_linear("t_embedder.mlp.2", t, TIME_HIDDEN),
+            **_linear("all_x_embedder.2-1", d, patch),
+            **_linear("all_final_layer.2-1.linear", patch, d),
+            **_linear("all_final_layer.2-1.adaLN_modulation.1", d, t),
+        }
+        plain = [f"context_refiner.{i}" for i in range(self.n_refiner_layers)]
+        for block in self.modulated + plain:
+            for name in ("to_q", "to_k", "to_v", "to_out.0"):
+                shapes[f"{block}.attention.{name}.weight"] = (d, d)
+            for name in ("norm_q", "norm_k"):
+                shapes[f"{block}.attention.{name}.weight"] = (d // self.n_heads,)
+            for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+                shapes[f"{block}.{name}.weight"] = (d,)
+            shapes[f"{block}.feed_forward.w1.weight"] = (self.ffn_dim, d)
+            shapes[f"{block}.feed_forward.w2.weight"] = (d, self.ffn_dim)
+            shapes[f"{block}.feed_forward.w3.weight"] = (self.ffn_dim, d)
+        for block in self.modulated:
+            shapes |= _linear(f"{block}.adaLN_modulation.0", 4 * d, t)
+        return shapes
+
+
+def _linear(name: str, out_dim: int, in_dim: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out_dim, in_dim), f"{name}.bias": (out_dim,)}
+
+
+# ---- the parts, small to large
+
+
+def rope_table(positions: np.ndarray, axes_dims: Sequence[int], theta: float) -> tuple[mx.array, mx.array]:
+    """cos, sin of the rotary angles: each (L, sum(axes_dims) / 2), float32.
+
+    positions is (L, 3) integers: frame, row, column. Angles are formed in float64 and rounded once,
+    as in diffusers' RopeEmbedder.
+    """
+    angles = [
+        positions[:, axis, None] / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+        for axis, dim in enumerate(axes_dims)
+    ]
+    angles = np.concatenate(angles, axis=-1).astype(np.float32)
+    return mx.array(np.cos(angles)), mx.array(np.sin(angles))
+
+
+def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate adjacent pairs of x (B, H, L, D) by the angles of cos, sin (L, D / 2); in float32, back in x's dtype."""
+    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+def attention(x: mx.array, weights: dict, cos: mx.array, sin: mx.array, heads: int) -> mx.array:
+    """Full self-attention of x (B, L, dim) with RMS-normed, rotated queries and keys. No mask: pads attend too."""
+    B, L, _ = x.shape
+    q, k, v = (linear(x, weights[name]).reshape(B, L, heads, -1) for name in ("to_q", "to_k", "to_v"))
+    # diffusers fixes this eps, whatever norm_eps the config names
+    q = rms_norm(q, weights["norm_q"], 1e-5).transpose(0, 2, 1, 3)
+    k = rms_norm(k, weights["norm_k"], 1e-5).transpose(0, 2, 1, 3)
+    q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.transpose(0, 2, 1, 3)
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    return linear(out.transpose(0, 2, 1, 3).reshape(B, L, -1), weights["to_out"][0])
+
+
+def feed_forward(x: mx.array, weights: dict) -> mx.array:
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+    gate = linear(x, weights["w1"])
+    return linear(gate * mx.sigmoid(gate) * linear(x, weights["w3"]), weights["w2"])
+
+
+def block(
+    x: mx.array, weights: dict, modulation: mx.array, cos: mx.array, sin: mx.array, *, heads: int, eps: float
+) -> mx.array:
+    """One transformer block on x (B, L, dim). A pure function of its weights, so one trace serves all blocks.
+
+    modulation is (4, dim): scale and gate of the attention, then of the feed-forward (`Transformer.modulate`).
+    """
+    scale_attn, gate_attn, scale_ffn, gate_ffn = modulation
+    h = rms_norm(x, weights["attention_norm1"], eps) * scale_attn
+    h = attention(h, weights["attention"], cos, sin, heads)
+    x = x + gate_attn * rms_norm(h, weights["attention_norm2"], eps)
+    h = rms_norm(x, weights["ffn_norm1"], eps) * scale_ffn
+    h = feed_forward(h, weights["feed_forward"])
+    return x + gate_ffn * rms_norm(h, weights["ffn_norm2"], eps)
+
+
+def time_embedding(times: Sequence[float], weights: dict, t_scale: float) -> mx.array:
+    """Sinusoids of the times (N,), cosines first, through a two-layer MLP: (N, time_dim), float32."""
+    half = TIME_FREQUENCIES // 2
+    frequencies = mx.exp(-math.log(10000) * mx.arange(half, dtype=mx.float32) / half)
+    angles = (mx.array(times, dtype=mx.float32) * t_scale)[:, None] * frequencies
+    x = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+    hidden = linear(x, weights["mlp"][0])
+    return linear(hidden * mx.sigmoid(hidden), weights["mlp"][2])
+
+
+def patchify(latents: mx.array) -> mx.array:
+    """(B, h, w, C) to tokens (B, h/2 * w/2, 4C), row by row; features are (row, column, channel)."""
+    B, h, w, C = latents.shape
+    x = latents.reshape(B, h // PATCH, PATCH, w // PATCH, PATCH, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, -1, PATCH * PATCH * C)
+
+
+def unpatchify(tokens: mx.array, h: int, w: int) -> mx.array:
+    """The inverse of patchify."""
+    B, _, features = tokens.shape
+    x = tokens.reshape(B, h // PATCH, w // PATCH, PATCH, PATCH, features // PATCH**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h, w, -1)
+
+
+def pad_tokens(x: mx.array, pad: mx.array) -> mx.array:
+    """Append copies of the learned `pad` (1, dim) to x (B, L, dim) up to a multiple of 32 tokens."""
+    B, L, D = x.shape
+    extra = -L % PAD_MULTIPLE
+    return mx.concatenate([x, mx.broadcast_to(pad.astype(x.dtype), (B, extra, D))], axis=1) if extra else x
+
+
+def positions(caption_length: int, h: int, w: int) -> np.ndarray:
+    """(frame, row, column) of every token, image first: (L, 3). Sizes are latent pixels; caption_length is padded.
+
+    Caption tokens, pads included, count frames from 1; the image lies in the frame after them; its pads are at 0.
+    """
+    rows, columns = h // PATCH, w // PATCH
+    image = np.zeros((rows * columns + -(rows * columns) % PAD_MULTIPLE, 3), dtype=np.int64)
+    image[: rows * columns, 0] = caption_length + 1
+    image[: rows * columns, 1:] = np.indices((rows, columns)).reshape(2, -1).T
+    caption = np.zeros((caption_length, 3), dtype=np.int64)
+    caption[:, 0] = np.arange(1, caption_length + 1)
+    return np.concatenate([image, caption])
+
+
+# ---- the network
+
+
+class Transformer:
+    """The network over a source of weights: `read(prefix, dtype)` gives the tree of arrays under a name."""
+
+    def __init__(self, config: TransformerConfig, read: Callable[[str, mx.Dtype], dict], dtype: mx.Dtype):
+        self.config = config
+        self.dtype = dtype
+        self.read = read
+        self._block = partial(block, heads=config.n_heads, eps=config.norm_eps)
+        # On the CPU a compiled block needs a C++ compiler at run time and is slower (208 to 273 ms).
+        if mx.default_device() == mx.gpu:
+            self._block = mx.compile(self._block)
+
+    def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:
+        """What the network takes from the times (N,) = 1 - sigma, for a whole schedule at once.
+
+        Returns scales and gates of the modulated blocks (N, blocks, 4, dim), and the scale of the final layer
+        (N, dim), in the compute dtype. The sinusoids and their MLP stay in float32.
+        """
+        N, D = len(times), self.config.dim
+        embedding = time_embedding(times, self.read("t_embedder", mx.float32), self.config.t_scale)
+        final = self.read("all_final_layer.2-1.adaLN_modulation", self.dtype)[1]
+        final_scale = 1 + linear((embedding * mx.sigmoid(embedding)).astype(self.dtype), final)
+        embedding = embedding.astype(self.dtype)
+        blocks = []
+        for name in self.config.modulated:
+            x = linear(embedding, self.read(f"{name}.adaLN_modulation", self.dtype)[0]).reshape(N, 4, D)
+            # the order in the checkpoint is scale_msa, gate_msa, scale_mlp, gate_mlp; even ones are scales
+            blocks.append(mx.stack([1 + x[:, 0], mx.tanh(x[:, 1]), 1 + x[:, 2], mx.tanh(x[:, 3])], axis=1))
+        blocks = mx.stack(blocks, axis=1)
+        mx.eval(blocks, final_scale)
+        return blocks, final_scale
+
+    def embed_caption(self, cap_feats: mx.array) -> mx.array:
+        """Embed, pad and refine the text encoder's output (L, cap_feat_dim): (1, L', dim). Depends only on the prompt."""
+        embedder = self.read("cap_embedder", self.dtype)
+        x = rms_norm(cap_feats[None].astype(self.dtype), embedder[0], self.config.norm_eps)
+        x = pad_tokens(linear(x, embedder[1]), self.read("cap_pad_token", self.dtype))
+        cos, sin = self._rope(x.shape[1], 0, 0)
+        # These blocks do not see the time: scales and gates of one are exact, and keep to the one trace.
+        ones = mx.ones((4, self.config.dim), dtype=self.dtype)
+        for i in range(self.config.n_refiner_layers):
+            x = self._block(x, self._block_weights(f"context_refiner.{i}"), ones, cos, sin)
+        mx.eval(x)
+        return x
+
+    def velocity(
+        self, cap_feats: mx.array, sigmas: Sequence[float], h: int, w: int
+    ) -> Callable[[mx.array, int], mx.array]:
+        """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[i], float32.
+
+        Everything that does not depend on the latents is computed here, once.
+        """
+        caption = self.embed_caption(cap_feats)
+        # sigma to time as diffusers computes it, in float32
+        times = [float((1000 - np.float32(sigma) * np.float32(1000)) / np.float32(1000)) for sigma in sigmas]
+        modulations, final_scales = self.modulate(times)
+        cos, sin = self._rope(caption.shape[1], h, w)
+
+        def velocity(latents: mx.array, i: int) -> mx.array:
+            # The network points from noise to data; sigma grows from data to noise.
+            return -self(latents, caption, modulations[i], final_scales[i], cos, sin)
+
+        return velocity
+
+    def __call__(self, latents, caption, modulation, final_scale, cos, sin) -> mx.array:
+        """Data minus noise (B, h, w, C) float32, for latents (B, h, w, C) and one embedded caption (1, L', dim)."""
+        B, h, w, _ = latents.shape
+        x = linear(patchify(latents.astype(self.dtype)), self.read("all_x_embedder.2-1", self.dtype))
+        tokens = x.shape[1]
+        x = pad_tokens(x, self.read("x_pad_token", self.dtype))
+        image_length = x.shape[1]
+        blocks = zip(self._blocks(self.config.modulated), modulation, strict=True)
+        for weights, scales in islice(blocks, self.config.n_refiner_layers):
+            x = self._block(x, weights, scales, cos[:image_length], sin[:image_length])
+        x = mx.concatenate([x, mx.broadcast_to(caption, (B, *caption.shape[1:]))], axis=1)
+        for weights, scales in blocks:
+            x = self._block(x, weights, scales, cos, sin)
+        x = mx.fast.layer_norm(x[:, :tokens], None, None, 1e-6) * final_scale
+        x = linear(x, self.read("all_final_layer.2-1.linear", self.dtype))
+        return unpatchify(x.astype(mx.float32), h, w)
+
+    def _rope(self, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
+        return rope_table(positions(caption_length, h, w), self.config.axes_dims, self.config.rope_theta)
+
+    def _blocks(self, names: Sequence[str]) -> Iterator[dict]:
+        return map(self._block_weights, names)
+
+    def _block_weights(self, name: str) -> dict:
+        weights = dict(self.read(name, self.dtype))
+        weights.pop("adaLN_modulation", None)
+        return weights

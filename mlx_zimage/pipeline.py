@@ -1,0 +1,184 @@
+"""ZImagePipeline: from a prompt to pictures, in the order in which it happens."""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import RequestError
+from .image import to_uint8
+from .models.text_encoder import TextEncoder
+from .models.transformer import PATCH, Transformer
+from .models.vae import VAE
+from .noise import initial_noise
+from .request import GenerateRequest
+from .sampling import Step, denoise, guide
+from .scheduler import schedule
+from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
+from .weights import Checkpoint, Resident, open_checkpoint
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One picture: pixels (H, W, 3) uint8, and the request that draws it again; index counts from 0."""
+
+    index: int
+    pixels: np.ndarray
+    request: GenerateRequest
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """images: a list of PIL images, or an array: (B, H, W, 3) in [0, 1] for "np", (B, 16, h, w) for "latent"."""
+
+    images: list | np.ndarray
+    seed: int
+
+
+class ZImagePipeline:
+    """Z-Image's tokenizer, text encoder, transformer and VAE, opened from one folder."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
+        encoder, transformer, vae = (
+            Resident(part) for part in (checkpoint.text_encoder, checkpoint.transformer, checkpoint.vae)
+        )
+        self.text_encoder = TextEncoder(checkpoint.text_encoder.config, encoder.read, encoder.rows, dtype)
+        self.transformer = Transformer(checkpoint.transformer.config, transformer.read, dtype)
+        self.vae = VAE(checkpoint.vae.config, vae.read, dtype)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, dtype: str | None = None) -> ZImagePipeline:
+        """Open a model: a folder (diffusers' or our converter's), a Hugging Face id, or "pocket".
+
+        Reads and checks configs and headers; tensor data is read when first used. dtype is what the networks compute
+        in, "bfloat16" or "float32"; by default bfloat16 on a GPU, and float32 on the CPU, which multiplies it 20
+        times faster.
+        """
+        if dtype is None:
+            dtype = "bfloat16" if mx.default_device() == mx.gpu else "float32"
+        if dtype not in DTYPES:
+            raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}; float16 overflows")
+        return cls(open_checkpoint(source), DTYPES[dtype])
+
+    @property
+    def sample_size(self) -> int:
+        """The side of the square picture that the model draws by default, in pixels."""
+        return self.checkpoint.vae.config.sample_size
+
+    def __call__(
+        self,
+        prompt: str,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int = 8,
+        guidance_scale: float = 0.0,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        num_images_per_prompt: int = 1,
+        latents: np.ndarray | mx.array | None = None,
+        output_type: str = "pil",
+        shift: float | None = None,
+        rng: str = "torch",
+    ) -> PipelineOutput:
+        """Draw pictures of one prompt; the arguments are those of diffusers' ZImagePipeline.
+
+        seed stands in for its generator and gives the same noise; left out, one is chosen and told in the output.
+        latents (B, 16, height / 8, width / 8) float32 are the initial noise itself. output_type is "pil", "np" (floats
+        in [0, 1]) or "latent". Every fault of the arguments raises RequestError before any work.
+        """
+        if output_type not in ("pil", "np", "latent"):
+            raise RequestError(f"output_type must be 'pil', 'np' or 'latent', got {output_type!r}")
+        request = GenerateRequest(
+            prompt=prompt,
+            width=self.sample_size if width is None else width,
+            height=self.sample_size if height is None else height,
+            seed=secrets.randbits(32) if seed is None else seed,
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt or "",
+            shift=shift,
+            num_images=num_images_per_prompt,
+            rng=rng,
+        )
+        last = None
+        for last in self.denoise(request, latents):
+            pass
+        if output_type == "latent":
+            images = np.array(last.latents.transpose(0, 3, 1, 2))
+        else:
+            images = [self.decode(latents) for latents in last.latents]
+            if output_type == "np":
+                images = np.stack(images).astype(np.float32) / 255
+            else:
+                from PIL import Image
+
+                images = [Image.fromarray(pixels) for pixels in images]
+        return PipelineOutput(images, request.seed)
+
+    def stream(self, request: GenerateRequest, latents=None) -> Iterator[Step | Generated]:
+        """Draw a request, yielding each denoising Step, then each picture. Leaving the loop stops the work."""
+        step = None
+        for step in self.denoise(request, latents):
+            yield step
+        for i, item in enumerate(step.latents):
+            yield Generated(i, self.decode(item), request)
+
+    def denoise(self, request: GenerateRequest, latents=None) -> Iterator[Step]:
+        """The Steps of a request, from its noise (or the given latents) to clean latents (B, h, w, 16)."""
+        h, w = (size // self.checkpoint.vae.config.scale for size in (request.height, request.width))
+        noise = self._initial_latents(request, latents, h, w)
+        sigmas = schedule(
+            self.checkpoint.scheduler_config, request.steps, (h // PATCH) * (w // PATCH), request.shift
+        )
+        velocity = self.transformer.velocity(self.encode(request.prompt), sigmas[:-1], h, w)
+        if request.guidance_scale > 0:
+            negative = self.transformer.velocity(self.encode(request.negative_prompt), sigmas[:-1], h, w)
+            velocity = guide(velocity, negative, request.guidance_scale)
+        yield from denoise(velocity, noise, sigmas)
+
+    def encode(self, prompt: str) -> mx.array:
+        """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""
+        ids = self.tokenizer.encode(prompt)
+        if len(ids) > MAX_TOKENS:
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens and the model reads {MAX_TOKENS}; its end is left out",
+                PromptTruncated,
+                stacklevel=2,
+            )
+        return self.text_encoder(ids[:MAX_TOKENS])
+
+    def decode(self, latents: mx.array) -> np.ndarray:
+        """Clean latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
+        return to_uint8(self.vae.decode(latents[None])[0])
+
+    def _initial_latents(self, request: GenerateRequest, latents, h: int, w: int) -> mx.array:
+        """The initial noise, channels-last (B, h, w, 16) float32."""
+        shape = (request.num_images, self.checkpoint.vae.config.latent_channels, h, w)
+        if latents is None:
+            noise = initial_noise(request.seed, shape, request.rng)
+        else:
+            noise = check_latents(latents, shape)
+        return noise.transpose(0, 2, 3, 1)
+
+
+def check_latents(latents: np.ndarray | mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Initial latents from a caller, as float32, if they fit (B, C, h, w) and are finite."""
+    if tuple(latents.shape) != shape:
+        raise RequestError(
+            f"latents have shape {tuple(latents.shape)}, wanted {shape}: pictures, channels, height / 8, width / 8"
+        )
+    array = mx.array(latents).astype(mx.float32)
+    if not mx.isfinite(array).all().item():
+        raise RequestError("latents hold values that are not finite")
+    return array

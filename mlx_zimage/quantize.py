@@ -1,0 +1,100 @@
+"""Which layers are quantized, and how: recipes used by the converter and by the loader.
+
+Modes, default groups and the config.json block are mlx-lm's, so its tools read our folders.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import RequestError
+
+# mode -> (bits allowed, group sizes allowed); the first group size is the default
+MODES = {
+    "affine": ((2, 3, 4, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+# The attention and feed-forward matrices of the blocks hold 98% of the parameters. All else (pads, norms,
+# embedders, adaLN, final layer, the whole VAE) is small or sensitive, and stays in high precision.
+QUANTIZED = {
+    "transformer": re.compile(
+        r"(layers|noise_refiner|context_refiner)\.\d+\."
+        r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])\.weight"
+    ),
+    "text_encoder": re.compile(
+        r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one weight is packed: `bits` per value, one scale per `group_size` values of a row."""
+
+    bits: int
+    group_size: int = 64
+    mode: str = "affine"
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise RequestError(f"quantization mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        bits, groups = MODES[self.mode]
+        if self.bits not in bits:
+            raise RequestError(f"{self.mode} quantization takes {_either(bits)} bits, got {self.bits}")
+        if self.group_size not in groups:
+            raise RequestError(
+                f"{self.mode} quantization takes groups of {_either(groups)}, got {self.group_size}"
+            )
+
+    @classmethod
+    def of(cls, weight: tuple, scales: tuple, affine: bool, width: int) -> Quantization:
+        """Read the packing back from the shapes of a packed weight and its scales; width is the layer's input."""
+        bits, group_size = weight[-1] * 32 // width, width // scales[-1]
+        mode = "affine" if affine else {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}[bits, group_size]
+        return cls(bits, group_size, mode)
+
+    def packed(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that stand for the dense weight `name` of `shape` (out, in)."""
+        layer = name.removesuffix(".weight")
+        *rows, width = shape
+        groups = (*rows, width // self.group_size)
+        tensors = {name: (*rows, width * self.bits // 32), f"{layer}.scales": groups}
+        if self.mode == "affine":
+            tensors[f"{layer}.biases"] = groups
+        return tensors
+
+    def to_dict(self) -> dict:
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    @classmethod
+    def from_dict(cls, block: dict) -> Quantization:
+        return cls(block["bits"], block["group_size"], block.get("mode", "affine"))
+
+
+def default_quantization(bits: int | None, group_size: int | None = None, mode: str = "affine") -> Quantization:
+    """Fill in what the caller left open: the mode's only bits (4 when affine) and its default group."""
+    allowed_bits, groups = MODES.get(mode, ((bits or 4,), (64,)))
+    if bits is None:
+        bits = 4 if mode == "affine" else allowed_bits[0]
+    return Quantization(bits, group_size or groups[0], mode)
+
+
+def recipe(component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None):
+    """The Quantization of one tensor, or None where it stays dense."""
+    pattern = QUANTIZED.get(component)
+    if quantization is None or pattern is None or not pattern.fullmatch(name):
+        return None
+    if shape[-1] % quantization.group_size:
+        raise RequestError(
+            f"{component} {name} is {shape[-1]} wide, which groups of {quantization.group_size} do not divide; "
+            f"choose a smaller group size"
+        )
+    return quantization
+
+
+def _either(values: tuple[int, ...]) -> str:
+    return " or ".join(map(str, sorted(values)))

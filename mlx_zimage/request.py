@@ -1,0 +1,95 @@
+"""GenerateRequest: one validated description of what to draw. All checks of a caller's values live here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+from .errors import RequestError
+
+SIZE_MULTIPLE = 16  # latent pixels are 8 wide, tokens 2 latent pixels
+MAX_SIZE = 8192  # the reference's position tables end at 512 tokens a side
+MAX_SEED = 2**64 - 1
+MAX_PROMPT = 32_000  # characters; 512 tokens are read, and a 10 MB prompt takes 8 s to tokenize
+MAX_STEPS = 1000
+RNGS = ("torch", "mlx")
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What to draw. Sizes in pixels; `steps` is the number of model calls."""
+
+    prompt: str
+    width: int
+    height: int
+    seed: int
+    steps: int = 8
+    guidance_scale: float = 0.0  # diffusers' convention: 0 is off, and g here is "cfg g + 1" elsewhere
+    negative_prompt: str = ""
+    shift: float | None = None  # None: what the model's scheduler says
+    num_images: int = 1
+    rng: str = "torch"
+
+    def __post_init__(self):
+        check_prompt(self.prompt, "prompt")
+        if not self.prompt.strip():
+            raise RequestError("the prompt is empty; describe the picture in a few words")
+        check_prompt(self.negative_prompt, "negative prompt")
+        check_size("width", self.width)
+        check_size("height", self.height)
+        _check_int("seed", self.seed, 0, MAX_SEED, "2**64 - 1")
+        _check_int("steps", self.steps, 1, MAX_STEPS)
+        _check_int("num_images", self.num_images, 1, 1000)
+        _check_number("guidance_scale", self.guidance_scale, 0.0)
+        if self.shift is not None:
+            _check_number("shift", self.shift, 0.01)
+        if self.rng not in RNGS:
+            raise RequestError(f"rng must be one of {', '.join(RNGS)}, got {self.rng!r}")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> GenerateRequest:
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise RequestError(f"a request has no field {unknown[0]!r}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise RequestError(f"not a whole request: {error}") from error
+
+
+def check_prompt(text: str, name: str) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"the {name} must be text, got {type(text).__name__}")
+    if len(text) > MAX_PROMPT:
+        raise RequestError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are taken")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the {name} is not valid Unicode at character {error.start}; pass UTF-8") from None
+
+
+def check_size(name: str, value: int) -> None:
+    _check_int(name, value, SIZE_MULTIPLE, MAX_SIZE)
+    if value % SIZE_MULTIPLE:
+        lower = value - value % SIZE_MULTIPLE
+        raise RequestError(
+            f"{name} must be a multiple of {SIZE_MULTIPLE} pixels, got {value}; "
+            f"the nearest are {lower} and {lower + SIZE_MULTIPLE}"
+        )
+
+
+def _check_int(name: str, value: int, low: int, high: int, high_text: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be a whole number, got {value!r}")
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be from {low} to {high_text or high}, got {value}")
+
+
+def _check_number(name: str, value: float, low: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RequestError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < low:
+        raise RequestError(f"{name} must be a finite number of at least {low:g}, got {value}")

@@ -1,0 +1,50 @@
+"""The denoising loop: Euler steps along a velocity, with guidance where asked.
+
+Knows a velocity, the function (latents (B, h, w, C), step index i) -> d latents / d sigma at sigmas[i]; not which
+network computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from . import scheduler
+from .errors import NumericsError
+
+Velocity = Callable[[mx.array, int], mx.array]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step done: `index` of `steps` counts from 0; latents (B, h, w, C) float32 now stand at `sigma`."""
+
+    index: int
+    steps: int
+    sigma: float
+    latents: mx.array
+
+
+def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float]) -> Iterator[Step]:
+    """Walk latents (B, h, w, C) float32 down the sigmas, yielding each Step once it is computed."""
+    steps = len(sigmas) - 1
+    for i in range(steps):
+        latents = scheduler.step(latents, velocity(latents, i), sigmas[i], sigmas[i + 1])
+        if not mx.isfinite(latents).all().item():
+            raise NumericsError(
+                f"the latents are not finite after step {i + 1} of {steps}; nothing was drawn. "
+                f"Try dtype float32; if that fails too, the weights are damaged"
+            )
+        yield Step(i, steps, float(sigmas[i + 1]), latents)
+
+
+def guide(positive: Velocity, negative: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance in diffusers' convention: positive + scale * (positive - negative)."""
+
+    def velocity(latents: mx.array, i: int) -> mx.array:
+        wanted = positive(latents, i)
+        return wanted + scale * (wanted - negative(latents, i))
+
+    return velocity

@@ -1,0 +1,307 @@
+"""From a name to checked weights: find the folder, read the headers, hand out lazy arrays.
+
+A model is a diffusers folder, as published or as our converter writes it. Opening it reads configs and headers
+only, and compares every name and shape with the architecture; tensor data is read when a network asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_unflatten
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError, ModelNotFoundError
+from .models.text_encoder import TextEncoderConfig
+from .models.transformer import TransformerConfig
+from .models.vae import VAEConfig, sanitize
+from .quantize import Quantization
+
+POCKET = Path(__file__).parent / "pocket"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+COMPONENTS = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
+# What from_pretrained and convert need of a repository: no pictures, no second copies in other formats.
+NEEDED_FILES = [
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*.json",
+    "tokenizer/*.txt",
+    *(f"{component}/*.{ending}" for component in COMPONENTS for ending in ("json", "safetensors")),
+]
+DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
+SHOWN = 5  # names listed in an error
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a model: "pocket", a folder, or a Hugging Face id (fetched into the hub's cache)."""
+    if str(source) == "pocket":
+        return POCKET
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelNotFoundError(f"{source} is a file; a model is a folder with model_index.json")
+    if not REPOSITORY.fullmatch(str(source)):
+        raise ModelNotFoundError(
+            f"no model folder at {source}; give a folder, a Hugging Face id such as "
+            f"Tongyi-MAI/Z-Image-Turbo, or 'pocket'"
+        )
+    return _fetch(str(source))
+
+
+def _fetch(repository: str) -> Path:
+    # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from httpx import HTTPError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=NEEDED_FILES))
+    except LocalEntryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{repository} is no local folder and is not in the Hugging Face cache, and the hub cannot be reached; "
+            f"check the network and HF_HUB_OFFLINE, or give a folder"
+        ) from error
+    except (HFValidationError, HfHubHTTPError, HTTPError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f"{repository} is no local folder, and the Hugging Face hub did not give it: {first_line}"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is {path.parent} part of a diffusers folder?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, an object was wanted")
+    return content
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies on disk; shape and dtype as stored."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file."""
+    try:
+        # mx.load accepts overlapping, negative and trailing data; safetensors' own reader refuses them
+        with safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing, though its index names it; fetch the model again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({error}); it may be cut off, a Git LFS pointer or an HTML "
+            f"page: fetch it again"
+        ) from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, tensor in header.items():
+        begin, end = tensor["data_offsets"]
+        entries[name] = Entry(file, 8 + length + begin, end - begin, tuple(tensor["shape"]), tensor["dtype"])
+    return entries
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The safetensors files of a component: those its index names, or its one file."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise CheckpointError(f"{folder} has {len(indexes)} indexes ({indexes[0].name}, {indexes[1].name}); keep one")
+    if indexes:
+        weight_map = read_json(indexes[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{indexes[0]} has no weight_map; fetch it again")
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise CheckpointError(f"{indexes[0]} names {outside[0]!r}; shards must lie beside it")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if not files:
+        raise CheckpointError(f"{folder} has no safetensors file; other formats must be converted first")
+    raise CheckpointError(f"{folder} has {len(files)} safetensors files and no index to say which belong together")
+
+
+class Component:
+    """One network's folder: its config and its tensors on disk, compared with the architecture."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder = folder / name
+        self.name = name
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{folder} has no folder {name}/; is it a whole diffusers folder?")
+        self.raw_config = read_json(self.folder / "config.json")
+        try:
+            self.config = COMPONENTS[name].from_dict(self.raw_config)
+        except TypeError as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
+        self.entries: dict[str, Entry] = {}
+        for file in find_shards(self.folder):
+            self.entries |= read_header(file)
+        if name == "text_encoder":
+            self.entries = {_with_model_prefix(key): entry for key, entry in self.entries.items()}
+        self._check()
+
+    @cached_property
+    def quantizations(self) -> dict[str, Quantization]:
+        """How each quantized layer is packed, from mlx-lm's block in config.json; keyed by the layer's path."""
+        block = self.raw_config.get("quantization")
+        if not block:
+            return {}
+        layers = [name.removesuffix(".scales") for name in self.entries if name.endswith(".scales")]
+        try:
+            return {layer: Quantization.from_dict(block.get(layer) or block) for layer in layers}
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: quantization lacks {error}") from error
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that must be here, quantized layers in their packed form."""
+        shapes = {}
+        for name, shape in self.config.shapes().items():
+            q = self.quantizations.get(name.removesuffix(".weight"))
+            shapes |= q.packed(name, shape) if q else {name: shape}
+        return shapes
+
+    def _unused(self, name: str) -> bool:
+        return self.name == "text_encoder" and self.config.unused(name)
+
+    def _check(self):
+        expected = self.expected()
+        missing = [name for name in expected if name not in self.entries and not self._unused(name)]
+        extra = [name for name in self.entries if name not in expected and not self._unused(name)]
+        misshapen = [
+            f"{name} is {self.entries[name].shape}, wanted {shape}"
+            for name, shape in expected.items()
+            if name in self.entries and self.entries[name].shape != shape
+        ]
+        unknown = [
+            f"{name} is {self.entries[name].dtype}"
+            for name in expected
+            if name in self.entries and self.entries[name].dtype not in DTYPES
+        ]
+        for fault, names in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of another shape than config.json says", misshapen),
+            (f"of a dtype other than {', '.join(DTYPES)}", unknown),
+        ):
+            if names:
+                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                raise CheckpointError(
+                    f"{self.folder}: {len(names)} of {len(expected)} weights are {fault}: "
+                    f"{', '.join(names[:SHOWN])}{more}"
+                )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def read(self, prefix: str, dtype: mx.Dtype):
+        """The tree of arrays under `prefix`, lazy, floating ones in dtype. A whole name gives its array."""
+        if prefix in self.entries:
+            return self._array(prefix, dtype)
+        names = [name for name in self.entries if name.startswith(f"{prefix}.")]
+        return tree_unflatten([(name[len(prefix) + 1 :], self._array(name, dtype)) for name in names])
+
+    def rows(self, name: str, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
+        """Single rows of a dense table, (len(ids), width) in dtype, read without the rest of it."""
+        entry = self.entries[name]
+        stored = np.memmap(entry.file, mode="r", offset=entry.offset, dtype=np.uint8, shape=(entry.nbytes,))
+        picked = stored.reshape(entry.shape[0], -1)[np.asarray(ids)]
+        return mx.array(picked).view(DTYPES[entry.dtype]).astype(dtype)
+
+    def _array(self, name: str, dtype: mx.Dtype) -> mx.array:
+        array = sanitize(_load(self.entries[name].file)[name])
+        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _load(file: Path) -> dict[str, mx.array]:
+    return mx.load(str(file))
+
+
+class Resident:
+    """Reads each tree of a component once and keeps it."""
+
+    def __init__(self, component: Component):
+        self.component = component
+        self.rows = component.rows
+        self.read: Callable = lru_cache(maxsize=None)(self._read)
+
+    def _read(self, prefix: str, dtype: mx.Dtype):
+        tree = self.component.read(prefix, dtype)
+        mx.eval(tree)
+        return tree
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model folder: three checked components, the tokenizer's file and the scheduler's config."""
+
+    folder: Path
+    transformer: Component
+    text_encoder: Component
+    vae: Component
+    scheduler_config: dict
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.folder / "tokenizer" / "tokenizer.json"
+
+    @property
+    def components(self) -> Iterable[Component]:
+        return self.transformer, self.text_encoder, self.vae
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Find a model and compare it with the architecture. Reads configs and headers, no tensor data."""
+    folder = resolve(source)
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} has no model_index.json; a model is a diffusers folder")
+    checkpoint = Checkpoint(
+        folder,
+        **{name: Component(folder, name) for name in COMPONENTS},
+        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
+    )
+    if not checkpoint.tokenizer_file.is_file():
+        raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; fetch the model again")
+    text, wanted = checkpoint.text_encoder.config.hidden_size, checkpoint.transformer.config.cap_feat_dim
+    if text != wanted:
+        raise CheckpointError(
+            f"{folder}: the text encoder gives {text} features a token, the transformer takes {wanted}; "
+            f"they belong to different models"
+        )
+    return checkpoint
+
+
+def _with_model_prefix(name: str) -> str:
+    # saving transformers' Qwen3Model instead of Qwen3ForCausalLM drops the prefix
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"

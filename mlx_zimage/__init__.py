@@ -1,9 +1,9 @@
 """Z-Image-Turbo on Apple Silicon: text to pictures through MLX.
 
-    from mlx_zimage import ZImagePipeline
+from mlx_zimage import ZImagePipeline
 
-    pipe = ZImagePipeline.from_pretrained("pocket")
-    pipe("a red circle on a blue background", seed=1).images[0].save("circle.png")
+pipe = ZImagePipeline.from_pretrained("pocket")
+pipe("a red circle on a blue background", seed=1).images[0].save("circle.png")
 """
 
 from __future__ import annotations
@@ -25,7 +25,19 @@ _HOME = {
     "CheckpointError": "errors",
     "NumericsError": "errors",
 }
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = [
+    "CheckpointError",
+    "GenerateRequest",
+    "Generated",
+    "ModelNotFoundError",
+    "NumericsError",
+    "PromptTruncated",
+    "RequestError",
+    "Step",
+    "ZImageError",
+    "ZImagePipeline",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from .errors import CheckpointError, ModelNotFoundError, NumericsError, RequestError, ZImageError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -111,13 +111,11 @@ class ZImagePipeline:
             num_images=num_images_per_prompt,
             rng=rng,
         )
-        last = None
-        for last in self.denoise(request, latents):
-            pass
+        *_, last = self.denoise(request, latents)
         if output_type == "latent":
             images = np.array(last.latents.transpose(0, 3, 1, 2))
         else:
-            images = [self.decode(latents) for latents in last.latents]
+            images = [self.decode(item) for item in last.latents]
             if output_type == "np":
                 images = np.stack(images).astype(np.float32) / 255
             else:
@@ -128,7 +126,6 @@ class ZImagePipeline:
 
     def stream(self, request: GenerateRequest, latents=None) -> Iterator[Step | Generated]:
         """Draw a request, yielding each denoising Step, then each picture. Leaving the loop stops the work."""
-        step = None
         for step in self.denoise(request, latents):
             yield step
         for i, item in enumerate(step.latents):
@@ -138,9 +135,7 @@ class ZImagePipeline:
         """The Steps of a request, from its noise (or the given latents) to clean latents (B, h, w, 16)."""
         h, w = (size // self.checkpoint.vae.config.scale for size in (request.height, request.width))
         noise = self._initial_latents(request, latents, h, w)
-        sigmas = schedule(
-            self.checkpoint.scheduler_config, request.steps, (h // PATCH) * (w // PATCH), request.shift
-        )
+        sigmas = schedule(self.checkpoint.scheduler_config, request.steps, (h // PATCH) * (w // PATCH), request.shift)
         velocity = self.transformer.velocity(self.encode(request.prompt), sigmas[:-1], h, w)
         if request.guidance_scale > 0:
             negative = self.transformer.velocity(self.encode(request.negative_prompt), sigmas[:-1], h, w)

@@ -25,9 +25,7 @@ QUANTIZED = {
         r"(layers|noise_refiner|context_refiner)\.\d+\."
         r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])\.weight"
     ),
-    "text_encoder": re.compile(
-        r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
-    ),
+    "text_encoder": re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"),
 }
 
 
@@ -46,9 +44,7 @@ class Quantization:
         if self.bits not in bits:
             raise RequestError(f"{self.mode} quantization takes {_either(bits)} bits, got {self.bits}")
         if self.group_size not in groups:
-            raise RequestError(
-                f"{self.mode} quantization takes groups of {_either(groups)}, got {self.group_size}"
-            )
+            raise RequestError(f"{self.mode} quantization takes groups of {_either(groups)}, got {self.group_size}")
 
     @classmethod
     def of(cls, weight: tuple, scales: tuple, affine: bool, width: int) -> Quantization:

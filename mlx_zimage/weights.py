@@ -64,9 +64,9 @@ def resolve(source: str | Path) -> Path:
 
 def _fetch(repository: str) -> Path:
     # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported.
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from httpx import HTTPError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=NEEDED_FILES))

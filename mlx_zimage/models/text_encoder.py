@@ -84,9 +84,7 @@ def attention(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array
 
     def rotated(name: str) -> mx.array:
         y = rms_norm(heads(name), weights[f"{name}_norm"], config.rms_norm_eps).transpose(0, 2, 1, 3)
-        return mx.fast.rope(
-            y, config.head_dim, traditional=False, base=config.rope_theta, scale=1.0, offset=0
-        )
+        return mx.fast.rope(y, config.head_dim, traditional=False, base=config.rope_theta, scale=1.0, offset=0)
 
     q, k, v = rotated("q"), rotated("k"), heads("v").transpose(0, 2, 1, 3)
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.head_dim**-0.5, mask="causal")
@@ -99,9 +97,7 @@ def mlp(x: mx.array, weights: dict) -> mx.array:
 
 
 def layer(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array:
-    x = x + attention(
-        rms_norm(x, weights["input_layernorm"], config.rms_norm_eps), weights["self_attn"], config
-    )
+    x = x + attention(rms_norm(x, weights["input_layernorm"], config.rms_norm_eps), weights["self_attn"], config)
     return x + mlp(rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps), weights["mlp"])
 
 

@@ -214,8 +214,6 @@ class VAE:
 
     def encode_moments(self, pixels: mx.array) -> tuple[mx.array, mx.array]:
         """Mean and log variance (clipped to [-30, 20]) of the unscaled latents, each (B, H/8, W/8, 16), float32."""
-        x = encoder(
-            pixels.astype(self.dtype), self.read("encoder", self.dtype), self.config.norm_num_groups
-        )
+        x = encoder(pixels.astype(self.dtype), self.read("encoder", self.dtype), self.config.norm_num_groups)
         mean, log_variance = mx.split(x.astype(mx.float32), 2, axis=-1)
         return mean, mx.clip(log_variance, -30.0, 20.0)

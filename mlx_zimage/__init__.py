@@ -24,6 +24,7 @@ _HOME = {
     "ModelNotFoundError": "errors",
     "CheckpointError": "errors",
     "NumericsError": "errors",
+    "OutputError": "errors",
 }
 __all__ = [
     "CheckpointError",
@@ -31,6 +32,7 @@ __all__ = [
     "Generated",
     "ModelNotFoundError",
     "NumericsError",
+    "OutputError",
     "PromptTruncated",
     "RequestError",
     "Step",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .errors import CheckpointError, ModelNotFoundError, NumericsError, RequestError, ZImageError
+    from .errors import CheckpointError, ModelNotFoundError, NumericsError, OutputError, RequestError, ZImageError
     from .pipeline import Generated, ZImagePipeline
     from .request import GenerateRequest
     from .sampling import Step

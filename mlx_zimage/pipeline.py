@@ -21,7 +21,7 @@ from .request import GenerateRequest
 from .sampling import Step, denoise, guide
 from .scheduler import schedule
 from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
-from .weights import Checkpoint, Resident, open_checkpoint
+from .weights import Checkpoint, Source, open_checkpoint
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
@@ -50,12 +50,9 @@ class ZImagePipeline:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
-        encoder, transformer, vae = (
-            Resident(part) for part in (checkpoint.text_encoder, checkpoint.transformer, checkpoint.vae)
-        )
-        self.text_encoder = TextEncoder(checkpoint.text_encoder.config, encoder.read, encoder.rows, dtype)
-        self.transformer = Transformer(checkpoint.transformer.config, transformer.read, dtype)
-        self.vae = VAE(checkpoint.vae.config, vae.read, dtype)
+        self.text_encoder = TextEncoder(checkpoint.text_encoder.config, Source(checkpoint.text_encoder, dtype))
+        self.transformer = Transformer(checkpoint.transformer.config, Source(checkpoint.transformer, dtype))
+        self.vae = VAE(checkpoint.vae.config, Source(checkpoint.vae, dtype))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: str | None = None) -> ZImagePipeline:

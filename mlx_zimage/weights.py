@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -96,9 +96,10 @@ def read_json(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies on disk; shape and dtype as stored."""
+    """Where one tensor lies on disk; name, shape and dtype as stored."""
 
     file: Path
+    name: str
     offset: int
     nbytes: int
     shape: tuple[int, ...]
@@ -125,7 +126,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     entries = {}
     for name, tensor in header.items():
         begin, end = tensor["data_offsets"]
-        entries[name] = Entry(file, 8 + length + begin, end - begin, tuple(tensor["shape"]), tensor["dtype"])
+        entries[name] = Entry(file, name, 8 + length + begin, end - begin, tuple(tensor["shape"]), tensor["dtype"])
     return entries
 
 
@@ -225,12 +226,24 @@ class Component:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def read(self, prefix: str, dtype: mx.Dtype):
-        """The tree of arrays under `prefix`, lazy, floating ones in dtype. A whole name gives its array."""
-        if prefix in self.entries:
-            return self._array(prefix, dtype)
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None):
+        """The tree of arrays under `prefix`, lazy, floating ones in dtype. A whole name gives its array.
+
+        `without` names a part of the tree to leave out; stream is where the reading happens.
+        """
+        start = len(prefix) + 1
         names = [name for name in self.entries if name.startswith(f"{prefix}.")]
-        return tree_unflatten([(name[len(prefix) + 1 :], self._array(name, dtype)) for name in names])
+        if without:
+            names = [name for name in names if not name.startswith(without, start)]
+        files = {self.entries[name].file for name in names or [prefix]}
+        loaded = {file: mx.load(str(file), stream=stream) for file in files}
+
+        def array(name: str) -> mx.array:
+            entry = self.entries[name]
+            stored = sanitize(loaded[entry.file][entry.name])
+            return stored.astype(dtype, stream=stream) if mx.issubdtype(stored.dtype, mx.floating) else stored
+
+        return tree_unflatten([(name[start:], array(name)) for name in names]) if names else array(prefix)
 
     def rows(self, name: str, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
         """Single rows of a dense table, (len(ids), width) in dtype, read without the rest of it."""
@@ -239,27 +252,64 @@ class Component:
         picked = stored.reshape(entry.shape[0], -1)[np.asarray(ids)]
         return mx.array(picked).view(DTYPES[entry.dtype]).astype(dtype)
 
-    def _array(self, name: str, dtype: mx.Dtype) -> mx.array:
-        array = sanitize(_load(self.entries[name].file)[name])
-        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
+class Source:
+    """Hands a network its weights in one dtype, keeping what it read but for the blocks named in `streamed`.
 
-def _load(file: Path) -> dict[str, mx.array]:
-    return mx.load(str(file))
+    Those are read from disk each time they are needed, one ahead of the computation. Either way the same function
+    runs on the same numbers, so the results are the same bits.
+    """
 
-
-class Resident:
-    """Reads each tree of a component once and keeps it."""
-
-    def __init__(self, component: Component):
+    def __init__(self, component: Component, dtype: mx.Dtype, streamed: Collection[str] = ()):
         self.component = component
-        self.rows = component.rows
-        self.read: Callable = lru_cache(maxsize=None)(self._read)
+        self.dtype = dtype
+        self.streamed = streamed
+        self._kept: dict = {}
+        # a stream of its own lets a block be read while the one before is computed
+        self._disk = mx.new_stream(mx.cpu)
 
-    def _read(self, prefix: str, dtype: mx.Dtype):
-        tree = self.component.read(prefix, dtype)
-        mx.eval(tree)
-        return tree
+    def tree(self, prefix: str, dtype: mx.Dtype | None = None):
+        """The weights under a name, kept for the next call."""
+        key = prefix, dtype
+        if key not in self._kept:
+            self._kept[key] = self.once(prefix, dtype)
+            mx.eval(self._kept[key])
+        return self._kept[key]
+
+    def once(self, prefix: str, dtype: mx.Dtype | None = None):
+        """The weights under a name, lazy and not kept."""
+        return self.component.read(prefix, dtype or self.dtype)
+
+    def rows(self, name: str, ids: Sequence[int]) -> mx.array:
+        return self.component.rows(name, ids, self.dtype)
+
+    def run(self, blocks: Sequence[str], x: mx.array, apply: Callable, without: str = "") -> mx.array:
+        """Send x through the named blocks in turn: x = apply(x, weights, index). `without` names a part not needed.
+
+        At most two blocks' weights and one block's intermediates are alive beside what is kept.
+        """
+        ahead = self._start(blocks[0], without)
+        for i in range(len(blocks)):
+            weights = ahead
+            ahead = self._start(blocks[i + 1], without) if i + 1 < len(blocks) else None
+            x = apply(x, weights, i)
+            del weights
+            mx.eval(x)
+        return x
+
+    def _start(self, block: str, without: str) -> dict:
+        """The weights of a block, from what is kept or on their way from the disk."""
+        if block in self._kept:
+            return self._kept[block]
+        weights = self.component.read(block, self.dtype, without=without, stream=self._disk)
+        mx.async_eval(weights)
+        if block not in self.streamed:
+            self._kept[block] = weights
+        return weights
+
+    def release(self) -> None:
+        """Forget everything kept."""
+        self._kept.clear()
 
 
 @dataclass(frozen=True)

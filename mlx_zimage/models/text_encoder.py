@@ -6,7 +6,7 @@ layer but one without the final norm, so the last layer and `model.norm` are nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import mlx.core as mx
@@ -102,31 +102,18 @@ def layer(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array:
 
 
 class TextEncoder:
-    """The network over a source of weights.
+    """The network over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in."""
 
-    `read(prefix, dtype)` gives the tree of arrays under a name; `rows(name, ids, dtype)` reads single rows of a
-    table, so that the embedding (0.8 GB of the full model) is never loaded.
-    """
-
-    def __init__(
-        self,
-        config: TextEncoderConfig,
-        read: Callable[[str, mx.Dtype], dict],
-        rows: Callable[[str, Sequence[int], mx.Dtype], mx.array],
-        dtype: mx.Dtype,
-    ):
+    def __init__(self, config: TextEncoderConfig, source):
         self.config = config
-        self.read = read
-        self.rows = rows
-        self.dtype = dtype
+        self.source = source
 
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """hidden_states[-2] of one prompt's ids (L,): (L, hidden_size), in the compute dtype.
 
-        Only true tokens are run: under causal attention, padding on the right cannot change them.
+        Only true tokens are run: under causal attention, padding on the right cannot change them. Only their rows
+        of the embedding (0.8 GB of the full model) are read.
         """
-        x = self.rows("model.embed_tokens.weight", ids, self.dtype)[None]
-        for i in range(self.config.used_layers):
-            x = layer(x, self.read(f"model.layers.{i}", self.dtype), self.config)
-        mx.eval(x)
-        return x[0]
+        x = self.source.rows("model.embed_tokens.weight", ids)[None]
+        layers = [f"model.layers.{i}" for i in range(self.config.used_layers)]
+        return self.source.run(layers, x, lambda x, weights, i: layer(x, weights, self.config))[0]

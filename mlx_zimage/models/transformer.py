@@ -8,10 +8,9 @@ together, image first, by `layers`. The network predicts data minus noise at the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -206,12 +205,11 @@ def positions(caption_length: int, h: int, w: int) -> np.ndarray:
 
 
 class Transformer:
-    """The network over a source of weights: `read(prefix, dtype)` gives the tree of arrays under a name."""
+    """The network over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in."""
 
-    def __init__(self, config: TransformerConfig, read: Callable[[str, mx.Dtype], dict], dtype: mx.Dtype):
+    def __init__(self, config: TransformerConfig, source):
         self.config = config
-        self.dtype = dtype
-        self.read = read
+        self.source = source
         self._block = partial(block, heads=config.n_heads, eps=config.norm_eps)
         # On the CPU a compiled block needs a C++ compiler at run time and is slower (208 to 273 ms).
         if mx.default_device() == mx.gpu:
@@ -221,34 +219,34 @@ class Transformer:
         """What the network takes from the times (N,) = 1 - sigma, for a whole schedule at once.
 
         Returns scales and gates of the modulated blocks (N, blocks, 4, dim), and the scale of the final layer
-        (N, dim), in the compute dtype. The sinusoids and their MLP stay in float32.
+        (N, dim), in the compute dtype. The sinusoids and their MLP stay in float32. The adaLN weights, 2% of the
+        network, are dropped again.
         """
-        N, D = len(times), self.config.dim
-        embedding = time_embedding(times, self.read("t_embedder", mx.float32), self.config.t_scale)
-        final = self.read("all_final_layer.2-1.adaLN_modulation", self.dtype)[1]
-        final_scale = 1 + linear((embedding * mx.sigmoid(embedding)).astype(self.dtype), final)
-        embedding = embedding.astype(self.dtype)
+        N, D, dtype = len(times), self.config.dim, self.source.dtype
+        embedding = time_embedding(times, self.source.once("t_embedder", mx.float32), self.config.t_scale)
+        final = self.source.once("all_final_layer.2-1.adaLN_modulation")[1]
+        final_scale = 1 + linear((embedding * mx.sigmoid(embedding)).astype(dtype), final)
+        embedding = embedding.astype(dtype)
         blocks = []
         for name in self.config.modulated:
-            x = linear(embedding, self.read(f"{name}.adaLN_modulation", self.dtype)[0]).reshape(N, 4, D)
+            x = linear(embedding, self.source.once(f"{name}.adaLN_modulation")[0]).reshape(N, 4, D)
             # the order in the checkpoint is scale_msa, gate_msa, scale_mlp, gate_mlp; even ones are scales
             blocks.append(mx.stack([1 + x[:, 0], mx.tanh(x[:, 1]), 1 + x[:, 2], mx.tanh(x[:, 3])], axis=1))
+            mx.eval(blocks[-1])
         blocks = mx.stack(blocks, axis=1)
         mx.eval(blocks, final_scale)
         return blocks, final_scale
 
     def embed_caption(self, cap_feats: mx.array) -> mx.array:
-        """Embed, pad and refine the text encoder's output (L, cap_feat_dim): (1, L', dim). Depends only on the prompt."""
-        embedder = self.read("cap_embedder", self.dtype)
-        x = rms_norm(cap_feats[None].astype(self.dtype), embedder[0], self.config.norm_eps)
-        x = pad_tokens(linear(x, embedder[1]), self.read("cap_pad_token", self.dtype))
+        """Embed, pad and refine the text encoder's output (L, cap_feat_dim): (1, L', dim), from the prompt alone."""
+        embedder = self.source.tree("cap_embedder")
+        x = rms_norm(cap_feats[None].astype(self.source.dtype), embedder[0], self.config.norm_eps)
+        x = pad_tokens(linear(x, embedder[1]), self.source.tree("cap_pad_token"))
         cos, sin = self._rope(x.shape[1], 0, 0)
         # These blocks do not see the time: scales and gates of one are exact, and keep to the one trace.
-        ones = mx.ones((4, self.config.dim), dtype=self.dtype)
-        for i in range(self.config.n_refiner_layers):
-            x = self._block(x, self._block_weights(f"context_refiner.{i}"), ones, cos, sin)
-        mx.eval(x)
-        return x
+        ones = mx.ones((4, self.config.dim), dtype=self.source.dtype)
+        refiners = [f"context_refiner.{i}" for i in range(self.config.n_refiner_layers)]
+        return self.source.run(refiners, x, lambda x, weights, i: self._block(x, weights, ones, cos, sin))
 
     def velocity(
         self, cap_feats: mx.array, sigmas: Sequence[float], h: int, w: int
@@ -269,30 +267,39 @@ class Transformer:
 
         return velocity
 
-    def __call__(self, latents, caption, modulation, final_scale, cos, sin) -> mx.array:
-        """Data minus noise (B, h, w, C) float32, for latents (B, h, w, C) and one embedded caption (1, L', dim)."""
+    def __call__(
+        self,
+        latents: mx.array,
+        caption: mx.array,
+        modulation: mx.array,
+        final_scale: mx.array,
+        cos: mx.array,
+        sin: mx.array,
+    ) -> mx.array:
+        """Data minus noise (B, h, w, C) float32, for latents (B, h, w, C) and one embedded caption (1, L', dim).
+
+        modulation (blocks, 4, dim) and final_scale (dim,) are one time's part of `modulate`; cos, sin the rotary
+        tables of image and caption.
+        """
         B, h, w, _ = latents.shape
-        x = linear(patchify(latents.astype(self.dtype)), self.read("all_x_embedder.2-1", self.dtype))
+        source, refiners = self.source, self.config.n_refiner_layers
+        x = linear(patchify(latents.astype(source.dtype)), source.tree("all_x_embedder.2-1"))
         tokens = x.shape[1]
-        x = pad_tokens(x, self.read("x_pad_token", self.dtype))
-        image_length = x.shape[1]
-        blocks = zip(self._blocks(self.config.modulated), modulation, strict=True)
-        for weights, scales in islice(blocks, self.config.n_refiner_layers):
-            x = self._block(x, weights, scales, cos[:image_length], sin[:image_length])
+        x = pad_tokens(x, source.tree("x_pad_token"))
+        image_cos, image_sin = cos[: x.shape[1]], sin[: x.shape[1]]
+
+        def refine(x: mx.array, weights: dict, i: int) -> mx.array:
+            return self._block(x, weights, modulation[i], image_cos, image_sin)
+
+        def mix(x: mx.array, weights: dict, i: int) -> mx.array:
+            return self._block(x, weights, modulation[refiners + i], cos, sin)
+
+        x = source.run(self.config.modulated[:refiners], x, refine, without="adaLN_modulation")
         x = mx.concatenate([x, mx.broadcast_to(caption, (B, *caption.shape[1:]))], axis=1)
-        for weights, scales in blocks:
-            x = self._block(x, weights, scales, cos, sin)
+        x = source.run(self.config.modulated[refiners:], x, mix, without="adaLN_modulation")
         x = mx.fast.layer_norm(x[:, :tokens], None, None, 1e-6) * final_scale
-        x = linear(x, self.read("all_final_layer.2-1.linear", self.dtype))
+        x = linear(x, source.tree("all_final_layer.2-1.linear"))
         return unpatchify(x.astype(mx.float32), h, w)
 
     def _rope(self, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
         return rope_table(positions(caption_length, h, w), self.config.axes_dims, self.config.rope_theta)
-
-    def _blocks(self, names: Sequence[str]) -> Iterator[dict]:
-        return map(self._block_weights, names)
-
-    def _block_weights(self, name: str) -> dict:
-        weights = dict(self.read(name, self.dtype))
-        weights.pop("adaLN_modulation", None)
-        return weights

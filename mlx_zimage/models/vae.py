@@ -5,7 +5,6 @@ Source: diffusers models/autoencoders/{autoencoder_kl,vae}.py. Arrays are channe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import mlx.core as mx
@@ -194,26 +193,25 @@ def decoder(z: mx.array, weights: dict, groups: int) -> mx.array:
 
 
 class VAE:
-    """The autoencoder over a source of weights: `read(prefix, dtype)` gives the tree of arrays under a name."""
+    """The autoencoder over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in."""
 
-    def __init__(self, config: VAEConfig, read: Callable[[str, mx.Dtype], dict], dtype: mx.Dtype):
+    def __init__(self, config: VAEConfig, source):
         self.config = config
-        self.read = read
-        self.dtype = dtype
+        self.source = source
 
     def decode(self, latents: mx.array) -> mx.array:
-        """Latents (B, h, w, 16) as the transformer sees them to pixels (B, 8h, 8w, 3), nominally in [-1, 1], float32."""
+        """Latents (B, h, w, 16), as the transformer sees them, to pixels (B, 8h, 8w, 3) float32, about [-1, 1]."""
         z = latents.astype(mx.float32) / self.config.scaling_factor + self.config.shift_factor
-        x = decoder(z.astype(self.dtype), self.read("decoder", self.dtype), self.config.norm_num_groups)
+        x = decoder(z.astype(self.source.dtype), self.source.tree("decoder"), self.config.norm_num_groups)
         return x.astype(mx.float32)
 
     def encode(self, pixels: mx.array) -> mx.array:
-        """Pixels (B, H, W, 3) in [-1, 1] to the mean latents (B, H/8, W/8, 16) as the transformer sees them, float32."""
+        """Pixels (B, H, W, 3) in [-1, 1] to the mean latents (B, H/8, W/8, 16) float32 that the transformer sees."""
         mean, _ = self.encode_moments(pixels)
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
     def encode_moments(self, pixels: mx.array) -> tuple[mx.array, mx.array]:
         """Mean and log variance (clipped to [-30, 20]) of the unscaled latents, each (B, H/8, W/8, 16), float32."""
-        x = encoder(pixels.astype(self.dtype), self.read("encoder", self.dtype), self.config.norm_num_groups)
+        x = encoder(pixels.astype(self.source.dtype), self.source.tree("encoder"), self.config.norm_num_groups)
         mean, log_variance = mx.split(x.astype(mx.float32), 2, axis=-1)
         return mean, mx.clip(log_variance, -30.0, 20.0)

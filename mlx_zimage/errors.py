@@ -4,6 +4,8 @@
     ├── RequestError          2   a value the caller gave cannot work
     ├── ModelNotFoundError    3   no such folder, file or repository, or no network to fetch it
     ├── CheckpointError       4   the files are there, but are not what they should be
+    ├── OutputError           6   a result cannot be written: the disk is full, or the folder read-only
+    ├── LockedError           7   another process is writing the same folder
     └── NumericsError         8   the computation left the finite numbers
 
 A message names the thing, its value, what was wanted and the next move.
@@ -29,6 +31,17 @@ class ModelNotFoundError(ZImageError, FileNotFoundError):
 
 class CheckpointError(ZImageError):
     exit_code = 4
+
+
+class OutputError(ZImageError, OSError):
+    exit_code = 6
+
+    def __str__(self) -> str:  # OSError would print an errno tuple
+        return str(self.args[0]) if self.args else ""
+
+
+class LockedError(ZImageError):
+    exit_code = 7
 
 
 class NumericsError(ZImageError, ArithmeticError):

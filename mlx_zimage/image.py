@@ -1,7 +1,8 @@
-"""Pixels in and out of files. With metadata.py the only place that knows PIL."""
+"""Pixels in and out of files, and latents in. With metadata.py the only place that knows PIL."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .errors import NumericsError, RequestError
+from .errors import NumericsError, OutputError, RequestError
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -25,6 +26,8 @@ def to_uint8(pixels: mx.array) -> np.ndarray:
 
 def check_output(path: Path) -> None:
     """Refuse, before any work, a picture file that could not be written."""
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder; name a file in it, such as {path / 'image.png'}")
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"the picture's name must end in {', '.join(FORMATS)}, got {path.name!r}")
     if not path.parent.is_dir():
@@ -33,9 +36,30 @@ def check_output(path: Path) -> None:
         raise RequestError(f"the folder {path.parent} cannot be written to; choose another for {path.name}")
 
 
-def save(pixels: np.ndarray, path: Path) -> None:
-    """Write (H, W, 3) uint8 to path in the format its ending names: aside first, then renamed."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
+def read_latents(path: Path) -> np.ndarray:
+    """Initial latents from a .npy file: (B, 16, height / 8, width / 8) numbers. Never unpickles."""
+    try:
+        with open(path, "rb") as stream:
+            latents = np.lib.format.read_array(stream, allow_pickle=False)
+    except FileNotFoundError:
+        raise RequestError(f"there is no latents file {path}; numpy.save writes one") from None
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise RequestError(f"{path} is no .npy file of numbers ({error}); numpy.save writes one") from error
+    if latents.dtype.kind not in "fiu" or latents.ndim != 4:
+        raise RequestError(
+            f"{path} holds {latents.dtype} of shape {latents.shape}; wanted numbers of shape "
+            f"(pictures, channels, height / 8, width / 8)"
+        )
+    return latents
+
+
+def save(pixels: np.ndarray, path: Path, overwrite: bool = False) -> Path:
+    """Write (H, W, 3) uint8 in the format that path's ending names; returns the path it was written to.
+
+    Where path exists, the first free one of path-1, path-2, ... is taken, unless overwrite is set. Written aside and
+    renamed, so that a picture is whole or not there.
+    """
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".mlx-zimage-", suffix=path.suffix)
     try:
         with os.fdopen(handle, "wb") as stream:
             quality = {} if path.suffix.lower() == ".png" else {"quality": 95}
@@ -45,7 +69,23 @@ def save(pixels: np.ndarray, path: Path) -> None:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(aside, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(aside, path)
-    except BaseException:
+        if not overwrite:
+            path = _claim(path)
+        os.replace(aside, path)  # from a name in the same folder: does not fail once the name is claimed
+    except BaseException as error:
         Path(aside).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"the picture {path} could not be written: {error.strerror or error}") from error
         raise
+    return path
+
+
+def _claim(path: Path) -> Path:
+    """Create, empty, the first free of path, path-1, path-2, ...: no other program then takes the name."""
+    for i in itertools.count():
+        free = path.with_stem(f"{path.stem}-{i}") if i else path
+        try:
+            os.close(os.open(free, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            continue
+        return free

@@ -1,0 +1,264 @@
+"""The commands as a person meets them: exit codes, what lands on stdout and what on stderr, wrong inputs."""
+
+import fcntl
+import os
+import pty
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from mlx_zimage import cli
+from mlx_zimage.weights import POCKET
+
+PROMPT = "a red circle on a blue background"
+SMALL = ["--model", "pocket", "--steps", "1", "--width", "32", "--height", "32"]
+COMMAND = [sys.executable, "-m", "mlx_zimage"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run mlx-zimage in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(cli.main, [str(arg) for arg in args])
+
+
+def test_generate_prints_only_the_path_on_stdout_and_tells_the_seed_on_stderr(run, tmp_path):
+    result = run("generate", PROMPT, *SMALL, "--seed", "7", "-o", "circle.png")
+    assert (result.exit_code, result.stdout) == (0, "circle.png\n")
+    assert "Seed: 7\n" in result.stderr
+    assert Image.open(tmp_path / "circle.png").size == (32, 32)
+    assert [path.name for path in tmp_path.iterdir()] == ["circle.png"]
+
+
+def test_a_chosen_seed_is_told_and_draws_the_same_picture_again(run, tmp_path):
+    first = run("generate", PROMPT, *SMALL, "-o", "first.png")
+    (seed,) = re.findall(r"Seed: (\d+)", first.stderr)
+    assert run("generate", PROMPT, *SMALL, "-o", "second.png", "--seed", seed).exit_code == 0
+    assert np.array_equal(Image.open("first.png"), Image.open("second.png"))
+
+
+def test_the_default_size_is_the_models(run):
+    assert run("generate", PROMPT, "-m", "pocket", "--steps", "1").stdout == "image.png\n"
+    assert Image.open("image.png").size == (128, 128)
+
+
+def test_an_existing_picture_is_kept_unless_overwriting_is_asked_for(run, tmp_path):
+    (tmp_path / "image.png").write_bytes(b"mine")
+    assert run("generate", PROMPT, *SMALL).stdout == "image-1.png\n"
+    assert run("generate", PROMPT, *SMALL).stdout == "image-2.png\n"
+    assert (tmp_path / "image.png").read_bytes() == b"mine"
+    assert run("generate", PROMPT, *SMALL, "--overwrite").stdout == "image.png\n"
+    assert Image.open("image.png").size == (32, 32)
+
+
+def test_latents_of_the_seeds_noise_draw_the_seeds_picture(run):
+    from mlx_zimage.noise import torch_randn
+
+    np.save("noise.npy", torch_randn(5, (1, 16, 4, 4)))
+    run("generate", PROMPT, *SMALL, "--latents", "noise.npy", "-o", "latents.png")
+    run("generate", PROMPT, *SMALL, "--seed", "5", "-o", "seed.png")
+    assert np.array_equal(Image.open("latents.png"), Image.open("seed.png"))
+
+
+def test_latents_of_two_pictures_draw_two(run):
+    np.save("noise.npy", np.random.default_rng(0).standard_normal((2, 16, 4, 4)))
+    result = run("generate", PROMPT, *SMALL, "--latents", "noise.npy")
+    assert result.stdout == "image.png\nimage-1.png\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--width", "100"], "width must be a multiple of 16 pixels, got 100; the nearest are 96 and 112"),
+        (["--height", "0"], "height must be from 16"),
+        (["--steps", "0"], "steps must be from 1"),
+        (["--seed", "-1"], "seed must be from 0 to 2**64 - 1, got -1"),
+        (["--seed", str(2**64)], "seed must be from 0 to 2**64 - 1"),
+        (["--shift", "nan"], "shift must be a finite number"),
+        (["--guidance", "-1"], "guidance_scale must be"),
+        (["-o", "picture.bmp"], "must end in .png"),
+        (["-o", "nowhere/picture.png"], "there is no folder nowhere"),
+        (["-o", "."], "is a folder"),
+        (["--latents", "none.npy"], "there is no latents file none.npy"),
+        (["--latents", "pickled.npy"], "is no .npy file of numbers"),
+        (["--latents", "text.npy"], "is no .npy file of numbers"),
+        (["--latents", "flat.npy"], "holds float64 of shape (16,); wanted"),
+        (["--latents", "misfit.npy"], "latents have shape (1, 16, 16, 16), wanted (1, 16, 4, 4)"),
+        (["--latents", "infinite.npy"], "not finite"),
+        (["--rng", "cuda"], "'cuda' is not one of"),
+        (["--dtype", "float16"], "'float16' is not one of"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named_before_any_work(run, tmp_path, monkeypatch, args, told):
+    monkeypatch.setattr("mlx_zimage.pipeline.ZImagePipeline.encode", None)  # work would fail otherwise
+    np.save(tmp_path / "flat.npy", np.zeros(16))
+    np.save(tmp_path / "misfit.npy", np.zeros((1, 16, 16, 16)))
+    np.save(tmp_path / "infinite.npy", np.full((1, 16, 4, 4), np.inf))
+    np.save(tmp_path / "pickled.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "text.npy").write_text("no numbers")
+    before = sorted(tmp_path.iterdir())
+    result = run("generate", PROMPT, *SMALL, *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", "x" * 32_001, "\udcff"])
+def test_a_prompt_that_cannot_be_drawn_is_refused(run, prompt):
+    result = run("generate", prompt, *SMALL)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "prompt" in result.stderr
+
+
+def test_values_are_checked_before_a_model_is_looked_for(run):
+    result = run("generate", PROMPT, "--model", "nobody/nothing", "--steps", "0")
+    assert result.exit_code == 2
+
+
+def test_a_missing_model_folder_exits_with_3(run):
+    for command in (["generate", PROMPT, "-m", "no/such/folder"], ["info", "no/such/folder"]):
+        result = run(*command)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert "no/such/folder" in result.stderr
+
+
+def test_a_folder_without_its_weights_exits_with_4(run, tmp_path):
+    shutil.copytree(POCKET, tmp_path / "model")
+    (tmp_path / "model/vae/diffusion_pytorch_model.safetensors").unlink()
+    for command in (["generate", PROMPT, "-m", "model"], ["info", "model"]):
+        result = run(*command)
+        assert (result.exit_code, result.stdout) == (4, "")
+        assert "vae" in result.stderr
+
+
+def test_a_too_long_prompt_is_drawn_with_one_warning_line(run):
+    result = run("generate", "a red circle " * 400, *SMALL)
+    assert (result.exit_code, result.stdout) == (0, "image.png\n")
+    assert result.stderr.count("Warning: the prompt has") == 1
+    assert "site-packages" not in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder_is_refused_before_work(run, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    result = run("generate", PROMPT, *SMALL, "-o", "locked/a.png")
+    assert result.exit_code == 2
+    assert "cannot be written to" in result.stderr
+
+
+def test_a_full_disk_is_told_with_6_and_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = run("generate", PROMPT, *SMALL)
+    assert (result.exit_code, result.stdout) == (6, "")
+    assert "image.png could not be written: No space left on device" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_tells_networks_sizes_and_dtypes(run):
+    result = run("info", "pocket")
+    assert result.exit_code == 0
+    assert re.search(r"transformer +4,538,880 +9.08 MB +bfloat16", result.stdout)
+    assert "draws 128x128" in result.stdout
+
+
+def test_every_command_has_help_with_an_example(run):
+    assert run("--help").exit_code == 0
+    for name in cli.main.commands:
+        result = run(name, "--help")
+        assert result.exit_code == 0
+        assert f"Example: mlx-zimage {name}" in " ".join(result.stdout.split())
+
+
+def test_a_mistyped_command_or_option_is_a_usage_error(run):
+    assert run("genrate", PROMPT).exit_code == 2
+    result = run("generate", PROMPT, "--widht", "64")
+    assert result.exit_code == 2
+    assert "--width" in result.stderr
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from click.testing import CliRunner; from mlx_zimage.cli import main\n"
+        "assert CliRunner().invoke(main, ['generate', '--help']).exit_code == 0\n"
+        "print(sorted({'mlx', 'numpy', 'PIL', 'tokenizers', 'safetensors', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_help_answers_within_150_ms():
+    def elapsed():
+        begin = time.perf_counter()
+        subprocess.run([*COMMAND, "--help"], check=True, capture_output=True)
+        return time.perf_counter() - begin
+
+    # measured 0.09 s here; the fastest of several, since other work may hold the cores
+    assert min(elapsed() for _ in range(10)) < 0.15
+
+
+def test_the_module_runs_as_a_program_with_separate_streams(tmp_path):
+    result = subprocess.run([*COMMAND, "generate", PROMPT, *SMALL, "--seed", "1"], cwd=tmp_path, capture_output=True)
+    assert (result.returncode, result.stdout) == (0, b"image.png\n")
+    assert result.stderr == b"Seed: 1\n"  # no bar where nobody watches
+
+
+def test_a_terminal_sees_a_progress_bar(tmp_path):
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [*COMMAND, "generate", PROMPT, *SMALL, "--steps", "3"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=slave
+    )
+    os.close(slave)
+    seen = b""
+    while chunk := read_pty(master):
+        seen += chunk
+    assert process.wait() == 0
+    assert process.stdout.read() == b"image.png\n"
+    assert b"3/3" in seen
+
+
+def read_pty(handle: int) -> bytes:
+    try:
+        return os.read(handle, 4096)
+    except OSError:  # Linux: the other end is closed
+        return b""
+
+
+def test_ctrl_c_ends_with_130_and_leaves_no_file(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "generate", PROMPT, "-m", "pocket", "--steps", "1000"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr.readline().startswith(b"Seed:")
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, b"")
+    assert stderr == b"Stopped.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_are_no_valid_text_are_printed_byte_for_byte(tmp_path):
+    if sys.platform == "darwin":
+        pytest.skip("APFS takes only valid UTF-8 names")
+    name = b"caf\xe9.png"
+    result = subprocess.run(
+        [*COMMAND, "generate", PROMPT, *SMALL, "-o", name], cwd=tmp_path, capture_output=True, check=True
+    )
+    assert result.stdout == name + b"\n"
+    assert Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).is_file()

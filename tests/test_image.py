@@ -1,0 +1,110 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_zimage.errors import NumericsError, OutputError, RequestError
+from mlx_zimage.image import check_output, read_latents, save, to_uint8
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+
+
+def test_pixels_are_rounded_as_diffusers_rounds_them():
+    # diffusers: (x / 2 + 0.5).clamp(0, 1), then numpy round (half to even) of 255 times it
+    values = np.linspace(-1.2, 1.2, 3 * 64, dtype=np.float32).reshape(8, 8, 3)
+    expected = (np.clip(values / 2 + 0.5, 0, 1) * 255).round().astype("uint8")
+    assert np.array_equal(to_uint8(mx.array(values)), expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_picture_that_is_not_finite_is_refused(value):
+    pixels = np.zeros((16, 16, 3), dtype=np.float32)
+    pixels[3, 4, 1] = value
+    with pytest.raises(NumericsError, match="not finite"):
+        to_uint8(mx.array(pixels))
+
+
+def test_a_png_holds_the_pixels_exactly(tmp_path, pixels):
+    assert save(pixels, tmp_path / "a.png") == tmp_path / "a.png"
+    assert np.array_equal(Image.open(tmp_path / "a.png"), pixels)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.jpeg", "JPEG"), ("a.webp", "WEBP")]
+)
+def test_the_ending_of_the_name_chooses_the_format(tmp_path, pixels, name, kind):
+    save(pixels, tmp_path / name)
+    assert Image.open(tmp_path / name).format == kind
+
+
+def test_a_name_that_is_taken_is_counted_up_unless_overwriting(tmp_path, pixels):
+    names = [save(pixels, tmp_path / "a.png").name for _ in range(3)]
+    assert names == ["a.png", "a-1.png", "a-2.png"]
+    assert save(255 - pixels, tmp_path / "a.png", overwrite=True).name == "a.png"
+    assert np.array_equal(Image.open(tmp_path / "a.png"), 255 - pixels)
+
+
+def test_a_picture_has_the_modes_of_any_new_file(tmp_path, pixels):
+    (tmp_path / "plain").touch()
+    assert save(pixels, tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_failed_write_names_the_picture_and_leaves_nothing(tmp_path, pixels, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match=r"a\.png could not be written: No space left on device"):
+        save(pixels, tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path, pixels):
+    assert save(pixels, tmp_path / f"{'x' * 251}.png").is_file()
+
+
+def test_an_output_that_could_not_be_written_is_refused_before_work(tmp_path):
+    check_output(tmp_path / "a.png")
+    for path, told in (
+        (tmp_path / "a.gif", "must end in"),
+        (tmp_path / "a", "must end in"),
+        (tmp_path / "none" / "a.png", "there is no folder"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(RequestError, match=told):
+            check_output(path)
+
+
+def test_latents_are_read_as_they_were_saved(tmp_path):
+    for dtype in ("float16", "float32", "float64"):
+        latents = np.random.default_rng(0).standard_normal((2, 16, 4, 6)).astype(dtype)
+        np.save(tmp_path / "a.npy", latents)
+        assert np.array_equal(read_latents(tmp_path / "a.npy"), latents)
+
+
+def test_a_pickle_in_a_latents_file_is_not_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    np.save(tmp_path / "a.npy", np.array([Trap()]), allow_pickle=True)
+    with pytest.raises(RequestError, match="npy file of numbers"):
+        read_latents(tmp_path / "a.npy")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_cut_or_foreign_latents_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((1, 16, 4, 4)))
+    whole = (tmp_path / "a.npy").read_bytes()
+    for content in (whole[:100], whole[:-1], b"", b"PK\x03\x04" + whole):
+        (tmp_path / "b.npy").write_bytes(content)
+        with pytest.raises(RequestError, match="npy file of numbers"):
+            read_latents(tmp_path / "b.npy")
+    for latents in (np.zeros((16, 4, 4)), np.zeros((1, 16, 4, 4), dtype=complex), np.array(["a"])):
+        np.save(tmp_path / "b.npy", latents)
+        with pytest.raises(RequestError, match="wanted numbers of shape"):
+            read_latents(tmp_path / "b.npy")

@@ -1,0 +1,67 @@
+"""Tiny models that every test may use, and what diffusers computes with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from mlx_zimage import ZImagePipeline
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A tiny checkpoint of one seed and the float32 arrays that diffusers computes with it."""
+
+    seed: int
+    folder: Path
+    wide_folder: Path
+    arrays: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+
+@pytest.fixture(scope="session", params=[0, 7], ids=["seed0", "seed7"])
+def golden(request, tmp_path_factory) -> Golden:
+    seed, folder = request.param, tmp_path_factory.mktemp("golden")
+    arrays = load_file(tiny.GOLDEN / f"seed{seed}.safetensors")
+    plain, wide = tiny.write_checkpoint(folder / "tiny", seed), tiny.write_checkpoint(folder / "wide", seed, wide=True)
+    return Golden(seed, plain, wide, arrays)
+
+
+@pytest.fixture(scope="session")
+def golden_pipe(golden) -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(golden.folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A tiny checkpoint in the official layout. Shared: copy it before changing it."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny_folder) -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(module, "f") gives the list that each later call of module.f adds its result to."""
+
+    def watch(module, name: str) -> list:
+        original, seen = getattr(module, name), []
+
+        def watched(*args, **kwargs):
+            seen.append(original(*args, **kwargs))
+            return seen[-1]
+
+        monkeypatch.setattr(module, name, watched)
+        return seen
+
+    return watch

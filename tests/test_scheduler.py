@@ -1,0 +1,89 @@
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from mlx_zimage import scheduler
+from mlx_zimage.errors import CheckpointError
+from mlx_zimage.scheduler import schedule, sigmas
+
+ROWS = json.loads((tiny.GOLDEN / "schedules.json").read_text())
+ULP = 1.2e-7  # of a float32 at 1: torch.linspace rounds some of 28 and 50 steps the other way
+
+
+def rows(kind: str) -> list:
+    return [
+        pytest.param(row, id=f"{row['steps']}-{row.get('shift', row.get('tokens'))}")
+        for row in ROWS
+        if row["kind"] == kind
+    ]
+
+
+@pytest.mark.parametrize("row", rows("static"))
+def test_sigmas_equal_the_reference(row):
+    ours = sigmas(row["steps"], row["shift"])
+    assert np.abs(ours - np.float32(row["sigmas"])).max() <= ULP
+    assert np.array_equal(schedule({"shift": row["shift"]}, row["steps"], 4096), ours)
+
+
+@pytest.mark.parametrize("row", rows("dynamic"))
+def test_dynamic_sigmas_equal_the_reference(row):
+    config = {"use_dynamic_shifting": True, "shift": 1.0}
+    assert scheduler.dynamic_mu(row["tokens"], config) == pytest.approx(row["mu"], rel=1e-12)
+    assert np.abs(schedule(config, row["steps"], row["tokens"]) - np.float32(row["sigmas"])).max() <= ULP
+
+
+@pytest.mark.parametrize("row", rows("diffusers 0.36"))
+def test_nine_steps_of_the_model_card_are_our_eight(row):
+    # diffusers 0.36 spent its last model call at sigma 0, where it changes nothing
+    ours = sigmas(row["steps"] - 1, row["shift"])
+    assert np.abs(np.append(ours, 0) - np.float32(row["sigmas"])).max() <= 2 * ULP
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 50, 1000])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 6.0])
+def test_sigmas_fall_from_1_to_0(steps, shift):
+    values = sigmas(steps, shift)
+    assert values.dtype == np.float32
+    assert len(values) == steps + 1
+    assert values[0] == 1
+    assert values[-1] == 0
+    assert (np.diff(values) < 0).all()
+
+
+def test_a_shift_of_1_spaces_sigmas_evenly():
+    assert np.allclose(sigmas(10, 1.0), np.linspace(1, 0, 11), atol=ULP)
+
+
+def test_dynamic_shifting_is_the_static_one_at_exp_mu():
+    assert np.allclose(sigmas(8, mu=np.log(3.0)), sigmas(8, 3.0), atol=2 * ULP)
+
+
+def test_an_explicit_shift_overrides_the_config():
+    assert np.array_equal(schedule({"shift": 3.0}, 8, 4096, shift=6.0), sigmas(8, 6.0))
+    assert np.array_equal(schedule({"use_dynamic_shifting": True}, 8, 4096, shift=6.0), sigmas(8, 6.0))
+
+
+def test_a_config_without_shift_means_turbo():
+    assert np.array_equal(schedule({}, 8, 4096), sigmas(8, 3.0))
+
+
+def test_another_scheduler_is_refused():
+    with pytest.raises(CheckpointError, match="DDIMScheduler"):
+        schedule({"_class_name": "DDIMScheduler"}, 8, 4096)
+
+
+def test_a_step_along_the_straight_line_reaches_its_other_end():
+    image, noise = (mx.array(tiny.randn(0, tag, 1, 4, 4, 16)) for tag in ("image", "noise"))
+    there = scheduler.add_noise(image, noise, 0.8)
+    back = scheduler.step(there, noise - image, 0.8, 0.3)
+    # float32: values of order 1 and four roundings
+    assert mx.abs(back - scheduler.add_noise(image, noise, 0.3)).max() < 1e-6
+
+
+def test_no_noise_is_the_image_and_all_noise_the_noise():
+    image, noise = (mx.array(tiny.randn(0, tag, 1, 4, 4, 16)) for tag in ("image", "noise"))
+    assert mx.array_equal(scheduler.add_noise(image, noise, 0.0), image)
+    assert mx.array_equal(scheduler.add_noise(image, noise, 1.0), noise)

@@ -1,0 +1,77 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from compare import TOLERANCE, relative_error
+
+from mlx_zimage.errors import CheckpointError
+from mlx_zimage.models import vae
+from mlx_zimage.models.vae import VAEConfig, sanitize
+
+LATENT_SIZES = {"wide": (10, 12), "one": (2, 4)}
+
+
+def decode(pipe, z: np.ndarray) -> mx.array:
+    """Pixels (1, 3, H, W) for unscaled latents (1, 16, h, w), as diffusers' vae.decode gives them."""
+    config = pipe.vae.config
+    latents = (mx.array(z).transpose(0, 2, 3, 1) - config.shift_factor) * config.scaling_factor
+    return pipe.vae.decode(latents).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("tag", LATENT_SIZES)
+def test_decoded_pixels_equal_the_reference(golden, golden_pipe, tag):
+    z = tiny.randn(golden.seed, f"vae.z.{tag}", 1, 16, *LATENT_SIZES[tag])
+    assert relative_error(decode(golden_pipe, z), golden[f"vae/{tag}.image"]) < TOLERANCE
+
+
+def test_parts_of_the_decoder_equal_the_reference(golden, golden_pipe, watch):
+    names = {"conv_in": "conv", "mid_attn": "attention", "mid_block": "mid_block", "up_blocks.0": "upsample"}
+    seen = {name: watch(vae, function) for name, function in names.items()}
+    decode(golden_pipe, tiny.randn(golden.seed, "vae.z.wide", 1, 16, 10, 12))
+    for name, calls in seen.items():
+        ours = calls[0].transpose(0, 3, 1, 2)
+        assert relative_error(ours, golden[f"vae/wide.dec.{name}"]) < TOLERANCE, name
+
+
+def test_encoded_moments_and_latents_equal_the_reference(golden, golden_pipe):
+    pixels = mx.array(tiny.encoder_picture(golden.seed)).transpose(0, 2, 3, 1)
+    mean, log_variance = golden_pipe.vae.encode_moments(pixels)
+    latents = golden_pipe.vae.encode(pixels)
+    for name, ours in {"mean": mean, "logvar": log_variance, "latents": latents}.items():
+        assert relative_error(ours.transpose(0, 3, 1, 2), golden[f"vae/enc.{name}"]) < TOLERANCE, name
+
+
+def test_log_variance_is_clipped(pipe):
+    pixels = mx.array(tiny.encoder_picture(0)).transpose(0, 2, 3, 1)
+    log_variance = pipe.vae.encode_moments(1e3 * pixels)[1]
+    assert -30 <= log_variance.min().item() <= log_variance.max().item() <= 20
+
+
+def test_pictures_of_a_batch_do_not_see_each_other(pipe):
+    latents = mx.array(tiny.randn(0, "vae.batch", 2, 4, 6, 16))
+    together = pipe.vae.decode(latents)
+    alone = mx.concatenate([pipe.vae.decode(one[None]) for one in latents])
+    assert relative_error(together, alone) < 1e-6
+
+
+def test_group_norm_leaves_groups_of_mean_0_and_variance_1():
+    x = mx.array(tiny.randn(0, "norm", 2, 5, 7, 24)) * 3 + 10
+    y = vae.group_norm(x, {"weight": mx.ones(24), "bias": mx.zeros(24)}, 4)
+    groups = np.array(y, dtype=np.float64).reshape(2, 35, 4, 6)
+    # float32: x * scale and mean * scale, of size 5, cancel to order 1; 2e-7 measured
+    assert np.abs(groups.mean(axis=(1, 3))).max() < 2e-6
+    assert np.abs(groups.var(axis=(1, 3)) - 1).max() < 2e-6
+
+
+def test_sanitize_moves_channels_last_and_leaves_the_rest():
+    kernel, matrix = mx.arange(2 * 3 * 5 * 7).reshape(2, 3, 5, 7), mx.arange(6).reshape(2, 3)
+    assert sanitize(kernel)[1, 4, 6, 2].item() == kernel[1, 2, 4, 6].item()
+    assert mx.array_equal(sanitize(matrix), matrix)
+
+
+@pytest.mark.parametrize(
+    "change", [{"act_fn": "relu"}, {"use_quant_conv": True}, {"mid_block_add_attention": False}, {"in_channels": 4}]
+)
+def test_what_is_not_implemented_is_refused(change):
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        VAEConfig.from_dict(tiny.VAE | change)

@@ -1,0 +1,227 @@
+"""A tiny random Z-Image checkpoint in the official layout, and the inputs that the recorded arrays belong to.
+
+Every weight and input is a pure function of (seed, component, name), so the recorded arrays (golden/) need only
+outputs. Names and shapes come from the package; since the numbers depend on both, a wrong one gives wrong outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zlib
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_zimage.models.text_encoder import TextEncoderConfig
+from mlx_zimage.models.transformer import TransformerConfig
+from mlx_zimage.models.vae import VAEConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+TRANSFORMER = {
+    "_class_name": "ZImageTransformer2DModel",
+    "all_patch_size": [2],
+    "all_f_patch_size": [1],
+    "in_channels": 16,
+    "dim": 48,
+    "n_layers": 3,
+    "n_refiner_layers": 2,
+    "n_heads": 3,
+    "n_kv_heads": 3,
+    "norm_eps": 1e-5,
+    "qk_norm": True,
+    "cap_feat_dim": 40,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [1536, 512, 512],
+}
+# wider than 256, where the width of the time embedding stops following the model's
+WIDE_TRANSFORMER = TRANSFORMER | {
+    "dim": 288,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "axes_dims": [48, 48, 48],
+    "cap_feat_dim": 24,
+}
+TEXT_ENCODER = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 40,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 4,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [8, 16, 24, 24],
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 16,
+    "norm_num_groups": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "force_upcast": True,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": True,
+}
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+    "shift": 3.0,
+}
+MODEL_INDEX = {
+    "_class_name": "ZImagePipeline",
+    "_diffusers_version": "0.36.0.dev0",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3Model"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "ZImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SHAPES = {
+    "transformer": lambda config: TransformerConfig.from_dict(config).shapes(),
+    "text_encoder": lambda config: TextEncoderConfig.from_dict(config).shapes(),
+    "vae": lambda config: VAEConfig.from_dict(config).shapes(),
+}
+FILE_STEM = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+
+PROMPTS = {
+    "short": "a red fox in the snow",
+    "zh": "霓虹灯下的街道，写着「造相」",
+    "mixed": "It's a poster: «Z-Image» 2026, naïve café ⚡️🦊\n\nsecond line   with spaces",
+    "empty": "",
+    "special": "a <|im_end|> inside <think> text",
+    "medium": "portrait of a young woman in red, intricate embroidery, soft light, " * 3,
+    "long": "a photo of a red fox sitting in the snow, soft light, detailed fur, " * 60,
+    "negative": "blurry, low quality",
+}
+# latent height, latent width, caption length and time of each item of a batch
+CASES = {
+    "a_pad_both": [(12, 10, 20, 0.25)],
+    "b_no_pad": [(8, 16, 32, 0.5)],
+    "c_tall": [(24, 6, 45, 0.0)],
+    "d_one_token": [(2, 2, 1, 1.0)],
+    "e_batch_two_captions": [(12, 10, 7, 0.7), (12, 10, 40, 0.7)],
+    "f_batch_two_sizes": [(8, 8, 33, 0.1), (12, 10, 5, 0.9)],
+    "g_wide": [(6, 40, 3, 0.045455)],
+}
+WIDTH, HEIGHT = 96, 80
+RUNS = {
+    "t2i8": {"prompt": PROMPTS["short"], "num_inference_steps": 8, "guidance_scale": 0.0},
+    "t2i4_zh": {"prompt": PROMPTS["zh"], "num_inference_steps": 4, "guidance_scale": 0.0},
+    "cfg4": {
+        "prompt": PROMPTS["short"],
+        "negative_prompt": PROMPTS["medium"],
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+    },
+    "cfg1": {"prompt": PROMPTS["short"], "num_inference_steps": 2, "guidance_scale": 1.0},
+}
+
+
+def weight(seed: int, component: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 weight of that name, scaled so that activations stay near 1."""
+    key = [seed, zlib.crc32(component.encode()), zlib.crc32(name.encode())]
+    z = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).standard_normal(shape, dtype=np.float32)
+    if name.endswith("pad_token"):
+        return z
+    if name.endswith("embed_tokens.weight"):
+        return 0.5 * z
+    if len(shape) == 1:
+        return 1.0 + 0.2 * z if name.endswith("weight") else 0.1 * z
+    return z * np.float32(1.0 / math.sqrt(np.prod(shape[1:])))
+
+
+def randn(seed: int, tag: str, *shape: int) -> np.ndarray:
+    """Standard normal float32 input of that tag."""
+    key = [seed, 777, zlib.crc32(tag.encode())]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).standard_normal(shape, dtype=np.float32)
+
+
+def case_inputs(seed: int, case: str, features: int = 40) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """Latents (16, h, w), caption (n, features) and time of each item of one of CASES."""
+    return [
+        (randn(seed, f"{case}.x{i}", 16, h, w), randn(seed, f"{case}.cap{i}.{features}", n, features), t)
+        for i, (h, w, n, t) in enumerate(CASES[case])
+    ]
+
+
+def encoder_picture(seed: int) -> np.ndarray:
+    """Pixels (1, 3, 80, 96) in [-1, 1]."""
+    return np.tanh(randn(seed, "vae.img", 1, 3, HEIGHT, WIDTH))
+
+
+def weights(seed: int, component: str, config: dict, tag: str | None = None) -> dict[str, np.ndarray]:
+    """All float32 weights of a network; tag names another model than the tiny one."""
+    return {name: weight(seed, tag or component, name, shape) for name, shape in SHAPES[component](config).items()}
+
+
+def save_component(folder: Path, component: str, arrays: dict, config: dict, dtype=mx.float32, shards: int = 1) -> None:
+    """Write a component's folder as diffusers and transformers do; more than one shard brings an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    stem, names = FILE_STEM[component], list(arrays)
+    weight_map = {}
+    for i in range(shards):
+        file = f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else f"{stem}.safetensors"
+        part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
+        tensors = {name: mx.array(arrays[name]).astype(dtype) for name in part}
+        mx.save_safetensors(str(folder / file), tensors, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_checkpoint(folder: Path, seed: int, wide: bool = False) -> Path:
+    """The whole folder: float32 transformer and bfloat16 text encoder in shards, bfloat16 VAE in one file.
+
+    A wide one holds WIDE_TRANSFORMER and a text encoder that fits it.
+    """
+    transformer = WIDE_TRANSFORMER if wide else TRANSFORMER
+    text_encoder = TEXT_ENCODER | {"hidden_size": transformer["cap_feat_dim"]}
+    tag = "wide" if wide else None
+    parts = {
+        "transformer": (transformer, weights(seed, "transformer", transformer, tag), mx.float32, 3),
+        "text_encoder": (text_encoder, weights(seed, "text_encoder", text_encoder), mx.bfloat16, 4),
+        "vae": (VAE, weights(seed, "vae", VAE), mx.bfloat16, 1),
+    }
+    for component, (config, arrays, dtype, shards) in parts.items():
+        save_component(folder / component, component, arrays, config, dtype, shards)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
+    shutil.copytree(GOLDEN / "tokenizer", folder / "tokenizer")
+    return folder

@@ -1,0 +1,366 @@
+"""The converter: what it writes is what it read, cast or packed; and it writes all or nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx_zimage.convert as converter
+import numpy as np
+import pytest
+from mlx_zimage.convert import convert, convert_steps, quantizations
+from tiny import TRANSFORMER, save_component, weights, write_checkpoint
+
+from mlx_zimage import ZImagePipeline
+from mlx_zimage.errors import CheckpointError, NumericsError, OutputError, RequestError
+from mlx_zimage.models.transformer import TransformerConfig
+from mlx_zimage.quantize import MODES, Quantization
+from mlx_zimage.weights import POCKET, open_checkpoint
+
+COMPONENTS = ("transformer", "text_encoder", "vae")
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A tiny checkpoint as published: sharded float32 transformer, sharded bfloat16 encoder, bfloat16 VAE."""
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "official", seed=3)
+
+
+def dense(folder, component, dtype=mx.float32):
+    """Every tensor of a component by its dense name, unpacked, in the layout on disk."""
+    part = getattr(open_checkpoint(folder), component)
+    arrays = {name: mx.load(str(entry.file))[entry.name] for name, entry in part.entries.items()}
+    for layer, q in part.quantizations.items():
+        weight, scales = arrays[f"{layer}.weight"], arrays.pop(f"{layer}.scales")
+        biases = arrays.pop(f"{layer}.biases", None)
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        arrays[f"{layer}.weight"] = mx.dequantize(
+            weight, scales, biases, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32
+        )
+    return {name: array.astype(dtype) for name, array in arrays.items()}
+
+
+def same(a: mx.array, b: mx.array) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and mx.array_equal(a, b).item()
+
+
+def files(folder):
+    """Relative path -> content of all files under a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_dense_conversion_is_the_source_cast(official, tmp_path, dtype):
+    out = convert(official, tmp_path / "out", dtype=dtype)
+    for component in COMPONENTS:
+        wanted, got = dense(official, component), dense(out, component, getattr(mx, dtype))
+        assert wanted.keys() == got.keys()
+        assert all(same(wanted[name].astype(getattr(mx, dtype)), got[name]) for name in wanted)
+        stored = {entry.dtype for entry in getattr(open_checkpoint(out), component).entries.values()}
+        assert stored == {{"bfloat16": "BF16", "float32": "F32", "float16": "F16"}[dtype]}
+
+
+# Largest error of a value, as a part of the largest value of its group. Affine: one step where the range is one-sided
+# and its end is moved onto the grid, plus bfloat16's rounding of scale and bias. The others: half the widest gap of
+# the format, or what is lost where it saturates.
+BOUNDS = {"affine": lambda bits: 2.0 ** (1 - bits) + 2.0**-8, "mxfp4": 1 / 4, "mxfp8": 1 / 16, "nvfp4": 1 / 4}
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"),
+    [(mode, b, g) for mode, (bits, groups) in MODES.items() for b in bits for g in groups if g != 128],
+)
+def test_packed_weights_are_near_the_source_and_the_rest_is_exact(tmp_path, mode, bits, group_size):
+    # The pocket transformer is 192 wide, which groups of 128 do not divide.
+    out = convert("pocket", tmp_path / "out", bits=bits, group_size=group_size, mode=mode)
+    bound = BOUNDS[mode](bits) if callable(BOUNDS[mode]) else BOUNDS[mode]
+    for component in COMPONENTS:
+        source, got = dense("pocket", component), dense(out, component)
+        assert source.keys() == got.keys()
+        packed = getattr(open_checkpoint(out), component).quantizations
+        assert set(packed.values()) <= {Quantization(bits, group_size, mode)}
+        for name, wanted in source.items():
+            if name.removesuffix(".weight") not in packed:
+                assert same(wanted, got[name])
+                continue
+            error = mx.abs(wanted - got[name]).reshape(-1, group_size).max(-1)
+            assert (error <= bound * mx.abs(wanted).reshape(-1, group_size).max(-1)).all()
+
+
+def test_only_the_matrices_of_the_blocks_are_packed(tmp_path):
+    checkpoint = open_checkpoint(convert("pocket", tmp_path / "out", bits=4))
+    blocks = [f"layers.{i}" for i in range(5)] + ["noise_refiner.0", "context_refiner.0"]
+    parts = [f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    parts += [f"feed_forward.w{i}" for i in (1, 2, 3)]
+    assert set(checkpoint.transformer.quantizations) == {f"{block}.{part}" for block in blocks for part in parts}
+    parts = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert set(checkpoint.text_encoder.quantizations) == {
+        f"model.layers.{i}.{part}" for i in range(3) for part in parts
+    }
+    assert not checkpoint.vae.quantizations
+
+
+def test_each_network_may_have_its_own_bits(tmp_path):
+    checkpoint = open_checkpoint(convert("pocket", tmp_path / "out", bits=4, transformer_bits=8, text_encoder_bits=16))
+    assert {q.bits for q in checkpoint.transformer.quantizations.values()} == {8}
+    assert not checkpoint.text_encoder.quantizations
+    assert quantizations(None, transformer_bits=4) == {"transformer": Quantization(4), "text_encoder": None}
+    assert quantizations(None, mode="mxfp8", text_encoder_bits=0)["transformer"] == Quantization(8, 32, "mxfp8")
+    assert quantizations(None) == {"transformer": None, "text_encoder": None}
+
+
+def test_config_carries_the_block_of_mlx_lm_and_the_right_dtype(tmp_path):
+    out = convert("pocket", tmp_path / "out", dtype="float16", bits=8, group_size=32, transformer_bits=0)
+    text = (out / "text_encoder" / "config.json").read_text()
+    config = json.loads(text)
+    assert config["quantization"] == config["quantization_config"] == {"bits": 8, "group_size": 32, "mode": "affine"}
+    assert config["torch_dtype"] == "float16"
+    assert text.rstrip() == json.dumps(config, indent=4, sort_keys=True)
+    source = json.loads((POCKET / "transformer" / "config.json").read_text())
+    assert json.loads((out / "transformer" / "config.json").read_text()) == source
+
+
+def test_index_names_every_tensor_in_shards_of_bounded_size(official, tmp_path, monkeypatch):
+    monkeypatch.setattr(converter, "SHARD_BYTES", 40_000)
+    out = convert(official, tmp_path / "out") / "transformer"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert [shard.name for shard in shards] == [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+    ]
+    loaded = {shard.name: mx.load(str(shard), return_metadata=True) for shard in shards}
+    assert all(metadata == {"format": "mlx"} for _, metadata in loaded.values())
+    assert index["weight_map"] == {name: shard for shard, (arrays, _) in loaded.items() for name in arrays}
+    assert list(index["weight_map"]) == sorted(index["weight_map"])
+    source = weights(3, "transformer", TRANSFORMER)
+    parameters = sum(array.size for array in source.values())
+    assert index["metadata"] == {"total_size": 2 * parameters, "total_parameters": parameters}
+    biggest = max(2 * array.size for array in source.values())
+    assert all(shard.stat().st_size <= max(40_000, biggest) + 20_000 for shard in shards)  # and its header
+
+
+def test_converting_again_gives_the_same_bytes(official, tmp_path):
+    once = convert(official, tmp_path / "once")
+    assert files(convert(once, tmp_path / "twice")) == files(once)
+
+
+def test_packing_what_was_converted_is_packing_the_source(official, tmp_path):
+    dense_first = convert(convert("pocket", tmp_path / "dense"), tmp_path / "a", bits=4)
+    assert files(dense_first) == files(convert("pocket", tmp_path / "b", bits=4))
+
+
+def test_unpacking_a_folder_of_ours_gives_its_weights(tmp_path):
+    packed = convert("pocket", tmp_path / "packed", bits=4)
+    out = convert(packed, tmp_path / "out", dtype="float32")
+    config = json.loads((out / "transformer" / "config.json").read_text())
+    assert not {"quantization", "quantization_config"} & config.keys()
+    for component in COMPONENTS:
+        wanted, got = dense(packed, component), dense(out, component)
+        assert all(same(wanted[name], got[name]) for name in wanted)
+
+
+def test_small_files_come_along(official, tmp_path):
+    source, out = files(official), files(convert(official, tmp_path / "out"))
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"):
+        assert out[name] == source[name]
+    assert not any("diffusion_pytorch_model" in name for name in out)
+
+
+def test_an_encoder_without_its_unused_last_layer_stays_without(official, tmp_path):
+    source = shutil.copytree(official, tmp_path / "source")
+    config = json.loads((source / "text_encoder" / "config.json").read_text())
+    arrays = dense(source, "text_encoder")
+    kept = {name: array for name, array in arrays.items() if not name.startswith("model.layers.3.")}
+    shutil.rmtree(source / "text_encoder")
+    # as saved from the bare model: without the prefix
+    save_component(source / "text_encoder", "text_encoder", {n[6:]: a for n, a in kept.items()}, config)
+    out = convert(source, tmp_path / "out", dtype="float32")
+    got = dense(out, "text_encoder")
+    assert kept.keys() == got.keys()
+    assert all(same(kept[name], got[name]) for name in kept)
+
+
+def test_pocket_still_draws_at_four_bits(tmp_path):
+    out = convert("pocket", tmp_path / "out", bits=4)
+    picture = ZImagePipeline.from_pretrained(out, dtype="float32")(
+        "a red circle on a blue background", width=64, height=64, seed=1, output_type="np"
+    ).images[0]
+    corner = picture[:8, :8].mean((0, 1))
+    assert corner[2] > 2 * corner[0]  # the background is blue
+
+
+def test_progress_counts_the_bytes_of_the_source(official, tmp_path):
+    steps = list(convert_steps(official, tmp_path / "out", bits=None))
+    total = sum(part.nbytes for part in open_checkpoint(official).components)
+    assert {step.total_bytes for step in steps} == {total}
+    assert steps[-1].done_bytes == total
+    assert all(a.done_bytes < b.done_bytes for a, b in pairwise(steps))
+    assert len(steps) == sum(len(part.entries) for part in open_checkpoint(official).components)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16"),
+        ({"bits": 7}, "2 or 3 or 4 or 5 or 6 or 8 bits, got 7"),
+        ({"bits": 4, "group_size": 48}, "groups of 32 or 64 or 128, got 48"),
+        ({"bits": 4, "group_size": 128}, "192 wide, which groups of 128 do not divide"),
+        ({"bits": 8, "mode": "mxfp4"}, "mxfp4 quantization takes 4 bits, got 8"),
+        ({"mode": "int4"}, "mode must be one of"),
+        ({"group_size": 32}, "nothing would be quantized"),
+    ],
+)
+def test_impossible_options_are_refused_before_any_work(tmp_path, options, message):
+    with pytest.raises(RequestError, match=message):
+        convert("pocket", tmp_path / "out", **({"dtype": "bfloat16"} | options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_destination_is_refused(official, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RequestError, match="exists already"):
+        convert(official, tmp_path / "out")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(RequestError, match="exists already"):
+        convert(official, tmp_path / "link")
+
+
+@pytest.mark.parametrize("inside", ["converted", "transformer/converted", "../official/converted"])
+def test_a_destination_in_the_source_is_refused(official, inside):
+    before = files(official)
+    with pytest.raises(RequestError, match="inside the source"):
+        convert(official, official / inside)
+    assert files(official) == before
+
+
+def test_a_full_disk_is_told_before_work(official, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
+    with pytest.raises(OutputError, match=r"needs 0\.00 GB and its disk has 0\.00 GB left"):
+        convert(official, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_parent_folder_is_made(official, tmp_path):
+    assert open_checkpoint(convert(official, tmp_path / "new" / "out"))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, "bfloat16", "attention.to_k.weight of the source holds NaN"),
+        (-np.inf, "float32", "attention.to_k.weight of the source holds NaN or infinity"),
+        (1e30, "float16", "attention.to_k.weight has values beyond float16"),
+    ],
+)
+def test_values_that_are_not_finite_are_refused_by_name(official, tmp_path, value, dtype, message):
+    source = shutil.copytree(official, tmp_path / "source")
+    arrays = weights(3, "transformer", TRANSFORMER)
+    arrays["layers.1.attention.to_k.weight"][5, 7] = value
+    shutil.rmtree(source / "transformer")
+    save_component(source / "transformer", "transformer", arrays, TRANSFORMER)
+    with pytest.raises(NumericsError, match=message):
+        convert(source, tmp_path / "out", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_leaving_the_loop_leaves_nothing(official, tmp_path):
+    steps = convert_steps(official, tmp_path / "out")
+    for _ in range(30):
+        next(steps)
+    assert list(tmp_path.iterdir())
+    steps.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_leaves_nothing(official, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(converter, "index", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(official, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_nothing_and_is_told(tmp_path):
+    program = (
+        "import resource, signal, sys\n"
+        "from mlx_zimage.convert import convert\n"
+        "from mlx_zimage.errors import OutputError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
+        "try:\n    convert('pocket', sys.argv[1])\n"
+        "except OutputError as error:\n    print(error); sys.exit(error.exit_code)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True)
+    assert run.returncode == 6, run.stderr
+    assert "could not be written: File too large" in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_succeeds(official, tmp_path):
+    program = (
+        "import os, sys\nfrom mlx_zimage.convert import convert_steps\n"
+        "for i, _ in enumerate(convert_steps(sys.argv[1], sys.argv[2])):\n"
+        "    if i == 40: os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, official, tmp_path / "out"]).returncode == -9
+    assert not os.path.lexists(tmp_path / "out")
+    out = convert(official, tmp_path / "out")
+    assert files(out) == files(convert(official, tmp_path / "again"))
+    assert sorted(os.listdir(tmp_path)) == ["again", "out"]
+
+
+def test_the_source_is_not_touched(official, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in official.rglob("*")}, files(official)
+    convert(official, tmp_path / "out", bits=None)
+    assert ({path: path.stat().st_mtime_ns for path in official.rglob("*")}, files(official)) == before
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_peak_memory_does_not_grow_with_the_model(tmp_path, bits):
+    peaks = {}
+    for layers in (1, 12):
+        config = TRANSFORMER | {
+            "dim": 384,
+            "n_heads": 4,
+            "axes_dims": [32, 32, 32],
+            "n_layers": layers,
+            "n_refiner_layers": 1,
+        }
+        source = write_checkpoint(tmp_path / f"source{layers}", seed=3)
+        shutil.rmtree(source / "transformer")
+        arrays = {name: mx.ones(shape) for name, shape in TransformerConfig.from_dict(config).shapes().items()}
+        save_component(source / "transformer", "transformer", arrays, config)
+        del arrays
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        convert(source, tmp_path / f"out{layers}", transformer_bits=bits)
+        peaks[layers] = mx.get_peak_memory() - before
+    assert peaks[12] <= 1.05 * peaks[1]
+
+
+def test_a_tensor_is_read_a_few_rows_at_a_time(official, tmp_path, monkeypatch):
+    whole = convert(official, tmp_path / "whole", bits=None)
+    monkeypatch.setattr(converter, "CHUNK_BYTES", 1000)
+    assert files(convert(official, tmp_path / "pieces", bits=None)) == files(whole)
+    packed = convert("pocket", tmp_path / "packed", bits=4)
+    monkeypatch.undo()
+    assert files(packed) == files(convert("pocket", tmp_path / "packed whole", bits=4))
+
+
+def test_integers_that_no_config_explains_are_refused(tmp_path):
+    source = shutil.copytree(POCKET, tmp_path / "source")
+    file = source / "vae" / "diffusion_pytorch_model.safetensors"
+    arrays = mx.load(str(file))
+    name = "decoder.conv_in.bias"
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), arrays | {name: arrays[name].astype(mx.uint32)})
+    with pytest.raises(CheckpointError, match=f"{name} is U32"):
+        convert(source, tmp_path / "out")

@@ -47,8 +47,8 @@ def main():
     """Draw pictures from prompts with Z-Image-Turbo, through MLX.
 
     Results are printed on stdout, progress and messages on stderr. Exit codes: 0 done, 1 failed, 2 a value that
-    cannot work, 3 no such model, 4 damaged model files, 6 a result that cannot be written, 8 numbers that are not
-    finite, 130 stopped by Ctrl-C.
+    cannot work, 3 no such model, 4 damaged model files, 6 a result that cannot be written, 7 a folder that another
+    process is writing, 8 numbers that are not finite, 130 stopped by Ctrl-C.
     """
 
 

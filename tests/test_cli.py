@@ -176,6 +176,37 @@ def test_info_tells_networks_sizes_and_dtypes(run):
     assert "draws 128x128" in result.stdout
 
 
+def test_convert_prints_the_folder_which_info_and_generate_read(run):
+    result = run("convert", "pocket", "small", "--q-bits", "8", "--text-encoder-q-bits", "4", "--q-group-size", "32")
+    assert (result.exit_code, result.stdout) == (0, "small\n")
+    told = run("info", "small").stdout
+    assert re.search(r"transformer +4,538,880 .*8-bit affine in groups of 32 \(\d+ layers\), bfloat16", told)
+    assert re.search(r"text_encoder +623,680 .*4-bit affine in groups of 32 \(\d+ layers\), bfloat16", told)
+    assert re.search(r"vae +930,083 .* bfloat16", told)
+    result = run("generate", PROMPT, *SMALL, "--model", "small")
+    assert (result.exit_code, result.stdout) == (0, "image.png\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "told"),
+    [
+        (["nowhere", "dest"], 3, "nowhere"),
+        (["pocket", "dest", "--q-bits", "7"], 2, "7"),
+        (["pocket", "dest", "--q-mode", "mxfp4", "--q-bits", "8"], 2, "mxfp4"),
+        (["pocket", "dest", "--dtype", "int8"], 2, "int8"),
+        (["pocket", "taken"], 2, "taken"),
+        (["broken", "dest"], 4, "broken"),
+    ],
+)
+def test_a_conversion_that_cannot_work_leaves_nothing(run, tmp_path, args, code, told):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "broken").mkdir()
+    result = run("convert", *args)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert told in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "taken"]
+
+
 def test_every_command_has_help_with_an_example(run):
     assert run("--help").exit_code == 0
     for name in cli.main.commands:

@@ -1,0 +1,92 @@
+"""What README.md tells people to type is run here, but for installing, which .ci/run does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def offline(block: str) -> str:
+    """The pocket model stands in for the published one, which is 33 GB."""
+    return block.replace("Tongyi-MAI/Z-Image-Turbo", "pocket")
+
+
+def test_the_first_command_installs_and_draws_and_the_second_installs_and_tests():
+    first, second = (block for block in blocks("sh") if ".venv" in block and "cuda" not in block)
+    assert (first, second) == tuple(blocks("sh")[:2])
+    assert re.fullmatch(r"python3 .*/pip install \. && .*/mlx-zimage generate .* --model pocket .*\n", first)
+    assert second.strip().endswith(".venv/bin/pytest")
+    # .ci/run takes them from this page, by their place
+    assert "readme_block 1" in (ROOT / ".ci/run").read_text()
+    assert "readme_block 2" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_commands_work_as_they_stand(tmp_path):
+    command = tmp_path / "bin/mlx-zimage"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mlx_zimage "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}"}
+    stdout = ""
+    for block in blocks("sh"):
+        if ".venv" in block:
+            continue
+        result = subprocess.run(
+            ["sh", "-eu", "-c", offline(block)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{block}\n{result.stderr}"
+        stdout += result.stdout
+    assert "4-bit affine" in stdout
+    assert Image.open(tmp_path / "lighthouse.png").size == (128, 128)
+    assert Image.open(tmp_path / "image.png").size == (160, 96)
+    assert Image.open(tmp_path / "squares.webp").format == "WEBP"
+
+
+def test_the_programs_work_as_they_stand(tmp_path):
+    printed = []
+    for block in blocks("python"):
+        result = subprocess.run([sys.executable, "-c", offline(block)], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, f"{block}\n{result.stderr}"
+        printed.append(result.stdout)
+    drawn = np.asarray(Image.open(tmp_path / "circle.png"), dtype=int)
+    assert drawn[64, 64, 0] > drawn[64, 64, 2] + 100, "a red circle"
+    assert drawn[8, 8, 2] > drawn[8, 8, 0] + 100, "on blue"
+    assert "step 4 of 4, sigma 0.00\npixels (128, 128, 3)" in printed[1]
+    assert (tmp_path / "pocket-8bit/model_index.json").is_file()
+
+
+def test_installing_for_an_nvidia_gpu():
+    (block,) = (block for block in blocks("sh") if "cuda" in block)
+    assert "'.[cuda]'" in block
+    assert subprocess.run(["sh", "-n", "-c", block]).returncode == 0
+    pytest.skip("its commands fetch 3 GB for another machine; only their syntax is tested")
+
+
+def test_the_file_map_names_files_that_exist():
+    (listing,) = blocks("text")
+    package, rest = listing.split("convert/", 1)
+    for name in re.findall(r"\b(\w+\.py)\b", package):
+        assert (ROOT / "mlx_zimage" / name).is_file() or (ROOT / "mlx_zimage/models" / name).is_file(), name
+    for name in re.findall(r"^(\S+) ", "convert/" + rest, re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_exit_codes_told_are_those_of_the_errors():
+    from mlx_zimage import cli, errors
+
+    codes = {error.exit_code for error in vars(errors).values() if isinstance(error, type)}
+    for text in (README, cli.main.help):
+        (sentence,) = re.findall(r"Exit codes: (.*?)\.\s", text, re.DOTALL)
+        assert codes <= {int(code) for code in re.findall(r"\b(\d+)\s", sentence)}

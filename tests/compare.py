@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # What float32 leaves between two orders of the same sums through a whole tiny network, five times over: the largest
-# error measured against diffusers is 2e-5 of the tensor's largest value. A wrong formula shows above 1e-2.
+# error measured against diffusers is 2e-5 of the tensor's largest value.
 TOLERANCE = 1e-4
 
 

@@ -1,0 +1,76 @@
+import json
+import zlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from mlx_zimage.noise import _uniform, initial_noise, torch_randn
+
+ROWS = json.loads((tiny.GOLDEN / "noise.json").read_text())
+SHAPES = sorted({tuple(row["shape"]) for row in ROWS}, key=np.prod)
+
+
+def rows(shape: tuple[int, ...]) -> list[dict]:
+    return [row for row in ROWS if tuple(row["shape"]) == shape]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_normals_are_those_of_torch(shape):
+    for row in rows(shape):
+        normals = torch_randn(row["seed"], shape).reshape(-1)
+        ends = np.concatenate([normals[:16], normals[-16:]])
+        # float32 logarithms and cosines of two libraries, at values up to 6; a wrong draw errs by 1
+        assert np.abs(ends - np.float32(row["ends"])).max() < 2e-6, row["seed"]
+        # measured 2e-8 a value at most: their errors are not all of one sign
+        assert abs(normals.sum(dtype=np.float64) - row["sum"]) < 1e-7 * normals.size, row["seed"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_uniforms_are_those_of_torch_bit_for_bit(shape):
+    for row in rows(shape):
+        uniforms = _uniform(np.random.RandomState(row["seed"] % 2**32)._bit_generator, int(np.prod(shape)))
+        assert zlib.crc32(uniforms.tobytes()) == row["uniform_crc32"], row["seed"]
+
+
+def test_seeds_that_share_their_low_32_bits_share_their_noise():
+    # torch keeps only these
+    shape = (1, 16, 4, 4)
+    assert np.array_equal(torch_randn(5, shape), torch_randn(2**32 + 5, shape))
+    assert not np.array_equal(torch_randn(5, shape), torch_randn(6, shape))
+
+
+def test_the_first_of_several_pictures_is_the_single_one():
+    several, single = initial_noise(42, (3, 16, 6, 10)), initial_noise(42, (1, 16, 6, 10))
+    assert mx.array_equal(several[:1], single)
+    assert not mx.array_equal(several[1], several[2])
+
+
+def test_a_last_group_short_of_16_is_drawn_again():
+    # torch fills such a tail with 16 fresh normals, which overlap the ones before
+    whole, ragged = torch_randn(3, (32,)), torch_randn(3, (40,))
+    assert np.array_equal(whole[:24], ragged[:24])
+    assert not np.array_equal(whole[24:], ragged[24:32])
+
+
+def test_too_few_for_a_group_are_refused():
+    with pytest.raises(ValueError, match="fewer than 16"):
+        torch_randn(0, (1, 15))
+
+
+@pytest.mark.parametrize("rng", ["torch", "mlx"])
+def test_noise_is_standard_normal_float32(rng):
+    noise = initial_noise(2**64 - 1, (2, 16, 64, 64), rng)
+    assert noise.dtype == mx.float32
+    # 131072 draws: three standard deviations of the mean, and of the variance
+    assert abs(noise.mean().item()) < 3 / 131072**0.5
+    assert abs(noise.var().item() - 1) < 3 * (2 / 131072) ** 0.5
+
+
+def test_mlx_noise_follows_its_seed_alone():
+    mx.random.seed(1)
+    first = initial_noise(9, (1, 16, 4, 4), "mlx")
+    mx.random.seed(2)
+    assert mx.array_equal(initial_noise(9, (1, 16, 4, 4), "mlx"), first)
+    assert not mx.array_equal(initial_noise(10, (1, 16, 4, 4), "mlx"), first)

@@ -1,0 +1,259 @@
+import warnings
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from compare import TOLERANCE, relative_error
+from PIL import Image
+
+from mlx_zimage import Generated, GenerateRequest, NumericsError, PromptTruncated, RequestError, Step, ZImagePipeline
+from mlx_zimage.models.text_encoder import TextEncoder
+from mlx_zimage.models.transformer import Transformer
+from mlx_zimage.noise import initial_noise
+from mlx_zimage.scheduler import sigmas
+from mlx_zimage.weights import POCKET
+
+SIZE = {"width": tiny.WIDTH, "height": tiny.HEIGHT}
+SHAPE = (1, 16, tiny.HEIGHT // 8, tiny.WIDTH // 8)
+
+
+def request_of(**changes) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "a red fox", "seed": 0, "steps": 2, **SIZE, **changes})
+
+
+def golden_run(golden, golden_pipe, run: str) -> list[Step | Generated]:
+    options = dict(tiny.RUNS[run])
+    request = GenerateRequest(**SIZE, seed=0, steps=options.pop("num_inference_steps"), **options)
+    return list(golden_pipe.stream(request, tiny.randn(golden.seed, "pipe.z0", *SHAPE)))
+
+
+def nchw(step: Step) -> np.ndarray:
+    return np.array(step.latents.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("run", tiny.RUNS)
+def test_every_step_of_a_run_equals_the_reference(golden, golden_pipe, run):
+    *steps, _ = golden_run(golden, golden_pipe, run)
+    for step, wanted in zip(steps, golden[f"pipeline/{run}.steps"], strict=True):
+        assert relative_error(nchw(step), wanted) < TOLERANCE, step.index
+
+
+@pytest.mark.parametrize("run", ["t2i8", "cfg4"])
+def test_the_picture_of_a_run_equals_the_reference(golden, golden_pipe, run):
+    *_, last, picture = golden_run(golden, golden_pipe, run)
+    pixels = np.clip(np.array(golden_pipe.vae.decode(last.latents)) / 2 + 0.5, 0, 1)
+    assert relative_error(pixels, golden[f"pipeline/{run}.image"]) < TOLERANCE
+    # a value on the edge between two integers may round either way
+    assert np.abs(picture.pixels.astype(int) - golden[f"pipeline/{run}.image_u8"]).max() <= 1
+
+
+def test_two_prompts_at_once_are_two_runs(golden, golden_pipe):
+    noise = tiny.randn(golden.seed, "pipe.zz", 2, *SHAPE[1:])
+    for i, key in enumerate(("short", "medium")):
+        out = golden_pipe(
+            tiny.PROMPTS[key], **SIZE, num_inference_steps=2, latents=noise[i : i + 1], output_type="latent"
+        )
+        assert relative_error(out.images[0], golden["pipeline/batch2.latents"][i]) < TOLERANCE
+
+
+def test_a_stream_yields_its_steps_and_then_its_pictures(pipe):
+    request = request_of(steps=3, num_images=2)
+    events = list(pipe.stream(request))
+    assert [type(event) for event in events] == [Step] * 3 + [Generated] * 2
+    assert [event.index for event in events] == [0, 1, 2, 0, 1]
+    assert np.array_equal(np.float32([step.sigma for step in events[:3]]), sigmas(3)[1:])
+    for picture in events[3:]:
+        assert picture.pixels.shape == (tiny.HEIGHT, tiny.WIDTH, 3)
+        assert picture.pixels.dtype == np.uint8
+        assert picture.request == request
+
+
+def test_the_transformer_runs_once_a_step(pipe, watch):
+    evaluations = watch(Transformer, "__call__")
+    pipe("a red fox", **SIZE, num_inference_steps=5, seed=0, negative_prompt="blurry", output_type="latent")
+    assert len(evaluations) == 5
+
+
+def test_guidance_runs_the_transformer_twice_a_step(pipe, watch):
+    evaluations = watch(Transformer, "__call__")
+    pipe("a red fox", **SIZE, num_inference_steps=5, seed=0, guidance_scale=1.0, output_type="latent")
+    assert len(evaluations) == 10
+
+
+def test_leaving_the_stream_stops_the_work(pipe, watch):
+    evaluations = watch(Transformer, "__call__")
+    for event in pipe.stream(request_of(steps=8)):
+        if event.index == 1:
+            break
+    assert len(evaluations) == 2
+
+
+def test_a_seed_is_a_picture(pipe):
+    def draw(seed):
+        return pipe("a red fox", **SIZE, num_inference_steps=2, seed=seed, output_type="np").images
+
+    assert np.array_equal(draw(1), draw(1))
+    assert not np.array_equal(draw(1), draw(2))
+
+
+def test_a_seed_left_out_is_told(pipe):
+    drawn = pipe("a red fox", **SIZE, num_inference_steps=1, output_type="latent")
+    again = pipe("a red fox", **SIZE, num_inference_steps=1, seed=drawn.seed, output_type="latent")
+    other = pipe("a red fox", **SIZE, num_inference_steps=1, output_type="latent")
+    assert np.array_equal(again.images, drawn.images)
+    assert other.seed != drawn.seed
+
+
+@pytest.mark.parametrize("rng", ["torch", "mlx"])
+@pytest.mark.parametrize("wrap", [np.array, mx.array])
+def test_latents_are_the_noise(pipe, rng, wrap):
+    given = pipe(
+        "a red fox", **SIZE, num_inference_steps=2, latents=wrap(initial_noise(5, SHAPE, rng)), output_type="latent"
+    )
+    drawn = pipe("a red fox", **SIZE, num_inference_steps=2, seed=5, rng=rng, output_type="latent")
+    assert np.array_equal(given.images, drawn.images)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (np.zeros(SHAPE[1:], np.float32), "latents have shape (16, 10, 12), wanted (1, 16, 10, 12)"),
+        (np.zeros((1, 16, 12, 10), np.float32), "latents have shape (1, 16, 12, 10), wanted (1, 16, 10, 12)"),
+        (np.zeros((2, *SHAPE[1:]), np.float32), "latents have shape (2, 16, 10, 12), wanted (1, 16, 10, 12)"),
+        (np.full(SHAPE, np.nan, np.float32), "not finite"),
+    ],
+    ids=["no batch", "turned", "two for one", "not numbers"],
+)
+def test_latents_that_do_not_fit_are_refused_before_any_work(pipe, watch, latents, message):
+    encoded = watch(TextEncoder, "__call__")
+    with pytest.raises(RequestError) as caught:
+        pipe("a red fox", **SIZE, latents=latents)
+    assert message in str(caught.value)
+    assert not encoded
+
+
+def test_several_pictures_of_a_seed_are_drawn_from_one_noise(pipe):
+    noise = initial_noise(3, (3, *SHAPE[1:]))
+    together = pipe("a red fox", **SIZE, num_inference_steps=2, seed=3, num_images_per_prompt=3, output_type="latent")
+    for i, image in enumerate(together.images):
+        alone = pipe("a red fox", **SIZE, num_inference_steps=2, latents=noise[i : i + 1], output_type="latent")
+        # float32: only the order of the sums may differ
+        assert relative_error(alone.images[0], image) < 1e-5
+
+
+def test_a_prompt_of_over_512_tokens_is_cut_and_says_so(pipe):
+    prompt = tiny.PROMPTS["long"]
+    with pytest.warns(PromptTruncated, match=r"has \d+ tokens and the model reads 512"):
+        cut = pipe.encode(prompt)
+    assert cut.shape[0] == 512
+    assert mx.array_equal(cut, pipe.text_encoder(pipe.tokenizer.encode(prompt)[:512]))
+    with pytest.warns(PromptTruncated):
+        assert mx.array_equal(pipe.encode(prompt + "and a hare"), cut)
+
+
+def test_a_prompt_of_512_tokens_is_read_whole_and_silently(pipe):
+    words = 512 - len(pipe.tokenizer.encode(""))
+    prompt = "!" * words
+    while len(pipe.tokenizer.encode(prompt)) < 512:
+        prompt += " !"
+    assert len(pipe.tokenizer.encode(prompt)) == 512
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pipe.encode(prompt).shape[0] == 512
+
+
+def test_without_guidance_a_negative_prompt_changes_nothing(pipe):
+    plain = pipe("a red fox", **SIZE, num_inference_steps=2, seed=0, output_type="latent").images
+    negative = pipe(
+        "a red fox", **SIZE, num_inference_steps=2, seed=0, negative_prompt="x", output_type="latent"
+    ).images
+    guided = pipe(
+        "a red fox", **SIZE, num_inference_steps=2, seed=0, negative_prompt="x", guidance_scale=1, output_type="latent"
+    ).images
+    assert np.array_equal(plain, negative)
+    assert not np.array_equal(plain, guided)
+
+
+def test_the_prompt_moves_the_picture(pipe):
+    fox, hare = (
+        pipe(prompt, **SIZE, num_inference_steps=1, seed=0, output_type="latent").images for prompt in ("fox", "hare")
+    )
+    assert relative_error(fox, hare) > 1e-3
+
+
+def test_output_types_show_the_same_picture(pipe):
+    pil, unit, latent = (
+        pipe("a red fox", **SIZE, num_inference_steps=2, seed=0, output_type=kind).images
+        for kind in ("pil", "np", "latent")
+    )
+    assert isinstance(pil[0], Image.Image)
+    assert pil[0].size == (tiny.WIDTH, tiny.HEIGHT)
+    assert unit.shape == (1, tiny.HEIGHT, tiny.WIDTH, 3)
+    assert unit.dtype == np.float32
+    assert 0 <= unit.min() < unit.max() <= 1
+    assert np.array_equal(np.round(unit[0] * 255), np.array(pil[0]))
+    assert latent.shape == SHAPE
+    assert np.array_equal(pipe.decode(mx.array(latent[0]).transpose(1, 2, 0)), np.array(pil[0]))
+
+
+def test_a_shift_moves_the_steps(pipe):
+    steps = list(pipe.denoise(request_of(steps=4, shift=6.0)))
+    assert np.array_equal(np.float32([step.sigma for step in steps]), sigmas(4, 6.0)[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 100}, "the nearest are 96 and 112"),
+        ({"num_inference_steps": 0}, "steps must be from 1"),
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"output_type": "pt"}, "output_type must be 'pil', 'np' or 'latent', got 'pt'"),
+    ],
+    ids=str,
+)
+def test_faults_of_a_call_are_told_before_any_work(pipe, watch, change, message):
+    encoded = watch(TextEncoder, "__call__")
+    with pytest.raises(RequestError) as caught:
+        pipe(**{"prompt": "a red fox", **SIZE, **change})
+    assert message in str(caught.value)
+    assert not encoded
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "fp32"])
+def test_other_dtypes_are_refused(tiny_folder, dtype):
+    with pytest.raises(RequestError, match="dtype must be one of float32, bfloat16"):
+        ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)
+
+
+def test_damaged_weights_stop_the_run_and_draw_nothing(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "model", seed=0)
+    arrays = tiny.weights(0, "transformer", tiny.TRANSFORMER)
+    arrays["layers.1.feed_forward.w2.weight"][0, 0] = np.nan
+    for file in (folder / "transformer").iterdir():
+        file.unlink()
+    tiny.save_component(folder / "transformer", "transformer", arrays, tiny.TRANSFORMER)
+    damaged = ZImagePipeline.from_pretrained(folder, dtype="float32")
+    with pytest.raises(NumericsError, match="not finite after step 1 of 2"):
+        damaged("a red fox", **SIZE, num_inference_steps=2, seed=0)
+
+
+def test_a_damaged_vae_draws_nothing(pipe):
+    with pytest.raises(NumericsError, match="decoded picture is not finite"):
+        pipe.decode(mx.full((2, 2, 16), float("nan")))
+
+
+def test_pocket_draws_at_its_own_size_with_no_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pocket = ZImagePipeline.from_pretrained("pocket")
+    assert pocket.checkpoint.folder == POCKET
+    picture = pocket("a red circle on a blue background", num_inference_steps=4, seed=1).images[0]
+    assert picture.size == (pocket.sample_size, pocket.sample_size)
+    # red in the middle of the shape somewhere, blue at most of the rim: it draws what it is asked
+    pixels = np.array(picture).astype(int)
+    red = (pixels[..., 0] > 120) & (pixels[..., 2] < 110)
+    blue = (pixels[..., 2] > 120) & (pixels[..., 0] < 110)
+    rim = np.concatenate([blue[0], blue[-1], blue[:, 0], blue[:, -1]])
+    assert red.mean() > 0.03
+    assert rim.mean() > 0.5

@@ -18,6 +18,11 @@ def decode(pipe, z: np.ndarray) -> mx.array:
     return pipe.vae.decode(latents).transpose(0, 3, 1, 2)
 
 
+def whole(x) -> mx.array:
+    """All of a tensor that the VAE may compute by rows."""
+    return x if isinstance(x, mx.array) else x.get(0, x.height)
+
+
 @pytest.mark.parametrize("tag", LATENT_SIZES)
 def test_decoded_pixels_equal_the_reference(golden, golden_pipe, tag):
     z = tiny.randn(golden.seed, f"vae.z.{tag}", 1, 16, *LATENT_SIZES[tag])
@@ -29,8 +34,7 @@ def test_parts_of_the_decoder_equal_the_reference(golden, golden_pipe, watch):
     seen = {name: watch(vae, function) for name, function in names.items()}
     decode(golden_pipe, tiny.randn(golden.seed, "vae.z.wide", 1, 16, 10, 12))
     for name, calls in seen.items():
-        ours = calls[0].transpose(0, 3, 1, 2)
-        assert relative_error(ours, golden[f"vae/wide.dec.{name}"]) < TOLERANCE, name
+        assert relative_error(whole(calls[0]).transpose(0, 3, 1, 2), golden[f"vae/wide.dec.{name}"]) < TOLERANCE, name
 
 
 def test_encoded_moments_and_latents_equal_the_reference(golden, golden_pipe):
@@ -52,15 +56,6 @@ def test_pictures_of_a_batch_do_not_see_each_other(pipe):
     together = pipe.vae.decode(latents)
     alone = mx.concatenate([pipe.vae.decode(one[None]) for one in latents])
     assert relative_error(together, alone) < 1e-6
-
-
-def test_group_norm_leaves_groups_of_mean_0_and_variance_1():
-    x = mx.array(tiny.randn(0, "norm", 2, 5, 7, 24)) * 3 + 10
-    y = vae.group_norm(x, {"weight": mx.ones(24), "bias": mx.zeros(24)}, 4)
-    groups = np.array(y, dtype=np.float64).reshape(2, 35, 4, 6)
-    # float32: x * scale and mean * scale, of size 5, cancel to order 1; 2e-7 measured
-    assert np.abs(groups.mean(axis=(1, 3))).max() < 2e-6
-    assert np.abs(groups.var(axis=(1, 3)) - 1).max() < 2e-6
 
 
 def test_sanitize_moves_channels_last_and_leaves_the_rest():

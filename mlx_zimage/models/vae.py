@@ -1,11 +1,18 @@
 """The autoencoder of Z-Image (FLUX's AutoencoderKL): 16-channel latents at an eighth of the picture's size.
 
 Source: diffusers models/autoencoders/{autoencoder_kl,vae}.py. Arrays are channels-last throughout.
+
+A full-size tensor inside the decoder outweighs the transformer, so layers work on `Rows`: a tensor known by a
+function that computes any of its rows. Convolutions ask for the rows around, normalisation sums its statistics over
+the whole picture first, and what does not fit is computed again instead of held. The result is that of the whole
+picture at once, without tiles and their seams; with room enough, it is computed so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import mlx.core as mx
 
@@ -111,99 +118,227 @@ def sanitize(array: mx.array) -> mx.array:
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
-# ---- the parts, small to large; x is (B, h, w, C)
+# ---- tensors by rows
 
 
-def conv(x: mx.array, weights: dict, stride: int = 1, padding: int = 1) -> mx.array:
+@dataclass(frozen=True)
+class Rows:
+    """A tensor (B, height, w, C) too large to hold, perhaps: `get(a, b)` computes its rows a to b - 1.
+
+    forget(a) tells it that rows before a will not be asked for again.
+    """
+
+    height: int
+    get: Callable[[int, int], mx.array]
+    forget: Callable[[int], None] = lambda a: None
+
+    @classmethod
+    def of(cls, x: mx.array) -> Rows:
+        return cls(x.shape[1], lambda a, b: x[:, a:b])
+
+    def map(self, function: Callable[[mx.array], mx.array]) -> Rows:
+        """The tensor whose pixels are `function` of this one's."""
+        return Rows(self.height, lambda a, b: function(self.get(a, b)), self.forget)
+
+
+class Strips:
+    """How many rows are worked on at a time, and whether intermediate tensors are held or computed again.
+
+    strip_bytes bounds one strip of one tensor; None works on whole pictures.
+    """
+
+    def __init__(self, strip_bytes: int | None = None):
+        self.strip_bytes = strip_bytes
+
+    def bounds(self, x: Rows) -> list[tuple[int, int]]:
+        """The strips of x, as (first row, end row)."""
+        if self.strip_bytes is None:
+            return [(0, x.height)]
+        row = x.get(0, 1)  # lazy: only its size is asked for
+        count = min(x.height, -(-x.height * row.nbytes // self.strip_bytes))
+        edges = [round(i * x.height / count) for i in range(count + 1)]
+        return list(pairwise(edges))
+
+    def hold(self, x: Rows, halo: int = 0) -> Rows:
+        """Compute x, strip by strip, and keep it. Rows that x's own inputs need no longer, given the halo, go."""
+        bounds = self.bounds(x)
+        if len(bounds) == 1:
+            return Rows.of(x.get(0, x.height))
+        strips = {}
+        for a, b in bounds:
+            strips[a, b] = x.get(a, b)
+            mx.eval(strips[a, b])
+            x.forget(b - halo)
+
+        def get(a: int, b: int) -> mx.array:
+            parts = [strip[:, max(a - c, 0) : b - c] for (c, d), strip in strips.items() if c < b and a < d]
+            return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+
+        def forget(before: int) -> None:
+            for a, b in [bound for bound in strips if bound[1] <= before]:
+                del strips[a, b]
+
+        return Rows(x.height, get, forget)
+
+    def hold_if_small(self, x: Rows) -> Rows:
+        """x held where it is one strip; otherwise left to be computed whenever it is asked for."""
+        return self.hold(x) if len(self.bounds(x)) == 1 else x
+
+    def moments(self, x: Rows, groups: int) -> tuple[mx.array, mx.array]:
+        """Mean and variance over (h, w, C / groups) of the whole tensor: each (B, 1, groups, 1) float32."""
+        counts, means, squares = [], [], []
+        for a, b in self.bounds(x):
+            rows = x.get(a, b)
+            B, h, w, C = rows.shape
+            grouped = rows.astype(mx.float32).reshape(B, h * w, groups, C // groups)
+            means.append(grouped.mean(axis=(1, 3), keepdims=True))
+            squares.append(mx.square(grouped - means[-1]).sum(axis=(1, 3), keepdims=True))
+            counts.append(h * w * C // groups)
+            del rows, grouped
+            mx.eval(means[-1], squares[-1])
+        # Chan's combination of the strips' sums: no large numbers are subtracted
+        total = sum(counts)
+        mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
+        variance = sum((s + n * mx.square(m - mean)) / total for s, m, n in zip(squares, means, counts, strict=True))
+        return mean, variance
+
+
+# ---- the parts, small to large
+
+
+def convolve(x: mx.array, weights: dict, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
+    if mx.metal.is_available():
+        # MLX's Winograd kernels for Metal cost gigabytes of scratch and 4 to 40 times the rounding error;
+        # a flipped convolution is never sent to them.
+        flipped = weights["weight"][:, ::-1, ::-1, :]
+        return mx.conv_general(x, flipped, stride=stride, padding=padding, flip=True) + weights["bias"]
     return mx.conv2d(x, weights["weight"], stride=stride, padding=padding) + weights["bias"]
 
 
-def group_norm(x: mx.array, weights: dict, groups: int) -> mx.array:
-    """Normalise over (h, w, C / groups); statistics in float32, result in x's dtype."""
-    B, h, w, C = x.shape
-    grouped = x.astype(mx.float32).reshape(B, h * w, groups, C // groups)
-    mean = grouped.mean(axis=(1, 3), keepdims=True)
-    variance = mx.square(grouped - mean).mean(axis=(1, 3), keepdims=True)
-    # scale and shift per channel, so that the picture is passed over once
-    scale = mx.broadcast_to(mx.rsqrt(variance + EPS), (B, 1, groups, C // groups)).reshape(B, 1, 1, C)
-    mean = mx.broadcast_to(mean, (B, 1, groups, C // groups)).reshape(B, 1, 1, C)
-    scale = scale * weights["weight"].astype(mx.float32)
-    shift = weights["bias"].astype(mx.float32) - mean * scale
-    return (x * scale + shift).astype(x.dtype)
+def conv(x: Rows, weights: dict) -> Rows:
+    """3x3 convolution, zero-padded by 1."""
+
+    def get(a: int, b: int) -> mx.array:
+        above, below = int(a == 0), int(b == x.height)
+        rows = x.get(a - 1 + above, b + 1 - below)
+        if above and below:
+            return convolve(rows, weights, padding=(1, 1))
+        if above or below:
+            rows = mx.pad(rows, [(0, 0), (above, below), (0, 0), (0, 0)])
+        return convolve(rows, weights, padding=(0, 1))
+
+    return Rows(x.height, get, lambda a: x.forget(a - 1))
+
+
+def upsample(x: Rows, weights: dict) -> Rows:
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def get(a: int, b: int) -> mx.array:
+        rows = x.get(a // 2, (b + 1) // 2)
+        rows = mx.repeat(mx.repeat(rows, 2, axis=1), 2, axis=2)
+        return rows[:, a % 2 : a % 2 + b - a]
+
+    return conv(Rows(2 * x.height, get, lambda a: x.forget(a // 2)), weights["conv"])
+
+
+def downsample(x: Rows, weights: dict) -> Rows:
+    """3x3 convolution of stride 2."""
+
+    def get(a: int, b: int) -> mx.array:
+        # The original pads right and bottom only; symmetric padding would shift the picture by half a pixel.
+        end = min(2 * b + 1, x.height)
+        rows = mx.pad(x.get(2 * a, end), [(0, 0), (0, 2 * b + 1 - end), (0, 1), (0, 0)])
+        return convolve(rows, weights["conv"], stride=2)
+
+    return Rows(x.height // 2, get, lambda a: x.forget(2 * a))
 
 
 def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
-def resnet(x: mx.array, weights: dict, groups: int) -> mx.array:
-    h = conv(silu(group_norm(x, weights["norm1"], groups)), weights["conv1"])
-    h = conv(silu(group_norm(h, weights["norm2"], groups)), weights["conv2"])
-    if "conv_shortcut" in weights:
-        x = conv(x, weights["conv_shortcut"], padding=0)
-    return x + h
+def group_norm(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
+    """Normalise over (h, w, C / groups) of the whole picture; statistics in float32, result in x's dtype."""
+    mean, variance = strips.moments(x, groups)
+    width = weights["weight"].size // groups
+    # as one scale and one shift per channel, so that the picture is passed over once
+    scale = mx.repeat(mx.rsqrt(variance + EPS), width, axis=3).flatten(2)[:, :, None] * weights["weight"]
+    shift = weights["bias"] - mx.repeat(mean, width, axis=3).flatten(2)[:, :, None] * scale
+    return x.map(lambda rows: (rows * scale + shift).astype(rows.dtype))
 
 
-def attention(x: mx.array, weights: dict, groups: int) -> mx.array:
-    """Single-head self-attention over all pixels."""
+def resnet(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
+    x = strips.hold_if_small(x)
+    h = conv(group_norm(x, weights["norm1"], groups, strips).map(silu), weights["conv1"])
+    h = strips.hold_if_small(h)
+    h = conv(group_norm(h, weights["norm2"], groups, strips).map(silu), weights["conv2"])
+    shortcut = x.map(lambda rows: convolve(rows, weights["conv_shortcut"])) if "conv_shortcut" in weights else x
+    total = Rows(x.height, lambda a, b: shortcut.get(a, b) + h.get(a, b), x.forget)
+    return strips.hold(total, halo=2)  # two convolutions reach two rows back
+
+
+def attention(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array:
+    """Single-head self-attention over all pixels of x (B, h, w, C)."""
     B, h, w, C = x.shape
-    y = group_norm(x, weights["group_norm"], groups).reshape(B, 1, h * w, C)
+    y = group_norm(Rows.of(x), weights["group_norm"], groups, strips).get(0, h).reshape(B, 1, h * w, C)
     q, k, v = (linear(y, weights[name]) for name in ("to_q", "to_k", "to_v"))
-    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=C**-0.5)
-    return x + linear(y, weights["to_out"][0]).reshape(B, h, w, C)
+    # Queries do not see each other. No backend has a fused kernel for heads this wide, so their scores are in memory.
+    scores = Rows(h * w, lambda a, b: mx.broadcast_to(mx.zeros((), mx.float32), (B, b - a, 1, h * w)))
+    parts = []
+    for a, b in strips.bounds(scores):
+        parts.append(mx.fast.scaled_dot_product_attention(q[:, :, a:b], k, v, scale=C**-0.5))
+        mx.eval(parts[-1])
+    y = linear(mx.concatenate(parts, axis=2), weights["to_out"][0])
+    return x + y.reshape(B, h, w, C)
 
 
-def mid_block(x: mx.array, weights: dict, groups: int) -> mx.array:
-    x = resnet(x, weights["resnets"][0], groups)
-    x = attention(x, weights["attentions"][0], groups)
-    return resnet(x, weights["resnets"][1], groups)
+def mid_block(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
+    x = resnet(x, weights["resnets"][0], groups, strips)
+    x = Rows.of(attention(x.get(0, x.height), weights["attentions"][0], groups, strips))
+    return resnet(x, weights["resnets"][1], groups, strips)
 
 
-def downsample(x: mx.array, weights: dict) -> mx.array:
-    # The original pads right and bottom only; symmetric padding would shift the picture by half a pixel.
-    x = mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
-    return conv(x, weights["conv"], stride=2, padding=0)
-
-
-def upsample(x: mx.array, weights: dict) -> mx.array:
-    return conv(mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2), weights["conv"])
-
-
-def encoder(x: mx.array, weights: dict, groups: int) -> mx.array:
+def encoder(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array:
     """Pixels (B, H, W, 3) in [-1, 1] to mean and log variance (B, H/8, W/8, 2 * 16)."""
-    x = conv(x, weights["conv_in"])
+    x = conv(Rows.of(x), weights["conv_in"])
     for level in weights["down_blocks"]:
-        for weights_i in level["resnets"]:
-            x = resnet(x, weights_i, groups)
+        for block in level["resnets"]:
+            x = resnet(x, block, groups, strips)
         if "downsamplers" in level:
-            x = downsample(x, level["downsamplers"][0])
-    x = mid_block(x, weights["mid_block"], groups)
-    return conv(silu(group_norm(x, weights["conv_norm_out"], groups)), weights["conv_out"])
+            x = strips.hold(downsample(x, level["downsamplers"][0]))
+    x = mid_block(x, weights["mid_block"], groups, strips)
+    x = conv(group_norm(x, weights["conv_norm_out"], groups, strips).map(silu), weights["conv_out"])
+    return x.get(0, x.height)
 
 
-def decoder(z: mx.array, weights: dict, groups: int) -> mx.array:
+def decoder(z: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array:
     """Unscaled latents (B, h, w, 16) to pixels (B, 8h, 8w, 3), nominally in [-1, 1]."""
-    x = mid_block(conv(z, weights["conv_in"]), weights["mid_block"], groups)
+    x = mid_block(conv(Rows.of(z), weights["conv_in"]), weights["mid_block"], groups, strips)
     for level in weights["up_blocks"]:
-        for weights_i in level["resnets"]:
-            x = resnet(x, weights_i, groups)
+        for block in level["resnets"]:
+            x = resnet(x, block, groups, strips)
         if "upsamplers" in level:
             x = upsample(x, level["upsamplers"][0])
-    return conv(silu(group_norm(x, weights["conv_norm_out"], groups)), weights["conv_out"])
+    x = conv(group_norm(x, weights["conv_norm_out"], groups, strips).map(silu), weights["conv_out"])
+    x = strips.hold(x, halo=1)
+    return x.get(0, x.height)
 
 
 class VAE:
-    """The autoencoder over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in."""
+    """The autoencoder over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in.
 
-    def __init__(self, config: VAEConfig, source):
+    strip_bytes bounds the working memory (see Strips); None, the fastest, works on whole pictures.
+    """
+
+    def __init__(self, config: VAEConfig, source, strip_bytes: int | None = None):
         self.config = config
         self.source = source
+        self.strip_bytes = strip_bytes
 
     def decode(self, latents: mx.array) -> mx.array:
         """Latents (B, h, w, 16), as the transformer sees them, to pixels (B, 8h, 8w, 3) float32, about [-1, 1]."""
         z = latents.astype(mx.float32) / self.config.scaling_factor + self.config.shift_factor
-        x = decoder(z.astype(self.source.dtype), self.source.tree("decoder"), self.config.norm_num_groups)
-        return x.astype(mx.float32)
+        return self._run(decoder, z, "decoder")
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels (B, H, W, 3) in [-1, 1] to the mean latents (B, H/8, W/8, 16) float32 that the transformer sees."""
@@ -212,6 +347,10 @@ class VAE:
 
     def encode_moments(self, pixels: mx.array) -> tuple[mx.array, mx.array]:
         """Mean and log variance (clipped to [-30, 20]) of the unscaled latents, each (B, H/8, W/8, 16), float32."""
-        x = encoder(pixels.astype(self.source.dtype), self.source.tree("encoder"), self.config.norm_num_groups)
-        mean, log_variance = mx.split(x.astype(mx.float32), 2, axis=-1)
+        mean, log_variance = mx.split(self._run(encoder, pixels, "encoder"), 2, axis=-1)
         return mean, mx.clip(log_variance, -30.0, 20.0)
+
+    def _run(self, network: Callable, x: mx.array, name: str) -> mx.array:
+        weights, strips = self.source.tree(name), Strips(self.strip_bytes)
+        x = network(x.astype(self.source.dtype), weights, self.config.norm_num_groups, strips)
+        return x.astype(mx.float32)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from data import MAX_OBJECTS
 from model import TEXT_ENCODER, Blocks, encode_text, predict, sample, sigmas
-from optim import Optimizer, Recorded
+from optim import Optimizer, Recorded, shared_memory
 from palette import COLORS, SHAPES
 from pool import Bucket
 from torch import Tensor, nn
@@ -125,7 +125,8 @@ def train_flow(model: Model, buckets: list[Bucket], steps: int, batch: int, rate
 
     grid = sigmas(len(sigmas(8)) - 1)[:-1].to(device)
     empty_prompts = {length: model.empty(length) for length in {bucket.tokens.shape[1] for bucket in buckets}}
-    recorded = [Recorded(lambda bucket=bucket: train_on(bucket), device) for bucket in buckets]
+    memory = shared_memory(device)
+    recorded = [Recorded(lambda bucket=bucket: train_on(bucket), device, memory) for bucket in buckets]
     rng = random.Random(start)
     for step in range(start, steps):
         optimizer.schedule(step, steps)
@@ -169,7 +170,7 @@ def draw_pairs(model: Model, buckets: list[Bucket], count: int, batch: int, devi
     """Buckets of about `count` noises and what the guided teacher makes of them, in all."""
     total = sum(len(bucket) for bucket in buckets)
     half = torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
-    pairs = []
+    pairs, recorded, memory = [], [], shared_memory(device)
     for bucket in buckets:
         rounds = max(1, round(count * len(bucket) / total / batch))
         noise = torch.empty(batch, *bucket.latents.shape[1:], device=device)
@@ -186,10 +187,10 @@ def draw_pairs(model: Model, buckets: list[Bucket], count: int, batch: int, devi
                                    bucket.lengths[index].long(), TEACHER_STEPS, TEACHER_GUIDANCE, empty,
                                    model.blocks).detach())
 
-        draw_once = Recorded(draw_batch, device)
+        recorded.append(Recorded(draw_batch, device, memory))
         noises, latents, indices = [], [], []
         for _ in range(rounds):
-            draw_once()
+            recorded[-1]()
             noises.append(noise.to(bucket.latents.dtype))
             latents.append(drawn.to(bucket.latents.dtype))
             indices.append(index.clone())

@@ -113,10 +113,8 @@ class Recorded:
     than running them.
     """
 
-    memory = None  # one pool for all: no two graphs run at a time
-
-    def __init__(self, function: Callable[[], None], device: str):
-        self.function, self.is_plain = function, device != "cuda"
+    def __init__(self, function: Callable[[], None], device: str, memory=None):
+        self.function, self.is_plain, self.memory = function, device != "cuda", memory
         self.calls, self.graph = 0, None
 
     def __call__(self) -> None:
@@ -132,8 +130,12 @@ class Recorded:
             torch.cuda.current_stream().wait_stream(stream)
         else:
             if self.graph is None:
-                Recorded.memory = Recorded.memory or torch.cuda.graph_pool_handle()
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, pool=Recorded.memory):
+                with torch.cuda.graph(self.graph, pool=self.memory):
                     self.function()
             self.graph.replay()
+
+
+def shared_memory(device: str):
+    """For steps that never run at the same time; good for as long as one of them exists."""
+    return torch.cuda.graph_pool_handle() if device == "cuda" else None

@@ -26,6 +26,7 @@ from .quantize import Quantization
 
 POCKET = Path(__file__).parent / "pocket"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 COMPONENTS = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
 # What from_pretrained and convert need of a repository: no pictures, no second copies in other formats.
 NEEDED_FILES = [
@@ -42,6 +43,7 @@ DTYPES = {
     "U32": mx.uint32,
     "U8": mx.uint8,
 }
+FLOATS = ("F32", "F16", "BF16")
 SHOWN = 5  # names listed in an error
 
 
@@ -63,10 +65,10 @@ def resolve(source: str | Path) -> Path:
 
 
 def _fetch(repository: str) -> Path:
-    # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported.
-    from httpx import HTTPError
+    # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported. HTTPError is
+    # that of the library the client uses, which its releases change: httpx, httpx2.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=NEEDED_FILES))
@@ -75,7 +77,7 @@ def _fetch(repository: str) -> Path:
             f"{repository} is no local folder and is not in the Hugging Face cache, and the hub cannot be reached; "
             f"check the network and HF_HUB_OFFLINE, or give a folder"
         ) from error
-    except (HFValidationError, HfHubHTTPError, HTTPError) as error:
+    except (HFValidationError, HTTPError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(
             f"{repository} is no local folder, and the Hugging Face hub did not give it: {first_line}"
@@ -139,11 +141,10 @@ def find_shards(folder: Path) -> list[Path]:
         weight_map = read_json(indexes[0]).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{indexes[0]} has no weight_map; fetch it again")
-        names = sorted(set(weight_map.values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{indexes[0]} names {outside[0]!r}; shards must lie beside it")
-        return [folder / name for name in names]
+        for name in weight_map.values():
+            if not isinstance(name, str) or not SHARD.fullmatch(name):
+                raise CheckpointError(f"{indexes[0]} names {name!r}; shards must lie beside it")
+        return [folder / name for name in sorted(set(weight_map.values()))]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return files
@@ -163,11 +164,19 @@ class Component:
         self.raw_config = read_json(self.folder / "config.json")
         try:
             self.config = COMPONENTS[name].from_dict(self.raw_config)
-        except TypeError as error:
-            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
+            self.config.shapes()
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} describes no model ({error}); fetch it again"
+            ) from error
         self.entries: dict[str, Entry] = {}
         for file in find_shards(self.folder):
-            self.entries |= read_header(file)
+            for key, entry in read_header(file).items():
+                if key in self.entries:
+                    raise CheckpointError(
+                        f"{self.folder}: {key} is both in {self.entries[key].file.name} and {file.name}"
+                    )
+                self.entries[key] = entry
         if name == "text_encoder":
             self.entries = {_with_model_prefix(key): entry for key, entry in self.entries.items()}
         self._check()
@@ -207,13 +216,13 @@ class Component:
         unknown = [
             f"{name} is {self.entries[name].dtype}"
             for name in expected
-            if name in self.entries and self.entries[name].dtype not in DTYPES
+            if name in self.entries and self.entries[name].dtype not in self._dtypes(name)
         ]
         for fault, names in (
             ("missing", missing),
             ("unexpected", extra),
             ("of another shape than config.json says", misshapen),
-            (f"of a dtype other than {', '.join(DTYPES)}", unknown),
+            (f"of a dtype other than {', '.join(FLOATS)}", unknown),
         ):
             if names:
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -221,6 +230,10 @@ class Component:
                     f"{self.folder}: {len(names)} of {len(expected)} weights are {fault}: "
                     f"{', '.join(names[:SHOWN])}{more}"
                 )
+
+    def _dtypes(self, name: str) -> Collection[str]:
+        # only a quantized layer may hold integers
+        return DTYPES if name.rpartition(".")[0] in self.quantizations else FLOATS
 
     @property
     def nbytes(self) -> int:

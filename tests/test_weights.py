@@ -1,0 +1,534 @@
+"""A model folder is read as it is published, in every form it comes in; anything else is told by name."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from compare import relative_error
+
+from mlx_zimage import CheckpointError, ModelNotFoundError, ZImagePipeline
+from mlx_zimage.weights import NEEDED_FILES, POCKET, open_checkpoint, read_header, resolve
+
+CONFIGS = {"transformer": tiny.TRANSFORMER, "text_encoder": tiny.TEXT_ENCODER, "vae": tiny.VAE}
+COMPONENTS = tuple(CONFIGS)
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path) -> Path:
+    """A copy of the tiny checkpoint that a test may change."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def rewrite(folder: Path, component: str, change=lambda arrays: None, config: dict | None = None, **options) -> None:
+    """Write a component again after change(arrays), a dict of float32 arrays by name."""
+    arrays = tiny.weights(0, component, CONFIGS[component])
+    arrays = change(arrays) or arrays
+    shutil.rmtree(folder / component)
+    tiny.save_component(folder / component, component, arrays, config or CONFIGS[component], **options)
+
+
+def draw(folder: Path) -> np.ndarray:
+    pipe = ZImagePipeline.from_pretrained(folder, dtype="float32")
+    return pipe("a red fox", width=32, height=32, num_inference_steps=1, seed=0, output_type="latent").images
+
+
+def refusal(folder: Path) -> str:
+    """The message that opening the folder raises."""
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    return str(caught.value)
+
+
+def parse(content: bytes) -> tuple[dict, bytes]:
+    """Header and tensor bytes of a safetensors file."""
+    length = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def build(header: dict, tensors: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + tensors
+
+
+# ---- the forms that a checkpoint comes in
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_one_file_and_shards_are_the_same_model(folder, component, shards):
+    before = draw(folder)
+    dtype = mx.float32 if component == "transformer" else mx.bfloat16
+    rewrite(folder, component, dtype=dtype, shards=shards)
+    assert np.array_equal(draw(folder), before)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_dtype_on_disk_is_read_as_its_own_values(folder, component, dtype):
+    rewrite(folder, component, dtype=dtype)
+    part = getattr(open_checkpoint(folder), component)
+    for name, exact in tiny.weights(0, component, CONFIGS[component]).items():
+        stored = mx.array(exact).astype(dtype).astype(mx.float32)
+        stored = stored.transpose(0, 2, 3, 1) if stored.ndim == 4 else stored
+        assert mx.array_equal(part.read(name, mx.float32), stored), name
+
+
+@pytest.mark.parametrize(
+    "rename", [lambda name: name, lambda name: name.removeprefix("model.")], ids=["model.", "no prefix"]
+)
+@pytest.mark.parametrize("head", [False, True], ids=["tied", "lm_head"])
+def test_text_encoders_with_and_without_prefix_and_head_are_the_same(folder, rename, head):
+    before = draw(folder)
+
+    def change(arrays):
+        arrays = {rename(name): x for name, x in arrays.items()}
+        return arrays | ({"lm_head.weight": np.ones((512, 40), np.float32)} if head else {})
+
+    rewrite(folder, "text_encoder", change, dtype=mx.bfloat16, shards=2)
+    assert np.array_equal(draw(folder), before)
+
+
+def test_both_spellings_of_the_text_encoders_config_draw_the_same(folder):
+    before = draw(folder)
+    config = dict(tiny.TEXT_ENCODER)
+    for key in ("rope_theta", "rope_scaling", "torch_dtype"):
+        del config[key]
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "dtype": "bfloat16"}
+    rewrite(folder, "text_encoder", config=config, dtype=mx.bfloat16)
+    assert np.array_equal(draw(folder), before)
+    config["rope_parameters"]["rope_theta"] = 100.0
+    rewrite(folder, "text_encoder", config=config, dtype=mx.bfloat16)
+    assert not np.array_equal(draw(folder), before)
+
+
+def test_the_last_layer_and_the_norm_of_the_text_encoder_are_never_read(folder):
+    before = draw(folder)
+
+    def poison(arrays):
+        for name in arrays:
+            if name.startswith("model.layers.3.") or name == "model.norm.weight":
+                arrays[name][:] = np.nan
+
+    rewrite(folder, "text_encoder", poison, dtype=mx.bfloat16)
+    assert np.array_equal(draw(folder), before)
+
+
+def test_the_last_layer_and_the_norm_of_the_text_encoder_may_be_absent(folder):
+    before = draw(folder)
+
+    def leave_out(arrays):
+        return {name: x for name, x in arrays.items() if "layers.3." not in name and name != "model.norm.weight"}
+
+    rewrite(folder, "text_encoder", leave_out, dtype=mx.bfloat16)
+    assert np.array_equal(draw(folder), before)
+
+
+def test_opening_reads_no_tensor_data(folder, monkeypatch):
+    monkeypatch.setattr(mx, "load", lambda *args, **kwargs: pytest.fail("read tensor data"))
+    ZImagePipeline.from_pretrained(folder)
+
+
+def test_files_that_no_index_names_are_left_alone(folder):
+    before = draw(folder)
+    (folder / "transformer" / "stale.safetensors").write_bytes(b"of another model")
+    assert np.array_equal(draw(folder), before)
+
+
+# ---- the embedding table
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_rows_of_the_embedding_are_those_of_the_table(folder, dtype):
+    rewrite(folder, "text_encoder", dtype=dtype, shards=3)
+    part = open_checkpoint(folder).text_encoder
+    name, ids = "model.embed_tokens.weight", [511, 0, 3, 3, 480]
+    assert mx.array_equal(part.rows(name, ids, mx.float32), part.read(name, mx.float32)[mx.array(ids)])
+    assert part.rows(name, ids, mx.bfloat16).dtype == mx.bfloat16
+
+
+def test_a_prompt_reads_only_its_rows_of_the_embedding(folder):
+    ids = ZImagePipeline.from_pretrained(folder).tokenizer.encode("a red fox")
+    before = draw(folder)
+
+    def poison(arrays):
+        others = sorted(set(range(512)) - set(ids))
+        arrays["model.embed_tokens.weight"][others] = np.nan
+
+    rewrite(folder, "text_encoder", poison, dtype=mx.bfloat16)
+    assert np.array_equal(draw(folder), before)
+
+
+# ---- weights that do not fit
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_missing_weights_are_named(folder, component):
+    gone = [name for name in tiny.weights(0, component, CONFIGS[component]) if "layers.3." not in name][1:10:4]
+    gone = [name for name in gone if name != "model.norm.weight"]
+
+    def leave_out(arrays):
+        return {name: x for name, x in arrays.items() if name not in gone}
+
+    rewrite(folder, component, leave_out)
+    message = refusal(folder)
+    assert f"{folder / component}: {len(gone)} of " in message
+    assert f"weights are missing: {', '.join(gone)}" in message
+
+
+def test_of_many_missing_weights_five_are_named(folder):
+    rewrite(folder, "vae", lambda arrays: {name: x for name, x in arrays.items() if name.startswith("encoder")})
+    message = refusal(folder)
+    assert "138 of 244 weights are missing: decoder.conv_in.weight, decoder.conv_in.bias, " in message
+    assert message.endswith("and 133 more")
+    assert message.count("decoder.") == 5
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_unexpected_weights_are_named(folder, component):
+    rewrite(folder, component, lambda arrays: arrays | {"layers.0.lora_A.weight": np.zeros((4, 4), np.float32)})
+    message = refusal(folder)
+    assert "1 of " in message
+    assert "weights are unexpected: " in message
+    assert message.endswith("layers.0.lora_A.weight")
+
+
+@pytest.mark.parametrize(
+    ("component", "name", "shape", "wanted"),
+    [
+        ("transformer", "layers.1.attention.to_q.weight", (48, 40), (48, 48)),
+        ("transformer", "x_pad_token", (48,), (1, 48)),
+        ("text_encoder", "model.layers.0.mlp.up_proj.weight", (40, 96), (96, 40)),
+        ("vae", "decoder.conv_in.weight", (24, 3, 3, 16), (24, 16, 3, 3)),
+    ],
+)
+def test_misshapen_weights_are_named_with_both_shapes(folder, component, name, shape, wanted):
+    rewrite(folder, component, lambda arrays: arrays | {name: np.zeros(shape, np.float32)})
+    message = refusal(folder)
+    assert "weights are of another shape than config.json says" in message
+    assert f"{name} is {shape}, wanted {wanted}" in message
+
+
+@pytest.mark.parametrize("dtype", ["F64", "I64", "F8_E4M3", "U32"])
+def test_weights_of_another_dtype_are_named(folder, dtype):
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    header, tensors = parse(file.read_bytes())
+    del header["__metadata__"]
+    name = max(header, key=lambda name: header[name]["data_offsets"])  # the last in the file
+    begin, _ = header[name]["data_offsets"]
+    size = {"F64": 8, "I64": 8, "F8_E4M3": 1, "U32": 4}[dtype] * int(np.prod(header[name]["shape"]))
+    header[name] |= {"dtype": dtype, "data_offsets": [begin, begin + size]}
+    file.write_bytes(build(header, tensors[:begin] + bytes(size)))
+    assert f"{name} is {dtype}" in refusal(folder)
+
+
+def test_networks_of_different_models_are_told_apart(folder):
+    shutil.rmtree(folder / "text_encoder")
+    shutil.copytree(POCKET / "text_encoder", folder / "text_encoder")
+    assert "they belong to different models" in refusal(folder)
+
+
+# ---- files that are damaged or missing
+
+
+def vae_file(folder: Path) -> Path:
+    return folder / "vae" / "diffusion_pytorch_model.safetensors"
+
+
+def swap_offsets(content: bytes) -> bytes:
+    """Two tensors share their bytes."""
+    header, tensors = parse(content)
+    header["encoder.conv_in.bias"]["data_offsets"] = header["encoder.conv_norm_out.bias"]["data_offsets"]
+    return build(header, tensors)
+
+
+def negative_shape(content: bytes) -> bytes:
+    header, tensors = parse(content)
+    header["encoder.conv_in.bias"]["shape"] = [-2, -4]
+    return build(header, tensors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: content[:100],
+        lambda content: content[:7],
+        lambda content: b"",
+        lambda content: content + b"junk",
+        lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 12345\n",
+        lambda content: b"<!DOCTYPE html><html><body>Sign in</body></html>",
+        lambda content: np.random.default_rng(0).bytes(10000),
+        lambda content: struct.pack("<Q", 2**40) + content[8:],
+        lambda content: struct.pack("<Q", 5) + b"[1,2]",
+        swap_offsets,
+        negative_shape,
+    ],
+    ids=[
+        *("half", "a byte short", "cut in its header", "7 bytes", "empty", "junk behind", "LFS pointer", "HTML"),
+        *("random", "endless header", "not an object", "overlap", "negative shape"),
+    ],
+)
+def test_a_damaged_file_is_named_before_it_is_read(folder, change):
+    file = vae_file(folder)
+    file.write_bytes(change(file.read_bytes()))
+    message = refusal(folder)
+    assert f"{file} is not a whole safetensors file" in message
+    assert "fetch it again" in message
+
+
+def test_a_damaged_shard_is_named(folder):
+    file = folder / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert f"{file} is not a whole safetensors file" in refusal(folder)
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_a_missing_shard_is_named(folder, component):
+    file = sorted((folder / component).glob("*.safetensors"))[1]
+    file.unlink()
+    assert f"{file} is missing, though its index names it" in refusal(folder)
+
+
+def test_an_index_without_one_of_the_shards_leaves_its_weights_missing(folder):
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    last = "diffusion_pytorch_model-00003-of-00003.safetensors"
+    names = [name for name, file in content["weight_map"].items() if file == last]
+    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if file != last}
+    index.write_text(json.dumps(content))
+    message = refusal(folder)
+    assert f"{len(names)} of 116 weights are missing" in message
+    assert names[0] in message
+
+
+def test_a_weight_in_two_shards_is_refused(folder):
+    shards = sorted((folder / "transformer").glob("*.safetensors"))
+    first, second = (mx.load(str(shard)) for shard in shards[:2])
+    name = next(iter(first))
+    mx.eval(list(second.values()))
+    mx.save_safetensors(str(shards[1]), second | {name: first[name] + 1})
+    message = refusal(folder)
+    assert name in message
+    assert shards[0].name in message
+    assert shards[1].name in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../vae/diffusion_pytorch_model.safetensors",
+        "/etc/passwd",
+        "..",
+        "a/b.safetensors",
+        "",
+        "a\0.safetensors",
+        3,
+        None,
+        ["x"],
+    ],
+)
+def test_an_index_may_name_only_files_beside_it(folder, name):
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["x_pad_token"] = name
+    index.write_text(json.dumps(content))
+    assert f"{index} names {name!r}; shards must lie beside it" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}', "\x00"])
+def test_a_damaged_index_is_named(folder, content):
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(content)
+    assert str(index) in refusal(folder)
+
+
+def test_two_indexes_are_refused(folder):
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    shutil.copy(index, index.with_name("model.safetensors.index.json"))
+    assert "has 2 indexes" in refusal(folder)
+
+
+def test_two_files_without_an_index_are_refused(folder):
+    shutil.copy(vae_file(folder), folder / "vae" / "other.safetensors")
+    assert "2 safetensors files and no index" in refusal(folder)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_missing_folder_of_a_network_is_named(folder, component):
+    shutil.rmtree(folder / component)
+    assert f"{folder} has no folder {component}/" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+        *(f"{component}/config.json" for component in COMPONENTS),
+    ],
+)
+def test_a_missing_file_is_named(folder, file):
+    (folder / file).unlink()
+    message = refusal(folder)
+    assert Path(file).name in message
+    assert str(folder) in message
+
+
+def test_a_folder_without_safetensors_is_refused(folder):
+    vae_file(folder).rename(folder / "vae" / "diffusion_pytorch_model.bin")
+    assert f"{folder / 'vae'} has no safetensors file" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"<html>", b""])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_damaged_config_is_named(folder, component, content):
+    file = folder / component / "config.json"
+    file.write_bytes(content)
+    assert str(file) in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("component", "change"),
+    [
+        ("transformer", {"dim": "48"}),
+        ("transformer", {"n_heads": 0}),
+        ("transformer", {"axes_dims": 16}),
+        ("text_encoder", {"hidden_size": None}),
+        ("vae", {"block_out_channels": None}),
+        ("vae", {"block_out_channels": []}),
+    ],
+    ids=str,
+)
+def test_a_config_with_values_of_another_kind_is_named(folder, component, change):
+    file = folder / component / "config.json"
+    file.write_text(json.dumps(CONFIGS[component] | change))
+    message = refusal(folder)
+    assert str(file.parent) in message
+    assert "config.json" in message
+
+
+# ---- where a model is looked for
+
+
+@pytest.mark.parametrize("source", ["/nowhere/to/be/found", "no such model", "./nowhere/model/here"])
+def test_a_missing_folder_is_told_with_what_may_be_given(source):
+    with pytest.raises(ModelNotFoundError, match="give a folder, a Hugging Face id such as") as caught:
+        resolve(source)
+    assert source in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_a_file_is_no_model(folder):
+    with pytest.raises(ModelNotFoundError, match="is a file; a model is a folder"):
+        resolve(vae_file(folder))
+
+
+def test_a_path_may_begin_at_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve("~/model") == folder
+
+
+def test_a_repository_gives_the_official_files_and_nothing_else():
+    from huggingface_hub.utils import filter_repo_objects
+
+    needed = [
+        *("model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"),
+        *("tokenizer/tokenizer_config.json", "tokenizer/merges.txt", "tokenizer/vocab.json"),
+        *("text_encoder/config.json", "text_encoder/model.safetensors.index.json"),
+        *(f"text_encoder/model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        *("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors.index.json"),
+        *(f"transformer/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        *("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
+    ]
+    others = [
+        *("README.md", "assets/showcase.jpg", ".gitattributes", "z_image_turbo_bf16.safetensors", "transformer/x.bin"),
+        *("vae/diffusion_pytorch_model.msgpack", "gguf/z-image-Q4_K_M.gguf", "teaser.mp4"),
+    ]
+    assert list(filter_repo_objects(needed + others, allow_patterns=NEEDED_FILES)) == needed
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OPEN = """
+import sys
+from mlx_zimage.errors import ZImageError
+from mlx_zimage.weights import open_checkpoint
+try:
+    print(open_checkpoint(sys.argv[1]).folder)
+except ZImageError as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture
+def hub_cache(tiny_folder, tmp_path) -> Path:
+    """A hub cache that holds the tiny checkpoint as someone/tiny, with the client's links to blobs."""
+    cache = tmp_path / "home" / "hub"
+    repository = cache / "models--someone--tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(tiny_folder, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "blobs").mkdir()
+    for i, file in enumerate(path for path in snapshot.rglob("*") if path.is_file()):
+        blob = repository / "blobs" / f"{i:064x}"
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
+    return cache
+
+
+def open_elsewhere(source: str, **environment: str) -> subprocess.CompletedProcess:
+    """Open a model in a process of its own: the hub client reads its environment once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    command = [sys.executable, "-c", OPEN, source]
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
+def test_a_cached_repository_opens_offline(hub_cache, variable):
+    place = hub_cache if variable == "HF_HUB_CACHE" else hub_cache.parent
+    result = open_elsewhere("someone/tiny", HF_HUB_OFFLINE="1", **{variable: str(place)})
+    assert result.stdout == f"{hub_cache / 'models--someone--tiny' / 'snapshots' / COMMIT}\n", result.stderr
+
+
+def test_a_repository_that_is_not_cached_is_told_offline(hub_cache):
+    result = open_elsewhere("someone/else", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(hub_cache))
+    assert result.returncode == 3
+    assert result.stdout.startswith("ModelNotFoundError: someone/else is no local folder")
+    assert "HF_HUB_OFFLINE" in result.stdout
+
+
+def test_a_hub_that_cannot_be_reached_is_told(hub_cache):
+    # nothing listens on port 9
+    result = open_elsewhere("someone/else", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(hub_cache))
+    assert result.returncode == 3, result.stderr
+    assert result.stdout.startswith("ModelNotFoundError: someone/else is no local folder")
+
+
+def test_a_half_fetched_repository_is_told_by_its_missing_shard(hub_cache):
+    shard = next((hub_cache / "models--someone--tiny").rglob("*-00002-of-00003.safetensors"))
+    shard.unlink()
+    result = open_elsewhere("someone/tiny", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(hub_cache))
+    assert result.returncode == 4
+    assert f"{shard} is missing, though its index names it; fetch the model again" in result.stdout
+
+
+def test_a_header_tells_where_each_tensor_lies(folder):
+    entries = read_header(vae_file(folder))
+    content = vae_file(folder).read_bytes()
+    name = "decoder.conv_out.weight"
+    stored = content[entries[name].offset :][: entries[name].nbytes]
+    exact = tiny.weight(0, "vae", name, entries[name].shape)
+    # bfloat16 is the upper half of a float32
+    read = (np.frombuffer(stored, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(exact.shape)
+    assert relative_error(read, exact) < 2**-8

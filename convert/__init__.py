@@ -6,37 +6,33 @@ if the recipe says so, and written; so a conversion needs a few hundred megabyte
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
-from ..errors import NumericsError, RequestError
+from .. import __version__
+from ..errors import RequestError
 from ..quantize import Quantization, default_quantization, recipe
-from .sources import Source, SourceComponent, Tensor, open_source, parameters
+from .sources import CONVERSION, Source, SourceComponent, Tensor, open_source, parameters, read_rows
 from .writer import (
     SHARD_BYTES,
-    ShardFile,
+    OutputFolder,
     Slot,
-    check_destination,
-    check_space,
+    check_absent,
+    check_outside,
+    header,
     index,
-    partial_folder,
+    render_json,
     shard_name,
-    write_json,
 )
 
 __all__ = ["Progress", "convert", "convert_steps"]
 
-DTYPES = {"float32": ("F32", mx.float32), "bfloat16": ("BF16", mx.bfloat16), "float16": ("F16", mx.float16)}
+SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtypes to convert to, in safetensors' spelling
 DENSE = (0, 16)  # bits that mean: not quantized
-CHUNK_BYTES = 32 * 2**20  # of float32, in memory at a time
-# The exponent's bits, which are all set in NaN and infinity and in no finite number.
-EXPONENT = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """One tensor to convert: how it is packed (None: dense), and the arrays it becomes."""
 
     tensor: Tensor
@@ -81,7 +77,8 @@ def convert(
     default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" have one choice each. text_encoder_bits and
     transformer_bits stand in for bits in that network; 0 or 16 leaves it dense.
 
-    The folder appears under its name only when it is whole. On any failure nothing is left.
+    The folder appears under its name only when it is whole. On any failure nothing is left; after a kill or a crash the
+    same call goes on from the finished shards. SHA256SUMS in the folder has the checksum of every other file.
     """
     steps = convert_steps(
         source,
@@ -110,21 +107,24 @@ def convert_steps(
     transformer_bits: int | None = None,
 ) -> Iterator[Progress]:
     """Do what `convert` does, yielding Progress after each tensor. Leaving the loop stops the work and undoes it."""
-    if dtype not in DTYPES:
-        raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in SPELLED:
+        raise RequestError(f"dtype must be one of {', '.join(SPELLED)}, got {dtype!r}")
     wanted = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits)
     opened = open_source(source)
     dest = Path(dest).expanduser()
-    check_destination(dest, opened.folder)
+    check_absent(dest)
+    check_outside(dest, opened.folder)
     plans = {part.name: plan(part, dtype, wanted.get(part.name)) for part in opened.components}
-    check_space(dest, sum(job.nbytes for shards in plans.values() for jobs in shards for job in jobs))
-    with partial_folder(dest) as folder:
-        copy_files(opened, folder)
-        done = 0
+    conversion = describe(opened, dtype, wanted)
+    done = 0
+    with OutputFolder(dest, fingerprint(opened, conversion, plans), planned_bytes(plans)) as folder:
         for part in opened.components:
-            for step in write_component(folder / part.name, part, plans[part.name], dtype, wanted.get(part.name)):
+            for step in write_component(folder, part, plans[part.name], dtype, wanted.get(part.name)):
                 done += step.nbytes
                 yield Progress(part.name, step.name, done, opened.nbytes)
+        for name, file in opened.files.items():
+            folder.write(name, file.read_bytes())
+        folder.write(CONVERSION, render_json(conversion))
 
 
 def quantizations(
@@ -145,24 +145,24 @@ def quantizations(
     return chosen
 
 
-def plan(component: SourceComponent, dtype: str, quantization: Quantization | None) -> list[list[Job]]:
-    """The jobs of each shard, in the order in which they are written."""
-    shards: list[list[Job]] = [[]]
+def plan(component: SourceComponent, dtype: str, quantization: Quantization | None) -> list[list[Task]]:
+    """The tasks of each shard, in the order in which they are written."""
+    shards: list[list[Task]] = [[]]
     size = 0
     for tensor in component.tensors:
         q = recipe(component.name, tensor.name, tensor.shape, quantization)
-        job = Job(tensor, q, slots(tensor, dtype, q))
-        if size and size + job.nbytes > SHARD_BYTES:
+        task = Task(tensor, q, slots(tensor, dtype, q))
+        if size and size + task.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append(job)
-        size += job.nbytes
+        shards[-1].append(task)
+        size += task.nbytes
     return shards
 
 
 def slots(tensor: Tensor, dtype: str, quantization: Quantization | None) -> tuple[Slot, ...]:
     """The arrays that a tensor becomes on disk."""
-    spelled, _ = DTYPES[dtype]
+    spelled = SPELLED[dtype]
     if quantization is None:
         return (Slot(tensor.name, spelled, tensor.shape),)
     weight, *helpers = quantization.packed(tensor.name, tensor.shape).items()
@@ -170,27 +170,54 @@ def slots(tensor: Tensor, dtype: str, quantization: Quantization | None) -> tupl
     return (Slot(weight[0], "U32", weight[1]), *(Slot(name, helper_dtype, shape) for name, shape in helpers))
 
 
-def copy_files(source: Source, folder: Path) -> None:
-    for name, file in source.files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / name)
+def planned_bytes(plans: dict[str, list[list[Task]]]) -> int:
+    return sum(task.nbytes for shards in plans.values() for tasks in shards for task in tasks)
+
+
+def describe(source: Source, dtype: str, quantization: dict[str, Quantization | None]) -> dict:
+    """What is told about a conversion in the folder it made; `before` tells of the source's own conversion."""
+    packed = {name: q and q.to_dict() for name, q in quantization.items()}
+    told = {"converter": f"mlx-zimage {__version__}", "source": source.origin, "dtype": dtype, "quantization": packed}
+    return told | ({"before": source.conversion} if source.conversion else {})
+
+
+def fingerprint(source: Source, conversion: dict, plans: dict[str, list[list[Task]]]) -> dict:
+    """What tells one conversion from another: the source's files, the options, and all that will be written."""
+    layout = hashlib.sha256()
+    for shards in plans.values():
+        for tasks in shards:
+            layout.update(header(slot for task in tasks for slot in task.slots))
+    files = sorted((str(path.resolve()), path.stat()) for path in {*source.weights, *source.files.values()})
+    return {
+        "conversion": conversion,
+        "mlx": mx.__version__,
+        "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
+        "layout": layout.hexdigest(),
+    }
 
 
 def write_component(
-    folder: Path, component: SourceComponent, shards: list[list[Job]], dtype: str, quantization: Quantization | None
+    folder: OutputFolder,
+    component: SourceComponent,
+    shards: list[list[Task]],
+    dtype: str,
+    quantization: Quantization | None,
 ) -> Iterator[Tensor]:
-    """Write a component's config, shards and index, yielding each tensor once it is written."""
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", config(component.config, dtype, quantization))
-    for i, jobs in enumerate(shards):
-        places = [slot for job in jobs for slot in job.slots]
-        with ShardFile(folder / shard_name(i, len(shards)), places) as file:
-            for job in jobs:
-                for array in pack(job, dtype):
-                    file.write(array)
-                yield job.tensor
-    places = [[slot for job in jobs for slot in job.slots] for jobs in shards]
-    write_json(folder / "model.safetensors.index.json", index(places, parameters(component)))
+    """Write a component's shards, index and config, yielding each tensor once it is written."""
+    places = [[slot for task in tasks for slot in task.slots] for tasks in shards]
+    for i, tasks in enumerate(shards):
+        name = f"{component.name}/{shard_name(i, len(shards))}"
+        if folder.keeps(name):
+            yield from (task.tensor for task in tasks)
+            continue
+        with folder.shard(name, places[i]) as file:
+            for task in tasks:
+                for array in pack(task, dtype):
+                    file.write_array(array)
+                yield task.tensor
+    content = index(places, parameters(component))
+    folder.write(f"{component.name}/model.safetensors.index.json", render_json(content))
+    folder.write(f"{component.name}/config.json", render_json(config(component.config, dtype, quantization)))
 
 
 def config(source_config: dict, dtype: str, quantization: Quantization | None) -> dict:
@@ -204,11 +231,11 @@ def config(source_config: dict, dtype: str, quantization: Quantization | None) -
     return changed
 
 
-def pack(job: Job, dtype: str) -> Iterator[mx.array]:
-    """The arrays of a job in the order of its slots, the first a few rows at a time."""
-    q = job.quantization
+def pack(task: Task, dtype: str) -> Iterator[mx.array]:
+    """The arrays of a task in the order of its slots, the first a few rows at a time."""
+    q = task.quantization
     helpers = []
-    for rows in read_rows(job.tensor, dtype):
+    for rows in read_rows(task.tensor, dtype):
         if q is None:
             yield rows
         else:
@@ -218,24 +245,3 @@ def pack(job: Job, dtype: str) -> Iterator[mx.array]:
             helpers.append(others)
     for pieces in zip(*helpers, strict=True):
         yield mx.concatenate(pieces)
-
-
-def read_rows(tensor: Tensor, dtype: str) -> Iterator[mx.array]:
-    """The rows of a tensor in dtype, some at a time. Refuses what is not finite."""
-    _, target = DTYPES[dtype]
-    height = tensor.shape[0]
-    step = max(1, CHUNK_BYTES // (4 * prod(tensor.shape[1:])))
-    for start in range(0, height, step):
-        stored = tensor.read(start, min(start + step, height))
-        rows = stored.astype(target)
-        if not is_finite(rows):
-            if is_finite(stored):
-                raise NumericsError(f"{tensor.name} has values beyond {dtype}; choose another dtype")
-            raise NumericsError(f"{tensor.name} of the source holds NaN or infinity; fetch the model again")
-        yield rows
-
-
-def is_finite(array: mx.array) -> bool:
-    unsigned, exponent = EXPONENT[array.dtype]
-    bits = np.array(array.view(unsigned), copy=False)
-    return not ((bits & exponent) == exponent).any()

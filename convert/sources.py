@@ -6,7 +6,7 @@ memory than the converter asks for, whatever the size of its tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,11 +14,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NumericsError
 from ..quantize import Quantization
-from ..weights import DTYPES, Component, Entry, open_checkpoint
+from ..weights import DTYPES, Component, Entry, open_checkpoint, read_json
 
+CHUNK_BYTES = 32 * 2**20  # of float32, in memory at a time
+# The exponent's bits, which are all set in NaN and infinity and in no finite number.
+EXPONENT = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
 FLOATING = ("F32", "F16", "BF16")
+CONVERSION = "conversion.json"  # in a folder of ours: what it was made from, and how
 # Beside the weights, what a model folder is made of.
 SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
 
@@ -48,12 +52,18 @@ class SourceComponent:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source. files are those to copy, by their path in the folder to be written."""
+    """An opened source.
+
+    origin is its name, without the folders of this machine; weights are the files that the tensors lie in; files are
+    those to copy, by their path in the folder to be written; conversion tells how our converter made it, if it did.
+    """
 
     origin: str
     folder: Path
     components: list[SourceComponent]
+    weights: list[Path]
     files: dict[str, Path]
+    conversion: dict | None = None
 
     @property
     def nbytes(self) -> int:
@@ -72,11 +82,14 @@ def open_source(source: str | Path) -> Source:
         for path in sorted(folder.glob(pattern))
         if path.is_file() and not path.name.endswith(".index.json")
     }
+    conversion = folder / CONVERSION
     return Source(
-        origin=str(source),
+        origin=folder.resolve().name if Path(source).expanduser().is_dir() else str(source),
         folder=folder,
         components=[_component(component) for component in checkpoint.components],
+        weights=sorted({entry.file for component in checkpoint.components for entry in component.entries.values()}),
         files={name: path for name, path in files.items() if name not in written},
+        conversion=read_json(conversion) if conversion.is_file() else None,
     )
 
 
@@ -138,3 +151,24 @@ def _packed_rows(entries: dict[str, Entry], q: Quantization) -> Callable[[int, i
 
 def parameters(component: SourceComponent) -> int:
     return sum(prod(tensor.shape) for tensor in component.tensors)
+
+
+def read_rows(tensor: Tensor, dtype: str) -> Iterator[mx.array]:
+    """The rows of a tensor in dtype, some at a time. Refuses what is not finite."""
+    target = getattr(mx, dtype)
+    height = tensor.shape[0]
+    step = max(1, CHUNK_BYTES // (4 * prod(tensor.shape[1:])))
+    for start in range(0, height, step):
+        stored = tensor.read(start, min(start + step, height))
+        rows = stored.astype(target)
+        if not is_finite(rows):
+            if is_finite(stored):
+                raise NumericsError(f"{tensor.name} has values beyond {dtype}; choose another dtype")
+            raise NumericsError(f"{tensor.name} of the source holds NaN or infinity; fetch the model again")
+        yield rows
+
+
+def is_finite(array: mx.array) -> bool:
+    unsigned, exponent = EXPONENT[array.dtype]
+    bits = np.array(array.view(unsigned), copy=False)
+    return not ((bits & exponent) == exponent).any()

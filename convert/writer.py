@@ -1,11 +1,13 @@
-"""What the converter writes: safetensors shards, their index, and a folder that appears only when it is whole.
+"""What the converter writes: safetensors shards, their index, checksums, and a folder that appears when it is whole.
 
 Names, shapes and dtypes are known before any tensor is read, so a shard's header is written first and its tensors
-follow as they come; no shard is ever held in memory.
+follow as they come; no shard is ever held in memory. A killed run leaves its finished shards in a hidden folder
+beside the destination, where the same command finds them again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,11 +18,14 @@ from math import prod
 from pathlib import Path
 
 import mlx.core as mx
+from filelock import FileLock, Timeout
 
-from ..errors import OutputError, RequestError, ZImageError
+from ..errors import LockedError, OutputError, RequestError, ZImageError
 
 SHARD_BYTES = 512 * 10**6
 ITEM_BYTES = {"F32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1}
+MANIFEST = "SHA256SUMS"  # as `sha256sum -c` reads it
+JOB, JOURNAL = ".job.json", ".journal"  # in a partial folder: what is being made, and its finished shards
 
 
 @dataclass(frozen=True)
@@ -54,25 +59,6 @@ def header(slots: Iterable[Slot]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-class ShardFile:
-    """One safetensors file, written from front to back. An array may come in pieces, each some of its rows."""
-
-    def __init__(self, file: Path, slots: Sequence[Slot]):
-        self._stream = file.open("wb")
-        self._size = self._stream.write(header(slots)) + sum(slot.nbytes for slot in slots)
-
-    def write(self, array: mx.array) -> None:
-        self._stream.write(memoryview(array.reshape(-1).view(mx.uint8)))
-
-    def __enter__(self) -> ShardFile:
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            assert self._stream.tell() == self._size, f"{self._stream.name} is not of the size its header tells"
-        self._stream.close()
-
-
 def index(shards: Sequence[Sequence[Slot]], parameters: int) -> dict:
     """The content of model.safetensors.index.json, as mlx-lm writes it."""
     weight_map = {slot.name: shard_name(i, len(shards)) for i, slots in enumerate(shards) for slot in slots}
@@ -85,40 +71,208 @@ def index(shards: Sequence[Sequence[Slot]], parameters: int) -> dict:
     }
 
 
-def write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def render_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def check_destination(dest: Path, source: Path) -> None:
-    """Refuse a destination that exists, or that lies in the source's folder."""
+def render_manifest(sums: dict[str, str]) -> bytes:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
+
+
+class OutputFile:
+    """A file written from front to back, on the disk (not in a cache of it) once closed; sha256 of what it holds."""
+
+    def __init__(self, path: Path):
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        self._hash.update(view)
+        self.size += len(view)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def write_array(self, array: mx.array) -> None:
+        self.write(memoryview(array.reshape(-1).view(mx.uint8)))
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                _sync(self._fd)
+        finally:
+            os.close(self._fd)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+class OutputFolder:
+    """dest in the making: entered, a hidden folder beside it; left, dest itself, or nothing if there was an error.
+
+    job describes what is made, down to the source's files. If a killed run left a hidden folder with an equal job,
+    its finished shards are kept. One process at a time can be at it; nbytes is how much it is going to write.
+    """
+
+    def __init__(self, dest: Path, job: dict, nbytes: int):
+        self.dest = dest
+        self.folder = dest.with_name(f".{dest.name}.partial")
+        self._lock = FileLock(dest.with_name(f".{dest.name}.lock"), timeout=0)
+        self._job = render_json(job)
+        self._nbytes = nbytes
+        self._finished: dict[str, str] = {}
+        self._sums: dict[str, str] = {}
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            self.dest.parent.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            try:
+                check_absent(self.dest)
+                self._resume()
+            except BaseException:
+                self._remove()
+                raise
+        except OSError as error:
+            raise self._explain(error) from error
+        return self
+
+    def __exit__(self, kind, error, _):
+        try:
+            if kind is None:
+                self._publish()
+        except OSError as failure:
+            kind, error = OSError, failure
+        finally:
+            self._remove()
+        if isinstance(error, OSError) and not isinstance(error, ZImageError):
+            raise self._explain(error) from error
+
+    def keeps(self, name: str) -> bool:
+        """Whether an earlier run finished this file; its content is read and compared with its checksum."""
+        path = self.folder / name
+        if name not in self._finished or not path.is_file() or sha256(path) != self._finished[name]:
+            return False
+        self._sums[name] = self._finished[name]
+        return True
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file."""
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        with OutputFile(self.folder / name) as file:
+            file.write(content)
+        self._sums[name] = file.sha256
+
+    @contextmanager
+    def shard(self, name: str, slots: Sequence[Slot]) -> Iterator[OutputFile]:
+        """A shard to write the arrays of the slots into, in order."""
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        with OutputFile(self.folder / name) as file:
+            file.write(header(slots))
+            wanted = file.size + sum(slot.nbytes for slot in slots)
+            yield file
+            assert file.size == wanted, f"{name} has {file.size} bytes, its header tells {wanted}"
+        self._sums[name] = file.sha256
+        with (self.folder / JOURNAL).open("ab", buffering=0) as journal:
+            journal.write(render_manifest({name: file.sha256}))
+            _sync(journal.fileno())
+
+    def _acquire(self) -> None:
+        file = Path(self._lock.lock_file)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            holder = _read(file).decode(errors="replace") or "?"
+            raise LockedError(f"{self.dest} is being written by process {holder}; wait for it, or stop it") from None
+        file.write_text(str(os.getpid()))
+
+    def _resume(self) -> None:
+        """Keep what a killed run finished of the same job, or begin anew; then see that the rest fits on the disk."""
+        if _read(self.folder / JOB) != self._job:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        lines = _read(self.folder / JOURNAL).decode(errors="replace").split("\n")[:-1]
+        self._finished = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        kept = sum(path.stat().st_size for name in self._finished if (path := self.folder / name).is_file())
+        check_space(self.dest, self._nbytes - kept)
+        if not self._finished:
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / JOB).write_bytes(self._job)
+
+    def _publish(self) -> None:
+        self.write(MANIFEST, render_manifest(self._sums))
+        for name in (JOB, JOURNAL):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
+            _sync_folder(folder)
+        check_absent(self.dest)
+        os.replace(self.folder, self.dest)
+        _sync_folder(self.dest.parent)
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+    def _explain(self, error: OSError) -> OSError:
+        if isinstance(error, ZImageError):
+            return error
+        return OutputError(f"{self.dest} could not be written: {error.strerror or error}")
+
+
+def check_absent(dest: Path) -> None:
     if os.path.lexists(dest):
         raise RequestError(f"{dest} exists already; remove it, or give another name")
+
+
+def check_outside(dest: Path, source: Path) -> None:
+    """Refuse a destination in the source's folder."""
     if source.resolve() in dest.resolve().parents:
         raise RequestError(f"{dest} lies inside the source {source}; give a folder outside it")
 
 
 def check_space(dest: Path, nbytes: int) -> None:
     """Refuse work whose result does not fit on dest's disk."""
-    parent = next(folder for folder in dest.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(dest.parent).free
     if nbytes > free:
         raise OutputError(
-            f"{dest} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left; free some, "
+            f"{dest} needs {nbytes / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB left; free some, "
             f"choose another disk, or fewer bits"
         )
 
 
-@contextmanager
-def partial_folder(dest: Path) -> Iterator[Path]:
-    """A folder beside dest to write into. It becomes dest when the block ends, and is removed when it fails."""
-    partial = dest.with_name(f".{dest.name}.partial")
+def sha256(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> bytes:
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, dest)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, ZImageError):
-            raise OutputError(f"{dest} could not be written: {error.strerror or error}") from error
-        raise
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _sync(fd: int) -> None:
+    try:
+        # On macOS fsync stops at the drive's cache; this goes through it.
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    except (ImportError, AttributeError, OSError):
+        os.fsync(fd)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,104 @@
+"""Whether a model folder is what its writer made: checksums, headers, names, shapes, and finite values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError, NumericsError
+from ..weights import resolve
+from .sources import CONVERSION, open_source, read_rows
+from .writer import MANIFEST, render_manifest, sha256
+
+# What the loader reads; a file of this kind that the manifest does not list could change the model.
+READ_BY_US = (".json", ".safetensors", ".txt", ".jinja")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file or a tensor has been looked at; fault says what is wrong with it, or is None."""
+
+    name: str
+    fault: str | None
+    done_bytes: int
+    total_bytes: int
+
+
+def verify(folder: str | Path) -> list[str]:
+    """The faults of a model folder, none if it is whole. See verify_steps."""
+    return [f"{step.name}: {step.fault}" for step in verify_steps(folder) if step.fault]
+
+
+def verify_steps(folder: str | Path) -> Iterator[Checked]:
+    """Check a model folder (ours or diffusers', an id, "pocket"), yielding Checked for each file and tensor.
+
+    Every file is compared with the folder's SHA256SUMS. A folder that our converter did not write has none: then
+    headers, names, shapes and values are all that is checked.
+    """
+    folder = resolve(folder)
+    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    total = 2 * sum(sizes.values())
+    done = 0
+    try:
+        sums = read_manifest(folder)
+    except CheckpointError as error:
+        yield Checked(MANIFEST, str(error), 0, total)
+        return
+    whole = True
+    for name, digest in sums.items():
+        path = folder / name
+        done += sizes.get(path, 0)
+        fault = _file_fault(path, digest)
+        whole = whole and not fault
+        yield Checked(name, fault, done, total)
+    if sums:
+        names = (path.relative_to(folder).as_posix() for path in sizes)
+        for name in names:
+            if name not in sums and name != MANIFEST and name.endswith(READ_BY_US):
+                yield Checked(name, f"is not in {MANIFEST}; it was added later", done, total)
+    if not whole:
+        return
+    done = total // 2
+    try:
+        source = open_source(folder)
+    except CheckpointError as error:
+        yield Checked(str(folder), str(error), done, total)
+        return
+    for component in source.components:
+        for tensor in component.tensors:
+            done += tensor.nbytes
+            yield Checked(f"{component.name} {tensor.name}", _values_fault(tensor), done, total)
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """File -> sha256 in hexadecimal, from the folder's manifest; empty if it is not a folder of ours."""
+    path = folder / MANIFEST
+    if not path.exists() and not (folder / CONVERSION).exists():
+        return {}
+    try:
+        content = path.read_bytes()
+        lines = content.decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot be read ({error}); convert again") from error
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if render_manifest(sums) != content:
+        raise CheckpointError("is damaged; convert again")
+    return sums
+
+
+def _file_fault(path: Path, digest: str) -> str | None:
+    try:
+        found = sha256(path)
+    except (OSError, ValueError) as error:  # a damaged manifest can name anything
+        return f"cannot be read: {error}"
+    return None if found == digest else f"has sha256 {found}, its manifest says {digest}; convert or copy it again"
+
+
+def _values_fault(tensor) -> str | None:
+    try:
+        for _ in read_rows(tensor, "float32"):
+            pass
+    except (NumericsError, CheckpointError) as error:
+        return str(error)
+    return None

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import NumericsError, OutputError, RequestError
+from .metadata import Origin, save_options
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -53,17 +54,22 @@ def read_latents(path: Path) -> np.ndarray:
     return latents
 
 
-def save(pixels: np.ndarray, path: Path, overwrite: bool = False) -> Path:
+def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin | None = None) -> Path:
     """Write (H, W, 3) uint8 in the format that path's ending names; returns the path it was written to.
+
+    The picture carries its origin, or where that is None nothing but pixels.
 
     Where path exists, the first free one of path-1, path-2, ... is taken, unless overwrite is set. Written aside and
     renamed, so that a picture is whole or not there.
     """
+    kind = FORMATS[path.suffix.lower()]
+    options = {} if kind == "PNG" else {"quality": 95}
+    if origin:
+        options |= save_options(origin, kind)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".mlx-zimage-", suffix=path.suffix)
     try:
         with os.fdopen(handle, "wb") as stream:
-            quality = {} if path.suffix.lower() == ".png" else {"quality": 95}
-            Image.fromarray(pixels).save(stream, format=FORMATS[path.suffix.lower()], **quality)
+            Image.fromarray(pixels).save(stream, format=kind, **options)
             stream.flush()
             os.fsync(stream.fileno())
         umask = os.umask(0)

@@ -1,0 +1,67 @@
+"""The command line: a command reads its options, makes one call and prints what came of it.
+
+Results go to stdout, everything else to stderr. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import warnings
+
+import click
+
+from .. import __version__
+from ..errors import ZImageError
+from .convert import convert
+from .generate import generate
+from .info import info
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+class Commands(click.Group):
+    """Turns what the library raises, and signals, into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: click.Context):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except ZImageError as error:
+            failure = click.ClickException(str(error))
+            failure.exit_code = error.exit_code
+            raise failure from error
+        except (KeyboardInterrupt, Terminated) as stop:
+            click.echo("Stopped.", err=True)
+            ctx.exit(143 if isinstance(stop, Terminated) else 130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlx-zimage")
+def main():
+    """Draw pictures from prompts with Z-Image-Turbo, through MLX.
+
+    Results are printed on stdout, progress and messages on stderr. Exit codes: 0 done, 1 failed, 2 a value that
+    cannot work, 3 no such model, 4 damaged model files, 6 a result that cannot be written, 7 a folder that another
+    process is writing, 8 numbers that are not finite, 130 stopped by Ctrl-C, 143 by SIGTERM.
+    """
+
+
+for command in (generate, convert, info):
+    main.add_command(command)
+
+
+def _terminate(*_):
+    raise Terminated
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():  # clears a running bar and draws it again
+        click.echo(f"Warning: {message}", err=True)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..quantize import MODES
+from .output import print_path, progress_bar
+
+
+@click.command(epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
+@click.argument("source")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4 or 3.  [default: not quantized]")
+@click.option("--q-group-size", "group_size", type=int, help="Weights that share a scale.  [default: the mode's]")
+@click.option("--q-mode", "mode", type=click.Choice(list(MODES)), default="affine", show_default=True)
+@click.option("--transformer-q-bits", "transformer_bits", type=int, help="Bits of the transformer, where they differ.")
+@click.option("--text-encoder-q-bits", "text_encoder_bits", type=int, help="Bits of the text encoder, likewise.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the weights that are not quantized.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only the folder's path.")
+def convert(source, dest, quiet, **options):
+    """Write SOURCE as an MLX model folder DEST and print its path.
+
+    SOURCE is a diffusers folder, a Hugging Face id, or 'pocket'. It is converted tensor by tensor, in little memory.
+    The layers that quantization hurts, and the VAE, stay in --dtype.
+    """
+    from ..convert import convert_steps
+
+    with progress_bar(quiet, unit="B", unit_scale=True) as bar:
+        for step in convert_steps(source, dest, **options):
+            bar.total = step.total_bytes
+            bar.set_description(step.component, refresh=False)
+            bar.update(step.done_bytes - bar.n)
+    print_path(dest)

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+import warnings
+from pathlib import Path
+
+import click
+
+from ..errors import RequestError
+from ..jobs import count_up, multiply, parse_seeds, parse_size, read_prompts, read_requests, read_text
+from ..request import RNGS
+from .output import print_path, progress_bar, tell
+
+DEFAULT_MODEL = "Tongyi-MAI/Z-Image-Turbo"
+ANY_SIDE = 1024  # stands in for the model's size until it is open, to check all values before that
+
+
+def _parse(parse):
+    def callback(ctx, parameter, value):
+        return None if value is None else parse(value)
+
+    return callback
+
+
+@click.command(epilog="Example: mlx-zimage generate 'a lighthouse at dusk' --seed 7 -o lighthouse.png")
+@click.argument("prompt", required=False)
+@click.option("--prompt", "prompt_option", metavar="PROMPT", help="The same as the argument PROMPT.")
+@click.option(
+    "--prompt-file",
+    type=click.File("rb"),
+    help="Prompts, one a line; - is stdin. Lines that begin with # are passed over.",
+)
+@click.option(
+    "--requests",
+    "requests_file",
+    metavar="FILE.jsonl",
+    type=click.File("rb"),
+    help='JSON objects, one a line, such as {"prompt": "a cat", "seed": 1, "output": "cat.png"}; - is stdin.',
+)
+@click.option("-m", "--model", help=f"A model folder, a Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("image.png"),
+    show_default=True,
+    help="The picture's file: .png, .jpg or .webp. {prompt}, {seed}, {n}, {width}, {height} and {steps} are filled in. "
+    "If the file exists, NAME-1, NAME-2, ... is written.",
+)
+@click.option("--overwrite", is_flag=True, help="Write over files that exist.")
+@click.option(
+    "--size",
+    callback=_parse(parse_size),
+    metavar="W:H|WxH",
+    help="An aspect such as 3:2, with about as many pixels as the model's own size, or pixels such as 1280x720.",
+)
+@click.option("--width", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
+@click.option("--height", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
+@click.option("--steps", type=int, help="How often the transformer is called.  [default: 8]")
+@click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    metavar="N[,N...]",
+    help="The same seed draws the same picture. Several draw one each.  [default: chosen, and told]",
+)
+@click.option("--count", type=int, default=1, help="Pictures per seed: its own and those of the seeds that follow it.")
+@click.option("--auto-seeds", type=int, metavar="N", help="Pictures of N seeds chosen at random.")
+@click.option(
+    "--latents",
+    "latents_file",
+    metavar="FILE.npy",
+    type=click.Path(path_type=Path),
+    help="The initial noise itself, (pictures, 16, height/8, width/8), in place of the seed's.",
+)
+@click.option(
+    "--rng",
+    type=click.Choice(RNGS),
+    help="Whose noise a seed gives: PyTorch's, as in diffusers and ComfyUI, or MLX's own.  [default: torch]",
+)
+@click.option("--shift", type=float, help="Bends the schedule towards noise.  [default: the model's, 3.0]")
+@click.option("--guidance", "guidance_scale", type=float, help="0 is off; Turbo needs 0.  [default: 0]")
+@click.option("--negative-prompt", help="What to steer away from; used when guidance is above 0.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    help="What to compute in.  [default: bfloat16 on a GPU, float32 on a CPU]",
+)
+@click.option(
+    "--from",
+    "-C",
+    "--config-from-metadata",
+    "from_picture",
+    metavar="PICTURE",
+    type=click.Path(path_type=Path),
+    help="Begin with the request that PICTURE carries; other options change it.",
+)
+@click.option("--metadata/--no-metadata", default=True, help="Whether pictures carry their request.  [default: yes]")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per picture instead of its path.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no seeds on stderr; warnings and errors remain.")
+def generate(
+    prompt, prompt_option, prompt_file, requests_file, model, output, overwrite, size, seeds, count, auto_seeds,
+    latents_file, dtype, from_picture, metadata, as_json, quiet, **values,
+):  # fmt: skip
+    """Draw a picture of PROMPT, or several, and print their paths.
+
+    All values are checked before the model is opened. The model stays open between pictures.
+    """
+    from ..image import check_output, read_latents, save
+    from ..metadata import Origin, fingerprint, read_origin
+
+    old = read_origin(from_picture) if from_picture else None
+    base = old.request.to_dict() if old else {}
+    sides, ratio = size or ({}, None)
+    if ratio:
+        base = {name: value for name, value in base.items() if name not in ("width", "height")}
+    if size and (values["width"] or values["height"]):
+        raise RequestError("--size and --width or --height contradict each other; give one")
+    base |= {name: value for name, value in {**values, **sides}.items() if value is not None}
+    latents = read_latents(latents_file) if latents_file else None
+    if latents is not None:
+        base["num_images"] = len(latents)
+
+    if prompt is not None and prompt_option is not None:
+        raise RequestError("the prompt is given twice, as the argument and as --prompt")
+    prompts = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
+    jobs = list(multiply(base, prompts, _seeds(seeds, count, auto_seeds, old), output, ratio))
+    for job in jobs:
+        check_output(job.path(job.request(ANY_SIDE)))
+    model = model or _model_of(old, from_picture)
+    _check_latents_of(old, from_picture, latents)
+
+    from ..pipeline import Step, ZImagePipeline
+
+    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype or (old.dtype if old else None))
+    maker = {
+        "model": Path(model).resolve().name if Path(model).is_dir() else model,
+        "fingerprint": fingerprint(pipeline.checkpoint),
+        "dtype": str(pipeline.dtype).rpartition(".")[2],
+        "latents": _digest(latents),
+    }
+    if old and maker["fingerprint"] != old.fingerprint:
+        warnings.warn(f"{model} is not the model that drew {from_picture}; the picture will differ", stacklevel=1)
+    written = set()
+    for job in jobs:
+        request = job.request(pipeline.sample_size)
+        path = job.path(request)
+        place = f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""
+        tell(f"Seed: {request.seed}{place}", quiet)
+        clock = Clock()
+        with progress_bar(quiet, total=request.steps, desc="Drawing", unit="step") as bar:
+            for event in pipeline.stream(request, latents):
+                if isinstance(event, Step):
+                    clock.step()
+                    bar.update()
+                else:
+                    clock.decoded()
+                    origin = Origin(request, index=event.index, **maker)
+                    saved = save(event.pixels, path, overwrite and path not in written, origin if metadata else None)
+                    written.add(saved)
+                    print_json(saved, origin, clock) if as_json else print_path(saved)
+
+
+class Clock:
+    """Seconds that one request takes, and the memory it needs at most."""
+
+    def __init__(self):
+        import mlx.core as mx
+
+        mx.reset_peak_memory()
+        self.peak = mx.get_peak_memory
+        self.begin = self.last = time.perf_counter()
+        self.steps: list[float] = []
+        self.decode = 0.0
+
+    def step(self):
+        self.steps.append(self._lap())
+
+    def decoded(self):
+        self.decode = self._lap()
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        lap, self.last = now - self.last, now
+        return lap
+
+    def to_dict(self) -> dict:
+        """The first step's time has the prompt's encoding in it."""
+        first, *rest = self.steps
+        return {
+            "seconds": round(self.last - self.begin, 4),
+            "first_step_seconds": round(first, 4),
+            "step_seconds": round(sum(rest) / len(rest), 4) if rest else None,
+            "decode_seconds": round(self.decode, 4),
+            "peak_memory_gb": round(self.peak() / 1e9, 4),
+        }
+
+
+def print_json(path: Path, origin, clock: Clock) -> None:
+    fields = json.loads(origin.to_json())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    click.echo(json.dumps({"path": os.fspath(path), "sha256": sha256, **fields, **clock.to_dict()}))
+
+
+def _prompts(prompt, prompt_file, requests_file, old) -> list[dict]:
+    """What to draw, one dict of values a picture; each is stronger than the options."""
+    if prompt_file and (prompt is not None or requests_file):
+        raise RequestError("a file of prompts stands alone: give no other prompt or requests with it")
+    if prompt_file:
+        return read_prompts(*_read(prompt_file))
+    own = {} if prompt is None else {"prompt": prompt}
+    if requests_file:
+        text, name = _read(requests_file)
+        requests = [own | request for request in read_requests(text, name)]
+        if not old and not all("prompt" in request for request in requests):
+            raise RequestError(f"{name}: each object needs a prompt, or give one for all")
+        return requests
+    if not own and not old:
+        raise click.UsageError("Missing argument 'PROMPT'; or give --prompt-file, --requests or --from.")
+    return [own]
+
+
+def _read(stream) -> tuple[str, str]:
+    name = getattr(stream, "name", "stdin")
+    return read_text(stream, name), name
+
+
+def _seeds(given, count, auto_seeds, old) -> list[int]:
+    if given and auto_seeds is not None:
+        raise RequestError("--seed and --auto-seeds contradict each other; give one")
+    if auto_seeds is not None and not 1 <= auto_seeds <= 100_000:
+        raise RequestError(f"auto-seeds must be from 1 to 100000, got {auto_seeds}")
+    seeds = [seed for text in given for seed in parse_seeds(text)]
+    if not seeds:
+        seeds = [old.request.seed] if old and not auto_seeds else [secrets.randbits(32) for _ in range(auto_seeds or 1)]
+    return count_up(seeds, count)
+
+
+def _model_of(old, picture) -> str:
+    """The model to draw with where none was named. A picture may name one, but only a known one is trusted."""
+    if old is None or old.model in ("pocket", DEFAULT_MODEL):
+        return old.model if old else DEFAULT_MODEL
+    raise RequestError(f"{picture} was drawn with the model {old.model!r}; say where it is with --model")
+
+
+def _check_latents_of(old, picture, latents) -> None:
+    if old is None or old.latents is None:
+        return
+    if latents is None:
+        raise RequestError(f"{picture} was drawn from latents of its own; give their file with --latents")
+    if _digest(latents) != old.latents:
+        warnings.warn(f"these are not the latents that {picture} was drawn from; the picture will differ", stacklevel=1)
+
+
+def _digest(latents) -> str | None:
+    return None if latents is None else hashlib.sha256(latents.astype("<f4").tobytes()).hexdigest()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+
+import click
+
+from ..errors import ModelNotFoundError
+from .output import DTYPE_NAMES, size
+
+
+@click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info picture.png")
+@click.argument("source")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(source, as_json):
+    """Tell what a model folder holds, or how a picture was drawn.
+
+    SOURCE is a model folder, 'pocket', or a picture that `generate` wrote. Of a model it tells the networks, their
+    sizes and how they are stored; of a picture, all that `generate --from` needs to draw it again.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        from ..metadata import parameters, read_origin
+
+        origin = read_origin(path)
+        click.echo(json.dumps(asdict(origin)) if as_json else parameters(origin))
+        return
+    if source != "pocket" and not path.is_dir():
+        raise ModelNotFoundError(f"there is no model folder and no picture {source}")
+    model = describe(source)
+    if as_json:
+        click.echo(json.dumps(model))
+        return
+    click.echo(model["folder"])
+    click.echo(f"{'':14}{'parameters':>16}{'on disk':>12}  stored as")
+    for name, network in model["networks"].items():
+        nbytes = size(network["bytes"])
+        click.echo(f"{name:14}{network['parameters']:16,}{nbytes:>12}  {', '.join(network['stored_as'])}")
+    side = model["sample_size"]
+    click.echo(f"draws {side}x{side} pixels unless told otherwise")
+
+
+def describe(source: str) -> dict:
+    """What `info` tells of a model, ready for JSON."""
+    from ..metadata import fingerprint
+    from ..weights import open_checkpoint
+
+    checkpoint = open_checkpoint(source)
+    return {
+        "folder": str(checkpoint.folder),
+        "sample_size": checkpoint.vae.config.sample_size,
+        "fingerprint": fingerprint(checkpoint),
+        "networks": {
+            component.name: {
+                "parameters": sum(prod(shape) for shape in component.config.shapes().values()),
+                "bytes": component.nbytes,
+                "stored_as": _stored_as(component),
+            }
+            for component in checkpoint.components
+        },
+    }
+
+
+def _stored_as(component) -> list[str]:
+    """The kinds of weights, such as "4-bit affine in groups of 64 (35 layers)" and "bfloat16"."""
+    packed = Counter(component.quantizations.values())
+    kinds = [f"{q.bits}-bit {q.mode} in groups of {q.group_size} ({count} layers)" for q, count in packed.most_common()]
+    helpers = {f"{layer}.{part}" for layer in component.quantizations for part in ("weight", "scales", "biases")}
+    dense = {entry.dtype for name, entry in component.entries.items() if name not in helpers}
+    return kinds + sorted(DTYPE_NAMES.get(dtype, dtype) for dtype in dense)

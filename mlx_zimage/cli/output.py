@@ -1,0 +1,31 @@
+"""What commands share in printing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def print_path(path: Path) -> None:
+    """On stdout, alone on its line, byte for byte: file names need not be valid text."""
+    click.echo(os.fsencode(path))
+
+
+def tell(message: str, quiet: bool = False) -> None:
+    if not quiet:
+        click.echo(message, err=True)
+
+
+def progress_bar(quiet: bool = False, **options):
+    """A bar on stderr if a person watches: rate and time left are in it."""
+    from tqdm import tqdm
+
+    return tqdm(disable=True if quiet else None, **options)  # None: no bar where stderr is no terminal
+
+
+def size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

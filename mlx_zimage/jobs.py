@@ -1,0 +1,150 @@
+"""What one call of `mlx-zimage generate` draws: prompts, seeds and file names multiplied out. Knows no click, no MLX.
+
+A Job is a request whose size may still be open, since a model's own size is known only once it is open.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from math import sqrt
+from pathlib import Path
+
+from .errors import RequestError
+from .request import MAX_PROMPT, SIZE_MULTIPLE, GenerateRequest
+
+MAX_FILE = 50_000_000  # bytes of a file of prompts
+MAX_NAME = 200  # bytes of a file name's stem: 255 are allowed, some are for the ending and a counter
+FIELDS = {field.name for field in fields(GenerateRequest)}
+PLACEHOLDERS = ("prompt", "seed", "n", "width", "height", "steps")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request to be: its values as far as they are known, and the file for its picture.
+
+    ratio is (width, height) of a picture about as large as the model's own; n counts the jobs from 1.
+    """
+
+    values: dict
+    output: Path
+    n: int = 1
+    ratio: tuple[int, int] | None = None
+
+    def request(self, side: int) -> GenerateRequest:
+        """The request for a model that draws side x side pixels by default."""
+        width, height = fit(self.ratio, side) if self.ratio else (side, side)
+        return GenerateRequest(**{"width": width, "height": height, **self.values})
+
+    def path(self, request: GenerateRequest) -> Path:
+        """The output's name with {seed}, {prompt} and so on filled in; other braces are left as they are."""
+        if not self.output.name:
+            return self.output  # "." or "/", which check_output refuses
+        known = {**request.to_dict(), "n": self.n, "prompt": slug(request.prompt)}
+        stem = re.sub(rf"\{{({'|'.join(PLACEHOLDERS)})\}}", lambda match: str(known[match[1]]), self.output.stem)
+        return self.output.with_name(_cut(stem, MAX_NAME) + self.output.suffix)
+
+
+def multiply(base: dict, prompts: Iterable[dict], seeds: Iterable[int], output: Path, ratio) -> Iterator[Job]:
+    """A Job for each seed of each prompt. A prompt's own values are stronger than the base's and the seeds'."""
+    n = 0
+    for own in prompts:
+        own = dict(own)
+        file = Path(own.pop("output", output))
+        for seed in [own["seed"]] if "seed" in own else seeds:
+            n += 1
+            yield Job({**base, **own, "seed": seed}, file, n, None if {"width", "height"} & own.keys() else ratio)
+
+
+def count_up(seeds: Iterable[int], count: int) -> list[int]:
+    """Each seed and the count - 1 that follow it."""
+    if not 1 <= count <= 100_000:
+        raise RequestError(f"count must be from 1 to 100000, got {count}")
+    return [seed + i for seed in seeds for i in range(count)]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "7" or "1,2,5"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"seeds are whole numbers, several with commas between them; got {text!r}") from None
+
+
+def parse_size(text: str) -> tuple[dict, tuple[int, int] | None]:
+    """A size "1280x720" as width and height, or an aspect "16:9" as a ratio."""
+    match = re.fullmatch(r"([0-9]{1,5})([x:])([0-9]{1,5})", text.strip().lower())
+    if not match:
+        raise RequestError(f"size must be an aspect such as 3:2, or pixels such as 1280x720; got {text!r}")
+    width, height = int(match[1]), int(match[3])
+    if match[2] == "x":
+        return {"width": width, "height": height}, None
+    if not 0 < width <= 8 * height or not 0 < height <= 8 * width:
+        raise RequestError(f"aspects go from 1:8 to 8:1; got {text!r}")
+    return {}, (width, height)
+
+
+def fit(ratio: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height of that ratio with about side x side pixels, to the nearest multiples of 16."""
+    width, height = (side * sqrt(a / b) for a, b in (ratio, ratio[::-1]))
+    return tuple(max(1, round(length / SIZE_MULTIPLE)) * SIZE_MULTIPLE for length in (width, height))
+
+
+def read_prompts(text: str, name: str) -> list[dict]:
+    """A prompt a line; empty lines and those that begin with # are passed over."""
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [{"prompt": line} for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise RequestError(f"{name} holds no prompt; write one a line")
+    return prompts
+
+
+def read_requests(text: str, name: str) -> list[dict]:
+    """JSON Lines: an object a line, with a request's fields and, if wished, "output"."""
+    requests = []
+    for i, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{name}, line {i} is no JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise RequestError(f"{name}, line {i} must be a JSON object, got {type(values).__name__}")
+        unknown = sorted(values.keys() - FIELDS - {"output"})
+        if unknown:
+            raise RequestError(f"{name}, line {i} has {unknown[0]!r}; known are output, {', '.join(sorted(FIELDS))}")
+        if not isinstance(values.get("output", ""), str):
+            raise RequestError(f"{name}, line {i}: output must be a file's name")
+        requests.append(values)
+    if not requests:
+        raise RequestError(f"{name} holds no request; write a JSON object a line")
+    return requests
+
+
+def read_text(stream, name: str) -> str:
+    """The UTF-8 text of a binary stream."""
+    content = stream.read(MAX_FILE + 1)
+    if len(content) > MAX_FILE:
+        raise RequestError(f"{name} is larger than {MAX_FILE // 10**6} MB")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name} is not UTF-8 text (byte {error.start})") from None
+
+
+def slug(prompt: str) -> str:
+    """Words of the prompt as a part of a file name: letters and digits of any script, dashes between."""
+    words = re.findall(r"[^\W_]+", prompt[:MAX_PROMPT])
+    return _cut("-".join(words), 60).rstrip("-") or "picture"
+
+
+def _cut(text: str, size: int) -> str:
+    """As much of the text as fits into size bytes of a file name."""
+    text = text[:size]
+    while len(os.fsencode(text)) > size:
+        text = text[:-1]
+    return text

@@ -1,0 +1,236 @@
+"""Several pictures in one call, pictures that remember, and what programs read."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from mlx_zimage import cli
+from mlx_zimage.metadata import read_origin
+
+PROMPT = "a red circle on a blue background"
+SMALL = ["--model", "pocket", "--steps", "1", "--width", "32", "--height", "32"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run mlx-zimage in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args, **options: CliRunner().invoke(cli.main, [str(arg) for arg in args], **options)
+
+
+def seeds(stdout: str) -> list[int]:
+    return [read_origin(Path(line)).request.seed for line in stdout.splitlines()]
+
+
+def test_several_seeds_draw_a_picture_each(run):
+    result = run("generate", PROMPT, *SMALL, "--seed", "5,6", "--seed", "9", "-o", "{seed}.png")
+    assert result.stdout == "5.png\n6.png\n9.png\n"
+    assert "Seed: 6 (2 of 3)\n" in result.stderr
+
+
+def test_count_goes_on_with_the_seeds_that_follow(run):
+    assert seeds(run("generate", PROMPT, *SMALL, "--seed", "5", "--count", "3").stdout) == [5, 6, 7]
+
+
+def test_auto_seeds_are_all_told(run):
+    result = run("generate", PROMPT, *SMALL, "--auto-seeds", "2")
+    assert [f"Seed: {seed} ({i} of 2)" for i, seed in enumerate(seeds(result.stdout), 1)] == result.stderr.splitlines()
+
+
+def test_a_picture_of_a_batch_is_the_one_drawn_alone(run):
+    run("generate", PROMPT, *SMALL, "--seed", "1,2", "-o", "batch-{seed}.png")
+    run("generate", PROMPT, *SMALL, "--seed", "2", "-o", "alone.png")
+    assert Path("batch-2.png").read_bytes() == Path("alone.png").read_bytes()
+
+
+def test_overwriting_spares_the_pictures_of_the_same_call(run):
+    Path("image.png").write_bytes(b"old")
+    assert run("generate", PROMPT, *SMALL, "--count", "2", "--overwrite").stdout == "image.png\nimage-1.png\n"
+
+
+def test_prompts_come_from_a_file_or_from_stdin(run):
+    Path("prompts.txt").write_text("a red circle\n# not this\n\n一只猫\n", encoding="utf-8")
+    result = run("generate", "--prompt-file", "prompts.txt", *SMALL, "-o", "{prompt}.png")
+    assert result.stdout == "a-red-circle.png\n一只猫.png\n"
+    result = run("generate", "--prompt-file", "-", *SMALL, "-o", "{n}.png", input="a\nb\n")
+    assert result.stdout == "1.png\n2.png\n"
+
+
+def test_requests_come_as_json_lines_and_go_out_as_such(run):
+    lines = '{"prompt": "a", "seed": 1, "output": "a.jpg"}\n{"seed": 2, "width": 48}\n'
+    result = run("generate", PROMPT, "--requests", "-", *SMALL, "--json", "-q", input=lines)
+    assert (result.exit_code, result.stderr) == (0, "")
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert (first["path"], first["request"]["prompt"], first["request"]["seed"]) == ("a.jpg", "a", 1)
+    assert (second["path"], second["request"]["prompt"], second["request"]["width"]) == ("image.png", PROMPT, 48)
+    for told in (first, second):
+        assert told["sha256"] == hashlib.sha256(Path(told["path"]).read_bytes()).hexdigest()
+        assert (told["model"], told["dtype"]) == ("pocket", "float32")
+        assert 0 < told["first_step_seconds"] + told["decode_seconds"] <= told["seconds"]
+        assert 0 < told["peak_memory_gb"] < 2
+
+
+def test_an_aspect_has_about_as_many_pixels_as_the_model_draws(run):
+    assert run("generate", PROMPT, "-m", "pocket", "--steps", "1", "--size", "3:2").exit_code == 0
+    assert Image.open("image.png").size == (160, 112)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], "Missing argument 'PROMPT'"),
+        ([PROMPT, "--prompt", "again"], "given twice"),
+        ([PROMPT, "--prompt-file", "prompts.txt"], "stands alone"),
+        (["--requests", "requests.jsonl"], "each object needs a prompt"),
+        ([PROMPT, "--requests", "bad.jsonl"], "width must be a multiple of 16 pixels, got 50"),
+        ([PROMPT, "--prompt-file", "none.txt"], "none.txt"),
+        ([PROMPT, "--seed", "1-5"], "seeds are whole numbers"),
+        ([PROMPT, "--seed", "1", "--auto-seeds", "2"], "contradict"),
+        ([PROMPT, "--size", "3:2"], "contradict"),
+        ([PROMPT, "--count", "0"], "count must be"),
+        ([PROMPT, "--seed", str(2**64 - 1), "--count", "2"], "seed must be from 0"),
+        (["--from", "prompts.txt"], "no PNG, JPEG or WebP picture"),
+        (["--from", "none.png"], "there is no picture none.png"),
+    ],
+)
+def test_contradictions_and_gaps_are_told_before_any_work(run, tmp_path, args, told):
+    Path("prompts.txt").write_text("a\n")
+    Path("requests.jsonl").write_text('{"seed": 1}\n')
+    Path("bad.jsonl").write_text('{"seed": 1}\n{"width": 50}\n')
+    before = sorted(tmp_path.iterdir())
+    result = run("generate", *args, *SMALL)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert told in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_picture_draws_itself_again_to_the_same_bytes(run, ending):
+    options = ["--shift", "2.5", "--dtype", "bfloat16", "--rng", "mlx", "--guidance", "1", "--negative-prompt", "blue"]
+    assert run("generate", PROMPT, *SMALL, *options, "-o", f"old.{ending}").exit_code == 0
+    result = run("generate", "--from", f"old.{ending}", "-o", f"new.{ending}")
+    assert (result.exit_code, result.stdout) == (0, f"new.{ending}\n")
+    assert Path(f"new.{ending}").read_bytes() == Path(f"old.{ending}").read_bytes()
+
+
+def test_options_change_what_a_picture_began(run):
+    run("generate", PROMPT, *SMALL, "--seed", "1", "-o", "old.png")
+    assert run("generate", "a star", "--from", "old.png", "--seed", "7", "--size", "48x32").exit_code == 0
+    old, new = (read_origin(Path(name)).request for name in ("old.png", "image.png"))
+    assert (new.prompt, new.seed, new.width, new.steps) == ("a star", 7, 48, old.steps)
+
+
+def test_info_prints_what_a_picture_remembers(run):
+    run("generate", PROMPT, *SMALL, "--seed", "1")
+    assert run("info", "image.png").stdout.startswith(f"{PROMPT}\nSteps: 1, Sampler: Euler, ")
+    assert json.loads(run("info", "image.png", "--json").stdout)["request"]["seed"] == 1
+    assert json.loads(run("info", "pocket", "--json").stdout)["networks"]["vae"]["parameters"] == 930_083
+
+
+def test_no_metadata_leaves_nothing(run):
+    run("generate", PROMPT, *SMALL, "--no-metadata")
+    content = Path("image.png").read_bytes()
+    assert not any(word in content for word in (b"tEXt", b"iTXt", b"zTXt", b"eXIf", b"zimage", PROMPT.encode()))
+    result = run("generate", "--from", "image.png")
+    assert result.exit_code == 2
+    assert "does not tell how it was made" in result.stderr
+
+
+def test_a_picture_holds_the_models_name_and_no_path(run, tmp_path):
+    run("convert", "pocket", "folder/small", "--q-bits", "4")
+    run("generate", PROMPT, *SMALL, "-m", tmp_path / "folder/small")
+    assert read_origin(Path("image.png")).model == "small"
+    assert str(tmp_path).encode() not in Path("image.png").read_bytes()
+
+
+def test_a_picture_does_not_choose_an_unknown_model(run):
+    run("convert", "pocket", "small", "--q-bits", "4")
+    run("generate", PROMPT, *SMALL, "-m", "small", "-o", "old.png")
+    result = run("generate", "--from", "old.png")
+    assert result.exit_code == 2
+    assert "was drawn with the model 'small'; say where it is with --model" in result.stderr
+    result = run("generate", "--from", "old.png", "-m", "pocket")
+    assert result.exit_code == 0
+    assert "Warning: pocket is not the model that drew old.png" in result.stderr
+
+
+def test_a_picture_from_latents_asks_for_them_again(run):
+    for i in range(2):
+        np.save(f"{i}.npy", np.random.default_rng(i).standard_normal((1, 16, 4, 4)))
+    run("generate", PROMPT, *SMALL, "--latents", "0.npy", "-o", "old.png")
+    result = run("generate", "--from", "old.png")
+    assert result.exit_code == 2
+    assert "give their file with --latents" in result.stderr
+    assert run("generate", "--from", "old.png", "--latents", "0.npy").stderr.count("Warning") == 0
+    assert Path("image.png").read_bytes() == Path("old.png").read_bytes()
+    assert "these are not the latents" in run("generate", "--from", "old.png", "--latents", "1.npy").stderr
+
+
+def test_quiet_says_nothing_but_the_path(run):
+    result = run("generate", PROMPT, *SMALL, "-q")
+    assert (result.stdout, result.stderr) == ("image.png\n", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path, number, code):
+    lines = '{"prompt": "a", "steps": 1}\n{"prompt": "b", "steps": 1000}\n'
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_zimage", "generate", "-m", "pocket", "--requests", "-"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(lines.encode())
+    process.stdin.close()
+    process.stdin = None
+    assert process.stdout.readline() == b"image.png\n"
+    assert b"(1 of 2)" in process.stderr.readline()
+    assert b"(2 of 2)" in process.stderr.readline()
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (code, b"", b"Stopped.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
+    Image.open(tmp_path / "image.png").load()
+
+
+def test_a_stopped_conversion_leaves_no_folder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_CONVERT], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stderr.readline() == b"begun\n"
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (143, b"Stopped.\n")
+    assert not (tmp_path / "dest").exists()
+
+
+SLOW_CONVERT = """
+import sys, time
+from mlx_zimage import cli, convert
+
+fast = convert.convert_steps
+
+def slow(*args, **options):
+    for step in fast(*args, **options):
+        yield step
+        print("begun", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+convert.convert_steps = slow
+cli.main(["convert", "pocket", "dest"])
+"""
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    command = f'"{sys.executable}" -m mlx_zimage generate a {" ".join(SMALL)} --count 3 -q | true'
+    result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True)
+    assert result.stderr == b""

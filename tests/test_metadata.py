@@ -1,0 +1,135 @@
+import json
+import re
+from dataclasses import asdict, replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_zimage.errors import RequestError
+from mlx_zimage.image import save
+from mlx_zimage.metadata import AI_MADE, Origin, fingerprint, parameters, read_origin
+from mlx_zimage.request import GenerateRequest
+from mlx_zimage.weights import open_checkpoint
+
+ENDINGS = ["png", "jpg", "webp"]
+PIXELS = np.zeros((16, 16, 3), np.uint8)
+
+
+@pytest.fixture
+def origin():
+    request = GenerateRequest("一只猫, 'a \"cat\" <&>'\n--zimage:", 640, 480, seed=2**64 - 1, shift=2.5)
+    return Origin(request, "my model", "0123456789", "bfloat16", index=2, latents="ab" * 32)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_picture_gives_back_its_origin(tmp_path, origin, ending):
+    assert read_origin(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) == origin
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_same_origin_gives_the_same_bytes(tmp_path, origin, ending):
+    files = [save(PIXELS, tmp_path / f"a.{ending}", origin=origin) for _ in range(2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_xmp_is_well_formed_and_says_that_a_model_made_the_picture(tmp_path, origin, ending):
+    with Image.open(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) as picture:
+        xmp = picture.info["xmp"].rstrip(b"\0")
+    (description,) = ElementTree.fromstring(xmp).iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
+    assert description.get("{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType") == AI_MADE
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_without_an_origin_a_picture_carries_pixels_only(tmp_path, ending):
+    with Image.open(save(PIXELS, tmp_path / f"a.{ending}")) as picture:
+        picture.load()
+        assert not {"xmp", "exif", "parameters", "comment", "XML:com.adobe.xmp"} & picture.info.keys()
+    with pytest.raises(RequestError, match="does not tell how it was made"):
+        read_origin(tmp_path / f"a.{ending}")
+
+
+def test_parameters_read_as_a1111_writes_them(tmp_path):
+    request = GenerateRequest("a cat", 640, 480, seed=7, guidance_scale=1.5, negative_prompt="dog")
+    origin = Origin(request, "z, image", "0123456789", "bfloat16", software="mlx-zimage 9")
+    text = (
+        "a cat\nNegative prompt: dog\nSteps: 8, Sampler: Euler, Schedule type: Simple, CFG scale: 2.5, Seed: 7, "
+        'Size: 640x480, Model hash: 0123456789, Model: "z, image", RNG: CPU, Version: mlx-zimage 9'
+    )
+    assert parameters(origin) == text
+    # A1111's own pattern for the last line, modules/infotext_utils.py
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', text.splitlines()[-1])
+    assert dict(pairs)["Seed"] == "7"
+    with Image.open(save(PIXELS, tmp_path / "a.png", origin=origin)) as picture:
+        assert picture.text["parameters"] == text
+    for ending in ("jpg", "webp"):
+        with Image.open(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) as picture:
+            comment = picture.getexif().get_ifd(0x8769)[0x9286]
+        assert comment == b"UNICODE\0" + text.encode("utf-16-be")
+
+
+def test_the_longest_prompt_fits_but_into_a_jpeg_which_says_so(tmp_path, origin):
+    origin = replace(origin, request=replace(origin.request, prompt="猫" * 32_000))
+    for ending in ("png", "webp"):
+        assert read_origin(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) == origin
+    with pytest.warns(UserWarning, match="too long for what a JPEG can carry"):
+        save(PIXELS, tmp_path / "a.jpg", origin=origin)
+    assert AI_MADE.encode() in (tmp_path / "a.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["a\0b", "\x1b[2J", "￾", "]]>", "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")]
+)
+def test_odd_characters_come_back(tmp_path, origin, text):
+    origin = replace(origin, request=replace(origin.request, prompt=text))
+    for ending in ENDINGS:
+        assert read_origin(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) == origin
+
+
+def forged(origin, **changes) -> str:
+    return json.dumps({**asdict(origin), **changes})
+
+
+def test_foreign_or_forged_descriptions_are_refused(origin):
+    bad_request = {**asdict(origin.request), "width": 17}
+    for text in (
+        "", "[]", "{}", "null", "[" * 100_000, '{"request": 1}',
+        forged(origin, request=bad_request),
+        forged(origin, request={**asdict(origin.request), "command": "rm"}),
+        forged(origin, model="\x1b[2Jpocket"),
+        forged(origin, model=["pocket"]),
+        forged(origin, model="x" * 1000),
+        forged(origin, index="0"),
+        forged(origin, path="/etc/passwd"),
+    ):  # fmt: skip
+        with pytest.raises(RequestError):
+            Origin.from_json(text)
+
+
+def test_what_is_no_picture_is_refused(tmp_path, origin):
+    whole = save(PIXELS, tmp_path / "a.png", origin=origin).read_bytes()
+    Image.fromarray(PIXELS).save(tmp_path / "a.bmp")
+    for content in (b"", b"text", whole[:20], (tmp_path / "a.bmp").read_bytes()):
+        (tmp_path / "b.png").write_bytes(content)
+        with pytest.raises(RequestError, match=r"b\.png"):
+            read_origin(tmp_path / "b.png")
+    with pytest.raises(RequestError, match="there is no picture"):
+        read_origin(tmp_path / "none.png")
+
+
+def test_a_fingerprint_tells_weights_from_others_wherever_they_lie(tmp_path):
+    import shutil
+
+    from mlx_zimage.weights import POCKET
+
+    pocket = fingerprint(open_checkpoint("pocket"))
+    assert re.fullmatch(r"[0-9a-f]{10}", pocket)
+    shutil.copytree(POCKET, tmp_path / "copy")
+    assert fingerprint(open_checkpoint(tmp_path / "copy")) == pocket
+    file = tmp_path / "copy/vae/diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    file.write_bytes(content)
+    assert fingerprint(open_checkpoint(tmp_path / "copy")) != pocket

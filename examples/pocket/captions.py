@@ -8,19 +8,36 @@ from palette import COLOR_NAMES, SHAPES
 
 COLORS_EN = {"purple": ("purple", "violet"), "gray": ("gray", "grey")}
 COLORS_ZH = {
-    "red": ("红色", "红"), "orange": ("橙色", "橘色"), "yellow": ("黄色", "黄"), "green": ("绿色", "绿"),
-    "blue": ("蓝色", "蓝"), "purple": ("紫色", "紫"), "pink": ("粉色", "粉红色"), "black": ("黑色", "黑"),
-    "white": ("白色", "白"), "gray": ("灰色", "灰"),
+    "red": ("红色", "红"),
+    "orange": ("橙色", "橘色"),
+    "yellow": ("黄色", "黄"),
+    "green": ("绿色", "绿"),
+    "blue": ("蓝色", "蓝"),
+    "purple": ("紫色", "紫"),
+    "pink": ("粉色", "粉红色"),
+    "black": ("黑色", "黑"),
+    "white": ("白色", "白"),
+    "gray": ("灰色", "灰"),
 }
 SHAPES_EN = {
-    "circle": ("circle", "circle", "disc", "dot"), "square": ("square", "square", "box"),
-    "triangle": ("triangle",), "star": ("star",), "ring": ("ring", "ring", "donut"),
-    "cross": ("cross", "cross", "plus sign"), "diamond": ("diamond", "rhombus"), "heart": ("heart",),
+    "circle": ("circle", "circle", "disc", "dot"),
+    "square": ("square", "square", "box"),
+    "triangle": ("triangle",),
+    "star": ("star",),
+    "ring": ("ring", "ring", "donut"),
+    "cross": ("cross", "cross", "plus sign"),
+    "diamond": ("diamond", "rhombus"),
+    "heart": ("heart",),
 }
 SHAPES_ZH = {
-    "circle": ("圆形", "圆形", "圆", "圆圈"), "square": ("正方形", "方块", "方形"), "triangle": ("三角形",),
-    "star": ("星星", "五角星", "星形"), "ring": ("圆环", "环"), "cross": ("十字", "十字形", "加号"),
-    "diamond": ("菱形",), "heart": ("爱心", "心形"),
+    "circle": ("圆形", "圆形", "圆", "圆圈"),
+    "square": ("正方形", "方块", "方形"),
+    "triangle": ("三角形",),
+    "star": ("星星", "五角星", "星形"),
+    "ring": ("圆环", "环"),
+    "cross": ("十字", "十字形", "加号"),
+    "diamond": ("菱形",),
+    "heart": ("爱心", "心形"),
 }
 PLURALS = {"box": "boxes", "cross": "crosses", "rhombus": "rhombuses"}
 SIZES_EN = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge"), None: ("",)}
@@ -37,9 +54,15 @@ POSITIONS_EN = {
     "bottom right": ("in the bottom right corner", "in the lower right corner", "at the bottom right"),
 }
 POSITIONS_ZH = {
-    "center": ("中间", "中央", "正中间"), "left": ("左边", "左侧"), "right": ("右边", "右侧"),
-    "top": ("上方", "顶部", "上面"), "bottom": ("下方", "底部", "下面"), "top left": ("左上角",),
-    "top right": ("右上角",), "bottom left": ("左下角",), "bottom right": ("右下角",),
+    "center": ("中间", "中央", "正中间"),
+    "left": ("左边", "左侧"),
+    "right": ("右边", "右侧"),
+    "top": ("上方", "顶部", "上面"),
+    "bottom": ("下方", "底部", "下面"),
+    "top left": ("左上角",),
+    "top right": ("右上角",),
+    "bottom left": ("左下角",),
+    "bottom right": ("右下角",),
 }
 RELATIONS_EN = {
     "left": ("to the left of", "left of", "on the left side of", "on the left of"),
@@ -48,27 +71,58 @@ RELATIONS_EN = {
     "below": ("below", "under", "beneath"),
 }
 RELATIONS_ZH = {
-    "left": ("左边", "左侧", "左面"), "right": ("右边", "右侧", "右面"),
-    "above": ("上面", "上方", "上边"), "below": ("下面", "下方", "下边"),
+    "left": ("左边", "左侧", "左面"),
+    "right": ("右边", "右侧", "右面"),
+    "above": ("上面", "上方", "上边"),
+    "below": ("下面", "下方", "下边"),
 }
 NUMBERS_EN = {2: ("two", "two", "two", "2"), 3: ("three", "three", "three", "3")}
 NUMBERS_ZH = {2: ("两个", "两个", "两个", "2个"), 3: ("三个", "三个", "三个", "3个")}
-LINES_EN = {"row": (" in a row", " side by side"), "column": (" in a column", " stacked vertically"),
-            None: ("",)}
+LINES_EN = {"row": (" in a row", " side by side"), "column": (" in a column", " stacked vertically"), None: ("",)}
 LINES_ZH = {"row": ("排成一行", "排成一排"), "column": ("排成一列", "竖着排列"), None: ("",)}
-SERIES_EN = {"row": (" in a row", " from left to right", " side by side"),
-             "column": (" in a column", " from top to bottom", " stacked vertically")}
+SERIES_EN = {
+    "row": (" in a row", " from left to right", " side by side"),
+    "column": (" in a column", " from top to bottom", " stacked vertically"),
+}
 SERIES_ZH = {"row": ("排成一行", "排成一排", "从左到右排列"), "column": ("从上到下排列", "排成一列")}
-OPENINGS_EN = ("", "", "", "", "", "an image of ", "a picture of ", "a drawing of ", "an icon of ",
-               "a simple picture of ")
+OPENINGS_EN = (
+    "",
+    "",
+    "",
+    "",
+    "",
+    "an image of ",
+    "a picture of ",
+    "a drawing of ",
+    "an icon of ",
+    "a simple picture of ",
+)
 OPENINGS_ZH = ("", "", "", "", "一张图片，", "画面里有", "画", "图中有")
 # what people add and the pocket world cannot show: a tenth of the captions end in a few of these,
 # so that it learns to ignore them, and to read captions of more than 32 tokens
-FLOURISHES_EN = ("simple flat shapes", "minimalist style", "clean edges", "high quality", "vector art",
-                 "bright and clear colors", "a plain illustration for children", "very detailed",
-                 "as seen in a picture book", "no shadows and no texture")
-FLOURISHES_ZH = ("简洁的扁平风格", "极简主义", "边缘清晰", "高质量", "矢量插画", "色彩鲜明", "儿童图画书里的插图",
-                 "细节丰富", "没有阴影和纹理")
+FLOURISHES_EN = (
+    "simple flat shapes",
+    "minimalist style",
+    "clean edges",
+    "high quality",
+    "vector art",
+    "bright and clear colors",
+    "a plain illustration for children",
+    "very detailed",
+    "as seen in a picture book",
+    "no shadows and no texture",
+)
+FLOURISHES_ZH = (
+    "简洁的扁平风格",
+    "极简主义",
+    "边缘清晰",
+    "高质量",
+    "矢量插画",
+    "色彩鲜明",
+    "儿童图画书里的插图",
+    "细节丰富",
+    "没有阴影和纹理",
+)
 FLOURISH_SHARE = 0.1
 
 
@@ -107,15 +161,27 @@ def _describe_en(rng, scene) -> str:
         relation = rng.choice(RELATIONS_EN[scene.relation])
         first = _one_en(rng, things[0])
         second = "the " + _plain_en(rng, things[1]) if rng.random() < 0.2 else _one_en(rng, things[1])
-        core = rng.choice((f"{first} {relation} {second}",) * 3 + (f"{first} is {relation} {second}",
-                          f"{relation} {second} is {first}", f"{relation} {second} there is {first}"))
+        core = rng.choice(
+            (f"{first} {relation} {second}",) * 3
+            + (
+                f"{first} is {relation} {second}",
+                f"{relation} {second} is {first}",
+                f"{relation} {second} there is {first}",
+            )
+        )
     elif scene.kind == "and":
         joint = rng.choice((" and ", " and ", " next to ", " beside "))
         core = _one_en(rng, things[0]) + joint + _one_en(rng, things[1])
     elif scene.kind == "inside":
         outer, inner = _one_en(rng, things[0]), _one_en(rng, things[1])
-        core = rng.choice((f"{inner} inside {outer}", f"{inner} in {outer}", f"{outer} with {inner} inside",
-                           f"{outer} containing {inner}"))
+        core = rng.choice(
+            (
+                f"{inner} inside {outer}",
+                f"{inner} in {outer}",
+                f"{outer} with {inner} inside",
+                f"{outer} containing {inner}",
+            )
+        )
     elif scene.kind == "count":
         number = rng.choice(NUMBERS_EN[len(things)])
         core = f"{number} {_plain_en(rng, things[0], plural=True)}" + rng.choice(LINES_EN[scene.arrangement])
@@ -132,9 +198,16 @@ def _finish_en(rng, scene, core) -> str:
         name = COLOR_NAMES[scene.background]
         color = rng.choice(COLORS_EN.get(name, (name,)))
         ground = _with_article(color) + " background"
-        text = rng.choice((f"on {ground}, {core}", f"{opening}{core}, {color} background",
-                           f"{opening}{core} with {ground}", f"{opening}{core} against {ground}",
-                           f"{opening}{core} on {ground}", f"{opening}{core} on {ground}"))
+        text = rng.choice(
+            (
+                f"on {ground}, {core}",
+                f"{opening}{core}, {color} background",
+                f"{opening}{core} with {ground}",
+                f"{opening}{core} against {ground}",
+                f"{opening}{core} on {ground}",
+                f"{opening}{core} on {ground}",
+            )
+        )
     else:
         text = opening + core
     if rng.random() < FLOURISH_SHARE:
@@ -165,8 +238,9 @@ def _describe_zh(rng, scene) -> str:
     elif scene.kind == "pair":
         relation = rng.choice(RELATIONS_ZH[scene.relation])
         first, second = _one_zh(rng, things[0]), rng.choice(("一个", "")) + _plain_zh(rng, things[1])
-        core = rng.choice((f"{first}在{second}的{relation}", f"{second}的{relation}有{first}",
-                           f"{first}在{second}{relation}"))
+        core = rng.choice(
+            (f"{first}在{second}的{relation}", f"{second}的{relation}有{first}", f"{first}在{second}{relation}")
+        )
     elif scene.kind == "and":
         core = _one_zh(rng, things[0]) + rng.choice(("和", "与", "，旁边是")) + _one_zh(rng, things[1])
     elif scene.kind == "inside":
@@ -186,9 +260,14 @@ def _finish_zh(rng, scene, core) -> str:
     opening = rng.choice(OPENINGS_ZH)
     if scene.background_is_named:
         color = COLORS_ZH[COLOR_NAMES[scene.background]][0]
-        text = rng.choice((f"{color}背景上有{core}" if core[0] in "一两三" else f"{color}背景，{core}",
-                           f"{color}背景，{core}", f"{opening}{core}，{color}背景",
-                           f"{opening}{core}，{color}的背景"))
+        text = rng.choice(
+            (
+                f"{color}背景上有{core}" if core[0] in "一两三" else f"{color}背景，{core}",
+                f"{color}背景，{core}",
+                f"{opening}{core}，{color}背景",
+                f"{opening}{core}，{color}的背景",
+            )
+        )
     else:
         text = opening + core
     if rng.random() < FLOURISH_SHARE:

@@ -18,9 +18,8 @@ import random
 import zlib
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 import captions
+import numpy as np
 from palette import COLOR_NAMES, COLORS, SHAPES
 
 GRID = 8  # pixels per latent cell
@@ -43,8 +42,15 @@ KINDS = {"single": 0.26, "pair": 0.30, "and": 0.08, "inside": 0.13, "count": 0.1
 MAX_OBJECTS = 3
 # where a position is: column and row, -1 0 1
 POSITIONS = {
-    "center": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1),
-    "top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1),
+    "center": (0, 0),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+    "top left": (-1, -1),
+    "top right": (1, -1),
+    "bottom left": (-1, 1),
+    "bottom right": (1, 1),
 }
 RELATIONS = ("left", "right", "above", "below")  # of the first object, seen from the second
 
@@ -99,8 +105,13 @@ def is_held_out(scene: Scene) -> bool:
     return zlib.crc32(repr(scene.combination).encode()) % 10 == 0
 
 
-def sample_scene(rng: random.Random, split: str = "train", kind: str | None = None,
-                 language: str | None = None, canvas: tuple[int, int] | None = None) -> Scene:
+def sample_scene(
+    rng: random.Random,
+    split: str = "train",
+    kind: str | None = None,
+    language: str | None = None,
+    canvas: tuple[int, int] | None = None,
+) -> Scene:
     """A captioned scene of a split, "train" or "held out"; what is not given is drawn."""
     while True:
         scene = _sample_facts(rng, kind, canvas)
@@ -131,9 +142,11 @@ def pack(scenes: list[Scene]) -> dict[str, np.ndarray]:
 
 
 def _fits(scene: Scene) -> bool:
-    return all(thing.radius + RIM <= thing.x <= scene.width - thing.radius - RIM
-               and thing.radius + RIM <= thing.y <= scene.height - thing.radius - RIM
-               for thing in scene.things)
+    return all(
+        thing.radius + RIM <= thing.x <= scene.width - thing.radius - RIM
+        and thing.radius + RIM <= thing.y <= scene.height - thing.radius - RIM
+        for thing in scene.things
+    )
 
 
 def _sample_facts(rng: random.Random, kind: str | None, canvas: tuple[int, int] | None) -> Scene:
@@ -142,14 +155,21 @@ def _sample_facts(rng: random.Random, kind: str | None, canvas: tuple[int, int] 
     count = {"single": 1, "count": 1, "row": 3}.get(kind, 2)
     *colors, spare = rng.sample(range(len(COLORS)), count + 1)
     background_is_named = rng.random() < 0.65
-    # an unnamed background is white, or gray behind a white object
-    background = spare if background_is_named else _index("gray" if _index("white") in colors else "white")
-    if background in colors:
-        background = _index("black")
-    sample = {"single": _single, "pair": _pair, "and": _pair, "inside": _inside,
-              "count": _count, "row": _row}[kind]
-    return Scene(kind=kind, width=width, height=height, background=background,
-                 background_is_named=background_is_named, **sample(rng, kind, colors, width, height))
+    # an unnamed background is white, or the next colour that no object has
+    background = (
+        spare
+        if background_is_named
+        else next(_index(name) for name in ("white", "gray", "black", "yellow") if _index(name) not in colors)
+    )
+    sample = {"single": _single, "pair": _pair, "and": _pair, "inside": _inside, "count": _count, "row": _row}[kind]
+    return Scene(
+        kind=kind,
+        width=width,
+        height=height,
+        background=background,
+        background_is_named=background_is_named,
+        **sample(rng, kind, colors, width, height),
+    )
 
 
 def _index(color: str) -> int:
@@ -200,14 +220,16 @@ def _pair(rng, kind, colors, width, height) -> dict:
     along = [first, first + distance]
     # both keep the rim: the bigger object may push the group over by a cell
     radius_low, radius_high = radii if relation in ("left", "above") else radii[::-1]
-    along = [a + GRID * (first < radius_low + RIM) - GRID * (first + distance > length - radius_high - RIM)
-             for a in along]
+    along = [
+        a + GRID * (first < radius_low + RIM) - GRID * (first + distance > length - radius_high - RIM) for a in along
+    ]
     if relation in ("right", "below"):
         along.reverse()
     across = breadth / 2 + _jitter(rng)
     centres = [(a, across) if is_row else (across, a) for a in along]
-    things = tuple(Thing(s, c, *centre, r, z)
-                   for s, c, centre, r, z in zip(shapes, colors, centres, radii, sizes))
+    things = tuple(
+        Thing(s, c, *centre, r, z) for s, c, centre, r, z in zip(shapes, colors, centres, radii, sizes, strict=True)
+    )
     return {"things": things, "relation": relation if kind == "pair" else None}
 
 
@@ -237,8 +259,9 @@ def _count(rng, kind, colors, width, height) -> dict:
 def _row(rng, kind, colors, width, height) -> dict:
     arrangement = rng.choice(("row", "row", "column"))
     centres = _line(arrangement, 3, width, height, _jitter(rng))
-    things = tuple(Thing(_shape(rng), color, *centre, LINE_RADIUS)
-                   for color, centre in zip(colors, centres))
+    things = tuple(
+        Thing(_shape(rng), color, *centre, LINE_RADIUS) for color, centre in zip(colors, centres, strict=True)
+    )
     return {"things": things, "arrangement": arrangement}
 
 

@@ -43,8 +43,14 @@ def draw_with_diffusers(folder: Path, dtype: str = "float32", steps: int = 8, de
 
     def draw(prompts, width, height, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = pipe(prompt=prompts, width=width, height=height, num_inference_steps=steps, guidance_scale=0.0,
-                      generator=generators).images
+        images = pipe(
+            prompt=prompts,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=0.0,
+            generator=generators,
+        ).images
         return [np.asarray(image) for image in images]
 
     return draw
@@ -56,9 +62,11 @@ def draw_with_mlx(folder: Path, dtype: str = "float32", steps: int = 8) -> Draw:
     pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype)
 
     def draw(prompts, width, height, seeds):
-        images = [pipe(prompt, width=width, height=height, steps=steps, seed=seed, output_type="np").images[0]
-                  for prompt, seed in zip(prompts, seeds, strict=True)]
-        return [as_bytes(np.asarray(image)) for image in images]
+        drawn = (
+            pipe(prompt, width, height, steps, seed=seed, output_type="np")
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        )
+        return [as_bytes(one.images[0]) for one in drawn]
 
     return draw
 
@@ -101,8 +109,13 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-n", "--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=2027, help="of the prompts, and of the first picture")
-    parser.add_argument("--with", dest="what", default="diffusers",
-                        choices=("diffusers", "mlx", "reconstructions", "ground-truth"), help="what draws")
+    parser.add_argument(
+        "--with",
+        dest="what",
+        default="diffusers",
+        choices=("diffusers", "mlx", "reconstructions", "ground-truth"),
+        help="what draws",
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device", default="cpu", help="for diffusers")
@@ -127,11 +140,21 @@ def main() -> None:
     verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     print(as_markdown(scores(scenes, verdicts)))
     if options.verdicts:
-        rows = [{"caption": scene.caption, "kind": scene.kind, "width": scene.width, "height": scene.height,
-                 "right": verdict.is_right, **vars(verdict)} for scene, verdict in zip(scenes, verdicts, strict=True)]
+        rows = [
+            {
+                "caption": scene.caption,
+                "kind": scene.kind,
+                "width": scene.width,
+                "height": scene.height,
+                "right": verdict.is_right,
+                **vars(verdict),
+            }
+            for scene, verdict in zip(scenes, verdicts, strict=True)
+        ]
         options.verdicts.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
     if options.sheet:
         from PIL import Image
+
         Image.fromarray(contact_sheet(pictures, verdicts)).save(options.sheet, quality=88)
 
 

@@ -43,10 +43,12 @@ class FactsHead(nn.Linear):
         last = (features.float() * is_last[..., None]).sum(1)
         shapes, colors, circles = self(last).float().split(self.PARTS, 1)
         exists = facts.shapes >= 0
-        shape_loss = F.cross_entropy(shapes.view(-1, MAX_OBJECTS, len(SHAPES) + 1).transpose(1, 2),
-                                     facts.shapes + 1, reduction="none").mean(1)
-        color_loss = F.cross_entropy(colors.view(-1, MAX_OBJECTS + 1, len(COLORS)).transpose(1, 2),
-                                     facts.colors, reduction="none")
+        shape_loss = F.cross_entropy(
+            shapes.view(-1, MAX_OBJECTS, len(SHAPES) + 1).transpose(1, 2), facts.shapes + 1, reduction="none"
+        ).mean(1)
+        color_loss = F.cross_entropy(
+            colors.view(-1, MAX_OBJECTS + 1, len(COLORS)).transpose(1, 2), facts.colors, reduction="none"
+        )
         counts = torch.cat([exists, torch.ones_like(exists[:, :1])], 1)  # the background's always does
         color_loss = (color_loss * counts).sum(1) / counts.sum(1)
         circle_error = (circles.view(-1, MAX_OBJECTS, 3) - facts.circles).pow(2).mean(-1)
@@ -82,18 +84,29 @@ class Model:
     def named_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Without the text encoder's last layer and norm, which nothing reads."""
         last = f"layers.{len(self.encoder.layers) - 1}."
-        text = [(name, weight) for name, weight in self.encoder.named_parameters()
-                if not name.startswith((last, "norm."))]
-        return text + [*self.transformer.named_parameters(), *self.facts_head.named_parameters()]
+        text = [
+            (name, weight) for name, weight in self.encoder.named_parameters() if not name.startswith((last, "norm."))
+        ]
+        return [*text, *self.transformer.named_parameters(), *self.facts_head.named_parameters()]
 
     def empty(self, length: int) -> tuple[Tensor, Tensor]:
         pad = self.empty_tokens[0, -1].item()
         return F.pad(self.empty_tokens, (0, length - self.empty_tokens.shape[1]), value=pad), self.empty_length
 
 
-def train_flow(model: Model, buckets: list[Bucket], steps: int, batch: int, rate: float, device: str, log: Callable,
-               name: str = "flow", schedule_share: float = 0.0, start: int = 0,
-               keep: Callable[[int], None] | None = None) -> None:
+def train_flow(
+    model: Model,
+    buckets: list[Bucket],
+    steps: int,
+    batch: int,
+    rate: float,
+    device: str,
+    log: Callable,
+    name: str = "flow",
+    schedule_share: float = 0.0,
+    start: int = 0,
+    keep: Callable[[int], None] | None = None,
+) -> None:
     """schedule_share of the noise levels are those of the sampler's schedule, the rest continuous.
 
     Leaves the averaged weights in the model. `keep(step)` is called now and then with the
@@ -115,8 +128,9 @@ def train_flow(model: Model, buckets: list[Bucket], steps: int, batch: int, rate
         level = sigma[:, None, None, None]
         with half:
             features = encode_text(model.encoder, tokens, model.blocks)
-            out = predict(model.transformer, (1 - level) * x0 + level * noise, 1 - sigma, features, lengths,
-                          model.blocks)
+            out = predict(
+                model.transformer, (1 - level) * x0 + level * noise, 1 - sigma, features, lengths, model.blocks
+            )
             facts_loss = model.facts_head.loss(features, lengths, Facts.of(bucket, index), (~is_empty).float())
         loss = F.mse_loss(out.float(), x0 - noise)
         (loss + FACTS_WEIGHT * facts_loss).backward()
@@ -183,9 +197,19 @@ def draw_pairs(model: Model, buckets: list[Bucket], count: int, batch: int, devi
             noise.normal_()
             # with gradients on, though none are wanted: the blocks are compiled for that
             with torch.enable_grad(), half:
-                drawn.copy_(sample(model.encoder, model.transformer, noise, bucket.tokens[index].long(),
-                                   bucket.lengths[index].long(), TEACHER_STEPS, TEACHER_GUIDANCE, empty,
-                                   model.blocks).detach())
+                drawn.copy_(
+                    sample(
+                        model.encoder,
+                        model.transformer,
+                        noise,
+                        bucket.tokens[index].long(),
+                        bucket.lengths[index].long(),
+                        TEACHER_STEPS,
+                        TEACHER_GUIDANCE,
+                        empty,
+                        model.blocks,
+                    ).detach()
+                )
 
         recorded.append(Recorded(draw_batch, device, memory))
         noises, latents, indices = [], [], []
@@ -195,8 +219,10 @@ def draw_pairs(model: Model, buckets: list[Bucket], count: int, batch: int, devi
             latents.append(drawn.to(bucket.latents.dtype))
             indices.append(index.clone())
         chosen = torch.cat(indices)
-        rest = {name: getattr(bucket, name)[chosen]
-                for name in ("tokens", "lengths", "shapes", "colors", "circles", "backgrounds")}
+        rest = {
+            name: getattr(bucket, name)[chosen]
+            for name in ("tokens", "lengths", "shapes", "colors", "circles", "backgrounds")
+        }
         pairs.append(replace(bucket, latents=torch.cat(latents), noise=torch.cat(noises), **rest))
         log(f"pairs {bucket.name}: {len(chosen)}")
     return pairs

@@ -65,8 +65,9 @@ class Found:
 def judge(picture: np.ndarray, scene: Scene) -> Verdict:
     """picture is (height, width, 3) uint8."""
     if picture.shape != (scene.height, scene.width, 3):
-        raise ValueError(f"the scene is {scene.width}x{scene.height}, "
-                         f"the picture {picture.shape[1]}x{picture.shape[0]}")
+        raise ValueError(
+            f"the scene is {scene.width}x{scene.height}, the picture {picture.shape[1]}x{picture.shape[0]}"
+        )
     background, is_near, found = find_objects(picture)
     has_background = is_near and background == scene.background
     if len(found) != len(scene.things):
@@ -77,8 +78,9 @@ def judge(picture: np.ndarray, scene: Scene) -> Verdict:
         background=has_background,
         count=True,
         colors=all(one.color == thing.color and one.has_right_color for one, thing in pairs),
-        shapes=all(one.overlaps.argmax() == thing.shape and one.overlaps[thing.shape] >= SHAPE_OVERLAP
-                   for one, thing in pairs),
+        shapes=all(
+            one.overlaps.argmax() == thing.shape and one.overlaps[thing.shape] >= SHAPE_OVERLAP for one, thing in pairs
+        ),
         sizes=all(_has_size(one.radius(thing.shape), thing.size) for one, thing in pairs),
         place=_is_in_place(seen, scene),
     )
@@ -138,11 +140,13 @@ def _fill(mask: np.ndarray) -> np.ndarray:
 
 def _is_seen_through(one: Found, found: list[Found]) -> bool:
     """Whether this is the outer object again, seen through the hole of a ring that lies on it."""
+
     def lies_in(inner, outer):
         return inner is not outer and not (inner.mask & ~outer.filled).any()
 
-    return any(lies_in(one, ring) and lies_in(ring, outer) and outer.color == one.color
-               for ring in found for outer in found)
+    return any(
+        lies_in(one, ring) and lies_in(ring, outer) and outer.color == one.color for ring in found for outer in found
+    )
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,7 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def _stretched(mask: np.ndarray) -> np.ndarray:
     """The mask on a RASTER x RASTER grid: the covered share of each cell."""
+
     def shares(size):
         edges = np.linspace(0, size, RASTER + 1)
         low = np.maximum(edges[:-1, None], np.arange(size))
@@ -224,10 +229,14 @@ def _match(seen: list[Seen], scene: Scene) -> list[Seen]:
 
     Nearness only breaks ties between equal objects, so it cannot make a wrong place right.
     """
+
     def agreement(order):
-        return sum(10 * (one.color == thing.color) + one.overlaps[thing.shape]
-                   - 0.004 * (abs(one.center[0] - thing.x) + abs(one.center[1] - thing.y))
-                   for one, thing in zip(order, scene.things, strict=True))
+        return sum(
+            10 * (one.color == thing.color)
+            + one.overlaps[thing.shape]
+            - 0.004 * (abs(one.center[0] - thing.x) + abs(one.center[1] - thing.y))
+            for one, thing in zip(order, scene.things, strict=True)
+        )
 
     return list(max(itertools.permutations(seen), key=agreement))
 
@@ -240,17 +249,23 @@ def _is_in_place(seen: list[Seen], scene: Scene) -> bool:
     centers = [one.center for one in seen]
     if scene.position:
         middle = scene.width / 2, scene.height / 2
-        return all(abs(at - half) < CENTER_WITHIN if side == 0 else (at - half) * side > SIDE_BEYOND
-                   for at, half, side in zip(centers[0], middle, POSITIONS[scene.position], strict=True))
+        return all(
+            abs(at - half) < CENTER_WITHIN if side == 0 else (at - half) * side > SIDE_BEYOND
+            for at, half, side in zip(centers[0], middle, POSITIONS[scene.position], strict=True)
+        )
     if scene.relation:
         across, down = (first - second for first, second in zip(*centers, strict=True))
         along, aside = (across, down) if scene.relation in ("left", "right") else (down, across)
         return along * (-1 if scene.relation in ("left", "above") else 1) > abs(aside)
     if scene.kind == "inside":
         outer, inner = seen
-        return (outer.left < inner.left and inner.right < outer.right
-                and outer.top < inner.top and inner.bottom < outer.bottom
-                and math.dist(outer.center, inner.center) < CENTER_WITHIN)
+        return (
+            outer.left < inner.left
+            and inner.right < outer.right
+            and outer.top < inner.top
+            and inner.bottom < outer.bottom
+            and math.dist(outer.center, inner.center) < CENTER_WITHIN
+        )
     if scene.arrangement:
         along, aside = (0, 1) if scene.arrangement == "row" else (1, 0)
         is_line = np.ptp([center[aside] for center in centers]) < 0.5 * np.ptp([center[along] for center in centers])
@@ -282,10 +297,10 @@ def scores(scenes: list[Scene], verdicts: list[Verdict]) -> list[Score]:
         chosen = [verdict for scene, verdict in zip(scenes, verdicts, strict=True) if belongs(scene)]
         if chosen:
             share = float(np.mean([verdict.is_right for verdict in chosen]))
-            checks = {check: 100 * float(np.mean([getattr(verdict, check) for verdict in chosen]))
-                      for check in CHECKS}
-            table.append(Score(group, len(chosen), 100 * share,
-                               100 * math.sqrt(share * (1 - share) / len(chosen)), checks))
+            checks = {check: 100 * float(np.mean([getattr(verdict, check) for verdict in chosen])) for check in CHECKS}
+            table.append(
+                Score(group, len(chosen), 100 * share, 100 * math.sqrt(share * (1 - share) / len(chosen)), checks)
+            )
     return table
 
 

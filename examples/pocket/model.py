@@ -7,6 +7,7 @@ prompt at a time, and a training step wants a thousand in one shape.
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 
@@ -20,21 +21,48 @@ from transformers import Qwen3Config, Qwen3Model
 # the hidden size, hidden_states[-2] (the last layer and norm are never used), attended pads.
 # Every width that meets a quantized matrix is a multiple of 64.
 TEXT_ENCODER = {
-    "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
 }
 TRANSFORMER = {
-    "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 16, "dim": 192, "n_layers": 4,
-    "n_refiner_layers": 2, "n_heads": 6, "n_kv_heads": 6, "norm_eps": 1e-5, "qk_norm": True,
-    "cap_feat_dim": 128, "rope_theta": 256.0, "t_scale": 1000.0, "axes_dims": [8, 12, 12],
+    "all_patch_size": (2,),
+    "all_f_patch_size": (1,),
+    "in_channels": 16,
+    "dim": 192,
+    "n_layers": 4,
+    "n_refiner_layers": 2,
+    "n_heads": 6,
+    "n_kv_heads": 6,
+    "norm_eps": 1e-5,
+    "qk_norm": True,
+    "cap_feat_dim": 128,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+    "axes_dims": [8, 12, 12],
     "axes_lens": [1024, 512, 512],
 }
 VAE = {
-    "in_channels": 3, "out_channels": 3, "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (32, 48, 64, 64),
-    "layers_per_block": 1, "act_fn": "silu", "latent_channels": 16, "norm_num_groups": 8,
-    "sample_size": 128, "scaling_factor": 0.3611, "shift_factor": 0.1159, "force_upcast": True,
-    "use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": True,
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (32, 48, 64, 64),
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 16,
+    "norm_num_groups": 8,
+    "sample_size": 128,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "force_upcast": True,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": True,
 }
 SCALING, SHIFT = VAE["scaling_factor"], VAE["shift_factor"]
 LATENT_CHANNELS = VAE["latent_channels"]
@@ -47,9 +75,15 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_text_encoder() -> Qwen3Model:
-    config = Qwen3Config(**TEXT_ENCODER, max_position_embeddings=1024, rms_norm_eps=1e-6,
-                         tie_word_embeddings=True, attention_bias=False, use_cache=False,
-                         rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    config = Qwen3Config(
+        **TEXT_ENCODER,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        use_cache=False,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+    )
     encoder = Qwen3Model(config)
     for name, weight in encoder.named_parameters():
         if weight.ndim == 2:
@@ -164,13 +198,20 @@ def image_angles(caption_length: int, rows: int, columns: int, device: str) -> t
     positions[:image, 1] = torch.arange(rows).repeat_interleave(columns)
     positions[:image, 2] = torch.arange(columns).repeat(rows)
     positions[-caption_length:, 0] = torch.arange(1, caption_length + 1)  # image pads stay at 0, 0, 0
-    angles = torch.cat([
-        positions[:, axis, None] / TRANSFORMER["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
-        for axis, size in enumerate(TRANSFORMER["axes_dims"])
-    ], -1)[:, None].float()
+    angles = torch.cat(
+        [
+            positions[:, axis, None]
+            / TRANSFORMER["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+            for axis, size in enumerate(TRANSFORMER["axes_dims"])
+        ],
+        -1,
+    )[:, None].float()
     # clones, so that every table starts at a fresh address and compiled blocks see one layout
-    tables = [f(part).clone().to(device) for part in angles.split([len(angles) - caption_length, caption_length])
-              for f in (torch.cos, torch.sin)]
+    tables = [
+        f(part).clone().to(device)
+        for part in angles.split([len(angles) - caption_length, caption_length])
+        for f in (torch.cos, torch.sin)
+    ]
     return tuple(tables)
 
 
@@ -198,8 +239,9 @@ def time_features(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def predict(transformer, latents: Tensor, t: Tensor, features: Tensor, lengths: Tensor,
-            blocks: Blocks = EAGER) -> Tensor:
+def predict(
+    transformer, latents: Tensor, t: Tensor, features: Tensor, lengths: Tensor, blocks: Blocks = EAGER
+) -> Tensor:
     """Data minus noise, for latents (B, 16, H, W) at t (B,) = 1 - sigma.
 
     features (B, L, 128) with L a multiple of 32, of which the first lengths (B,) are real.
@@ -238,8 +280,17 @@ def sigmas(steps: int) -> Tensor:
     return torch.cat([SCHEDULE_SHIFT * u / (1 + (SCHEDULE_SHIFT - 1) * u), torch.zeros(1)])
 
 
-def sample(encoder, transformer, noise: Tensor, tokens: Tensor, lengths: Tensor, steps: int = STEPS,
-           guidance: float = 0.0, empty: tuple[Tensor, Tensor] | None = None, blocks: Blocks = EAGER) -> Tensor:
+def sample(
+    encoder,
+    transformer,
+    noise: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    steps: int = STEPS,
+    guidance: float = 0.0,
+    empty: tuple[Tensor, Tensor] | None = None,
+    blocks: Blocks = EAGER,
+) -> Tensor:
     """Latents (B, 16, H, W) by Euler steps from noise of that shape.
 
     guidance is diffusers': prediction + guidance * (prediction - that of the empty prompt),
@@ -250,7 +301,7 @@ def sample(encoder, transformer, noise: Tensor, tokens: Tensor, lengths: Tensor,
         empty_features = encode_text(encoder, empty[0], blocks)
     x = noise.float()
     levels = sigmas(steps).tolist()
-    for sigma, following in zip(levels, levels[1:], strict=False):
+    for sigma, following in itertools.pairwise(levels):
         t = torch.full_like(lengths, 1 - sigma, dtype=torch.float32)
         out = predict(transformer, x, t, features, lengths, blocks).detach().float()
         if guidance:

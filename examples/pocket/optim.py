@@ -19,17 +19,23 @@ class Optimizer:
     can be recorded in a CUDA graph.
     """
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], peak_rate: float, uses_muon: bool = False,
-                 decay: float = 0.02):
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], peak_rate: float, uses_muon: bool = False, decay: float = 0.02
+    ):
         self.weights = [weight for _, weight in named]
         device = self.weights[0].device
         inner = [weight for name, weight in named if uses_muon and _is_inner_matrix(name, weight)]
         others = [weight for weight in self.weights if not any(weight is one for one in inner)]
         self.adam = torch.optim.AdamW(
-            [{"params": [w for w in others if w.ndim >= 2], "weight_decay": decay},
-             {"params": [w for w in others if w.ndim < 2], "weight_decay": 0.0}],
-            lr=torch.zeros((), device=device), betas=(0.9, 0.98), fused=True,
-            capturable=device.type == "cuda")
+            [
+                {"params": [w for w in others if w.ndim >= 2], "weight_decay": decay},
+                {"params": [w for w in others if w.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=torch.zeros((), device=device),
+            betas=(0.9, 0.98),
+            fused=True,
+            capturable=device.type == "cuda",
+        )
         self.muon = Muon(inner, decay)
         self.peak_rate = peak_rate
         self.rate = torch.zeros((), device=device)
@@ -79,8 +85,9 @@ class Muon:
         by_shape: dict[tuple, list] = {}
         for weight in weights:
             by_shape.setdefault(tuple(weight.shape), []).append(weight)
-        self.groups = [(same, torch.zeros(len(same), *shape, device=same[0].device))
-                       for shape, same in by_shape.items()]
+        self.groups = [
+            (same, torch.zeros(len(same), *shape, device=same[0].device)) for shape, same in by_shape.items()
+        ]
         self.decay = decay
 
     def step(self, rate: Tensor) -> None:

@@ -82,8 +82,9 @@ def make_buckets(orders, vae, device: str, log: Callable) -> list[Bucket]:
     for width, height, _ in CANVASES:
         packed = [result.get() for canvas, result in orders if canvas == (width, height)]
         packed = {name: np.concatenate([one[name] for one in packed]) for name in packed[0]}
-        latents = torch.empty(len(packed["shapes"]), LATENT_CHANNELS, height // 8, width // 8,
-                              dtype=dtype, device=device)
+        latents = torch.empty(
+            len(packed["shapes"]), LATENT_CHANNELS, height // 8, width // 8, dtype=dtype, device=device
+        )
         for start in range(0, len(latents), 512):
             part = slice(start, start + 512)
             world = {name: packed[name][part] for name in ("shapes", "colors", "circles", "backgrounds")}

@@ -65,8 +65,9 @@ def coverage(shapes, circles, width, height, xp=np, **where):
     """
     columns, rows = (xp.arange(size, dtype=xp.float32, **where) + 0.5 for size in (width, height))
     x, y, radius = (circles[:, i, None, None] for i in range(3))
-    distance = signed_distance(shapes[:, None, None], (columns[None, None] - x) / radius,
-                               (rows[None, :, None] - y) / radius, xp)
+    distance = signed_distance(
+        shapes[:, None, None], (columns[None, None] - x) / radius, (rows[None, :, None] - y) / radius, xp
+    )
     covered = xp.clip(0.5 - distance * radius, 0, 1)
     return xp.where(shapes[:, None, None] >= 0, covered, 0 * covered)
 
@@ -89,7 +90,13 @@ def ground_truth(scenes: list[Scene]) -> list[np.ndarray]:
     pictures = []
     for scene in scenes:
         world = pack([scene])
-        picture = paint(world["shapes"], world["circles"], PALETTE[world["colors"]],
-                        PALETTE[world["backgrounds"]], scene.width, scene.height)
+        picture = paint(
+            world["shapes"],
+            world["circles"],
+            PALETTE[world["colors"]],
+            PALETTE[world["backgrounds"]],
+            scene.width,
+            scene.height,
+        )
         pictures.append(picture[0].transpose(1, 2, 0).round().astype(np.uint8))
     return pictures

@@ -38,6 +38,7 @@ def judge_recipe(recipe: Recipe, checkpoint: Path, scenes: list, seed: int) -> l
         source = checkpoint
         if recipe.quantization:
             from mlx_zimage.convert import convert
+
             source = Path(folder) / "converted"
             convert(checkpoint, source, **recipe.quantization)
         pictures = pictures_of(draw_with_mlx(source, recipe.dtype), scenes, seed)
@@ -66,8 +67,11 @@ def main() -> None:
         lost = sum(before and not after for before, after in zip(baseline, right, strict=True))
         won = sum(after and not before for before, after in zip(baseline, right, strict=True))
         row = table["all"]
-        print(f"| {recipe.name} | {row.right:.1f} ± {row.error:.1f} | {table['en'].right:.1f} | "
-              f"{table['zh'].right:.1f} | {lost} | {won} | {seconds:.2f} |", flush=True)
+        print(
+            f"| {recipe.name} | {row.right:.1f} ± {row.error:.1f} | {table['en'].right:.1f} | "
+            f"{table['zh'].right:.1f} | {lost} | {won} | {seconds:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ def test_a_missing_object_is_wrong():
 
 
 def test_a_mirrored_picture_has_the_wrong_place():
-    told = [(picture, scene) for picture, scene in zip(PICTURES, SCENES, strict=True)
-            if scene.relation in ("left", "right")]
+    told = [
+        (picture, scene) for picture, scene in zip(PICTURES, SCENES, strict=True) if scene.relation in ("left", "right")
+    ]
     assert told and not any(judge(picture[:, ::-1], scene).place for picture, scene in told)
 
 
@@ -73,6 +74,7 @@ def test_training_passes_equal_diffusers(width, height):
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     from model import build_text_encoder, build_transformer, encode_text, predict
+
     torch.manual_seed(0)
     encoder, transformer = build_text_encoder(), build_transformer()
     with torch.no_grad():
@@ -94,6 +96,7 @@ def test_a_painted_picture_is_the_same_in_torch():
     pytest.importorskip("torch")
     from data import pack
     from vae_stage import paint_batch
+
     for scene, picture in list(zip(SCENES, PICTURES, strict=True))[:20]:
         painted = paint_batch(pack([scene]), scene.width, scene.height, "cpu")[0].permute(1, 2, 0).numpy()
         assert np.abs(painted.astype(int) - picture.astype(int)).max() <= 1

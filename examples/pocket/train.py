@@ -65,9 +65,20 @@ class Plan:
         """Every amount times `scale`, and no gate: to try the code out."""
         if scale == 1:
             return self
-        amounts = {name: max(8, int(scale * getattr(self, name)))
-                   for name in ("vae_pictures", "vae_steps", "vae_batch", "scenes", "batch", "flow_steps", "pairs",
-                                "distill_steps", "judged")}
+        amounts = {
+            name: max(8, int(scale * getattr(self, name)))
+            for name in (
+                "vae_pictures",
+                "vae_steps",
+                "vae_batch",
+                "scenes",
+                "batch",
+                "flow_steps",
+                "pairs",
+                "distill_steps",
+                "judged",
+            )
+        }
         return replace(self, gate=0.0, **amounts)
 
 
@@ -115,16 +126,19 @@ class Trainer:
             vae.load_state_dict(torch.load(self._file("vae"), map_location=self.device))
             return vae.eval().requires_grad_(False)
         torch.backends.cudnn.benchmark = True  # one shape of batch, so it pays; later there are many
-        vae = train_vae(plan.vae_steps, plan.vae_pictures, plan.vae_batch, plan.vae_rate, self.device, self.log,
-                        self.is_compiled)
+        vae = train_vae(
+            plan.vae_steps, plan.vae_pictures, plan.vae_batch, plan.vae_rate, self.device, self.log, self.is_compiled
+        )
         torch.backends.cudnn.benchmark = False
         scenes, pictures, (mean, deviation) = reconstructions(vae, plan.judged, VALIDATION_SEED, self.device)
         right = self._judge("reconstructions", scenes, pictures)
         self.log(f"scaled latents: mean {mean:.3f}, deviation {deviation:.3f}")
         if right < plan.gate:
             torch.save(vae.state_dict(), self._file("vae_rejected"))
-            sys.exit(f"the autoencoder reconstructs {right:.1f} % of the scenes well enough for the judge, "
-                     f"{plan.gate:.0f} % are wanted: train it for more than {plan.vae_steps} steps (--vae-steps)")
+            sys.exit(
+                f"the autoencoder reconstructs {right:.1f} % of the scenes well enough for the judge, "
+                f"{plan.gate:.0f} % are wanted: train it for more than {plan.vae_steps} steps (--vae-steps)"
+            )
         self._save("vae", vae.state_dict())
         return vae
 
@@ -132,15 +146,30 @@ class Trainer:
         tokens, lengths = (torch.from_numpy(array).long().to(self.device) for array in encode(tokenizer, [""], PAD_TO))
         torch.manual_seed(0)
         encoder, transformer, head = build_text_encoder(), build_transformer(), FactsHead()
-        return Model(encoder.to(self.device), transformer.to(self.device), head.to(self.device), tokens, lengths,
-                     Blocks(self.is_compiled))
+        return Model(
+            encoder.to(self.device),
+            transformer.to(self.device),
+            head.to(self.device),
+            tokens,
+            lengths,
+            Blocks(self.is_compiled),
+        )
 
     def flow(self, model: Model, buckets, vae, tokenizer) -> None:
         plan = self.plan
         if not self._file("flow").exists():
             start = self._load("flow_part", model) if self._file("flow_part").exists() else 0
-            train_flow(model, buckets, plan.flow_steps, plan.batch, plan.flow_rate, self.device, self.log,
-                       start=start, keep=lambda step: self._save("flow_part", self._state(model, step)))
+            train_flow(
+                model,
+                buckets,
+                plan.flow_steps,
+                plan.batch,
+                plan.flow_rate,
+                self.device,
+                self.log,
+                start=start,
+                keep=lambda step: self._save("flow_part", self._state(model, step)),
+            )
             self._save("flow", self._state(model, plan.flow_steps))
             self._file("flow_part").unlink(missing_ok=True)
             self.measure("flow", model, vae, tokenizer)
@@ -149,8 +178,17 @@ class Trainer:
     def distill(self, model: Model, buckets) -> None:
         plan = self.plan
         pairs = draw_pairs(model, buckets, plan.pairs, plan.batch, self.device, self.log)
-        train_flow(model, pairs, plan.distill_steps, plan.batch, plan.distill_rate, self.device, self.log,
-                   name="distillation", schedule_share=0.6)
+        train_flow(
+            model,
+            pairs,
+            plan.distill_steps,
+            plan.batch,
+            plan.distill_rate,
+            self.device,
+            self.log,
+            name="distillation",
+            schedule_share=0.6,
+        )
         self._save("distilled", self._state(model, plan.distill_steps))
 
     # -------------------------------------------------------------- measuring
@@ -158,10 +196,14 @@ class Trainer:
     def measure(self, name: str, model: Model, vae, tokenizer: Tokenizer) -> float:
         """Judge pictures of the validation prompts, drawn in the usual eight steps."""
         scenes = held_out_scenes(self.plan.judged, VALIDATION_SEED)
-        tokens, lengths = (torch.from_numpy(array).long().to(self.device)
-                           for array in encode(tokenizer, [scene.caption for scene in scenes], LONGEST))
-        keys = [(scene.width, scene.height, PAD_TO if length <= PAD_TO else LONGEST)
-                for scene, length in zip(scenes, lengths.tolist(), strict=True)]
+        tokens, lengths = (
+            torch.from_numpy(array).long().to(self.device)
+            for array in encode(tokenizer, [scene.caption for scene in scenes], LONGEST)
+        )
+        keys = [
+            (scene.width, scene.height, PAD_TO if length <= PAD_TO else LONGEST)
+            for scene, length in zip(scenes, lengths.tolist(), strict=True)
+        ]
         pictures: list[np.ndarray | None] = [None] * len(scenes)
         generator = torch.Generator().manual_seed(11)
         for key in sorted(set(keys)):
@@ -169,8 +211,14 @@ class Trainer:
             chosen = [i for i, one in enumerate(keys) if one == key]
             noise = torch.randn(len(chosen), LATENT_CHANNELS, height // 8, width // 8, generator=generator)
             with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
-                latents = sample(model.encoder, model.transformer, noise.to(self.device),
-                                 tokens[chosen, :padded], lengths[chosen], STEPS)
+                latents = sample(
+                    model.encoder,
+                    model.transformer,
+                    noise.to(self.device),
+                    tokens[chosen, :padded],
+                    lengths[chosen],
+                    STEPS,
+                )
                 drawn = vae.decoder(latents / SCALING + SHIFT)
             for i, picture in zip(chosen, as_pictures(drawn), strict=True):
                 pictures[i] = picture
@@ -216,11 +264,13 @@ def main() -> None:
     parser.add_argument("--flow-steps", type=int, default=Plan.flow_steps)
     parser.add_argument("--distill-steps", type=int, default=Plan.distill_steps)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                        help="compile the models; by default on a GPU")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=None, help="compile the models; by default on a GPU"
+    )
     options = parser.parse_args()
-    plan = replace(Plan(), vae_steps=options.vae_steps, flow_steps=options.flow_steps,
-                   distill_steps=options.distill_steps).scaled(options.scale)
+    plan = replace(
+        Plan(), vae_steps=options.vae_steps, flow_steps=options.flow_steps, distill_steps=options.distill_steps
+    ).scaled(options.scale)
     options.out.mkdir(parents=True, exist_ok=True)
     is_compiled = options.device == "cuda" if options.compile is None else options.compile
     # forked before the GPU is touched; they sample scenes and judge

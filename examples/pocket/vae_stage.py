@@ -66,8 +66,9 @@ def train_vae(steps: int, pictures: int, batch: int, rate: float, device: str, l
     both = int(BOTH_SHARE * steps)
     _run(both_step, list(vae.named_parameters()), both, rate, device, log, losses, "vae")
     _set_latent_statistics(vae, torch.cat([_means(vae, draw()) for _ in range(16)]))
-    _run(decoder_step, list(vae.decoder.named_parameters()), steps - both, 0.5 * rate, device, log, losses,
-         "vae decoder")
+    _run(
+        decoder_step, list(vae.decoder.named_parameters()), steps - both, 0.5 * rate, device, log, losses, "vae decoder"
+    )
     return vae.eval().requires_grad_(False)
 
 
@@ -79,8 +80,10 @@ def _run(step_function, named, steps, rate, device, log, losses, name) -> None:
         step_once()
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             total, square, divergence = losses.tolist()
-            log(f"{name} step {step} of {steps}: loss {total:.4f}, "
-                f"squared error {square:.5f}, divergence {divergence:.2f} nats")
+            log(
+                f"{name} step {step} of {steps}: loss {total:.4f}, "
+                f"squared error {square:.5f}, divergence {divergence:.2f} nats"
+            )
     optimizer.take_average()
 
 
@@ -139,14 +142,23 @@ def paint_batch(world: dict[str, np.ndarray], width: int, height: int, device: s
     """Packed scenes as (n, 3, height, width) uint8."""
     palette = torch.from_numpy(PALETTE).to(device)
     world = {name: torch.from_numpy(array).to(device) for name, array in world.items()}
-    picture = paint(world["shapes"], world["circles"], palette[world["colors"].long()],
-                    palette[world["backgrounds"].long()], width, height, torch, device=device)
+    picture = paint(
+        world["shapes"],
+        world["circles"],
+        palette[world["colors"].long()],
+        palette[world["backgrounds"].long()],
+        width,
+        height,
+        torch,
+        device=device,
+    )
     return picture.round().byte()
 
 
 def _medley(count: int, device: str) -> Tensor:
     """Up to five shapes anywhere, off the grid and overlapping, in the palette's colours or others,
     some on a gradient: more than the captions describe, so that the autoencoder is more general."""
+
     def uniform(*shape):
         return torch.rand(*shape, device=device)
 
@@ -172,7 +184,7 @@ def _medley(count: int, device: str) -> Tensor:
 def reconstructions(vae, count: int, seed: int, device: str) -> tuple[list, list[np.ndarray], tuple[float, float]]:
     """Held-out scenes, their pictures through the autoencoder, and mean and deviation of the scaled latents."""
     scenes, pictures, latents = held_out_scenes(count, seed), [], []
-    for scene, picture in zip(scenes, ground_truth(scenes), strict=True):
+    for picture in ground_truth(scenes):
         x = torch.from_numpy(picture).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
         z = vae.encode(x).latent_dist.mean
         latents.append(((z - SHIFT) * SCALING).flatten())

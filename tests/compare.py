@@ -11,6 +11,6 @@ TOLERANCE = 1e-4
 
 def relative_error(ours, wanted) -> float:
     """The largest difference over the largest value wanted. Shapes must agree: nothing is broadcast."""
-    ours, wanted = np.array(ours, dtype=np.float64), np.array(wanted, dtype=np.float64)
+    ours, wanted = (np.asarray(x).astype(np.float64) for x in (ours, wanted))
     assert ours.shape == wanted.shape, f"{ours.shape} is not {wanted.shape}"
     return float(np.abs(ours - wanted).max() / np.abs(wanted).max())

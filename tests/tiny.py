@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -149,6 +150,19 @@ RUNS = {
     },
     "cfg1": {"prompt": PROMPTS["short"], "num_inference_steps": 2, "guidance_scale": 1.0},
 }
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A tiny checkpoint of one seed and the float32 arrays that diffusers computes with it."""
+
+    seed: int
+    folder: Path
+    wide_folder: Path
+    arrays: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
 
 
 def weight(seed: int, component: str, name: str, shape: tuple[int, ...]) -> np.ndarray:

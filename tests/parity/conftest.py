@@ -1,0 +1,33 @@
+"""Comparison with diffusers itself. Skipped where torch, diffusers or transformers are missing."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.GOLDEN))
+
+# A new one each run; MLX_ZIMAGE_PARITY_SEED repeats one that failed.
+SEED = int(os.environ.get("MLX_ZIMAGE_PARITY_SEED", random.randrange(10**6)))
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The script that records the golden arrays: the functions that run diffusers."""
+    for module in ("torch", "diffusers", "transformers"):
+        pytest.importorskip(module, reason=f"{module} is not installed; pip install 'mlx-zimage[parity]'")
+    import make_golden
+
+    return make_golden
+
+
+@pytest.fixture(scope="session", params=[SEED], ids=[f"seed{SEED}"])
+def golden(request, reference, tmp_path_factory):
+    """Instead of recorded arrays: diffusers on fresh random weights."""
+    seed, folder = request.param, tmp_path_factory.mktemp("parity")
+    plain, wide = tiny.write_checkpoint(folder / "tiny", seed), tiny.write_checkpoint(folder / "wide", seed, wide=True)
+    return tiny.Golden(seed, plain, wide, reference.record(seed, plain))

@@ -14,8 +14,10 @@ import click
 from .. import __version__
 from ..errors import ZImageError
 from .convert import convert
+from .doctor import doctor
 from .generate import generate
 from .info import info
+from .verify import verify
 
 
 class Terminated(BaseException):
@@ -52,7 +54,7 @@ def main():
     """
 
 
-for command in (generate, convert, info):
+for command in (generate, convert, info, verify, doctor):
     main.add_command(command)
 
 

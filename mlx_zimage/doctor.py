@@ -1,0 +1,165 @@
+"""Whether this machine computes what the networks need: MLX's operations beside NumPy in float64.
+
+A broken backend draws noise, or black, without any error; these few products tell it from a bad prompt. On a GPU they
+are as large as in the real transformer, where faults of single chips have been reported. A CPU gets small ones, and in
+float32 only, in which it draws by default: MLX's CPU build adds up quantized bfloat16 products in bfloat16, and is 4%
+off at a width of 256.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from . import __version__
+
+# Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one
+# rounding errs by 2**-9, a result of rounded operands and output by a few of them.
+LIMITS = {"float32": 1e-3, "bfloat16": 2e-2}  # float32 on a GPU may multiply in TF32, which keeps 11 bits
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One operation in one dtype: its relative error beside NumPy, and the most that is right."""
+
+    name: str
+    error: float
+    limit: float
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # a NaN has not passed
+
+
+def self_test(large: bool | None = None) -> Iterator[Check]:
+    """Run every check on MLX's default device; large shapes, and bfloat16, by default on a GPU only."""
+    on_gpu = mx.default_device() == mx.gpu
+    large = on_gpu if large is None else large
+    for dtype, mlx_dtype in DTYPES.items():
+        if dtype == "bfloat16" and not on_gpu:
+            continue
+        for name, case in CASES.items():
+            begin = time.perf_counter()
+            found, expected = case(Inputs(mlx_dtype), large)
+            found = np.array(found.astype(mx.float32), dtype=np.float64)
+            error = float(np.abs(found - expected).max() / np.abs(expected).max())
+            yield Check(f"{name} in {dtype}", error, LIMITS[dtype], time.perf_counter() - begin)
+
+
+class Inputs:
+    """Standard normal arrays, the same on every machine, in MLX's dtype and, with that rounding, in float64."""
+
+    def __init__(self, dtype: mx.Dtype):
+        self.dtype = dtype
+        self.generator = np.random.default_rng(0)
+
+    def __call__(self, *shape: int) -> tuple[mx.array, np.ndarray]:
+        array = mx.array(self.generator.standard_normal(shape, dtype=np.float32)).astype(self.dtype)
+        return array, np.array(array.astype(mx.float32), dtype=np.float64)
+
+
+def matmul(inputs: Inputs, large: bool):
+    # The feed-forward's second product has the longest sums of the transformer.
+    rows, width, out = (2048, 10240, 3840) if large else (64, 1024, 96)
+    x, x64 = inputs(rows, width)
+    w, w64 = inputs(out, width)
+    return x @ w.T, _product(x64, w64)
+
+
+def quantized(bits: int) -> Callable:
+    def case(inputs: Inputs, large: bool):
+        rows, width, out = (2048, 3840, 3840) if large else (64, 256, 96)
+        x, x64 = inputs(rows, width)
+        weight, scales, biases = mx.quantize(inputs(out, width)[0], group_size=64, bits=bits)
+        dense = unpack(np.array(weight), bits).reshape(out, -1, 64)
+        scales64, biases64 = (
+            np.array(part.astype(mx.float32), dtype=np.float64)[..., None] for part in (scales, biases)
+        )
+        found = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=64, bits=bits)
+        return found, _product(x64, (dense * scales64 + biases64).reshape(out, width))
+
+    return case
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """The integers of `bits` bits (a power of two) that each uint32 holds, lowest bits first."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    return ((words[..., None] >> shifts) & (2**bits - 1)).reshape(*words.shape[:-1], -1).astype(np.float64)
+
+
+def attention(inputs: Inputs, large: bool):
+    heads, length, dim = (30, 1088, 128) if large else (4, 96, 128)
+    (q, q64), (k, k64), (v, v64) = (inputs(1, heads, length, dim) for _ in range(3))
+    scores = q64 @ k64.swapaxes(-1, -2) / np.sqrt(dim)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = weights / weights.sum(-1, keepdims=True) @ v64
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5), expected
+
+
+def convolution(inputs: Inputs, large: bool):
+    side, channels = (64, 512) if large else (16, 32)
+    x, x64 = inputs(1, side, side, channels)
+    w, w64 = inputs(channels, 3, 3, channels)
+    padded = np.pad(x64, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = [padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
+    expected = _product(np.concatenate(windows, axis=-1), w64.reshape(channels, -1))
+    return mx.conv2d(x, w, padding=1), expected
+
+
+def norm(inputs: Inputs, large: bool):
+    x, x64 = inputs(64, 3840 if large else 256)
+    w, w64 = inputs(x.shape[-1])
+    expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * w64
+    return mx.fast.rms_norm(x, w, 1e-5), expected
+
+
+def _product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return x @ w.T
+
+
+CASES = {
+    "matrix product": matmul,
+    "8-bit product": quantized(8),
+    "4-bit product": quantized(4),
+    "attention": attention,
+    "convolution": convolution,
+    "RMS norm": norm,
+}
+
+
+def machine() -> dict[str, str]:
+    """This machine and its versions, for people."""
+    device = mx.device_info()
+    facts = {
+        "mlx-zimage": __version__,
+        "MLX": mx.__version__,
+        "Python": platform.python_version(),
+        "system": f"macOS {platform.mac_ver()[0]}" if platform.mac_ver()[0] else platform.platform(),
+        "device": f"{device.get('device_name', platform.machine())} ({mx.default_device().type.name})",
+    }
+    memory = memory_bytes()
+    if memory:
+        facts["memory"] = f"{memory / 1e9:.0f} GB"
+    facts["free disk here"] = f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB"
+    return facts
+
+
+def memory_bytes() -> int | None:
+    """This machine's memory: a GPU's own, or on Apple Silicon that which it shares."""
+    size = mx.device_info().get("memory_size")
+    if size:
+        return int(size)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None

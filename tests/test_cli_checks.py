@@ -1,0 +1,59 @@
+"""verify and doctor: what they print and how they exit."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from mlx_zimage import cli
+from mlx_zimage.weights import POCKET
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run mlx-zimage in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(cli.main, [str(arg) for arg in args])
+
+
+def test_a_converted_folder_is_verified_by_its_checksums(run, tmp_path):
+    run("convert", "pocket", "small", "--q-bits", "4")
+    result = run("verify", "small")
+    assert (result.exit_code, result.stdout) == (0, "small is whole (every checksum)\n")
+    file = next((tmp_path / "small/vae").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    result = run("verify", "small")
+    assert result.exit_code == 4
+    assert f"vae/{file.name}: has sha256" in result.stdout
+    assert "Error: small is damaged: 1 fault found" in result.stderr
+
+
+def test_a_diffusers_folder_is_verified_by_its_headers_and_values(run, tmp_path):
+    assert "headers and values" in run("verify", "pocket").stdout
+    shutil.copytree(POCKET, tmp_path / "cut")
+    file = tmp_path / "cut/vae/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run("verify", "cut").exit_code == 4
+    assert run("verify", "no/such/folder").exit_code == 3
+
+
+def test_doctor_tells_machine_and_verdicts(run):
+    result = run("doctor")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"MLX               {mx.__version__}\n" in result.stdout
+    assert "WRONG" not in result.stdout
+    told = json.loads(run("doctor", "--json").stdout)
+    assert told["passed"] is True
+    assert {"name", "error", "limit"} < told["checks"][0].keys()
+
+
+def test_doctor_exits_with_8_on_a_machine_that_computes_wrongly(run, monkeypatch):
+    monkeypatch.setattr(mx, "conv2d", lambda x, w, **_: mx.zeros((*x.shape[:3], w.shape[0])))
+    result = run("doctor")
+    assert result.exit_code == 8
+    assert "convolution in float32        WRONG" in result.stdout
+    assert "Error: this machine computes convolution in float32 wrongly" in result.stderr

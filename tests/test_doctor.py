@@ -1,0 +1,54 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_zimage import doctor
+from mlx_zimage.doctor import self_test, unpack
+
+
+def test_this_machine_passes():
+    checks = list(self_test())
+    assert len(checks) >= len(doctor.CASES)
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packed_weights_are_read_as_mlx_packs_them(bits):
+    weight = mx.random.normal((8, 128), key=mx.random.key(0))
+    packed, scales, biases = mx.quantize(weight, group_size=64, bits=bits)
+    expected = np.array(mx.dequantize(packed, scales, biases, group_size=64, bits=bits))
+    unpacked = unpack(np.array(packed), bits).reshape(8, 2, 64) * np.array(scales)[..., None]
+    # float32, |values| < 4: the product and the sum are rounded once each
+    assert np.abs((unpacked + np.array(biases)[..., None]).reshape(8, 128) - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "case"),
+    [
+        (mx, "quantized_matmul", "8-bit product"),
+        (mx, "conv2d", "convolution"),
+        (mx.fast, "scaled_dot_product_attention", "attention"),
+        (mx.fast, "rms_norm", "RMS norm"),
+    ],
+)
+@pytest.mark.parametrize("broken", ["one value", "NaN", "zeros", "scale"])
+def test_a_broken_operation_is_found(monkeypatch, module, name, case, broken):
+    right = getattr(module, name)
+
+    def wrong(*args, **options):
+        result = right(*args, **options)
+        if broken == "one value":
+            index = mx.arange(result.size).reshape(result.shape) == result.size // 3
+            return result + 3 * index
+        return result * {"NaN": mx.nan, "zeros": 0.0, "scale": 1.01}[broken]
+
+    monkeypatch.setattr(module, name, wrong)
+    assert f"{case} in float32" in {check.name for check in self_test() if not check.passed}
+
+
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="a GPU runs them in the first test")
+@pytest.mark.parametrize("name", ["attention", "convolution", "RMS norm"])  # a product takes a CPU minutes
+@pytest.mark.slow
+def test_the_large_shapes_pass_too(name):
+    found, expected = doctor.CASES[name](doctor.Inputs(mx.float32), large=True)
+    assert np.abs(np.array(found) - expected).max() / np.abs(expected).max() < 1e-5

@@ -6,7 +6,11 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -513,6 +517,76 @@ def test_a_hub_that_cannot_be_reached_is_told(hub_cache):
     result = open_elsewhere("someone/else", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(hub_cache))
     assert result.returncode == 3, result.stderr
     assert result.stdout.startswith("ModelNotFoundError: someone/else is no local folder")
+
+
+@pytest.fixture
+def hub(tiny_folder):
+    """A hub on this machine that gives someone/tiny, and a picture besides, to whoever has the token."""
+    files = {str(path.relative_to(tiny_folder)): path.read_bytes() for path in tiny_folder.rglob("*") if path.is_file()}
+    files |= {"README.md": b"# Tiny", "assets/showcase.jpg": b"JPEG"}
+
+    class Hub(BaseHTTPRequestHandler):
+        asked: ClassVar[list[str]] = []
+
+        def do_GET(self, body=True):
+            headers, content = {}, b""
+            if self.headers.get("Authorization") != "Bearer hf_secret":
+                status, headers = 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            elif self.path.startswith("/api/models/someone/tiny/tree/"):
+                tree = [
+                    {"type": "file", "path": name, "size": len(content), "oid": f"{zlib.crc32(content):08x}"}
+                    for name, content in files.items()
+                ]
+                status, content = 200, json.dumps(tree).encode()
+            elif self.path.startswith("/api/models/someone/tiny"):
+                listing = {"id": "someone/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+                status, content = 200, json.dumps(listing).encode()
+            else:
+                name = self.path.removeprefix(f"/someone/tiny/resolve/{COMMIT}/")
+                self.asked.append(name)
+                status, content = 200, files[name]
+                headers = {"ETag": f'"{zlib.crc32(content):08x}"', "X-Repo-Commit": COMMIT}
+            self.send_response(status)
+            for key, value in (headers | {"Content-Length": str(len(content))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Hub, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_repository_is_fetched_once_and_without_what_is_not_needed(hub, tmp_path):
+    handler, endpoint = hub
+    environment = {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path)}
+    fetched = open_elsewhere("someone/tiny", **environment)
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / COMMIT
+    assert fetched.stdout == f"{snapshot}\n", fetched.stderr
+    assert {path.name for path in snapshot.iterdir()} == {
+        *("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    }
+    assert "README.md" not in handler.asked
+    handler.asked.clear()
+    assert open_elsewhere("someone/tiny", HF_HUB_OFFLINE="1", **environment).stdout == f"{snapshot}\n"
+    assert not handler.asked
+
+
+def test_a_repository_that_the_hub_refuses_is_told_with_its_reason(hub, tmp_path):
+    _, endpoint = hub
+    result = open_elsewhere("someone/tiny", HF_ENDPOINT=endpoint, HF_TOKEN="hf_wrong", HF_HOME=str(tmp_path))
+    assert result.returncode == 3, result.stderr
+    assert result.stdout.startswith("ModelNotFoundError: someone/tiny is no local folder, and the Hugging Face hub did")
+    assert "401" in result.stdout
 
 
 def test_a_half_fetched_repository_is_told_by_its_missing_shard(hub_cache):

@@ -1,0 +1,31 @@
+"""Latents in and out: two noises, the noise halfway between them, and each one's clean latents as an array.
+
+Latents at the edge of the pipeline are laid out as in diffusers: (pictures, 16, height / 8, width / 8), float32.
+"""
+
+import numpy as np
+
+from mlx_zimage import ZImagePipeline
+from mlx_zimage.noise import torch_randn
+
+SHAPE = (1, 16, 16, 16)
+
+
+def between(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
+    """On the arc from a to b: unlike their mean, it is as large as noise is."""
+    angle = np.arccos((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+
+
+first, second = torch_randn(1, SHAPE), torch_randn(2, SHAPE)
+noise = np.concatenate([first, between(first, second, 0.5), second])
+
+pipe = ZImagePipeline.from_pretrained("pocket")
+prompt = "a blue circle on a yellow background"
+clean = pipe(prompt, latents=noise, num_images_per_prompt=len(noise), output_type="latent").images
+np.save("clean.npy", clean)
+print(f"clean.npy: {clean.shape}, standard deviation {clean.std():.2f}")
+
+for i, picture in enumerate(pipe(prompt, latents=noise, num_images_per_prompt=len(noise)).images):
+    picture.save(f"between-{i}.png")
+    print(f"between-{i}.png")

@@ -16,7 +16,8 @@ import mlx.core as mx
 from .. import __version__
 from ..errors import RequestError
 from ..quantize import Quantization, default_quantization, recipe
-from .sources import CONVERSION, Source, SourceComponent, Tensor, open_source, parameters, read_rows
+from .rows import SourceComponent, Tensor, read_rows
+from .sources import CONVERSION, Source, open_source
 from .writer import (
     SHARD_BYTES,
     OutputFolder,
@@ -68,14 +69,20 @@ def convert(
     mode: str = "affine",
     text_encoder_bits: int | None = None,
     transformer_bits: int | None = None,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Path:
     """Write the model at source as the folder dest, which must not exist, and return its path.
 
-    source is a diffusers folder, a Hugging Face id, "pocket" or a folder of ours. dtype ("bfloat16", "float32",
-    "float16") is that of every tensor which is not quantized. The matrices of the attention and feed-forward layers
-    are quantized if bits are given, or a mode other than "affine": bits 2, 3, 4, 5, 6 or 8 in groups of 32, 64 (the
-    default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" have one choice each. text_encoder_bits and
-    transformer_bits stand in for bits in that network; 0 or 16 leaves it dense.
+    source is a diffusers folder, a Hugging Face id, "pocket", a folder of ours or of mflux, or a safetensors or GGUF
+    file. What it lacks comes from text_encoder, vae and tokenizer, else from base: see sources.open_source.
+
+    dtype ("bfloat16", "float32", "float16") is that of every tensor which is not quantized. The matrices of the
+    attention and feed-forward layers are quantized if bits are given, or a mode other than "affine": bits 2, 3, 4, 5,
+    6 or 8 in groups of 32, 64 (the default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" have one choice each.
+    text_encoder_bits and transformer_bits stand in for bits in that network; 0 or 16 leaves it dense.
 
     The folder appears under its name only when it is whole. On any failure nothing is left; after a kill or a crash the
     same call goes on from the finished shards. SHA256SUMS in the folder has the checksum of every other file.
@@ -89,6 +96,10 @@ def convert(
         mode=mode,
         text_encoder_bits=text_encoder_bits,
         transformer_bits=transformer_bits,
+        text_encoder=text_encoder,
+        vae=vae,
+        tokenizer=tokenizer,
+        base=base,
     )
     for _ in steps:
         pass
@@ -105,25 +116,29 @@ def convert_steps(
     mode: str = "affine",
     text_encoder_bits: int | None = None,
     transformer_bits: int | None = None,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Iterator[Progress]:
     """Do what `convert` does, yielding Progress after each tensor. Leaving the loop stops the work and undoes it."""
     if dtype not in SPELLED:
         raise RequestError(f"dtype must be one of {', '.join(SPELLED)}, got {dtype!r}")
     wanted = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits)
-    opened = open_source(source)
+    opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base)
     dest = Path(dest).expanduser()
     check_absent(dest)
-    check_outside(dest, opened.folder)
-    plans = {part.name: plan(part, dtype, wanted.get(part.name)) for part in opened.components}
+    check_outside(dest, opened.at)
+    plans = {part.name: plan(part, dtype, wanted.get(part.name)) for part in opened.components.values()}
     conversion = describe(opened, dtype, wanted)
     done = 0
     with OutputFolder(dest, fingerprint(opened, conversion, plans), planned_bytes(plans)) as folder:
-        for part in opened.components:
+        for part in opened.components.values():
             for step in write_component(folder, part, plans[part.name], dtype, wanted.get(part.name)):
                 done += step.nbytes
                 yield Progress(part.name, step.name, done, opened.nbytes)
-        for name, file in opened.files.items():
-            folder.write(name, file.read_bytes())
+        for name, content in opened.files.items():
+            folder.write(name, content)
         folder.write(CONVERSION, render_json(conversion))
 
 
@@ -187,11 +202,12 @@ def fingerprint(source: Source, conversion: dict, plans: dict[str, list[list[Tas
     for shards in plans.values():
         for tasks in shards:
             layout.update(header(slot for task in tasks for slot in task.slots))
-    files = sorted((str(path.resolve()), path.stat()) for path in {*source.weights, *source.files.values()})
+    stats = [(str(path.resolve()), path.stat()) for path in source.weights]
     return {
         "conversion": conversion,
         "mlx": mx.__version__,
-        "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
+        "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in source.files.items()},
         "layout": layout.hexdigest(),
     }
 
@@ -215,7 +231,7 @@ def write_component(
                 for array in pack(task, dtype):
                     file.write_array(array)
                 yield task.tensor
-    content = index(places, parameters(component))
+    content = index(places, component.parameters)
     folder.write(f"{component.name}/model.safetensors.index.json", render_json(content))
     folder.write(f"{component.name}/config.json", render_json(config(component.config, dtype, quantization)))
 

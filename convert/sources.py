@@ -1,95 +1,186 @@
-"""What the converter reads: a checkpoint as configs, small files, and tensors that are read by rows.
-
-A Tensor is never read whole: `read(start, stop)` gives some rows of its first axis. So a source needs no more
-memory than the converter asks for, whatever the size of its tensors.
-"""
+"""What the converter reads: a checkpoint of any kind as three networks and the small files of a model folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from math import prod
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
+from ..errors import CheckpointError, ModelNotFoundError, RequestError
+from ..weights import COMPONENTS, Component, read_json, resolve
+from . import official
+from .files import is_mflux, open_file, open_mflux
+from .rows import SourceComponent, Tensor, packed_rows, stored_rows
+from .writer import render_json
 
-from ..errors import CheckpointError, NumericsError
-from ..quantize import Quantization
-from ..weights import DTYPES, Component, Entry, open_checkpoint, read_json
-
-CHUNK_BYTES = 32 * 2**20  # of float32, in memory at a time
-# The exponent's bits, which are all set in NaN and infinity and in no finite number.
-EXPONENT = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
-FLOATING = ("F32", "F16", "BF16")
 CONVERSION = "conversion.json"  # in a folder of ours: what it was made from, and how
+TOKENIZER = "tokenizer/tokenizer.json"
 # Beside the weights, what a model folder is made of.
-SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
+SMALL_FILES = [
+    *("model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"),
+    *(f"{component}/*.json" for component in COMPONENTS),
+]
+LARGEST_SMALL_FILE = 64 * 10**6
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor in diffusers' name, shape and layout. read(start, stop) gives rows of it, dense and floating."""
-
-    name: str
-    shape: tuple[int, ...]
-    nbytes: int  # as the source stores it
-    read: Callable[[int, int], mx.array]
-
-
-@dataclass(frozen=True)
-class SourceComponent:
-    """One network: its config.json, and its tensors in the order of the architecture."""
-
-    name: str
-    config: dict
-    tensors: list[Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+class BorrowedFromHub(UserWarning):
+    """Something that the source lacks comes from the official repository."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source.
+    """An opened source, or a part of one.
 
-    origin is its name, without the folders of this machine; weights are the files that the tensors lie in; files are
-    those to copy, by their path in the folder to be written; conversion tells how our converter made it, if it did.
+    origin is its name, without the folders of this machine; at is its file or folder; components are by name; weights
+    are the files that the tensors lie in; files are contents to copy, by their path in the folder to be written;
+    conversion tells how our converter made it, if it did.
     """
 
     origin: str
-    folder: Path
-    components: list[SourceComponent]
+    at: Path
+    components: dict[str, SourceComponent]
     weights: list[Path]
-    files: dict[str, Path]
+    files: dict[str, bytes]
     conversion: dict | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(component.nbytes for component in self.components)
+        return sum(component.nbytes for component in self.components.values())
 
 
-def open_source(source: str | Path) -> Source:
-    """Open anything the loader opens, and check it as the loader does. Reads configs and headers only."""
-    checkpoint = open_checkpoint(source)
-    folder = checkpoint.folder
-    patterns = [*SMALL_FILES, *(f"{component.name}/*.json" for component in checkpoint.components)]
-    written = {f"{component.name}/config.json" for component in checkpoint.components}
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for pattern in patterns
-        for path in sorted(folder.glob(pattern))
-        if path.is_file() and not path.name.endswith(".index.json")
-    }
+def open_source(
+    source: str | Path,
+    *,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    base: str | Path | None = None,
+) -> Source:
+    """Open a whole model from a source and what it lacks from others. Reads configs and headers only.
+
+    Each of source, text_encoder and vae is a model folder (diffusers', ours, mflux's), a Hugging Face id, "pocket",
+    or a safetensors or GGUF file; tokenizer is a model folder, an id, or a tokenizer's folder or file. base is the
+    diffusers folder or id that gives what none of them does, configs of bare files included; by default that is the
+    official model, whose configs are known here.
+    """
+    configs = official.CONFIGS if base is None else read_configs(resolve(base))
+    opened = open_part(source, configs)
+    if "transformer" not in opened.components:
+        held = " and ".join(opened.components)
+        raise RequestError(f"{source} holds no transformer, only {held}; give the transformer as the source")
+    for name, other in (("text_encoder", text_encoder), ("vae", vae)):
+        if other is not None:
+            opened = take(opened, open_part(other, configs), name)
+    if tokenizer is not None:
+        opened = replace(opened, files=opened.files | read_tokenizer(tokenizer))
+    missing = [name for name in COMPONENTS if name not in opened.components]
+    if missing or TOKENIZER not in opened.files:
+        opened = borrow(opened, missing, base)
+    small = {"model_index.json": official.MODEL_INDEX, "scheduler/scheduler_config.json": official.SCHEDULER}
+    files = {name: render_json(content) for name, content in small.items()} | opened.files
+    text, wanted = (
+        COMPONENTS[name].from_dict(opened.components[name].config) for name in ("text_encoder", "transformer")
+    )
+    if text.hidden_size != wanted.cap_feat_dim:
+        raise CheckpointError(
+            f"the text encoder gives {text.hidden_size} features a token, the transformer takes "
+            f"{wanted.cap_feat_dim}; they belong to different models"
+        )
+    return replace(opened, components={name: opened.components[name] for name in COMPONENTS}, files=files)
+
+
+def open_part(source: str | Path, configs: dict[str, dict]) -> Source:
+    """Whatever networks and small files a source has."""
+    at = Path(source).expanduser()
+    if at.is_file():
+        return Source(at.name, at, open_file(at, configs), [at], {})
+    folder = resolve(source)
+    origin = folder.resolve().name if at.is_dir() else str(source)
+    if not (folder / "model_index.json").is_file() and is_mflux(folder):
+        weights = sorted(path for name in COMPONENTS for path in (folder / name).glob("*.safetensors"))
+        files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
+        return Source(origin, folder, open_mflux(folder, configs), weights, files)
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} has no model_index.json; a model is a diffusers folder, or give its file")
+    return open_folder(folder, origin, list(COMPONENTS))
+
+
+def open_folder(folder: Path, origin: str, names: Iterable[str]) -> Source:
+    """The named networks of a diffusers folder, or one of ours, checked as the loader checks them."""
+    components = [Component(folder, name) for name in names]
     conversion = folder / CONVERSION
     return Source(
-        origin=folder.resolve().name if Path(source).expanduser().is_dir() else str(source),
-        folder=folder,
-        components=[_component(component) for component in checkpoint.components],
-        weights=sorted({entry.file for component in checkpoint.components for entry in component.entries.values()}),
-        files={name: path for name, path in files.items() if name not in written},
-        conversion=read_json(conversion) if conversion.is_file() else None,
+        origin,
+        folder,
+        {component.name: _component(component) for component in components},
+        sorted({entry.file for component in components for entry in component.entries.values()}),
+        small_files(folder),
+        read_json(conversion) if conversion.is_file() else None,
+    )
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    paths = [path for pattern in SMALL_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    for path in paths:
+        if path.stat().st_size > LARGEST_SMALL_FILE:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; that is no config or tokenizer")
+    written = [f"{name}/config.json" for name in COMPONENTS]
+    contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    return {name: c for name, c in contents.items() if name not in written and not name.endswith(".index.json")}
+
+
+def read_configs(folder: Path) -> dict[str, dict]:
+    return {name: read_json(folder / name / "config.json") for name in COMPONENTS}
+
+
+def read_tokenizer(source: str | Path) -> dict[str, bytes]:
+    at = Path(source).expanduser()
+    if at.is_file():
+        return {TOKENIZER: at.read_bytes()}
+    if (at / "tokenizer.json").is_file():
+        paths = [path for path in sorted(at.iterdir()) if path.suffix in (".json", ".txt", ".jinja")]
+        return {f"tokenizer/{path.name}": path.read_bytes() for path in paths}
+    files = {name: content for name, content in small_files(resolve(source)).items() if name.startswith("tokenizer/")}
+    if TOKENIZER not in files:
+        raise RequestError(f"{source} holds no tokenizer.json")
+    return files
+
+
+def take(source: Source, other: Source, name: str) -> Source:
+    """The source with the named network of another."""
+    if name not in other.components:
+        raise RequestError(f"{other.at} holds no {name}, only {' and '.join(other.components)}")
+    own = {path: c for path, c in other.files.items() if path.startswith(f"{name}/")}
+    kept = {path: c for path, c in source.files.items() if not path.startswith(f"{name}/")}
+    return replace(
+        source,
+        components=source.components | {name: other.components[name]},
+        weights=sorted({*source.weights, *other.weights}),
+        files=kept | own,
+    )
+
+
+def borrow(source: Source, missing: list[str], base: str | Path | None) -> Source:
+    """The source with the networks and small files that it lacks, from base or from the official repository."""
+    wanted = missing + ([] if TOKENIZER in source.files else ["tokenizer"])
+    if base is None:
+        base = official.REPOSITORY
+        names = ", ".join(wanted)
+        warnings.warn(f"{source.origin} has no {names}: taken from {base}", BorrowedFromHub, stacklevel=2)
+        folder = resolve(base, ["model_index.json", "scheduler/*", *(f"{name}/*" for name in wanted)])
+    else:
+        folder = resolve(base)
+    other = open_folder(folder, str(base), missing)
+    if TOKENIZER not in source.files and TOKENIZER not in other.files:
+        raise ModelNotFoundError(f"{source.origin} has no tokenizer, nor has {base}; name one")
+    own = tuple(f"{name}/" for name in (*missing, "tokenizer", "scheduler"))
+    files = {path: c for path, c in other.files.items() if path.startswith(own) or path == "model_index.json"}
+    return replace(
+        source,
+        components=source.components | other.components,
+        weights=sorted({*source.weights, *other.weights}),
+        files=files | source.files,
     )
 
 
@@ -105,70 +196,7 @@ def _component(component: Component) -> SourceComponent:
         if q:
             packed = {key.rpartition(".")[2]: entries[key] for key in q.packed(name, shape)}
             nbytes = sum(entry.nbytes for entry in packed.values())
-            tensors.append(Tensor(name, shape, nbytes, _packed_rows(packed, q)))
-        elif entries[name].dtype in FLOATING:
-            tensors.append(Tensor(name, shape, entries[name].nbytes, _dense_rows(entries[name])))
+            tensors.append(Tensor(name, shape, nbytes, packed_rows(packed, q)))
         else:
-            raise CheckpointError(
-                f"{component.folder}: {name} is {entries[name].dtype}, and config.json does not say how it is packed"
-            )
+            tensors.append(Tensor(name, shape, entries[name].nbytes, stored_rows(entries[name])))
     return SourceComponent(component.name, component.raw_config, tensors)
-
-
-def _dense_rows(entry: Entry) -> Callable[[int, int], mx.array]:
-    row_shape = entry.shape[1:]
-    row_bytes = entry.nbytes // entry.shape[0]
-
-    def read(start: int, stop: int) -> mx.array:
-        # Read, not mapped: touched pages of a mapped file count as resident until the system takes them back.
-        count, offset = (stop - start) * row_bytes, entry.offset + start * row_bytes
-        try:
-            raw = np.fromfile(entry.file, np.uint8, count, offset=offset)
-        except OSError as error:
-            raise CheckpointError(f"{entry.file} could not be read: {error.strerror or error}") from error
-        if raw.size != count:
-            raise CheckpointError(f"{entry.file} became shorter while it was read")
-        return mx.array(raw).view(DTYPES[entry.dtype]).reshape(stop - start, *row_shape)
-
-    return read
-
-
-def _packed_rows(entries: dict[str, Entry], q: Quantization) -> Callable[[int, int], mx.array]:
-    parts = {part: _dense_rows(entry) for part, entry in entries.items()}
-
-    def read(start: int, stop: int) -> mx.array:
-        weight, scales = parts["weight"](start, stop), parts["scales"](start, stop)
-        biases = None
-        if q.mode == "affine":
-            # in float32, so that the one rounding is the one to the target's dtype
-            scales, biases = scales.astype(mx.float32), parts["biases"](start, stop).astype(mx.float32)
-        return mx.dequantize(
-            weight, scales, biases, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32
-        )
-
-    return read
-
-
-def parameters(component: SourceComponent) -> int:
-    return sum(prod(tensor.shape) for tensor in component.tensors)
-
-
-def read_rows(tensor: Tensor, dtype: str) -> Iterator[mx.array]:
-    """The rows of a tensor in dtype, some at a time. Refuses what is not finite."""
-    target = getattr(mx, dtype)
-    height = tensor.shape[0]
-    step = max(1, CHUNK_BYTES // (4 * prod(tensor.shape[1:])))
-    for start in range(0, height, step):
-        stored = tensor.read(start, min(start + step, height))
-        rows = stored.astype(target)
-        if not is_finite(rows):
-            if is_finite(stored):
-                raise NumericsError(f"{tensor.name} has values beyond {dtype}; choose another dtype")
-            raise NumericsError(f"{tensor.name} of the source holds NaN or infinity; fetch the model again")
-        yield rows
-
-
-def is_finite(array: mx.array) -> bool:
-    unsigned, exponent = EXPONENT[array.dtype]
-    bits = np.array(array.view(unsigned), copy=False)
-    return not ((bits & exponent) == exponent).any()

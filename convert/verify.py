@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, NumericsError
-from ..weights import resolve
-from .sources import CONVERSION, open_source, read_rows
+from ..weights import COMPONENTS, open_checkpoint, resolve
+from .rows import Tensor, read_rows
+from .sources import CONVERSION, open_folder
 from .writer import MANIFEST, render_manifest, sha256
 
 # What the loader reads; a file of this kind that the manifest does not list could change the model.
@@ -61,11 +62,12 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
         return
     done = total // 2
     try:
-        source = open_source(folder)
+        open_checkpoint(folder)
+        source = open_folder(folder, str(folder), COMPONENTS)
     except CheckpointError as error:
         yield Checked(str(folder), str(error), done, total)
         return
-    for component in source.components:
+    for component in source.components.values():
         for tensor in component.tensors:
             done += tensor.nbytes
             yield Checked(f"{component.name} {tensor.name}", _values_fault(tensor), done, total)
@@ -95,7 +97,7 @@ def _file_fault(path: Path, digest: str) -> str | None:
     return None if found == digest else f"has sha256 {found}, its manifest says {digest}; convert or copy it again"
 
 
-def _values_fault(tensor) -> str | None:
+def _values_fault(tensor: Tensor) -> str | None:
     try:
         for _ in read_rows(tensor, "float32"):
             pass

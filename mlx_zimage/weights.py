@@ -47,8 +47,11 @@ FLOATS = ("F32", "F16", "BF16")
 SHOWN = 5  # names listed in an error
 
 
-def resolve(source: str | Path) -> Path:
-    """The local folder of a model: "pocket", a folder, or a Hugging Face id (fetched into the hub's cache)."""
+def resolve(source: str | Path, needed: Sequence[str] = NEEDED_FILES) -> Path:
+    """The local folder of a model: "pocket", a folder, or a Hugging Face id (fetched into the hub's cache).
+
+    needed are patterns of the files to fetch.
+    """
     if str(source) == "pocket":
         return POCKET
     folder = Path(source).expanduser()
@@ -61,17 +64,17 @@ def resolve(source: str | Path) -> Path:
             f"no model folder at {source}; give a folder, a Hugging Face id such as "
             f"Tongyi-MAI/Z-Image-Turbo, or 'pocket'"
         )
-    return _fetch(str(source))
+    return _fetch(str(source), needed)
 
 
-def _fetch(repository: str) -> Path:
+def _fetch(repository: str, needed: Sequence[str]) -> Path:
     # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported. HTTPError is
     # that of the library the client uses, which its releases change: httpx, httpx2.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(repository, allow_patterns=list(needed)))
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
             f"{repository} is no local folder and is not in the Hugging Face cache, and the hub cannot be reached; "

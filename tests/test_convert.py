@@ -1,7 +1,6 @@
 """The converter: what it writes is what it read, cast or packed; and it writes all or nothing."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,7 @@ import mlx.core as mx
 import mlx_zimage.convert as converter
 import numpy as np
 import pytest
-from mlx_zimage.convert import convert, convert_steps, quantizations
-from mlx_zimage.convert import sources
+from mlx_zimage.convert import convert, convert_steps, quantizations, rows
 from mlx_zimage.convert.sources import CONVERSION
 from mlx_zimage.convert.writer import MANIFEST
 from tiny import TRANSFORMER, save_component, weights, write_checkpoint
@@ -339,7 +337,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path, bits):
 
 def test_a_tensor_is_read_a_few_rows_at_a_time(official, tmp_path, monkeypatch):
     whole = convert(official, tmp_path / "whole", bits=None)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1000)
     assert files(convert(official, tmp_path / "pieces", bits=None)) == files(whole)
     packed = convert("pocket", tmp_path / "packed", bits=4)
     monkeypatch.undo()

@@ -1,0 +1,220 @@
+"""Foreign checkpoints as sources: single safetensors and GGUF files, and the folders that mflux writes.
+
+A file's tensors are unpacked (fp8 with its scales, mflux's packed matrices), named as diffusers names them, cut where
+they are fused, and compared with the architecture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from ..quantize import Quantization
+from ..weights import COMPONENTS, SHOWN, Entry, find_shards, read_header
+from . import gguf
+from .names import Place, places
+from .rows import FLOATING, SourceComponent, Tensor, packed_rows, stored_rows
+
+PICKLE = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# ComfyUI's scales beside an fp8 weight, in its older and its newer spelling, and what else it stores there.
+SCALES = ("scale_weight", "weight_scale")
+MARKS = ("scale_input", "input_scale", "comfy_quant")
+COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+MFLUX_GROUP = 64  # mflux has no other
+
+
+def open_file(file: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
+    """The networks in a single file, whose configs are given since a bare file has none."""
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    if start.startswith(PICKLE):
+        raise CheckpointError(
+            f"{file} is a Python pickle, which can run code when it is opened; it was not opened. Get the model as "
+            f"safetensors, or save its tensors with safetensors.torch.save_file in an environment you trust"
+        )
+    if start.startswith(gguf.MAGIC):
+        tensors = {name: _gguf_tensor(file, tensor) for name, tensor in gguf.read_header(file).items()}
+    else:
+        tensors = unpack(read_header(file), str(file))
+    return assemble(tensors, configs, str(file))
+
+
+def is_mflux(folder: Path) -> bool:
+    index = folder / "transformer" / "model.safetensors.index.json"
+    try:
+        return "mflux_version" in json.loads(index.read_text()).get("metadata", {})
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def open_mflux(folder: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
+    """The networks in a folder that `mflux-save` wrote, quantized or not."""
+    components = {}
+    for name in COMPONENTS:
+        entries = {key: entry for file in find_shards(folder / name) for key, entry in read_header(file).items()}
+        tensors = unpack(entries, str(folder / name))
+        components |= assemble(tensors, configs, str(folder / name), channels_last=True)
+    return components
+
+
+def _gguf_tensor(file: Path, stored: gguf.GGUFTensor) -> Tensor:
+    def read(start: int, stop: int) -> mx.array:
+        return mx.array(gguf.read_rows(file, stored, start, stop))
+
+    return Tensor(stored.name, stored.shape, stored.nbytes, read)
+
+
+def unpack(entries: dict[str, Entry], label: str) -> dict[str, Tensor]:
+    """The weights among stored tensors, each with what belongs to it: scales, packing."""
+    tensors = {}
+    for name, entry in entries.items():
+        layer, _, part = name.rpartition(".")
+        if part in (*SCALES, *MARKS) or (part in ("scales", "biases") and f"{layer}.scales" in entries):
+            continue
+        if places(name) == []:
+            continue
+        scale = next((entries[f"{layer}.{x}"] for x in SCALES if f"{layer}.{x}" in entries), None)
+        mark = entries.get(f"{layer}.comfy_quant")
+        if part == "weight" and mark:
+            _check_comfy_format(mark, label)
+        if part == "weight" and f"{layer}.scales" in entries:
+            tensors[name] = _mflux_tensor(entries, layer, label)
+        elif entry.dtype not in FLOATING:
+            raise CheckpointError(
+                f"{label}: {name} is {entry.dtype}; known are {', '.join(FLOATING)}. Fetch the model in one of these"
+            )
+        elif part == "weight" and scale:
+            tensors[name] = _scaled_tensor(entry, scale, label)
+        else:
+            tensors[name] = Tensor(name, entry.shape, entry.nbytes, stored_rows(entry))
+    return tensors
+
+
+def _check_comfy_format(mark: Entry, label: str) -> None:
+    try:
+        form = json.loads(bytes(stored_rows(mark)(0, mark.shape[0])))["format"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{label}: {mark.name} is not valid ({error}); fetch the file again") from error
+    if form not in COMFY_FORMATS:
+        raise CheckpointError(
+            f"{label}: {mark.name} says {form!r}; known are {', '.join(COMFY_FORMATS)}. Fetch another version"
+        )
+
+
+def _scaled_tensor(entry: Entry, scale: Entry, label: str) -> Tensor:
+    """An fp8 weight times its scale: one number, or one a row."""
+    rows = entry.shape[0]
+    if scale.shape not in ((), (1,), (rows,), (rows, 1)):
+        raise CheckpointError(f"{label}: {scale.name} has shape {scale.shape}; one scale or one a row was wanted")
+    weight = stored_rows(entry)
+    whole = stored_rows(scale)(0, scale.shape[0] if scale.shape else 1).astype(mx.float32).reshape(-1)
+
+    def read(start: int, stop: int) -> mx.array:
+        factor = whole if whole.size == 1 else whole[start:stop]
+        return weight(start, stop).astype(mx.float32) * factor.reshape(-1, *[1] * (len(entry.shape) - 1))
+
+    return Tensor(entry.name, entry.shape, entry.nbytes, read)
+
+
+def _mflux_tensor(entries: dict[str, Entry], layer: str, label: str) -> Tensor:
+    weight, scales = entries[f"{layer}.weight"], entries[f"{layer}.scales"]
+    biases = entries.get(f"{layer}.biases")
+    width = scales.shape[-1] * MFLUX_GROUP
+    bits = weight.shape[-1] * 32 // width if width else 0
+    if biases is None or weight.dtype != "U32" or len(weight.shape) != 2:
+        raise CheckpointError(f"{label}: {layer} is not packed as mflux packs; convert from the original model")
+    q = Quantization(bits, MFLUX_GROUP)
+    shape = (weight.shape[0], width)
+    parts = {"weight": weight, "scales": scales, "biases": biases}
+    wanted = q.packed(f"{layer}.weight", shape)
+    if any(entry.shape != wanted[f"{layer}.{part}"] for part, entry in parts.items()):
+        raise CheckpointError(f"{label}: {layer} is not packed in groups of {MFLUX_GROUP}; fetch it again")
+    return Tensor(weight.name, shape, sum(entry.nbytes for entry in parts.values()), packed_rows(parts, q))
+
+
+def assemble(
+    stored: Mapping[str, Tensor], configs: Mapping[str, dict], label: str, channels_last: bool = False
+) -> dict[str, SourceComponent]:
+    """Sort stored tensors into networks, in diffusers' names and layout; refuse what is unknown, missing or misshapen.
+
+    channels_last says that convolutions are stored as MLX has them: (out, h, w, in).
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for name, tensor in stored.items():
+        held = places(name)
+        if held is None:
+            unknown.append(name)
+        for place in held or ():
+            own = found.setdefault(place.component, {})
+            if place.name in own:
+                raise CheckpointError(f"{label}: {place.component} {place.name} is there twice, once as {name}")
+            own[place.name] = _cut(tensor, place, label)
+    if unknown:
+        raise CheckpointError(f"{label}: {_some(unknown)} belong to no network of Z-Image; is it another model?")
+    if not found:
+        raise CheckpointError(f"{label} holds no weights")
+    return {
+        name: _check(name, configs[name], found[name], label, channels_last) for name in COMPONENTS if name in found
+    }
+
+
+def _cut(tensor: Tensor, place: Place, label: str) -> Tensor:
+    rows, rest = divmod(tensor.shape[0] if tensor.shape else 0, place.parts)
+    if rest:
+        raise CheckpointError(f"{label}: {tensor.name} of shape {tensor.shape} is not {place.parts} equal parts")
+    first = place.part * rows
+
+    def read(start: int, stop: int) -> mx.array:
+        return tensor.read(first + start, first + stop)
+
+    if place.parts == 1:
+        return replace(tensor, name=place.name)
+    return Tensor(place.name, (rows, *tensor.shape[1:]), tensor.nbytes // place.parts, read)
+
+
+def _check(name: str, config: dict, found: dict[str, Tensor], label: str, channels_last: bool) -> SourceComponent:
+    architecture = COMPONENTS[name].from_dict(config)
+    wanted = architecture.shapes()
+
+    def unused(tensor: str) -> bool:
+        return name == "text_encoder" and architecture.unused(tensor)
+
+    missing = [key for key in wanted if key not in found and not unused(key)]
+    extra = [key for key in found if key not in wanted and not unused(key)]
+    fitted = {key: fit(found[key], shape, channels_last) for key, shape in wanted.items() if key in found}
+    misshapen = [f"{key} is {found[key].shape}, wanted {wanted[key]}" for key, tensor in fitted.items() if not tensor]
+    for fault, keys in (("missing", missing), ("unexpected", extra), ("of another shape", misshapen)):
+        if keys:
+            raise CheckpointError(
+                f"{label}: of the {name}'s {len(wanted)} weights, {len(keys)} are {fault}: {_some(keys)}"
+            )
+    fitted |= {key: tensor for key, tensor in found.items() if key not in wanted}
+    return SourceComponent(name, config, list(fitted.values()))
+
+
+def fit(tensor: Tensor, shape: tuple[int, ...], channels_last: bool = False) -> Tensor | None:
+    """The tensor in the wanted shape, where only its layout or axes of length 1 differ; None if it is another."""
+    if channels_last and len(shape) == 4:
+        out, width, height, depth = tensor.shape if len(tensor.shape) == 4 else (0, 0, 0, 0)
+        if (out, depth, width, height) != shape:
+            return None
+        return replace(tensor, shape=shape, read=lambda start, stop: tensor.read(start, stop).transpose(0, 3, 1, 2))
+    if tensor.shape == shape:
+        return tensor
+    if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
+        return None
+    if tensor.shape[0] == shape[0]:
+        return replace(tensor, shape=shape, read=lambda start, stop: tensor.read(start, stop).reshape(-1, *shape[1:]))
+    return replace(
+        tensor, shape=shape, read=lambda start, stop: tensor.read(0, tensor.shape[0]).reshape(shape)[start:stop]
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,0 +1,264 @@
+"""GGUF files: the header, and the blocks of quantized rows back to numbers. Nothing here knows of Z-Image.
+
+Source: ggml's docs/gguf.md and ggml-quants.c. A row is a whole number of blocks; a block is a small record.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+# what metadata values are made of: type number -> format of the struct module; 8 is text, 9 a list
+SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
+TEXT, LIST = 8, 9
+MOST_TENSORS = 100_000
+MOST_AXES = 4
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to store numbers: so many of them in a block of so many bytes, and the way back.
+
+    unpack takes blocks (n, block_bytes) uint8 and gives (n, values) float32.
+    """
+
+    name: str
+    values: int
+    block_bytes: int
+    unpack: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where a tensor lies in the file. shape is in row-major order, as everywhere but in GGUF itself."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) // self.kind.values * self.kind.block_bytes
+
+
+def read_header(file: Path) -> dict[str, GGUFTensor]:
+    """The tensors of a GGUF file by name, checked to lie inside it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            return _Header(content, size).tensors()
+        except (struct.error, ValueError, IndexError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} is not a whole GGUF file ({error}); fetch it again") from error
+
+
+def read_rows(file: Path, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a tensor's first axis, float32."""
+    kind = tensor.kind
+    row_values = prod(tensor.shape[1:])
+    first, last = start * row_values, stop * row_values
+    blocks = (last - first) // kind.values
+    offset = tensor.offset + first // kind.values * kind.block_bytes
+    raw = np.fromfile(file, np.uint8, blocks * kind.block_bytes, offset=offset)
+    if raw.size != blocks * kind.block_bytes:
+        raise CheckpointError(f"{file} became shorter while it was read")
+    values = kind.unpack(raw.reshape(blocks, kind.block_bytes))
+    return values.reshape(stop - start, *tensor.shape[1:])
+
+
+class _Header:
+    def __init__(self, content: mmap.mmap, size: int):
+        self.content, self.size, self.at = content, size, 0
+
+    def tensors(self) -> dict[str, GGUFTensor]:
+        if self.content[:4] != MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        self.at = 4
+        version, tensor_count, pair_count = self.number("I"), self.number("Q"), self.number("Q")
+        if version not in VERSIONS:
+            raise ValueError(f"version {version}, known are {VERSIONS}")
+        if max(tensor_count, pair_count) > MOST_TENSORS:
+            raise ValueError(f"{tensor_count} tensors and {pair_count} metadata are announced")
+        alignment = 32
+        for _ in range(pair_count):
+            key, kind = self.text(), self.number("I")
+            value = self.value(kind)
+            if key == "general.alignment":
+                alignment = value
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise ValueError(f"alignment {alignment}")
+        found = [self.tensor() for _ in range(tensor_count)]
+        base = self.at + -self.at % alignment
+        tensors = {}
+        for name, shape, number, offset in found:
+            if number not in KINDS:
+                raise CheckpointError(
+                    f"GGUF tensor {name} is of type {number}, which is not one of "
+                    f"{', '.join(kind.name for kind in KINDS.values())}; fetch another quantization"
+                )
+            tensor = GGUFTensor(name, shape, KINDS[number], base + offset)
+            row = shape[-1] if shape else 1
+            if not shape or min(shape) < 1 or row % tensor.kind.values:
+                raise ValueError(f"{name} of shape {shape} is no whole number of {tensor.kind.name} blocks")
+            if tensor.offset + tensor.nbytes > self.size:
+                raise ValueError(f"{name} ends at byte {tensor.offset + tensor.nbytes}, the file at {self.size}")
+            if name in tensors:
+                raise ValueError(f"{name} is there twice")
+            tensors[name] = tensor
+        return tensors
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, axes = self.text(), self.number("I")
+        if axes > MOST_AXES:
+            raise ValueError(f"{name} has {axes} axes")
+        shape = tuple(self.number("Q") for _ in range(axes))[::-1]
+        return name, shape, self.number("I"), self.number("Q")
+
+    def number(self, form: str):
+        (value,) = struct.unpack_from(f"<{form}", self.content, self.at)
+        self.at += struct.calcsize(f"<{form}")
+        return value
+
+    def text(self) -> str:
+        length = self.number("Q")
+        if length > self.size - self.at:
+            raise ValueError(f"a text of {length} bytes at {self.at}")
+        self.at += length
+        return self.content[self.at - length : self.at].decode()
+
+    def value(self, kind: int):
+        """A metadata value; of a list only that it is passed over."""
+        if kind == TEXT:
+            return self.text()
+        if kind != LIST:
+            if kind not in SCALARS:
+                raise ValueError(f"metadata of type {kind}")
+            return self.number(SCALARS[kind])
+        item, count = self.number("I"), self.number("Q")
+        if item in SCALARS:
+            self.at += count * struct.calcsize(f"<{SCALARS[item]}")
+            if self.at > self.size:
+                raise ValueError(f"a list of {count} items")
+        else:
+            for _ in range(count):
+                self.value(item)
+        return None
+
+
+# ---- the way back, by kind; b is blocks (n, bytes)
+
+
+def _half(b: np.ndarray, at: int) -> np.ndarray:
+    """The float16 at byte `at` of each block, (n, 1) float32."""
+    return b[:, at : at + 2].copy().view(np.float16).astype(np.float32)
+
+
+def _nibbles(b: np.ndarray) -> np.ndarray:
+    """(n, k) bytes -> (n, 2k) values 0..15: all low halves, then all high halves."""
+    return np.concatenate([b & 15, b >> 4], axis=1)
+
+
+def _fifth_bits(b: np.ndarray) -> np.ndarray:
+    """4 bytes -> 32 values 0 or 16."""
+    return np.unpackbits(b, axis=1, bitorder="little") << 4
+
+
+def _q4_0(b):
+    return _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.int8) - 8)
+
+
+def _q4_1(b):
+    return _half(b, 0) * _nibbles(b[:, 4:]) + _half(b, 2)
+
+
+def _q5_0(b):
+    return _half(b, 0) * ((_nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6])).astype(np.int8) - 16)
+
+
+def _q5_1(b):
+    return _half(b, 0) * (_nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8])) + _half(b, 2)
+
+
+def _q8_0(b):
+    return _half(b, 0) * b[:, 2:].view(np.int8)
+
+
+def _shifted(b: np.ndarray, shifts: tuple[int, ...], mask: int, width: int = 32) -> np.ndarray:
+    """(n, k) bytes -> (n, k / width, len(shifts), width): each run of bytes shifted by each of shifts, masked."""
+    runs = b.reshape(len(b), -1, 1, width)
+    return (runs >> np.array(shifts, np.uint8).reshape(1, 1, -1, 1)) & mask
+
+
+def _q2_k(b):
+    scales, q = b[:, :16], _shifted(b[:, 16:80], (0, 2, 4, 6), 3)
+    d, dmin = _half(b, 80) * (scales & 15), _half(b, 82) * (scales >> 4)
+    return (d[:, :, None] * q.reshape(-1, 16, 16) - dmin[:, :, None]).reshape(-1, 256)
+
+
+def _q3_k(b):
+    high, q, packed = b[:, :32], _shifted(b[:, 32:96], (0, 2, 4, 6), 3).reshape(-1, 16, 16), b[:, 96:108]
+    low = _shifted(packed[:, :8], (0, 4), 15, 8).reshape(-1, 16)
+    top = _shifted(packed[:, 8:], (0, 2, 4, 6), 3, 4).reshape(-1, 16)
+    scales = (low | (top << 4)).astype(np.int8) - 32
+    # a clear high bit means four less
+    less = (~_shifted(high, tuple(range(8)), 1) & 1).reshape(-1, 16, 16) << 2
+    d = _half(b, 108) * scales
+    return (d[:, :, None] * (q.astype(np.int8) - less.astype(np.int8))).reshape(-1, 256)
+
+
+def _scale_min(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """12 bytes -> 8 scales and 8 minima of 6 bits, as Q4_K and Q5_K pack them."""
+    d, m, md = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([d & 63, (md & 15) | ((d >> 2) & 48)], axis=1)
+    return scales, np.concatenate([m & 63, (md >> 4) | ((m >> 2) & 48)], axis=1)
+
+
+def _q4_k(b):
+    scales, minima = _scale_min(b[:, 4:16])
+    q = _shifted(b[:, 16:], (0, 4), 15).reshape(-1, 8, 32)
+    return ((_half(b, 0) * scales)[:, :, None] * q - (_half(b, 2) * minima)[:, :, None]).reshape(-1, 256)
+
+
+def _q5_k(b):
+    scales, minima = _scale_min(b[:, 4:16])
+    high = _shifted(b[:, 16:48], tuple(range(8)), 1).reshape(-1, 8, 32)
+    q = _shifted(b[:, 48:], (0, 4), 15).reshape(-1, 8, 32) | (high << 4)
+    return ((_half(b, 0) * scales)[:, :, None] * q - (_half(b, 2) * minima)[:, :, None]).reshape(-1, 256)
+
+
+def _q6_k(b):
+    low = _shifted(b[:, :128], (0, 4), 15, 64).reshape(-1, 16, 16)
+    high = _shifted(b[:, 128:192], (0, 2, 4, 6), 3).reshape(-1, 16, 16)
+    d = _half(b, 208) * b[:, 192:208].view(np.int8)
+    return (d[:, :, None] * ((low | (high << 4)).astype(np.int8) - 32)).reshape(-1, 256)
+
+
+def _bf16(b):
+    return (b.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+KINDS = {
+    0: Kind("F32", 1, 4, lambda b: b.view("<f4")),
+    1: Kind("F16", 1, 2, lambda b: b.view("<f2").astype(np.float32)),
+    2: Kind("Q4_0", 32, 18, _q4_0),
+    3: Kind("Q4_1", 32, 20, _q4_1),
+    6: Kind("Q5_0", 32, 22, _q5_0),
+    7: Kind("Q5_1", 32, 24, _q5_1),
+    8: Kind("Q8_0", 32, 34, _q8_0),
+    10: Kind("Q2_K", 256, 84, _q2_k),
+    11: Kind("Q3_K", 256, 110, _q3_k),
+    12: Kind("Q4_K", 256, 144, _q4_k),
+    13: Kind("Q5_K", 256, 176, _q5_k),
+    14: Kind("Q6_K", 256, 210, _q6_k),
+    30: Kind("BF16", 1, 2, _bf16),
+}

@@ -1,0 +1,110 @@
+"""Foreign names of Z-Image's tensors -> diffusers' names: ComfyUI's, LDM's, GGUF's (llama.cpp) and mflux's.
+
+Each spelling is a table of anchored patterns. They can be tried one after the other on any name, since none matches
+what another has made; so a file that mixes spellings is read like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# In front of a network's own names in an all-in-one checkpoint.
+PREFIXES = {
+    "transformer": re.compile(r"(model\.)?diffusion_model\."),
+    "text_encoder": re.compile(r"text_encoders\.[^.]+\.(transformer\.)?|cond_stage_model\.([^.]+\.)?transformer\."),
+    "vae": re.compile(r"first_stage_model\.|vae\."),
+}
+# What the names of a network begin with, without prefix; the first network that fits has the tensor.
+OWN = {
+    "text_encoder": re.compile(
+        r"(model\.)?(layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm)\.|embed_tokens\.|norm\.weight)"
+        r"|lm_head\.|blk\.\d+\.|token_embd\.|output(_norm)?\.weight|rotary_emb\."
+    ),
+    "transformer": re.compile(
+        r"(layers|noise_refiner|context_refiner)\.\d+\.|(all_)?(x_embedder|final_layer)\."
+        r"|(t|cap)_embedder\.|(x|cap)_pad_token|norm_final\.|rope_embedder\."
+    ),
+    "vae": re.compile(r"(encoder|decoder)\."),
+}
+# Not weights of these networks: buffers that they compute themselves, ComfyUI's marks, a norm that no block uses.
+DROPPED = re.compile(r"norm_final\.weight|rotary_emb\.inv_freq|rope_embedder\.freqs_cis\..*|scaled_fp8|logit_scale")
+
+RENAMED = {
+    "transformer": [
+        # ComfyUI and the original code
+        (r"x_embedder\.", "all_x_embedder.2-1."),
+        (r"final_layer\.", "all_final_layer.2-1."),
+        (r"(.*\.attention)\.out\.", r"\1.to_out.0."),
+        (r"(.*\.attention)\.(q|k)_norm\.", r"\1.norm_\2."),
+        # mflux
+        (r"t_embedder\.linear1\.", "t_embedder.mlp.0."),
+        (r"t_embedder\.linear2\.", "t_embedder.mlp.2."),
+        (r"all_final_layer\.2-1\.adaLN_modulation\.0\.", "all_final_layer.2-1.adaLN_modulation.1."),
+    ],
+    "text_encoder": [
+        # llama.cpp
+        (r"token_embd\.", "model.embed_tokens."),
+        (r"output_norm\.", "model.norm."),
+        (r"output\.", "lm_head."),
+        (r"blk\.(\d+)\.attn_norm\.", r"model.layers.\1.input_layernorm."),
+        (r"blk\.(\d+)\.ffn_norm\.", r"model.layers.\1.post_attention_layernorm."),
+        (r"blk\.(\d+)\.attn_output\.", r"model.layers.\1.self_attn.o_proj."),
+        (r"blk\.(\d+)\.attn_(q|k)_norm\.", r"model.layers.\1.self_attn.\2_norm."),
+        (r"blk\.(\d+)\.attn_(q|k|v)\.", r"model.layers.\1.self_attn.\2_proj."),
+        (r"blk\.(\d+)\.ffn_(gate|up|down)\.", r"model.layers.\1.mlp.\2_proj."),
+        # saved from the bare model
+        (r"(layers|embed_tokens|norm)\.", r"model.\1."),
+    ],
+    "vae": [
+        # LDM: the levels of the decoder are counted from the other end
+        (r"(.*)\.nin_shortcut\.", r"\1.conv_shortcut."),
+        (r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+        (r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+        (r"decoder\.up\.(\d+)\.block\.", lambda m: f"decoder.up_blocks.{3 - int(m[1])}.resnets."),
+        (r"decoder\.up\.(\d+)\.upsample\.", lambda m: f"decoder.up_blocks.{3 - int(m[1])}.upsamplers.0."),
+        (r"(encoder|decoder)\.mid\.block_(1|2)\.", lambda m: f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}."),
+        (r"(encoder|decoder)\.mid\.attn_1\.norm\.", r"\1.mid_block.attentions.0.group_norm."),
+        (r"(encoder|decoder)\.mid\.attn_1\.(q|k|v)\.", r"\1.mid_block.attentions.0.to_\2."),
+        (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.", r"\1.mid_block.attentions.0.to_out.0."),
+        (r"(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+        # mflux
+        (r"(encoder|decoder)\.(conv_in|conv_out)\.conv(2d)?\.", r"\1.\2."),
+        (r"(encoder|decoder)\.conv_norm_out\.norm\.", r"\1.conv_norm_out."),
+    ],
+}
+RENAMED = {name: [(re.compile(pattern), new) for pattern, new in rows] for name, rows in RENAMED.items()}
+FUSED = re.compile(r"(.*\.attention)\.qkv\.(.*)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stored tensor belongs: part `part` of `parts` equal pieces of its rows is that tensor of a network."""
+
+    component: str
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+def places(name: str) -> list[Place] | None:
+    """The tensors that a stored tensor holds: several if it is fused, none if it is no weight; None if unknown."""
+    component, own = _split(name)
+    if DROPPED.fullmatch(own):
+        return []
+    if component is None:
+        return None
+    for pattern, new in RENAMED[component]:
+        own = pattern.sub(new, own, count=1) if pattern.match(own) else own
+    fused = FUSED.fullmatch(own) if component == "transformer" else None
+    if fused:
+        return [Place(component, f"{fused[1]}.to_{x}.{fused[2]}", i, 3) for i, x in enumerate("qkv")]
+    return [Place(component, own)]
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """The network that a name belongs to, and the name without the prefix."""
+    for component, prefix in PREFIXES.items():
+        if found := prefix.match(name):
+            return component, name[found.end() :]
+    return next((component for component, own in OWN.items() if own.match(name)), None), name

@@ -1,0 +1,129 @@
+"""Tensors that are read by rows.
+
+A Tensor is never read whole: `read(start, stop)` gives some rows of its first axis. So a source needs no more
+memory than the converter asks for, whatever the size of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError, NumericsError
+from ..quantize import Quantization
+from ..weights import DTYPES, Entry
+
+CHUNK_BYTES = 32 * 2**20  # of float32, in memory at a time
+# The exponent's bits, which are all set in NaN and infinity and in no finite number.
+EXPONENT = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in diffusers' name, shape and layout. read(start, stop) gives rows of it, dense and floating."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int  # as the source stores it
+    read: Callable[[int, int], mx.array]
+
+
+@dataclass(frozen=True)
+class SourceComponent:
+    """One network: its config.json, and its tensors in the order of the architecture."""
+
+    name: str
+    config: dict
+    tensors: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(tensor.shape) for tensor in self.tensors)
+
+
+def _fp8_values(mantissa_bits: int, bias: int, infinite: bool) -> np.ndarray:
+    """The number that each byte stands for, float32: sign, exponent, mantissa."""
+    codes = np.arange(128)
+    exponent, mantissa = codes >> mantissa_bits, codes & ((1 << mantissa_bits) - 1)
+    normal = exponent > 0
+    values = (normal + mantissa / (1 << mantissa_bits)) * 2.0 ** (np.maximum(exponent, 1) - bias)
+    if infinite:
+        top = exponent == exponent.max()
+        values[top] = np.where(mantissa[top] == 0, np.inf, np.nan)
+    else:
+        values[-1] = np.nan
+    return np.concatenate([values, -values]).astype(np.float32)
+
+
+FP8 = {
+    "F8_E4M3": _fp8_values(mantissa_bits=3, bias=7, infinite=False),
+    "F8_E5M2": _fp8_values(mantissa_bits=2, bias=15, infinite=True),
+}
+FLOATING = ("F32", "F16", "BF16", *FP8)
+
+
+def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
+    """A reader of a safetensors tensor as it is stored; fp8 comes as float32."""
+    row_shape = entry.shape[1:]
+    row_bytes = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
+
+    def read(start: int, stop: int) -> mx.array:
+        # Read, not mapped: touched pages of a mapped file count as resident until the system takes them back.
+        count, offset = (stop - start) * row_bytes, entry.offset + start * row_bytes
+        try:
+            raw = np.fromfile(entry.file, np.uint8, count, offset=offset)
+        except OSError as error:
+            raise CheckpointError(f"{entry.file} could not be read: {error.strerror or error}") from error
+        if raw.size != count:
+            raise CheckpointError(f"{entry.file} became shorter while it was read")
+        if entry.dtype in FP8:
+            return mx.array(FP8[entry.dtype][raw]).reshape(stop - start, *row_shape)
+        return mx.array(raw).view(DTYPES[entry.dtype]).reshape(stop - start, *row_shape)
+
+    return read
+
+
+def packed_rows(entries: dict[str, Entry], q: Quantization) -> Callable[[int, int], mx.array]:
+    """A reader of a quantized weight, from its parts `weight`, `scales` and, when affine, `biases`: float32."""
+    parts = {part: stored_rows(entry) for part, entry in entries.items()}
+
+    def read(start: int, stop: int) -> mx.array:
+        weight, scales = parts["weight"](start, stop), parts["scales"](start, stop)
+        biases = None
+        if q.mode == "affine":
+            # in float32, so that the one rounding is the one to the target's dtype
+            scales, biases = scales.astype(mx.float32), parts["biases"](start, stop).astype(mx.float32)
+        return mx.dequantize(
+            weight, scales, biases, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32
+        )
+
+    return read
+
+
+def read_rows(tensor: Tensor, dtype: str) -> Iterator[mx.array]:
+    """The rows of a tensor in dtype, some at a time. Refuses what is not finite."""
+    target = getattr(mx, dtype)
+    height = tensor.shape[0]
+    step = max(1, CHUNK_BYTES // (4 * prod(tensor.shape[1:])))
+    for start in range(0, height, step):
+        stored = tensor.read(start, min(start + step, height))
+        rows = stored.astype(target)
+        if not is_finite(rows):
+            if is_finite(stored):
+                raise NumericsError(f"{tensor.name} has values beyond {dtype}; choose another dtype")
+            raise NumericsError(f"{tensor.name} of the source holds NaN or infinity; fetch the model again")
+        yield rows
+
+
+def is_finite(array: mx.array) -> bool:
+    unsigned, exponent = EXPONENT[array.dtype]
+    bits = np.array(array.view(unsigned), copy=False)
+    return not ((bits & exponent) == exponent).any()

@@ -1,0 +1,494 @@
+"""Checkpoints of other kinds give the same weights as the diffusers folder that they were made from."""
+
+import json
+import re
+import shutil
+import struct
+import warnings
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_zimage.convert import convert, gguf, official
+from mlx_zimage.convert.names import places
+from mlx_zimage.convert.rows import FP8
+from mlx_zimage.convert.sources import BorrowedFromHub, open_source
+
+from mlx_zimage.errors import CheckpointError, ModelNotFoundError, RequestError
+from mlx_zimage.models.text_encoder import TextEncoderConfig
+from mlx_zimage.models.transformer import TransformerConfig
+from mlx_zimage.models.vae import VAEConfig
+from mlx_zimage.weights import COMPONENTS, POCKET, open_checkpoint
+
+
+def pocket(component):
+    """The pocket model's tensors by diffusers' names, as stored: bfloat16."""
+    entries = getattr(open_checkpoint("pocket"), component).entries
+    return {name: mx.load(str(entry.file))[entry.name] for name, entry in entries.items()}
+
+
+def read(source, component):
+    """All tensors of a source's network, float32."""
+    return {
+        tensor.name: np.array(tensor.read(0, tensor.shape[0]).astype(mx.float32))
+        for tensor in source.components[component].tensors
+    }
+
+
+def assert_same(source, component, bound=0.0):
+    """Equal to the pocket model, but for an error of each row's largest value times bound."""
+    wanted, got = pocket(component), read(source, component)
+    assert list(got) == list(open_checkpoint("pocket").__getattribute__(component).config.shapes())
+    for name in wanted:
+        exact = np.array(wanted[name].astype(mx.float32))
+        assert got[name].shape == exact.shape, name
+        allowed = bound * np.abs(exact).max(-1, keepdims=True)
+        assert (np.abs(got[name] - exact) <= allowed).all(), name
+
+
+# ---- ComfyUI's and LDM's names, written here from their description, in the direction opposite to the converter's
+
+
+def comfy_transformer(tensors):
+    out = {}
+    for name, array in tensors.items():
+        name = re.sub(r"^all_(x_embedder|final_layer)\.2-1\.", r"\1.", name)
+        name = name.replace(".to_out.0.", ".out.").replace(".norm_q.", ".q_norm.").replace(".norm_k.", ".k_norm.")
+        if name.endswith("attention.to_q.weight"):
+            stem = name.removesuffix("to_q.weight")
+            out[f"{stem}qkv.weight"] = mx.concatenate([tensors[f"{stem}to_{x}.weight"] for x in "qkv"])
+        elif not re.search(r"attention\.to_[kv]\.weight", name):
+            out[name] = array
+    return out | {"norm_final.weight": mx.ones((192,))}
+
+
+def ldm_vae(tensors):
+    out = {}
+    for name, array in tensors.items():
+        name = re.sub(r"down_blocks\.(\d)\.resnets\.", r"down.\1.block.", name)
+        name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0\.", r"down.\1.downsample.", name)
+        name = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda m: f"up.{3 - int(m[1])}.block.", name)
+        name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f"up.{3 - int(m[1])}.upsample.", name)
+        name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}.", name)
+        if "attentions.0" in name:
+            if name.endswith("weight") and "group_norm" not in name:
+                array = array.reshape(*array.shape, 1, 1)
+            name = re.sub(r"mid_block\.attentions\.0\.(to_)?", "mid.attn_1.", name)
+            name = name.replace("group_norm", "norm").replace("out.0", "proj_out")
+        name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        out[name] = array
+    return out
+
+
+def save(path, tensors):
+    mx.save_safetensors(str(path), tensors)
+    return path
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """ComfyUI's three files."""
+    folder = tmp_path_factory.mktemp("split")
+    save(folder / "dit.safetensors", comfy_transformer(pocket("transformer")))
+    save(folder / "qwen.safetensors", pocket("text_encoder"))
+    save(folder / "ae.safetensors", ldm_vae(pocket("vae")))
+    return folder
+
+
+def test_three_comfyui_files_are_the_diffusers_folder(split, tmp_path):
+    parts = {"text_encoder": split / "qwen.safetensors", "vae": split / "ae.safetensors"}
+    source = open_source(split / "dit.safetensors", **parts, base="pocket")
+    for component in COMPONENTS:
+        assert_same(source, component)
+    out = convert(split / "dit.safetensors", tmp_path / "out", **parts, base="pocket")
+    expected = convert("pocket", tmp_path / "expected")
+    for path in expected.rglob("*"):
+        if path.is_file() and path.name not in ("SHA256SUMS", "conversion.json", "generation_config.json"):
+            assert (out / path.relative_to(expected)).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("network_prefix", ["model.diffusion_model.", "diffusion_model.", ""])
+def test_an_all_in_one_file_holds_everything(tmp_path, network_prefix):
+    tensors = {f"{network_prefix}{name}": array for name, array in comfy_transformer(pocket("transformer")).items()}
+    tensors |= {f"text_encoders.qwen3_4b.transformer.{name}": a for name, a in pocket("text_encoder").items()}
+    tensors |= {f"vae.{name}": array for name, array in ldm_vae(pocket("vae")).items()}
+    tensors["text_encoders.qwen3_4b.logit_scale"] = mx.array([4.6])
+    source = open_source(save(tmp_path / "all.safetensors", tensors), base="pocket")
+    for component in COMPONENTS:
+        assert_same(source, component)
+
+
+def test_a_single_file_may_keep_the_names_of_diffusers(tmp_path):
+    tensors = {f"model.diffusion_model.{name}": array for name, array in pocket("transformer").items()}
+    assert_same(open_source(save(tmp_path / "dit.safetensors", tensors), base="pocket"), "transformer")
+
+
+@pytest.mark.slow
+def test_diffusers_own_converter_agrees_about_comfyui_names(split):
+    single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+    torch = pytest.importorskip("torch")
+
+    def to_torch(file):
+        return {n: torch.from_numpy(np.array(a.astype(mx.float32))) for n, a in mx.load(str(split / file)).items()}
+
+    theirs = single_file.convert_z_image_transformer_checkpoint_to_diffusers(to_torch("dit.safetensors"))
+    ours = read(open_source(split / "dit.safetensors", base="pocket"), "transformer")
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(theirs[name].numpy(), ours[name]) for name in ours)
+    config = open_checkpoint("pocket").vae.raw_config
+    theirs = single_file.convert_ldm_vae_checkpoint(to_torch("ae.safetensors"), config)
+    ours = read(open_source(split / "dit.safetensors", vae=split / "ae.safetensors", base="pocket"), "vae")
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(theirs[name].numpy().reshape(ours[name].shape), ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("component", "config"),
+    [("transformer", TransformerConfig()), ("text_encoder", TextEncoderConfig()), ("vae", VAEConfig())],
+)
+def test_names_of_the_full_model_are_left_as_they_are(component, config):
+    for name in config.shapes():
+        (place,) = places(name)
+        assert (place.component, place.name, place.parts) == (component, name, 1)
+        (again,) = places(place.name)
+        assert again == place
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_the_configs_known_here_are_the_architectures_defaults(component):
+    architecture = COMPONENTS[component]
+    assert architecture.from_dict(official.CONFIGS[component]) == architecture()
+
+
+# ---- fp8
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float8_e4m3fn", 2.0**-4), ("float8_e5m2", 2.0**-3)])
+@pytest.mark.parametrize("spelling", ["plain", "scale_weight", "weight_scale", "weight_scale rows"])
+def test_fp8_as_torch_writes_it_gives_the_weights_back(tmp_path, dtype, bound, spelling):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    tensors, exact = {}, {}
+    for name, array in comfy_transformer(pocket("transformer")).items():
+        weight = torch.from_numpy(np.array(array.astype(mx.float32)))
+        if not re.search(r"attention\.(qkv|out)|feed_forward", name):
+            tensors[name] = exact[name] = weight.to(torch.bfloat16)
+            continue
+        kept, per_row = spelling.partition(" ")[::2]
+        scale = weight.abs().amax(1, keepdim=True) / 448 if per_row else weight.abs().max() / 448
+        scale = torch.ones(()) if spelling == "plain" else scale
+        tensors[name] = (weight / scale).to(getattr(torch, dtype))
+        exact[name] = tensors[name].to(torch.float32) * scale
+        layer = name.removesuffix(".weight")
+        if spelling != "plain":
+            tensors[f"{layer}.{kept}"] = scale
+        if kept == "scale_weight":
+            tensors[f"{layer}.scale_input"] = torch.ones(())
+            tensors["scaled_fp8"] = torch.empty((0,), dtype=getattr(torch, dtype))
+        if kept == "weight_scale":
+            mark = json.dumps({"format": dtype}).encode()
+            tensors[f"{layer}.comfy_quant"] = torch.frombuffer(bytearray(mark), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "fp8.safetensors")
+    source = open_source(tmp_path / "fp8.safetensors", base="pocket")
+    got = read(source, "transformer")
+    for i, x in enumerate("qkv"):
+        wanted = exact["layers.2.attention.qkv.weight"].float().chunk(3)[i].numpy()
+        assert np.array_equal(got[f"layers.2.attention.to_{x}.weight"], wanted)
+    assert np.array_equal(got["layers.0.feed_forward.w2.weight"], exact["layers.0.feed_forward.w2.weight"].numpy())
+    assert_same(source, "transformer", bound)  # half a unit of the mantissa's last place, or what fp8 cannot reach
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2")])
+def test_every_fp8_byte_means_what_it_means_in_torch(name, dtype):
+    torch = pytest.importorskip("torch")
+    wanted = torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype)).float().numpy()
+    assert np.array_equal(FP8[name], wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"layers.0.feed_forward.w1.comfy_quant": mx.array(list(b'{"format": "nvfp4"}'), mx.uint8)}, "says 'nvfp4'"),
+        ({"layers.0.feed_forward.w1.comfy_quant": mx.array(list(b"{}"), mx.uint8)}, "is not valid"),
+        ({"layers.0.feed_forward.w1.scale_weight": mx.ones((3, 4))}, r"has shape \(3, 4\); one scale or one a row"),
+        ({"layers.0.feed_forward.w1.weight": mx.ones((512, 192), mx.int8)}, "w1.weight is I8; known are F32"),
+        ({"double_blocks.0.img_attn.qkv.weight": mx.ones((3, 4))}, "belong to no network of Z-Image"),
+        ({"layers.9.feed_forward.w1.weight": mx.ones((512, 192))}, "1 are unexpected: layers.9.feed_forward.w1"),
+        (
+            {"layers.0.feed_forward.w1.weight": mx.ones((512, 64))},
+            r"another shape: .* is \(512, 64\), wanted \(512, 192\)",
+        ),
+        ({"layers.0.attention.qkv.weight": mx.ones((577, 192))}, "is not 3 equal parts"),
+        ({"all_x_embedder.2-1.bias": mx.ones((192,))}, "all_x_embedder.2-1.bias is there twice"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(split, tmp_path, extra, message):
+    tensors = mx.load(str(split / "dit.safetensors"))
+    with pytest.raises(CheckpointError, match=message):
+        open_source(save(tmp_path / "dit.safetensors", tensors | extra), base="pocket")
+
+
+def test_a_missing_tensor_is_named(split, tmp_path):
+    tensors = mx.load(str(split / "dit.safetensors"))
+    tensors.pop("layers.4.attention.qkv.weight")
+    message = "of the transformer's 118 weights, 3 are missing: layers.4.attention.to_q.weight"
+    with pytest.raises(CheckpointError, match=message):
+        open_source(save(tmp_path / "dit.safetensors", tensors), base="pocket")
+
+
+# ---- pickles
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+@pytest.mark.parametrize("ending", ["ckpt", "pt", "bin", "safetensors"])
+def test_a_pickle_is_refused_by_what_it_holds_and_never_run(tmp_path, kind, ending):
+    import pickle
+
+    file, trap = tmp_path / f"model.{ending}", tmp_path / "sprung"
+    if kind == "torch":
+        pytest.importorskip("torch").save(Trap(trap), file)
+    else:
+        file.write_bytes(pickle.dumps(Trap(trap)))
+    with pytest.raises(CheckpointError, match=r"is a Python pickle, which can run code .* safetensors.torch.save_file"):
+        convert(file, tmp_path / "out")
+    assert not trap.exists()
+
+
+# ---- GGUF
+
+
+def llama_text_encoder(tensors):
+    """Qwen3 in llama.cpp's names."""
+    parts = {
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
+        **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+        **{f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"},
+        **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+    }  # fmt: skip
+    out = {}
+    for name, array in tensors.items():
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", name)
+        whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+        out[f"blk.{layer[1]}.{parts[layer[2]]}.weight" if layer else whole[name]] = array
+    return out
+
+
+def save_gguf(path, tensors, kind, architecture="lumina2"):
+    """With the gguf package; matrices in kind, the rest as ComfyUI-GGUF leaves it."""
+    package = pytest.importorskip("gguf")
+    writer = package.GGUFWriter(path, architecture)
+    writer.add_array("some.list", ["one", "two"])
+    writer.add_array("numbers", [1, 2, 3])
+    for name, array in tensors.items():
+        array = np.array(array.astype(mx.float32))
+        matrix = array.ndim == 2 and array.shape[-1] % 32 == 0 and array.shape[0] > 1
+        used = package.GGMLQuantizationType[kind if matrix else "F32"]
+        writer.add_tensor(name, package.quants.quantize(array, used), raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# Half a step of a block of 32, as a part of a row's largest value; the step of an _1 kind spans the block's range.
+STEPS = {
+    "F32": 0,
+    "BF16": 0,
+    "F16": 2**-11,
+    "Q8_0": 0.6 / 127,
+    "Q4_0": 1 / 7,
+    "Q4_1": 1.2 / 15,
+    "Q5_0": 1 / 15,
+    "Q5_1": 1.2 / 31,
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_gguf_files_of_the_gguf_package_give_the_weights_back(tmp_path, kind):
+    dit = save_gguf(tmp_path / "dit.gguf", comfy_transformer(pocket("transformer")), kind)
+    qwen = save_gguf(tmp_path / "qwen.gguf", llama_text_encoder(pocket("text_encoder")), kind, "qwen3")
+    source = open_source(dit, text_encoder=qwen, base="pocket")
+    assert_same(source, "transformer", STEPS[kind])
+    assert_same(source, "text_encoder", STEPS[kind])
+    assert_same(source, "vae")
+
+
+def test_a_gguf_file_converts(tmp_path):
+    dit = save_gguf(tmp_path / "dit.gguf", pocket("transformer"), "Q8_0")
+    assert open_checkpoint(convert(dit, tmp_path / "out", bits=4, base="pocket"))
+
+
+@pytest.mark.parametrize("number", gguf.KINDS)
+def test_blocks_unpack_as_the_gguf_package_unpacks_them(number):
+    package = pytest.importorskip("gguf")
+    kind, theirs = gguf.KINDS[number], package.GGMLQuantizationType(number)
+    assert theirs.name == kind.name
+    assert package.GGML_QUANT_SIZES[theirs] == (kind.values, kind.block_bytes)
+    blocks = np.random.default_rng(number).integers(0, 256, (300, kind.block_bytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):  # random bytes make infinite scales, too
+        wanted = package.quants.dequantize(blocks, theirs).reshape(300, kind.values)
+        assert np.array_equal(kind.unpack(blocks), wanted, equal_nan=True)
+
+
+def test_rows_of_a_gguf_tensor_are_read_alone(tmp_path):
+    file = save_gguf(tmp_path / "dit.gguf", pocket("transformer"), "Q5_1")
+    tensor = gguf.read_header(file)["layers.0.feed_forward.w2.weight"]
+    assert tensor.shape == (192, 512)
+    whole = gguf.read_rows(file, tensor, 0, 192)
+    assert np.array_equal(gguf.read_rows(file, tensor, 17, 40), whole[17:40])
+
+
+def test_damaged_gguf_headers_are_refused(tmp_path):
+    file = save_gguf(tmp_path / "dit.gguf", {"x_pad_token": mx.ones((1, 64))}, "F32")
+    content = file.read_bytes()
+    cases = {
+        "cut": content[:-1],
+        "short": content[:20],
+        "version": content[:4] + struct.pack("<I", 9) + content[8:],
+        "count": content[:8] + struct.pack("<Q", 2**60) + content[16:],
+        "text": content[:24] + struct.pack("<Q", 2**62) + content[32:],
+    }
+    for name, damaged in cases.items():
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is not a whole GGUF file"):
+            gguf.read_header(file)
+        assert name
+
+
+def test_a_gguf_type_that_is_not_known_is_refused_by_name(tmp_path):
+    package = pytest.importorskip("gguf")
+    writer = package.GGUFWriter(tmp_path / "dit.gguf", "lumina2")
+    used = package.GGMLQuantizationType.IQ4_NL
+    writer.add_tensor("x_pad_token", np.zeros((1, 18), np.uint8), raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="x_pad_token is of type 20, which is not one of F32"):
+        open_source(tmp_path / "dit.gguf", base="pocket")
+
+
+# ---- mflux
+
+
+def mflux_folder(folder, bits):
+    """As mflux's ModelSaver writes a model: MLX modules' names and layout, all matrices packed in groups of 64."""
+    renames = {
+        "transformer": [("t_embedder.mlp.0", "t_embedder.linear1"), ("t_embedder.mlp.2", "t_embedder.linear2"),
+                        ("2-1.adaLN_modulation.1", "2-1.adaLN_modulation.0")],
+        "text_encoder": [("model.", "")],
+        "vae": [("encoder.conv_in", "encoder.conv_in.conv2d"), ("encoder.conv_out", "encoder.conv_out.conv2d"),
+                ("decoder.conv_in", "decoder.conv_in.conv"), ("decoder.conv_out", "decoder.conv_out.conv"),
+                ("conv_norm_out", "conv_norm_out.norm")],
+    }  # fmt: skip
+    for component in COMPONENTS:
+        tensors = {}
+        for name, array in pocket(component).items():
+            for old, new in renames[component]:
+                name = name.replace(old, new)
+            array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+            packed = bits and array.ndim == 2 and array.shape[-1] % 64 == 0 and not name.endswith("pad_token")
+            if packed:
+                parts = mx.quantize(array, group_size=64, bits=bits)
+                layer = name.removesuffix(".weight")
+                tensors |= {f"{layer}.{part}": a for part, a in zip(("weight", "scales", "biases"), parts, strict=True)}
+            else:
+                tensors[name] = array
+        if component == "text_encoder":
+            tensors["rotary_emb.inv_freq"] = mx.ones((16,))
+        (folder / component).mkdir(parents=True)
+        names = list(tensors)
+        weight_map = {}
+        for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
+            file = folder / component / f"{i}.safetensors"
+            metadata = {"quantization_level": str(bits), "mflux_version": "0.24.0"}
+            mx.save_safetensors(str(file), {name: tensors[name] for name in part}, metadata)
+            weight_map |= dict.fromkeys(part, file.name)
+        index = {"metadata": metadata, "weight_map": weight_map}
+        (folder / component / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copytree(POCKET / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(None, 0.0), (8, 2.0**-7 + 2.0**-8), (4, 2.0**-3 + 2.0**-8)])
+def test_folders_in_the_layout_of_mflux_give_the_weights_back(tmp_path, bits, bound):
+    source = open_source(mflux_folder(tmp_path / "mflux", bits), base="pocket")
+    for component in COMPONENTS:
+        assert_same(source, component, bound)
+
+
+def test_a_folder_of_mflux_converts_with_nothing_else(tmp_path, monkeypatch):
+    configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in COMPONENTS}
+    monkeypatch.setattr(official, "CONFIGS", configs)
+    out = convert(mflux_folder(tmp_path / "mflux", 8), tmp_path / "out")
+    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["shift"] == 3.0
+    assert open_checkpoint(out)
+
+
+# ---- what a source lacks
+
+
+def test_what_is_missing_comes_from_the_hub_and_that_is_said(split, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return POCKET
+
+    configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in COMPONENTS}
+    monkeypatch.setattr(official, "CONFIGS", configs)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.warns(
+        BorrowedFromHub, match="dit.safetensors has no vae, tokenizer: taken from Tongyi-MAI/Z-Image-Turbo"
+    ):
+        source = open_source(split / "dit.safetensors", text_encoder=split / "qwen.safetensors")
+    assert asked == [("Tongyi-MAI/Z-Image-Turbo", ["model_index.json", "scheduler/*", "vae/*", "tokenizer/*"])]
+    assert_same(source, "vae")
+    assert source.files["tokenizer/tokenizer.json"] == (POCKET / "tokenizer" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("tokenizer", ["pocket", POCKET / "tokenizer", POCKET / "tokenizer" / "tokenizer.json"])
+def test_nothing_is_fetched_when_everything_is_given(split, monkeypatch, tokenizer):
+    configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in COMPONENTS}
+    monkeypatch.setattr(official, "CONFIGS", configs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = open_source(
+            split / "dit.safetensors", text_encoder="pocket", vae=split / "ae.safetensors", tokenizer=tokenizer
+        )
+    assert json.loads(source.files["model_index.json"]) == official.MODEL_INDEX
+    assert "tokenizer/tokenizer.json" in source.files
+
+
+def test_a_network_of_a_folder_may_be_replaced(tiny_folder, split):
+    tensors = {name: array + 1 for name, array in pocket("vae").items()}
+    save(split / "other.safetensors", tensors)
+    source = open_source("pocket", vae=split / "other.safetensors", base="pocket")
+    assert_same(source, "transformer")
+    name = "decoder.conv_in.weight"
+    assert np.array_equal(read(source, "vae")[name], np.array(tensors[name].astype(mx.float32)))
+
+
+def test_parts_that_cannot_make_a_model_are_refused(split, tiny_folder):
+    with pytest.raises(RequestError, match="holds no transformer, only vae; give the transformer as the source"):
+        open_source(split / "ae.safetensors", base="pocket")
+    with pytest.raises(RequestError, match="holds no text_encoder, only vae"):
+        open_source("pocket", text_encoder=split / "ae.safetensors", base="pocket")
+    with pytest.raises(CheckpointError, match="gives 40 features a token, the transformer takes 128"):
+        open_source("pocket", text_encoder=tiny_folder)
+    with pytest.raises(CheckpointError, match="has no model_index"):
+        open_source(split)
+    with pytest.raises(ModelNotFoundError, match="no model folder at /no/such"):
+        open_source("/no/such/file.safetensors")

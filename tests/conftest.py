@@ -15,10 +15,8 @@ from mlx_zimage import ZImagePipeline
 
 @pytest.fixture(scope="session", params=[0, 7], ids=["seed0", "seed7"])
 def golden(request, tmp_path_factory) -> Golden:
-    seed, folder = request.param, tmp_path_factory.mktemp("golden")
-    arrays = load_file(tiny.GOLDEN / f"seed{seed}.safetensors")
-    plain, wide = tiny.write_checkpoint(folder / "tiny", seed), tiny.write_checkpoint(folder / "wide", seed, wide=True)
-    return Golden(seed, plain, wide, arrays)
+    folder = tiny.write_kinds(tmp_path_factory.mktemp("golden"), request.param)
+    return Golden(request.param, folder, load_file(tiny.GOLDEN / f"seed{request.param}.safetensors"))
 
 
 @pytest.fixture(scope="session")

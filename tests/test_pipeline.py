@@ -44,8 +44,10 @@ def test_the_picture_of_a_run_equals_the_reference(golden, golden_pipe, run):
     *_, last, picture = golden_run(golden, golden_pipe, run)
     pixels = np.clip(np.array(golden_pipe.vae.decode(last.latents)) / 2 + 0.5, 0, 1)
     assert relative_error(pixels, golden[f"pipeline/{run}.image"]) < TOLERANCE
-    # a value on the edge between two integers may round either way
-    assert np.abs(picture.pixels.astype(int) - golden[f"pipeline/{run}.image_u8"]).max() <= 1
+    # a value on the edge between two integers may round either way, but few are
+    apart = np.abs(picture.pixels.astype(int) - golden[f"pipeline/{run}.image_u8"])
+    assert apart.max() <= 1
+    assert apart.mean() < 1e-2
 
 
 def test_two_prompts_at_once_are_two_runs(golden, golden_pipe):

@@ -24,6 +24,11 @@ def test_every_layer_equals_the_reference(golden, golden_pipe, watch):
     assert mx.array_equal(out, layers[-1][0])
 
 
+def test_faint_prompt_embeddings_equal_the_reference(golden):
+    ids = golden["text/short.ids"].tolist()
+    assert relative_error(golden.faint.text_encoder(ids), golden["faint/embeds"]) < TOLERANCE
+
+
 def test_embedding_rows_equal_the_reference(golden, golden_pipe):
     ids = golden["text/short.ids"].tolist()
     rows = golden_pipe.text_encoder.source.rows("model.embed_tokens.weight", ids)

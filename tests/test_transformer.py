@@ -4,7 +4,6 @@ import pytest
 import tiny
 from compare import TOLERANCE, relative_error
 
-from mlx_zimage import ZImagePipeline
 from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import linear, rms_norm
@@ -36,9 +35,15 @@ def test_outputs_equal_the_reference(golden, golden_pipe, case):
 
 
 def test_outputs_of_a_model_wider_than_the_time_embedding_equal_the_reference(golden):
-    network = ZImagePipeline.from_pretrained(golden.wide_folder, dtype="float32").transformer
+    network = golden.wide.transformer
     (latents, caption, time), *_ = tiny.case_inputs(golden.seed, "a_pad_both", network.config.cap_feat_dim)
     assert relative_error(run(network, latents, caption, time), golden["wide/out"]) < TOLERANCE
+
+
+def test_outputs_of_faint_activations_equal_the_reference(golden):
+    (latents, caption, time), *_ = tiny.case_inputs(golden.seed, "a_pad_both")
+    ours = run(golden.faint.transformer, latents, caption * np.float32(1e-3), time)
+    assert relative_error(ours, golden["faint/out"]) < TOLERANCE
 
 
 def test_every_part_equals_the_reference(golden, golden_pipe, watch, monkeypatch):

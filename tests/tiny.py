@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_zimage import ZImagePipeline
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
@@ -116,6 +119,13 @@ SHAPES = {
     "text_encoder": lambda config: TextEncoderConfig.from_dict(config).shapes(),
     "vae": lambda config: VAEConfig.from_dict(config).shapes(),
 }
+KINDS = ("tiny", "wide", "faint")
+# what writes to the stream that the normalisations read, and queries and keys, which have their own
+FAINT = {
+    "transformer": re.compile(r"_pad_token|cap_embedder\.1|x_embedder|(attention|ffn)_norm2|to_[qk]\."),
+    "text_encoder": re.compile(r"embed_tokens|[qko]_proj|down_proj"),
+    "vae": re.compile(r"conv_in|conv[12]\.|to_out|(conv_shortcut|samplers\.0\.conv)\.bias"),
+}
 FILE_STEM = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 PROMPTS = {
@@ -154,12 +164,23 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Golden:
-    """A tiny checkpoint of one seed and the float32 arrays that diffusers computes with it."""
+    """Tiny checkpoints of one seed, one of each kind, and the float32 arrays that diffusers computes with them."""
 
     seed: int
-    folder: Path
-    wide_folder: Path
+    root: Path
     arrays: dict[str, np.ndarray]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "tiny"
+
+    @cached_property
+    def wide(self) -> ZImagePipeline:
+        return ZImagePipeline.from_pretrained(self.root / "wide", dtype="float32")
+
+    @cached_property
+    def faint(self) -> ZImagePipeline:
+        return ZImagePipeline.from_pretrained(self.root / "faint", dtype="float32")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
@@ -219,23 +240,41 @@ def save_component(folder: Path, component: str, arrays: dict, config: dict, dty
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_checkpoint(folder: Path, seed: int, wide: bool = False) -> Path:
+def write_checkpoint(folder: Path, seed: int, kind: str = "tiny") -> Path:
     """The whole folder: float32 transformer and bfloat16 text encoder in shards, bfloat16 VAE in one file.
 
-    A wide one holds WIDE_TRANSFORMER and a text encoder that fits it.
+    A "wide" one holds WIDE_TRANSFORMER and a text encoder that fits it; a "faint" one has activations that are as
+    small as what normalisation adds to their squares, which elsewhere is lost among them.
     """
-    transformer = WIDE_TRANSFORMER if wide else TRANSFORMER
+    transformer = WIDE_TRANSFORMER if kind == "wide" else TRANSFORMER
     text_encoder = TEXT_ENCODER | {"hidden_size": transformer["cap_feat_dim"]}
-    tag = "wide" if wide else None
     parts = {
-        "transformer": (transformer, weights(seed, "transformer", transformer, tag), mx.float32, 3),
-        "text_encoder": (text_encoder, weights(seed, "text_encoder", text_encoder), mx.bfloat16, 4),
-        "vae": (VAE, weights(seed, "vae", VAE), mx.bfloat16, 1),
+        "transformer": (transformer, mx.float32, 3),
+        "text_encoder": (text_encoder, mx.bfloat16, 4),
+        "vae": (VAE, mx.bfloat16, 1),
     }
-    for component, (config, arrays, dtype, shards) in parts.items():
+    for component, (config, dtype, shards) in parts.items():
+        tag = "wide" if (kind, component) == ("wide", "transformer") else None
+        arrays = weights(seed, component, config, tag)
+        if kind == "faint":
+            arrays = {name: x * faintness(component, name) for name, x in arrays.items()}
         save_component(folder / component, component, arrays, config, dtype, shards)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
     shutil.copytree(GOLDEN / "tokenizer", folder / "tokenizer")
     return folder
+
+
+def write_kinds(folder: Path, seed: int) -> Path:
+    """A checkpoint of each kind, each in a folder of that name."""
+    for kind in KINDS:
+        write_checkpoint(folder / kind, seed, kind)
+    return folder
+
+
+def faintness(component: str, name: str) -> np.float32:
+    """The factor that keeps what every normalisation is given near 1e-3."""
+    if name.startswith("encoder.conv_out"):
+        return np.float32(100)  # log variances far enough out to be clipped
+    return np.float32(1e-3 if FAINT[component].search(name) else 1)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from safetensors.numpy import save_file
 
@@ -44,14 +44,15 @@ def open_pipeline(folder: Path) -> ZImagePipeline:
 
 
 def record(seed: int, folder: Path) -> dict[str, np.ndarray]:
-    """Every array of one seed, from diffusers on the checkpoint that tiny.write_checkpoint wrote to folder."""
-    pipe = open_pipeline(folder)
+    """Every array of one seed, from diffusers on the checkpoints that tiny.write_kinds wrote to folder."""
+    pipe, wide, faint = (open_pipeline(folder / kind) for kind in tiny.KINDS)
     arrays = {
         **{f"text/{name}": x for name, x in record_text(pipe).items()},
         **{f"transformer/{name}": x for name, x in record_transformer(pipe.transformer, seed).items()},
         **{f"vae/{name}": x for name, x in record_vae(pipe.vae, seed).items()},
         **{f"pipeline/{name}": x for name, x in record_runs(pipe, seed).items()},
-        "wide/out": record_wide(seed),
+        "wide/out": run_case(wide.transformer, seed, "a_pad_both", tiny.WIDE_TRANSFORMER["cap_feat_dim"])[0][:, 0],
+        **{f"faint/{name}": x for name, x in record_faint(faint, seed).items()},
     }
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     for name, x in arrays.items():
@@ -76,11 +77,11 @@ def record_text(pipe) -> dict[str, np.ndarray]:
     return arrays
 
 
-def run_case(model, seed: int, case: str, features: int = 40) -> list[torch.Tensor]:
-    """The raw outputs (16, 1, h, w) of one batch; the pipeline negates them."""
+def run_case(model, seed: int, case: str, features: int = 40, scale: float = 1) -> list[torch.Tensor]:
+    """The raw outputs (16, 1, h, w) of one batch, its captions times scale; the pipeline negates them."""
     latents, captions, times = zip(*tiny.case_inputs(seed, case, features), strict=True)
     latents = [torch.from_numpy(x)[:, None] for x in latents]
-    captions = [torch.from_numpy(x) for x in captions]
+    captions = [torch.from_numpy(x) * scale for x in captions]
     return model(latents, torch.tensor(times), captions, return_dict=False)[0]
 
 
@@ -113,11 +114,17 @@ def record_transformer(model, seed: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def record_wide(seed: int) -> np.ndarray:
-    model = ZImageTransformer2DModel(**{k: v for k, v in tiny.WIDE_TRANSFORMER.items() if k[0] != "_"}).eval()
-    arrays = tiny.weights(seed, "transformer", tiny.WIDE_TRANSFORMER, "wide")
-    model.load_state_dict({name: torch.from_numpy(x) for name, x in arrays.items()})
-    return run_case(model, seed, "a_pad_both", tiny.WIDE_TRANSFORMER["cap_feat_dim"])[0][:, 0]
+def record_faint(pipe, seed: int) -> dict[str, np.ndarray]:
+    vae = pipe.vae
+    posterior = vae.encode(torch.from_numpy(tiny.encoder_picture(seed))).latent_dist
+    z = torch.from_numpy(tiny.randn(seed, "vae.z.one", 1, 16, 2, 4))
+    return {
+        "embeds": pipe.encode_prompt(tiny.PROMPTS["short"], do_classifier_free_guidance=False, device="cpu")[0][0],
+        "out": run_case(pipe.transformer, seed, "a_pad_both", scale=1e-3)[0][:, 0],
+        "image": vae.decode(z, return_dict=False)[0],
+        "mean": posterior.mean,
+        "logvar": posterior.logvar,
+    }
 
 
 def record_vae(vae, seed: int) -> dict[str, np.ndarray]:
@@ -229,7 +236,7 @@ def write_rows(name: str, rows: list[dict]) -> None:
 def main() -> None:
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
-            arrays = record(seed, tiny.write_checkpoint(Path(folder) / "tiny", seed))
+            arrays = record(seed, tiny.write_kinds(Path(folder), seed))
         save_file(arrays, tiny.GOLDEN / f"seed{seed}.safetensors")
     write_rows("schedules.json", record_schedules())
     write_rows("noise.json", record_noise())

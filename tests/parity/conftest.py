@@ -28,6 +28,5 @@ def reference():
 @pytest.fixture(scope="session", params=[SEED], ids=[f"seed{SEED}"])
 def golden(request, reference, tmp_path_factory):
     """Instead of recorded arrays: diffusers on fresh random weights."""
-    seed, folder = request.param, tmp_path_factory.mktemp("parity")
-    plain, wide = tiny.write_checkpoint(folder / "tiny", seed), tiny.write_checkpoint(folder / "wide", seed, wide=True)
-    return tiny.Golden(seed, plain, wide, reference.record(seed, plain))
+    folder = tiny.write_kinds(tmp_path_factory.mktemp("parity"), request.param)
+    return tiny.Golden(request.param, folder, reference.record(request.param, folder))

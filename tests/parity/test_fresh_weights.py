@@ -9,6 +9,7 @@ from test_pipeline import (
 from test_text_encoder import (
     test_embedding_rows_equal_the_reference,
     test_every_layer_equals_the_reference,
+    test_faint_prompt_embeddings_equal_the_reference,
     test_prompt_embeddings_equal_the_reference,
 )
 from test_tokenizer import test_ids_are_those_of_the_reference
@@ -17,11 +18,14 @@ from test_transformer import (
     test_modulations_equal_the_reference,
     test_outputs_equal_the_reference,
     test_outputs_of_a_model_wider_than_the_time_embedding_equal_the_reference,
+    test_outputs_of_faint_activations_equal_the_reference,
     test_positions_equal_the_reference,
     test_rotary_tables_equal_the_reference,
 )
 from test_vae import (
     test_decoded_pixels_equal_the_reference,
     test_encoded_moments_and_latents_equal_the_reference,
+    test_faint_activations_decode_as_in_the_reference,
+    test_faint_activations_encode_as_in_the_reference,
     test_parts_of_the_decoder_equal_the_reference,
 )

@@ -96,6 +96,13 @@ def test_only_the_time_embedding_is_float32_in_the_modulations(bf16_pipe, produc
     assert len(found) == found.count({mx.float32}) + found.count({mx.bfloat16})
 
 
+def test_the_time_embedding_of_a_bfloat16_model_is_that_of_a_float32_one(pipe, bf16_pipe, watch):
+    embeddings = watch(transformer, "time_embedding")
+    for model in (pipe, bf16_pipe):
+        model.transformer.modulate([0.25, 0.5])
+    assert mx.array_equal(*embeddings)
+
+
 @pytest.mark.parametrize("scales", [mx.bfloat16, mx.float32])
 def test_a_quantized_layer_multiplies_in_the_dtype_of_its_input(products, scales):
     weight, scale, bias = mx.quantize(mx.random.normal((32, 64)).astype(scales), group_size=32, bits=4)

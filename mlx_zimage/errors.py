@@ -4,6 +4,7 @@
     ├── RequestError          2   a value the caller gave cannot work
     ├── ModelNotFoundError    3   no such folder, file or repository, or no network to fetch it
     ├── CheckpointError       4   the files are there, but are not what they should be
+    ├── MemoryBudgetError     5   what was asked cannot be done in the memory allowed
     ├── OutputError           6   a result cannot be written: the disk is full, or the folder read-only
     ├── LockedError           7   another process is writing the same folder
     └── NumericsError         8   the computation left the finite numbers
@@ -31,6 +32,10 @@ class ModelNotFoundError(ZImageError, FileNotFoundError):
 
 class CheckpointError(ZImageError):
     exit_code = 4
+
+
+class MemoryBudgetError(ZImageError, MemoryError):
+    exit_code = 5
 
 
 class OutputError(ZImageError, OSError):

@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import RequestError
 from .image import to_uint8
+from .memory import Plan, Planner, machine_budget, parse_memory
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
@@ -24,6 +25,7 @@ from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
 from .weights import Checkpoint, Source, open_checkpoint
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+MAX_EMBEDDINGS = 32  # prompts remembered, of at most 5 MB each
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,37 @@ class PipelineOutput:
 class ZImagePipeline:
     """Z-Image's tokenizer, text encoder, transformer and VAE, opened from one folder."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int | None = None):
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self.budget = machine_budget() if budget is None else budget
+        self._planner = Planner(checkpoint, dtype)
+        self._embeddings: dict[tuple[int, ...], mx.array] = {}
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
         self.text_encoder = TextEncoder(checkpoint.text_encoder.config, Source(checkpoint.text_encoder, dtype))
         self.transformer = Transformer(checkpoint.transformer.config, Source(checkpoint.transformer, dtype))
         self.vae = VAE(checkpoint.vae.config, Source(checkpoint.vae, dtype))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, dtype: str | None = None) -> ZImagePipeline:
+    def from_pretrained(
+        cls, source: str | Path, dtype: str | None = None, memory: str | int | None = None
+    ) -> ZImagePipeline:
         """Open a model: a folder (diffusers' or our converter's), a Hugging Face id, or "pocket".
 
         Reads and checks configs and headers; tensor data is read when first used. dtype is what the networks compute
         in, "bfloat16" or "float32"; by default bfloat16 on a GPU, and float32 on the CPU, which multiplies it 20
         times faster.
+
+        memory is a budget such as "6GB", by default what the machine recommends. What does not fit beside the work is
+        read from disk when it is needed: slower, but the same picture. A request that cannot fit is refused before
+        any weight is read.
         """
         if dtype is None:
             dtype = "bfloat16" if mx.default_device() == mx.gpu else "float32"
         if dtype not in DTYPES:
             raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}; float16 overflows")
-        return cls(open_checkpoint(source), DTYPES[dtype])
+        budget = None if memory is None else parse_memory(memory)
+        return cls(open_checkpoint(source), DTYPES[dtype], budget)
 
     @property
     def sample_size(self) -> int:
@@ -133,11 +145,25 @@ class ZImagePipeline:
         h, w = (size // self.checkpoint.vae.config.scale for size in (request.height, request.width))
         noise = self._initial_latents(request, latents, h, w)
         sigmas = schedule(self.checkpoint.scheduler_config, request.steps, (h // PATCH) * (w // PATCH), request.shift)
-        velocity = self.transformer.velocity(self.encode(request.prompt), sigmas[:-1], h, w)
-        if request.guidance_scale > 0:
-            negative = self.transformer.velocity(self.encode(request.negative_prompt), sigmas[:-1], h, w)
+        plan = self.plan(request)
+        self._adopt(plan)
+        cap_feats = self.encode(request.prompt)
+        negative_feats = self.encode(request.negative_prompt) if request.guidance_scale > 0 else None
+        if not plan.keep:
+            self.text_encoder.source.release()
+        velocity = self.transformer.velocity(cap_feats, sigmas[:-1], h, w)
+        if negative_feats is not None:
+            negative = self.transformer.velocity(negative_feats, sigmas[:-1], h, w)
             velocity = guide(velocity, negative, request.guidance_scale)
         yield from denoise(velocity, noise, sigmas)
+        if not plan.keep:
+            self.transformer.source.release()
+
+    def plan(self, request: GenerateRequest) -> Plan:
+        """What of the model will be in memory when, for this request within the pipeline's budget."""
+        prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 0 else [])
+        tokens = max(len(self.tokenizer.encode(prompt)[:MAX_TOKENS]) for prompt in prompts)
+        return self._planner.plan(request.width, request.height, request.num_images, tokens, self.budget)
 
     def encode(self, prompt: str) -> mx.array:
         """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""
@@ -148,11 +174,27 @@ class ZImagePipeline:
                 PromptTruncated,
                 stacklevel=2,
             )
-        return self.text_encoder(ids[:MAX_TOKENS])
+        ids = tuple(ids[:MAX_TOKENS])
+        if ids not in self._embeddings:
+            while len(self._embeddings) >= MAX_EMBEDDINGS:
+                del self._embeddings[next(iter(self._embeddings))]
+            self._embeddings[ids] = self.text_encoder(ids)
+        return self._embeddings[ids]
 
     def decode(self, latents: mx.array) -> np.ndarray:
         """Clean latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
         return to_uint8(self.vae.decode(latents[None])[0])
+
+    def _adopt(self, plan: Plan) -> None:
+        networks = self.text_encoder, self.transformer, self.vae
+        for network in networks:
+            network.source.streamed = plan.streamed
+            if not plan.keep:
+                network.source.release()
+        self.transformer.lean = plan.lean
+        self.vae.strip_bytes = plan.strip_bytes
+        # what MLX keeps of freed memory counts too
+        mx.set_cache_limit(plan.budget - plan.peak)
 
     def _initial_latents(self, request: GenerateRequest, latents, h: int, w: int) -> mx.array:
         """The initial noise, channels-last (B, h, w, 16) float32."""

@@ -324,8 +324,9 @@ class Source:
         return weights
 
     def release(self) -> None:
-        """Forget everything kept."""
+        """Forget everything kept, and give its memory back."""
         self._kept.clear()
+        mx.clear_cache()
 
 
 @dataclass(frozen=True)

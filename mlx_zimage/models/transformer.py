@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 
 import mlx.core as mx
 import numpy as np
@@ -220,6 +220,7 @@ class Transformer:
         self.config = config
         self.source = source
         self.lean = lean
+        self._modulations = lru_cache(maxsize=2)(self.modulate)  # 8 MB a schedule of the full model
         self._attend = partial(attend, heads=config.n_heads, eps=config.norm_eps)
         self._feed = partial(feed, eps=config.norm_eps)
         # On the CPU a compiled block needs a C++ compiler at run time and is slower (208 to 273 ms).
@@ -269,7 +270,7 @@ class Transformer:
         caption = self.embed_caption(cap_feats)
         # sigma to time as diffusers computes it, in float32
         times = [float((1000 - np.float32(sigma) * np.float32(1000)) / np.float32(1000)) for sigma in sigmas]
-        modulations, final_scales = self.modulate(times)
+        modulations, final_scales = self._modulations(tuple(times))
         cos, sin = self._rope(caption.shape[1], h, w)
 
         def velocity(latents: mx.array, i: int) -> mx.array:

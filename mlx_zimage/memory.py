@@ -1,0 +1,191 @@
+"""Plans what of a model is in memory at once, so that a request stays within a budget.
+
+The plan is made before a weight is read, from the tensors' sizes and the request alone. Its bounds on working memory
+were measured as MLX's peak on the CPU build, whose operations need the most; GPUs have been seen to need less.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+import mlx.core as mx
+
+from .errors import MemoryBudgetError, RequestError
+from .models.transformer import PAD_MULTIPLE, PATCH
+from .weights import Checkpoint, Component
+
+SHARE = 0.6  # of the memory, where the system does not recommend a share itself
+UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+STRIPS = (None, *(2**power for power in range(26, 14, -2)))  # bytes of the VAE's strips, fastest first
+
+# Bytes of intermediates, as upper bounds. A block needs the first per token and feature, and the second in its lean
+# way; attention 4 more per head and pair of tokens, since not every backend fuses it; a packed block its dense form
+# and a third again.
+BLOCK, LEAN_BLOCK, LAYER, SCORE, UNPACKED = 116, 84, 150, 4, 1.35
+# The VAE needs the first per pixel and channel at full size; by strips, the second times a strip.
+WHOLE_DECODE, STRIP_DECODE = 76, 200
+
+
+@dataclass(frozen=True)
+class Network:
+    """Bytes of a network's weights as computed with: of each block, in running order, and of all the rest."""
+
+    blocks: dict[str, int]
+    rest: int
+    unpacked: int  # the dense form of the largest packed block
+
+    @property
+    def total(self) -> int:
+        return sum(self.blocks.values()) + self.rest
+
+    def moving(self) -> int:
+        """Streaming holds one block and the next."""
+        return 2 * max(self.blocks.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request is to be run.
+
+    keep: all networks stay for the next request; otherwise each goes when its phase is over. streamed names the blocks
+    read from disk whenever they are needed. peaks bounds the memory of each phase, in bytes.
+    """
+
+    budget: int
+    keep: bool
+    streamed: frozenset[str]
+    lean: bool
+    strip_bytes: int | None
+    peaks: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+
+def parse_memory(text: str | int) -> int:
+    """ "6GB", "800 MB", "4GiB" or a number of bytes."""
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", str(text), re.IGNORECASE)
+    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise RequestError(f"memory must be a size such as 6GB or 800MB, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def machine_budget() -> int:
+    """What a process should use here: the working set that the GPU recommends, or a share of the memory."""
+    device = mx.device_info()
+    recommended = device.get("max_recommended_working_set_size")
+    if recommended:
+        return int(recommended)
+    total = device.get("total_memory") or device.get("memory_size")
+    return int(SHARE * (total or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+
+
+def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: str = "") -> Network:
+    """The sizes of a network that computes in dtype; tensors beginning with `without` in a block are not counted."""
+    sizes, dense, rest = dict.fromkeys(blocks, 0), dict.fromkeys(blocks, 0), 0
+    shapes = component.config.shapes()
+    for name, entry in component.entries.items():
+        nbytes = entry.nbytes if entry.dtype.startswith("U") else prod(entry.shape) * dtype.size
+        block = ".".join(name.split(".")[: 3 if name.startswith("model.") else 2])
+        if block not in sizes:
+            rest += nbytes
+        elif not (without and name.startswith(f"{block}.{without}")):
+            sizes[block] += nbytes
+            if entry.dtype == "U32":
+                dense[block] += prod(shapes[name]) * dtype.size
+    return Network(sizes, rest, max(dense.values(), default=0))
+
+
+class Planner:
+    """Knows a checkpoint's sizes; `plan` fits a request to a budget."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        transformer, encoder = checkpoint.transformer.config, checkpoint.text_encoder.config
+        refiners = [f"context_refiner.{i}" for i in range(transformer.n_refiner_layers)]
+        layers = [f"model.layers.{i}" for i in range(encoder.used_layers)]
+        self.transformer = measure(
+            checkpoint.transformer, refiners + transformer.modulated, dtype, without="adaLN_modulation"
+        )
+        # the rest of the text encoder is its embedding, of which only rows are read, and an unused layer
+        self.text_encoder = replace(measure(checkpoint.text_encoder, layers, dtype), rest=0)
+        self.vae_decoder = sum(
+            prod(entry.shape) * dtype.size
+            for name, entry in checkpoint.vae.entries.items()
+            if name.startswith("decoder.")
+        )
+
+    def plan(self, width: int, height: int, images: int, tokens: int, budget: int) -> Plan:
+        """The fastest plan for pictures of width x height pixels and a prompt of `tokens` within the budget."""
+        smallest = None
+        for candidate in self._candidates(width, height, images, tokens, budget):
+            if candidate.peak <= budget:
+                return candidate
+            smallest = min(smallest or candidate.peak, candidate.peak)
+        raise MemoryBudgetError(
+            f"{images} picture{'s' * (images > 1)} of {width}x{height} cannot be drawn in {_gb(budget)}; the least "
+            f"that works is {_gb(smallest)}. Draw fewer or smaller pictures, or convert the model to fewer bits"
+        )
+
+    def _candidates(self, width: int, height: int, images: int, tokens: int, budget: int) -> Iterator[Plan]:
+        """Plans from the fastest to the leanest."""
+        plans = ((keep, lean, strips) for keep in (True, False) for lean in (False, True) for strips in STRIPS)
+        for keep, lean, strip_bytes in plans:
+            encode = self.encode_work(tokens)
+            denoise = self.denoise_work(width, height, images, tokens, lean)
+            decode = self.vae_decoder + self.decode_work(width, height, strip_bytes)
+            if keep:
+                kept = self.text_encoder.total + self.transformer.total + self.vae_decoder
+                peaks = {"encode": kept + encode, "denoise": kept + denoise, "decode": kept + decode - self.vae_decoder}
+                yield Plan(budget, True, frozenset(), lean, strip_bytes, peaks)
+                continue
+            streamed_layers, layers = _stream(self.text_encoder, budget - encode)
+            streamed_blocks, blocks = _stream(self.transformer, budget - denoise)
+            peaks = {"encode": layers + encode, "denoise": blocks + denoise, "decode": decode}
+            yield Plan(budget, False, streamed_layers | streamed_blocks, lean, strip_bytes, peaks)
+
+    def encode_work(self, tokens: int) -> int:
+        config = self.checkpoint.text_encoder.config
+        widths = tokens * max(config.hidden_size, config.num_attention_heads * config.head_dim)
+        scores = SCORE * config.num_attention_heads * tokens**2
+        return LAYER * widths + scores + int(UNPACKED * self.text_encoder.unpacked)
+
+    def denoise_work(self, width: int, height: int, images: int, tokens: int, lean: bool) -> int:
+        config, scale = self.checkpoint.transformer.config, self.checkpoint.vae.config.scale * PATCH
+        image_tokens = (width // scale) * (height // scale)
+        length = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, tokens))
+        block = (LEAN_BLOCK if lean else BLOCK) * length * config.dim + SCORE * config.n_heads * length**2
+        return images * block + int(UNPACKED * self.transformer.unpacked)
+
+    def decode_work(self, width: int, height: int, strip_bytes: int | None) -> int:
+        widths = self.checkpoint.vae.config.block_out_channels
+        whole = WHOLE_DECODE * width * height * widths[1]
+        if strip_bytes is None:
+            return whole
+        held = width * height * (1.3 * widths[0] + widths[1] / 4) * self.dtype.size
+        return min(whole, int(held) + STRIP_DECODE * strip_bytes)
+
+
+def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:
+    """The blocks to stream so that the weights fit into room, and what is then in memory; all of them if none fit."""
+    if network.total <= room:
+        return frozenset(), network.total
+    kept, held = [], network.rest + network.moving()
+    for name, size in network.blocks.items():
+        if held + size > room:
+            break
+        kept.append(name)
+        held += size
+    return frozenset(network.blocks).difference(kept), held
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"

@@ -1,0 +1,109 @@
+"""Plans of memory: bounds that measured peaks keep, and pictures that do not depend on them."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline
+from mlx_zimage.memory import Planner, parse_memory
+from mlx_zimage.sampling import Step
+from mlx_zimage.weights import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def planner():
+    return Planner(open_checkpoint("pocket"), mx.float32)
+
+
+def request(**values) -> GenerateRequest:
+    settings = {"prompt": "a red circle", "width": 128, "height": 128, "seed": 1, "steps": 2}
+    return GenerateRequest(**settings | values)
+
+
+def draw(memory: str | int, **values) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """The latents and pixels of a request, the measured peak, and the planned bound."""
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=memory)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for event in pipe.stream(request(**values)):
+        if isinstance(event, Step):
+            latents = np.array(event.latents)
+    return latents, event.pixels, mx.get_peak_memory() - before, pipe.plan(request(**values)).peak
+
+
+def smallest(planner: Planner, width: int = 128, height: int = 128, images: int = 1) -> int:
+    """The least budget that a plan exists for, by bisection."""
+    low, high = 1, 10**12
+    while high - low > 1000:
+        middle = (low + high) // 2
+        try:
+            planner.plan(width, height, images, 20, middle)
+            high = middle
+        except MemoryBudgetError:
+            low = middle
+    return high
+
+
+@pytest.mark.parametrize(
+    ("memory", "values"),
+    [
+        ("1GB", {}),
+        ("40MB", {}),
+        ("25MB", {}),
+        ("1GB", {"width": 256, "height": 192}),
+        ("60MB", {"width": 256, "height": 192}),
+        ("100MB", {"num_images": 2}),
+        ("30MB", {"num_images": 2}),
+        ("100MB", {"prompt": "a star " * 80}),
+    ],
+)
+def test_the_measured_peak_stays_within_the_plan_and_the_budget(memory, values):
+    *_, measured, planned = draw(memory, **values)
+    assert measured <= planned <= parse_memory(memory)
+
+
+def test_a_streamed_picture_has_the_bits_of_a_resident_one(planner):
+    # so small that the weights outweigh the work
+    resident = planner.plan(48, 48, 1, 20, 10**10)
+    tight = smallest(planner, 48, 48) * 11 // 10
+    streamed = planner.plan(48, 48, 1, 20, tight)
+    assert resident.keep and not resident.streamed
+    assert streamed.streamed and not streamed.keep
+    latents, *_ = draw(10**10, width=48, height=48)
+    streamed_latents, _, measured, _ = draw(tight, width=48, height=48)
+    assert measured <= tight
+    assert np.array_equal(latents, streamed_latents)
+
+
+def test_more_budget_never_makes_a_slower_plan(planner):
+    budgets = [smallest(planner) * factor // 4 for factor in range(5, 60)]
+    plans = [planner.plan(128, 128, 1, 20, budget) for budget in budgets]
+    order = [(plan.keep, -plan.lean, -len(plan.streamed)) for plan in plans]
+    assert order == sorted(order)
+
+
+def test_a_budget_too_small_names_the_least_that_works(planner):
+    with pytest.raises(MemoryBudgetError, match=r"cannot be drawn in 0\.00 GB; the least that works is") as refusal:
+        planner.plan(128, 128, 1, 20, 1000)
+    assert refusal.value.exit_code == 5
+
+
+def test_a_refused_request_reads_no_weight():
+    pipe = ZImagePipeline.from_pretrained("pocket", memory="1MB")
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with pytest.raises(MemoryBudgetError):
+        list(pipe.stream(request()))
+    assert mx.get_peak_memory() - before < 100_000  # the noise alone
+
+
+@pytest.mark.parametrize(("text", "size"), [("6GB", 6 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), (7, 7)])
+def test_memory_is_read_in_the_usual_units(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "6", "lots", "-1GB", "0GB", 0, True, 1.5])
+def test_other_memory_is_refused(text):
+    with pytest.raises(RequestError, match="memory must be a size such as 6GB"):
+        parse_memory(text)

@@ -1,0 +1,228 @@
+"""Times the three networks on this machine, beside a matrix product measured in the same run.
+
+Every figure is a median of repeated runs; the first run, which reads weights and compiles kernels, is told apart.
+The fraction of the product's rate makes figures of different machines comparable. With random weights
+(`model="random"`) no checkpoint is needed: time and memory do not depend on the values.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from . import __version__
+from .models.text_encoder import TextEncoder, TextEncoderConfig
+from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
+from .models.vae import VAE, VAEConfig, sanitize
+from .pipeline import DTYPES, ZImagePipeline
+from .quantize import Quantization, recipe
+from .scheduler import sigmas
+from .weights import Source
+
+# Architectures that random weights can be given: the real one, and one that a laptop's CPU runs in seconds.
+SIZES = {
+    "full": (TransformerConfig(), TextEncoderConfig(), VAEConfig()),
+    "small": (
+        TransformerConfig(dim=1536, n_layers=8, n_heads=12, cap_feat_dim=1024),
+        TextEncoderConfig(1024, 3072, 8, 16, 8, 128, vocab_size=8192),
+        VAEConfig(block_out_channels=(64, 128, 256, 256)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: sizes in pixels, the prompt in tokens, weights of `bits` (None: dense) in `mode`."""
+
+    width: int = 1024
+    height: int = 1024
+    steps: int = 8
+    caption_tokens: int = 64
+    dtype: str = "bfloat16"
+    bits: int | None = None
+    mode: str = "affine"
+
+
+class RandomComponent:
+    """Stands for a weights.Component: random arrays of the architecture's names and shapes, made when read."""
+
+    def __init__(self, name: str, config, quantization: Quantization | None = None):
+        self.name = name
+        self.config = config
+        self.quantization = quantization
+        self.shapes = config.shapes()
+
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None):
+        if prefix in self.shapes:
+            return self._weight(prefix, dtype)
+        start = len(prefix) + 1
+        names = [name for name in self.shapes if name.startswith(f"{prefix}.")]
+        tree = {}
+        for name in names:
+            if without and name.startswith(without, start):
+                continue
+            weight = self._weight(name, dtype)
+            q = recipe(self.name, name, self.shapes[name], self.quantization)
+            if q is None:
+                tree[name[start:]] = weight
+                continue
+            layer = name[start:].removesuffix(".weight")
+            parts = mx.quantize(weight, group_size=q.group_size, bits=q.bits, mode=q.mode)
+            tree |= {f"{layer}.{part}": array for part, array in zip(("weight", "scales", "biases"), parts)}  # noqa: B905
+        tree = tree_unflatten(list(tree.items()))
+        mx.eval(tree)  # else the values would be made anew whenever they are used
+        return tree
+
+    def rows(self, name: str, ids, dtype: mx.Dtype) -> mx.array:
+        return mx.random.normal((len(ids), self.shapes[name][1])).astype(dtype)
+
+    def _weight(self, name: str, dtype: mx.Dtype) -> mx.array:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return mx.ones(shape, dtype)
+        return sanitize((mx.random.normal(shape) * np.prod(shape[1:]).item() ** -0.5).astype(dtype))
+
+
+def random_networks(case: Case, size: str) -> tuple[TextEncoder, Transformer, VAE]:
+    transformer, text_encoder, vae = SIZES[size]
+    quantization = None
+    if case.bits is not None:
+        quantization = Quantization(case.bits, {"nvfp4": 16, "affine": 64}.get(case.mode, 32), case.mode)
+    dtype = DTYPES[case.dtype]
+
+    def source(name: str, config) -> Source:
+        return Source(RandomComponent(name, config, quantization), dtype)
+
+    return (
+        TextEncoder(text_encoder, source("text_encoder", text_encoder)),
+        Transformer(transformer, source("transformer", transformer)),
+        VAE(vae, source("vae", vae)),
+    )
+
+
+def matmul_rate(rows: int, dtype: mx.Dtype, dim: int, width: int) -> float:
+    """FLOP per second of the feed-forward's own product, (rows, dim) x (dim, width), on this machine now."""
+    x, w = mx.random.normal((rows, dim)).astype(dtype), mx.random.normal((width, dim)).astype(dtype)
+    mx.eval(x, w)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        mx.eval(mx.matmul(x, w.T))
+        times.append(time.perf_counter() - start)
+    return 2 * rows * dim * width / statistics.median(times[1:])
+
+
+def step_flops(config: TransformerConfig, image_tokens: int, caption_tokens: int) -> int:
+    """Floating-point operations of one call of the transformer, a multiply-add counted as two."""
+    image, caption = (-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, caption_tokens))
+    matrices = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim
+
+    def blocks(count: int, tokens: int) -> int:
+        return count * (2 * tokens * matrices + 4 * tokens**2 * config.dim)
+
+    return blocks(config.n_refiner_layers, image) + blocks(config.n_layers, image + caption)
+
+
+def timed(compute: Callable[[], mx.array], repeat: int) -> dict:
+    """Seconds of the first run and the median of `repeat` more, and MLX's peak over all of them in GB."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    times = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        mx.eval(compute())
+        times.append(time.perf_counter() - start)
+    return {
+        "first_s": times[0],
+        "median_s": statistics.median(times[1:]),
+        "peak_gb": mx.get_peak_memory() / 1e9,
+    }
+
+
+def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat: int = 3) -> dict:
+    """Time prompt encoding, all steps and decoding; returns figures in seconds, GB and TFLOP/s.
+
+    model is "random" (weights of `size`) or what ZImagePipeline.from_pretrained takes.
+    """
+    if model == "random":
+        text_encoder, transformer, vae = random_networks(case, size)
+    else:
+        pipe = ZImagePipeline.from_pretrained(model, dtype=case.dtype)
+        text_encoder, transformer, vae = pipe.text_encoder, pipe.transformer, pipe.vae
+    dtype, config = DTYPES[case.dtype], transformer.config
+    h, w = case.height // vae.config.scale, case.width // vae.config.scale
+    tokens = (h // PATCH) * (w // PATCH)
+    ids = np.arange(case.caption_tokens) % text_encoder.config.vocab_size
+    noise = mx.random.normal((1, h, w, config.in_channels))
+
+    encode = timed(lambda: text_encoder(ids), repeat)
+    cap_feats = text_encoder(ids)
+    text_encoder.source.release()
+    schedule = sigmas(case.steps)
+
+    def steps() -> mx.array:
+        velocity, latents = transformer.velocity(cap_feats, schedule[:-1], h, w), noise
+        for i in range(case.steps):
+            latents = latents + float(schedule[i + 1] - schedule[i]) * velocity(latents, i)
+            mx.eval(latents)
+        return latents
+
+    denoise = timed(steps, repeat)
+    transformer.source.release()
+    decode = timed(lambda: vae.decode(noise), repeat)
+    rate = matmul_rate(tokens, dtype, config.dim, config.ffn_dim)
+    flops = case.steps * step_flops(config, tokens, case.caption_tokens)
+    achieved = flops / denoise["median_s"]
+    return {
+        "model": f"random {size}" if model == "random" else str(model),
+        "case": vars(case),
+        "repeat": repeat,
+        "machine": describe_machine(),
+        "encode": encode,
+        "steps": denoise,
+        "decode": decode,
+        "total_s": sum(phase["median_s"] for phase in (encode, denoise, decode)),
+        "matmul_tflops": rate / 1e12,
+        "steps_tflops": achieved / 1e12,
+        "fraction_of_matmul": achieved / rate,
+    }
+
+
+def describe_machine() -> dict:
+    device = mx.device_info()
+    return {
+        "device": device.get("device_name") or platform.processor() or platform.machine(),
+        "backend": "metal" if mx.metal.is_available() else str(mx.default_device()),
+        "system": platform.platform(),
+        "mlx": mx.__version__,
+        "mlx_zimage": __version__,
+        "python": platform.python_version(),
+    }
+
+
+def table(report: dict) -> str:
+    """The report for people."""
+    case, machine = report["case"], report["machine"]
+    weights = f"{case['bits']}-bit {case['mode']}" if case["bits"] else case["dtype"]
+    lines = [
+        f"{machine['device']}, {machine['backend']}, MLX {machine['mlx']}, {machine['system']}",
+        f"{report['model']}, {weights}, {case['width']}x{case['height']}, {case['steps']} steps, "
+        f"{case['caption_tokens']} prompt tokens; median of {report['repeat']}",
+        f"{'':8}{'seconds':>10}{'first':>10}{'peak GB':>10}",
+    ]
+    for phase in ("encode", "steps", "decode"):
+        figures = report[phase]
+        lines.append(f"{phase:8}{figures['median_s']:10.3f}{figures['first_s']:10.3f}{figures['peak_gb']:10.2f}")
+    lines.append(f"{'total':8}{report['total_s']:10.3f}")
+    lines.append(
+        f"steps run at {report['steps_tflops']:.2f} TFLOP/s, {report['fraction_of_matmul']:.0%} of this machine's "
+        f"product of the same width ({report['matmul_tflops']:.2f})"
+    )
+    return "\n".join(lines)

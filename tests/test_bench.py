@@ -1,0 +1,50 @@
+"""The benchmark: what it counts, on random weights of a tiny architecture."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_zimage import bench
+from mlx_zimage.models.text_encoder import TextEncoderConfig
+from mlx_zimage.models.transformer import TransformerConfig
+from mlx_zimage.models.vae import VAEConfig
+
+TINY = (
+    TransformerConfig(dim=192, n_layers=2, n_refiner_layers=1, n_heads=6, cap_feat_dim=64, axes_dims=(8, 12, 12)),
+    TextEncoderConfig(64, 128, 3, 4, 2, 16, vocab_size=64),
+    VAEConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1),
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "tiny", TINY)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_report_has_every_phase_and_calibrates_itself(tiny, bits):
+    case = bench.Case(width=64, height=48, steps=2, caption_tokens=7, dtype="float32", bits=bits)
+    report = bench.bench(size="tiny", case=case, repeat=1)
+    for phase in ("encode", "steps", "decode"):
+        assert report[phase]["median_s"] > 0 and 0 < report[phase]["peak_gb"] < 0.1
+    assert report["fraction_of_matmul"] == pytest.approx(report["steps_tflops"] / report["matmul_tflops"])
+    text = bench.table(report)
+    assert ("4-bit affine" if bits else "float32") in text and "64x48" in text
+
+
+def test_a_checkpoint_is_timed_as_well_as_random_weights():
+    case = bench.Case(width=64, height=64, steps=1, caption_tokens=9, dtype="float32")
+    assert bench.bench("pocket", case=case, repeat=1)["model"] == "pocket"
+
+
+def test_random_weights_have_the_names_and_shapes_of_the_architecture(tiny):
+    transformer = bench.random_networks(bench.Case(bits=8, dtype="float32"), "tiny")[1]
+    tree = transformer.source.once("layers.1")
+    dense = transformer.config.shapes()["layers.1.attention.to_q.weight"]
+    packed = tree["attention"]["to_q"]
+    assert packed["weight"].shape == (dense[0], dense[1] * 8 // 32) and packed["weight"].dtype == mx.uint32
+    assert tree["attention_norm1"]["weight"].shape == (192,)
+
+
+def test_the_full_model_costs_what_its_shapes_say():
+    # a forward at 1024x1024 and 64 tokens: 55.6e12 with one product's two operations per weight and token
+    assert bench.step_flops(TransformerConfig(), 4096, 64) == pytest.approx(55.6e12, rel=0.005)

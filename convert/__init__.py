@@ -6,34 +6,16 @@ if the recipe says so, and written; so a conversion needs a few hundred megabyte
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
-from .. import __version__
 from ..errors import RequestError
-from ..quantize import Quantization, default_quantization, recipe
-from .rows import SourceComponent, Tensor, read_rows
-from .sources import CONVERSION, Source, open_source
-from .writer import (
-    SHARD_BYTES,
-    OutputFolder,
-    Slot,
-    check_absent,
-    check_outside,
-    header,
-    index,
-    render_json,
-    shard_name,
-)
+from .plan import FORMATS, SPELLED, describe, fingerprint, plan_comfyui, plan_folder, quantizations
+from .sources import CONVERSION, open_source
+from .writer import OutputFolder, check_absent, check_outside, render_json
 
 __all__ = ["Progress", "convert", "convert_steps"]
-
-SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtypes to convert to, in safetensors' spelling
-DENSE = (0, 16)  # bits that mean: not quantized
 
 
 @dataclass(frozen=True)
@@ -44,19 +26,6 @@ class Progress:
     name: str
     done_bytes: int
     total_bytes: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """One tensor to convert: how it is packed (None: dense), and the arrays it becomes."""
-
-    tensor: Tensor
-    quantization: Quantization | None
-    slots: tuple[Slot, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(slot.nbytes for slot in self.slots)
 
 
 def convert(
@@ -73,6 +42,7 @@ def convert(
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
     base: str | Path | None = None,
+    format: str = "mlx",
 ) -> Path:
     """Write the model at source as the folder dest, which must not exist, and return its path.
 
@@ -83,6 +53,9 @@ def convert(
     attention and feed-forward layers are quantized if bits are given, or a mode other than "affine": bits 2, 3, 4, 5,
     6 or 8 in groups of 32, 64 (the default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" have one choice each.
     text_encoder_bits and transformer_bits stand in for bits in that network; 0 or 16 leaves it dense.
+
+    format "mlx" is a folder for this package. "diffusers" and "comfyui" lead back: a diffusers folder, or a single
+    safetensors file with all three networks; neither can be quantized.
 
     The folder appears under its name only when it is whole. On any failure nothing is left; after a kill or a crash the
     same call goes on from the finished shards. SHA256SUMS in the folder has the checksum of every other file.
@@ -100,6 +73,7 @@ def convert(
         vae=vae,
         tokenizer=tokenizer,
         base=base,
+        format=format,
     )
     for _ in steps:
         pass
@@ -120,144 +94,30 @@ def convert_steps(
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
     base: str | Path | None = None,
+    format: str = "mlx",
 ) -> Iterator[Progress]:
     """Do what `convert` does, yielding Progress after each tensor. Leaving the loop stops the work and undoes it."""
     if dtype not in SPELLED:
         raise RequestError(f"dtype must be one of {', '.join(SPELLED)}, got {dtype!r}")
+    if format not in FORMATS:
+        raise RequestError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     wanted = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits)
+    if format != "mlx" and any(wanted.values()):
+        raise RequestError(f"{format} cannot read MLX's quantized weights; leave the bits out")
     opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base)
     dest = Path(dest).expanduser()
     check_absent(dest)
     check_outside(dest, opened.at)
-    plans = {part.name: plan(part, dtype, wanted.get(part.name)) for part in opened.components.values()}
-    conversion = describe(opened, dtype, wanted)
+    if format == "comfyui":
+        plan = plan_comfyui(opened, dtype, dest.name)
+    else:
+        small = opened.files | {CONVERSION: render_json(describe(opened, dtype, wanted))}
+        plan = plan_folder(opened, dtype, wanted, format, small)
     done = 0
-    with OutputFolder(dest, fingerprint(opened, conversion, plans), planned_bytes(plans)) as folder:
-        for part in opened.components.values():
-            for step in write_component(folder, part, plans[part.name], dtype, wanted.get(part.name)):
-                done += step.nbytes
-                yield Progress(part.name, step.name, done, opened.nbytes)
-        for name, content in opened.files.items():
+    with OutputFolder(dest, fingerprint(opened, plan), plan.nbytes, plan.single) as folder:
+        for shard in plan.shards:
+            for task in folder.write_shard(shard, dtype):
+                done += sum(tensor.nbytes for tensor in task.tensors)
+                yield Progress(task.component, task.tensors[0].name, done, opened.nbytes)
+        for name, content in plan.files.items():
             folder.write(name, content)
-        folder.write(CONVERSION, render_json(conversion))
-
-
-def quantizations(
-    bits: int | None,
-    group_size: int | None = None,
-    mode: str = "affine",
-    text_encoder_bits: int | None = None,
-    transformer_bits: int | None = None,
-) -> dict[str, Quantization | None]:
-    """How each network that can be quantized is to be, from convert's arguments."""
-    chosen = {}
-    for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
-        component_bits = bits if own_bits is None else own_bits
-        dense = component_bits in DENSE or (component_bits is None and mode == "affine")
-        chosen[component] = None if dense else default_quantization(component_bits, group_size, mode)
-    if group_size is not None and not any(chosen.values()):
-        raise RequestError(f"a group size of {group_size} was given, but no bits; nothing would be quantized")
-    return chosen
-
-
-def plan(component: SourceComponent, dtype: str, quantization: Quantization | None) -> list[list[Task]]:
-    """The tasks of each shard, in the order in which they are written."""
-    shards: list[list[Task]] = [[]]
-    size = 0
-    for tensor in component.tensors:
-        q = recipe(component.name, tensor.name, tensor.shape, quantization)
-        task = Task(tensor, q, slots(tensor, dtype, q))
-        if size and size + task.nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(task)
-        size += task.nbytes
-    return shards
-
-
-def slots(tensor: Tensor, dtype: str, quantization: Quantization | None) -> tuple[Slot, ...]:
-    """The arrays that a tensor becomes on disk."""
-    spelled = SPELLED[dtype]
-    if quantization is None:
-        return (Slot(tensor.name, spelled, tensor.shape),)
-    weight, *helpers = quantization.packed(tensor.name, tensor.shape).items()
-    helper_dtype = spelled if quantization.mode == "affine" else "U8"
-    return (Slot(weight[0], "U32", weight[1]), *(Slot(name, helper_dtype, shape) for name, shape in helpers))
-
-
-def planned_bytes(plans: dict[str, list[list[Task]]]) -> int:
-    return sum(task.nbytes for shards in plans.values() for tasks in shards for task in tasks)
-
-
-def describe(source: Source, dtype: str, quantization: dict[str, Quantization | None]) -> dict:
-    """What is told about a conversion in the folder it made; `before` tells of the source's own conversion."""
-    packed = {name: q and q.to_dict() for name, q in quantization.items()}
-    told = {"converter": f"mlx-zimage {__version__}", "source": source.origin, "dtype": dtype, "quantization": packed}
-    return told | ({"before": source.conversion} if source.conversion else {})
-
-
-def fingerprint(source: Source, conversion: dict, plans: dict[str, list[list[Task]]]) -> dict:
-    """What tells one conversion from another: the source's files, the options, and all that will be written."""
-    layout = hashlib.sha256()
-    for shards in plans.values():
-        for tasks in shards:
-            layout.update(header(slot for task in tasks for slot in task.slots))
-    stats = [(str(path.resolve()), path.stat()) for path in source.weights]
-    return {
-        "conversion": conversion,
-        "mlx": mx.__version__,
-        "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in source.files.items()},
-        "layout": layout.hexdigest(),
-    }
-
-
-def write_component(
-    folder: OutputFolder,
-    component: SourceComponent,
-    shards: list[list[Task]],
-    dtype: str,
-    quantization: Quantization | None,
-) -> Iterator[Tensor]:
-    """Write a component's shards, index and config, yielding each tensor once it is written."""
-    places = [[slot for task in tasks for slot in task.slots] for tasks in shards]
-    for i, tasks in enumerate(shards):
-        name = f"{component.name}/{shard_name(i, len(shards))}"
-        if folder.keeps(name):
-            yield from (task.tensor for task in tasks)
-            continue
-        with folder.shard(name, places[i]) as file:
-            for task in tasks:
-                for array in pack(task, dtype):
-                    file.write_array(array)
-                yield task.tensor
-    content = index(places, component.parameters)
-    folder.write(f"{component.name}/model.safetensors.index.json", render_json(content))
-    folder.write(f"{component.name}/config.json", render_json(config(component.config, dtype, quantization)))
-
-
-def config(source_config: dict, dtype: str, quantization: Quantization | None) -> dict:
-    """The source's config.json made true of what is written: its dtype, and mlx-lm's quantization block twice."""
-    changed = {key: value for key, value in source_config.items() if not key.startswith("quantization")}
-    for key in ("dtype", "torch_dtype"):
-        if key in changed:
-            changed[key] = dtype
-    if quantization:
-        changed["quantization"] = changed["quantization_config"] = quantization.to_dict()
-    return changed
-
-
-def pack(task: Task, dtype: str) -> Iterator[mx.array]:
-    """The arrays of a task in the order of its slots, the first a few rows at a time."""
-    q = task.quantization
-    helpers = []
-    for rows in read_rows(task.tensor, dtype):
-        if q is None:
-            yield rows
-        else:
-            packed, *others = mx.quantize(rows, group_size=q.group_size, bits=q.bits, mode=q.mode)
-            mx.eval(packed, others)
-            yield packed
-            helpers.append(others)
-    for pieces in zip(*helpers, strict=True):
-        yield mx.concatenate(pieces)

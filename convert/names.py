@@ -73,7 +73,38 @@ RENAMED = {
         (r"(encoder|decoder)\.conv_norm_out\.norm\.", r"\1.conv_norm_out."),
     ],
 }
-RENAMED = {name: [(re.compile(pattern), new) for pattern, new in rows] for name, rows in RENAMED.items()}
+# Back to ComfyUI's names; the VAE's are LDM's.
+TO_COMFYUI = {
+    "transformer": [
+        (r"all_x_embedder\.2-1\.", "x_embedder."),
+        (r"all_final_layer\.2-1\.", "final_layer."),
+        (r"(.*\.attention)\.to_out\.0\.", r"\1.out."),
+        (r"(.*\.attention)\.norm_(q|k)\.", r"\1.\2_norm."),
+        (r"(.*\.attention)\.to_[qkv]\.", r"\1.qkv."),
+    ],
+    "text_encoder": [],
+    "vae": [
+        (r"encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
+        (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
+        (r"decoder\.up_blocks\.(\d+)\.resnets\.", lambda m: f"decoder.up.{3 - int(m[1])}.block."),
+        (r"decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"decoder.up.{3 - int(m[1])}.upsample."),
+        (r"(encoder|decoder)\.mid_block\.resnets\.(\d)\.", lambda m: f"{m[1]}.mid.block_{int(m[2]) + 1}."),
+        (r"(encoder|decoder)\.mid_block\.attentions\.0\.group_norm\.", r"\1.mid.attn_1.norm."),
+        (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_out\.0\.", r"\1.mid.attn_1.proj_out."),
+        (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_(q|k|v)\.", r"\1.mid.attn_1.\2."),
+        (r"(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out."),
+        (r"(.*)\.conv_shortcut\.", r"\1.nin_shortcut."),
+    ],
+}
+COMFYUI_PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "text_encoder": "text_encoders.qwen3_4b.transformer.",
+    "vae": "vae.",
+}
+RENAMED, TO_COMFYUI = (
+    {name: [(re.compile(pattern), new) for pattern, new in rows] for name, rows in table.items()}
+    for table in (RENAMED, TO_COMFYUI)
+)
 FUSED = re.compile(r"(.*\.attention)\.qkv\.(.*)")
 
 
@@ -94,12 +125,22 @@ def places(name: str) -> list[Place] | None:
         return []
     if component is None:
         return None
-    for pattern, new in RENAMED[component]:
-        own = pattern.sub(new, own, count=1) if pattern.match(own) else own
+    own = _rename(own, RENAMED[component])
     fused = FUSED.fullmatch(own) if component == "transformer" else None
     if fused:
         return [Place(component, f"{fused[1]}.to_{x}.{fused[2]}", i, 3) for i, x in enumerate("qkv")]
     return [Place(component, own)]
+
+
+def comfyui_name(component: str, name: str) -> str:
+    """The name, without prefix, of a tensor of diffusers in ComfyUI; queries, keys and values share one."""
+    return _rename(name, TO_COMFYUI[component])
+
+
+def _rename(name: str, table: list) -> str:
+    for pattern, new in table:
+        name = pattern.sub(new, name, count=1) if pattern.match(name) else name
+    return name
 
 
 def _split(name: str) -> tuple[str | None, str]:

@@ -11,18 +11,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from ..errors import LockedError, OutputError, RequestError, ZImageError
 
-SHARD_BYTES = 512 * 10**6
+if TYPE_CHECKING:
+    from .plan import Shard, Task
+
 ITEM_BYTES = {"F32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1}
 MANIFEST = "SHA256SUMS"  # as `sha256sum -c` reads it
 JOB, JOURNAL = ".job.json", ".journal"  # in a partial folder: what is being made, and its finished shards
@@ -41,14 +43,9 @@ class Slot:
         return ITEM_BYTES[self.dtype] * prod(self.shape)
 
 
-def shard_name(i: int, count: int) -> str:
-    """The file name of shard i, counted from 0, of count."""
-    return f"model-{i + 1:05}-of-{count:05}.safetensors"
-
-
-def header(slots: Iterable[Slot]) -> bytes:
+def header(slots: Iterable[Slot], form: str = "mlx") -> bytes:
     """A safetensors header, with its length in front and padded to 8 bytes as the format's own writer does."""
-    fields: dict = {"__metadata__": {"format": "mlx"}}
+    fields: dict = {"__metadata__": {"format": form}}
     offset = 0
     for slot in slots:
         end = offset + slot.nbytes
@@ -57,18 +54,6 @@ def header(slots: Iterable[Slot]) -> bytes:
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def index(shards: Sequence[Sequence[Slot]], parameters: int) -> dict:
-    """The content of model.safetensors.index.json, as mlx-lm writes it."""
-    weight_map = {slot.name: shard_name(i, len(shards)) for i, slots in enumerate(shards) for slot in slots}
-    return {
-        "metadata": {
-            "total_size": sum(slot.nbytes for slots in shards for slot in slots),
-            "total_parameters": parameters,
-        },
-        "weight_map": dict(sorted(weight_map.items())),
-    }
 
 
 def render_json(content: dict) -> bytes:
@@ -116,15 +101,17 @@ class OutputFolder:
     """dest in the making: entered, a hidden folder beside it; left, dest itself, or nothing if there was an error.
 
     job describes what is made, down to the source's files. If a killed run left a hidden folder with an equal job,
-    its finished shards are kept. One process at a time can be at it; nbytes is how much it is going to write.
+    its finished shards are kept. One process at a time can be at it; nbytes is how much it is going to write. If
+    single, dest becomes the one file written, which has dest's name.
     """
 
-    def __init__(self, dest: Path, job: dict, nbytes: int):
+    def __init__(self, dest: Path, job: dict, nbytes: int, single: bool = False):
         self.dest = dest
         self.folder = dest.with_name(f".{dest.name}.partial")
         self._lock = FileLock(dest.with_name(f".{dest.name}.lock"), timeout=0)
         self._job = render_json(job)
         self._nbytes = nbytes
+        self._single = single
         self._finished: dict[str, str] = {}
         self._sums: dict[str, str] = {}
 
@@ -168,18 +155,23 @@ class OutputFolder:
             file.write(content)
         self._sums[name] = file.sha256
 
-    @contextmanager
-    def shard(self, name: str, slots: Sequence[Slot]) -> Iterator[OutputFile]:
-        """A shard to write the arrays of the slots into, in order."""
-        (self.folder / name).parent.mkdir(exist_ok=True)
-        with OutputFile(self.folder / name) as file:
-            file.write(header(slots))
-            wanted = file.size + sum(slot.nbytes for slot in slots)
-            yield file
-            assert file.size == wanted, f"{name} has {file.size} bytes, its header tells {wanted}"
-        self._sums[name] = file.sha256
+    def write_shard(self, shard: Shard, dtype: str) -> Iterator[Task]:
+        """Write a shard, or keep what an earlier run made of it, yielding each task when it is done."""
+        if self.keeps(shard.name):
+            yield from shard.tasks
+            return
+        (self.folder / shard.name).parent.mkdir(exist_ok=True)
+        with OutputFile(self.folder / shard.name) as file:
+            file.write(header(shard.slots, shard.form))
+            wanted = file.size + sum(slot.nbytes for slot in shard.slots)
+            for task in shard.tasks:
+                for array in task.arrays(dtype):
+                    file.write_array(array)
+                yield task
+            assert file.size == wanted, f"{shard.name} has {file.size} bytes, its header tells {wanted}"
+        self._sums[shard.name] = file.sha256
         with (self.folder / JOURNAL).open("ab", buffering=0) as journal:
-            journal.write(render_manifest({name: file.sha256}))
+            journal.write(render_manifest({shard.name: file.sha256}))
             _sync(journal.fileno())
 
     def _acquire(self) -> None:
@@ -204,6 +196,11 @@ class OutputFolder:
             (self.folder / JOB).write_bytes(self._job)
 
     def _publish(self) -> None:
+        if self._single:
+            check_absent(self.dest)
+            os.replace(self.folder / self.dest.name, self.dest)
+            _sync_folder(self.dest.parent)
+            return
         self.write(MANIFEST, render_manifest(self._sums))
         for name in (JOB, JOURNAL):
             (self.folder / name).unlink(missing_ok=True)

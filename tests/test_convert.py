@@ -7,12 +7,12 @@ import sys
 from itertools import pairwise
 
 import mlx.core as mx
-import mlx_zimage.convert as converter
 import numpy as np
 import pytest
-from mlx_zimage.convert import convert, convert_steps, quantizations, rows
+from mlx_zimage.convert import convert, convert_steps, plan, rows
+from mlx_zimage.convert.plan import quantizations
 from mlx_zimage.convert.sources import CONVERSION
-from mlx_zimage.convert.writer import MANIFEST
+from mlx_zimage.convert.writer import MANIFEST, OutputFolder
 from tiny import TRANSFORMER, save_component, weights, write_checkpoint
 
 from mlx_zimage import ZImagePipeline
@@ -127,7 +127,7 @@ def test_config_carries_the_block_of_mlx_lm_and_the_right_dtype(tmp_path):
 
 
 def test_index_names_every_tensor_in_shards_of_bounded_size(official, tmp_path, monkeypatch):
-    monkeypatch.setattr(converter, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(plan, "SHARD_BYTES", 40_000)
     out = convert(official, tmp_path / "out") / "transformer"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = sorted(out.glob("*.safetensors"))
@@ -283,7 +283,7 @@ def test_ctrl_c_leaves_nothing(official, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(converter, "index", interrupt)
+    monkeypatch.setattr(OutputFolder, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(official, tmp_path / "out")
     assert not list(tmp_path.iterdir())

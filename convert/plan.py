@@ -1,0 +1,208 @@
+"""What a conversion is going to write: every array of every file, known before any tensor is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from .. import __version__
+from ..errors import RequestError
+from ..quantize import Quantization, default_quantization, recipe
+from .names import COMFYUI_PREFIXES, comfyui_name
+from .rows import Tensor, read_rows
+from .sources import Source
+from .writer import Slot, header, render_json
+
+SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtypes to convert to, in safetensors' spelling
+DENSE = (0, 16)  # bits that mean: not quantized
+SHARD_BYTES = 512 * 10**6
+FORMATS = ("mlx", "diffusers", "comfyui")
+STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The arrays that tensors become: one tensor dense or packed, or several stacked."""
+
+    component: str
+    tensors: tuple[Tensor, ...]
+    slots: tuple[Slot, ...]
+    quantization: Quantization | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self.slots)
+
+    def arrays(self, dtype: str) -> Iterator[mx.array]:
+        """The content of the slots in their order, a few rows at a time."""
+        q, helpers = self.quantization, []
+        for tensor in self.tensors:
+            for rows in read_rows(tensor, dtype):
+                if q is None:
+                    yield rows
+                    continue
+                packed, *others = mx.quantize(rows, group_size=q.group_size, bits=q.bits, mode=q.mode)
+                mx.eval(packed, others)
+                yield packed
+                helpers.append(others)
+        for pieces in zip(*helpers, strict=True):
+            yield mx.concatenate(pieces)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file to write; form is what its metadata calls its format."""
+
+    name: str
+    tasks: list[Task]
+    form: str
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [slot for task in self.tasks for slot in task.slots]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion writes: shards, and the contents of small files. single is set if it is one file."""
+
+    shards: list[Shard]
+    files: dict[str, bytes] = field(default_factory=dict)
+    single: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for shard in self.shards for slot in shard.slots)
+
+
+def quantizations(
+    bits: int | None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    text_encoder_bits: int | None = None,
+    transformer_bits: int | None = None,
+) -> dict[str, Quantization | None]:
+    """How each network that can be quantized is to be, from convert's arguments."""
+    chosen = {}
+    for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
+        component_bits = bits if own_bits is None else own_bits
+        dense = component_bits in DENSE or (component_bits is None and mode == "affine")
+        chosen[component] = None if dense else default_quantization(component_bits, group_size, mode)
+    if group_size is not None and not any(chosen.values()):
+        raise RequestError(f"a group size of {group_size} was given, but no bits; nothing would be quantized")
+    return chosen
+
+
+def plan_folder(
+    source: Source, dtype: str, quantization: dict[str, Quantization | None], form: str, small: dict[str, bytes]
+) -> Plan:
+    """A folder of ours ("mlx") or of diffusers ("diffusers"), whose files small come along."""
+    shards, files = [], dict(small)
+    for component in source.components.values():
+        q = quantization.get(component.name)
+        tasks = [
+            _task(component.name, tensor, dtype, recipe(component.name, tensor.name, tensor.shape, q))
+            for tensor in component.tensors
+        ]
+        stem = "model" if form == "mlx" else STEMS[component.name]
+        own = _shards(tasks, f"{component.name}/{stem}", form)
+        shards += own
+        if form == "mlx" or len(own) > 1:
+            files[f"{component.name}/{stem}.safetensors.index.json"] = render_json(_index(own, component.parameters))
+        files[f"{component.name}/config.json"] = render_json(config(component.config, dtype, tasks))
+    return Plan(shards, files)
+
+
+def plan_comfyui(source: Source, dtype: str, name: str) -> Plan:
+    """One file with all three networks, in ComfyUI's names."""
+    tasks = []
+    for component in source.components.values():
+        stacked: dict[str, list[Tensor]] = {}
+        for tensor in component.tensors:
+            stacked.setdefault(comfyui_name(component.name, tensor.name), []).append(tensor)
+        for own, tensors in stacked.items():
+            first, *rest = (tensor.shape for tensor in tensors)
+            shape = (first[0] + sum(other[0] for other in rest), *first[1:])
+            if component.name == "vae" and ".mid.attn_1." in own and len(shape) == 2:
+                shape = (*shape, 1, 1)  # LDM has convolutions there
+            slot = Slot(COMFYUI_PREFIXES[component.name] + own, SPELLED[dtype], shape)
+            tasks.append(Task(component.name, tuple(tensors), (slot,)))
+    return Plan([Shard(name, tasks, "pt")], single=True)
+
+
+def _task(component: str, tensor: Tensor, dtype: str, q: Quantization | None) -> Task:
+    spelled = SPELLED[dtype]
+    if q is None:
+        return Task(component, (tensor,), (Slot(tensor.name, spelled, tensor.shape),))
+    weight, *helpers = q.packed(tensor.name, tensor.shape).items()
+    helper_dtype = spelled if q.mode == "affine" else "U8"
+    slots = (Slot(weight[0], "U32", weight[1]), *(Slot(name, helper_dtype, shape) for name, shape in helpers))
+    return Task(component, (tensor,), slots, q)
+
+
+def _shards(tasks: Sequence[Task], stem: str, form: str) -> list[Shard]:
+    """The tasks in files of at most SHARD_BYTES, but for a single task that is larger."""
+    groups: list[list[Task]] = [[]]
+    size = 0
+    for task in tasks:
+        if size and size + task.nbytes > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(task)
+        size += task.nbytes
+    if form == "diffusers" and len(groups) == 1:
+        return [Shard(f"{stem}.safetensors", groups[0], "pt")]
+    name = f"{stem}-{{:05}}-of-{len(groups):05}.safetensors"
+    return [Shard(name.format(i), group, "mlx" if form == "mlx" else "pt") for i, group in enumerate(groups, 1)]
+
+
+def _index(shards: Sequence[Shard], parameters: int) -> dict:
+    """The content of an index file, as mlx-lm writes it."""
+    weight_map = {slot.name: shard.name.rpartition("/")[2] for shard in shards for slot in shard.slots}
+    total = sum(slot.nbytes for shard in shards for slot in shard.slots)
+    return {
+        "metadata": {"total_size": total, "total_parameters": parameters},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> dict:
+    """The source's config.json made true of what is written: its dtype, and mlx-lm's quantization block twice.
+
+    The block is what most quantized layers share; the others follow under their names.
+    """
+    changed = {key: value for key, value in source_config.items() if not key.startswith("quantization")}
+    for key in ("dtype", "torch_dtype"):
+        if key in changed:
+            changed[key] = dtype
+    packed = {task.tensors[0].name.removesuffix(".weight"): task.quantization for task in tasks if task.quantization}
+    if packed:
+        usual, _ = Counter(packed.values()).most_common(1)[0]
+        block = usual.to_dict() | {layer: q.to_dict() for layer, q in packed.items() if q != usual}
+        changed["quantization"] = changed["quantization_config"] = block
+    return changed
+
+
+def describe(source: Source, dtype: str, quantization: dict[str, Quantization | None]) -> dict:
+    """What is told about a conversion in the folder it made; `before` tells of the source's own conversion."""
+    packed = {name: q and q.to_dict() for name, q in quantization.items()}
+    told = {"converter": f"mlx-zimage {__version__}", "source": source.origin, "dtype": dtype, "quantization": packed}
+    return told | ({"before": source.conversion} if source.conversion else {})
+
+
+def fingerprint(source: Source, plan: Plan) -> dict:
+    """What tells one conversion from another: the source's files and all that will be written."""
+    layout = hashlib.sha256()
+    for shard in plan.shards:
+        layout.update(header(shard.slots, shard.form))
+    stats = [(str(path.resolve()), path.stat()) for path in source.weights]
+    return {
+        "mlx": mx.__version__,
+        "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()},
+        "layout": layout.hexdigest(),
+    }

@@ -1,0 +1,99 @@
+"""The way back: what the converter writes for diffusers and ComfyUI is what they read."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_zimage.convert import convert, plan
+from mlx_zimage.convert.names import COMFYUI_PREFIXES, comfyui_name, places
+from mlx_zimage.convert.sources import open_source
+from mlx_zimage.convert.verify import verify
+
+from mlx_zimage.errors import RequestError
+from mlx_zimage.models.text_encoder import TextEncoderConfig
+from mlx_zimage.models.transformer import TransformerConfig
+from mlx_zimage.models.vae import VAEConfig
+from mlx_zimage.weights import COMPONENTS, open_checkpoint
+
+
+def read(source, component):
+    tensors = open_source(source, base="pocket").components[component].tensors
+    return {tensor.name: tensor.read(0, tensor.shape[0]) for tensor in tensors}
+
+
+def assert_equal(a, b):
+    for component in COMPONENTS:
+        ours, theirs = read(a, component), read(b, component)
+        assert list(ours) == list(theirs)
+        assert all(mx.array_equal(ours[name].astype(mx.float32), theirs[name].astype(mx.float32)) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("component", "config"),
+    [("transformer", TransformerConfig()), ("text_encoder", TextEncoderConfig()), ("vae", VAEConfig())],
+)
+def test_comfyui_names_lead_back_to_those_of_diffusers(component, config):
+    fused = set()
+    for name in config.shapes():
+        there = comfyui_name(component, name)
+        back = places(COMFYUI_PREFIXES[component] + there)
+        assert (component, name) in {(place.component, place.name) for place in back}
+        fused.add(there)
+    # 453 tensors are in the published transformer: 34 blocks with two tensors less
+    assert len(fused) == {"transformer": 453, "text_encoder": 398, "vae": 244}[component]
+
+
+def test_a_comfyui_file_holds_the_whole_model(tmp_path):
+    file = convert("pocket", tmp_path / "all.safetensors", format="comfyui")
+    assert [path.name for path in tmp_path.iterdir()] == ["all.safetensors"]
+    stored = mx.load(str(file))
+    assert stored["model.diffusion_model.layers.0.attention.qkv.weight"].shape == (576, 192)
+    assert stored["vae.decoder.mid.attn_1.q.weight"].ndim == 4
+    assert_equal(file, "pocket")
+    with pytest.raises(RequestError, match="exists already"):
+        convert("pocket", file, format="comfyui")
+
+
+def test_a_diffusers_folder_has_the_files_that_diffusers_looks_for(tmp_path, monkeypatch):
+    out = convert("pocket", tmp_path / "single", format="diffusers", dtype="float32")
+    assert (out / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (out / "text_encoder" / "model.safetensors").is_file()
+    assert not list(out.rglob("*.index.json"))
+    assert_equal(out, "pocket")
+    assert not verify(out)
+    monkeypatch.setattr(plan, "SHARD_BYTES", 4_000_000)
+    out = convert("pocket", tmp_path / "sharded", format="diffusers")
+    index = json.loads((out / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == sorted(p.name for p in out.glob("transformer/*.safetensors"))
+    assert all(mx.load(str(p), return_metadata=True)[1] == {"format": "pt"} for p in out.rglob("*.safetensors"))
+    assert_equal(out, "pocket")
+
+
+def test_a_quantized_folder_of_ours_goes_back_dense(tmp_path):
+    packed = convert("pocket", tmp_path / "packed", bits=4)
+    out = convert(packed, tmp_path / "out", format="diffusers", dtype="float32")
+    assert not any(part.quantizations for part in open_checkpoint(out).components)
+    assert_equal(out, packed)
+
+
+@pytest.mark.slow
+def test_diffusers_loads_what_is_written_for_it(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(plan, "SHARD_BYTES", 4_000_000)
+    out = convert("pocket", tmp_path / "out", format="diffusers")
+    theirs = diffusers.ZImagePipeline.from_pretrained(out)
+    for component in COMPONENTS:
+        state, ours = getattr(theirs, component).state_dict(), read("pocket", component)
+        for name, array in ours.items():
+            name = name.removeprefix("model.") if component == "text_encoder" else name
+            assert np.array_equal(state[name].float().numpy(), np.array(array.astype(mx.float32)))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui"])
+def test_quantization_is_refused_where_nobody_could_read_it(tmp_path, form):
+    with pytest.raises(RequestError, match=f"{form} cannot read MLX's quantized weights"):
+        convert("pocket", tmp_path / "out", format=form, bits=4)
+    with pytest.raises(RequestError, match="format must be one of mlx, diffusers, comfyui, got 'gguf'"):
+        convert("pocket", tmp_path / "out", format="gguf")

@@ -215,6 +215,31 @@ def test_every_command_has_help_with_an_example(run):
         assert f"Example: mlx-zimage {name}" in " ".join(result.stdout.split())
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_that_asks_the_program(run, shell):
+    result = run("completion", shell)
+    assert result.exit_code == 0
+    assert f"_MLX_ZIMAGE_COMPLETE={shell}_complete" in result.stdout
+    if shutil.which(shell):
+        assert subprocess.run([shell, "-n"], input=result.stdout.encode(), capture_output=True).returncode == 0
+
+
+def test_the_program_completes_commands_and_options():
+    def complete(words: str, index: int) -> str:
+        environment = {
+            **os.environ,
+            "_MLX_ZIMAGE_COMPLETE": "bash_complete",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(index),
+        }
+        code = "from mlx_zimage.cli import main; main(prog_name='mlx-zimage')"
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+
+    assert complete("mlx-zimage gen", 1) == "plain,generate\n"
+    assert "plain,--seed\n" in complete("mlx-zimage generate --se", 2)
+    assert complete("mlx-zimage generate --rng ", 3) == "plain,torch\nplain,mlx\n"
+
+
 def test_a_mistyped_command_or_option_is_a_usage_error(run):
     assert run("genrate", PROMPT).exit_code == 2
     result = run("generate", PROMPT, "--widht", "64")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlx_zimage.convert import convert
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,10 @@ def test_the_commands_work_as_they_stand(tmp_path):
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mlx_zimage "$@"\n')
     command.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}"}
+    # as after a first run, which test_first_run.py runs
+    convert("pocket", tmp_path / "home/Z-Image-Turbo-bf16")
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "MLX_ZIMAGE_HOME": str(tmp_path / "home")}
     stdout = ""
     for block in blocks("sh"):
         if ".venv" in block:
@@ -49,8 +53,10 @@ def test_the_commands_work_as_they_stand(tmp_path):
         assert result.returncode == 0, f"{block}\n{result.stderr}"
         stdout += result.stdout
     assert "4-bit affine" in stdout
+    assert "z-image-4bit is whole (every checksum)" in stdout
     assert Image.open(tmp_path / "lighthouse.png").size == (128, 128)
-    assert Image.open(tmp_path / "image.png").size == Image.open(tmp_path / "again.png").size == (160, 112)
+    assert Image.open(tmp_path / "image.png").size == Image.open(tmp_path / "again.png").size == (128, 128)
+    assert Image.open(tmp_path / "image-1.png").size == (160, 112)
     assert len(list(tmp_path.glob("two-green-squares-on-a-white-background-*.webp"))) == 3
 
 

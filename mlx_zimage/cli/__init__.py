@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr. Nothing heavy is imported befor
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 import warnings
@@ -12,12 +13,16 @@ import warnings
 import click
 
 from .. import __version__
-from ..errors import ZImageError
+from ..errors import OutputError, ZImageError
+from .completion import completion
 from .convert import convert
 from .doctor import doctor
 from .generate import generate
 from .info import info
+from .models import models
 from .verify import verify
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Terminated(BaseException):
@@ -38,6 +43,12 @@ class Commands(click.Group):
             failure = click.ClickException(str(error))
             failure.exit_code = error.exit_code
             raise failure from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # whoever read the output has gone; click ends quietly
+            failure = click.ClickException(str(error))
+            failure.exit_code = OutputError.exit_code if error.errno in FULL else 1
+            raise failure from error
         except (KeyboardInterrupt, Terminated) as stop:
             click.echo("Stopped.", err=True)
             ctx.exit(143 if isinstance(stop, Terminated) else 130)
@@ -49,12 +60,12 @@ def main():
     """Draw pictures from prompts with Z-Image-Turbo, through MLX.
 
     Results are printed on stdout, progress and messages on stderr. Exit codes: 0 done, 1 failed, 2 a value that
-    cannot work, 3 no such model, 4 damaged model files, 6 a result that cannot be written, 7 a folder that another
-    process is writing, 8 numbers that are not finite, 130 stopped by Ctrl-C, 143 by SIGTERM.
+    cannot work, 3 no such model, 4 damaged model files, 5 too little memory, 6 a result that cannot be written, 7 a folder
+    that another process is writing, 8 numbers that are not finite or not right, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
 
 
-for command in (generate, convert, info, verify, doctor):
+for command in (generate, convert, info, verify, models, doctor, completion):
     main.add_command(command)
 
 

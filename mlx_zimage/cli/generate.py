@@ -13,6 +13,7 @@ import click
 from ..errors import RequestError
 from ..jobs import count_up, multiply, parse_seeds, parse_size, read_prompts, read_requests, read_text
 from ..request import RNGS
+from .models import first_run
 from .output import print_path, progress_bar, tell
 
 DEFAULT_MODEL = "Tongyi-MAI/Z-Image-Turbo"
@@ -41,7 +42,9 @@ def _parse(parse):
     type=click.File("rb"),
     help='JSON objects, one a line, such as {"prompt": "a cat", "seed": 1, "output": "cat.png"}; - is stdin.',
 )
-@click.option("-m", "--model", help=f"A model folder, a Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}]")
+@click.option(
+    "-m", "--model", help=f"A model folder, a Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]"
+)
 @click.option(
     "-o",
     "--output",
@@ -100,11 +103,12 @@ def _parse(parse):
     help="Begin with the request that PICTURE carries; other options change it.",
 )
 @click.option("--metadata/--no-metadata", default=True, help="Whether pictures carry their request.  [default: yes]")
+@click.option("-y", "--yes", is_flag=True, help="Where no model is here yet, fetch and convert it without asking.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per picture instead of its path.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no seeds on stderr; warnings and errors remain.")
 def generate(
     prompt, prompt_option, prompt_file, requests_file, model, output, overwrite, size, seeds, count, auto_seeds,
-    latents_file, dtype, from_picture, metadata, as_json, quiet, **values,
+    latents_file, dtype, from_picture, metadata, as_json, quiet, yes, **values,
 ):  # fmt: skip
     """Draw a picture of PROMPT, or several, and print their paths.
 
@@ -131,7 +135,7 @@ def generate(
     jobs = list(multiply(base, prompts, _seeds(seeds, count, auto_seeds, old), output, ratio))
     for job in jobs:
         check_output(job.path(job.request(ANY_SIDE)))
-    model = model or _model_of(old, from_picture)
+    model = model or _model_of(old, from_picture, yes, quiet)
     _check_latents_of(old, from_picture, latents)
 
     from ..pipeline import Step, ZImagePipeline
@@ -240,11 +244,14 @@ def _seeds(given, count, auto_seeds, old) -> list[int]:
     return count_up(seeds, count)
 
 
-def _model_of(old, picture) -> str:
+def _model_of(old, picture, yes, quiet) -> str:
     """The model to draw with where none was named. A picture may name one, but only a known one is trusted."""
-    if old is None or old.model in ("pocket", DEFAULT_MODEL):
-        return old.model if old else DEFAULT_MODEL
-    raise RequestError(f"{picture} was drawn with the model {old.model!r}; say where it is with --model")
+    if old and old.model == "pocket":
+        return "pocket"
+    model = first_run(DEFAULT_MODEL, yes, quiet)
+    if old and old.model not in (DEFAULT_MODEL, model.name):
+        raise RequestError(f"{picture} was drawn with the model {old.model!r}; say where it is with --model")
+    return str(model)
 
 
 def _check_latents_of(old, picture, latents) -> None:

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from ..errors import ModelNotFoundError
+from .output import progress_bar, size, tell
+
+
+@click.group(invoke_without_command=True, epilog="Example: mlx-zimage models; mlx-zimage models rm Z-Image-Turbo-4bit")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per model.")
+@click.pass_context
+def models(ctx, as_json):
+    """List the models on this machine, or remove one.
+
+    Told are the tiny model of this package, the folders that first runs converted (in MLX_ZIMAGE_HOME, by default
+    ~/.cache/mlx-zimage), and the diffusers folders in the Hugging Face cache. Each name is what --model takes.
+    """
+    if ctx.invoked_subcommand:
+        return
+    from ..library import models
+
+    for model in models():
+        if as_json:
+            click.echo(json.dumps({**vars(model), "path": str(model.path)}))
+        else:
+            click.echo(f"{size(model.nbytes):>10}  {model.kind:10}{model.name}")
+
+
+@models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
+@click.argument("name")
+def rm(name):
+    """Remove the model NAME from the disk: a converted folder's name, or an id in the Hugging Face cache."""
+    from ..library import remove
+
+    click.echo(f"{size(remove(name))} are free again")
+
+
+def first_run(repository: str, yes: bool, quiet: bool) -> Path:
+    """Find the default model, or say what having it takes, ask, fetch and convert it. Returns its folder."""
+    from ..library import check_space, converted, plan_first_run
+
+    found = converted(repository)
+    if found:
+        return found
+    if not yes and not sys.stdin.isatty():
+        raise ModelNotFoundError(
+            f"no model is here yet; --yes fetches and converts {repository}, --model takes a folder or 'pocket'"
+        )
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    from ..convert import convert_steps
+    from ..doctor import memory_bytes
+
+    memory = memory_bytes()
+    disable_progress_bars()  # of the configs
+    plan = plan_first_run(repository, memory)
+    if sys.stderr.isatty() and not quiet:
+        enable_progress_bars()
+    kept = "in bfloat16" if plan.bits is None else f"in {plan.bits} bits"
+    why = f", which suits a memory of {size(memory)}" if memory else ""
+    tell(f"No model is here yet. {repository} would be", quiet)
+    tell(f"  fetched:   {size(plan.download_bytes):>9} into {plan.cache}", quiet)
+    tell(f"  converted: {size(plan.converted_bytes):>9} into {plan.dest}, {kept}{why}", quiet)
+    check_space(plan)
+    if not yes and not click.confirm("Go on?", default=True, err=True):
+        raise ModelNotFoundError("nothing was fetched; --model takes a folder, a Hugging Face id, or 'pocket'")
+    with progress_bar(quiet, unit="B", unit_scale=True, desc="Converting") as bar:
+        for step in convert_steps(repository, plan.dest, bits=plan.bits):
+            bar.total = step.total_bytes
+            bar.update(step.done_bytes - bar.n)
+    tell(f"`mlx-zimage models rm {repository}` gives back the download's room.", quiet)
+    return plan.dest

@@ -1,0 +1,171 @@
+"""The models on this machine: our converted folders, what the Hugging Face cache holds, and how the first one comes.
+
+Converted models that the program makes for itself lie in one folder, MLX_ZIMAGE_HOME or ~/.cache/mlx-zimage; the
+hub's downloads stay in the hub's own cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from .errors import ModelNotFoundError, OutputError
+from .quantize import Quantization, recipe
+from .weights import COMPONENTS, NEEDED_FILES, POCKET, read_json, resolve
+
+CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
+SHARE = 0.6  # of the memory for weights: the rest is for activations, the system and other programs
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on this disk; kind is "package", "converted" or "hub". name is what --model takes."""
+
+    name: str
+    kind: str
+    path: Path
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FirstRun:
+    """What fetching and converting a model will take. bits None is bfloat16."""
+
+    repository: str
+    download_bytes: int
+    bits: int | None
+    converted_bytes: int
+    cache: Path
+    dest: Path
+
+
+def home() -> Path:
+    """Where this program keeps the models that it converts for itself."""
+    given = os.environ.get("MLX_ZIMAGE_HOME")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-zimage"
+
+
+def models() -> Iterator[Model]:
+    """Every model that --model could take: the package's, converted ones, and the hub cache's diffusers folders."""
+    yield Model("pocket", "package", POCKET, _nbytes(POCKET))
+    for path in _converted():
+        yield Model(str(path), "converted", path, _nbytes(path))
+    for repository in _cached():
+        for revision in repository.revisions:
+            if (revision.snapshot_path / "transformer").is_dir():
+                yield Model(repository.repo_id, "hub", revision.snapshot_path, repository.size_on_disk)
+                break
+
+
+def converted(repository: str) -> Path | None:
+    """The newest folder that was converted from repository by a first run, if any."""
+    stem = repository.rpartition("/")[2]
+    found = [path for path in _converted() if path.name.rpartition("-")[0] == stem]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def remove(name: str) -> int:
+    """Take a converted model or a repository of the hub's cache off the disk; returns the bytes that are free again."""
+    for model in models():
+        if name in (model.name, model.path.name) and model.kind == "converted":
+            shutil.rmtree(model.path)
+            return model.nbytes
+        if name == model.name and model.kind == "hub":
+            from huggingface_hub import scan_cache_dir
+
+            cache = scan_cache_dir()
+            (repository,) = (repository for repository in cache.repos if repository.repo_id == name)
+            plan = cache.delete_revisions(*(revision.commit_hash for revision in repository.revisions))
+            plan.execute()
+            return plan.expected_freed_size
+    if name == "pocket":
+        raise ModelNotFoundError("pocket is a part of the package; uninstall mlx-zimage to remove it")
+    raise ModelNotFoundError(f"there is no model {name!r} to remove; `mlx-zimage models` lists them")
+
+
+def plan_first_run(repository: str, memory: int | None) -> FirstRun:
+    """What it takes to have a repository here, in the bits that fit a machine with `memory` bytes.
+
+    Asks the hub for sizes and fetches the configs; raises ModelNotFoundError where it cannot be reached.
+    """
+    configs = resolve(repository, [f"{name}/config.json" for name in COMPONENTS])
+    sizes = {bits: converted_bytes(configs, bits) for bits in CHOICES}
+    bits = choose_bits(sizes, memory)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    files = snapshot_download(repository, allow_patterns=NEEDED_FILES, dry_run=True)
+    stem = repository.rpartition("/")[2]
+    return FirstRun(
+        repository,
+        sum(file.file_size for file in files if file.will_download),
+        bits,
+        sizes[bits],
+        Path(HF_HUB_CACHE),
+        home() / (f"{stem}-bf16" if bits is None else f"{stem}-{bits}bit"),
+    )
+
+
+def choose_bits(sizes: dict[int | None, int], memory: int | None) -> int | None:
+    """The first choice whose weights leave room in memory, else the smallest; in 4 bits where memory is unknown."""
+    fitting = [bits for bits in CHOICES if memory and sizes[bits] <= SHARE * memory]
+    return fitting[0] if fitting else CHOICES[-1]
+
+
+def converted_bytes(folder: Path, bits: int | None) -> int:
+    """The bytes of all weights of a model, known from its configs, once converted; bits None is bfloat16."""
+    quantization = Quantization(bits) if bits else None
+    return sum(
+        _tensor_bytes(component, name, shape, quantization)
+        for component, config in COMPONENTS.items()
+        for name, shape in config.from_dict(read_json(folder / component / "config.json")).shapes().items()
+    )
+
+
+def _tensor_bytes(component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None) -> int:
+    q = recipe(component, name, shape, quantization)
+    if q is None:
+        return 2 * prod(shape)
+    return sum((4 if part == name else 2) * prod(packed) for part, packed in q.packed(name, shape).items())
+
+
+def check_space(plan: FirstRun) -> None:
+    """Refuse before anything is fetched what the disks cannot take."""
+    needs: dict[int, int] = {}
+    free: dict[int, int] = {}
+    for place, nbytes in ((plan.cache, plan.download_bytes), (plan.dest, plan.converted_bytes)):
+        place = next(path for path in (place, *place.absolute().parents) if path.exists())
+        disk = place.stat().st_dev
+        needs[disk] = needs.get(disk, 0) + nbytes
+        free[disk] = shutil.disk_usage(place).free
+    for disk, nbytes in needs.items():
+        if nbytes > free[disk]:
+            raise OutputError(
+                f"{nbytes / 1e9:.1f} GB are needed and {free[disk] / 1e9:.1f} GB are free; make room, or set HF_HOME "
+                f"(the download) or MLX_ZIMAGE_HOME (the converted model) to another disk"
+            )
+
+
+def _converted() -> list[Path]:
+    folder = home()
+    return sorted(path.parent for path in folder.glob("*/model_index.json") if not path.parent.name.startswith("."))
+
+
+def _cached() -> list:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return sorted(scan_cache_dir().repos, key=lambda repository: repository.repo_id)
+    except CacheNotFound:
+        return []
+
+
+def _nbytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

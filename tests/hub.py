@@ -1,0 +1,100 @@
+"""A server on loopback that speaks as much of the Hugging Face hub's protocol as fetching a repository takes."""
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "c" * 40
+
+
+class Hub:
+    """Serves a folder as the repository `name`. token: wanted of clients. cut: path -> bytes after which, once, the
+    connection is dropped. seen: (method, path, Range) of every request."""
+
+    def __init__(self, folder: Path, name: str):
+        self.name = name
+        self.serve(folder)
+        self.token: str | None = None
+        self.cut: dict[str, int] = {}
+        self.seen: list[tuple[str, str, str | None]] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                hub.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def serve(self, folder: Path) -> None:
+        self.files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = request.path.partition("?")[0]
+        self.seen.append((request.command, path, request.headers.get("Range")))
+        if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
+            self.send(request, 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
+        elif re.fullmatch(rf"/api/models/{self.name}(/revision/[\w.]+)?", path):
+            self.send_json(
+                request, {"id": self.name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in self.files]}
+            )
+        elif path == f"/api/models/{self.name}/tree/{COMMIT}":
+            self.send_json(request, [self.entry(name) for name in self.files])
+        elif (found := re.fullmatch(rf"/{self.name}/resolve/[\w.]+/(.+)", path)) and found[1] in self.files:
+            self.send_file(request, found[1])
+        else:
+            self.send(request, 404, {"X-Error-Code": "RepoNotFound"})
+
+    def entry(self, name: str) -> dict:
+        return {"type": "file", "path": name, "size": self.files[name].stat().st_size, "oid": self.sha(name)}
+
+    def sha(self, name: str) -> str:
+        return hashlib.sha1(self.files[name].read_bytes()).hexdigest()
+
+    def send_file(self, request, name: str) -> None:
+        content = self.files[name].read_bytes()
+        start = int(re.fullmatch(r"bytes=(\d+)-.*", request.headers.get("Range", "bytes=0-"))[1])
+        headers = {"ETag": f'"{self.sha(name)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.send(
+            request,
+            206 if start else 200,
+            headers,
+            content[start:],
+            self.cut.pop(name, None) if request.command == "GET" else None,
+        )
+
+    def send_json(self, request, value) -> None:
+        self.send(request, 200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    def send(self, request, status: int, headers: dict, content: bytes = b"", cut: int | None = None) -> None:
+        request.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            request.send_header(key, value)
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(content[:cut])
+            if cut is not None:
+                request.wfile.flush()
+                request.connection.close()
+                request.close_connection = True

@@ -1,0 +1,205 @@
+"""From nothing to a picture, against a server on this machine that speaks the hub's protocol."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub import Hub
+from mlx_zimage.convert import convert
+from PIL import Image
+
+from mlx_zimage import library
+from mlx_zimage.cli.generate import DEFAULT_MODEL
+from mlx_zimage.errors import ModelNotFoundError, OutputError
+from mlx_zimage.library import FirstRun, check_space, choose_bits
+from mlx_zimage.metadata import read_origin
+from mlx_zimage.weights import POCKET, open_checkpoint
+
+DRAW = ["generate", "a red circle", "--steps", "1", "--width", "32", "--height", "32", "--seed", "1"]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    (tmp_path / "repository").mkdir()
+    shutil.copytree(POCKET, tmp_path / "repository", dirs_exist_ok=True)
+    (tmp_path / "repository/assets").mkdir()
+    (tmp_path / "repository/assets/large.png").write_bytes(bytes(1000))
+    with Hub(tmp_path / "repository", DEFAULT_MODEL) as hub:
+        yield hub
+
+
+@pytest.fixture
+def run(tmp_path, hub):
+    """Run mlx-zimage in a process whose home, caches and hub are of this test."""
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def run(*args, program="from mlx_zimage.cli import main; main()", stdin=subprocess.DEVNULL, **variables):
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "XDG_"))}
+        environment = {
+            **kept,
+            "HOME": str(tmp_path / "home"),
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            **variables,
+        }
+        return subprocess.run(
+            [sys.executable, "-c", program, *map(str, args)],
+            cwd=work, env=environment, stdin=stdin, capture_output=True, text=True,
+        )  # fmt: skip
+
+    run.work, run.home = work, tmp_path / "home/.cache/mlx-zimage"
+    return run
+
+
+def test_the_first_run_tells_fetches_converts_and_draws_and_later_runs_need_no_network(run, hub):
+    result = run(*DRAW, "--yes")
+    assert (result.returncode, result.stdout) == (0, "image.png\n"), result.stderr
+    assert "No model is here yet. Tongyi-MAI/Z-Image-Turbo would be" in result.stderr
+    assert re.search(r"fetched: +12\.\d\d MB into .*/home/\.cache/huggingface/hub\n", result.stderr), result.stderr
+    assert f"into {run.home / 'Z-Image-Turbo-bf16'}, in bfloat16, which suits a memory of" in result.stderr
+    assert Image.open(run.work / "image.png").size == (32, 32)
+    assert read_origin(run.work / "image.png").model == "Z-Image-Turbo-bf16"
+    assert not any("large.png" in path for _, path, _ in hub.seen), "only needed files are fetched"
+
+    hub.seen.clear()
+    result = run(*DRAW)
+    assert (result.returncode, result.stdout) == (0, "image-1.png\n"), result.stderr
+    assert (run.work / "image-1.png").read_bytes() == (run.work / "image.png").read_bytes()
+    assert hub.seen == []
+
+    listed = run("models").stdout
+    assert str(run.home / "Z-Image-Turbo-bf16") in listed
+    assert "hub       Tongyi-MAI/Z-Image-Turbo\n" in listed
+    assert {json.loads(line)["kind"] for line in run("models", "--json").stdout.splitlines()} == {
+        "package", "converted", "hub",
+    }  # fmt: skip
+    assert re.fullmatch(r"12\.\d\d MB are free again\n", run("models", "rm", "Z-Image-Turbo-bf16").stdout)
+    assert run("models", "rm", DEFAULT_MODEL).returncode == 0
+    assert run("models").stdout.endswith("package   pocket\n")
+    assert run("models", "rm", "Z-Image-Turbo-bf16").returncode == 3
+
+
+def test_without_a_terminal_nothing_is_fetched_unasked(run, hub):
+    result = run(*DRAW)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "no model is here yet; --yes fetches and converts Tongyi-MAI/Z-Image-Turbo" in result.stderr
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize(("answer", "code"), [(b"n\n", 3), (b"\n", 0)])
+def test_a_terminal_is_asked(run, answer, code):
+    master, slave = pty.openpty()
+    try:
+        os.write(master, answer)
+        result = run(*DRAW, stdin=slave)
+        assert result.returncode == code, result.stderr
+        assert "Go on? [Y/n]" in result.stderr
+        assert ("nothing was fetched" in result.stderr) == bool(code)
+        assert (run.work / "image.png").exists() == (not code)
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def test_values_are_checked_before_anything_is_fetched(run, hub):
+    assert run(*DRAW, "--yes", "--steps", "0").returncode == 2
+    assert hub.seen == []
+
+
+def test_a_cut_download_goes_on_where_it_stopped(run, hub, tmp_path):
+    # in float32, since the hub's client writes 10 MB at a time
+    convert("pocket", tmp_path / "large", dtype="float32")
+    hub.serve(tmp_path / "large")
+    weights = "transformer/model-00001-of-00001.safetensors"
+    hub.cut[weights] = 15_000_000
+    result = run(*DRAW, "--yes")
+    assert result.returncode == 0, result.stderr
+    asked = [sent for method, path, sent in hub.seen if method == "GET" and path.endswith(weights)]
+    assert [sent and sent.partition("-")[0] + "-" for sent in asked] == [None, "bytes=10485760-"]
+    (fetched,) = run.home.with_name("huggingface").rglob(f"snapshots/*/{weights}")
+    assert fetched.read_bytes() == (tmp_path / "large" / weights).read_bytes()
+
+
+def test_an_explicit_id_is_fetched_and_drawn_from_as_it_is(run):
+    assert run(*DRAW, "--model", DEFAULT_MODEL).stdout == "image.png\n"
+    result = run(*DRAW, "--model", DEFAULT_MODEL, HF_HUB_OFFLINE="1")
+    assert (result.returncode, result.stdout) == (0, "image-1.png\n"), result.stderr
+
+
+@pytest.mark.parametrize("args", [["--yes"], ["--model", DEFAULT_MODEL]])
+def test_offline_is_told_with_3(run, args):
+    for variables in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        result = run(*DRAW, *args, **variables)
+        assert (result.returncode, result.stdout) == (3, "")
+        assert "the hub cannot be reached; check the network and HF_HUB_OFFLINE" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_missing_token_is_told_and_a_given_one_is_used(run, hub):
+    hub.token = "hf_test"
+    result = run(*DRAW, "--yes")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "did not give it" in result.stderr
+    assert run(*DRAW, "--yes", HF_TOKEN="hf_test").returncode == 0
+
+
+def test_an_unknown_repository_is_told(run):
+    result = run(*DRAW, "--model", "nobody/nothing")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "nobody/nothing" in result.stderr
+
+
+def test_disks_without_room_are_refused_before_fetching(tmp_path, monkeypatch):
+    plan = FirstRun("a/b", 33 * 10**9, 4, 7 * 10**9, tmp_path / "hub", tmp_path / "home/b-4bit")
+    usage = type("usage", (), {"free": 40 * 10**9})
+    monkeypatch.setattr(library.shutil, "disk_usage", lambda _: usage)
+    check_space(plan)
+    usage.free -= 1
+    with pytest.raises(OutputError, match=r"40\.0 GB are needed and 40\.0 GB are free"):
+        check_space(plan)
+
+
+def test_a_disk_that_fills_up_is_told_with_6(run):
+    result = run(*DRAW, "--yes", program=FULL_DISK)
+    assert (result.returncode, result.stdout) == (6, ""), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(run.home.glob("Z-Image*"))
+
+
+FULL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+from mlx_zimage.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "bits"), [(128, None), (64, None), (36, None), (24, 8), (16, 6), (8, 4), (None, 4)]
+)
+def test_the_bits_are_those_that_leave_room_in_memory(memory_gb, bits):
+    sizes = {None: 20_522_393_030, 8: 11_475_967_430, 6: 9_063_000_000, 4: 6_651_207_110}
+    assert choose_bits(sizes, memory_gb and memory_gb * 10**9) == bits
+
+
+def test_pocket_cannot_be_removed():
+    with pytest.raises(ModelNotFoundError, match="a part of the package"):
+        library.remove("pocket")
+
+
+def test_the_size_that_is_told_is_the_size_that_is_written(tmp_path):
+    from mlx_zimage.convert import convert
+
+    for bits in (None, 8, 4):
+        folder = convert("pocket", tmp_path / str(bits), bits=bits)
+        written = sum(component.nbytes for component in open_checkpoint(folder).components)
+        assert library.converted_bytes(Path(POCKET), bits) == written

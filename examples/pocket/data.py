@@ -117,7 +117,7 @@ def sample_scene(
         scene = _sample_facts(rng, kind, canvas)
         if _fits(scene) and is_held_out(scene) == (split == "held out"):
             break
-    language = language or rng.choice(("en", "en", "en", "en", "en", "zh", "zh", "zh", "zh"))
+    language = language or rng.choice(("en",) * 5 + ("zh",) * 4)
     scene = replace(scene, language=language)
     return replace(scene, caption=captions.describe(rng, scene))
 
@@ -155,12 +155,10 @@ def _sample_facts(rng: random.Random, kind: str | None, canvas: tuple[int, int] 
     count = {"single": 1, "count": 1, "row": 3}.get(kind, 2)
     *colors, spare = rng.sample(range(len(COLORS)), count + 1)
     background_is_named = rng.random() < 0.65
-    # an unnamed background is white, or the next colour that no object has
-    background = (
-        spare
-        if background_is_named
-        else next(_index(name) for name in ("white", "gray", "black", "yellow") if _index(name) not in colors)
-    )
+    if background_is_named:
+        background = spare
+    else:  # white, or the next colour that no object has
+        background = next(_index(name) for name in ("white", "gray", "black", "yellow") if _index(name) not in colors)
     sample = {"single": _single, "pair": _pair, "and": _pair, "inside": _inside, "count": _count, "row": _row}[kind]
     return Scene(
         kind=kind,
@@ -184,6 +182,10 @@ def _size(rng: random.Random, share: float) -> str | None:
     return rng.choice(("small", "large")) if rng.random() < share else None
 
 
+def _up_to_grid(length: float) -> float:
+    return GRID * -(-length // GRID)
+
+
 def _jitter(rng: random.Random) -> int:
     return rng.choice((-GRID, 0, GRID))
 
@@ -195,7 +197,7 @@ def _single(rng, kind, colors, width, height) -> dict:
     if position is None:
         x, y = width / 2 + _jitter(rng), height / 2 + _jitter(rng)
     else:
-        inset = GRID * -(-(radius + RIM) // GRID)  # up to the grid
+        inset = _up_to_grid(radius + RIM)
         column, row = POSITIONS[position]
         x = {-1: inset, 0: width / 2, 1: width - inset}[column]
         y = {-1: inset, 0: height / 2, 1: height - inset}[row]
@@ -215,22 +217,27 @@ def _pair(rng, kind, colors, width, height) -> dict:
     relation = rng.choice(RELATIONS) if kind == "pair" else "left"  # "a and b" reads left to right
     is_row = relation in ("left", "right")
     length, breadth = (width, height) if is_row else (height, width)
-    distance = GRID * -(-(sum(radii) + GAP) // GRID) + (GRID * rng.randrange(2) if length > 128 else 0)
-    first = GRID * round((length - distance) / 2 / GRID) + (_jitter(rng) if length > 128 else 0)
-    along = [first, first + distance]
-    # both keep the rim: the bigger object may push the group over by a cell
-    radius_low, radius_high = radii if relation in ("left", "above") else radii[::-1]
-    along = [
-        a + GRID * (first < radius_low + RIM) - GRID * (first + distance > length - radius_high - RIM) for a in along
-    ]
-    if relation in ("right", "below"):
-        along.reverse()
+    spare = GRID * rng.randrange(2) if length > 128 else 0
+    offset = _jitter(rng) if length > 128 else 0
+    if relation in ("left", "above"):
+        along = _two_along(length, *radii, spare, offset)
+    else:
+        along = _two_along(length, *radii[::-1], spare, offset)[::-1]
     across = breadth / 2 + _jitter(rng)
     centres = [(a, across) if is_row else (across, a) for a in along]
     things = tuple(
         Thing(s, c, *centre, r, z) for s, c, centre, r, z in zip(shapes, colors, centres, radii, sizes, strict=True)
     )
     return {"things": things, "relation": relation if kind == "pair" else None}
+
+
+def _two_along(length, low_radius, high_radius, spare, offset) -> list[float]:
+    """Where two objects lie along a side: near its middle, but moved by a cell if one would miss the rim."""
+    distance = _up_to_grid(low_radius + high_radius + GAP) + spare
+    low = GRID * round((length - distance) / 2 / GRID) + offset
+    misses_low, misses_high = low < low_radius + RIM, low + distance > length - high_radius - RIM
+    low += GRID * (misses_low - misses_high)
+    return [low, low + distance]
 
 
 def _inside(rng, kind, colors, width, height) -> dict:

@@ -1,4 +1,4 @@
-"""Draws the six prompts of the README's picture with mlx_zimage: python examples/pocket/picture.py CHECKPOINT OUT.png"""
+"""Draws the README's picture with mlx_zimage: python examples/pocket/picture.py CHECKPOINT OUT.png"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from data import CANVASES, held_out_scenes, is_held_out, sample_scene
+from evaluate import pictures_of
 from judge import judge
 from palette import PALETTE
 from render import ground_truth
@@ -67,6 +68,14 @@ def test_a_smudge_is_an_object_too_much():
         smudged = picture.copy()
         smudged[4:12, 4:12] = PALETTE[(scene.background + 1) % 10]
         assert not judge(smudged, scene).is_right
+
+
+def test_a_picture_keeps_its_seed_whatever_the_batches():
+    def draw(prompts, width, height, seeds):
+        return [np.full((height, width, 3), seed, np.uint8) for seed in seeds]
+
+    for batch in (1, 7):
+        assert [picture.flat[0] for picture in pictures_of(draw, SCENES, seed=3, batch=batch)] == list(range(3, 123))
 
 
 @pytest.mark.parametrize(("width", "height"), [canvas[:2] for canvas in CANVASES])

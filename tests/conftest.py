@@ -19,9 +19,9 @@ def golden(request, tmp_path_factory) -> Golden:
     return Golden(request.param, folder, load_file(tiny.GOLDEN / f"seed{request.param}.safetensors"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def golden_pipe(golden) -> ZImagePipeline:
-    return ZImagePipeline.from_pretrained(golden.folder, dtype="float32")
+    return golden.pipe
 
 
 @pytest.fixture(scope="session")

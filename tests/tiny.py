@@ -175,6 +175,10 @@ class Golden:
         return self.root / "tiny"
 
     @cached_property
+    def pipe(self) -> ZImagePipeline:
+        return ZImagePipeline.from_pretrained(self.folder, dtype="float32")
+
+    @cached_property
     def wide(self) -> ZImagePipeline:
         return ZImagePipeline.from_pretrained(self.root / "wide", dtype="float32")
 

@@ -168,6 +168,8 @@ class Component:
         try:
             self.config = COMPONENTS[name].from_dict(self.raw_config)
             self.config.shapes()
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise CheckpointError(
                 f"{self.folder / 'config.json'} describes no model ({error}); fetch it again"

@@ -407,13 +407,15 @@ def test_a_damaged_config_is_named(folder, component, content):
         ("transformer", {"dim": "48"}),
         ("transformer", {"n_heads": 0}),
         ("transformer", {"axes_dims": 16}),
+        ("transformer", {"axes_dims": [4, 6, 8]}),  # wider than a head
+        ("transformer", {"qk_norm": False}),
         ("text_encoder", {"hidden_size": None}),
         ("vae", {"block_out_channels": None}),
         ("vae", {"block_out_channels": []}),
     ],
     ids=str,
 )
-def test_a_config_with_values_of_another_kind_is_named(folder, component, change):
+def test_a_config_that_is_not_this_architectures_is_named(folder, component, change):
     file = folder / component / "config.json"
     file.write_text(json.dumps(CONFIGS[component] | change))
     message = refusal(folder)

@@ -48,7 +48,13 @@ class TransformerConfig:
         names = {field.name for field in fields(cls)}
         known = {key: value for key, value in config.items() if key in names}
         known["axes_dims"] = tuple(known.get("axes_dims", cls.axes_dims))
-        return cls(**known)
+        read = cls(**known)
+        if sum(read.axes_dims) * read.n_heads != read.dim:
+            raise CheckpointError(
+                f"transformer config: axes_dims {list(read.axes_dims)} must add up to the width of a head, "
+                f"dim / n_heads = {read.dim / read.n_heads:g}"
+            )
+        return read
 
     @property
     def ffn_dim(self) -> int:

@@ -8,7 +8,6 @@ off at a width of 256.
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import time
@@ -20,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
+from .memory import machine_budget
 
 # Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one
 # rounding errs by 2**-9, a result of rounded operands and output by a few of them.
@@ -147,19 +147,6 @@ def machine() -> dict[str, str]:
         "system": f"macOS {platform.mac_ver()[0]}" if platform.mac_ver()[0] else platform.platform(),
         "device": f"{device.get('device_name', platform.machine())} ({mx.default_device().type.name})",
     }
-    memory = memory_bytes()
-    if memory:
-        facts["memory"] = f"{memory / 1e9:.0f} GB"
+    facts["memory to use"] = f"{machine_budget() / 1e9:.0f} GB"
     facts["free disk here"] = f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB"
     return facts
-
-
-def memory_bytes() -> int | None:
-    """This machine's memory: a GPU's own, or on Apple Silicon that which it shares."""
-    size = mx.device_info().get("memory_size")
-    if size:
-        return int(size)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None

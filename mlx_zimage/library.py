@@ -18,7 +18,7 @@ from .quantize import Quantization, recipe
 from .weights import COMPONENTS, NEEDED_FILES, POCKET, read_json, resolve
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
-SHARE = 0.6  # of the memory for weights: the rest is for activations, the system and other programs
+SHARE = 0.9  # of a machine's budget for weights; the rest is for the work
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ def remove(name: str) -> int:
     raise ModelNotFoundError(f"there is no model {name!r} to remove; `mlx-zimage models` lists them")
 
 
-def plan_first_run(repository: str, memory: int | None) -> FirstRun:
-    """What it takes to have a repository here, in the bits that fit a machine with `memory` bytes.
+def plan_first_run(repository: str, budget: int) -> FirstRun:
+    """What it takes to have a repository here, in the bits that fit into a budget of memory in bytes.
 
     Asks the hub for sizes and fetches the configs; raises ModelNotFoundError where it cannot be reached.
     """
     configs = resolve(repository, [f"{name}/config.json" for name in COMPONENTS])
     sizes = {bits: converted_bytes(configs, bits) for bits in CHOICES}
-    bits = choose_bits(sizes, memory)
+    bits = choose_bits(sizes, budget)
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -112,10 +112,9 @@ def plan_first_run(repository: str, memory: int | None) -> FirstRun:
     )
 
 
-def choose_bits(sizes: dict[int | None, int], memory: int | None) -> int | None:
-    """The first choice whose weights leave room in memory, else the smallest; in 4 bits where memory is unknown."""
-    fitting = [bits for bits in CHOICES if memory and sizes[bits] <= SHARE * memory]
-    return fitting[0] if fitting else CHOICES[-1]
+def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
+    """The best choice whose weights stay in memory, else the smallest, of which blocks will be read as needed."""
+    return next((bits for bits in CHOICES if sizes[bits] <= SHARE * budget), CHOICES[-1])
 
 
 def converted_bytes(folder: Path, bits: int | None) -> int:

@@ -1,6 +1,7 @@
 """The commands as a person meets them: exit codes, what lands on stdout and what on stderr, wrong inputs."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -96,6 +97,7 @@ def test_latents_of_two_pictures_draw_two(run):
         (["--latents", "flat.npy"], "holds float64 of shape (16,); wanted"),
         (["--latents", "misfit.npy"], "latents have shape (1, 16, 16, 16), wanted (1, 16, 4, 4)"),
         (["--latents", "infinite.npy"], "not finite"),
+        (["--memory", "lots"], "memory must be a size such as 6GB"),
         (["--rng", "cuda"], "'cuda' is not one of"),
         (["--dtype", "float16"], "'float16' is not one of"),
     ],
@@ -174,6 +176,29 @@ def test_info_tells_networks_sizes_and_dtypes(run):
     assert result.exit_code == 0
     assert re.search(r"transformer +4,538,880 +9.08 MB +bfloat16", result.stdout)
     assert "draws 128x128" in result.stdout
+
+
+def test_a_memory_budget_changes_no_pixel_and_too_small_a_one_exits_with_5(run):
+    run("generate", PROMPT, *SMALL, "--seed", "1", "-o", "free.png")
+    assert run("generate", PROMPT, *SMALL, "--seed", "1", "-o", "tight.png", "--memory", "12MB").exit_code == 0
+    assert np.array_equal(Image.open("free.png"), Image.open("tight.png"))
+    result = run("generate", PROMPT, *SMALL, "--memory", "1MB")
+    assert (result.exit_code, result.stdout) == (5, "")
+
+
+def test_bench_prints_a_table_or_json(run):
+    small = ["pocket", "--width", "32", "--height", "32", "--steps", "1", "--tokens", "8", "--dtype", "float32"]
+    assert re.search(r"^steps +\d", run("bench", *small, "--repeat", "2").stdout, re.MULTILINE)
+    report = json.loads(run("bench", *small, "--repeat", "2", "--json").stdout)
+    assert report["total_s"] > 0
+    assert run("bench", "pocket", "--width", "17").exit_code == 2
+
+
+def test_convert_leads_back_to_one_file(run, tmp_path):
+    assert run("convert", "pocket", "pocket.safetensors", "--format", "comfyui").stdout == "pocket.safetensors\n"
+    result = run("convert", "pocket.safetensors", "again", "--base", "pocket")
+    assert (result.exit_code, result.stdout) == (0, "again\n"), result.stderr
+    assert run("verify", "again").exit_code == 0
 
 
 def test_convert_prints_the_folder_which_info_and_generate_read(run):

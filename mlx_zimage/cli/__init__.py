@@ -14,6 +14,7 @@ import click
 
 from .. import __version__
 from ..errors import OutputError, ZImageError
+from .bench import bench
 from .completion import completion
 from .convert import convert
 from .doctor import doctor
@@ -60,12 +61,13 @@ def main():
     """Draw pictures from prompts with Z-Image-Turbo, through MLX.
 
     Results are printed on stdout, progress and messages on stderr. Exit codes: 0 done, 1 failed, 2 a value that
-    cannot work, 3 no such model, 4 damaged model files, 5 too little memory, 6 a result that cannot be written, 7 a folder
-    that another process is writing, 8 numbers that are not finite or not right, 130 stopped by Ctrl-C, 143 by SIGTERM.
+    cannot work, 3 no such model, 4 damaged model files, 5 too little memory, 6 a result that cannot be written,
+    7 a folder that another process is writing, 8 numbers that are not finite or not right, 130 stopped by Ctrl-C,
+    143 by SIGTERM.
     """
 
 
-for command in (generate, convert, info, verify, models, doctor, completion):
+for command in (generate, convert, info, verify, models, doctor, bench, completion):
     main.add_command(command)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ..quantize import MODES
+from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar
 
 
@@ -23,12 +24,24 @@ from .output import print_path, progress_bar
     show_default=True,
     help="Of the weights that are not quantized.",
 )
+@click.option("--text-encoder", metavar="SOURCE", help="Where the text encoder comes from, if not from SOURCE.")
+@click.option("--vae", metavar="SOURCE", help="Where the VAE comes from, if not from SOURCE.")
+@click.option("--tokenizer", metavar="SOURCE", help="Where the tokenizer comes from, if not from SOURCE.")
+@click.option("--base", metavar="SOURCE", help=f"What gives all that is still missing.  [default: {DEFAULT_MODEL}]")
+@click.option(
+    "--format",
+    type=click.Choice(["mlx", "diffusers", "comfyui"]),
+    default="mlx",
+    show_default=True,
+    help="mlx is a folder for this program; diffusers (a folder) and comfyui (one file) lead back.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only the folder's path.")
 def convert(source, dest, quiet, **options):
     """Write SOURCE as an MLX model folder DEST and print its path.
 
-    SOURCE is a diffusers folder, a Hugging Face id, or 'pocket'. It is converted tensor by tensor, in little memory.
-    The layers that quantization hurts, and the VAE, stay in --dtype.
+    SOURCE is a diffusers folder, a Hugging Face id, 'pocket', a folder of this program's or of mflux, or a safetensors
+    or GGUF file. It is converted tensor by tensor, in little memory. The layers that quantization hurts, and the VAE,
+    stay in --dtype. A conversion that was killed goes on where it was when the same command is given again.
     """
     from ..convert import convert_steps
 

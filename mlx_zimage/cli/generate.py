@@ -13,10 +13,9 @@ import click
 from ..errors import RequestError
 from ..jobs import count_up, multiply, parse_seeds, parse_size, read_prompts, read_requests, read_text
 from ..request import RNGS
-from .models import first_run
+from .models import DEFAULT_MODEL, first_run
 from .output import print_path, progress_bar, tell
 
-DEFAULT_MODEL = "Tongyi-MAI/Z-Image-Turbo"
 ANY_SIDE = 1024  # stands in for the model's size until it is open, to check all values before that
 
 
@@ -94,6 +93,12 @@ def _parse(parse):
     help="What to compute in.  [default: bfloat16 on a GPU, float32 on a CPU]",
 )
 @click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What may be used, such as 6GB; what does not fit is read from disk as needed.  [default: what suits this "
+    "machine]",
+)
+@click.option(
     "--from",
     "-C",
     "--config-from-metadata",
@@ -108,39 +113,32 @@ def _parse(parse):
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no seeds on stderr; warnings and errors remain.")
 def generate(
     prompt, prompt_option, prompt_file, requests_file, model, output, overwrite, size, seeds, count, auto_seeds,
-    latents_file, dtype, from_picture, metadata, as_json, quiet, yes, **values,
+    latents_file, dtype, memory, from_picture, metadata, as_json, quiet, yes, **values,
 ):  # fmt: skip
     """Draw a picture of PROMPT, or several, and print their paths.
 
     All values are checked before the model is opened. The model stays open between pictures.
     """
-    from ..image import check_output, read_latents, save
-    from ..metadata import Origin, fingerprint, read_origin
+    from ..image import check_output, read_latents
+    from ..memory import parse_memory
+    from ..metadata import fingerprint, read_origin
 
     old = read_origin(from_picture) if from_picture else None
-    base = old.request.to_dict() if old else {}
-    sides, ratio = size or ({}, None)
-    if ratio:
-        base = {name: value for name, value in base.items() if name not in ("width", "height")}
-    if size and (values["width"] or values["height"]):
-        raise RequestError("--size and --width or --height contradict each other; give one")
-    base |= {name: value for name, value in {**values, **sides}.items() if value is not None}
     latents = read_latents(latents_file) if latents_file else None
-    if latents is not None:
-        base["num_images"] = len(latents)
-
     if prompt is not None and prompt_option is not None:
         raise RequestError("the prompt is given twice, as the argument and as --prompt")
     prompts = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
+    base, ratio = _base(values, size, old, latents)
     jobs = list(multiply(base, prompts, _seeds(seeds, count, auto_seeds, old), output, ratio))
     for job in jobs:
         check_output(job.path(job.request(ANY_SIDE)))
-    model = model or _model_of(old, from_picture, yes, quiet)
     _check_latents_of(old, from_picture, latents)
+    memory = None if memory is None else parse_memory(memory)
+    model = model or _model_of(old, from_picture, yes, quiet)
 
-    from ..pipeline import Step, ZImagePipeline
+    from ..pipeline import ZImagePipeline
 
-    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype or (old.dtype if old else None))
+    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype or (old.dtype if old else None), memory=memory)
     maker = {
         "model": Path(model).resolve().name if Path(model).is_dir() else model,
         "fingerprint": fingerprint(pipeline.checkpoint),
@@ -152,21 +150,34 @@ def generate(
     written = set()
     for job in jobs:
         request = job.request(pipeline.sample_size)
-        path = job.path(request)
-        place = f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""
-        tell(f"Seed: {request.seed}{place}", quiet)
-        clock = Clock()
-        with progress_bar(quiet, total=request.steps, desc="Drawing", unit="step") as bar:
-            for event in pipeline.stream(request, latents):
-                if isinstance(event, Step):
-                    clock.step()
-                    bar.update()
-                else:
-                    clock.decoded()
-                    origin = Origin(request, index=event.index, **maker)
-                    saved = save(event.pixels, path, overwrite and path not in written, origin if metadata else None)
-                    written.add(saved)
-                    print_json(saved, origin, clock) if as_json else print_path(saved)
+        tell(f"Seed: {request.seed}" + (f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""), quiet)
+        for path, origin, clock in draw(
+            pipeline, request, latents, job.path(request), maker, metadata, overwrite, written, quiet
+        ):
+            print_json(path, origin, clock) if as_json else print_path(path)
+
+
+def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, quiet):
+    """Draw a request and save its pictures, yielding each one's path, Origin and Clock.
+
+    written holds the paths of this call: they are not written over.
+    """
+    from ..image import save
+    from ..metadata import Origin
+    from ..sampling import Step
+
+    clock = Clock()
+    with progress_bar(quiet, total=request.steps, desc="Drawing", unit="step") as bar:
+        for event in pipeline.stream(request, latents):
+            if isinstance(event, Step):
+                clock.step()
+                bar.update()
+                continue
+            clock.decoded()
+            origin = Origin(request, index=event.index, **maker)
+            saved = save(event.pixels, path, overwrite and path not in written, origin if metadata else None)
+            written.add(saved)
+            yield saved, origin, clock
 
 
 class Clock:
@@ -226,6 +237,20 @@ def _prompts(prompt, prompt_file, requests_file, old) -> list[dict]:
     if not own and not old:
         raise click.UsageError("Missing argument 'PROMPT'; or give --prompt-file, --requests or --from.")
     return [own]
+
+
+def _base(values, size, old, latents) -> tuple[dict, tuple[int, int] | None]:
+    """The values that all pictures share, and their aspect if one was given."""
+    base = old.request.to_dict() if old else {}
+    sides, ratio = size or ({}, None)
+    if size and (values["width"] or values["height"]):
+        raise RequestError("--size and --width or --height contradict each other; give one")
+    if ratio:
+        base = {name: value for name, value in base.items() if name not in ("width", "height")}
+    base |= {name: value for name, value in {**values, **sides}.items() if value is not None}
+    if latents is not None:
+        base["num_images"] = len(latents)
+    return base, ratio
 
 
 def _read(stream) -> tuple[str, str]:

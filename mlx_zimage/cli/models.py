@@ -9,6 +9,8 @@ import click
 from ..errors import ModelNotFoundError
 from .output import progress_bar, size, tell
 
+DEFAULT_MODEL = "Tongyi-MAI/Z-Image-Turbo"
+
 
 @click.group(invoke_without_command=True, epilog="Example: mlx-zimage models; mlx-zimage models rm Z-Image-Turbo-4bit")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per model.")
@@ -53,18 +55,18 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     from ..convert import convert_steps
-    from ..doctor import memory_bytes
+    from ..memory import machine_budget
 
-    memory = memory_bytes()
+    budget = machine_budget()
     disable_progress_bars()  # of the configs
-    plan = plan_first_run(repository, memory)
+    plan = plan_first_run(repository, budget)
     if sys.stderr.isatty() and not quiet:
         enable_progress_bars()
     kept = "in bfloat16" if plan.bits is None else f"in {plan.bits} bits"
-    why = f", which suits a memory of {size(memory)}" if memory else ""
     tell(f"No model is here yet. {repository} would be", quiet)
     tell(f"  fetched:   {size(plan.download_bytes):>9} into {plan.cache}", quiet)
-    tell(f"  converted: {size(plan.converted_bytes):>9} into {plan.dest}, {kept}{why}", quiet)
+    tell(f"  converted: {size(plan.converted_bytes):>9} into {plan.dest},", quiet)
+    tell(f"             {kept}, which suits the {size(budget)} of memory to use here", quiet)
     check_space(plan)
     if not yes and not click.confirm("Go on?", default=True, err=True):
         raise ModelNotFoundError("nothing was fetched; --model takes a folder, a Hugging Face id, or 'pocket'")

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from .. import __version__
-from ..errors import RequestError
-from ..quantize import Quantization, default_quantization, recipe
+from ..quantize import Quantization
+from .choose import Choice
 from .names import COMFYUI_PREFIXES, comfyui_name
+from .pack import pack
 from .rows import Tensor, read_rows
 from .sources import Source
 from .writer import Slot, header, render_json
 
 SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtypes to convert to, in safetensors' spelling
-DENSE = (0, 16)  # bits that mean: not quantized
 SHARD_BYTES = 512 * 10**6
 FORMATS = ("mlx", "diffusers", "comfyui")
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
@@ -26,12 +26,16 @@ STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae
 
 @dataclass(frozen=True)
 class Task:
-    """The arrays that tensors become: one tensor dense or packed, or several stacked."""
+    """The arrays that tensors become: one tensor dense or packed, or several stacked.
+
+    search says that a packed one's scales are searched for, which takes longer (pack.py).
+    """
 
     component: str
     tensors: tuple[Tensor, ...]
     slots: tuple[Slot, ...]
     quantization: Quantization | None = None
+    search: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +49,7 @@ class Task:
                 if q is None:
                     yield rows
                     continue
-                packed, *others = mx.quantize(rows, group_size=q.group_size, bits=q.bits, mode=q.mode)
+                packed, *others = pack(rows, q, self.search)
                 mx.eval(packed, others)
                 yield packed
                 helpers.append(others)
@@ -79,34 +83,12 @@ class Plan:
         return sum(slot.nbytes for shard in self.shards for slot in shard.slots)
 
 
-def quantizations(
-    bits: int | None,
-    group_size: int | None = None,
-    mode: str = "affine",
-    text_encoder_bits: int | None = None,
-    transformer_bits: int | None = None,
-) -> dict[str, Quantization | None]:
-    """How each network that can be quantized is to be, from convert's arguments."""
-    chosen = {}
-    for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
-        component_bits = bits if own_bits is None else own_bits
-        dense = component_bits in DENSE or (component_bits is None and mode == "affine")
-        chosen[component] = None if dense else default_quantization(component_bits, group_size, mode)
-    if group_size is not None and not any(chosen.values()):
-        raise RequestError(f"a group size of {group_size} was given, but no bits; nothing would be quantized")
-    return chosen
-
-
-def plan_folder(
-    source: Source, dtype: str, quantization: dict[str, Quantization | None], form: str, small: dict[str, bytes]
-) -> Plan:
-    """A folder of ours ("mlx") or of diffusers ("diffusers"), whose files small come along."""
+def plan_folder(source: Source, dtype: str, choose: Choice, search: bool, form: str, small: dict[str, bytes]) -> Plan:
+    """A folder of ours ("mlx") or of diffusers ("diffusers"), whose files small come along; see Task for search."""
     shards, files = [], dict(small)
     for component in source.components.values():
-        q = quantization.get(component.name)
         tasks = [
-            _task(component.name, tensor, dtype, recipe(component.name, tensor.name, tensor.shape, q))
-            for tensor in component.tensors
+            _task(component.name, tensor, dtype, choose(component.name, tensor), search) for tensor in component.tensors
         ]
         stem = "model" if form == "mlx" else STEMS[component.name]
         own = _shards(tasks, f"{component.name}/{stem}", form)
@@ -134,14 +116,14 @@ def plan_comfyui(source: Source, dtype: str, name: str) -> Plan:
     return Plan([Shard(name, tasks, "pt")], single=True)
 
 
-def _task(component: str, tensor: Tensor, dtype: str, q: Quantization | None) -> Task:
+def _task(component: str, tensor: Tensor, dtype: str, q: Quantization | None, search: bool) -> Task:
     spelled = SPELLED[dtype]
     if q is None:
         return Task(component, (tensor,), (Slot(tensor.name, spelled, tensor.shape),))
     weight, *helpers = q.packed(tensor.name, tensor.shape).items()
     helper_dtype = spelled if q.mode == "affine" else "U8"
     slots = (Slot(weight[0], "U32", weight[1]), *(Slot(name, helper_dtype, shape) for name, shape in helpers))
-    return Task(component, (tensor,), slots, q)
+    return Task(component, (tensor,), slots, q, search)
 
 
 def _shards(tasks: Sequence[Task], stem: str, form: str) -> list[Shard]:
@@ -187,10 +169,10 @@ def config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> dict:
     return changed
 
 
-def describe(source: Source, dtype: str, quantization: dict[str, Quantization | None]) -> dict:
+def describe(source: Source, dtype: str, quantization: dict) -> dict:
     """What is told about a conversion in the folder it made; `before` tells of the source's own conversion."""
-    packed = {name: q and q.to_dict() for name, q in quantization.items()}
-    told = {"converter": f"mlx-zimage {__version__}", "source": source.origin, "dtype": dtype, "quantization": packed}
+    told = {"converter": f"mlx-zimage {__version__}", "source": source.origin, "dtype": dtype}
+    told["quantization"] = quantization
     return told | ({"before": source.conversion} if source.conversion else {})
 
 

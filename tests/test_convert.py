@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_zimage.convert import convert, convert_steps, plan, rows
-from mlx_zimage.convert.plan import quantizations
+from mlx_zimage.convert.choose import quantizations
 from mlx_zimage.convert.sources import CONVERSION
 from mlx_zimage.convert.writer import MANIFEST, OutputFolder
 from tiny import TRANSFORMER, save_component, weights, write_checkpoint

@@ -21,6 +21,7 @@ from .doctor import doctor
 from .generate import generate
 from .info import info
 from .models import models
+from .plan import plan
 from .verify import verify
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -67,7 +68,7 @@ def main():
     """
 
 
-for command in (generate, convert, info, verify, models, doctor, bench, completion):
+for command in (generate, convert, info, verify, models, plan, doctor, bench, completion):
     main.add_command(command)
 
 

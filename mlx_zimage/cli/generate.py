@@ -273,10 +273,10 @@ def _model_of(old, picture, yes, quiet) -> str:
     """The model to draw with where none was named. A picture may name one, but only a known one is trusted."""
     if old and old.model == "pocket":
         return "pocket"
-    model = first_run(DEFAULT_MODEL, yes, quiet)
-    if old and old.model not in (DEFAULT_MODEL, model.name):
+    stem = DEFAULT_MODEL.rpartition("/")[2]
+    if old and old.model != DEFAULT_MODEL and not old.model.startswith(f"{stem}-"):
         raise RequestError(f"{picture} was drawn with the model {old.model!r}; say where it is with --model")
-    return str(model)
+    return str(first_run(DEFAULT_MODEL, yes, quiet))
 
 
 def _check_latents_of(old, picture, latents) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 
 import mlx.core as mx
 
 from .errors import MemoryBudgetError, RequestError
 from .models.transformer import PAD_MULTIPLE, PATCH
+from .request import SIZE_MULTIPLE
 from .weights import Checkpoint, Component
 
 SHARE = 0.6  # of the memory, where the system does not recommend a share itself
@@ -125,15 +127,28 @@ class Planner:
 
     def plan(self, width: int, height: int, images: int, tokens: int, budget: int) -> Plan:
         """The fastest plan for pictures of width x height pixels and a prompt of `tokens` within the budget."""
-        smallest = None
-        for candidate in self._candidates(width, height, images, tokens, budget):
-            if candidate.peak <= budget:
-                return candidate
-            smallest = min(smallest or candidate.peak, candidate.peak)
+        best = self._best(width, height, images, tokens, budget)
+        if best.peak <= budget:
+            return best
+        side = self._largest_side(max(width, height), images, tokens, budget)
+        smaller = f"draw at most {side}x{side} pixels at once" if side else "no size fits it"
         raise MemoryBudgetError(
-            f"{images} picture{'s' * (images > 1)} of {width}x{height} cannot be drawn in {_gb(budget)}; the least "
-            f"that works is {_gb(smallest)}. Draw fewer or smaller pictures, or convert the model to fewer bits"
+            f"{images} picture{'s' * (images > 1)} of {width}x{height} cannot be drawn in {tell(budget)}: the least "
+            f"that works is {tell(best.peak)}, and {smaller}; or convert the model to fewer bits"
         )
+
+    def _best(self, width: int, height: int, images: int, tokens: int, budget: int) -> Plan:
+        """The first plan that fits the budget, else the leanest."""
+        plans = list(self._candidates(width, height, images, tokens, budget))
+        return next((plan for plan in plans if plan.peak <= budget), min(plans, key=lambda plan: plan.peak))
+
+    def _largest_side(self, side: int, images: int, tokens: int, budget: int) -> int:
+        """The side of the largest square that fits the budget, at most `side`; 0 if none does."""
+
+        def too_large(n: int) -> bool:
+            return self._best(n, n, images, tokens, budget).peak > budget
+
+        return SIZE_MULTIPLE * bisect_left(range(SIZE_MULTIPLE, side + 1, SIZE_MULTIPLE), True, key=too_large)
 
     def _candidates(self, width: int, height: int, images: int, tokens: int, budget: int) -> Iterator[Plan]:
         """Plans from the fastest to the leanest."""
@@ -187,5 +202,7 @@ def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:
     return frozenset(network.blocks).difference(kept), held
 
 
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
+def tell(nbytes: int) -> str:
+    """Bytes for people, in two or three digits, rounded up: the answer is a budget that works."""
+    unit, name = (10**9, "GB") if nbytes >= 10**9 else (10**6, "MB")
+    return f"{ceil(100 * nbytes / unit) / 100:g} {name}"

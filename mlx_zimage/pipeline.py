@@ -52,7 +52,7 @@ class ZImagePipeline:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.budget = machine_budget() if budget is None else budget
-        self._planner = Planner(checkpoint, dtype)
+        self.planner = Planner(checkpoint, dtype)
         self._embeddings: dict[tuple[int, ...], mx.array] = {}
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
         self.text_encoder = TextEncoder(checkpoint.text_encoder.config, Source(checkpoint.text_encoder, dtype))
@@ -163,7 +163,7 @@ class ZImagePipeline:
         """What of the model will be in memory when, for this request within the pipeline's budget."""
         prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 0 else [])
         tokens = max(len(self.tokenizer.encode(prompt)[:MAX_TOKENS]) for prompt in prompts)
-        return self._planner.plan(request.width, request.height, request.num_images, tokens, self.budget)
+        return self.planner.plan(request.width, request.height, request.num_images, tokens, self.budget)
 
     def encode(self, prompt: str) -> mx.array:
         """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""

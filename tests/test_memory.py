@@ -1,10 +1,14 @@
 """Plans of memory: bounds that measured peaks keep, and pictures that do not depend on them."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline
+from mlx_zimage.cli import main
 from mlx_zimage.memory import Planner, parse_memory
 from mlx_zimage.sampling import Step
 from mlx_zimage.weights import open_checkpoint
@@ -32,13 +36,13 @@ def draw(memory: str | int, **values) -> tuple[np.ndarray, np.ndarray, int, int]
     return latents, event.pixels, mx.get_peak_memory() - before, pipe.plan(request(**values)).peak
 
 
-def smallest(planner: Planner, width: int = 128, height: int = 128, images: int = 1) -> int:
+def smallest(planner: Planner, width: int = 128, height: int = 128, tokens: int = 20) -> int:
     """The least budget that a plan exists for, by bisection."""
     low, high = 1, 10**12
     while high - low > 1000:
         middle = (low + high) // 2
         try:
-            planner.plan(width, height, images, 20, middle)
+            planner.plan(width, height, 1, tokens, middle)
             high = middle
         except MemoryBudgetError:
             low = middle
@@ -83,10 +87,20 @@ def test_more_budget_never_makes_a_slower_plan(planner):
     assert order == sorted(order)
 
 
-def test_a_budget_too_small_names_the_least_that_works(planner):
-    with pytest.raises(MemoryBudgetError, match=r"cannot be drawn in 0\.00 GB; the least that works is") as refusal:
-        planner.plan(128, 128, 1, 20, 1000)
+def test_a_refusal_names_the_least_budget_and_the_largest_size_that_work(planner):
+    with pytest.raises(MemoryBudgetError) as refusal:
+        planner.plan(512, 256, 1, 20, 30 * 10**6)
     assert refusal.value.exit_code == 5
+    least, side = re.search(r"the least that works is ([\d.]+) MB, .* at most (\d+)x", str(refusal.value)).groups()
+    assert planner.plan(512, 256, 1, 20, int(float(least) * 1e6))
+    assert planner.plan(int(side), int(side), 1, 20, 30 * 10**6)
+    with pytest.raises(MemoryBudgetError):
+        planner.plan(int(side) + 16, int(side) + 16, 1, 20, 30 * 10**6)
+
+
+def test_a_budget_that_no_size_fits_is_refused(planner):
+    with pytest.raises(MemoryBudgetError, match=r"cannot be drawn in 0\.01 MB: the least .* no size fits it"):
+        planner.plan(128, 128, 1, 20, 1000)
 
 
 def test_a_refused_request_reads_no_weight():
@@ -107,3 +121,14 @@ def test_memory_is_read_in_the_usual_units(text, size):
 def test_other_memory_is_refused(text):
     with pytest.raises(RequestError, match="memory must be a size such as 6GB"):
         parse_memory(text)
+
+
+def test_plan_tells_what_stays_and_what_is_read(planner):
+    least = f"{smallest(planner, 48, 48, tokens=512) / 1e6 + 0.1:.1f}M"
+    told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1GB"])
+    assert told.exit_code == 0
+    assert "1 of 128x128 in 1 GB" in told.stdout and "networks     stay for the next picture" in told.stdout
+    told = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--width", "48", "--height", "48"])
+    assert re.search(r"transformer  \d blocks in memory, \d read when needed", told.stdout), told.stderr
+    told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1MB"])
+    assert (told.exit_code, told.stdout) == (5, "") and "the least that works" in told.stderr

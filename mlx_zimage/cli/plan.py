@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import click
+
+from ..request import check_size
+from .models import DEFAULT_MODEL
+
+
+@click.command(epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--width", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
+@click.option("--height", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
+@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
+@click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Of the prompt.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="What to compute in.")
+@click.option("--memory", metavar="SIZE", help="Such as 6GB.  [default: what suits this machine]")
+def plan(model, width, height, images, tokens, dtype, memory):
+    """Tell how MODEL would be run within a memory budget: what stays, what is read as needed, and each phase's bound.
+
+    Reads configs and headers only.
+    """
+    from ..memory import tell
+    from ..pipeline import ZImagePipeline
+
+    for name, value in (("width", width), ("height", height)):
+        if value is not None:
+            check_size(name, value)
+    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory)
+    width, height = width or pipeline.sample_size, height or pipeline.sample_size
+    plan = pipeline.planner.plan(width, height, images, tokens, pipeline.budget)
+    click.echo(f"{images} of {width}x{height} in {tell(plan.budget)}")
+    for phase, peak in plan.peaks.items():
+        click.echo(f"{phase:13}at most {tell(peak)}")
+    click.echo(f"networks     {'stay for the next picture' if plan.keep else 'go when their part is done'}")
+    for name, network in (("encoder", pipeline.planner.text_encoder), ("transformer", pipeline.planner.transformer)):
+        streamed = len(plan.streamed & network.blocks.keys())
+        click.echo(f"{name:13}{len(network.blocks) - streamed} blocks in memory, {streamed} read when needed")
+    strips = "whole" if plan.strip_bytes is None else f"by strips of {plan.strip_bytes / 1e6:.2g} MB"
+    click.echo(f"decoding     {strips}")

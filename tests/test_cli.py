@@ -194,6 +194,13 @@ def test_bench_prints_a_table_or_json(run):
     assert run("bench", "pocket", "--width", "17").exit_code == 2
 
 
+@pytest.mark.parametrize("options", [["--recipe", "mixed", "--q-bits", "4"], ["--target-size", "9MB", "--search"]])
+def test_convert_chooses_bits_by_layer(run, options):
+    assert run("convert", "pocket", "chosen", *options).stdout == "chosen\n"
+    assert len(set(re.findall(r"(\d)-bit affine", run("info", "chosen").stdout))) > 1
+    assert run("generate", PROMPT, *SMALL, "-m", "chosen").exit_code == 0
+
+
 def test_convert_leads_back_to_one_file(run, tmp_path):
     assert run("convert", "pocket", "pocket.safetensors", "--format", "comfyui").stdout == "pocket.safetensors\n"
     result = run("convert", "pocket.safetensors", "again", "--base", "pocket")

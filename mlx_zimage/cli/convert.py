@@ -24,6 +24,15 @@ from .output import print_path, progress_bar
     show_default=True,
     help="Of the weights that are not quantized.",
 )
+@click.option(
+    "--recipe",
+    type=click.Choice(["uniform", "mixed"]),
+    default="uniform",
+    show_default=True,
+    help="mixed gives the transformer's most sensitive matrices more bits than the rest.",
+)
+@click.option("--target-size", metavar="SIZE", help="Such as 6GB: each layer gets the bits that are best within it.")
+@click.option("--search", is_flag=True, help="Fit the scales by least squares: slower, and nearer to the source.")
 @click.option("--text-encoder", metavar="SOURCE", help="Where the text encoder comes from, if not from SOURCE.")
 @click.option("--vae", metavar="SOURCE", help="Where the VAE comes from, if not from SOURCE.")
 @click.option("--tokenizer", metavar="SOURCE", help="Where the tokenizer comes from, if not from SOURCE.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RequestError
-from .choose import RECIPES, mixed, parse_size, quantizations, uniform, within
+from .choose import Recipe, quantizations
 from .plan import FORMATS, SPELLED, describe, fingerprint, plan_comfyui, plan_folder
 from .sources import CONVERSION, open_source
 from .writer import OutputFolder, check_absent, check_outside, render_json
@@ -44,7 +44,7 @@ def convert(
     tokenizer: str | Path | None = None,
     base: str | Path | None = None,
     format: str = "mlx",
-    recipe: str = "uniform",
+    recipe: str | Recipe = "uniform",
     target_size: int | str | None = None,
     search: bool = False,
 ) -> Path:
@@ -58,9 +58,10 @@ def convert(
     6 or 8 in groups of 32, 64 (the default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" have one choice each.
     text_encoder_bits and transformer_bits stand in for bits in that network; 0 or 16 leaves it dense.
 
-    recipe "mixed" gives the transformer's most sensitive matrices more bits than the rest; target_size ("3.2GB", or
-    bytes) gives each layer the bits that are best within that size, tokenizer and configs aside. search fits the scales
-    of "affine" by least squares, which is slower and nearer to the source.
+    recipe "mixed" gives the transformer's most sensitive matrices more bits than the rest; a function of component,
+    name and shape gives each tensor its quantize.Quantization, or None to leave it dense. target_size ("3.2GB", or
+    bytes) gives each layer the bits that are best within that size, tokenizer and configs aside. search fits the
+    scales of "affine" by least squares, which is slower and nearer to the source.
 
     format "mlx" is a folder for this package. "diffusers" and "comfyui" lead back: a diffusers folder, or a single
     safetensors file with all three networks; neither can be quantized.
@@ -106,7 +107,7 @@ def convert_steps(
     tokenizer: str | Path | None = None,
     base: str | Path | None = None,
     format: str = "mlx",
-    recipe: str = "uniform",
+    recipe: str | Recipe = "uniform",
     target_size: int | str | None = None,
     search: bool = False,
 ) -> Iterator[Progress]:
@@ -115,17 +116,8 @@ def convert_steps(
         raise RequestError(f"dtype must be one of {', '.join(SPELLED)}, got {dtype!r}")
     if format not in FORMATS:
         raise RequestError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if recipe not in RECIPES:
-        raise RequestError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    target = None if target_size is None else parse_size(target_size)
-    if target is not None and (recipe != "uniform" or mode != "affine"):
-        raise RequestError(
-            "a target size chooses the bits of each layer itself, with the mode affine; leave the others"
-        )
-    if target is not None and (bits, text_encoder_bits, transformer_bits) != (None, None, None):
-        raise RequestError("a target size and bits were given; leave one of them out")
-    wanted = {} if target else quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits)
-    if format != "mlx" and (target or any(wanted.values())):
+    wanted = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
+    if format != "mlx" and wanted.quantizes:
         raise RequestError(f"{format} cannot read MLX's quantized weights; leave the bits out")
     opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base)
     dest = Path(dest).expanduser()
@@ -134,16 +126,9 @@ def convert_steps(
     if format == "comfyui":
         plan = plan_comfyui(opened, dtype, dest.name)
     else:
-        told: dict = {name: q and q.to_dict() for name, q in wanted.items()} | {"recipe": recipe, "search": search}
-        if target:
-            told = {"target_bytes": target, "search": search}
-        choose = (
-            within(target, opened, group_size, dtype)
-            if target
-            else {"uniform": uniform, "mixed": mixed}[recipe](wanted)
-        )
-        small = opened.files | {CONVERSION: render_json(describe(opened, dtype, told))}
-        plan = plan_folder(opened, dtype, choose, search, format, small)
+        told = describe(opened, dtype, wanted.to_dict() | {"search": search})
+        small = opened.files | {CONVERSION: render_json(told)}
+        plan = plan_folder(opened, dtype, wanted.choice(opened, dtype), search, format, small)
     done = 0
     with OutputFolder(dest, fingerprint(opened, plan), plan.nbytes, plan.single) as folder:
         for shard in plan.shards:

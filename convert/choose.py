@@ -1,8 +1,9 @@
 """Which bits each layer gets: the same for all, more where it matters, or the best within a given size.
 
-How much a layer matters was measured on the pocket checkpoint, by packing one kind of layer at a time to 3 bits and
-comparing final latents (6 prompts, 4 steps). With x times the relative error in a kind's weights its share of the
-final squared error grows x squared times; IMPORTANCE is the factor between the two, for one matrix, to_k = 1.
+How much a layer matters was measured by packing one kind of layer at a time to 3 bits and comparing final latents, on
+two pocket checkpoints that were trained apart (examples/sensitivity.py). The squared error of the latents is the
+squared relative error of the weights times a factor of the kind; IMPORTANCE is that factor for one matrix, to_k = 1,
+as the geometric mean of the two checkpoints.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import mlx.core as mx
@@ -25,14 +27,43 @@ BITS = MODES["affine"][0]
 RECIPES = ("uniform", "mixed")
 # The value and output matrices carry what attention moves; queries and keys only steer it, through a softmax.
 RAISED = {"to_v": 2, "to_out": 1}  # steps up in BITS, for `mixed`
-IMPORTANCE = {"to_q": 1.5, "to_k": 1.0, "to_v": 10.0, "to_out": 4.3, "w1": 3.0, "w2": 5.0, "w3": 4.0}
-TEXT_ENCODER_IMPORTANCE = 0.9
+IMPORTANCE = {"to_q": 1.2, "to_k": 1.0, "to_v": 18.0, "to_out": 11.0, "w1": 9.0, "w2": 21.0, "w3": 13.0}
+TEXT_ENCODER_IMPORTANCE = 0.4
 KIND = re.compile(r".*\.(to_q|to_k|to_v|to_out|w1|w2|w3)\.")
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SAMPLED_RUNS, SAMPLED_ROWS = 4, 8  # rows that stand for a matrix: so many runs of so many
 LEAST_BITS = 3  # 2 bits leave an error of 0.4 of the weights
 
+Recipe = Callable[[str, str, tuple[int, ...]], Quantization | None]
 Choice = Callable[[str, Tensor], Quantization | None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller asked for: a quantization of each network, or a size in bytes, and the recipe."""
+
+    networks: dict[str, Quantization | None]
+    group_size: int | None
+    recipe: str | Recipe
+    target: int | None
+
+    @property
+    def quantizes(self) -> bool:
+        return self.target is not None or callable(self.recipe) or any(self.networks.values())
+
+    def choice(self, source: Source, dtype: str) -> Choice:
+        if self.target is not None:
+            return within(self.target, source, self.group_size, dtype)
+        if callable(self.recipe):
+            return custom(self.recipe)
+        return {"uniform": uniform, "mixed": mixed}[self.recipe](self.networks)
+
+    def to_dict(self) -> dict:
+        if self.target is not None:
+            return {"target_bytes": self.target}
+        if callable(self.recipe):
+            return {"recipe": "custom"}
+        return {name: q and q.to_dict() for name, q in self.networks.items()} | {"recipe": self.recipe}
 
 
 def quantizations(
@@ -41,8 +72,21 @@ def quantizations(
     mode: str = "affine",
     text_encoder_bits: int | None = None,
     transformer_bits: int | None = None,
-) -> dict[str, Quantization | None]:
+    recipe: str | Recipe = "uniform",
+    target_size: int | str | None = None,
+) -> Wanted:
     """How each network that can be quantized is to be, from convert's arguments."""
+    if not callable(recipe) and recipe not in RECIPES:
+        raise RequestError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    some_bits = (bits, text_encoder_bits, transformer_bits) != (None, None, None)
+    if callable(recipe) and (some_bits or mode != "affine" or group_size is not None or target_size is not None):
+        raise RequestError("a recipe of your own chooses bits, group and mode itself; leave the others out")
+    if target_size is not None:
+        if recipe != "uniform" or mode != "affine":
+            raise RequestError("a target size chooses each layer's bits itself, with the mode affine; leave the others")
+        if some_bits:
+            raise RequestError("a target size and bits were given; leave one of them out")
+        return Wanted({}, group_size, recipe, parse_size(target_size))
     chosen = {}
     for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
         component_bits = bits if own_bits is None else own_bits
@@ -50,24 +94,38 @@ def quantizations(
         chosen[component] = None if dense else default_quantization(component_bits, group_size, mode)
     if group_size is not None and not any(chosen.values()):
         raise RequestError(f"a group size of {group_size} was given, but no bits; nothing would be quantized")
-    return chosen
-
-
-def uniform(wanted: dict[str, Quantization | None]) -> Choice:
-    return lambda component, tensor: recipe(component, tensor.name, tensor.shape, wanted.get(component))
-
-
-def mixed(wanted: dict[str, Quantization | None]) -> Choice:
-    """Like uniform, with more bits for the transformer's value and output matrices."""
-    if any(q and q.mode != "affine" for q in wanted.values()):
+    if recipe == "mixed" and not any(chosen.values()):
+        raise RequestError("the recipe mixed was given, but no bits; nothing would be quantized")
+    if recipe == "mixed" and mode != "affine":
         raise RequestError("the recipe mixed is for the mode affine, the only one with several bits")
+    return Wanted(chosen, group_size, recipe, None)
+
+
+def uniform(networks: dict[str, Quantization | None]) -> Choice:
+    return lambda component, tensor: recipe(component, tensor.name, tensor.shape, networks.get(component))
+
+
+def mixed(networks: dict[str, Quantization | None]) -> Choice:
+    """Like uniform, with more bits for the transformer's value and output matrices."""
 
     def choose(component: str, tensor: Tensor) -> Quantization | None:
-        q = recipe(component, tensor.name, tensor.shape, wanted.get(component))
+        q = recipe(component, tensor.name, tensor.shape, networks.get(component))
         if q is None or component != "transformer":
             return q
         step = BITS.index(q.bits) + RAISED.get(KIND.match(tensor.name)[1], 0)
         return Quantization(BITS[min(step, len(BITS) - 1)], q.group_size)
+
+    return choose
+
+
+def custom(own: Recipe) -> Choice:
+    """A caller's recipe, within what the networks can run."""
+
+    def choose(component: str, tensor: Tensor) -> Quantization | None:
+        q = own(component, tensor.name, tensor.shape)
+        if q and recipe(component, tensor.name, tensor.shape, q) is None:
+            raise RequestError(f"{component} {tensor.name} cannot be quantized; the recipe must leave it dense")
+        return q
 
     return choose
 

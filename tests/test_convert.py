@@ -95,13 +95,16 @@ def test_packed_weights_are_near_the_source_and_the_rest_is_exact(tmp_path, mode
 
 def test_only_the_matrices_of_the_blocks_are_packed(tmp_path):
     checkpoint = open_checkpoint(convert("pocket", tmp_path / "out", bits=4))
-    blocks = [f"layers.{i}" for i in range(5)] + ["noise_refiner.0", "context_refiner.0"]
+    config = checkpoint.transformer.config
+    blocks = [f"layers.{i}" for i in range(config.n_layers)]
+    blocks += [f"{refiner}_refiner.{i}" for refiner in ("noise", "context") for i in range(config.n_refiner_layers)]
     parts = [f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
     parts += [f"feed_forward.w{i}" for i in (1, 2, 3)]
     assert set(checkpoint.transformer.quantizations) == {f"{block}.{part}" for block in blocks for part in parts}
     parts = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    layers = checkpoint.text_encoder.config.num_hidden_layers
     assert set(checkpoint.text_encoder.quantizations) == {
-        f"model.layers.{i}.{part}" for i in range(3) for part in parts
+        f"model.layers.{i}.{part}" for i in range(layers) for part in parts
     }
     assert not checkpoint.vae.quantizations
 
@@ -110,9 +113,10 @@ def test_each_network_may_have_its_own_bits(tmp_path):
     checkpoint = open_checkpoint(convert("pocket", tmp_path / "out", bits=4, transformer_bits=8, text_encoder_bits=16))
     assert {q.bits for q in checkpoint.transformer.quantizations.values()} == {8}
     assert not checkpoint.text_encoder.quantizations
-    assert quantizations(None, transformer_bits=4) == {"transformer": Quantization(4), "text_encoder": None}
-    assert quantizations(None, mode="mxfp8", text_encoder_bits=0)["transformer"] == Quantization(8, 32, "mxfp8")
-    assert quantizations(None) == {"transformer": None, "text_encoder": None}
+    assert quantizations(None, transformer_bits=4).networks == {"transformer": Quantization(4), "text_encoder": None}
+    wanted = quantizations(None, mode="mxfp8", text_encoder_bits=0).networks
+    assert wanted == {"transformer": Quantization(8, 32, "mxfp8"), "text_encoder": None}
+    assert not quantizations(None).quantizes
 
 
 def test_config_carries_the_block_of_mlx_lm_and_the_right_dtype(tmp_path):

@@ -231,8 +231,8 @@ def test_what_is_not_understood_is_refused_by_name(split, tmp_path, extra, messa
 
 def test_a_missing_tensor_is_named(split, tmp_path):
     tensors = mx.load(str(split / "dit.safetensors"))
-    tensors.pop("layers.4.attention.qkv.weight")
-    message = "of the transformer's 118 weights, 3 are missing: layers.4.attention.to_q.weight"
+    tensors.pop("layers.1.attention.qkv.weight")
+    message = r"of the transformer's \d+ weights, 3 are missing: layers.1.attention.to_q.weight"
     with pytest.raises(CheckpointError, match=message):
         open_source(save(tmp_path / "dit.safetensors", tensors), base="pocket")
 

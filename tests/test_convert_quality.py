@@ -1,6 +1,9 @@
 """Where the bits go, and what searching for scales gains."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -98,6 +101,20 @@ def test_mixed_stops_at_eight_bits(tmp_path):
     assert set(bits_of(convert("pocket", tmp_path / "out", transformer_bits=8, recipe="mixed")).values()) == {8}
 
 
+def test_a_recipe_is_a_function_of_component_name_and_shape(tmp_path):
+    def recipe(component, name, shape):
+        if component == "transformer" and ".to_v." in name:
+            return Quantization(8, 32) if name.startswith("layers.0.") else Quantization(8, 32, "mxfp8")
+        return None
+
+    out = open_checkpoint(convert("pocket", tmp_path / "out", recipe=recipe))
+    packed = out.transformer.quantizations
+    assert {layer.rpartition(".")[2] for layer in packed} == {"to_v"}
+    assert packed["layers.0.attention.to_v"] == Quantization(8, 32)
+    assert packed["layers.1.attention.to_v"] == Quantization(8, 32, "mxfp8")
+    assert not out.text_encoder.quantizations
+
+
 @pytest.mark.parametrize("part", [0.56, 0.6, 0.7, 0.9])
 def test_a_target_size_is_used_and_never_passed(tmp_path, part):
     target = int(part * nbytes("pocket"))
@@ -106,7 +123,8 @@ def test_a_target_size_is_used_and_never_passed(tmp_path, part):
 
 
 def test_a_larger_target_never_takes_bits_away(tmp_path):
-    small, large = (convert("pocket", tmp_path / f"{n}", target_size=n) for n in (7_000_000, 9_000_000))
+    targets = int(0.6 * nbytes("pocket")), int(0.75 * nbytes("pocket"))
+    small, large = (convert("pocket", tmp_path / f"{n}", target_size=n) for n in targets)
     least, most = bits_of(small), bits_of(large)
     assert all(bits <= most.get(layer, 16) for layer, bits in least.items())
 
@@ -143,9 +161,21 @@ def test_sizes_are_read_as_people_write_them(text, wanted):
         ({"target_size": "5MB", "mode": "mxfp4"}, "with the mode affine"),
         ({"recipe": "best"}, "recipe must be one of uniform, mixed, got 'best'"),
         ({"recipe": "mixed", "mode": "mxfp4"}, "mixed is for the mode affine"),
+        ({"recipe": "mixed"}, "the recipe mixed was given, but no bits"),
+        ({"recipe": lambda *_: None, "bits": 4}, "a recipe of your own chooses bits"),
+        ({"recipe": lambda *_: Quantization(4)}, "transformer x_pad_token cannot be quantized"),
     ],
 )
 def test_choices_that_contradict_each_other_are_refused(tmp_path, options, message):
     with pytest.raises(RequestError, match=message):
         convert("pocket", tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_sensitivity_example_finds_values_more_sensitive_than_keys():
+    script = Path(__file__).parents[1] / "examples" / "sensitivity.py"
+    done = subprocess.run([sys.executable, script, "pocket", "3", "1"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    errors = {line.split("  error ")[0].strip(): float(line.split()[-1]) for line in done.stdout.splitlines()}
+    assert errors["to_v"] > 3 * errors["to_k"]

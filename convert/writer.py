@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 from filelock import FileLock, Timeout
 
-from ..errors import LockedError, OutputError, RequestError, ZImageError
+from ..errors import CheckpointError, LockedError, OutputError, RequestError, ZImageError
 
 if TYPE_CHECKING:
     from .plan import Shard, Task
@@ -219,6 +219,43 @@ class OutputFolder:
         if isinstance(error, ZImageError):
             return error
         return OutputError(f"{self.dest} could not be written: {error.strerror or error}")
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """File -> sha256 in hexadecimal, from a folder's manifest."""
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+        lines = content.decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot be read ({error}); convert again") from error
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if render_manifest(sums) != content:
+        raise CheckpointError("is damaged; convert again")
+    return sums
+
+
+def add_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write small files into a finished folder, and into its manifest; each appears whole."""
+    sums = read_manifest(folder)
+    try:
+        for name, content in files.items():
+            sums[name] = _replace(folder / name, content)
+        _replace(folder / MANIFEST, render_manifest(sums))
+        _sync_folder(folder)
+    except OSError as error:
+        raise OutputError(f"{folder} could not be written: {error.strerror or error}") from error
+
+
+def _replace(path: Path, content: bytes) -> str:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with OutputFile(partial) as file:
+            file.write(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return file.sha256
 
 
 def check_absent(dest: Path) -> None:

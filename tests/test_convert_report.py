@@ -92,5 +92,5 @@ def test_what_is_uploaded_has_a_card_that_the_hub_can_read(tmp_path, monkeypatch
     with pytest.raises(CheckpointError, match="was not written by this converter"):
         upload(open_checkpoint("pocket").folder, "me/pocket")
     api.create_repo.side_effect = HFValidationError("no such name\nand more")
-    with pytest.raises(OutputError, match="could not be uploaded to me/pocket: no such name$"):
+    with pytest.raises(OutputError, match=r"could not be uploaded to me/pocket: no such name$"):
         upload(out, "me/pocket")

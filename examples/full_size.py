@@ -35,7 +35,9 @@ def random_weight(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.arra
     """A weight that keeps activations near unit size: norms near one, matrices scaled by their input width."""
     if len(shape) == 1:
         return (mx.ones(shape) if name.endswith("weight") else mx.zeros(shape)).astype(dtype)
-    fan_in = 1 if name.endswith(("pad_token", "embed_tokens.weight")) else shape[1] * (shape[2] ** 2 if shape[2:] else 1)
+    fan_in = (
+        1 if name.endswith(("pad_token", "embed_tokens.weight")) else shape[1] * (shape[2] ** 2 if shape[2:] else 1)
+    )
     return (mx.random.normal(shape, dtype=mx.float32) * fan_in**-0.5).astype(dtype)
 
 

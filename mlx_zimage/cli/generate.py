@@ -14,7 +14,7 @@ from ..errors import RequestError
 from ..jobs import count_up, multiply, parse_seeds, parse_size, read_prompts, read_requests, read_text
 from ..request import RNGS
 from .models import DEFAULT_MODEL, first_run
-from .output import print_path, progress_bar, tell
+from .output import print_path, progress_bar, show_picture, tell
 
 ANY_SIDE = 1024  # stands in for the model's size until it is open, to check all values before that
 
@@ -109,11 +109,12 @@ def _parse(parse):
 )
 @click.option("--metadata/--no-metadata", default=True, help="Whether pictures carry their request.  [default: yes]")
 @click.option("-y", "--yes", is_flag=True, help="Where no model is here yet, fetch and convert it without asking.")
+@click.option("--show", is_flag=True, help="Show pictures in the terminal: iTerm2, WezTerm, kitty, Ghostty.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per picture instead of its path.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no seeds on stderr; warnings and errors remain.")
 def generate(
     prompt, prompt_option, prompt_file, requests_file, model, output, overwrite, size, seeds, count, auto_seeds,
-    latents_file, dtype, memory, from_picture, metadata, as_json, quiet, yes, **values,
+    latents_file, dtype, memory, from_picture, metadata, show, as_json, quiet, yes, **values,
 ):  # fmt: skip
     """Draw a picture of PROMPT, or several, and print their paths.
 
@@ -155,6 +156,8 @@ def generate(
             pipeline, request, latents, job.path(request), maker, metadata, overwrite, written, quiet
         ):
             print_json(path, origin, clock) if as_json else print_path(path)
+            if show:
+                show_picture(path)
 
 
 def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, quiet):

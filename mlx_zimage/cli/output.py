@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -25,6 +26,18 @@ def progress_bar(quiet: bool = False, **options):
     from tqdm import tqdm
 
     return tqdm(disable=True if quiet else None, **options)  # None: no bar where stderr is no terminal
+
+
+def show_picture(path: Path) -> None:
+    """In the terminal, if stderr is one that can."""
+    from ..preview import inline, protocol
+
+    known = protocol(os.environ) if sys.stderr.isatty() else None
+    if known:
+        sys.stderr.buffer.write(inline(path, known))
+        sys.stderr.buffer.flush()
+    else:
+        tell("This terminal shows no pictures; iTerm2, WezTerm, kitty and Ghostty do.")
 
 
 def size(nbytes: int) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ..errors import CheckpointError, NumericsError
 from ..weights import COMPONENTS, open_checkpoint, resolve
+from . import writer
 from .rows import Tensor, read_rows
 from .sources import CONVERSION, open_folder
-from .writer import MANIFEST, read_manifest, sha256
+from .writer import MANIFEST, sha256
 
 # What the loader reads; a file of this kind that the manifest does not list could change the model.
 READ_BY_US = (".json", ".safetensors", ".txt", ".jinja")
@@ -42,8 +43,7 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
     total = 2 * sum(sizes.values())
     done = 0
     try:
-        ours = (folder / MANIFEST).exists() or (folder / CONVERSION).exists()
-        sums = read_manifest(folder) if ours else {}
+        sums = read_manifest(folder)
     except CheckpointError as error:
         yield Checked(MANIFEST, str(error), 0, total)
         return
@@ -72,6 +72,13 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
         for tensor in component.tensors:
             done += tensor.nbytes
             yield Checked(f"{component.name} {tensor.name}", _values_fault(tensor), done, total)
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """File -> sha256 in hexadecimal, from the folder's manifest; empty if it is not a folder of ours."""
+    if not (folder / MANIFEST).exists() and not (folder / CONVERSION).exists():
+        return {}
+    return writer.read_manifest(folder)
 
 
 def _file_fault(path: Path, digest: str) -> str | None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_zimage.convert import convert, convert_steps, plan
-from mlx_zimage.convert.verify import verify, verify_steps
+from mlx_zimage.convert.verify import read_manifest, verify, verify_steps
 
 from mlx_zimage.errors import LockedError, OutputError, RequestError
 from mlx_zimage.weights import POCKET, open_checkpoint
@@ -144,6 +144,8 @@ def test_verify_finds_no_fault_in_a_whole_folder(converted, tiny_folder):
     assert verify(converted) == []
     assert verify(tiny_folder) == []
     assert verify("pocket") == []
+    assert read_manifest(tiny_folder) == {}
+    assert read_manifest(converted).keys() | {"SHA256SUMS"} == everything(converted).keys()
     last = list(verify_steps(converted))[-1]
     assert last.done_bytes <= last.total_bytes
 

@@ -230,6 +230,12 @@ cli.main(["convert", "pocket", "dest"])
 """
 
 
+def test_a_command_leaves_sigterm_as_it_was(run):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("info", "pocket").exit_code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_closed_pipe_ends_quietly(tmp_path):
     command = f'"{sys.executable}" -m mlx_zimage generate a {" ".join(SMALL)} --count 3 -q | true'
     result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True)

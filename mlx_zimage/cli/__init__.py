@@ -9,6 +9,7 @@ import errno
 import signal
 import threading
 import warnings
+from contextlib import contextmanager
 
 import click
 
@@ -35,10 +36,8 @@ class Commands(click.Group):
     """Turns what the library raises, and signals, into one line on stderr and an exit code."""
 
     def invoke(self, ctx: click.Context):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), terminable():
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except ZImageError as error:
@@ -72,8 +71,21 @@ for command in (generate, convert, info, verify, models, plan, doctor, bench, co
     main.add_command(command)
 
 
-def _terminate(*_):
-    raise Terminated
+@contextmanager
+def terminable():
+    """SIGTERM raises Terminated within, so that what is under way is undone; afterwards it means what it meant."""
+
+    def terminate(*_):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):

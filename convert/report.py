@@ -19,7 +19,6 @@ from ..errors import CheckpointError, OutputError
 from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
-from ..scheduler import schedule
 from ..weights import COMPONENTS, open_checkpoint, read_json
 from .official import REPOSITORY
 from .rows import Tensor, read_rows
@@ -112,7 +111,7 @@ def compare(ours: ZImagePipeline, theirs: ZImagePipeline, request: GenerateReque
     vae = theirs.checkpoint.vae.config
     h, w = request.height // vae.scale, request.width // vae.scale
     noise = initial_noise(request.seed, (1, vae.latent_channels, h, w))
-    sigmas = schedule(theirs.checkpoint.scheduler_config, request.steps, (h // 2) * (w // 2))
+    sigmas = theirs.checkpoint.scheduler.sigmas(request.steps, (h // 2) * (w // 2))
     stops = [noise.transpose(0, 2, 3, 1), *(step.latents for step in theirs.denoise(request, noise))]
     *_, last = ours.denoise(request, noise)
     velocity = ours.transformer.velocity(ours.encode(request.prompt), sigmas[:-1], h, w)

@@ -21,6 +21,7 @@ _HOME = {
     "PromptTruncated": "tokenizer",
     "ZImageError": "errors",
     "RequestError": "errors",
+    "LockedError": "errors",
     "MemoryBudgetError": "errors",
     "ModelNotFoundError": "errors",
     "CheckpointError": "errors",
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "GenerateRequest",
     "Generated",
+    "LockedError",
     "MemoryBudgetError",
     "ModelNotFoundError",
     "NumericsError",
@@ -44,7 +46,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .errors import CheckpointError, ModelNotFoundError, NumericsError, OutputError, RequestError, ZImageError
+    from .errors import (
+        CheckpointError,
+        LockedError,
+        MemoryBudgetError,
+        ModelNotFoundError,
+        NumericsError,
+        OutputError,
+        RequestError,
+        ZImageError,
+    )
     from .pipeline import Generated, ZImagePipeline
     from .request import GenerateRequest
     from .sampling import Step

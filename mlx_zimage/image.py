@@ -25,6 +25,11 @@ def to_uint8(pixels: mx.array) -> np.ndarray:
     return (unit * 255).round().astype(np.uint8)
 
 
+def to_pil(pixels: np.ndarray) -> Image.Image:
+    """(H, W, 3) uint8 as a PIL image."""
+    return Image.fromarray(pixels)
+
+
 def check_output(path: Path) -> None:
     """Refuse, before any work, a picture file that could not be written."""
     if path.is_dir():

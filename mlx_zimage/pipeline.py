@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import RequestError
-from .image import to_uint8
+from .image import to_pil, to_uint8
 from .memory import Plan, Planner, machine_budget, parse_memory
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
@@ -20,7 +20,6 @@ from .models.vae import VAE
 from .noise import initial_noise
 from .request import GenerateRequest
 from .sampling import Step, denoise, guide
-from .scheduler import schedule
 from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
 from .weights import Checkpoint, Source, open_checkpoint
 
@@ -66,8 +65,7 @@ class ZImagePipeline:
         """Open a model: a folder (diffusers' or our converter's), a Hugging Face id, or "pocket".
 
         Reads and checks configs and headers; tensor data is read when first used. dtype is what the networks compute
-        in, "bfloat16" or "float32"; by default bfloat16 on a GPU, and float32 on the CPU, which multiplies it 20
-        times faster.
+        in, "bfloat16" or "float32"; by default bfloat16 on a GPU, and float32 on the CPU, which is much faster at it.
 
         memory is a budget such as "6GB", by default what the machine recommends. What does not fit beside the work is
         read from disk when it is needed: slower, but the same picture. A request that cannot fit is refused before
@@ -75,8 +73,8 @@ class ZImagePipeline:
         """
         if dtype is None:
             dtype = "bfloat16" if mx.default_device() == mx.gpu else "float32"
-        if dtype not in DTYPES:
-            raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}; float16 overflows")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, as text, got {dtype!r}")
         budget = None if memory is None else parse_memory(memory)
         return cls(open_checkpoint(source), DTYPES[dtype], budget)
 
@@ -115,7 +113,7 @@ class ZImagePipeline:
             seed=secrets.randbits(32) if seed is None else seed,
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt or "",
+            negative_prompt="" if negative_prompt is None else negative_prompt,
             shift=shift,
             num_images=num_images_per_prompt,
             rng=rng,
@@ -128,9 +126,7 @@ class ZImagePipeline:
             if output_type == "np":
                 images = np.stack(images).astype(np.float32) / 255
             else:
-                from PIL import Image
-
-                images = [Image.fromarray(pixels) for pixels in images]
+                images = [to_pil(pixels) for pixels in images]
         return PipelineOutput(images, request.seed)
 
     def stream(self, request: GenerateRequest, latents=None) -> Iterator[Step | Generated]:
@@ -144,7 +140,7 @@ class ZImagePipeline:
         """The Steps of a request, from its noise (or the given latents) to clean latents (B, h, w, 16)."""
         h, w = (size // self.checkpoint.vae.config.scale for size in (request.height, request.width))
         noise = self._initial_latents(request, latents, h, w)
-        sigmas = schedule(self.checkpoint.scheduler_config, request.steps, (h // PATCH) * (w // PATCH), request.shift)
+        sigmas = self.checkpoint.scheduler.sigmas(request.steps, (h // PATCH) * (w // PATCH), request.shift)
         plan = self.plan(request)
         self._adopt(plan)
         cap_feats = self.encode(request.prompt)
@@ -207,12 +203,18 @@ class ZImagePipeline:
 
 
 def check_latents(latents: np.ndarray | mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Initial latents from a caller, as float32, if they fit (B, C, h, w) and are finite."""
-    if tuple(latents.shape) != shape:
+    """Initial latents from a caller, as float32, if they are numbers that fit (B, C, h, w) and are finite."""
+    try:
+        array = np.asarray(latents.astype(mx.float32) if isinstance(latents, mx.array) else latents)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"latents must be an array of {shape}, got {type(latents).__name__} ({error})") from None
+    if array.dtype.kind not in "fiu":
+        raise RequestError(f"latents must be real numbers, got {array.dtype}")
+    if array.shape != shape:
         raise RequestError(
-            f"latents have shape {tuple(latents.shape)}, wanted {shape}: pictures, channels, height / 8, width / 8"
+            f"latents have shape {array.shape}, wanted {shape}: pictures, channels, height / 8, width / 8"
         )
-    array = mx.array(latents).astype(mx.float32)
-    if not mx.isfinite(array).all().item():
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
         raise RequestError("latents hold values that are not finite")
-    return array
+    return mx.array(array)

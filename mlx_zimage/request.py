@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
+from math import inf
+from numbers import Integral, Real
 
 from .errors import RequestError
 
 SIZE_MULTIPLE = 16  # latent pixels are 8 wide, tokens 2 latent pixels
 MAX_SIZE = 8192  # the reference's position tables end at 512 tokens a side
 MAX_SEED = 2**64 - 1
-MAX_PROMPT = 32_000  # characters; 512 tokens are read, and a 10 MB prompt takes 8 s to tokenize
+MAX_PROMPT = 32_000  # characters; 512 tokens are read; megabytes would take seconds to tokenize
 MAX_STEPS = 1000
+MAX_NUMBER = 1000  # of shift and guidance, which are of the order of 1 to 10
 RNGS = ("torch", "mlx")
 
 
@@ -46,6 +48,11 @@ class GenerateRequest:
         if self.rng not in RNGS:
             raise RequestError(f"rng must be one of {', '.join(RNGS)}, got {self.rng!r}")
 
+        for field in fields(self):  # NumPy's numbers become Python's, so that a request is always JSON
+            value = getattr(self, field.name)
+            if isinstance(value, Real) and type(value) not in (int, float):
+                object.__setattr__(self, field.name, int(value) if isinstance(value, Integral) else float(value))
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -72,24 +79,26 @@ def check_prompt(text: str, name: str) -> None:
 
 
 def check_size(name: str, value: int) -> None:
-    _check_int(name, value, SIZE_MULTIPLE, MAX_SIZE)
-    if value % SIZE_MULTIPLE:
+    _check_int(name, value)
+    if value % SIZE_MULTIPLE or not SIZE_MULTIPLE <= value <= MAX_SIZE:
         lower = value - value % SIZE_MULTIPLE
+        nearest = {min(max(size, SIZE_MULTIPLE), MAX_SIZE) for size in (lower, lower + SIZE_MULTIPLE)}
+        told = " and ".join(map(str, sorted(nearest)))
         raise RequestError(
-            f"{name} must be a multiple of {SIZE_MULTIPLE} pixels, got {value}; "
-            f"the nearest are {lower} and {lower + SIZE_MULTIPLE}"
+            f"{name} must be a multiple of {SIZE_MULTIPLE} pixels from {SIZE_MULTIPLE} to {MAX_SIZE}, got {value}; "
+            f"the nearest {'are' if len(nearest) > 1 else 'is'} {told}"
         )
 
 
-def _check_int(name: str, value: int, low: int, high: int, high_text: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _check_int(name: str, value: int, low: float = -inf, high: float = inf, high_text: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise RequestError(f"{name} must be a whole number, got {value!r}")
     if not low <= value <= high:
         raise RequestError(f"{name} must be from {low} to {high_text or high}, got {value}")
 
 
 def _check_number(name: str, value: float, low: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise RequestError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < low:
-        raise RequestError(f"{name} must be a finite number of at least {low:g}, got {value}")
+    if not low <= value <= MAX_NUMBER:
+        raise RequestError(f"{name} must be from {low:g} to {MAX_NUMBER}, got {value}")

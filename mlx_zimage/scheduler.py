@@ -7,11 +7,13 @@ N steps are N calls of the transformer; the 9 of the model card, written for dif
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from .errors import CheckpointError
+from .models.config import read_config
 
 DEFAULT_SHIFT = 3.0
 
@@ -27,21 +29,47 @@ def sigmas(steps: int, shift: float = DEFAULT_SHIFT, mu: float | None = None) ->
     return np.append(sigma, 0.0).astype(np.float32)
 
 
-def schedule(config: dict, steps: int, image_tokens: int, shift: float | None = None) -> np.ndarray:
-    """The sigmas that scheduler/scheduler_config.json asks for; an explicit shift overrides its way."""
-    if config.get("_class_name", "FlowMatchEulerDiscreteScheduler") != "FlowMatchEulerDiscreteScheduler":
-        raise CheckpointError(f"scheduler must be FlowMatchEulerDiscreteScheduler, got {config['_class_name']}")
-    if shift is None and config.get("use_dynamic_shifting", False):
-        return sigmas(steps, mu=dynamic_mu(image_tokens, config))
-    return sigmas(steps, config.get("shift", DEFAULT_SHIFT) if shift is None else shift)
+@dataclass(frozen=True)
+class SchedulerConfig:
+    shift: float = DEFAULT_SHIFT
+    use_dynamic_shifting: bool = False
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
 
+    @classmethod
+    def from_dict(cls, config: dict) -> SchedulerConfig:
+        """Read scheduler/scheduler_config.json; refuse what this file does not implement."""
+        fixed = {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "invert_sigmas": False,
+            "shift_terminal": None,
+            "stochastic_sampling": False,
+            "time_shift_type": "exponential",
+            "use_beta_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_karras_sigmas": False,
+        }
+        read = read_config(cls, config, "scheduler", fixed)
+        if read.base_image_seq_len == read.max_image_seq_len:
+            raise CheckpointError(
+                f"scheduler config: base_image_seq_len and max_image_seq_len must differ, both are "
+                f"{read.base_image_seq_len}"
+            )
+        return read
 
-def dynamic_mu(image_tokens: int, config: dict) -> float:
-    """Log of the shift, linear in the number of image tokens."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (top - base) / (high - low)
-    return image_tokens * slope + base - slope * low
+    def sigmas(self, steps: int, image_tokens: int, shift: float | None = None) -> np.ndarray:
+        """The schedule that the config asks for; an explicit shift overrides its way."""
+        if shift is None and self.use_dynamic_shifting:
+            return sigmas(steps, mu=self.dynamic_mu(image_tokens))
+        return sigmas(steps, self.shift if shift is None else shift)
+
+    def dynamic_mu(self, image_tokens: int) -> float:
+        """Log of the shift, linear in the number of image tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return image_tokens * slope + self.base_shift - slope * self.base_image_seq_len
 
 
 def add_noise(latents: mx.array, noise: mx.array, sigma: float) -> mx.array:

@@ -17,7 +17,7 @@ class PromptTruncated(UserWarning):
 
 class Tokenizer:
     def __init__(self, file: Path):
-        # tokenizers costs 40 ms; `mlx-zimage info` does without it
+        # imported late: `mlx-zimage info` does without it
         from tokenizers import Tokenizer as Backend
 
         try:

@@ -7,6 +7,7 @@ only, and compares every name and shape with the architecture; tensor data is re
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError, ModelNotFoundError
+from .errors import CheckpointError, ModelNotFoundError, RequestError
 from .models.text_encoder import TextEncoderConfig
 from .models.transformer import TransformerConfig
 from .models.vae import VAEConfig, sanitize
 from .quantize import Quantization
+from .scheduler import SchedulerConfig
 
 POCKET = Path(__file__).parent / "pocket"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,6 +46,7 @@ DTYPES = {
     "U8": mx.uint8,
 }
 FLOATS = ("F32", "F16", "BF16")
+PIPELINE_CLASS = "ZImagePipeline"
 SHOWN = 5  # names listed in an error
 
 
@@ -52,13 +55,18 @@ def resolve(source: str | Path, needed: Sequence[str] = NEEDED_FILES) -> Path:
 
     needed are patterns of the files to fetch.
     """
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise ModelNotFoundError(f"a model is a folder, a Hugging Face id or 'pocket', got {source!r}")
     if str(source) == "pocket":
         return POCKET
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise ModelNotFoundError(f"{source} is a file; a model is a folder with model_index.json")
+    folder = Path(os.path.expanduser(source))  # unlike Path's own, leaves the home of nobody as it is
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.is_file():
+            raise ModelNotFoundError(f"{source} is a file; a model is a folder with model_index.json")
+    except (OSError, ValueError) as error:  # too long for the system, or with a NUL
+        raise ModelNotFoundError(f"{str(source)[:80]!r} is no name of a folder ({error.args[-1]})") from None
     if not REPOSITORY.fullmatch(str(source)):
         raise ModelNotFoundError(
             f"no model folder at {source}; give a folder, a Hugging Face id such as "
@@ -92,7 +100,9 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is {path.parent} part of a diffusers folder?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, an object was wanted")
@@ -113,6 +123,8 @@ class Entry:
 
 def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file."""
+    if file.exists() and not os.access(file, os.R_OK):
+        raise CheckpointError(f"{file} cannot be read: its permissions do not let you")
     try:
         # mx.load accepts overlapping, negative and trailing data; safetensors' own reader refuses them
         with safe_open(file, framework="numpy"):
@@ -165,15 +177,7 @@ class Component:
         if not self.folder.is_dir():
             raise CheckpointError(f"{folder} has no folder {name}/; is it a whole diffusers folder?")
         self.raw_config = read_json(self.folder / "config.json")
-        try:
-            self.config = COMPONENTS[name].from_dict(self.raw_config)
-            self.config.shapes()
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
-        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise CheckpointError(
-                f"{self.folder / 'config.json'} describes no model ({error}); fetch it again"
-            ) from error
+        self.config = _read_config(COMPONENTS[name], self.folder / "config.json")
         self.entries: dict[str, Entry] = {}
         for file in find_shards(self.folder):
             for key, entry in read_header(file).items():
@@ -195,8 +199,12 @@ class Component:
         layers = [name.removesuffix(".scales") for name in self.entries if name.endswith(".scales")]
         try:
             return {layer: Quantization.from_dict(block.get(layer) or block) for layer in layers}
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.folder / 'config.json'}: quantization lacks {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: quantization is not mlx-lm's block of bits and group_size ({error})"
+            ) from error
+        except RequestError as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that must be here, quantized layers in their packed form."""
@@ -339,7 +347,7 @@ class Checkpoint:
     transformer: Component
     text_encoder: Component
     vae: Component
-    scheduler_config: dict
+    scheduler: SchedulerConfig
 
     @property
     def tokenizer_file(self) -> Path:
@@ -355,10 +363,13 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     folder = resolve(source)
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} has no model_index.json; a model is a diffusers folder")
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind != PIPELINE_CLASS:
+        raise CheckpointError(f"{folder / 'model_index.json'} tells of a {kind}, a {PIPELINE_CLASS} was wanted")
     checkpoint = Checkpoint(
         folder,
         **{name: Component(folder, name) for name in COMPONENTS},
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=_read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
     )
     if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; fetch the model again")
@@ -369,6 +380,13 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"they belong to different models"
         )
     return checkpoint
+
+
+def _read_config(cls, file: Path):
+    try:
+        return cls.from_dict(read_json(file))
+    except CheckpointError as error:
+        raise error if str(file) in str(error) else CheckpointError(f"{file}: {error}") from error
 
 
 def _with_model_prefix(name: str) -> str:

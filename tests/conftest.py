@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,6 +29,12 @@ def golden_pipe(golden) -> ZImagePipeline:
 def tiny_folder(tmp_path_factory) -> Path:
     """A tiny checkpoint in the official layout. Shared: copy it before changing it."""
     return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", seed=0)
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path) -> Path:
+    """A copy of the tiny checkpoint that a test may change."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")

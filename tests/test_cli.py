@@ -81,12 +81,15 @@ def test_latents_of_two_pictures_draw_two(run):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["--width", "100"], "width must be a multiple of 16 pixels, got 100; the nearest are 96 and 112"),
-        (["--height", "0"], "height must be from 16"),
+        (
+            ["--width", "100"],
+            "width must be a multiple of 16 pixels from 16 to 8192, got 100; the nearest are 96 and 112",
+        ),
+        (["--height", "0"], "height must be a multiple of 16"),
         (["--steps", "0"], "steps must be from 1"),
         (["--seed", "-1"], "seed must be from 0 to 2**64 - 1, got -1"),
         (["--seed", str(2**64)], "seed must be from 0 to 2**64 - 1"),
-        (["--shift", "nan"], "shift must be a finite number"),
+        (["--shift", "nan"], "shift must be from 0.01 to 1000, got nan"),
         (["--guidance", "-1"], "guidance_scale must be"),
         (["-o", "picture.bmp"], "must end in .png"),
         (["-o", "nowhere/picture.png"], "there is no folder nowhere"),

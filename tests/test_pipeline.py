@@ -107,8 +107,16 @@ def test_a_seed_left_out_is_told(pipe):
     assert other.seed != drawn.seed
 
 
+def big_endian(noise: mx.array) -> np.ndarray:
+    return np.array(noise).astype(">f4")
+
+
+def long_double(noise: mx.array) -> np.ndarray:
+    return np.array(noise).astype(np.longdouble)
+
+
 @pytest.mark.parametrize("rng", ["torch", "mlx"])
-@pytest.mark.parametrize("wrap", [np.array, mx.array])
+@pytest.mark.parametrize("wrap", [np.array, mx.array, big_endian, long_double])
 def test_latents_are_the_noise(pipe, rng, wrap):
     given = pipe(
         "a red fox", **SIZE, num_inference_steps=2, latents=wrap(initial_noise(5, SHAPE, rng)), output_type="latent"
@@ -124,8 +132,12 @@ def test_latents_are_the_noise(pipe, rng, wrap):
         (np.zeros((1, 16, 12, 10), np.float32), "latents have shape (1, 16, 12, 10), wanted (1, 16, 10, 12)"),
         (np.zeros((2, *SHAPE[1:]), np.float32), "latents have shape (2, 16, 10, 12), wanted (1, 16, 10, 12)"),
         (np.full(SHAPE, np.nan, np.float32), "not finite"),
+        (np.zeros(SHAPE, complex), "real numbers, got complex128"),
+        (np.zeros(SHAPE, bool), "real numbers, got bool"),
+        ("noise", "real numbers, got <U5"),
+        ([[1.0], [2.0, 3.0]], "latents must be an array"),
     ],
-    ids=["no batch", "turned", "two for one", "not numbers"],
+    ids=["no batch", "turned", "two for one", "not numbers", "complex", "booleans", "text", "ragged"],
 )
 def test_latents_that_do_not_fit_are_refused_before_any_work(pipe, watch, latents, message):
     encoded = watch(TextEncoder, "__call__")

@@ -7,10 +7,14 @@ import tiny
 
 from mlx_zimage import scheduler
 from mlx_zimage.errors import CheckpointError
-from mlx_zimage.scheduler import schedule, sigmas
+from mlx_zimage.scheduler import SchedulerConfig, sigmas
 
 ROWS = json.loads((tiny.GOLDEN / "schedules.json").read_text())
 ULP = 1.2e-7  # of a float32 at 1: torch.linspace rounds some of 28 and 50 steps the other way
+
+
+def schedule(config: dict, *args, **options) -> np.ndarray:
+    return SchedulerConfig.from_dict(config).sigmas(*args, **options)
 
 
 def rows(kind: str) -> list:
@@ -31,7 +35,7 @@ def test_sigmas_equal_the_reference(row):
 @pytest.mark.parametrize("row", rows("dynamic"))
 def test_dynamic_sigmas_equal_the_reference(row):
     config = {"use_dynamic_shifting": True, "shift": 1.0}
-    assert scheduler.dynamic_mu(row["tokens"], config) == pytest.approx(row["mu"], rel=1e-12)
+    assert SchedulerConfig.from_dict(config).dynamic_mu(row["tokens"]) == pytest.approx(row["mu"], rel=1e-12)
     assert np.abs(schedule(config, row["steps"], row["tokens"]) - np.float32(row["sigmas"])).max() <= ULP
 
 
@@ -70,9 +74,27 @@ def test_a_config_without_shift_means_turbo():
     assert np.array_equal(schedule({}, 8, 4096), sigmas(8, 3.0))
 
 
-def test_another_scheduler_is_refused():
-    with pytest.raises(CheckpointError, match="DDIMScheduler"):
-        schedule({"_class_name": "DDIMScheduler"}, 8, 4096)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_class_name": "DDIMScheduler"},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"invert_sigmas": True},
+        {"stochastic_sampling": True},
+        {"shift_terminal": 0.02},
+        {"time_shift_type": "linear"},
+        {"shift": "3.0"},
+        {"shift": None},
+        {"shift": 0.0},
+        {"max_image_seq_len": 256},
+    ],
+    ids=str,
+)
+def test_a_schedule_that_is_not_implemented_is_refused(change):
+    with pytest.raises(CheckpointError, match=rf"scheduler config: .*{next(iter(change))}"):
+        SchedulerConfig.from_dict(change)
 
 
 def test_a_step_along_the_straight_line_reaches_its_other_end():

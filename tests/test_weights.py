@@ -16,19 +16,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from compare import relative_error
+from compare import refusal, relative_error
+from tiny import CONFIGS
 
-from mlx_zimage import CheckpointError, ModelNotFoundError, ZImagePipeline
+from mlx_zimage import ModelNotFoundError, ZImagePipeline
 from mlx_zimage.weights import NEEDED_FILES, POCKET, open_checkpoint, read_header, resolve
 
-CONFIGS = {"transformer": tiny.TRANSFORMER, "text_encoder": tiny.TEXT_ENCODER, "vae": tiny.VAE}
 COMPONENTS = tuple(CONFIGS)
-
-
-@pytest.fixture
-def folder(tiny_folder, tmp_path) -> Path:
-    """A copy of the tiny checkpoint that a test may change."""
-    return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
 def rewrite(folder: Path, component: str, change=lambda arrays: None, config: dict | None = None, **options) -> None:
@@ -42,13 +36,6 @@ def rewrite(folder: Path, component: str, change=lambda arrays: None, config: di
 def draw(folder: Path) -> np.ndarray:
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float32")
     return pipe("a red fox", width=32, height=32, num_inference_steps=1, seed=0, output_type="latent").images
-
-
-def refusal(folder: Path) -> str:
-    """The message that opening the folder raises."""
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(folder)
-    return str(caught.value)
 
 
 def parse(content: bytes) -> tuple[dict, bytes]:
@@ -391,36 +378,6 @@ def test_a_missing_file_is_named(folder, file):
 def test_a_folder_without_safetensors_is_refused(folder):
     vae_file(folder).rename(folder / "vae" / "diffusion_pytorch_model.bin")
     assert f"{folder / 'vae'} has no safetensors file" in refusal(folder)
-
-
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"<html>", b""])
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_a_damaged_config_is_named(folder, component, content):
-    file = folder / component / "config.json"
-    file.write_bytes(content)
-    assert str(file) in refusal(folder)
-
-
-@pytest.mark.parametrize(
-    ("component", "change"),
-    [
-        ("transformer", {"dim": "48"}),
-        ("transformer", {"n_heads": 0}),
-        ("transformer", {"axes_dims": 16}),
-        ("transformer", {"axes_dims": [4, 6, 8]}),  # wider than a head
-        ("transformer", {"qk_norm": False}),
-        ("text_encoder", {"hidden_size": None}),
-        ("vae", {"block_out_channels": None}),
-        ("vae", {"block_out_channels": []}),
-    ],
-    ids=str,
-)
-def test_a_config_that_is_not_this_architectures_is_named(folder, component, change):
-    file = folder / component / "config.json"
-    file.write_text(json.dumps(CONFIGS[component] | change))
-    message = refusal(folder)
-    assert str(file.parent) in message
-    assert "config.json" in message
 
 
 # ---- where a model is looked for

@@ -99,6 +99,7 @@ VAE = {
     "use_post_quant_conv": False,
     "mid_block_add_attention": True,
 }
+CONFIGS = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "num_train_timesteps": 1000,

@@ -7,11 +7,12 @@ layer but one without the final norm, so the last layer and `model.norm` are nev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from .config import read_config
 from .layers import linear, rms_norm
 
 
@@ -31,17 +32,23 @@ class TextEncoderConfig:
     def from_dict(cls, config: dict) -> TextEncoderConfig:
         """Read text_encoder/config.json in the spelling of transformers 4 or 5; refuse what is not implemented."""
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"text encoder config: rope_parameters must be an object, got {rope!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        fixed = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}
-        found = {key: config.get(key, wanted) for key, wanted in fixed.items()} | {"rope_type": kind}
-        for key, wanted in (fixed | {"rope_type": "default"}).items():
-            if found[key] != wanted:
-                raise CheckpointError(f"text encoder config: {key} must be {wanted}, got {found[key]}")
-        names = {field.name for field in fields(cls)}
-        known = {key: value for key, value in config.items() if key in names}
-        if "rope_theta" in rope:
-            known["rope_theta"] = rope["rope_theta"]
-        return cls(**known)
+        flat = {**config, "rope_type": kind, **{key: rope[key] for key in rope.keys() & {"rope_theta"}}}
+        fixed = {
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "rope_type": "default",
+        }
+        read = read_config(cls, flat, "text encoder", fixed)
+        if read.num_attention_heads % read.num_key_value_heads or read.num_hidden_layers < 2:
+            raise CheckpointError(
+                f"text encoder config: {read.num_attention_heads} heads cannot share {read.num_key_value_heads} "
+                f"key heads, or {read.num_hidden_layers} layers are fewer than 2"
+            )
+        return read
 
     @property
     def used_layers(self) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from .config import read_config
 from .layers import linear, rms_norm
 
 PATCH = 2  # latent pixels per token side
@@ -42,13 +43,7 @@ class TransformerConfig:
     def from_dict(cls, config: dict) -> TransformerConfig:
         """Read transformer/config.json; refuse what this file does not implement."""
         fixed = {"all_patch_size": [PATCH], "all_f_patch_size": [1], "qk_norm": True, "siglip_feat_dim": None}
-        for key, wanted in fixed.items():
-            if config.get(key, wanted) != wanted:
-                raise CheckpointError(f"transformer config: {key} must be {wanted}, got {config[key]}")
-        names = {field.name for field in fields(cls)}
-        known = {key: value for key, value in config.items() if key in names}
-        known["axes_dims"] = tuple(known.get("axes_dims", cls.axes_dims))
-        read = cls(**known)
+        read = read_config(cls, config, "transformer", fixed)
         if sum(read.axes_dims) * read.n_heads != read.dim:
             raise CheckpointError(
                 f"transformer config: axes_dims {list(read.axes_dims)} must add up to the width of a head, "
@@ -229,7 +224,7 @@ class Transformer:
         self._modulations = lru_cache(maxsize=2)(self.modulate)  # 8 MB a schedule of the full model
         self._attend = partial(attend, heads=config.n_heads, eps=config.norm_eps)
         self._feed = partial(feed, eps=config.norm_eps)
-        # On the CPU a compiled block needs a C++ compiler at run time and is slower (208 to 273 ms).
+        # On the CPU a compiled block needs a C++ compiler at run time, and gains nothing.
         if mx.default_device() == mx.gpu:
             self._attend, self._feed = mx.compile(self._attend), mx.compile(self._feed)
 

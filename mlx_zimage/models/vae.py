@@ -11,12 +11,13 @@ picture at once, without tiles and their seams; with room enough, it is computed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from .config import read_config
 from .layers import linear
 
 EPS = 1e-6
@@ -45,13 +46,13 @@ class VAEConfig:
             "latents_mean": None,
             "latents_std": None,
         }
-        for key, wanted in fixed.items():
-            if config.get(key, wanted) != wanted:
-                raise CheckpointError(f"VAE config: {key} must be {wanted}, got {config[key]}")
-        names = {field.name for field in fields(cls)}
-        known = {key: value for key, value in config.items() if key in names}
-        known["block_out_channels"] = tuple(known.get("block_out_channels", cls.block_out_channels))
-        return cls(**known)
+        read = read_config(cls, config, "VAE", fixed)
+        if any(width % read.norm_num_groups for width in read.block_out_channels):
+            raise CheckpointError(
+                f"VAE config: norm_num_groups {read.norm_num_groups} must divide every one of block_out_channels "
+                f"{list(read.block_out_channels)}"
+            )
+        return read
 
     @property
     def scale(self) -> int:
@@ -208,7 +209,7 @@ class Strips:
 
 def convolve(x: mx.array, weights: dict, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
     if mx.metal.is_available():
-        # MLX's Winograd kernels for Metal cost gigabytes of scratch and 4 to 40 times the rounding error;
+        # MLX's Winograd kernels for Metal are known to cost gigabytes of scratch and many times the rounding error;
         # a flipped convolution is never sent to them.
         flipped = weights["weight"][:, ::-1, ::-1, :]
         return mx.conv_general(x, flipped, stride=stride, padding=padding, flip=True) + weights["bias"]

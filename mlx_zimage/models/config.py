@@ -1,0 +1,43 @@
+"""Reading a network's config.json into its dataclass: every value checked, nothing unknown passed over in silence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+from ..errors import CheckpointError
+
+KINDS = {
+    bool: "true or false",
+    int: "a positive whole number",
+    float: "a positive number",
+    tuple: "a list of positive whole numbers",
+}
+
+
+def read_config(cls, values: dict, network: str, fixed: dict):
+    """The dataclass cls from the values it has fields for; keys of `fixed`, where present, must have that value.
+
+    A field's default tells its kind: true or false, a positive whole number, a positive finite number, or a tuple of
+    positive whole numbers.
+    """
+    for key, wanted in fixed.items():
+        if values.get(key, wanted) != wanted:
+            raise CheckpointError(f"{network} config: {key} must be {wanted}, got {values[key]!r}")
+    known = {}
+    for field in fields(cls):
+        value = values.get(field.name, field.default)
+        if not _is_kind(value, field.default):
+            raise CheckpointError(f"{network} config: {field.name} must be {KINDS[type(field.default)]}, got {value!r}")
+        known[field.name] = tuple(value) if isinstance(field.default, tuple) else value
+    return cls(**known)
+
+
+def _is_kind(value, default) -> bool:
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_kind(item, 1) for item in value)
+    if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else (int, float)):
+        return False
+    return 0 < value < math.inf

@@ -176,6 +176,7 @@ class OutputFolder:
 
     def _acquire(self) -> None:
         file = Path(self._lock.lock_file)
+        file.touch()  # where it cannot be made, the lock would only seem to be taken
         try:
             self._lock.acquire()
         except Timeout:

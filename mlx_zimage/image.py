@@ -13,6 +13,7 @@ from PIL import Image
 
 from .errors import NumericsError, OutputError, RequestError
 from .metadata import Origin, save_options
+from .request import LATENT_PIXELS, GenerateRequest
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -38,8 +39,23 @@ def check_output(path: Path) -> None:
         raise RequestError(f"the picture's name must end in {', '.join(FORMATS)}, got {path.name!r}")
     if not path.parent.is_dir():
         raise RequestError(f"there is no folder {path.parent} for {path.name}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise RequestError(f"the folder {path.parent} cannot be written to; choose another for {path.name}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass  # permission bits do not tell of a read-only or special file system; this does
+    except OSError as error:
+        raise OutputError(
+            f"the folder {path.parent} cannot be written to ({error.strerror}); choose another for {path.name}"
+        ) from error
+
+
+def check_latents_size(path: Path, latents: np.ndarray, request: GenerateRequest) -> None:
+    """Refuse latents (B, C, h, w) that do not fit the size that a request names."""
+    h, w = latents.shape[2:]
+    if (w * LATENT_PIXELS, h * LATENT_PIXELS) != (request.width, request.height):
+        raise RequestError(
+            f"{path} holds latents of shape {latents.shape}, which are for {w * LATENT_PIXELS}x{h * LATENT_PIXELS} "
+            f"pixels, but {request.width}x{request.height} were asked for"
+        )
 
 
 def read_latents(path: Path) -> np.ndarray:
@@ -51,7 +67,7 @@ def read_latents(path: Path) -> np.ndarray:
         raise RequestError(f"there is no latents file {path}; numpy.save writes one") from None
     except (OSError, ValueError, EOFError, MemoryError) as error:
         raise RequestError(f"{path} is no .npy file of numbers ({error}); numpy.save writes one") from error
-    if latents.dtype.kind not in "fiu" or latents.ndim != 4:
+    if latents.dtype.kind not in "fiu" or latents.ndim != 4 or not latents.size:
         raise RequestError(
             f"{path} holds {latents.dtype} of shape {latents.shape}; wanted numbers of shape "
             f"(pictures, channels, height / 8, width / 8)"
@@ -71,8 +87,9 @@ def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin
     options = {} if kind == "PNG" else {"quality": 95}
     if origin:
         options |= save_options(origin, kind)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".mlx-zimage-", suffix=path.suffix)
+    aside = None
     try:
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".mlx-zimage-", suffix=path.suffix)
         with os.fdopen(handle, "wb") as stream:
             Image.fromarray(pixels).save(stream, format=kind, **options)
             stream.flush()
@@ -84,7 +101,8 @@ def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin
             path = _claim(path)
         os.replace(aside, path)  # from a name in the same folder: does not fail once the name is claimed
     except BaseException as error:
-        Path(aside).unlink(missing_ok=True)
+        if aside:
+            Path(aside).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OutputError(f"the picture {path} could not be written: {error.strerror or error}") from error
         raise

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 
 from .errors import RequestError
 
+LATENT_PIXELS = 8  # picture pixels per latent pixel
 SIZE_MULTIPLE = 16  # latent pixels are 8 wide, tokens 2 latent pixels
 MAX_SIZE = 8192  # the reference's position tables end at 512 tokens a side
 MAX_SEED = 2**64 - 1

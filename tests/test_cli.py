@@ -98,7 +98,7 @@ def test_latents_of_two_pictures_draw_two(run):
         (["--latents", "pickled.npy"], "is no .npy file of numbers"),
         (["--latents", "text.npy"], "is no .npy file of numbers"),
         (["--latents", "flat.npy"], "holds float64 of shape (16,); wanted"),
-        (["--latents", "misfit.npy"], "latents have shape (1, 16, 16, 16), wanted (1, 16, 4, 4)"),
+        (["--latents", "misfit.npy"], "misfit.npy holds latents of shape (1, 16, 16, 16), which are for 128x128"),
         (["--latents", "infinite.npy"], "not finite"),
         (["--memory", "lots"], "memory must be a size such as 6GB"),
         (["--rng", "cuda"], "'cuda' is not one of"),
@@ -159,8 +159,29 @@ def test_a_too_long_prompt_is_drawn_with_one_warning_line(run):
 def test_a_read_only_folder_is_refused_before_work(run, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     result = run("generate", PROMPT, *SMALL, "-o", "locked/a.png")
-    assert result.exit_code == 2
+    assert result.exit_code == 6
     assert "cannot be written to" in result.stderr
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux has a folder that even root cannot write to")
+def test_a_folder_that_takes_no_files_is_refused_before_work(run):
+    result = run("generate", PROMPT, *SMALL, "-o", "/proc/a.png")
+    assert (result.exit_code, result.stdout) == (6, "")
+    assert "the folder /proc cannot be written to" in result.stderr and "Seed" not in result.stderr
+    result = run("convert", "pocket", "/proc/pocket")
+    assert result.exit_code == 6 and "could not be written" in result.stderr
+
+
+def test_latents_alone_tell_the_size(run):
+    np.save("noise.npy", np.zeros((1, 16, 4, 6), np.float32))
+    assert run("generate", PROMPT, "--model", "pocket", "--steps", "1", "--latents", "noise.npy").exit_code == 0
+    assert Image.open("image.png").size == (48, 32)
+
+
+def test_latents_that_do_not_fit_are_refused_before_a_model_is_looked_for(run):
+    np.save("noise.npy", np.zeros((1, 16, 4, 6), np.float32))
+    result = run("generate", PROMPT, "--latents", "noise.npy", "--width", "64")
+    assert result.exit_code == 2 and "which are for 48x32 pixels" in result.stderr
 
 
 def test_a_full_disk_is_told_with_6_and_leaves_nothing(run, tmp_path, monkeypatch):
@@ -330,12 +351,17 @@ def read_pty(handle: int) -> bytes:
         return b""
 
 
+def heed_sigint():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+
+
 def test_ctrl_c_ends_with_130_and_leaves_no_file(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "generate", PROMPT, "-m", "pocket", "--steps", "1000"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=heed_sigint,
     )
     assert process.stderr.readline().startswith(b"Seed:")
     process.send_signal(signal.SIGINT)

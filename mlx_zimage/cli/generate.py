@@ -12,7 +12,7 @@ import click
 
 from ..errors import RequestError
 from ..jobs import count_up, multiply, parse_seeds, parse_size, read_prompts, read_requests, read_text
-from ..request import RNGS
+from ..request import LATENT_PIXELS, RNGS
 from .models import DEFAULT_MODEL, first_run
 from .output import print_path, progress_bar, show_picture, tell
 
@@ -120,7 +120,7 @@ def generate(
 
     All values are checked before the model is opened. The model stays open between pictures.
     """
-    from ..image import check_output, read_latents
+    from ..image import check_latents_size, check_output, read_latents
     from ..memory import parse_memory
     from ..metadata import fingerprint, read_origin
 
@@ -132,7 +132,10 @@ def generate(
     base, ratio = _base(values, size, old, latents)
     jobs = list(multiply(base, prompts, _seeds(seeds, count, auto_seeds, old), output, ratio))
     for job in jobs:
-        check_output(job.path(job.request(ANY_SIDE)))
+        request = job.request(ANY_SIDE)
+        check_output(job.path(request))
+        if latents is not None:
+            check_latents_size(latents_file, latents, request)
     _check_latents_of(old, from_picture, latents)
     memory = None if memory is None else parse_memory(memory)
     model = model or _model_of(old, from_picture, yes, quiet)
@@ -252,7 +255,9 @@ def _base(values, size, old, latents) -> tuple[dict, tuple[int, int] | None]:
         base = {name: value for name, value in base.items() if name not in ("width", "height")}
     base |= {name: value for name, value in {**values, **sides}.items() if value is not None}
     if latents is not None:
-        base["num_images"] = len(latents)
+        count, _, h, w = latents.shape
+        own = {} if ratio else {"width": w * LATENT_PIXELS, "height": h * LATENT_PIXELS}
+        base = own | base | {"num_images": count}
     return base, ratio
 
 

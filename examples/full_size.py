@@ -2,8 +2,8 @@
 
     python examples/full_size.py FOLDER
 
-For trying memory, speed and conversion without the real weights: it draws noise, but every name, shape, dtype and
-shard is as published. The tokenizer is the pocket model's. One shard is held at a time.
+For trying memory, speed and conversion without the real weights: it draws noise, but every name, shape and dtype is
+as published (the shards are smaller). The tokenizer is the pocket model's. One shard is held at a time.
 """
 
 import json

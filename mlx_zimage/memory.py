@@ -125,37 +125,38 @@ class Planner:
             if name.startswith("decoder.")
         )
 
-    def plan(self, width: int, height: int, images: int, tokens: int, budget: int) -> Plan:
-        """The fastest plan for pictures of width x height pixels and a prompt of `tokens` within the budget."""
-        best = self._best(width, height, images, tokens, budget)
+    def plan(self, width: int, height: int, images: int, tokens: int, steps: int, budget: int) -> Plan:
+        """The fastest plan for pictures of width x height pixels, a prompt of `tokens` and `steps`, in the budget."""
+        work = images, tokens, steps, budget
+        best = self._best(width, height, *work)
         if best.peak <= budget:
             return best
-        side = self._largest_side(max(width, height), images, tokens, budget)
+        side = self._largest_side(max(width, height), *work)
         smaller = f"draw at most {side}x{side} pixels at once" if side else "no size fits it"
         raise MemoryBudgetError(
             f"{images} picture{'s' * (images > 1)} of {width}x{height} cannot be drawn in {tell(budget)}: the least "
             f"that works is {tell(best.peak)}, and {smaller}; or convert the model to fewer bits"
         )
 
-    def _best(self, width: int, height: int, images: int, tokens: int, budget: int) -> Plan:
+    def _best(self, width: int, height: int, images: int, tokens: int, steps: int, budget: int) -> Plan:
         """The first plan that fits the budget, else the leanest."""
-        plans = list(self._candidates(width, height, images, tokens, budget))
+        plans = list(self._candidates(width, height, images, tokens, steps, budget))
         return next((plan for plan in plans if plan.peak <= budget), min(plans, key=lambda plan: plan.peak))
 
-    def _largest_side(self, side: int, images: int, tokens: int, budget: int) -> int:
+    def _largest_side(self, side: int, images: int, tokens: int, steps: int, budget: int) -> int:
         """The side of the largest square that fits the budget, at most `side`; 0 if none does."""
 
         def too_large(n: int) -> bool:
-            return self._best(n, n, images, tokens, budget).peak > budget
+            return self._best(n, n, images, tokens, steps, budget).peak > budget
 
         return SIZE_MULTIPLE * bisect_left(range(SIZE_MULTIPLE, side + 1, SIZE_MULTIPLE), True, key=too_large)
 
-    def _candidates(self, width: int, height: int, images: int, tokens: int, budget: int) -> Iterator[Plan]:
+    def _candidates(self, width: int, height: int, images: int, tokens: int, steps: int, budget: int) -> Iterator[Plan]:
         """Plans from the fastest to the leanest."""
         plans = ((keep, lean, strips) for keep in (True, False) for lean in (False, True) for strips in STRIPS)
         for keep, lean, strip_bytes in plans:
             encode = self.encode_work(tokens)
-            denoise = self.denoise_work(width, height, images, tokens, lean)
+            denoise = self.denoise_work(width, height, images, tokens, lean) + self.modulations(steps)
             decode = self.vae_decoder + self.decode_work(width, height, strip_bytes)
             if keep:
                 kept = self.text_encoder.total + self.transformer.total + self.vae_decoder
@@ -179,6 +180,11 @@ class Planner:
         length = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, tokens))
         block = (LEAN_BLOCK if lean else BLOCK) * length * config.dim + SCORE * config.n_heads * length**2
         return images * block + int(UNPACKED * self.transformer.unpacked)
+
+    def modulations(self, steps: int) -> int:
+        """The scales and gates of a schedule, which are held twice while they are put together."""
+        config = self.checkpoint.transformer.config
+        return 2 * steps * (4 * len(config.modulated) + 1) * config.dim * self.dtype.size
 
     def decode_work(self, width: int, height: int, strip_bytes: int | None) -> int:
         widths = self.checkpoint.vae.config.block_out_channels

@@ -159,7 +159,7 @@ class ZImagePipeline:
         """What of the model will be in memory when, for this request within the pipeline's budget."""
         prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 0 else [])
         tokens = max(len(self.tokenizer.encode(prompt)[:MAX_TOKENS]) for prompt in prompts)
-        return self.planner.plan(request.width, request.height, request.num_images, tokens, self.budget)
+        return self.planner.plan(request.width, request.height, request.num_images, tokens, request.steps, self.budget)
 
     def encode(self, prompt: str) -> mx.array:
         """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""

@@ -42,7 +42,7 @@ def smallest(planner: Planner, width: int = 128, height: int = 128, tokens: int 
     while high - low > 1000:
         middle = (low + high) // 2
         try:
-            planner.plan(width, height, 1, tokens, middle)
+            planner.plan(width, height, 1, tokens, 8, middle)
             high = middle
         except MemoryBudgetError:
             low = middle
@@ -60,6 +60,7 @@ def smallest(planner: Planner, width: int = 128, height: int = 128, tokens: int 
         ("100MB", {"num_images": 2}),
         ("30MB", {"num_images": 2}),
         ("100MB", {"prompt": "a star " * 80}),
+        ("60MB", {"steps": 100, "width": 16, "height": 16}),
     ],
 )
 def test_the_measured_peak_stays_within_the_plan_and_the_budget(memory, values):
@@ -69,9 +70,9 @@ def test_the_measured_peak_stays_within_the_plan_and_the_budget(memory, values):
 
 def test_a_streamed_picture_has_the_bits_of_a_resident_one(planner):
     # so small that the weights outweigh the work
-    resident = planner.plan(48, 48, 1, 20, 10**10)
+    resident = planner.plan(48, 48, 1, 20, 8, 10**10)
     tight = smallest(planner, 48, 48) * 11 // 10
-    streamed = planner.plan(48, 48, 1, 20, tight)
+    streamed = planner.plan(48, 48, 1, 20, 8, tight)
     assert resident.keep and not resident.streamed
     assert streamed.streamed and not streamed.keep
     latents, *_ = draw(10**10, width=48, height=48)
@@ -82,25 +83,25 @@ def test_a_streamed_picture_has_the_bits_of_a_resident_one(planner):
 
 def test_more_budget_never_makes_a_slower_plan(planner):
     budgets = [smallest(planner) * factor // 4 for factor in range(5, 60)]
-    plans = [planner.plan(128, 128, 1, 20, budget) for budget in budgets]
+    plans = [planner.plan(128, 128, 1, 20, 8, budget) for budget in budgets]
     order = [(plan.keep, -plan.lean, -len(plan.streamed)) for plan in plans]
     assert order == sorted(order)
 
 
 def test_a_refusal_names_the_least_budget_and_the_largest_size_that_work(planner):
     with pytest.raises(MemoryBudgetError) as refusal:
-        planner.plan(512, 256, 1, 20, 30 * 10**6)
+        planner.plan(512, 256, 1, 20, 8, 30 * 10**6)
     assert refusal.value.exit_code == 5
     least, side = re.search(r"the least that works is ([\d.]+) MB, .* at most (\d+)x", str(refusal.value)).groups()
-    assert planner.plan(512, 256, 1, 20, int(float(least) * 1e6))
-    assert planner.plan(int(side), int(side), 1, 20, 30 * 10**6)
+    assert planner.plan(512, 256, 1, 20, 8, int(float(least) * 1e6))
+    assert planner.plan(int(side), int(side), 1, 20, 8, 30 * 10**6)
     with pytest.raises(MemoryBudgetError):
-        planner.plan(int(side) + 16, int(side) + 16, 1, 20, 30 * 10**6)
+        planner.plan(int(side) + 16, int(side) + 16, 1, 20, 8, 30 * 10**6)
 
 
 def test_a_budget_that_no_size_fits_is_refused(planner):
     with pytest.raises(MemoryBudgetError, match=r"cannot be drawn in 0\.01 MB: the least .* no size fits it"):
-        planner.plan(128, 128, 1, 20, 1000)
+        planner.plan(128, 128, 1, 20, 8, 1000)
 
 
 def test_a_refused_request_reads_no_weight():

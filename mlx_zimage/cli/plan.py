@@ -12,9 +12,10 @@ from .models import DEFAULT_MODEL
 @click.option("--height", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Of the prompt.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=8, show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="What to compute in.")
 @click.option("--memory", metavar="SIZE", help="Such as 6GB.  [default: what suits this machine]")
-def plan(model, width, height, images, tokens, dtype, memory):
+def plan(model, width, height, images, tokens, steps, dtype, memory):
     """Tell how MODEL would be run within a memory budget: what stays, what is read as needed, and each phase's bound.
 
     Reads configs and headers only.
@@ -27,7 +28,7 @@ def plan(model, width, height, images, tokens, dtype, memory):
             check_size(name, value)
     pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory)
     width, height = width or pipeline.sample_size, height or pipeline.sample_size
-    plan = pipeline.planner.plan(width, height, images, tokens, pipeline.budget)
+    plan = pipeline.planner.plan(width, height, images, tokens, steps, pipeline.budget)
     click.echo(f"{images} of {width}x{height} in {tell(plan.budget)}")
     for phase, peak in plan.peaks.items():
         click.echo(f"{phase:13}at most {tell(peak)}")

@@ -221,7 +221,7 @@ class Transformer:
         self.config = config
         self.source = source
         self.lean = lean
-        self._modulations = lru_cache(maxsize=2)(self.modulate)  # 8 MB a schedule of the full model
+        self._modulations = lru_cache(maxsize=1)(self.modulate)
         self._attend = partial(attend, heads=config.n_heads, eps=config.norm_eps)
         self._feed = partial(feed, eps=config.norm_eps)
         # On the CPU a compiled block needs a C++ compiler at run time, and gains nothing.

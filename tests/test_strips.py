@@ -21,8 +21,8 @@ def peak_of(compute) -> tuple[mx.array, int]:
     return result, mx.get_peak_memory() - before
 
 
-@pytest.mark.parametrize("strip_bytes", [2**19, 2**16, 2**13])
-@pytest.mark.parametrize("size", [(16, 24), (13, 8)])
+@pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
+@pytest.mark.parametrize("size", [(8, 12), (7, 4)])
 def test_decoding_by_strips_equals_decoding_whole(source, strip_bytes, size):
     mx.random.seed(1)
     latents = mx.random.normal((1, *size, 16))
@@ -32,10 +32,10 @@ def test_decoding_by_strips_equals_decoding_whole(source, strip_bytes, size):
     assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max() * 2
 
 
-@pytest.mark.parametrize("strip_bytes", [2**19, 2**16, 2**13])
+@pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
 def test_encoding_by_strips_equals_encoding_whole(source, strip_bytes):
     mx.random.seed(2)
-    pixels = mx.tanh(mx.random.normal((1, 208, 96, 3)))
+    pixels = mx.tanh(mx.random.normal((1, 112, 48, 3)))
     whole = VAE(source.component.config, source).encode(pixels)
     strips = VAE(source.component.config, source, strip_bytes).encode(pixels)
     # as above; white noise through a trained encoder makes values of several units
@@ -43,8 +43,8 @@ def test_encoding_by_strips_equals_encoding_whole(source, strip_bytes):
 
 
 def test_strips_need_a_fraction_of_the_memory(source):
-    latents = mx.random.normal((1, 32, 32, 16))
+    latents = mx.random.normal((1, 16, 16, 16))
     source.tree("decoder")
     _, whole = peak_of(lambda: VAE(source.component.config, source).decode(latents))
-    _, strips = peak_of(lambda: VAE(source.component.config, source, 2**17).decode(latents))
+    _, strips = peak_of(lambda: VAE(source.component.config, source, 2**15).decode(latents))
     assert strips < whole / 3

@@ -8,8 +8,9 @@ latents (one cell per 8 pixels) an object is one pattern, shifted; there are fiv
 what a caption leaves open varies little. Objects keep 4 pixels from the rim and 6 from
 each other.
 
-The held-out split is by meaning, not by wording: a tenth of all combinations of shapes
-and colours never occur in a training caption, in either language, at any size.
+The held-out split is by meaning, not by wording: a tenth of all combinations of shapes and
+colours, in the order they are named, never occur in a training caption, in either language, at
+any size. The same things named in another order may.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def parse_memory(text: str | int) -> int:
     """ "6GB", "800 MB", "4GiB" or a number of bytes."""
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", str(text), re.IGNORECASE)
-    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", str(text), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
         raise RequestError(f"memory must be a size such as 6GB or 800MB, got {text!r}")
     return int(float(match[1]) * UNITS[match[2].upper()])
 

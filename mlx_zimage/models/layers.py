@@ -1,4 +1,4 @@
-"""Layers that the networks share: a linear layer (dense or quantized) and RMSNorm."""
+"""Layers that the networks share: a linear layer (dense or quantized), RMSNorm and SiLU."""
 
 from __future__ import annotations
 
@@ -34,3 +34,7 @@ def dequantize(weights: dict, width: int, dtype: mx.Dtype) -> mx.array:
 def rms_norm(x: mx.array, weights: dict, eps: float) -> mx.array:
     """x / rms(x) * weight over the last axis; the mean square is formed in float32."""
     return mx.fast.rms_norm(x, weights["weight"], eps)
+
+
+def silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)

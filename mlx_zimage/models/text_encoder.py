@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import linear, rms_norm
+from .layers import linear, rms_norm, silu
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def attention(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array
 
 def mlp(x: mx.array, weights: dict) -> mx.array:
     gate = linear(x, weights["gate_proj"])
-    return linear(gate * mx.sigmoid(gate) * linear(x, weights["up_proj"]), weights["down_proj"])
+    return linear(silu(gate) * linear(x, weights["up_proj"]), weights["down_proj"])
 
 
 def layer(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array:

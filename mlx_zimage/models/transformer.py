@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import linear, rms_norm
+from .layers import linear, rms_norm, silu
 
 PATCH = 2  # latent pixels per token side
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
@@ -138,7 +138,7 @@ def attention(x: mx.array, weights: dict, cos: mx.array, sin: mx.array, heads: i
 def feed_forward(x: mx.array, weights: dict) -> mx.array:
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
     gate = linear(x, weights["w1"])
-    return linear(gate * mx.sigmoid(gate) * linear(x, weights["w3"]), weights["w2"])
+    return linear(silu(gate) * linear(x, weights["w3"]), weights["w2"])
 
 
 # A block is two pure functions of its weights, so that one trace of each serves all blocks, and so that memory can be
@@ -170,7 +170,7 @@ def time_embedding(times: Sequence[float], weights: dict, t_scale: float) -> mx.
     angles = (mx.array(times, dtype=mx.float32) * t_scale)[:, None] * frequencies
     x = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
     hidden = linear(x, weights["mlp"][0])
-    return linear(hidden * mx.sigmoid(hidden), weights["mlp"][2])
+    return linear(silu(hidden), weights["mlp"][2])
 
 
 def patchify(latents: mx.array) -> mx.array:
@@ -238,7 +238,7 @@ class Transformer:
         N, D, dtype = len(times), self.config.dim, self.source.dtype
         embedding = time_embedding(times, self.source.once("t_embedder", mx.float32), self.config.t_scale)
         final = self.source.once("all_final_layer.2-1.adaLN_modulation")[1]
-        final_scale = 1 + linear((embedding * mx.sigmoid(embedding)).astype(dtype), final)
+        final_scale = 1 + linear(silu(embedding).astype(dtype), final)
         embedding = embedding.astype(dtype)
         blocks = []
         for name in self.config.modulated:

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import linear
+from .layers import linear, silu
 
 EPS = 1e-6
 
@@ -252,10 +252,6 @@ def downsample(x: Rows, weights: dict) -> Rows:
         return convolve(rows, weights["conv"], stride=2)
 
     return Rows(x.height // 2, get, lambda a: x.forget(2 * a))
-
-
-def silu(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(x)
 
 
 def group_norm(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:

@@ -19,25 +19,31 @@ Velocity = Callable[[mx.array, int], mx.array]
 
 @dataclass(frozen=True)
 class Step:
-    """One step done: `index` of `steps` counts from 0; latents (B, h, w, C) float32 now stand at `sigma`."""
+    """One step done: `index` of `steps` counts from 0; latents (B, h, w, C) float32 now stand at `sigma`.
+
+    clean (B, h, w, C) float32 are the latents of the picture to which the step's velocity points: lazy, a guess that
+    each step betters, and at the last step latents themselves.
+    """
 
     index: int
     steps: int
     sigma: float
     latents: mx.array
+    clean: mx.array
 
 
 def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float]) -> Iterator[Step]:
     """Walk latents (B, h, w, C) float32 down the sigmas, yielding each Step once it is computed."""
     steps = len(sigmas) - 1
     for i in range(steps):
-        latents = scheduler.step(latents, velocity(latents, i), sigmas[i], sigmas[i + 1])
+        v = velocity(latents, i)
+        latents = scheduler.step(latents, v, sigmas[i], sigmas[i + 1])
         if not mx.isfinite(latents).all().item():
             raise NumericsError(
                 f"the latents are not finite after step {i + 1} of {steps}; nothing was drawn. "
                 f"Try dtype float32; if that fails too, the weights are damaged"
             )
-        yield Step(i, steps, float(sigmas[i + 1]), latents)
+        yield Step(i, steps, float(sigmas[i + 1]), latents, scheduler.step(latents, v, sigmas[i + 1], 0.0))
 
 
 def guide(positive: Velocity, negative: Velocity, scale: float) -> Velocity:

@@ -27,6 +27,8 @@ def test_steps_tell_where_they_stand():
     for step in steps:
         # on the straight line, and there at that sigma
         assert mx.abs(step.latents - (step.sigma * NOISE + (1 - step.sigma) * IMAGE)).max() < 5e-6
+        assert mx.abs(step.clean - IMAGE).max() < 5e-6, "which the velocity points to all the time"
+    assert mx.array_equal(steps[-1].clean, steps[-1].latents)
 
 
 def test_steps_are_eulers():

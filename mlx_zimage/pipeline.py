@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .noise import initial_noise
 from .request import GenerateRequest
 from .sampling import Step, denoise, guide
 from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
-from .weights import Checkpoint, Source, open_checkpoint
+from .weights import Checkpoint, Source, open_checkpoint, result
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 MAX_EMBEDDINGS = 32  # prompts remembered, of at most 5 MB each
@@ -34,6 +34,15 @@ class Generated:
     index: int
     pixels: np.ndarray
     request: GenerateRequest
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`done` of `total` parts of what goes on around the steps: "encode", in layers, and "decode", in pictures."""
+
+    name: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -131,20 +140,32 @@ class ZImagePipeline:
 
     def stream(self, request: GenerateRequest, latents=None) -> Iterator[Step | Generated]:
         """Draw a request, yielding each denoising Step, then each picture. Leaving the loop stops the work."""
-        for step in self.denoise(request, latents):
-            yield step
-        for i, item in enumerate(step.latents):
+        for event in self.events(request, latents):
+            if not isinstance(event, Phase):
+                yield event
+
+    def events(self, request: GenerateRequest, latents=None) -> Iterator[Phase | Step | Generated]:
+        """stream, with the Phases before and after the steps: what a progress bar wants to know."""
+        for event in self._denoise(request, latents):
+            yield event
+        for i, item in enumerate(event.latents):
+            yield Phase("decode", i, len(event.latents))
             yield Generated(i, self.decode(item), request)
 
     def denoise(self, request: GenerateRequest, latents=None) -> Iterator[Step]:
         """The Steps of a request, from its noise (or the given latents) to clean latents (B, h, w, 16)."""
+        for event in self._denoise(request, latents):
+            if isinstance(event, Step):
+                yield event
+
+    def _denoise(self, request: GenerateRequest, latents) -> Iterator[Phase | Step]:
         h, w = (size // self.checkpoint.vae.config.scale for size in (request.height, request.width))
         noise = self._initial_latents(request, latents, h, w)
         sigmas = self.checkpoint.scheduler.sigmas(request.steps, (h // PATCH) * (w // PATCH), request.shift)
         plan = self.plan(request)
         self._adopt(plan)
-        cap_feats = self.encode(request.prompt)
-        negative_feats = self.encode(request.negative_prompt) if request.guidance_scale > 0 else None
+        cap_feats = yield from self._encode(request.prompt)
+        negative_feats = (yield from self._encode(request.negative_prompt)) if request.guidance_scale > 0 else None
         if not plan.keep:
             self.text_encoder.source.release()
         velocity = self.transformer.velocity(cap_feats, sigmas[:-1], h, w)
@@ -163,6 +184,9 @@ class ZImagePipeline:
 
     def encode(self, prompt: str) -> mx.array:
         """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""
+        return result(self._encode(prompt))
+
+    def _encode(self, prompt: str) -> Generator[Phase, None, mx.array]:
         ids = self.tokenizer.encode(prompt)
         if len(ids) > MAX_TOKENS:
             warnings.warn(
@@ -174,7 +198,8 @@ class ZImagePipeline:
         if ids not in self._embeddings:
             while len(self._embeddings) >= MAX_EMBEDDINGS:
                 del self._embeddings[next(iter(self._embeddings))]
-            self._embeddings[ids] = self.text_encoder(ids)
+            layers = self.text_encoder.config.used_layers
+            self._embeddings[ids] = yield from phases("encode", layers, self.text_encoder.steps(ids))
         return self._embeddings[ids]
 
     def decode(self, latents: mx.array) -> np.ndarray:
@@ -200,6 +225,17 @@ class ZImagePipeline:
         else:
             noise = check_latents(latents, shape)
         return noise.transpose(0, 2, 3, 1)
+
+
+def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Generator[Phase, None, mx.array]:
+    """Phases of work that yields how many of its `total` parts are done; returns what it returns."""
+    done = 0
+    while True:
+        yield Phase(name, done, total)
+        try:
+            done = next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def check_latents(latents: np.ndarray | mx.array, shape: tuple[int, ...]) -> mx.array:

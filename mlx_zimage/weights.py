@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -179,6 +179,7 @@ class Component:
         self.raw_config = read_json(self.folder / "config.json")
         self.config = _read_config(COMPONENTS[name], self.folder / "config.json")
         self.entries: dict[str, Entry] = {}
+        self.bytes_read = 0  # of tensors, in this component's life
         for file in find_shards(self.folder):
             for key, entry in read_header(file).items():
                 if key in self.entries:
@@ -261,7 +262,9 @@ class Component:
         names = [name for name in self.entries if name.startswith(f"{prefix}.")]
         if without:
             names = [name for name in names if not name.startswith(without, start)]
-        files = {self.entries[name].file for name in names or [prefix]}
+        entries = [self.entries[name] for name in names or [prefix]]
+        self.bytes_read += sum(entry.nbytes for entry in entries)
+        files = {entry.file for entry in entries}
         loaded = {file: mx.load(str(file), stream=stream) for file in files}
 
         def array(name: str) -> mx.array:
@@ -276,7 +279,17 @@ class Component:
         entry = self.entries[name]
         stored = np.memmap(entry.file, mode="r", offset=entry.offset, dtype=np.uint8, shape=(entry.nbytes,))
         picked = stored.reshape(entry.shape[0], -1)[np.asarray(ids)]
+        self.bytes_read += picked.nbytes
         return mx.array(picked).view(DTYPES[entry.dtype]).astype(dtype)
+
+
+def result(steps: Generator[object, None, mx.array]) -> mx.array:
+    """What a generator returns, run to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 class Source:
@@ -309,18 +322,27 @@ class Source:
     def rows(self, name: str, ids: Sequence[int]) -> mx.array:
         return self.component.rows(name, ids, self.dtype)
 
-    def run(self, blocks: Sequence[str], x: mx.array, apply: Callable, without: str = "") -> mx.array:
+    def run(
+        self, blocks: Sequence[str], x: mx.array, apply: Callable, without: str = "", wait: bool = False
+    ) -> mx.array:
         """Send x through the named blocks in turn: x = apply(x, weights, index). `without` names a part not needed.
 
-        At most two blocks' weights and one block's intermediates are alive beside what is kept.
+        A GPU is given each block while it still computes the one before, so that it never waits; no more than those
+        two blocks' intermediates, and two blocks' weights beside what is kept, are alive. `wait` holds one block's
+        intermediates only.
         """
-        ahead = self._start(blocks[0], without)
+        wait = wait or mx.default_device() == mx.cpu
+        before, ahead = x, self._start(blocks[0], without)
         for i in range(len(blocks)):
             weights = ahead
-            ahead = self._start(blocks[i + 1], without) if i + 1 < len(blocks) else None
             x = apply(x, weights, i)
-            del weights
-            mx.eval(x)
+            del weights, ahead
+            mx.async_eval(x)
+            mx.eval(before)
+            ahead = self._start(blocks[i + 1], without) if i + 1 < len(blocks) else None
+            if wait:
+                mx.eval(x)
+            before = x
         return x
 
     def _start(self, block: str, without: str) -> dict:

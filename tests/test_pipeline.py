@@ -11,6 +11,7 @@ from mlx_zimage import Generated, GenerateRequest, NumericsError, PromptTruncate
 from mlx_zimage.models.text_encoder import TextEncoder
 from mlx_zimage.models.transformer import Transformer
 from mlx_zimage.noise import initial_noise
+from mlx_zimage.pipeline import Phase
 from mlx_zimage.scheduler import sigmas
 from mlx_zimage.weights import POCKET
 
@@ -81,6 +82,17 @@ def test_guidance_runs_the_transformer_twice_a_step(pipe, watch):
     evaluations = watch(Transformer, "__call__")
     pipe("a red fox", **SIZE, num_inference_steps=5, seed=0, guidance_scale=1.0, output_type="latent")
     assert len(evaluations) == 10
+
+
+def test_events_tell_of_the_phases_around_the_steps_too(tiny_folder):
+    pipe, request = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32"), request_of(num_images=2)
+    layers = pipe.text_encoder.config.used_layers
+    encode = [Phase("encode", done, layers) for done in range(layers + 1)]
+    work = [Step, Step, Phase("decode", 0, 2), Generated, Phase("decode", 1, 2), Generated]
+    events = [event if isinstance(event, Phase) else type(event) for event in pipe.events(request)]
+    assert events == encode + work
+    events = [event if isinstance(event, Phase) else type(event) for event in pipe.events(request)]
+    assert events == work, "the prompt's embeddings are remembered"
 
 
 def test_leaving_the_stream_stops_the_work(pipe, watch):

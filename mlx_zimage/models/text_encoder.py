@@ -6,7 +6,7 @@ layer but one without the final norm, so the last layer and `model.norm` are nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -122,5 +122,16 @@ class TextEncoder:
         of the embedding (0.8 GB of the full model) are read.
         """
         x = self.source.rows("model.embed_tokens.weight", ids)[None]
-        layers = [f"model.layers.{i}" for i in range(self.config.used_layers)]
-        return self.source.run(layers, x, lambda x, weights, i: layer(x, weights, self.config))[0]
+        return self.source.run(self._layers, x, self._apply)[0]
+
+    def steps(self, ids: Sequence[int]) -> Generator[int, None, mx.array]:
+        """The same, yielding after each layer how many are done."""
+        x = self.source.rows("model.embed_tokens.weight", ids)[None]
+        return (yield from self.source.walk(self._layers, x, self._apply))[0]
+
+    @property
+    def _layers(self) -> list[str]:
+        return [f"model.layers.{i}" for i in range(self.config.used_layers)]
+
+    def _apply(self, x: mx.array, weights: dict, i: int) -> mx.array:
+        return layer(x, weights, self.config)

@@ -322,10 +322,16 @@ class Source:
     def rows(self, name: str, ids: Sequence[int]) -> mx.array:
         return self.component.rows(name, ids, self.dtype)
 
-    def run(
+    def run(self, *args, **kwargs) -> mx.array:
+        """What `walk` returns."""
+        return result(self.walk(*args, **kwargs))
+
+    def walk(
         self, blocks: Sequence[str], x: mx.array, apply: Callable, without: str = "", wait: bool = False
-    ) -> mx.array:
-        """Send x through the named blocks in turn: x = apply(x, weights, index). `without` names a part not needed.
+    ) -> Generator[int, None, mx.array]:
+        """Send x through the named blocks in turn: x = apply(x, weights, index); yields how many are done.
+
+        `without` names a part of the blocks that is not needed.
 
         A GPU is given each block while it still computes the one before, so that it never waits; no more than those
         two blocks' intermediates, and two blocks' weights beside what is kept, are alive. `wait` holds one block's
@@ -343,6 +349,7 @@ class Source:
             if wait:
                 mx.eval(x)
             before = x
+            yield i + 1
         return x
 
     def _start(self, block: str, without: str) -> dict:

@@ -21,6 +21,7 @@ from .layers import linear, rms_norm, silu
 
 PATCH = 2  # latent pixels per token side
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
+MAX_TOKENS = 4608  # of several pictures at a time: more only costs memory, since so many rows keep any GPU busy
 ADALN_WIDTH = 256
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
@@ -117,22 +118,35 @@ def rope_table(positions: np.ndarray, axes_dims: Sequence[int], theta: float) ->
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate adjacent pairs of x (B, H, L, D) by the angles of cos, sin (L, D / 2); in float32, back in x's dtype."""
-    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    return mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+    """Rotate adjacent pairs of x (B, L, H, D) by the angles of cos, sin (L, D / 2); in float32, back in x's dtype.
+
+    The pair (a, b) becomes (a, b) cos + (b, a) (-sin, sin): elementwise over views of x, so that compiled code passes
+    over it once.
+    """
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    cos, sin = cos[:, None, :, None], mx.stack([-sin, sin], axis=-1)[:, None]
+    turned = pairs.astype(mx.float32) * cos + pairs[..., ::-1].astype(mx.float32) * sin
+    return turned.astype(x.dtype).reshape(x.shape)
 
 
-def attention(x: mx.array, weights: dict, cos: mx.array, sin: mx.array, heads: int) -> mx.array:
-    """Full self-attention of x (B, L, dim) with RMS-normed, rotated queries and keys. No mask: pads attend too."""
-    B, L, _ = x.shape
-    q, k, v = (linear(x, weights[name]).reshape(B, L, heads, -1) for name in ("to_q", "to_k", "to_v"))
+def attention(
+    x: mx.array, weights: dict, cos: mx.array, sin: mx.array, heads: int, rows: int | None = None
+) -> mx.array:
+    """Self-attention of x (B, L, dim) with RMS-normed, rotated queries and keys; of its first `rows` rows alone.
+
+    No mask: pads attend too.
+    """
+    B, L, D = x.shape
+    q, k, v = (
+        linear(part, weights[name]).reshape(B, -1, heads, D // heads)
+        for name, part in (("to_q", x[:, :rows]), ("to_k", x), ("to_v", x))
+    )
     # diffusers fixes this eps, whatever norm_eps the config names
-    q = rms_norm(q, weights["norm_q"], 1e-5).transpose(0, 2, 1, 3)
-    k = rms_norm(k, weights["norm_k"], 1e-5).transpose(0, 2, 1, 3)
-    q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.transpose(0, 2, 1, 3)
+    q = rotate(rms_norm(q, weights["norm_q"], 1e-5), cos[:rows], sin[:rows])
+    k = rotate(rms_norm(k, weights["norm_k"], 1e-5), cos, sin)
+    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-    return linear(out.transpose(0, 2, 1, 3).reshape(B, L, -1), weights["to_out"][0])
+    return linear(out.transpose(0, 2, 1, 3).reshape(B, -1, D), weights["to_out"][0])
 
 
 def feed_forward(x: mx.array, weights: dict) -> mx.array:
@@ -146,21 +160,34 @@ def feed_forward(x: mx.array, weights: dict) -> mx.array:
 
 
 def attend(
-    x: mx.array, weights: dict, modulation: mx.array, cos: mx.array, sin: mx.array, *, heads: int, eps: float
+    x: mx.array,
+    weights: dict,
+    modulation: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    rows: int | None = None,
+    *,
+    heads: int,
+    eps: float,
 ) -> mx.array:
-    """The first half of a block on x (B, L, dim)."""
+    """The first half of a block on x (B, L, dim), for its first `rows` rows."""
     scale, gate = modulation[0], modulation[1]
-    h = rms_norm(x, weights["attention_norm1"], eps) * scale
-    h = attention(h, weights["attention"], cos, sin, heads)
-    return x + gate * rms_norm(h, weights["attention_norm2"], eps)
+    h = modulated_norm(x, weights["attention_norm1"], scale, eps)
+    h = attention(h, weights["attention"], cos, sin, heads, rows)
+    return x[:, :rows] + modulated_norm(h, weights["attention_norm2"], gate, eps)
 
 
 def feed(x: mx.array, weights: dict, modulation: mx.array, *, eps: float) -> mx.array:
     """The second half of a block on x (B, L, dim)."""
     scale, gate = modulation[2], modulation[3]
-    h = rms_norm(x, weights["ffn_norm1"], eps) * scale
+    h = modulated_norm(x, weights["ffn_norm1"], scale, eps)
     h = feed_forward(h, weights["feed_forward"])
-    return x + gate * rms_norm(h, weights["ffn_norm2"], eps)
+    return x + modulated_norm(h, weights["ffn_norm2"], gate, eps)
+
+
+def modulated_norm(x: mx.array, weights: dict, factor: mx.array, eps: float) -> mx.array:
+    """RMSNorm times factor (dim,), in one pass: the factor is taken into the norm's weight."""
+    return mx.fast.rms_norm(x, weights["weight"] * factor, eps)
 
 
 def time_embedding(times: Sequence[float], weights: dict, t_scale: float) -> mx.array:
@@ -259,7 +286,7 @@ class Transformer:
         # These blocks do not see the time: scales and gates of one are exact, and keep to the one trace.
         ones = mx.ones((4, self.config.dim), dtype=self.source.dtype)
         refiners = [f"context_refiner.{i}" for i in range(self.config.n_refiner_layers)]
-        return self.source.run(refiners, x, lambda x, weights, i: self._block(x, weights, ones, cos, sin))
+        return self._run(refiners, x, lambda x, weights, i: self._block(x, weights, ones, cos, sin))
 
     def velocity(
         self, cap_feats: mx.array, sigmas: Sequence[float], h: int, w: int
@@ -305,20 +332,36 @@ class Transformer:
             return self._block(x, weights, modulation[i], image_cos, image_sin)
 
         def mix(x: mx.array, weights: dict, i: int) -> mx.array:
-            return self._block(x, weights, modulation[refiners + i], cos, sin)
+            # of the last block, only the image is used
+            rows = tokens if i == self.config.n_layers - 1 else None
+            return self._block(x, weights, modulation[refiners + i], cos, sin, rows)
 
-        x = source.run(self.config.modulated[:refiners], x, refine, without="adaLN_modulation")
+        x = self._run(self.config.modulated[:refiners], x, refine)
         x = mx.concatenate([x, mx.broadcast_to(caption, (B, *caption.shape[1:]))], axis=1)
-        x = source.run(self.config.modulated[refiners:], x, mix, without="adaLN_modulation")
-        x = mx.fast.layer_norm(x[:, :tokens], None, None, 1e-6) * final_scale
+        x = self._run(self.config.modulated[refiners:], x, mix)
+        x = mx.fast.layer_norm(x, None, None, 1e-6) * final_scale
         x = linear(x, source.tree("all_final_layer.2-1.linear"))
         return unpatchify(x.astype(mx.float32), h, w)
 
-    def _block(self, x: mx.array, weights: dict, modulation: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-        x = self._attend(x, weights, modulation, cos, sin)
-        if self.lean:
-            mx.eval(x)
-        return self._feed(x, weights, modulation)
+    def _run(self, blocks: list[str], x: mx.array, apply: Callable) -> mx.array:
+        return self.source.run(blocks, x, apply, without="adaLN_modulation", wait=self.lean)
+
+    def _block(
+        self, x: mx.array, weights: dict, modulation: mx.array, cos: mx.array, sin: mx.array, rows: int | None = None
+    ) -> mx.array:
+        """One block on x (B, L, dim), for its first `rows` rows; on as many pictures at a time as MAX_TOKENS allows."""
+        B, L, _ = x.shape
+        together = max(1, MAX_TOKENS // L)
+        parts = []
+        for i in range(0, B, together):
+            part = self._attend(x[i : i + together], weights, modulation, cos, sin, rows)
+            if self.lean:
+                mx.eval(part)
+            parts.append(self._feed(part, weights, modulation))
+            del part
+            if B > together:
+                mx.eval(parts[-1])
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def _rope(self, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
         return rope_table(positions(caption_length, h, w), self.config.axes_dims, self.config.rope_theta)

@@ -125,35 +125,47 @@ class Planner:
             if name.startswith("decoder.")
         )
 
-    def plan(self, width: int, height: int, images: int, tokens: int, steps: int, budget: int) -> Plan:
-        """The fastest plan for pictures of width x height pixels, a prompt of `tokens` and `steps`, in the budget."""
-        work = images, tokens, steps, budget
+    def plan(
+        self, width: int, height: int, images: int, tokens: int, steps: int, budget: int, keep: bool | None = None
+    ) -> Plan:
+        """The fastest plan for pictures of width x height pixels, a prompt of `tokens` and `steps`, in the budget.
+
+        keep says whether all networks stay for the next request; None chooses.
+        """
+        work = images, tokens, steps, budget, keep
         best = self._best(width, height, *work)
         if best.peak <= budget:
             return best
         side = self._largest_side(max(width, height), *work)
         smaller = f"draw at most {side}x{side} pixels at once" if side else "no size fits it"
+        kept, stage = (" with the model kept", "do not keep the model, or ") if keep else ("", "")
         raise MemoryBudgetError(
-            f"{images} picture{'s' * (images > 1)} of {width}x{height} cannot be drawn in {tell(budget)}: the least "
-            f"that works is {tell(best.peak)}, and {smaller}; or convert the model to fewer bits"
+            f"{images} picture{'s' * (images > 1)} of {width}x{height} cannot be drawn in {tell(budget)}{kept}: the "
+            f"least that works is {tell(best.peak)}, and {smaller}; or {stage}convert the model to fewer bits"
         )
 
-    def _best(self, width: int, height: int, images: int, tokens: int, steps: int, budget: int) -> Plan:
+    def _best(self, width: int, height: int, *work) -> Plan:
         """The first plan that fits the budget, else the leanest."""
-        plans = list(self._candidates(width, height, images, tokens, steps, budget))
+        *_, budget, _ = work
+        plans = list(self._candidates(width, height, *work))
         return next((plan for plan in plans if plan.peak <= budget), min(plans, key=lambda plan: plan.peak))
 
-    def _largest_side(self, side: int, images: int, tokens: int, steps: int, budget: int) -> int:
+    def _largest_side(self, side: int, *work) -> int:
         """The side of the largest square that fits the budget, at most `side`; 0 if none does."""
 
+        *_, budget, _ = work
+
         def too_large(n: int) -> bool:
-            return self._best(n, n, images, tokens, steps, budget).peak > budget
+            return self._best(n, n, *work).peak > budget
 
         return SIZE_MULTIPLE * bisect_left(range(SIZE_MULTIPLE, side + 1, SIZE_MULTIPLE), True, key=too_large)
 
-    def _candidates(self, width: int, height: int, images: int, tokens: int, steps: int, budget: int) -> Iterator[Plan]:
+    def _candidates(
+        self, width: int, height: int, images: int, tokens: int, steps: int, budget: int, keep: bool | None
+    ) -> Iterator[Plan]:
         """Plans from the fastest to the leanest."""
-        plans = ((keep, lean, strips) for keep in (True, False) for lean in (False, True) for strips in STRIPS)
+        keeps = (True, False) if keep is None else (keep,)
+        plans = ((keep, lean, strips) for keep in keeps for lean in (False, True) for strips in STRIPS)
         for keep, lean, strip_bytes in plans:
             encode = self.encode_work(tokens)
             denoise = self.denoise_work(width, height, images, tokens, lean) + self.modulations(steps)

@@ -1,6 +1,9 @@
-"""Layers that the networks share: a linear layer (dense or quantized), RMSNorm and SiLU."""
+"""What the networks share: a linear layer (dense or quantized), RMSNorm, SiLU, and compiling for a GPU."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
 
 import mlx.core as mx
 
@@ -38,3 +41,14 @@ def rms_norm(x: mx.array, weights: dict, eps: float) -> mx.array:
 
 def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
+
+
+def compiled(function: Callable) -> Callable:
+    """The function compiled where MLX runs on a GPU. On the CPU that takes a C++ compiler, and gains nothing."""
+    fast = mx.compile(function)
+
+    @wraps(function)
+    def call(*args):
+        return (fast if mx.default_device() == mx.gpu else function)(*args)
+
+    return call

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import linear, rms_norm, silu
+from .layers import compiled, linear, rms_norm, silu
 
 PATCH = 2  # latent pixels per token side
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
@@ -249,11 +249,8 @@ class Transformer:
         self.source = source
         self.lean = lean
         self._modulations = lru_cache(maxsize=1)(self.modulate)
-        self._attend = partial(attend, heads=config.n_heads, eps=config.norm_eps)
-        self._feed = partial(feed, eps=config.norm_eps)
-        # On the CPU a compiled block needs a C++ compiler at run time, and gains nothing.
-        if mx.default_device() == mx.gpu:
-            self._attend, self._feed = mx.compile(self._attend), mx.compile(self._feed)
+        self._attend = compiled(partial(attend, heads=config.n_heads, eps=config.norm_eps))
+        self._feed = compiled(partial(feed, eps=config.norm_eps))
 
     def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:
         """What the network takes from the times (N,) = 1 - sigma, for a whole schedule at once.

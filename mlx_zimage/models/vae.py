@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import linear, silu
+from .layers import compiled, linear, silu
 
 EPS = 1e-6
 
@@ -164,7 +164,9 @@ class Strips:
         """Compute x, strip by strip, and keep it. Rows that x's own inputs need no longer, given the halo, go."""
         bounds = self.bounds(x)
         if len(bounds) == 1:
-            return Rows.of(x.get(0, x.height))
+            whole = x.get(0, x.height)
+            mx.eval(whole)
+            return Rows.of(whole)
         strips = {}
         for a, b in bounds:
             strips[a, b] = x.get(a, b)
@@ -191,13 +193,17 @@ class Strips:
         for a, b in self.bounds(x):
             rows = x.get(a, b)
             B, h, w, C = rows.shape
-            grouped = rows.astype(mx.float32).reshape(B, h * w, groups, C // groups)
-            means.append(grouped.mean(axis=(1, 3), keepdims=True))
-            squares.append(mx.square(grouped - means[-1]).sum(axis=(1, 3), keepdims=True))
+            # First each row of each channel by itself: GPUs are fast at many sums, slow at few long ones.
+            mean = rows.astype(mx.float32).mean(axis=2, keepdims=True)
+            square = squared_distance(rows, mean).sum(axis=2).reshape(B, h, groups, -1)
+            mean = mean.reshape(B, h, groups, -1)
+            means.append(mean.mean(axis=(1, 3), keepdims=True))
+            apart = w * mx.square(mean - means[-1])
+            squares.append((square + apart).sum(axis=(1, 3), keepdims=True))
             counts.append(h * w * C // groups)
-            del rows, grouped
+            del rows
             mx.eval(means[-1], squares[-1])
-        # Chan's combination of the strips' sums: no large numbers are subtracted
+        # Chan's combination, as above: no large numbers are subtracted
         total = sum(counts)
         mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
         variance = sum((s + n * mx.square(m - mean)) / total for s, m, n in zip(squares, means, counts, strict=True))
@@ -205,6 +211,21 @@ class Strips:
 
 
 # ---- the parts, small to large
+
+
+@compiled
+def squared_distance(rows: mx.array, mean: mx.array) -> mx.array:
+    return mx.square(rows.astype(mx.float32) - mean)
+
+
+@compiled
+def affine(rows: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return (rows * scale + shift).astype(rows.dtype)
+
+
+@compiled
+def affine_silu(rows: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return silu(affine(rows, scale, shift))
 
 
 def convolve(x: mx.array, weights: dict, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
@@ -236,7 +257,8 @@ def upsample(x: Rows, weights: dict) -> Rows:
 
     def get(a: int, b: int) -> mx.array:
         rows = x.get(a // 2, (b + 1) // 2)
-        rows = mx.repeat(mx.repeat(rows, 2, axis=1), 2, axis=2)
+        B, h, w, C = rows.shape
+        rows = mx.broadcast_to(rows[:, :, None, :, None], (B, h, 2, w, 2, C)).reshape(B, 2 * h, 2 * w, C)
         return rows[:, a % 2 : a % 2 + b - a]
 
     return conv(Rows(2 * x.height, get, lambda a: x.forget(a // 2)), weights["conv"])
@@ -254,21 +276,21 @@ def downsample(x: Rows, weights: dict) -> Rows:
     return Rows(x.height // 2, get, lambda a: x.forget(2 * a))
 
 
-def group_norm(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
+def group_norm(x: Rows, weights: dict, groups: int, strips: Strips, then: Callable = affine) -> Rows:
     """Normalise over (h, w, C / groups) of the whole picture; statistics in float32, result in x's dtype."""
     mean, variance = strips.moments(x, groups)
     width = weights["weight"].size // groups
     # as one scale and one shift per channel, so that the picture is passed over once
     scale = mx.repeat(mx.rsqrt(variance + EPS), width, axis=3).flatten(2)[:, :, None] * weights["weight"]
     shift = weights["bias"] - mx.repeat(mean, width, axis=3).flatten(2)[:, :, None] * scale
-    return x.map(lambda rows: (rows * scale + shift).astype(rows.dtype))
+    return x.map(lambda rows: then(rows, scale, shift))
 
 
 def resnet(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
     x = strips.hold_if_small(x)
-    h = conv(group_norm(x, weights["norm1"], groups, strips).map(silu), weights["conv1"])
+    h = conv(group_norm(x, weights["norm1"], groups, strips, affine_silu), weights["conv1"])
     h = strips.hold_if_small(h)
-    h = conv(group_norm(h, weights["norm2"], groups, strips).map(silu), weights["conv2"])
+    h = conv(group_norm(h, weights["norm2"], groups, strips, affine_silu), weights["conv2"])
     shortcut = x.map(lambda rows: convolve(rows, weights["conv_shortcut"])) if "conv_shortcut" in weights else x
     total = Rows(x.height, lambda a, b: shortcut.get(a, b) + h.get(a, b), x.forget)
     return strips.hold(total, halo=2)  # two convolutions reach two rows back
@@ -304,7 +326,7 @@ def encoder(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array
         if "downsamplers" in level:
             x = strips.hold(downsample(x, level["downsamplers"][0]))
     x = mid_block(x, weights["mid_block"], groups, strips)
-    x = conv(group_norm(x, weights["conv_norm_out"], groups, strips).map(silu), weights["conv_out"])
+    x = conv(group_norm(x, weights["conv_norm_out"], groups, strips, affine_silu), weights["conv_out"])
     return x.get(0, x.height)
 
 
@@ -316,7 +338,7 @@ def decoder(z: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array
             x = resnet(x, block, groups, strips)
         if "upsamplers" in level:
             x = upsample(x, level["upsamplers"][0])
-    x = conv(group_norm(x, weights["conv_norm_out"], groups, strips).map(silu), weights["conv_out"])
+    x = conv(group_norm(x, weights["conv_norm_out"], groups, strips, affine_silu), weights["conv_out"])
     x = strips.hold(x, halo=1)
     return x.get(0, x.height)
 

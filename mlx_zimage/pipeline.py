@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,15 @@ MAX_EMBEDDINGS = 32  # prompts remembered, of at most 5 MB each
 
 @dataclass(frozen=True)
 class Generated:
-    """One picture: pixels (H, W, 3) uint8, and the request that draws it again; index counts from 0."""
+    """One picture: pixels (H, W, 3) uint8, and the request that draws it again; index counts from 0.
+
+    plan tells how it was run, and the memory that was predicted.
+    """
 
     index: int
     pixels: np.ndarray
     request: GenerateRequest
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,13 @@ class PipelineOutput:
 class ZImagePipeline:
     """Z-Image's tokenizer, text encoder, transformer and VAE, opened from one folder."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int | None = None):
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int | None = None, keep: bool | None = None
+    ):
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.budget = machine_budget() if budget is None else budget
+        self.keep = keep
         self.planner = Planner(checkpoint, dtype)
         self._embeddings: dict[tuple[int, ...], mx.array] = {}
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
@@ -69,7 +77,11 @@ class ZImagePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, dtype: str | None = None, memory: str | int | None = None
+        cls,
+        source: str | Path,
+        dtype: str | None = None,
+        memory: str | int | None = None,
+        keep: bool | None = None,
     ) -> ZImagePipeline:
         """Open a model: a folder (diffusers' or our converter's), a Hugging Face id, or "pocket".
 
@@ -78,14 +90,15 @@ class ZImagePipeline:
 
         memory is a budget such as "6GB", by default what the machine recommends. What does not fit beside the work is
         read from disk when it is needed: slower, but the same picture. A request that cannot fit is refused before
-        any weight is read.
+        any weight is read. keep=True keeps all networks for the next request, keep=False lets each go when its part
+        of a request is done; by default they are kept where all fit at once.
         """
         if dtype is None:
             dtype = "bfloat16" if mx.default_device() == mx.gpu else "float32"
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, as text, got {dtype!r}")
         budget = None if memory is None else parse_memory(memory)
-        return cls(open_checkpoint(source), DTYPES[dtype], budget)
+        return cls(open_checkpoint(source), DTYPES[dtype], budget, keep)
 
     @property
     def sample_size(self) -> int:
@@ -146,11 +159,10 @@ class ZImagePipeline:
 
     def events(self, request: GenerateRequest, latents=None) -> Iterator[Phase | Step | Generated]:
         """stream, with the Phases before and after the steps: what a progress bar wants to know."""
-        for event in self._denoise(request, latents):
-            yield event
-        for i, item in enumerate(event.latents):
-            yield Phase("decode", i, len(event.latents))
-            yield Generated(i, self.decode(item), request)
+        plan, clean = yield from self._denoise(request, latents)
+        for i, item in enumerate(clean):
+            yield Phase("decode", i, len(clean))
+            yield Generated(i, self.decode(item), request, plan)
 
     def denoise(self, request: GenerateRequest, latents=None) -> Iterator[Step]:
         """The Steps of a request, from its noise (or the given latents) to clean latents (B, h, w, 16)."""
@@ -158,35 +170,42 @@ class ZImagePipeline:
             if isinstance(event, Step):
                 yield event
 
-    def _denoise(self, request: GenerateRequest, latents) -> Iterator[Phase | Step]:
+    def _denoise(self, request: GenerateRequest, latents) -> Generator[Phase | Step, None, tuple[Plan, mx.array]]:
         h, w = (size // self.checkpoint.vae.config.scale for size in (request.height, request.width))
         noise = self._initial_latents(request, latents, h, w)
         sigmas = self.checkpoint.scheduler.sigmas(request.steps, (h // PATCH) * (w // PATCH), request.shift)
-        plan = self.plan(request)
+        prompts = self._tokenize(request)
+        plan = self._plan(request, prompts)
         self._adopt(plan)
-        cap_feats = yield from self._encode(request.prompt)
-        negative_feats = (yield from self._encode(request.negative_prompt)) if request.guidance_scale > 0 else None
+        captions = []
+        for ids in prompts:
+            captions.append((yield from self._encode(ids)))
         if not plan.keep:
             self.text_encoder.source.release()
-        velocity = self.transformer.velocity(cap_feats, sigmas[:-1], h, w)
-        if negative_feats is not None:
-            negative = self.transformer.velocity(negative_feats, sigmas[:-1], h, w)
-            velocity = guide(velocity, negative, request.guidance_scale)
-        yield from denoise(velocity, noise, sigmas)
+        with wired(self._resident(plan)):
+            velocities = [self.transformer.velocity(caption, sigmas[:-1], h, w) for caption in captions]
+            velocity = velocities[0] if len(velocities) == 1 else guide(*velocities, request.guidance_scale)
+            for step in denoise(velocity, noise, sigmas):
+                yield step
         if not plan.keep:
             self.transformer.source.release()
+        return plan, step.latents
 
     def plan(self, request: GenerateRequest) -> Plan:
         """What of the model will be in memory when, for this request within the pipeline's budget."""
+        return self._plan(request, self._tokenize(request))
+
+    def _plan(self, request: GenerateRequest, prompts: list[tuple[int, ...]]) -> Plan:
+        size, tokens = (request.width, request.height), max(map(len, prompts))
+        return self.planner.plan(*size, request.num_images, tokens, request.steps, self.budget, self.keep)
+
+    def _tokenize(self, request: GenerateRequest) -> list[tuple[int, ...]]:
+        """The ids of the prompts that a request needs."""
         prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 0 else [])
-        tokens = max(len(self.tokenizer.encode(prompt)[:MAX_TOKENS]) for prompt in prompts)
-        return self.planner.plan(request.width, request.height, request.num_images, tokens, request.steps, self.budget)
+        return [self.tokenize(prompt) for prompt in prompts]
 
-    def encode(self, prompt: str) -> mx.array:
-        """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""
-        return result(self._encode(prompt))
-
-    def _encode(self, prompt: str) -> Generator[Phase, None, mx.array]:
+    def tokenize(self, prompt: str) -> tuple[int, ...]:
+        """The prompt's ids, template included: at most 512, and a warning where that cuts it."""
         ids = self.tokenizer.encode(prompt)
         if len(ids) > MAX_TOKENS:
             warnings.warn(
@@ -194,13 +213,21 @@ class ZImagePipeline:
                 PromptTruncated,
                 stacklevel=2,
             )
-        ids = tuple(ids[:MAX_TOKENS])
-        if ids not in self._embeddings:
-            while len(self._embeddings) >= MAX_EMBEDDINGS:
-                del self._embeddings[next(iter(self._embeddings))]
-            layers = self.text_encoder.config.used_layers
-            self._embeddings[ids] = yield from phases("encode", layers, self.text_encoder.steps(ids))
-        return self._embeddings[ids]
+        return tuple(ids[:MAX_TOKENS])
+
+    def encode(self, prompt: str) -> mx.array:
+        """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""
+        return result(self._encode(self.tokenize(prompt)))
+
+    def _encode(self, ids: tuple[int, ...]) -> Generator[Phase, None, mx.array]:
+        if ids in self._embeddings:
+            return self._embeddings[ids]
+        layers = self.text_encoder.config.used_layers
+        embeddings = yield from phases("encode", layers, self.text_encoder.steps(ids))
+        while len(self._embeddings) >= MAX_EMBEDDINGS:
+            del self._embeddings[next(iter(self._embeddings))]
+        self._embeddings[ids] = embeddings
+        return embeddings
 
     def decode(self, latents: mx.array) -> np.ndarray:
         """Clean latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
@@ -216,6 +243,12 @@ class ZImagePipeline:
         self.vae.strip_bytes = plan.strip_bytes
         # what MLX keeps of freed memory counts too
         mx.set_cache_limit(plan.budget - plan.peak)
+
+    def _resident(self, plan: Plan) -> int:
+        """Bytes of the weights that stay in memory through all steps."""
+        networks = [self.planner.transformer] + ([self.planner.text_encoder] if plan.keep else [])
+        blocks = (block for network in networks for block in network.blocks.items())
+        return sum(size for name, size in blocks if name not in plan.streamed)
 
     def _initial_latents(self, request: GenerateRequest, latents, h: int, w: int) -> mx.array:
         """The initial noise, channels-last (B, h, w, 16) float32."""
@@ -236,6 +269,23 @@ def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Gene
             done = next(steps)
         except StopIteration as end:
             return end.value
+
+
+@contextmanager
+def wired(nbytes: int) -> Iterator[None]:
+    """Have macOS keep nbytes of what Metal holds in memory, against other programs' demands; then as before.
+
+    Only for weights that stay: with all of a process's memory wired, small Macs have been seen to freeze.
+    """
+    if not mx.metal.is_available():
+        yield
+        return
+    before = mx.set_wired_limit(min(nbytes, mx.device_info()["max_recommended_working_set_size"]))
+    try:
+        yield
+    finally:
+        mx.synchronize()  # nothing may still be running on what is let go
+        mx.set_wired_limit(before)
 
 
 def check_latents(latents: np.ndarray | mx.array, shape: tuple[int, ...]) -> mx.array:

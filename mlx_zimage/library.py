@@ -1,7 +1,7 @@
 """The models on this machine: our converted folders, what the Hugging Face cache holds, and how the first one comes.
 
 Converted models that the program makes for itself lie in one folder, MLX_ZIMAGE_HOME or ~/.cache/mlx-zimage; the
-hub's downloads stay in the hub's own cache.
+hub's downloads stay in the hub's own cache. What was kept of prompts is told and removed like a model.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from . import embeddings
 from .errors import ModelNotFoundError, OutputError
 from .quantize import Quantization, recipe
 from .weights import COMPONENTS, NEEDED_FILES, POCKET, read_json, resolve
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
+EMBEDDINGS = "embeddings"
 SHARE = 0.9  # of a machine's budget for weights; the rest is for the work
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on this disk; kind is "package", "converted" or "hub". name is what --model takes."""
+    """A model on this disk; kind is "package", "converted" or "hub", and name is what --model takes.
+
+    The embeddings of prompts are listed beside them, of kind "prompts".
+    """
 
     name: str
     kind: str
@@ -51,8 +56,22 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-zimage"
 
 
+def embeddings_folder() -> Path | None:
+    """Where embeddings of prompts are kept: MLX_ZIMAGE_EMBEDDINGS, or a folder in home(); None if that says "off"."""
+    given = os.environ.get("MLX_ZIMAGE_EMBEDDINGS")
+    if given == "off":
+        return None
+    try:
+        return Path(given).expanduser() if given else home() / EMBEDDINGS
+    except RuntimeError:  # nobody's home
+        return None
+
+
 def models() -> Iterator[Model]:
-    """Every model that --model could take: the package's, converted ones, and the hub cache's diffusers folders."""
+    """Every model that --model could take: the package's, converted ones, and the hub cache's diffusers folders.
+
+    Last, what is kept of prompts, if anything is.
+    """
     yield Model("pocket", "package", POCKET, _nbytes(POCKET))
     for path in _converted():
         yield Model(str(path), "converted", path, _nbytes(path))
@@ -61,6 +80,10 @@ def models() -> Iterator[Model]:
             if (revision.snapshot_path / "transformer").is_dir():
                 yield Model(repository.repo_id, "hub", revision.snapshot_path, repository.size_on_disk)
                 break
+    folder = embeddings_folder()
+    kept = sum(file.stat().st_size for file in embeddings.files(folder)) if folder else 0
+    if kept:
+        yield Model(EMBEDDINGS, "prompts", folder, kept)
 
 
 def converted(repository: str) -> Path | None:
@@ -71,8 +94,14 @@ def converted(repository: str) -> Path | None:
 
 
 def remove(name: str) -> int:
-    """Take a converted model or a repository of the hub's cache off the disk; returns the bytes that are free again."""
+    """Take a converted model, a repository of the hub's cache, or what is kept of prompts off the disk.
+
+    Returns the bytes that are free again.
+    """
     for model in models():
+        if name == model.name and model.kind == "prompts":
+            embeddings.remove(model.path)
+            return model.nbytes
         if name in (model.name, model.path.name) and model.kind == "converted":
             shutil.rmtree(model.path)
             return model.nbytes

@@ -12,8 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from .embeddings import Embeddings
 from .errors import RequestError
 from .image import to_pil, to_uint8
+from .library import embeddings_folder
 from .memory import Plan, Planner, machine_budget, parse_memory
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
@@ -70,6 +72,7 @@ class ZImagePipeline:
         self.keep = keep
         self.planner = Planner(checkpoint, dtype)
         self._embeddings: dict[tuple[int, ...], mx.array] = {}
+        self._stored = Embeddings(checkpoint.text_encoder, dtype, embeddings_folder())
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
         self.text_encoder = TextEncoder(checkpoint.text_encoder.config, Source(checkpoint.text_encoder, dtype))
         self.transformer = Transformer(checkpoint.transformer.config, Source(checkpoint.transformer, dtype))
@@ -92,6 +95,9 @@ class ZImagePipeline:
         read from disk when it is needed: slower, but the same picture. A request that cannot fit is refused before
         any weight is read. keep=True keeps all networks for the next request, keep=False lets each go when its part
         of a request is done; by default they are kept where all fit at once.
+
+        What the text encoder makes of a prompt is kept on disk, so that the same prompt needs no encoder again; see
+        `mlx-zimage models --help`.
         """
         if dtype is None:
             dtype = "bfloat16" if mx.default_device() == mx.gpu else "float32"
@@ -222,8 +228,11 @@ class ZImagePipeline:
     def _encode(self, ids: tuple[int, ...]) -> Generator[Phase, None, mx.array]:
         if ids in self._embeddings:
             return self._embeddings[ids]
-        layers = self.text_encoder.config.used_layers
-        embeddings = yield from phases("encode", layers, self.text_encoder.steps(ids))
+        embeddings = self._stored.get(ids)
+        if embeddings is None:
+            layers = self.text_encoder.config.used_layers
+            embeddings = yield from phases("encode", layers, self.text_encoder.steps(ids))
+            self._stored.put(ids, embeddings)
         while len(self._embeddings) >= MAX_EMBEDDINGS:
             del self._embeddings[next(iter(self._embeddings))]
         self._embeddings[ids] = embeddings

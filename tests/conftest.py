@@ -14,6 +14,14 @@ from tiny import Golden
 from mlx_zimage import ZImagePipeline
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_kept():
+    """Prompts drawn in a test leave nothing in anyone's home, and the next one encodes them again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_ZIMAGE_EMBEDDINGS", "off")
+        yield
+
+
 @pytest.fixture(scope="session", params=[0, 7], ids=["seed0", "seed7"])
 def golden(request, tmp_path_factory) -> Golden:
     folder = tiny.write_kinds(tmp_path_factory.mktemp("golden"), request.param)

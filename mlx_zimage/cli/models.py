@@ -19,7 +19,9 @@ def models(ctx, as_json):
     """List the models on this machine, or remove one.
 
     Told are the tiny model of this package, the folders that first runs converted (in MLX_ZIMAGE_HOME, by default
-    ~/.cache/mlx-zimage), and the diffusers folders in the Hugging Face cache. Each name is what --model takes.
+    ~/.cache/mlx-zimage), and the diffusers folders in the Hugging Face cache. Each name is what --model takes; but
+    "embeddings" is what was kept of prompts, so that drawing one again needs no text encoder (in
+    MLX_ZIMAGE_EMBEDDINGS, by default there too; "off" keeps nothing).
     """
     if ctx.invoked_subcommand:
         return
@@ -35,7 +37,7 @@ def models(ctx, as_json):
 @models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
 @click.argument("name")
 def rm(name):
-    """Remove the model NAME from the disk: a converted folder's name, or an id in the Hugging Face cache."""
+    """Remove NAME from the disk: a converted folder's name, an id in the Hugging Face cache, or "embeddings"."""
     from ..library import remove
 
     click.echo(f"{size(remove(name))} are free again")

@@ -1,0 +1,163 @@
+"""Embeddings of prompts on disk: a prompt that was drawn before needs no text encoder.
+
+One safetensors file a prompt, named by everything its bits depend on: the token ids, the encoder's checksum, what it
+computes in, this package's and MLX's version, and the device. A picture drawn from it is the picture drawn without.
+Whatever goes wrong with these files costs time, never a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from . import __version__
+from .weights import Component
+
+LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
+# Nothing else is ever removed from the folder, which anyone may have named. A dot begins a file being written.
+OWN = re.compile(r"\.?[0-9a-f]{64}(\.\d+)?\.(safetensors|sum)")
+MANIFEST = "SHA256SUMS"  # the converter's
+FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
+
+
+class Embeddings:
+    """What one text encoder, computing in dtype on this machine, made of prompts. folder None keeps nothing."""
+
+    def __init__(self, encoder: Component, dtype: mx.Dtype, folder: Path | None = None, limit: int = LIMIT):
+        self.encoder = encoder
+        self.dtype = dtype
+        self.folder = folder
+        self.limit = limit
+
+    def get(self, ids: Sequence[int]) -> mx.array | None:
+        """The embeddings (L, hidden_size) of a prompt's ids, if they are here and whole."""
+        if self.folder is None:
+            return None
+        try:
+            path = self._path(ids)
+            with safe_open(path, framework="numpy"):  # mx.load does not notice every damage
+                pass
+            stored, metadata = mx.load(str(path), return_metadata=True)
+            found = stored["embeddings"]
+            fits = found.shape == (len(ids), self.encoder.config.hidden_size) and found.dtype == self.dtype
+            if not fits or metadata["sha256"] != digest(found):
+                return None
+            os.utime(path)  # the least recently used go first
+            return found
+        except (*FAULTS, KeyError):
+            return None
+
+    def put(self, ids: Sequence[int], embeddings: mx.array) -> None:
+        """Keep the embeddings of a prompt's ids, in place of the least recently used where the limit is reached."""
+        if self.folder is None:
+            return
+        with suppress(*FAULTS):
+            path = self._path(ids)
+            metadata = {"format": "mlx", "sha256": digest(embeddings)}
+            _write(path, lambda file: mx.save_safetensors(str(file), {"embeddings": embeddings}, metadata))
+            self._forget()
+
+    def _path(self, ids: Sequence[int]) -> Path:
+        key = [self._maker, *map(str, ids)]
+        return self.folder / f"{hashlib.sha256(' '.join(key).encode()).hexdigest()}.safetensors"
+
+    @cached_property
+    def _maker(self) -> str:
+        device = mx.device_info()
+        chip = f"{device.get('device_name')} {device.get('architecture')}"
+        versions = f"mlx {mx.__version__} mlx-zimage {__version__}"
+        return f"{checksum(self.encoder, self.folder)} {self.dtype} {versions} {mx.default_device()} {chip}"
+
+    def _forget(self) -> None:
+        total = 0
+        newest_first = sorted(files(self.folder), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        for file in newest_first:
+            total += file.stat().st_size
+            if total > self.limit:
+                file.unlink(missing_ok=True)
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """The files of this module in a folder, which need not exist."""
+    return (path for path in folder.glob("*") if OWN.fullmatch(path.name)) if folder.is_dir() else iter(())
+
+
+def remove(folder: Path) -> None:
+    """Take the files of this module out of a folder, and the folder if nothing else is there."""
+    for path in files(folder):
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def digest(array: mx.array) -> str:
+    return hashlib.sha256(np.array(array.view(mx.uint8))).hexdigest()
+
+
+def checksum(component: Component, folder: Path) -> str:
+    """One SHA-256 of a network's config and weights.
+
+    Taken from the converter's manifest, if no file is newer than it; else from the files, and then remembered in
+    `folder` for as long as they keep their places, sizes and times: a full-size encoder takes seconds to read.
+    """
+    parts = sorted({component.folder / "config.json", *(entry.file for entry in component.entries.values())})
+    states = {file: file.stat() for file in parts}
+    sums = _manifest(component.folder.parent, states)
+    if sums is None:
+        known = "\n".join(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in states.items())
+        memo = folder / f"{hashlib.sha256(os.fsencode(known)).hexdigest()}.sum"
+        try:
+            sums = memo.read_text()
+            os.utime(memo)
+        except (OSError, UnicodeDecodeError):
+            sums = "\n".join(_sha256(file) for file in parts)
+            with suppress(OSError):
+                _write(memo, lambda file: file.write_text(sums))
+    return hashlib.sha256(sums.encode()).hexdigest()
+
+
+def _manifest(model: Path, states: dict[Path, os.stat_result]) -> str | None:
+    """The SHA-256 of these files, a line each, by the model's manifest; None where it does not vouch for them all."""
+    try:
+        written = (model / MANIFEST).stat().st_mtime_ns
+        lines = (model / MANIFEST).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    names = [file.relative_to(model).as_posix() for file in states]
+    if any(name not in sums for name in names) or any(state.st_mtime_ns > written for state in states.values()):
+        return None
+    return "\n".join(sums[name] for name in names)
+
+
+def _sha256(file: Path) -> str:
+    sha, buffer = hashlib.sha256(), bytearray(1 << 20)
+    # the hub's cache names large files by their SHA-256
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            sha.update(memoryview(buffer)[:count])
+    return sha.hexdigest()
+
+
+def _write(path: Path, save) -> None:
+    """save(file) beside path, then rename: a file that has its name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # they tell what was drawn
+    partial = path.with_name(f".{path.stem}.{secrets.randbits(64)}{path.suffix}")
+    try:
+        save(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

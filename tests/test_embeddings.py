@@ -1,0 +1,199 @@
+"""Embeddings kept on disk are the encoder's own bits, and whatever is wrong with their files costs time only."""
+
+import os
+import shutil
+
+import mlx.core as mx
+import pytest
+import tiny
+
+from mlx_zimage import GenerateRequest, ZImagePipeline, embeddings
+from mlx_zimage.embeddings import Embeddings, checksum
+from mlx_zimage.library import embeddings_folder, models, remove
+from mlx_zimage.models.text_encoder import TextEncoder
+
+IDS = (5, 6, 7)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The folder of a test's own embeddings."""
+    monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+@pytest.fixture
+def store(pipe, tmp_path):
+    return Embeddings(pipe.checkpoint.text_encoder, mx.float32, tmp_path / "kept")
+
+
+def numbers(length: int = len(IDS)) -> mx.array:
+    return mx.random.normal((length, tiny.TEXT_ENCODER["hidden_size"]), key=mx.random.key(0))
+
+
+def prompts_in(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_drawn_before_reads_nothing_of_the_encoder_and_draws_the_same_bits(kept, tiny_folder, watch, dtype):
+    encoded = watch(TextEncoder, "steps")
+    request = GenerateRequest("a red fox", width=tiny.WIDTH, height=tiny.HEIGHT, seed=0, steps=1)
+    pictures = []
+    for _ in range(2):
+        pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)
+        pictures.append([step.latents for step in pipe.denoise(request)][-1])
+    assert mx.array_equal(*pictures)
+    assert len(encoded) == 1
+    assert pipe.checkpoint.text_encoder.bytes_read == 0
+    assert len(prompts_in(kept)) == 1
+
+
+def test_what_is_kept_comes_back_as_it_was(store):
+    for dtype in (mx.float32, mx.bfloat16, mx.float16):
+        store = Embeddings(store.encoder, dtype, store.folder)
+        assert store.get(IDS) is None
+        store.put(IDS, numbers().astype(dtype))
+        assert mx.array_equal(store.get(IDS), numbers().astype(dtype))
+    assert store.get(IDS[:2]) is None
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def foreign(path):
+    mx.save_safetensors(str(path), {"weight": mx.zeros((3, 3))})
+
+
+def misshapen(path):
+    short = numbers(2)
+    mx.save_safetensors(str(path), {"embeddings": short}, {"sha256": embeddings.digest(short)})
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip, foreign, misshapen])
+def test_a_damaged_file_is_passed_over_and_written_again(store, damage):
+    store.put(IDS, numbers())
+    damage(*prompts_in(store.folder))
+    assert store.get(IDS) is None
+    store.put(IDS, numbers())
+    assert mx.array_equal(store.get(IDS), numbers())
+
+
+def in_the_way(folder):
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file")
+
+
+def read_only(folder):
+    folder.mkdir(parents=True)
+    folder.chmod(0o500)
+
+
+@pytest.mark.parametrize("spoil", [in_the_way, read_only])
+def test_a_folder_that_cannot_be_written_costs_nothing(pipe, tmp_path, spoil):
+    spoil(tmp_path / "a" / "kept")
+    store = Embeddings(pipe.checkpoint.text_encoder, mx.float32, tmp_path / "a" / "kept")
+    assert store.get(IDS) is None
+    store.put(IDS, numbers())
+
+
+def test_the_least_recently_used_go_first(store):
+    old, older = (1, 2, 3), (4, 5, 6)
+    for i, ids in enumerate((older, old)):
+        store.put(ids, numbers())
+        os.utime(store._path(ids), ns=(i, i))
+    assert store.get(older) is not None  # used again
+    store.limit = sum(file.stat().st_size for file in embeddings.files(store.folder))
+    store.put(IDS, numbers())
+    assert store.get(old) is None
+    assert store.get(older) is not None and store.get(IDS) is not None
+
+
+def test_another_model_dtype_version_or_device_has_its_own(store, monkeypatch, folder):
+    paths = {store._path(IDS), store._path((5, 67))}
+
+    def add(encoder=store.encoder, dtype=mx.float32):
+        paths.add(Embeddings(encoder, dtype, store.folder)._path(IDS))
+
+    add()
+    assert len(paths) == 2
+    add(dtype=mx.bfloat16)
+    (folder / "text_encoder" / "config.json").write_text((folder / "text_encoder" / "config.json").read_text() + " ")
+    add(encoder=ZImagePipeline.from_pretrained(folder).checkpoint.text_encoder)
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M9"})
+    add()
+    monkeypatch.setattr(mx, "__version__", "9")
+    add()
+    assert len(paths) == 6
+
+
+def test_a_checksum_is_that_of_the_files_wherever_they_lie(folder, tiny_folder, tmp_path, watch):
+    hashed = watch(embeddings, "_sha256")
+    encoder = ZImagePipeline.from_pretrained(folder).checkpoint.text_encoder
+    first = checksum(encoder, tmp_path / "kept")
+    assert len(hashed) == 1 + 4  # the config and four shards
+    assert checksum(encoder, tmp_path / "kept") == first
+    assert len(hashed) == 5, "it is remembered"
+    assert checksum(ZImagePipeline.from_pretrained(tiny_folder).checkpoint.text_encoder, tmp_path / "kept") == first
+    shard = next((folder / "text_encoder").glob("*.safetensors"))
+    flip(shard)
+    assert checksum(encoder, tmp_path / "kept") != first
+
+
+def test_the_converters_manifest_is_taken_unless_a_file_is_newer(folder, tmp_path, watch):
+    from mlx_zimage.convert import convert
+
+    convert(folder, tmp_path / "converted", dtype="bfloat16")
+    hashed = watch(embeddings, "_sha256")
+    encoder = ZImagePipeline.from_pretrained(tmp_path / "converted").checkpoint.text_encoder
+    first = checksum(encoder, tmp_path / "kept")
+    assert not hashed
+    shard = next((tmp_path / "converted" / "text_encoder").glob("*.safetensors"))
+    flip(shard)
+    assert checksum(encoder, tmp_path / "kept") != first
+    flip(shard)
+    assert checksum(encoder, tmp_path / "kept") == first, "however it was found"
+
+
+def test_the_hubs_cache_names_a_large_file_by_its_checksum(folder, tmp_path):
+    encoder = ZImagePipeline.from_pretrained(folder).checkpoint.text_encoder
+    first = checksum(encoder, tmp_path / "kept")
+    blobs = tmp_path / "hub" / "blobs"
+    blobs.mkdir(parents=True)
+    for shard in (folder / "text_encoder").glob("*.safetensors"):
+        blob = blobs / embeddings._sha256(shard)
+        shutil.move(shard, blob)
+        shard.symlink_to(blob)
+        flip(blob)  # not looked at
+    assert checksum(encoder, tmp_path / "elsewhere") == first
+
+
+def test_what_is_kept_is_listed_and_removed_without_anything_else(kept, store):
+    store.put(IDS, numbers())
+    (kept / "photo.safetensors").write_text("mine")
+    listed = [model for model in models() if model.kind == "prompts"]
+    assert [(model.name, model.path) for model in listed] == [("embeddings", kept)]
+    assert remove("embeddings") == listed[0].nbytes
+    assert [path.name for path in kept.iterdir()] == ["photo.safetensors"]
+    assert not [model for model in models() if model.kind == "prompts"]
+
+
+def test_where_embeddings_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_ZIMAGE_HOME", str(tmp_path))
+    assert embeddings_folder() is None
+    monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", "~/prompts")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(embeddings_folder()) == "/home/me/prompts"
+    monkeypatch.delenv("MLX_ZIMAGE_EMBEDDINGS")
+    assert embeddings_folder() == tmp_path / "embeddings"

@@ -77,6 +77,7 @@ def test_requests_come_as_json_lines_and_go_out_as_such(run):
         # each is rounded to 0.0001 s
         assert 0 < told["first_step_seconds"] + told["decode_seconds"] <= told["seconds"] + 2e-4
         assert 0 < told["peak_memory_gb"] < 2
+        assert told["peak_memory_gb"] <= told["predicted_peak_memory_gb"] < 2
 
 
 def test_an_aspect_has_about_as_many_pixels_as_the_model_draws(run):

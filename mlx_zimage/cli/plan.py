@@ -15,7 +15,14 @@ from .models import DEFAULT_MODEL
 @click.option("--steps", type=click.IntRange(1, 1000), default=8, show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="What to compute in.")
 @click.option("--memory", metavar="SIZE", help="Such as 6GB.  [default: what suits this machine]")
-def plan(model, width, height, images, tokens, steps, dtype, memory):
+@click.option(
+    "--keep/--stage",
+    " /--low-ram",
+    default=None,
+    help="Whether all of the model stays in memory, or each part goes when its work is done.  "
+    "[default: it stays if it fits]",
+)
+def plan(model, width, height, images, tokens, steps, dtype, memory, keep):
     """Tell how MODEL would be run within a memory budget: what stays, what is read as needed, and each phase's bound.
 
     Reads configs and headers only.
@@ -26,9 +33,9 @@ def plan(model, width, height, images, tokens, steps, dtype, memory):
     for name, value in (("width", width), ("height", height)):
         if value is not None:
             check_size(name, value)
-    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory)
+    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory, keep=keep)
     width, height = width or pipeline.sample_size, height or pipeline.sample_size
-    plan = pipeline.planner.plan(width, height, images, tokens, steps, pipeline.budget)
+    plan = pipeline.planner.plan(width, height, images, tokens, steps, pipeline.budget, keep)
     click.echo(f"{images} of {width}x{height} in {tell(plan.budget)}")
     for phase, peak in plan.peaks.items():
         click.echo(f"{phase:13}at most {tell(peak)}")

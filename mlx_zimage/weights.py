@@ -259,7 +259,8 @@ class Component:
         `without` names a part of the tree to leave out; stream is where the reading happens.
         """
         start = len(prefix) + 1
-        names = [name for name in self.entries if name.startswith(f"{prefix}.")]
+        # In one order, however shards cut a block: compiled functions take trees in another order for other ones.
+        names = sorted(name for name in self.entries if name.startswith(f"{prefix}."))
         if without:
             names = [name for name in names if not name.startswith(without, start)]
         entries = [self.entries[name] for name in names or [prefix]]

@@ -1,0 +1,155 @@
+"""What a picture costs, in numbers that are the same on every machine: calls, traces and bytes read."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from mlx_zimage import GenerateRequest, Step, ZImagePipeline
+from mlx_zimage.models import text_encoder, transformer
+from mlx_zimage.models.transformer import Transformer
+from mlx_zimage.pipeline import Phase
+from mlx_zimage.tokenizer import Tokenizer
+
+STEPS = 3
+LAYERS = tiny.TEXT_ENCODER["num_hidden_layers"] - 1  # the last one is not needed
+MODULATED = [f"noise_refiner.{i}" for i in range(2)] + [f"layers.{i}" for i in range(3)]
+BLOCKS = ["context_refiner.0", "context_refiner.1", *MODULATED]
+
+
+def request(**changes) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "a red fox", "seed": 0, "steps": STEPS, "width": 32, "height": 48} | changes)
+
+
+@pytest.fixture
+def fresh(tiny_folder) -> ZImagePipeline:
+    """A pipeline that has read nothing yet."""
+    return ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+
+
+@pytest.mark.parametrize(("guidance_scale", "prompts"), [(0.0, 1), (2.0, 2)])
+def test_each_part_runs_as_often_as_it_must(fresh, watch, guidance_scale, prompts):
+    calls = {
+        "tokenized": (watch(Tokenizer, "encode"), prompts),
+        "layers of the encoder": (watch(text_encoder, "layer"), prompts * LAYERS),
+        "captions refined": (watch(Transformer, "embed_caption"), prompts),
+        "schedules": (watch(transformer, "time_embedding"), 1),
+        "evaluations": (watch(Transformer, "__call__"), prompts * STEPS),
+    }
+    asked = request(guidance_scale=guidance_scale, negative_prompt="blurry", num_images=2)
+    list(fresh.stream(asked))
+    assert {name: len(seen) for name, (seen, _) in calls.items()} == {name: n for name, (_, n) in calls.items()}
+    list(fresh.stream(replace(asked, seed=1)))
+    assert len(calls["layers of the encoder"][0]) == prompts * LAYERS, "the prompts are remembered"
+    assert len(calls["schedules"][0]) == 1
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The names of functions traced by mx.compile as on a GPU; nothing is computed, so no compiler is needed."""
+    seen, compile = [], mx.compile
+
+    def counting(function):
+        def traced(*args):
+            seen.append(function.func.__name__)
+            return function(*args)
+
+        return compile(traced)
+
+    monkeypatch.setattr(mx, "compile", counting)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    for name in ("eval", "async_eval"):
+        monkeypatch.setattr(mx, name, lambda *trees: None)
+    return seen
+
+
+def test_a_block_is_traced_once_a_shape(traces, tiny_folder):
+    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+
+    def run(h: int, w: int, steps: int, tokens: int = 20) -> int:
+        """One more request: the traces that it takes."""
+        before = len(traces)
+        sigmas = np.linspace(1, 0.1, steps)
+        velocity = pipe.transformer.velocity(mx.zeros((tokens, 40)), sigmas, h, w)
+        for i in range(steps):
+            velocity(mx.zeros((1, h, w, 16)), i)
+        return len(traces) - before
+
+    # 24 image tokens, padded to 32 as are the caption's: the refiners' shape, that of both, and the trimmed last block,
+    # which attends from 24 tokens to 64, and feeds 24
+    assert run(8, 12, 2) == 6
+    assert traces.count("attend") == traces.count("feed") == 3
+    assert run(8, 12, 1) == run(8, 12, 5) == run(8, 12, 8, tokens=31) == 0
+    assert run(12, 12, 1) == 4  # 36 tokens, padded to the 64 that are known: with the caption, and the last block
+    assert run(8, 12, 2) == 0, "the shapes before are still known"
+
+
+# ---- bytes
+
+
+def nbytes(component, *prefixes: str, without: str = "-") -> int:
+    """Bytes on disk of all tensors under the prefixes."""
+    return sum(
+        entry.nbytes
+        for name, entry in component.entries.items()
+        for prefix in prefixes
+        if name.startswith(f"{prefix}.") and without not in name
+    )
+
+
+def reads(pipe: ZImagePipeline, asked: GenerateRequest) -> tuple[int, list[int], list[int]]:
+    """Bytes of tensors read: by the encoder, by the transformer until each step, and by the VAE for each picture."""
+    networks = pipe.text_encoder.source.component, pipe.transformer.source.component, pipe.vae.source.component
+    before = [component.bytes_read for component in networks]
+    steps, pictures = [], []
+    for event in pipe.events(asked):
+        encoder, denoiser, vae = (component.bytes_read - n for component, n in zip(networks, before, strict=True))
+        if isinstance(event, Step):
+            steps.append(denoiser - sum(steps))
+        elif not isinstance(event, Phase):
+            pictures.append(vae - sum(pictures))
+    return encoder, steps, pictures
+
+
+def run_streamed(pipe: ZImagePipeline, monkeypatch, keep: bool, streamed: set[str]) -> None:
+    plan = pipe.planner.plan
+    monkeypatch.setattr(
+        pipe.planner, "plan", lambda *work: replace(plan(*work), keep=keep, streamed=frozenset(streamed))
+    )
+
+
+def test_a_kept_model_is_read_once(fresh):
+    encoder, network, vae = fresh.checkpoint.text_encoder, fresh.checkpoint.transformer, fresh.checkpoint.vae
+    ids = fresh.tokenize(request().prompt)
+    row = encoder.entries["model.embed_tokens.weight"].nbytes // tiny.TEXT_ENCODER["vocab_size"]
+    of_encoder = len(ids) * row + nbytes(encoder, *(f"model.layers.{i}" for i in range(LAYERS)))
+    assert fresh.plan(request()).keep
+    read, steps, pictures = reads(fresh, request(num_images=2))
+    assert read == of_encoder
+    assert steps == [sum(entry.nbytes for entry in network.entries.values()), *[0] * (STEPS - 1)]
+    assert pictures == [nbytes(vae, "decoder"), 0]
+    assert reads(fresh, request(seed=1)) == (0, [0] * STEPS, [0])
+
+
+def test_a_staged_model_is_read_once_a_request(fresh):
+    fresh.keep = False
+    component = fresh.checkpoint.transformer
+    schedule = nbytes(component, "t_embedder") + sum(
+        entry.nbytes for name, entry in component.entries.items() if "adaLN_modulation" in name
+    )
+    first, second = reads(fresh, request()), reads(fresh, request(prompt="a blue fox", seed=1))
+    assert second[1] == [first[1][0] - schedule, *[0] * (STEPS - 1)], "a schedule's modulations are remembered"
+    assert first[0] and second[0], "the encoder is read for each prompt"
+    assert second[2] == first[2] == [nbytes(fresh.checkpoint.vae, "decoder")]
+
+
+@pytest.mark.parametrize("streamed", [set(BLOCKS), set(BLOCKS[3:5])], ids=["all", "some"])
+def test_a_streamed_block_is_read_once_a_step_without_what_is_not_needed(fresh, monkeypatch, streamed):
+    run_streamed(fresh, monkeypatch, keep=False, streamed=streamed)
+    network = fresh.checkpoint.transformer
+    _, steps, _ = reads(fresh, request())
+    everything = sum(entry.nbytes for entry in network.entries.values())
+    again = nbytes(network, *(streamed & set(MODULATED)), without="adaLN_modulation")
+    assert steps == [everything, *[again] * (STEPS - 1)]

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from mlx.utils import tree_flatten
 
 from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline
 from mlx_zimage.cli import main
@@ -81,6 +82,39 @@ def test_a_streamed_picture_has_the_bits_of_a_resident_one(planner):
     assert np.array_equal(latents, streamed_latents)
 
 
+def test_whether_the_model_stays_is_the_callers_choice(planner):
+    work = 48, 48, 1, 20, 8
+    assert planner.plan(*work, 10**10).keep
+    staged = planner.plan(*work, 10**10, keep=False)
+    assert not staged.keep and not staged.streamed
+    kept = planner.plan(*work, 10**10, keep=True).peak
+    for budget in (10**6, staged.peak, kept - 1):
+        with pytest.raises(MemoryBudgetError, match=r"with the model kept: .* do not keep the model, or convert"):
+            planner.plan(*work, budget, keep=True)
+    assert planner.plan(*work, kept, keep=True).keep
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_only_weights_that_stay_are_wired_and_only_for_the_steps(monkeypatch, keep):
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=keep)
+    calls = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**9})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: calls.append(limit) or 7)
+    monkeypatch.setattr(mx, "synchronize", lambda: calls.append("synchronize"))
+    for step in pipe.denoise(request(width=48, height=48)):
+        if step.index == 0:
+            networks = [pipe.transformer] + [pipe.text_encoder] * keep
+            blocks = (block for network in networks for key, block in network.source._kept.items() if "." in key)
+            staying = sum(array.nbytes for block in blocks for _, array in tree_flatten(block))
+            assert calls == [staying]
+            break
+    assert calls == [staying, "synchronize", 7]
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1000})
+    list(pipe.denoise(request(width=48, height=48, steps=1)))
+    assert calls[3:] == [1000, "synchronize", 7]
+
+
 def test_more_budget_never_makes_a_slower_plan(planner):
     budgets = [smallest(planner) * factor // 4 for factor in range(5, 60)]
     plans = [planner.plan(128, 128, 1, 20, 8, budget) for budget in budgets]
@@ -131,5 +165,10 @@ def test_plan_tells_what_stays_and_what_is_read(planner):
     assert "1 of 128x128 in 1 GB" in told.stdout and "networks     stay for the next picture" in told.stdout
     told = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--width", "48", "--height", "48"])
     assert re.search(r"transformer  \d blocks in memory, \d read when needed", told.stdout), told.stderr
+    for option in ("--stage", "--low-ram"):
+        told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1GB", option])
+        assert "networks     go when their part is done" in told.stdout
+    told = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--keep"])
+    assert (told.exit_code, told.stdout) == (5, "") and "do not keep the model" in told.stderr
     told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1MB"])
     assert (told.exit_code, told.stdout) == (5, "") and "the least that works" in told.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import tempfile
@@ -29,6 +30,25 @@ def to_uint8(pixels: mx.array) -> np.ndarray:
 def to_pil(pixels: np.ndarray) -> Image.Image:
     """(H, W, 3) uint8 as a PIL image."""
     return Image.fromarray(pixels)
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as the content of a PNG file, made quickly rather than small."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def enlarge(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """(H, W, 3) uint8, so many times as high and wide, without steps."""
+    height, width, _ = pixels.shape
+    return np.asarray(Image.fromarray(pixels).resize((factor * width, factor * height), Image.Resampling.BICUBIC))
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """A picture file's pixels, (H, W, 3) uint8."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def check_output(path: Path) -> None:
@@ -79,26 +99,35 @@ def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin
     """Write (H, W, 3) uint8 in the format that path's ending names; returns the path it was written to.
 
     The picture carries its origin, or where that is None nothing but pixels.
-
-    Where path exists, the first free one of path-1, path-2, ... is taken, unless overwrite is set. Written aside and
-    renamed, so that a picture is whole or not there.
     """
     kind = FORMATS[path.suffix.lower()]
     options = {} if kind == "PNG" else {"quality": 95}
     if origin:
         options |= save_options(origin, kind)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format=kind, **options)
+    return write(stream.getbuffer(), path, overwrite)
+
+
+def write(content: bytes | memoryview, path: Path, overwrite: bool = False, lasting: bool = True) -> Path:
+    """Write a picture file aside and rename it, so that it is whole or not there; returns its path.
+
+    Where path exists, the first free one of path-1, path-2, ... is taken, unless overwrite is set. lasting waits for
+    the disk.
+    """
     aside = None
     try:
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".mlx-zimage-", suffix=path.suffix)
         with os.fdopen(handle, "wb") as stream:
-            Image.fromarray(pixels).save(stream, format=kind, **options)
+            stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if lasting:
+                os.fsync(stream.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(aside, 0o666 & ~umask)  # mkstemp makes private files
         if not overwrite:
-            path = _claim(path)
+            path = claim(path)
         os.replace(aside, path)  # from a name in the same folder: does not fail once the name is claimed
     except BaseException as error:
         if aside:
@@ -109,7 +138,7 @@ def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin
     return path
 
 
-def _claim(path: Path) -> Path:
+def claim(path: Path) -> Path:
     """Create, empty, the first free of path, path-1, path-2, ...: no other program then takes the name."""
     for i in itertools.count():
         free = path.with_stem(f"{path.stem}-{i}") if i else path

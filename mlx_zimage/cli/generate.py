@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..errors import RequestError
 from ..jobs import count_up, multiply, parse_seeds, parse_size, read_prompts, read_requests, read_text
 from ..request import LATENT_PIXELS, RNGS
 from .models import DEFAULT_MODEL, first_run
-from .output import print_path, progress_bar, show_picture, tell
+from .output import graphics, print_path, say, show_picture
 
 ANY_SIDE = 1024  # stands in for the model's size until it is open, to check all values before that
 
@@ -116,12 +117,26 @@ def _parse(parse):
 )
 @click.option("--metadata/--no-metadata", default=True, help="Whether pictures carry their request.  [default: yes]")
 @click.option("-y", "--yes", is_flag=True, help="Where no model is here yet, fetch and convert it without asking.")
+@click.option(
+    "--preview",
+    is_flag=True,
+    help="Show the picture growing: in the terminal, if it is iTerm2, WezTerm, kitty or Ghostty, in the place that the "
+    "finished picture then takes; elsewhere in the file NAME.preview.png, which goes when the picture is finished.",
+)
+@click.option(
+    "--preview-dir",
+    "--stepwise-image-output-dir",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Keep the preview of each step there, as NAME-SEED-1.png and so on.",
+)
 @click.option("--show", is_flag=True, help="Show pictures in the terminal: iTerm2, WezTerm, kitty, Ghostty.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per picture instead of its path.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no seeds on stderr; warnings and errors remain.")
 def generate(
     prompt, prompt_option, prompt_file, requests_file, model, output, overwrite, size, seeds, count, auto_seeds,
-    latents_file, dtype, memory, keep, from_picture, metadata, show, as_json, quiet, yes, **values,
+    latents_file, dtype, memory, keep, from_picture, metadata, preview, preview_dir, show, as_json, quiet, yes,
+    **values,
 ):  # fmt: skip
     """Draw a picture of PROMPT, or several, and print their paths.
 
@@ -148,6 +163,8 @@ def generate(
     model = model or _model_of(old, from_picture, yes, quiet)
 
     from ..pipeline import ZImagePipeline
+    from ..preview import fit
+    from .watch import Watch
 
     dtype = dtype or (old.dtype if old else None)
     pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory, keep=keep)
@@ -160,38 +177,60 @@ def generate(
     if old and maker["fingerprint"] != old.fingerprint:
         warnings.warn(f"{model} is not the model that drew {from_picture}; the picture will differ", stacklevel=1)
     written = set()
+    terminal = None if quiet else graphics()
+    colours = fit(pipeline.checkpoint.vae, pipeline.dtype) if preview or preview_dir else None
     for job in jobs:
         request = job.request(pipeline.sample_size)
-        tell(f"Seed: {request.seed}" + (f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""), quiet)
-        for path, origin, clock in draw(
-            pipeline, request, latents, job.path(request), maker, metadata, overwrite, written, quiet
-        ):
-            print_json(path, origin, clock) if as_json else print_path(path)
-            if show:
-                show_picture(path)
+        path = job.path(request)
+        say(f"Seed: {request.seed}" + (f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""), quiet)
+        views = _views(path, request, preview, preview_dir, terminal, quiet)
+        with Watch(request.steps, quiet, not (preview and terminal), views, colours) as watch:
+            for saved, origin, clock in draw(
+                pipeline, request, latents, path, maker, metadata, overwrite, written, watch
+            ):
+                print_json(saved, origin, clock) if as_json else print_path(saved)
+                if show and not (preview and terminal):
+                    show_picture(saved)
 
 
-def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, quiet):
-    """Draw a request and save its pictures, yielding each one's path, Origin and Clock.
+def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, watch):
+    """Draw a request and save its pictures, yielding each one's path, Origin and Clock; watch sees every event.
 
     written holds the paths of this call: they are not written over.
     """
     from ..image import save
     from ..metadata import Origin
+    from ..pipeline import Generated
     from ..sampling import Step
 
     clock = Clock()
-    with progress_bar(quiet, total=request.steps, desc="Drawing", unit="step") as bar:
-        for event in pipeline.stream(request, latents):
-            if isinstance(event, Step):
-                clock.step()
-                bar.update()
-                continue
+    for event in pipeline.events(request, latents):
+        if isinstance(event, Step):
+            clock.step()
+        elif isinstance(event, Generated):
             clock.decoded(event.plan.peak)
             origin = Origin(request, index=event.index, **maker)
             saved = save(event.pixels, path, overwrite and path not in written, origin if metadata else None)
             written.add(saved)
+        watch(event)
+        if isinstance(event, Generated):
             yield saved, origin, clock
+
+
+def _views(path, request, preview, folder, terminal, quiet) -> list:
+    """Where a request's previews are shown."""
+    from ..preview import Album, Screen, Sheet
+
+    views = []
+    if preview and terminal:
+        views.append(Screen(sys.stderr.buffer, terminal))
+    elif preview:
+        sheet = Sheet(path.with_name(f"{path.stem}.preview.png"))
+        say(f"Preview, until the picture is finished: {sheet.path}", quiet)
+        views.append(sheet)
+    if folder:
+        views.append(Album(folder, f"{path.stem}-{request.seed}"))
+    return views
 
 
 class Clock:

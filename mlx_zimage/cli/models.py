@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import ModelNotFoundError
-from .output import progress_bar, size, tell
+from .output import progress_bar, say, size
 
 DEFAULT_MODEL = "Tongyi-MAI/Z-Image-Turbo"
 
@@ -65,10 +65,10 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     if sys.stderr.isatty() and not quiet:
         enable_progress_bars()
     kept = "in bfloat16" if plan.bits is None else f"in {plan.bits} bits"
-    tell(f"No model is here yet. {repository} would be", quiet)
-    tell(f"  fetched:   {size(plan.download_bytes):>9} into {plan.cache}", quiet)
-    tell(f"  converted: {size(plan.converted_bytes):>9} into {plan.dest},", quiet)
-    tell(f"             {kept}, which suits the {size(budget)} of memory to use here", quiet)
+    say(f"No model is here yet. {repository} would be", quiet)
+    say(f"  fetched:   {size(plan.download_bytes):>9} into {plan.cache}", quiet)
+    say(f"  converted: {size(plan.converted_bytes):>9} into {plan.dest},", quiet)
+    say(f"             {kept}, which suits the {size(budget)} of memory to use here", quiet)
     check_space(plan)
     if not yes and not click.confirm("Go on?", default=True, err=True):
         raise ModelNotFoundError("nothing was fetched; --model takes a folder, a Hugging Face id, or 'pocket'")
@@ -76,5 +76,5 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
         for step in convert_steps(repository, plan.dest, bits=plan.bits):
             bar.total = step.total_bytes
             bar.update(step.done_bytes - bar.n)
-    tell(f"`mlx-zimage models rm {repository}` gives back the download's room.", quiet)
+    say(f"`mlx-zimage models rm {repository}` gives back the download's room.", quiet)
     return plan.dest

@@ -16,7 +16,7 @@ def print_path(path: Path) -> None:
     click.echo(os.fsencode(path))
 
 
-def tell(message: str, quiet: bool = False) -> None:
+def say(message: str, quiet: bool = False) -> None:
     if not quiet:
         click.echo(message, err=True)
 
@@ -28,16 +28,28 @@ def progress_bar(quiet: bool = False, **options):
     return tqdm(disable=True if quiet else None, **options)  # None: no bar where stderr is no terminal
 
 
+def graphics() -> str | None:
+    """How the terminal on stderr shows pictures, if there is one and it can; see `preview.protocol`."""
+    from ..preview import protocol
+
+    return protocol(os.environ) if sys.stderr.isatty() else None
+
+
 def show_picture(path: Path) -> None:
     """In the terminal, if stderr is one that can."""
-    from ..preview import inline, protocol
+    from ..image import read_pixels, to_png
+    from ..preview import inline
 
-    known = protocol(os.environ) if sys.stderr.isatty() else None
+    known = graphics()
     if known:
-        sys.stderr.buffer.write(inline(path, known))
+        plain = known == "iterm" or path.suffix.lower() == ".png"
+        content = path.read_bytes() if plain else to_png(read_pixels(path))
+        sys.stderr.buffer.write(inline(content, known) + b"\n")
         sys.stderr.buffer.flush()
+    elif os.environ.get("NO_COLOR"):
+        say("NO_COLOR is set; no picture is shown.")
     else:
-        tell("This terminal shows no pictures; iTerm2, WezTerm, kitty and Ghostty do.")
+        say("This terminal shows no pictures; iTerm2, WezTerm, kitty and Ghostty do.")
 
 
 def size(nbytes: int) -> str:

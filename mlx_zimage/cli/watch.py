@@ -1,0 +1,75 @@
+"""What a person sees of a request while it is drawn: a bar for each phase, and the picture growing."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from ..pipeline import Generated, Phase
+from ..preview import sketch
+from ..sampling import Step
+from .output import progress_bar
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+
+
+class Watch:
+    """Takes a request's events as they come: `with Watch(...) as watch: watch(event)`.
+
+    views are shown each step as `colours` (see preview.fit) tell it, and the finished pictures. The bars follow each
+    other on one line: the prompt's encoding, the steps, the decoding. That of the steps stays, if leave is set.
+    """
+
+    def __init__(self, steps: int, quiet: bool, leave: bool, views=(), colours: np.ndarray | None = None):
+        self.steps, self.quiet, self.leave = steps, quiet, leave
+        self.views, self.colours = views, colours
+        self.bar = None
+
+    def __enter__(self):
+        self._open("Drawing", self.steps, "step")
+        return self
+
+    def __call__(self, event: Phase | Step | Generated) -> None:
+        if isinstance(event, Phase):
+            self._phase(event)
+            return
+        self.bar.update()
+        if isinstance(event, Generated):
+            self._close()
+        for view in self.views:
+            with tqdm.external_write_mode(file=sys.stderr):
+                if isinstance(event, Step):
+                    view(sketch(event.clean, self.colours))
+                else:
+                    view.finish(event.pixels)
+
+    def __exit__(self, *_):
+        self._close()
+        for view in self.views:
+            view.close()
+
+    def _phase(self, phase: Phase) -> None:
+        if phase.name == "decode":
+            self._open("Decoding", phase.total, "picture", phase.done)
+        elif phase.done == 0:
+            self._open("Encoding", phase.total, "layer")
+        else:
+            self.bar.update()
+            if phase.done == phase.total:
+                self._open("Drawing", self.steps, "step")
+
+    def _open(self, name: str, total: int, unit: str, done: int = 0) -> None:
+        self._close()
+        leave = self.leave and name == "Drawing"
+        self.bar = progress_bar(
+            self.quiet, desc=name, total=total, unit=unit, initial=done, leave=leave, bar_format=BAR
+        )
+
+    def _close(self) -> None:
+        """A bar that is not full goes in any case."""
+        if self.bar is not None:
+            self.bar.leave = self.bar.leave and self.bar.n == self.bar.total
+            self.bar.close()
+            self.bar = None

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
+from .disk import read_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -69,9 +70,7 @@ def read_rows(file: Path, tensor: GGUFTensor, start: int, stop: int) -> np.ndarr
     first, last = start * row_values, stop * row_values
     blocks = (last - first) // kind.values
     offset = tensor.offset + first // kind.values * kind.block_bytes
-    raw = np.fromfile(file, np.uint8, blocks * kind.block_bytes, offset=offset)
-    if raw.size != blocks * kind.block_bytes:
-        raise CheckpointError(f"{file} became shorter while it was read")
+    raw = read_bytes(file, offset, blocks * kind.block_bytes)
     values = kind.unpack(raw.reshape(blocks, kind.block_bytes))
     return values.reshape(stop - start, *tensor.shape[1:])
 

@@ -13,11 +13,12 @@ from math import prod
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, NumericsError
+from ..errors import NumericsError
 from ..quantize import Quantization
 from ..weights import DTYPES, Entry
+from .disk import read_bytes
 
-CHUNK_BYTES = 32 * 2**20  # of float32, in memory at a time
+CHUNK_BYTES = 2 * 2**20  # of float32, at a time; more would not stay in a processor's cache
 # The exponent's bits, which are all set in NaN and infinity and in no finite number.
 EXPONENT = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
 
@@ -76,14 +77,7 @@ def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
     row_bytes = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
 
     def read(start: int, stop: int) -> mx.array:
-        # Read, not mapped: touched pages of a mapped file count as resident until the system takes them back.
-        count, offset = (stop - start) * row_bytes, entry.offset + start * row_bytes
-        try:
-            raw = np.fromfile(entry.file, np.uint8, count, offset=offset)
-        except OSError as error:
-            raise CheckpointError(f"{entry.file} could not be read: {error.strerror or error}") from error
-        if raw.size != count:
-            raise CheckpointError(f"{entry.file} became shorter while it was read")
+        raw = read_bytes(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
         if entry.dtype in FP8:
             return mx.array(FP8[entry.dtype][raw]).reshape(stop - start, *row_shape)
         return mx.array(raw).view(DTYPES[entry.dtype]).reshape(stop - start, *row_shape)

@@ -9,9 +9,10 @@ from pathlib import Path
 from ..errors import CheckpointError, NumericsError
 from ..weights import COMPONENTS, open_checkpoint, resolve
 from . import writer
+from .disk import sha256
 from .rows import Tensor, read_rows
 from .sources import CONVERSION, open_folder
-from .writer import MANIFEST, sha256
+from .writer import MANIFEST
 
 # What the loader reads; a file of this kind that the manifest does not list could change the model.
 READ_BY_US = (".json", ".safetensors", ".txt", ".jinja")

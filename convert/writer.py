@@ -21,6 +21,7 @@ import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from ..errors import CheckpointError, LockedError, OutputError, RequestError, ZImageError
+from .disk import drop_cache, sha256, sync, sync_folder
 
 if TYPE_CHECKING:
     from .plan import Shard, Task
@@ -88,7 +89,8 @@ class OutputFile:
     def __exit__(self, kind, *_):
         try:
             if kind is None:
-                _sync(self._fd)
+                sync(self._fd)
+                drop_cache(self._fd)
         finally:
             os.close(self._fd)
 
@@ -172,7 +174,7 @@ class OutputFolder:
         self._sums[shard.name] = file.sha256
         with (self.folder / JOURNAL).open("ab", buffering=0) as journal:
             journal.write(render_manifest({shard.name: file.sha256}))
-            _sync(journal.fileno())
+            sync(journal.fileno())
 
     def _acquire(self) -> None:
         file = Path(self._lock.lock_file)
@@ -200,16 +202,16 @@ class OutputFolder:
         if self._single:
             check_absent(self.dest)
             os.replace(self.folder / self.dest.name, self.dest)
-            _sync_folder(self.dest.parent)
+            sync_folder(self.dest.parent)
             return
         self.write(MANIFEST, render_manifest(self._sums))
         for name in (JOB, JOURNAL):
             (self.folder / name).unlink(missing_ok=True)
         for folder in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
-            _sync_folder(folder)
+            sync_folder(folder)
         check_absent(self.dest)
         os.replace(self.folder, self.dest)
-        _sync_folder(self.dest.parent)
+        sync_folder(self.dest.parent)
 
     def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -243,7 +245,7 @@ def add_files(folder: Path, files: dict[str, bytes]) -> None:
         for name, content in files.items():
             sums[name] = _replace(folder / name, content)
         _replace(folder / MANIFEST, render_manifest(sums))
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         raise OutputError(f"{folder} could not be written: {error.strerror or error}") from error
 
@@ -280,34 +282,8 @@ def check_space(dest: Path, nbytes: int) -> None:
         )
 
 
-def sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError:
         return b""
-
-
-def _sync(fd: int) -> None:
-    try:
-        # On macOS fsync stops at the drive's cache; this goes through it.
-        import fcntl
-
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    except (ImportError, AttributeError, OSError):
-        os.fsync(fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

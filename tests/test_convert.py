@@ -341,7 +341,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path, bits):
 
 def test_a_tensor_is_read_a_few_rows_at_a_time(official, tmp_path, monkeypatch):
     whole = convert(official, tmp_path / "whole", bits=None)
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 20_000)
     assert files(convert(official, tmp_path / "pieces", bits=None)) == files(whole)
     packed = convert("pocket", tmp_path / "packed", bits=4)
     monkeypatch.undo()

@@ -2,9 +2,11 @@
 
 import json
 import re
-import shutil
 import struct
+import sys
 import warnings
+import zipfile
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +21,9 @@ from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.weights import COMPONENTS, POCKET, open_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+import mflux_folders
 
 
 def pocket(component):
@@ -381,56 +386,39 @@ def test_a_gguf_type_that_is_not_known_is_refused_by_name(tmp_path):
 # ---- mflux
 
 
-def mflux_folder(folder, bits):
-    """As mflux's ModelSaver writes a model: MLX modules' names and layout, all matrices packed in groups of 64."""
-    renames = {
-        "transformer": [("t_embedder.mlp.0", "t_embedder.linear1"), ("t_embedder.mlp.2", "t_embedder.linear2"),
-                        ("2-1.adaLN_modulation.1", "2-1.adaLN_modulation.0")],
-        "text_encoder": [("model.", "")],
-        "vae": [("encoder.conv_in", "encoder.conv_in.conv2d"), ("encoder.conv_out", "encoder.conv_out.conv2d"),
-                ("decoder.conv_in", "decoder.conv_in.conv"), ("decoder.conv_out", "decoder.conv_out.conv"),
-                ("conv_norm_out", "conv_norm_out.norm")],
-    }  # fmt: skip
-    for component in COMPONENTS:
-        tensors = {}
-        for name, array in pocket(component).items():
-            for old, new in renames[component]:
-                name = name.replace(old, new)
-            array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-            packed = bits and array.ndim == 2 and array.shape[-1] % 64 == 0 and not name.endswith("pad_token")
-            if packed:
-                parts = mx.quantize(array, group_size=64, bits=bits)
-                layer = name.removesuffix(".weight")
-                tensors |= {f"{layer}.{part}": a for part, a in zip(("weight", "scales", "biases"), parts, strict=True)}
-            else:
-                tensors[name] = array
-        if component == "text_encoder":
-            tensors["rotary_emb.inv_freq"] = mx.ones((16,))
-        (folder / component).mkdir(parents=True)
-        names = list(tensors)
-        weight_map = {}
-        for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
-            file = folder / component / f"{i}.safetensors"
-            metadata = {"quantization_level": str(bits), "mflux_version": "0.24.0"}
-            mx.save_safetensors(str(file), {name: tensors[name] for name in part}, metadata)
-            weight_map |= dict.fromkeys(part, file.name)
-        index = {"metadata": metadata, "weight_map": weight_map}
-        (folder / component / "model.safetensors.index.json").write_text(json.dumps(index))
-    shutil.copytree(POCKET / "tokenizer", folder / "tokenizer")
+@pytest.fixture(scope="module")
+def mflux(tmp_path_factory):
+    """The folders that mflux 0.24.0 saved with its own code: see golden/mflux_folders.py."""
+    folder = tmp_path_factory.mktemp("mflux")
+    with zipfile.ZipFile(mflux_folders.ARCHIVE) as archive:
+        archive.extractall(folder)
     return folder
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(None, 0.0), (8, 2.0**-7 + 2.0**-8), (4, 2.0**-3 + 2.0**-8)])
-def test_folders_in_the_layout_of_mflux_give_the_weights_back(tmp_path, bits, bound):
-    source = open_source(mflux_folder(tmp_path / "mflux", bits), base="pocket")
+@pytest.fixture
+def mflux_configs(monkeypatch):
+    """As if the official model were as small as what mflux saved."""
+    monkeypatch.setattr(official, "CONFIGS", mflux_folders.CONFIGS)
+
+
+@pytest.mark.parametrize("bits", mflux_folders.BITS)
+def test_folders_that_mflux_saved_give_the_weights_back(mflux, mflux_configs, bits):
+    source = open_source(mflux / f"mflux-{bits or 'dense'}", tokenizer="pocket")
     for component in COMPONENTS:
-        assert_same(source, component, bound)
+        got, wanted = read(source, component), mflux_folders.weights(component)
+        assert list(got) == list(wanted)
+        for name, array in wanted.items():
+            exact = mx.array(array)
+            if bits and array.ndim == 2 and not name.endswith("pad_token"):
+                # mflux packs every matrix, embeddings and the VAE's included
+                packed = mx.quantize(exact.astype(mx.bfloat16), group_size=64, bits=bits)
+                packed = [packed[0], *(part.astype(mx.float32) for part in packed[1:])]
+                exact = mx.dequantize(*packed, group_size=64, bits=bits)
+            assert np.array_equal(got[name], np.array(exact)), name
 
 
-def test_a_folder_of_mflux_converts_with_nothing_else(tmp_path, monkeypatch):
-    configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in COMPONENTS}
-    monkeypatch.setattr(official, "CONFIGS", configs)
-    out = convert(mflux_folder(tmp_path / "mflux", 8), tmp_path / "out")
+def test_a_folder_of_mflux_converts(mflux, mflux_configs, tmp_path):
+    out = convert(mflux / "mflux-8", tmp_path / "out", tokenizer="pocket")
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["shift"] == 3.0
     assert open_checkpoint(out)
 

@@ -59,13 +59,24 @@ def check_output(path: Path) -> None:
         raise RequestError(f"the picture's name must end in {', '.join(FORMATS)}, got {path.name!r}")
     if not path.parent.is_dir():
         raise RequestError(f"there is no folder {path.parent} for {path.name}; make it first")
+    _check_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for pictures, if it is not there, or refuse before any work."""
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} could not be made: {error.strerror}") from error
+    _check_folder(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
             pass  # permission bits do not tell of a read-only or special file system; this does
     except OSError as error:
-        raise OutputError(
-            f"the folder {path.parent} cannot be written to ({error.strerror}); choose another for {path.name}"
-        ) from error
+        raise OutputError(f"the folder {folder} cannot be written to ({error.strerror}); choose another") from error
 
 
 def check_latents_size(path: Path, latents: np.ndarray, request: GenerateRequest) -> None:

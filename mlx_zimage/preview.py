@@ -117,7 +117,6 @@ class Album:
     """A folder in which every call leaves a picture file, name-1.png and so on."""
 
     def __init__(self, folder: Path, name: str):
-        folder.mkdir(parents=True, exist_ok=True)
         self.names = (folder / f"{name}-{i}.png" for i in itertools.count(1))
 
     def __call__(self, pixels: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """Several pictures in one call, pictures that remember, and what programs read."""
 
+import gc
 import hashlib
 import json
 import signal
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mlx_zimage import cli
+from mlx_zimage.cli.generate import join_seeds
 from mlx_zimage.metadata import read_origin
 
 PROMPT = "a red circle on a blue background"
@@ -31,9 +33,33 @@ def seeds(stdout: str) -> list[int]:
 
 
 def test_several_seeds_draw_a_picture_each(run):
-    result = run("generate", PROMPT, *SMALL, "--seed", "5,6", "--seed", "9", "-o", "{seed}.png")
-    assert result.stdout == "5.png\n6.png\n9.png\n"
-    assert "Seed: 6 (2 of 3)\n" in result.stderr
+    result = run("generate", *SMALL, "--seed", "5,6", "--seed", "9", "2", PROMPT, "-o", "{seed}.png")
+    assert result.stdout == "5.png\n6.png\n9.png\n2.png\n"
+    assert "Seed: 6 (2 of 4)\n" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "joined"),
+    [
+        (["--seed", "1", "2", "3", "a cat"], ["--seed", "1,2,3", "a cat"]),
+        (["12", "--seed", "1"], ["12", "--seed", "1"]),
+        (["--seed", "1", "--", "12"], ["--seed", "1", "--", "12"]),
+        (["--count", "1", "2"], ["--count", "1", "2"]),
+        (["--seed=1", "2"], ["--seed=1", "2"]),
+    ],
+)
+def test_one_flag_takes_several_seeds(args, joined):
+    assert join_seeds(args) == joined
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [(["--quantize", "8"], "--q-bits"), (["-q", "8"], "-q is --quiet"), (["--vae-tiling"], "--memory 6GB")],
+)
+def test_a_flag_of_other_programs_is_answered_with_ours(run, args, told):
+    result = run("generate", PROMPT, *SMALL, *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert told in result.stderr
 
 
 def test_count_goes_on_with_the_seeds_that_follow(run):
@@ -65,6 +91,7 @@ def test_prompts_come_from_a_file_or_from_stdin(run):
 
 
 def test_requests_come_as_json_lines_and_go_out_as_such(run):
+    gc.collect()  # the models of other tests, whose memory would count
     lines = '{"prompt": "a", "seed": 1, "output": "a.jpg"}\n{"seed": 2, "width": 48}\n'
     result = run("generate", PROMPT, "--requests", "-", *SMALL, "--json", "-q", input=lines)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -177,7 +204,7 @@ def test_a_picture_from_latents_asks_for_them_again(run):
 
 
 def test_quiet_says_nothing_but_the_path(run):
-    result = run("generate", PROMPT, *SMALL, "-q")
+    result = run("generate", PROMPT, *SMALL, "-q", "--no-exif")
     assert (result.stdout, result.stderr) == ("image.png\n", "")
 
 

@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -17,6 +18,45 @@ from ..request import LATENT_PIXELS, RNGS
 from .models import DEFAULT_MODEL, first_run
 from .output import graphics, print_path, say, show_picture
 
+BY_BITS = "the model is converted once, as in `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
+BY_MEMORY = "--memory 6GB keeps to a budget, and chooses what to read as needed and how to decode"
+FROM_TEXT = "pictures are drawn from a prompt only"
+ELSEWHERE = {  # flags of mflux and others that have another name here
+    "--quantize": BY_BITS,
+    "--mlx-cache-limit-gb": BY_MEMORY,
+    "--vae-tiling": BY_MEMORY,
+    "--vae-tile-size": BY_MEMORY,
+    "--float32": "--dtype float32 computes in it",
+    "--compute-precision": "--dtype chooses bfloat16 or float32",
+    "--image-count": "--count N draws N pictures",
+    "--num-images": "--count N draws N pictures",
+    "--batch-size": "--count N draws N pictures, one after the other",
+    "--num-inference-steps": "--steps says how often the transformer is called",
+    "--guidance-scale": "--guidance is its name here",
+    "--cfg": "--guidance is its name here, and counts from 0",
+    "--make-conf": "every picture carries its request, and `generate --from PICTURE` draws it again",
+    "--base-model": "--model takes a folder or an id, whose configs tell what it is",
+    "--scheduler": "--shift bends the schedule, and examples/custom_schedule.py draws by one of one's own",
+    "--image": FROM_TEXT,
+    "--image-path": FROM_TEXT,
+    "--image-strength": FROM_TEXT,
+}
+EXAMPLES = """\b
+Example: mlx-zimage generate "a lighthouse at dusk" --size 3:2 --seed 7 -o lighthouse.png
+Four seeds, named after them, the picture growing in the terminal:
+    mlx-zimage generate "a lighthouse at dusk" --seed 1 2 3 4 -o "{prompt}-{seed}.webp" --preview
+The same picture with another seed:
+    mlx-zimage generate --from lighthouse.png --seed 8
+A prompt a line; an object a picture for the next program:
+    mlx-zimage generate --prompt-file prompts.txt --json -q | jq -r .path
+"""
+SECTIONS = {  # of the help text, with the names of their options
+    "What to draw": ("prompt_option", "prompt_file", "requests_file", "from_picture", "size", "width", "height"),
+    "Seeds": ("seeds", "count", "auto_seeds", "rng", "latents_file"),
+    "How to draw": ("steps", "shift", "guidance_scale", "negative_prompt"),
+    "Model and machine": ("model", "yes", "dtype", "memory", "keep"),
+    "Files": ("output", "overwrite", "metadata", "preview_dir"),
+}
 ANY_SIDE = 1024  # stands in for the model's size until it is open, to check all values before that
 
 
@@ -27,7 +67,46 @@ def _parse(parse):
     return callback
 
 
-@click.command(epilog="Example: mlx-zimage generate 'a lighthouse at dusk' --seed 7 -o lighthouse.png")
+class Generate(click.Command):
+    """Takes what other programs' users type: several values after one --seed, and a word on flags that are not here."""
+
+    def parse_args(self, ctx, args):
+        if any(word == "-q" and bits in ("3", "4", "5", "6", "8") for word, bits in pairwise(args)):
+            raise click.UsageError(f"-q is --quiet and takes no number: {BY_BITS}", ctx)
+        try:
+            return super().parse_args(ctx, join_seeds(args))
+        except click.NoSuchOption as error:
+            if error.option_name in ELSEWHERE:
+                raise click.UsageError(
+                    f"There is no {error.option_name}: {ELSEWHERE[error.option_name]}", ctx
+                ) from None
+            raise
+
+    def format_options(self, ctx, formatter):
+        records = {
+            option.name: option.get_help_record(ctx) for option in self.get_params(ctx) if option.opts[0][0] == "-"
+        }
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([records.pop(name) for name in names])
+        with formatter.section("On the screen"):  # what is left: --help too
+            formatter.write_dl(list(records.values()))
+
+
+def join_seeds(args: list[str]) -> list[str]:
+    """--seed 1 2 3 as --seed 1,2,3."""
+    joined = []
+    for i, word in enumerate(args):
+        if word == "--":
+            return joined + args[i:]
+        if word.isdecimal() and joined[-2:-1] == ["--seed"]:
+            joined[-1] += f",{word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+@click.command(cls=Generate, epilog=EXAMPLES)
 @click.argument("prompt", required=False)
 @click.option("--prompt", "prompt_option", metavar="PROMPT", help="The same as the argument PROMPT.")
 @click.option(
@@ -68,8 +147,8 @@ def _parse(parse):
     "--seed",
     "seeds",
     multiple=True,
-    metavar="N[,N...]",
-    help="The same seed draws the same picture. Several draw one each.  [default: chosen, and told]",
+    metavar="N...",
+    help="The same seed draws the same picture; several draw one each: 1 2 3 or 1,2,3.  [default: chosen, and told]",
 )
 @click.option("--count", type=int, default=1, help="Pictures per seed: its own and those of the seeds that follow it.")
 @click.option("--auto-seeds", type=int, metavar="N", help="Pictures of N seeds chosen at random.")
@@ -110,12 +189,18 @@ def _parse(parse):
     "--from",
     "-C",
     "--config-from-metadata",
+    "--config-from-conf",
     "from_picture",
     metavar="PICTURE",
     type=click.Path(path_type=Path),
     help="Begin with the request that PICTURE carries; other options change it.",
 )
-@click.option("--metadata/--no-metadata", default=True, help="Whether pictures carry their request.  [default: yes]")
+@click.option(
+    "--metadata/--no-metadata",
+    " /--no-exif",
+    default=True,
+    help="Whether pictures carry their request.  [default: yes]",
+)
 @click.option("-y", "--yes", is_flag=True, help="Where no model is here yet, fetch and convert it without asking.")
 @click.option(
     "--preview",
@@ -140,9 +225,11 @@ def generate(
 ):  # fmt: skip
     """Draw a picture of PROMPT, or several, and print their paths.
 
-    All values are checked before the model is opened. The model stays open between pictures.
+    All values are checked before the model is opened, which is once for all pictures. Where no model is on this
+    machine, the first call tells what it would fetch and convert, and asks. Ctrl-C stops within a step; pictures that
+    are finished stay.
     """
-    from ..image import check_latents_size, check_output, read_latents
+    from ..image import check_latents_size, check_output, make_folder, read_latents
     from ..memory import parse_memory
     from ..metadata import fingerprint, read_origin
 
@@ -158,6 +245,8 @@ def generate(
         check_output(job.path(request))
         if latents is not None:
             check_latents_size(latents_file, latents, request)
+    if preview_dir:
+        make_folder(preview_dir)
     _check_latents_of(old, from_picture, latents)
     memory = None if memory is None else parse_memory(memory)
     model = model or _model_of(old, from_picture, yes, quiet)

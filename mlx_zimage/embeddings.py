@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from . import __version__
+from .models.layers import sum_dtype
 from .weights import Component
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
@@ -49,7 +50,8 @@ class Embeddings:
                 pass
             stored, metadata = mx.load(str(path), return_metadata=True)
             found = stored["embeddings"]
-            fits = found.shape == (len(ids), self.encoder.config.hidden_size) and found.dtype == self.dtype
+            shape = len(ids), self.encoder.config.hidden_size
+            fits = (found.shape, found.dtype) == (shape, sum_dtype(self.dtype))
             if not fits or metadata["sha256"] != digest(found):
                 return None
             os.utime(path)  # the least recently used go first

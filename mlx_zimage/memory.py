@@ -16,6 +16,7 @@ from math import ceil, prod
 import mlx.core as mx
 
 from .errors import MemoryBudgetError, RequestError
+from .models.layers import sum_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH
 from .request import SIZE_MULTIPLE
 from .weights import Checkpoint, Component
@@ -119,8 +120,9 @@ class Planner:
         )
         # the rest of the text encoder is its embedding, of which only rows are read, and an unused layer
         self.text_encoder = replace(measure(checkpoint.text_encoder, layers, dtype), rest=0)
+        self.vae_dtype = sum_dtype(dtype)
         self.vae_decoder = sum(
-            prod(entry.shape) * dtype.size
+            prod(entry.shape) * self.vae_dtype.size
             for name, entry in checkpoint.vae.entries.items()
             if name.startswith("decoder.")
         )
@@ -203,7 +205,7 @@ class Planner:
         whole = WHOLE_DECODE * width * height * widths[1]
         if strip_bytes is None:
             return whole
-        held = width * height * (1.3 * widths[0] + widths[1] / 4) * self.dtype.size
+        held = width * height * (1.3 * widths[0] + widths[1] / 4) * self.vae_dtype.size
         return min(whole, int(held) + STRIP_DECODE * strip_bytes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import warnings
 from collections.abc import Generator, Iterator
@@ -13,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from .embeddings import Embeddings
-from .errors import RequestError
+from .errors import NumericsError, RequestError
 from .image import to_pil, to_uint8
 from .library import embeddings_folder
 from .memory import Plan, Planner, machine_budget, parse_memory
+from .models.layers import sum_dtype
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
@@ -26,21 +28,26 @@ from .sampling import Step, denoise, guide
 from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
 from .weights import Checkpoint, Source, open_checkpoint, result
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 MAX_EMBEDDINGS = 32  # prompts remembered, of at most 5 MB each
+
+
+class Overflow(UserWarning):
+    """float16 could not hold the numbers of a picture, which is drawn in bfloat16 instead."""
 
 
 @dataclass(frozen=True)
 class Generated:
     """One picture: pixels (H, W, 3) uint8, and the request that draws it again; index counts from 0.
 
-    plan tells how it was run, and the memory that was predicted.
+    plan tells how it was run, and the memory that was predicted; dtype is what it was computed in.
     """
 
     index: int
     pixels: np.ndarray
     request: GenerateRequest
     plan: Plan
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -63,20 +70,12 @@ class PipelineOutput:
 class ZImagePipeline:
     """Z-Image's tokenizer, text encoder, transformer and VAE, opened from one folder."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int | None = None, keep: bool | None = None
-    ):
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int | None = None, keep: bool | None = None):
         self.checkpoint = checkpoint
-        self.dtype = dtype
         self.budget = machine_budget() if budget is None else budget
         self.keep = keep
-        self.planner = Planner(checkpoint, dtype)
-        self._embeddings: dict[tuple[int, ...], mx.array] = {}
-        self._stored = Embeddings(checkpoint.text_encoder, dtype, embeddings_folder())
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
-        self.text_encoder = TextEncoder(checkpoint.text_encoder.config, Source(checkpoint.text_encoder, dtype))
-        self.transformer = Transformer(checkpoint.transformer.config, Source(checkpoint.transformer, dtype))
-        self.vae = VAE(checkpoint.vae.config, Source(checkpoint.vae, dtype))
+        self._compute_in(dtype)
 
     @classmethod
     def from_pretrained(
@@ -89,7 +88,8 @@ class ZImagePipeline:
         """Open a model: a folder (diffusers' or our converter's), a Hugging Face id, or "pocket".
 
         Reads and checks configs and headers; tensor data is read when first used. dtype is what the networks compute
-        in, "bfloat16" or "float32"; by default bfloat16 on a GPU, and float32 on the CPU, which is much faster at it.
+        in, "bfloat16", "float16" or "float32"; see `default_dtype`. Where float16 overflows, in spite of all that is
+        done against it, the pipeline goes on in bfloat16, and says so.
 
         memory is a budget such as "6GB", by default what the machine recommends. What does not fit beside the work is
         read from disk when it is needed: slower, but the same picture. A request that cannot fit is refused before
@@ -100,7 +100,7 @@ class ZImagePipeline:
         `mlx-zimage models --help`.
         """
         if dtype is None:
-            dtype = "bfloat16" if mx.default_device() == mx.gpu else "float32"
+            dtype = default_dtype()
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, as text, got {dtype!r}")
         budget = None if memory is None else parse_memory(memory)
@@ -158,7 +158,10 @@ class ZImagePipeline:
         return PipelineOutput(images, request.seed)
 
     def stream(self, request: GenerateRequest, latents=None) -> Iterator[Step | Generated]:
-        """Draw a request, yielding each denoising Step, then each picture. Leaving the loop stops the work."""
+        """Draw a request, yielding each denoising Step, then each picture. Leaving the loop stops the work.
+
+        If float16 overflows, the Steps begin again from the first.
+        """
         for event in self.events(request, latents):
             if not isinstance(event, Phase):
                 yield event
@@ -168,7 +171,7 @@ class ZImagePipeline:
         plan, clean = yield from self._denoise(request, latents)
         for i, item in enumerate(clean):
             yield Phase("decode", i, len(clean))
-            yield Generated(i, self.decode(item), request, plan)
+            yield Generated(i, self.decode(item), request, plan, str(self.dtype).rpartition(".")[2])
 
     def denoise(self, request: GenerateRequest, latents=None) -> Iterator[Step]:
         """The Steps of a request, from its noise (or the given latents) to clean latents (B, h, w, 16)."""
@@ -177,6 +180,21 @@ class ZImagePipeline:
                 yield event
 
     def _denoise(self, request: GenerateRequest, latents) -> Generator[Phase | Step, None, tuple[Plan, mx.array]]:
+        try:
+            return (yield from self._attempt(request, latents))
+        except NumericsError:
+            if self.dtype != mx.float16:
+                raise
+        warnings.warn(
+            "float16 overflows with this model; the picture is drawn again from its first step, in bfloat16",
+            Overflow,
+            stacklevel=2,
+        )
+        self._compute_in(mx.bfloat16)
+        mx.clear_cache()
+        return (yield from self._attempt(request, latents))
+
+    def _attempt(self, request: GenerateRequest, latents) -> Generator[Phase | Step, None, tuple[Plan, mx.array]]:
         h, w = (size // self.checkpoint.vae.config.scale for size in (request.height, request.width))
         noise = self._initial_latents(request, latents, h, w)
         sigmas = self.checkpoint.scheduler.sigmas(request.steps, (h // PATCH) * (w // PATCH), request.shift)
@@ -232,6 +250,8 @@ class ZImagePipeline:
         if embeddings is None:
             layers = self.text_encoder.config.used_layers
             embeddings = yield from phases("encode", layers, self.text_encoder.steps(ids))
+            if not mx.isfinite(embeddings).all().item():
+                raise NumericsError("the prompt's embeddings are not finite; nothing was drawn")
             self._stored.put(ids, embeddings)
         while len(self._embeddings) >= MAX_EMBEDDINGS:
             del self._embeddings[next(iter(self._embeddings))]
@@ -241,6 +261,18 @@ class ZImagePipeline:
     def decode(self, latents: mx.array) -> np.ndarray:
         """Clean latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
         return to_uint8(self.vae.decode(latents[None])[0])
+
+    def _compute_in(self, dtype: mx.Dtype) -> None:
+        """Begin anew in dtype, with nothing read."""
+        checkpoint = self.checkpoint
+        self.dtype = dtype
+        self.planner = Planner(checkpoint, dtype)
+        self._embeddings: dict[tuple[int, ...], mx.array] = {}
+        self._stored = Embeddings(checkpoint.text_encoder, dtype, embeddings_folder())
+        self.text_encoder = TextEncoder(checkpoint.text_encoder.config, Source(checkpoint.text_encoder, dtype))
+        self.transformer = Transformer(checkpoint.transformer.config, Source(checkpoint.transformer, dtype))
+        # nothing would keep the VAE in float16's range
+        self.vae = VAE(checkpoint.vae.config, Source(checkpoint.vae, sum_dtype(dtype)))
 
     def _adopt(self, plan: Plan) -> None:
         networks = self.text_encoder, self.transformer, self.vae
@@ -267,6 +299,14 @@ class ZImagePipeline:
         else:
             noise = check_latents(latents, shape)
         return noise.transpose(0, 2, 3, 1)
+
+
+def default_dtype() -> str:
+    """What suits this machine: float32 on a CPU; on a GPU bfloat16, or float16 on M1 and M2, which emulate bfloat16."""
+    if mx.default_device() != mx.gpu:
+        return "float32"
+    emulates = re.match(r"Apple M[12]\b", str(mx.device_info().get("device_name")))
+    return "float16" if emulates else "bfloat16"
 
 
 def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Generator[Phase, None, mx.array]:

@@ -9,6 +9,11 @@ import mlx.core as mx
 
 from ..quantize import Quantization
 
+# float16 ends at 65504, and products inside real feed-forwards pass it. There they are made this much smaller, and the
+# norm or the sum that follows takes it back: a power of two changes no bit of a normal number. Its room on both sides
+# is wide: numbers up to 1.6e7 fit, and those of 0.02 and more keep all of float16's bits.
+FLOAT16_SCALE = 2.0**-8
+
 
 def linear(x: mx.array, weights: dict) -> mx.array:
     """x (..., in) times weights["weight"] (out, in), plus weights["bias"] (out,) where there is one.
@@ -35,8 +40,22 @@ def dequantize(weights: dict, width: int, dtype: mx.Dtype) -> mx.array:
 
 
 def rms_norm(x: mx.array, weights: dict, eps: float) -> mx.array:
-    """x / rms(x) * weight over the last axis; the mean square is formed in float32."""
-    return mx.fast.rms_norm(x, weights["weight"], eps)
+    """x / rms(x) * weight over the last axis, in the weight's dtype; the mean square is formed in float32."""
+    return mx.fast.rms_norm(x, weights["weight"], eps).astype(weights["weight"].dtype)
+
+
+def sum_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """In what a network that computes in dtype adds up its blocks: real sums pass float16's range."""
+    return mx.float32 if dtype == mx.float16 else dtype
+
+
+def headroom(dtype: mx.Dtype) -> float:
+    """What to make products in dtype smaller by, so that they cannot overflow."""
+    return FLOAT16_SCALE if dtype == mx.float16 else 1.0
+
+
+def scaled(x: mx.array, factor: float) -> mx.array:
+    return x if factor == 1 else x * factor
 
 
 def silu(x: mx.array) -> mx.array:

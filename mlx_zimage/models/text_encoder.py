@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import linear, rms_norm, silu
+from .layers import headroom, linear, rms_norm, scaled, silu, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,18 @@ def attention(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array
     return linear(out.transpose(0, 2, 1, 3).reshape(B, L, -1), weights["o_proj"])
 
 
-def mlp(x: mx.array, weights: dict) -> mx.array:
+def mlp(x: mx.array, weights: dict, factor: float = 1.0) -> mx.array:
+    """SwiGLU, times `factor` before a product is formed of the two."""
     gate = linear(x, weights["gate_proj"])
-    return linear(silu(gate) * linear(x, weights["up_proj"]), weights["down_proj"])
+    return linear(silu(gate) * scaled(linear(x, weights["up_proj"]), factor), weights["down_proj"])
 
 
 def layer(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array:
     x = x + attention(rms_norm(x, weights["input_layernorm"], config.rms_norm_eps), weights["self_attn"], config)
-    return x + mlp(rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps), weights["mlp"])
+    h = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
+    factor = headroom(h.dtype)
+    # what the factor kept in range is made whole again in x's
+    return x + scaled(mlp(h, weights["mlp"], factor).astype(x.dtype), 1 / factor)
 
 
 class TextEncoder:
@@ -116,18 +120,21 @@ class TextEncoder:
         self.source = source
 
     def __call__(self, ids: Sequence[int]) -> mx.array:
-        """hidden_states[-2] of one prompt's ids (L,): (L, hidden_size), in the compute dtype.
+        """hidden_states[-2] of one prompt's ids (L,): (L, hidden_size), in the compute dtype, or float32 for float16.
 
         Only true tokens are run: under causal attention, padding on the right cannot change them. Only their rows
         of the embedding (0.8 GB of the full model) are read.
         """
-        x = self.source.rows("model.embed_tokens.weight", ids)[None]
+        x = self._embed(ids)
         return self.source.run(self._layers, x, self._apply)[0]
 
     def steps(self, ids: Sequence[int]) -> Generator[int, None, mx.array]:
         """The same, yielding after each layer how many are done."""
-        x = self.source.rows("model.embed_tokens.weight", ids)[None]
+        x = self._embed(ids)
         return (yield from self.source.walk(self._layers, x, self._apply))[0]
+
+    def _embed(self, ids: Sequence[int]) -> mx.array:
+        return self.source.rows("model.embed_tokens.weight", ids)[None].astype(sum_dtype(self.source.dtype))
 
     @property
     def _layers(self) -> list[str]:

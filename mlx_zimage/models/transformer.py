@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import compiled, linear, rms_norm, silu
+from .layers import compiled, headroom, linear, rms_norm, scaled, silu, sum_dtype
 
 PATCH = 2  # latent pixels per token side
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
@@ -130,11 +130,17 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 
 def attention(
-    x: mx.array, weights: dict, cos: mx.array, sin: mx.array, heads: int, rows: int | None = None
+    x: mx.array,
+    weights: dict,
+    cos: mx.array,
+    sin: mx.array,
+    heads: int,
+    rows: int | None = None,
+    factor: float = 1.0,
 ) -> mx.array:
     """Self-attention of x (B, L, dim) with RMS-normed, rotated queries and keys; of its first `rows` rows alone.
 
-    No mask: pads attend too.
+    No mask: pads attend too. The result is `factor` times the attention, before its last product is formed.
     """
     B, L, D = x.shape
     q, k, v = (
@@ -146,13 +152,13 @@ def attention(
     k = rotate(rms_norm(k, weights["norm_k"], 1e-5), cos, sin)
     q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-    return linear(out.transpose(0, 2, 1, 3).reshape(B, -1, D), weights["to_out"][0])
+    return linear(scaled(out, factor).transpose(0, 2, 1, 3).reshape(B, -1, D), weights["to_out"][0])
 
 
-def feed_forward(x: mx.array, weights: dict) -> mx.array:
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+def feed_forward(x: mx.array, weights: dict, factor: float = 1.0) -> mx.array:
+    """SwiGLU: w2(silu(w1 x) * w3 x), times `factor` before a product is formed of the two."""
     gate = linear(x, weights["w1"])
-    return linear(silu(gate) * linear(x, weights["w3"]), weights["w2"])
+    return linear(silu(gate) * scaled(linear(x, weights["w3"]), factor), weights["w2"])
 
 
 # A block is two pure functions of its weights, so that one trace of each serves all blocks, and so that memory can be
@@ -173,21 +179,23 @@ def attend(
     """The first half of a block on x (B, L, dim), for its first `rows` rows."""
     scale, gate = modulation[0], modulation[1]
     h = modulated_norm(x, weights["attention_norm1"], scale, eps)
-    h = attention(h, weights["attention"], cos, sin, heads, rows)
-    return x[:, :rows] + modulated_norm(h, weights["attention_norm2"], gate, eps)
+    factor = headroom(h.dtype)
+    h = attention(h, weights["attention"], cos, sin, heads, rows, factor)
+    return x[:, :rows] + modulated_norm(h, weights["attention_norm2"], gate, eps * factor**2)
 
 
 def feed(x: mx.array, weights: dict, modulation: mx.array, *, eps: float) -> mx.array:
     """The second half of a block on x (B, L, dim)."""
     scale, gate = modulation[2], modulation[3]
     h = modulated_norm(x, weights["ffn_norm1"], scale, eps)
-    h = feed_forward(h, weights["feed_forward"])
-    return x + modulated_norm(h, weights["ffn_norm2"], gate, eps)
+    factor = headroom(h.dtype)
+    h = feed_forward(h, weights["feed_forward"], factor)
+    return x + modulated_norm(h, weights["ffn_norm2"], gate, eps * factor**2)
 
 
 def modulated_norm(x: mx.array, weights: dict, factor: mx.array, eps: float) -> mx.array:
-    """RMSNorm times factor (dim,), in one pass: the factor is taken into the norm's weight."""
-    return mx.fast.rms_norm(x, weights["weight"] * factor, eps)
+    """RMSNorm times factor (dim,), in its dtype and in one pass: the factor is taken into the norm's weight."""
+    return mx.fast.rms_norm(x, weights["weight"] * factor, eps).astype(factor.dtype)
 
 
 def time_embedding(times: Sequence[float], weights: dict, t_scale: float) -> mx.array:
@@ -247,6 +255,7 @@ class Transformer:
     def __init__(self, config: TransformerConfig, source, lean: bool = False):
         self.config = config
         self.source = source
+        self.sums = sum_dtype(source.dtype)
         self.lean = lean
         self._modulations = lru_cache(maxsize=1)(self.modulate)
         self._attend = compiled(partial(attend, heads=config.n_heads, eps=config.norm_eps))
@@ -277,8 +286,8 @@ class Transformer:
     def embed_caption(self, cap_feats: mx.array) -> mx.array:
         """Embed, pad and refine the text encoder's output (L, cap_feat_dim): (1, L', dim), from the prompt alone."""
         embedder = self.source.tree("cap_embedder")
-        x = rms_norm(cap_feats[None].astype(self.source.dtype), embedder[0], self.config.norm_eps)
-        x = pad_tokens(linear(x, embedder[1]), self.source.tree("cap_pad_token"))
+        x = rms_norm(cap_feats[None].astype(self.sums), embedder[0], self.config.norm_eps)
+        x = pad_tokens(linear(x, embedder[1]).astype(self.sums), self.source.tree("cap_pad_token"))
         cos, sin = self._rope(x.shape[1], 0, 0)
         # These blocks do not see the time: scales and gates of one are exact, and keep to the one trace.
         ones = mx.ones((4, self.config.dim), dtype=self.source.dtype)
@@ -322,7 +331,7 @@ class Transformer:
         source, refiners = self.source, self.config.n_refiner_layers
         x = linear(patchify(latents.astype(source.dtype)), source.tree("all_x_embedder.2-1"))
         tokens = x.shape[1]
-        x = pad_tokens(x, source.tree("x_pad_token"))
+        x = pad_tokens(x.astype(self.sums), source.tree("x_pad_token"))
         image_cos, image_sin = cos[: x.shape[1]], sin[: x.shape[1]]
 
         def refine(x: mx.array, weights: dict, i: int) -> mx.array:
@@ -337,7 +346,7 @@ class Transformer:
         x = mx.concatenate([x, mx.broadcast_to(caption, (B, *caption.shape[1:]))], axis=1)
         x = self._run(self.config.modulated[refiners:], x, mix)
         x = mx.fast.layer_norm(x, None, None, 1e-6) * final_scale
-        x = linear(x, source.tree("all_final_layer.2-1.linear"))
+        x = linear(x.astype(source.dtype), source.tree("all_final_layer.2-1.linear"))
         return unpatchify(x.astype(mx.float32), h, w)
 
     def _run(self, blocks: list[str], x: mx.array, apply: Callable) -> mx.array:

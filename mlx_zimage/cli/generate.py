@@ -27,7 +27,7 @@ ELSEWHERE = {  # flags of mflux and others that have another name here
     "--vae-tiling": BY_MEMORY,
     "--vae-tile-size": BY_MEMORY,
     "--float32": "--dtype float32 computes in it",
-    "--compute-precision": "--dtype chooses bfloat16 or float32",
+    "--compute-precision": "--dtype chooses bfloat16, float16 or float32",
     "--image-count": "--count N draws N pictures",
     "--num-images": "--count N draws N pictures",
     "--batch-size": "--count N draws N pictures, one after the other",
@@ -169,8 +169,8 @@ def join_seeds(args: list[str]) -> list[str]:
 @click.option("--negative-prompt", help="What to steer away from; used when guidance is above 0.")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
-    help="What to compute in.  [default: bfloat16 on a GPU, float32 on a CPU]",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="What to compute in.  [default: bfloat16 on a GPU, float16 on M1 and M2, float32 on a CPU]",
 )
 @click.option(
     "--memory",
@@ -260,14 +260,13 @@ def generate(
     maker = {
         "model": Path(model).resolve().name if Path(model).is_dir() else model,
         "fingerprint": fingerprint(pipeline.checkpoint),
-        "dtype": str(pipeline.dtype).rpartition(".")[2],
         "latents": _digest(latents),
     }
     if old and maker["fingerprint"] != old.fingerprint:
         warnings.warn(f"{model} is not the model that drew {from_picture}; the picture will differ", stacklevel=1)
     written = set()
     terminal = None if quiet else graphics()
-    colours = fit(pipeline.checkpoint.vae, pipeline.dtype) if preview or preview_dir else None
+    colours = fit(pipeline.checkpoint.vae, pipeline.vae.source.dtype) if preview or preview_dir else None
     for job in jobs:
         request = job.request(pipeline.sample_size)
         path = job.path(request)
@@ -298,7 +297,7 @@ def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, 
             clock.step()
         elif isinstance(event, Generated):
             clock.decoded(event.plan.peak)
-            origin = Origin(request, index=event.index, **maker)
+            origin = Origin(request, index=event.index, dtype=event.dtype, **maker)
             saved = save(event.pixels, path, overwrite and path not in written, origin if metadata else None)
             written.add(saved)
         watch(event)

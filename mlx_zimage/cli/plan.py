@@ -13,7 +13,7 @@ from .models import DEFAULT_MODEL
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Of the prompt.")
 @click.option("--steps", type=click.IntRange(1, 1000), default=8, show_default=True)
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="What to compute in.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in.")
 @click.option("--memory", metavar="SIZE", help="Such as 6GB.  [default: what suits this machine]")
 @click.option(
     "--keep/--stage",

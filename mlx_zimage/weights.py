@@ -80,9 +80,14 @@ def _fetch(repository: str, needed: Sequence[str]) -> Path:
     # that of the library the client uses, which its releases change: httpx, httpx2.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{"disable": None, **options})  # None: no bar where stderr is no terminal
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(needed)))
+        return Path(snapshot_download(repository, allow_patterns=list(needed), tqdm_class=Bar))
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
             f"{repository} is no local folder and is not in the Hugging Face cache, and the hub cannot be reached; "

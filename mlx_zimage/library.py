@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -46,6 +46,19 @@ class FirstRun:
     converted_bytes: int
     cache: Path
     dest: Path
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a first run takes of one disk, in bytes: free before, taken by the download and the converted model."""
+
+    free: int
+    download: int = 0
+    converted: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.free - self.download - self.converted
 
 
 def home() -> Path:
@@ -163,20 +176,27 @@ def _tensor_bytes(component: str, name: str, shape: tuple[int, ...], quantizatio
     return sum((4 if part == name else 2) * prod(packed) for part, packed in q.packed(name, shape).items())
 
 
-def check_space(plan: FirstRun) -> None:
-    """Refuse before anything is fetched what the disks cannot take."""
-    needs: dict[int, int] = {}
-    free: dict[int, int] = {}
-    for place, nbytes in ((plan.cache, plan.download_bytes), (plan.dest, plan.converted_bytes)):
+def disks(plan: FirstRun) -> list[Disk]:
+    """The disks that a first run writes to: one, or the download's and the converted model's."""
+    found: dict[int, Disk] = {}
+    for place, field, nbytes in (
+        (plan.cache, "download", plan.download_bytes),
+        (plan.dest, "converted", plan.converted_bytes),
+    ):
         place = next(path for path in (place, *place.absolute().parents) if path.exists())
-        disk = place.stat().st_dev
-        needs[disk] = needs.get(disk, 0) + nbytes
-        free[disk] = shutil.disk_usage(place).free
-    for disk, nbytes in needs.items():
-        if nbytes > free[disk]:
+        device = place.stat().st_dev
+        disk = found.get(device) or Disk(shutil.disk_usage(place).free)
+        found[device] = replace(disk, **{field: nbytes})
+    return list(found.values())
+
+
+def check_space(disks: list[Disk]) -> None:
+    """Refuse before anything is fetched what the disks cannot take."""
+    for disk in disks:
+        if disk.left < 0:
             raise OutputError(
-                f"{nbytes / 1e9:.1f} GB are needed and {free[disk] / 1e9:.1f} GB are free; make room, or set HF_HOME "
-                f"(the download) or MLX_ZIMAGE_HOME (the converted model) to another disk"
+                f"{(disk.free - disk.left) / 1e9:.1f} GB are needed and {disk.free / 1e9:.1f} GB are free; make room, "
+                f"or set HF_HOME (the download) or MLX_ZIMAGE_HOME (the converted model) to another disk"
             )
 
 

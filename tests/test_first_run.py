@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from PIL import Image
 from mlx_zimage import library
 from mlx_zimage.cli.generate import DEFAULT_MODEL
 from mlx_zimage.errors import ModelNotFoundError, OutputError
-from mlx_zimage.library import FirstRun, check_space, choose_bits
+from mlx_zimage.library import Disk, FirstRun, check_space, choose_bits, disks
 from mlx_zimage.metadata import read_origin
 from mlx_zimage.weights import POCKET, open_checkpoint
 
+DISK = r"disk: +([\d.]+) GB are free, ([\d.]+) GB afterwards; ([\d.]+) GB once the download is removed\n"
 DRAW = ["generate", "a red circle", "--steps", "1", "--width", "32", "--height", "32", "--seed", "1"]
 
 
@@ -66,6 +68,11 @@ def test_the_first_run_tells_fetches_converts_and_draws_and_later_runs_need_no_n
     assert re.search(r"fetched: +1\d\.\d\d MB into .*/home/\.cache/huggingface/hub\n", result.stderr), result.stderr
     assert f"into {run.home / 'Z-Image-Turbo-bf16'},\n" in result.stderr
     assert "in bfloat16, which suits the" in result.stderr
+    free, left, later = map(float, re.search(DISK, result.stderr).groups())
+    # in GB, rounded to 0.01; the download and the converted model are of 14 MB each
+    assert free >= later >= left > 0 and free - left < 0.06
+    assert "this gives its room back:\n  mlx-zimage models rm Tongyi-MAI/Z-Image-Turbo\n" in result.stderr
+    assert "Fetching" not in result.stderr and "%" not in result.stderr, "no bars where nobody watches"
     assert Image.open(run.work / "image.png").size == (32, 32)
     assert read_origin(run.work / "image.png").model == "Z-Image-Turbo-bf16"
     assert not any("large.png" in path for _, path, _ in hub.seen), "only needed files are fetched"
@@ -133,7 +140,8 @@ def test_a_cut_download_goes_on_where_it_stopped(run, hub, tmp_path):
 
 
 def test_an_explicit_id_is_fetched_and_drawn_from_as_it_is(run):
-    assert run(*DRAW, "--model", DEFAULT_MODEL).stdout == "image.png\n"
+    result = run(*DRAW, "--model", DEFAULT_MODEL)
+    assert (result.stdout, result.stderr) == ("image.png\n", "Seed: 1\n"), "no bars where nobody watches"
     result = run(*DRAW, "--model", DEFAULT_MODEL, HF_HUB_OFFLINE="1")
     assert (result.returncode, result.stdout) == (0, "image-1.png\n"), result.stderr
 
@@ -165,10 +173,15 @@ def test_disks_without_room_are_refused_before_fetching(tmp_path, monkeypatch):
     plan = FirstRun("a/b", 33 * 10**9, 4, 7 * 10**9, tmp_path / "hub", tmp_path / "home/b-4bit")
     usage = type("usage", (), {"free": 40 * 10**9})
     monkeypatch.setattr(library.shutil, "disk_usage", lambda _: usage)
-    check_space(plan)
+    assert disks(plan) == [Disk(40 * 10**9, 33 * 10**9, 7 * 10**9)]
+    check_space(disks(plan))
     usage.free -= 1
     with pytest.raises(OutputError, match=r"40\.0 GB are needed and 40\.0 GB are free"):
-        check_space(plan)
+        check_space(disks(plan))
+    if os.path.ismount("/proc"):  # another disk
+        assert disks(replace(plan, dest=Path("/proc/b-4bit"))) == [
+            Disk(usage.free, download=33 * 10**9), Disk(usage.free, converted=7 * 10**9),
+        ]  # fmt: skip
 
 
 def test_a_disk_that_fills_up_is_told_with_6(run):

@@ -16,7 +16,7 @@ from ..errors import RequestError
 from ..jobs import count_up, multiply, parse_seeds, parse_size, read_prompts, read_requests, read_text
 from ..request import LATENT_PIXELS, RNGS
 from .models import DEFAULT_MODEL, first_run
-from .output import graphics, print_path, say, show_picture
+from .output import graphics, hub_bars, print_path, say, show_picture
 
 BY_BITS = "the model is converted once, as in `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
 BY_MEMORY = "--memory 6GB keeps to a budget, and chooses what to read as needed and how to decode"
@@ -255,6 +255,8 @@ def generate(
     from ..preview import fit
     from .watch import Watch
 
+    if quiet and not Path(model).is_dir():
+        hub_bars(False)
     dtype = dtype or (old.dtype if old else None)
     pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory, keep=keep)
     maker = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import ModelNotFoundError
-from .output import progress_bar, say, size
+from .output import hub_bars, progress_bar, say, size
 
 DEFAULT_MODEL = "Tongyi-MAI/Z-Image-Turbo"
 
@@ -45,7 +45,7 @@ def rm(name):
 
 def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     """Find the default model, or say what having it takes, ask, fetch and convert it. Returns its folder."""
-    from ..library import check_space, converted, plan_first_run
+    from ..library import check_space, converted, disks, plan_first_run
 
     found = converted(repository)
     if found:
@@ -54,27 +54,36 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
         raise ModelNotFoundError(
             f"no model is here yet; --yes fetches and converts {repository}, --model takes a folder or 'pocket'"
         )
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-
     from ..convert import convert_steps
     from ..memory import machine_budget
 
     budget = machine_budget()
-    disable_progress_bars()  # of the configs
+    hub_bars(False)  # of the configs
     plan = plan_first_run(repository, budget)
-    if sys.stderr.isatty() and not quiet:
-        enable_progress_bars()
+    hub_bars(not quiet)
     kept = "in bfloat16" if plan.bits is None else f"in {plan.bits} bits"
     say(f"No model is here yet. {repository} would be", quiet)
     say(f"  fetched:   {size(plan.download_bytes):>9} into {plan.cache}", quiet)
     say(f"  converted: {size(plan.converted_bytes):>9} into {plan.dest},", quiet)
     say(f"             {kept}, which suits the {size(budget)} of memory to use here", quiet)
-    check_space(plan)
+    for disk in disks(plan):
+        say(f"  disk:      {size(disk.free):>9} are free, {_afterwards(disk)}", quiet)
+    check_space(disks(plan))
+    say("A download that is cut goes on where it stopped, when the command is given again.", quiet)
     if not yes and not click.confirm("Go on?", default=True, err=True):
         raise ModelNotFoundError("nothing was fetched; --model takes a folder, a Hugging Face id, or 'pocket'")
     with progress_bar(quiet, unit="B", unit_scale=True, desc="Converting") as bar:
         for step in convert_steps(repository, plan.dest, bits=plan.bits):
             bar.total = step.total_bytes
             bar.update(step.done_bytes - bar.n)
-    say(f"`mlx-zimage models rm {repository}` gives back the download's room.", quiet)
+    say("The download is needed no longer; this gives its room back:", quiet)
+    say(f"  mlx-zimage models rm {repository}", quiet)
     return plan.dest
+
+
+def _afterwards(disk) -> str:
+    """What is left of a disk after a first run; the download may be removed then."""
+    if disk.left < 0:
+        return "too few"
+    removed = f"; {size(disk.left + disk.download)} once the download is removed" if disk.download else ""
+    return f"{size(disk.left)} afterwards{removed}"

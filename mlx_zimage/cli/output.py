@@ -28,6 +28,14 @@ def progress_bar(quiet: bool = False, **options):
     return tqdm(disable=True if quiet else None, **options)  # None: no bar where stderr is no terminal
 
 
+def hub_bars(shown: bool) -> None:
+    """Whether the Hugging Face client shows bars on a terminal, where its user's environment leaves it open."""
+    from huggingface_hub import constants, utils
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        utils.enable_progress_bars() if shown else utils.disable_progress_bars()
+
+
 def graphics() -> str | None:
     """How the terminal on stderr shows pictures, if there is one and it can; see `preview.protocol`."""
     from ..preview import protocol

@@ -35,6 +35,8 @@ class Watch:
         if isinstance(event, Phase):
             self._phase(event)
             return
+        if isinstance(event, Step) and event.index < self.bar.n:  # begun again, in another dtype
+            self._open("Drawing", self.steps, "step")
         self.bar.update()
         if isinstance(event, Generated):
             self._close()

@@ -1,14 +1,18 @@
 """float16: products beyond its range are kept in it exactly, and what still overflows is seen and drawn again."""
 
+import json
 import warnings
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 from compare import relative_error
 
 from mlx_zimage import Generated, GenerateRequest, NumericsError, Step, ZImagePipeline
+from mlx_zimage.cli import main
+from mlx_zimage.metadata import read_origin
 from mlx_zimage.models import text_encoder, transformer
 from mlx_zimage.pipeline import Overflow, default_dtype
 
@@ -124,6 +128,30 @@ def test_damaged_weights_draw_nothing_in_bfloat16_either(folder):
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
     with pytest.warns(Overflow), pytest.raises(NumericsError, match="not finite after step 1"):
         assert not [event for event in pipe.stream(request()) if isinstance(event, Step)]
+
+
+def test_the_command_line_tells_in_what_a_picture_was_computed(folder, tmp_path, capfd):
+    write(folder, TOO_LARGE)
+    size = ["--width", "32", "--height", "32", "--steps", "2", "--seed", "1"]
+    told = CliRunner().invoke(
+        main,
+        [
+            "generate",
+            "a red fox",
+            *size,
+            "--model",
+            str(folder),
+            "--dtype",
+            "float16",
+            "--json",
+            "-o",
+            str(tmp_path / "x.png"),
+        ],
+    )
+    assert told.exit_code == 0
+    assert json.loads(told.stdout)["dtype"] == "bfloat16"
+    assert "float16 overflows with this model" in told.stderr + capfd.readouterr().err
+    assert read_origin(tmp_path / "x.png").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Captions in English and Chinese for the scenes of `data.py`: many wordings of the same facts."""
+"""Captions in English and Chinese for the scenes of `scenes.py`: many wordings of the same facts."""
 
 from __future__ import annotations
 

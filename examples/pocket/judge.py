@@ -4,14 +4,17 @@ Needs numpy only, and knows nothing of what drew the picture. It sorts the pixel
 of the ten colours, takes connected regions, and compares them with the scene:
 
 - background: the colour along the rim is the scene's, and close to it;
-- count: as many objects as the scene has. Any other region that survives a one-pixel erosion
-  (anti-aliased edges don't) is an object too much;
+- count: as many objects as the scene has, and nothing stray: away from the outlines, fewer than
+  STRAY pixels of any colour that does not belong there, be they lines, specks or smudges;
 - colors: the objects' colours, as a multiset, each close to the palette's;
-- shapes: every object looks most like its own shape among the eight, and overlaps it (both
-  stretched to their bounding boxes) by at least SHAPE_OVERLAP;
-- sizes: an object called small measures under SMALL_BELOW pixels in radius, one called large
-  over LARGE_ABOVE (drawn: 13 and 28, unnamed ones 17 and 18). Unnamed sizes are not tested;
-- place: the named position, relation, nesting, row or column, in the caption's order.
+- shapes: every object looks most like its own shape among the eight. Each shape is laid over it
+  with the same centre of mass and the same area or extent, and must share OVERLAP of the two's union,
+  times the ratio of their aspects; nothing may stick out of it, or gape in it, by more than TAIL;
+- sizes: an object called small or large has the radius that the word means, within SIZE_FACTOR,
+  which unnamed sizes miss. Unnamed sizes are not tested;
+- place: a named position is the middle, or the outer third, of both sides; of a relation's two
+  objects the first ends before the second begins, on one line; nesting, row or column, in the
+  caption's order.
 
 What a caption leaves open is not tested. A picture is right when all six hold.
 """
@@ -21,18 +24,33 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import astuple, dataclass, fields
+from functools import lru_cache
 
 import numpy as np
-from data import KINDS, POSITIONS, Scene
 from palette import PALETTE, SHAPES
 from render import coverage
+from scenes import KINDS, POSITIONS, Scene, Thing
 
-SHAPE_OVERLAP = 0.72
-SMALL_BELOW, LARGE_ABOVE = 15.5, 23.0
+# Perfect pictures reach 0.88 (the smallest diamonds) to 1.00. The longer a shape's outline for
+# its area, the more of it an outline costs that is off by half a pixel.
+OVERLAP = {
+    "circle": 0.88,
+    "square": 0.88,
+    "triangle": 0.85,
+    "star": 0.78,
+    "ring": 0.85,
+    "cross": 0.85,
+    "diamond": 0.82,
+    "heart": 0.85,
+}
+TAIL = 4  # pixels
+SIZE_FACTOR = 1.3
 COLOR_WITHIN = 50.0  # median distance to the palette's colour, in RGB; two palette colours are 81 or more apart
-CENTER_WITHIN, SIDE_BEYOND = 12.0, 14.0  # pixels from the middle of the picture
+STRAY = 6  # pixels
+EDGE = 2  # pixels on both sides of an outline where colours may mix
 LEAST_AREA = 25  # pixels
-RASTER = 32  # outlines are compared on a raster this wide
+MARGIN = 40  # pixels round an object where another shape of its area may reach
+LINE_SLANT = 0.2  # how far a row's or a pair's centres may leave their line, of its length
 
 
 @dataclass(frozen=True)
@@ -68,9 +86,9 @@ def judge(picture: np.ndarray, scene: Scene) -> Verdict:
         raise ValueError(
             f"the scene is {scene.width}x{scene.height}, the picture {picture.shape[1]}x{picture.shape[0]}"
         )
-    background, is_near, found = find_objects(picture)
+    background, is_near, found, stray = find_objects(picture)
     has_background = is_near and background == scene.background
-    if len(found) != len(scene.things):
+    if len(found) != len(scene.things) or stray >= STRAY:
         return Verdict(has_background, count=False)
     seen = _match([_measure(one, found) for one in found], scene)
     pairs = list(zip(seen, scene.things, strict=True))
@@ -78,35 +96,55 @@ def judge(picture: np.ndarray, scene: Scene) -> Verdict:
         background=has_background,
         count=True,
         colors=all(one.color == thing.color and one.has_right_color for one, thing in pairs),
-        shapes=all(
-            one.overlaps.argmax() == thing.shape and one.overlaps[thing.shape] >= SHAPE_OVERLAP for one, thing in pairs
-        ),
-        sizes=all(_has_size(one.radius(thing.shape), thing.size) for one, thing in pairs),
+        shapes=all(_has_shape(one, thing.shape) for one, thing in pairs),
+        sizes=all(_has_size(one.radii[thing.shape], thing) for one, thing in pairs),
         place=_is_in_place(seen, scene),
     )
 
 
-def find_objects(picture: np.ndarray) -> tuple[int, bool, list[Found]]:
-    """The background's colour, whether it is close to the palette's, and the objects on it."""
+def find_objects(picture: np.ndarray) -> tuple[int, bool, list[Found], int]:
+    """The background's colour, whether it is close to the palette's, the objects on it, and the
+    number of stray pixels."""
     distances = np.sqrt(((picture[:, :, None].astype(np.float32) - PALETTE) ** 2).sum(-1))
     nearest, distance = distances.argmin(-1), distances.min(-1)
     rim = np.ones(nearest.shape, bool)
     rim[3:-3, 3:-3] = False
     background = int(np.bincount(nearest[rim], minlength=len(PALETTE)).argmax())
     is_near = bool(np.median(distance[rim & (nearest == background)]) < COLOR_WITHIN)
-    found = []
-    for color in np.unique(nearest):
-        if color == background:
-            continue
-        for mask in regions(nearest == color):
-            area = int(mask.sum())
-            if area >= LEAST_AREA and _eroded(mask).sum() >= max(8, 0.12 * area):
-                found.append(Found(int(color), mask, _fill(mask), bool(np.median(distance[mask]) < COLOR_WITHIN)))
-    return background, is_near, [one for one in found if not _is_seen_through(one, found)]
+    cores = [
+        (int(color), mask)
+        for color in np.unique(nearest)
+        if color != background
+        for mask in regions(nearest == color, LEAST_AREA)
+        if _is_solid(mask)
+    ]
+    # an outline between two colours may look like a third: only those that are there count
+    there = sorted({background, *(color for color, _ in cores)})
+    nearest_there = np.array(there)[distances[:, :, there].argmin(-1)]
+    found, owner = [], np.full(nearest.shape, background)
+    for color in there:
+        for mask in regions(nearest_there == color, LEAST_AREA) if color != background else ():
+            if any(one == color and (mask & core).any() for one, core in cores) and _is_solid(mask):
+                found.append(Found(color, mask, _fill(mask), bool(np.median(distance[mask]) < COLOR_WITHIN)))
+                owner[mask] = color
+    stray = int(((nearest != owner) & ~_near_outlines(owner)).sum())
+    return background, is_near, [one for one in found if not _is_seen_through(one, found)], stray
 
 
-def regions(mask: np.ndarray) -> list[np.ndarray]:
-    """The 4-connected regions of a boolean mask, as masks."""
+def _is_solid(mask: np.ndarray) -> bool:
+    area = int(mask.sum())
+    return area >= LEAST_AREA and _eroded(mask).sum() >= max(8, 0.12 * area)
+
+
+def _near_outlines(owner: np.ndarray) -> np.ndarray:
+    """Where more than one value of `owner` lies within EDGE pixels."""
+    padded = np.pad(owner, EDGE, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * EDGE + 1, 2 * EDGE + 1))
+    return windows.max((2, 3)) != windows.min((2, 3))
+
+
+def regions(mask: np.ndarray, least: int = 1) -> list[np.ndarray]:
+    """The 4-connected regions of a boolean mask, as masks; only those of `least` pixels or more."""
     starts = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
     runs = np.where(mask, starts.cumsum().reshape(mask.shape), 0)  # horizontal runs, numbered from 1
     parent = list(range(int(starts.sum()) + 1))
@@ -121,7 +159,9 @@ def regions(mask: np.ndarray) -> list[np.ndarray]:
     for upper, lower in set(zip(runs[:-1][touching].tolist(), runs[1:][touching].tolist(), strict=True)):
         parent[root(lower)] = root(upper)
     labels = np.array([root(run) for run in range(len(parent))])[runs]
-    return [labels == label for label in np.unique(labels) if label]
+    areas = np.bincount(labels.ravel())
+    areas[0] = 0
+    return [labels == label for label in np.flatnonzero(areas >= max(1, least))]
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
@@ -151,7 +191,8 @@ def _is_seen_through(one: Found, found: list[Found]) -> bool:
 
 @dataclass(frozen=True)
 class Seen:
-    """A measured object: bounding box in pixels, and how much it overlaps each shape (8,)."""
+    """A measured object: bounding box and centre of mass in pixels; for each shape (8,) the
+    radius it would have, how well it fits, and whether it keeps to it."""
 
     color: int
     has_right_color: bool
@@ -159,18 +200,15 @@ class Seen:
     top: int
     right: int
     bottom: int
+    radii: np.ndarray
     overlaps: np.ndarray
+    keeps_to: np.ndarray
+    centers: np.ndarray  # (8, 2): of the shape, which is not the centre of mass
+    filled: np.ndarray
 
     @property
     def center(self) -> tuple[float, float]:
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
-
-    @property
-    def extent(self) -> int:
-        return max(self.right - self.left, self.bottom - self.top)
-
-    def radius(self, shape: int) -> float:
-        return self.extent / _TEMPLATES[shape].extent
 
 
 def _measure(one: Found, found: list[Found]) -> Seen:
@@ -179,14 +217,40 @@ def _measure(one: Found, found: list[Found]) -> Seen:
         if any((hole & other.mask).any() for other in found if other is not one):
             mask |= hole
     left, top, right, bottom = _box(mask)
-    outline = _stretched(mask[top:bottom, left:right])
-    aspect = (right - left) / (bottom - top)
-    overlaps = []
-    for template in _TEMPLATES:
-        overlap = np.minimum(outline, template.outline).sum() / np.maximum(outline, template.outline).sum()
-        squeeze = min(aspect / template.aspect, template.aspect / aspect)
-        overlaps.append(overlap * squeeze**0.7)
-    return Seen(one.color, one.has_right_color, left, top, right, bottom, np.array(overlaps))
+    # what follows happens in a window round the object
+    window = np.pad(mask[top:bottom, left:right], MARGIN)
+    rows, columns = np.nonzero(window)
+    x, y = columns.mean() + 0.5, rows.mean() + 0.5
+    extent = max(right - left, bottom - top)
+    radii, centers, overlaps, keeps_to = [], [], [], []
+    for shape, measure in enumerate(_measures()):
+        fits = []
+        for radius in (math.sqrt(len(rows) / measure.area), extent / measure.extent):
+            circle = np.array([[x, y - measure.down * radius, radius]], np.float32)
+            ideal = coverage(np.array([shape]), circle, window.shape[1], window.shape[0])[0] > 0.5
+            overlap = (window & ideal).sum() / (window | ideal).sum()
+            fits.append((overlap, radius, ideal))
+        overlap, radius, ideal = max(fits, key=lambda fit: fit[0])
+        box = _box(ideal)
+        aspect = (right - left) / (bottom - top) * (box[3] - box[1]) / (box[2] - box[0])
+        radii.append(radius)
+        centers.append((left - MARGIN + x, top - MARGIN + y - measure.down * radius))
+        overlaps.append(overlap * min(aspect, 1 / aspect))
+        sticks_out, is_open = window & ~_grown(ideal, TAIL), ~window & ~_grown(~ideal, TAIL)
+        keeps_to.append(not sticks_out.any() and is_open.sum() < STRAY)
+    return Seen(
+        one.color,
+        one.has_right_color,
+        left,
+        top,
+        right,
+        bottom,
+        np.array(radii),
+        np.array(overlaps),
+        np.array(keeps_to),
+        np.array(centers),
+        one.filled,
+    )
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -194,34 +258,34 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _stretched(mask: np.ndarray) -> np.ndarray:
-    """The mask on a RASTER x RASTER grid: the covered share of each cell."""
-
-    def shares(size):
-        edges = np.linspace(0, size, RASTER + 1)
-        low = np.maximum(edges[:-1, None], np.arange(size))
-        high = np.minimum(edges[1:, None], np.arange(1, size + 1))
-        return np.clip(high - low, 0, None) * RASTER / size
-
-    return shares(mask.shape[0]) @ mask @ shares(mask.shape[1]).T
+def _grown(mask: np.ndarray, by: int) -> np.ndarray:
+    """The mask and what lies within `by` pixels of it, along rows, columns or in between."""
+    for _ in range(by):
+        padded = np.pad(mask, 1)
+        mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    return mask
 
 
 @dataclass(frozen=True)
-class Template:
-    outline: np.ndarray  # (RASTER, RASTER), 0 to 1
-    aspect: float  # width over height
-    extent: float  # the longer side, in radii
+class Measure:
+    """Of a shape of radius 1: its area, its longer side, and how far its centre of mass lies below its centre."""
+
+    area: float
+    extent: float
+    down: float
 
 
-def _template(shape: int) -> Template:
-    circle = np.array([[64.0, 64.0, 48.0]], np.float32)
-    mask = coverage(np.array([shape]), circle, 128, 128)[0] > 0.5
-    left, top, right, bottom = _box(mask)
-    width, height = right - left, bottom - top
-    return Template(_stretched(mask[top:bottom, left:right]), width / height, max(width, height) / 48.0)
-
-
-_TEMPLATES = tuple(_template(shape) for shape in range(len(SHAPES)))
+@lru_cache(maxsize=1)
+def _measures() -> tuple[Measure, ...]:
+    measures = []
+    for shape in range(len(SHAPES)):
+        covered = coverage(np.array([shape]), np.array([[256.0, 256.0, 200.0]], np.float32), 512, 512)[0]
+        left, top, right, bottom = _box(covered > 0.5)
+        down = (np.arange(512) + 0.5) @ covered.sum(1) / covered.sum() - 256
+        measures.append(
+            Measure(float(covered.sum()) / 200**2, max(right - left, bottom - top) / 200, float(down) / 200)
+        )
+    return tuple(measures)
 
 
 def _match(seen: list[Seen], scene: Scene) -> list[Seen]:
@@ -241,37 +305,41 @@ def _match(seen: list[Seen], scene: Scene) -> list[Seen]:
     return list(max(itertools.permutations(seen), key=agreement))
 
 
-def _has_size(radius: float, size: str | None) -> bool:
-    return {"small": radius < SMALL_BELOW, None: True, "large": radius > LARGE_ABOVE}[size]
+def _has_shape(one: Seen, shape: int) -> bool:
+    is_like = one.overlaps.argmax() == shape and one.overlaps[shape] >= OVERLAP[SHAPES[shape]]
+    return bool(is_like and one.keeps_to[shape])
+
+
+def _has_size(radius: float, thing: Thing) -> bool:
+    return thing.size is None or thing.radius / SIZE_FACTOR < radius < thing.radius * SIZE_FACTOR
 
 
 def _is_in_place(seen: list[Seen], scene: Scene) -> bool:
-    centers = [one.center for one in seen]
+    centers = [tuple(one.centers[thing.shape]) for one, thing in zip(seen, scene.things, strict=True)]
     if scene.position:
-        middle = scene.width / 2, scene.height / 2
+        sides = scene.width, scene.height
         return all(
-            abs(at - half) < CENTER_WITHIN if side == 0 else (at - half) * side > SIDE_BEYOND
-            for at, half, side in zip(centers[0], middle, POSITIONS[scene.position], strict=True)
+            int(3 * at / length) - 1 == side
+            for at, length, side in zip(centers[0], sides, POSITIONS[scene.position], strict=True)
         )
     if scene.relation:
-        across, down = (first - second for first, second in zip(*centers, strict=True))
-        along, aside = (across, down) if scene.relation in ("left", "right") else (down, across)
-        return along * (-1 if scene.relation in ("left", "above") else 1) > abs(aside)
+        is_across, is_first = scene.relation in ("left", "right"), scene.relation in ("left", "above")
+        low, high = seen if is_first else seen[::-1]
+        are_apart = low.right <= high.left if is_across else low.bottom <= high.top
+        return are_apart and _is_line(centers, 0 if is_across else 1)
     if scene.kind == "inside":
         outer, inner = seen
-        return (
-            outer.left < inner.left
-            and inner.right < outer.right
-            and outer.top < inner.top
-            and inner.bottom < outer.bottom
-            and math.dist(outer.center, inner.center) < CENTER_WITHIN
-        )
+        return not (inner.filled & ~outer.filled).any()
     if scene.arrangement:
-        along, aside = (0, 1) if scene.arrangement == "row" else (1, 0)
-        is_line = np.ptp([center[aside] for center in centers]) < 0.5 * np.ptp([center[along] for center in centers])
+        along = 0 if scene.arrangement == "row" else 1
         in_order = all(a[along] < b[along] for a, b in itertools.pairwise(centers))
-        return bool(is_line and (in_order or scene.kind == "count"))
+        return _is_line(centers, along) and (in_order or scene.kind == "count")
     return True
+
+
+def _is_line(centers: list[tuple[float, float]], along: int) -> bool:
+    aside = [center[1 - along] for center in centers]
+    return bool(np.ptp(aside) <= LINE_SLANT * np.ptp([center[along] for center in centers]))
 
 
 @dataclass(frozen=True)

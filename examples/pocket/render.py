@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from data import Scene, pack
 from palette import PALETTE, SHAPES
+from scenes import Scene, pack
 
 
 def signed_distance(shape, x, y, xp=np):

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-from data import sample_scene
+from scenes import sample_scene
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 VOCABULARY = 1024

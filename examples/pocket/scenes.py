@@ -3,14 +3,14 @@
 Needs numpy only. A scene is drawn in two moves: first the facts (what is where, and
 which of it the caption tells), then the caption (`captions.py`). `render.py` paints it.
 
-What makes the world learnable in minutes: centres lie on an 8-pixel grid, so that in the
-latents (one cell per 8 pixels) an object is one pattern, shifted; there are five radii; and
-what a caption leaves open varies little. Objects keep 4 pixels from the rim and 6 from
-each other.
+What makes the world learnable in minutes: centres lie on a 16-pixel grid (a few on half of
+it), so that in the transformer's tokens, 16 pixels wide, an object is one pattern, shifted;
+there are six radii; and what a caption leaves open varies little. Objects keep 4 pixels from
+the rim and 6 from each other (4 inside another).
 
 The held-out split is by meaning, not by wording: a tenth of all combinations of shapes and
-colours, in the order they are named, never occur in a training caption, in either language, at
-any size. The same things named in another order may.
+colours never occur in a training picture, in either language, in whatever order, arrangement
+or size.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import captions
 import numpy as np
 from palette import COLOR_NAMES, COLORS, SHAPES
 
-GRID = 8  # pixels per latent cell
+GRID = 16  # pixels per token of the transformer
 RIM, GAP = 4, 6  # least distance to the rim and between objects
 OUTER_SHAPES = ("circle", "square", "diamond", "heart")  # wide enough at the centre to hold another
-RADIUS = {"small": 13.0, None: 18.0, "large": 28.0}  # by the size the caption names
+RADIUS = {"small": 14.0, None: 19.0, "large": 28.0}  # by the size the caption names
 LINE_RADIUS = 17.0  # three in a line of 128 pixels, 6 apart
-OUTER_RADIUS, INNER_RADIUS = 42.0, 13.0
+OUTER_RADIUS, INNER_RADIUS = 42.0, {"small": 14.0, None: 16.0}
+INSET = 32  # of a named position's centre from the sides; what is large just fits
+APART = 64  # pixels between the centres of two objects
 # width, height, share of the training pictures. 8x8 = 64 image tokens need no padding to a
 # multiple of 32; 160x160 (100 tokens) and 160x128 (80) train the learned image pads.
 CANVASES = (
@@ -93,8 +95,8 @@ class Scene:
 
     @property
     def combination(self) -> tuple:
-        """What the held-out split goes by."""
-        looks = tuple((thing.shape, thing.color) for thing in self.things)
+        """What the held-out split goes by: the things without their order."""
+        looks = tuple(sorted((thing.shape, thing.color) for thing in self.things))
         if self.kind == "single":
             return (*looks, self.background)
         if self.kind == "count":
@@ -183,26 +185,26 @@ def _size(rng: random.Random, share: float) -> str | None:
     return rng.choice(("small", "large")) if rng.random() < share else None
 
 
-def _up_to_grid(length: float) -> float:
-    return GRID * -(-length // GRID)
-
-
 def _jitter(rng: random.Random) -> int:
     return rng.choice((-GRID, 0, GRID))
 
 
+def _near_middle(rng: random.Random, width: int, height: int) -> tuple[float, float]:
+    """The middle, or a step up, down, left or right of it."""
+    across, down = rng.choice(((0, 0), (GRID, 0), (-GRID, 0), (0, GRID), (0, -GRID)))
+    return width / 2 + across, height / 2 + down
+
+
 def _single(rng, kind, colors, width, height) -> dict:
     size = _size(rng, 0.5)
-    radius = RADIUS[size]
     position = rng.choice(list(POSITIONS)) if rng.random() < 0.5 else None
     if position is None:
-        x, y = width / 2 + _jitter(rng), height / 2 + _jitter(rng)
+        x, y = _near_middle(rng, width, height)
     else:
-        inset = _up_to_grid(radius + RIM)
         column, row = POSITIONS[position]
-        x = {-1: inset, 0: width / 2, 1: width - inset}[column]
-        y = {-1: inset, 0: height / 2, 1: height - inset}[row]
-    return {"things": (Thing(_shape(rng), colors[0], x, y, radius, size),), "position": position}
+        x = {-1: INSET, 0: width / 2, 1: width - INSET}[column]
+        y = {-1: INSET, 0: height / 2, 1: height - INSET}[row]
+    return {"things": (Thing(_shape(rng), colors[0], x, y, RADIUS[size], size),), "position": position}
 
 
 def _pair(rng, kind, colors, width, height) -> dict:
@@ -214,38 +216,25 @@ def _pair(rng, kind, colors, width, height) -> dict:
     sizes = [_size(rng, 0.4), _size(rng, 0.4)]
     if sizes == ["large", "large"]:
         sizes[1] = None
-    radii = [RADIUS[size] for size in sizes]
     relation = rng.choice(RELATIONS) if kind == "pair" else "left"  # "a and b" reads left to right
     is_row = relation in ("left", "right")
     length, breadth = (width, height) if is_row else (height, width)
-    spare = GRID * rng.randrange(2) if length > 128 else 0
-    offset = _jitter(rng) if length > 128 else 0
-    if relation in ("left", "above"):
-        along = _two_along(length, *radii, spare, offset)
-    else:
-        along = _two_along(length, *radii[::-1], spare, offset)[::-1]
+    along = _spread(2, length, APART)
+    if relation in ("right", "below"):
+        along = along[::-1]
     across = breadth / 2 + _jitter(rng)
     centres = [(a, across) if is_row else (across, a) for a in along]
     things = tuple(
-        Thing(s, c, *centre, r, z) for s, c, centre, r, z in zip(shapes, colors, centres, radii, sizes, strict=True)
+        Thing(s, c, *centre, RADIUS[z], z) for s, c, centre, z in zip(shapes, colors, centres, sizes, strict=True)
     )
     return {"things": things, "relation": relation if kind == "pair" else None}
 
 
-def _two_along(length, low_radius, high_radius, spare, offset) -> list[float]:
-    """Where two objects lie along a side: near its middle, but moved by a cell if one would miss the rim."""
-    distance = _up_to_grid(low_radius + high_radius + GAP) + spare
-    low = GRID * round((length - distance) / 2 / GRID) + offset
-    misses_low, misses_high = low < low_radius + RIM, low + distance > length - high_radius - RIM
-    low += GRID * (misses_low - misses_high)
-    return [low, low + distance]
-
-
 def _inside(rng, kind, colors, width, height) -> dict:
     sizes = ("large", "small") if rng.random() < 0.4 else (None, None)
-    x, y = width / 2 + _jitter(rng), height / 2 + _jitter(rng)
+    x, y = _near_middle(rng, width, height)
     outer = Thing(SHAPES.index(rng.choice(OUTER_SHAPES)), colors[0], x, y, OUTER_RADIUS, sizes[0])
-    return {"things": (outer, Thing(_shape(rng), colors[1], x, y, INNER_RADIUS, sizes[1]))}
+    return {"things": (outer, Thing(_shape(rng), colors[1], x, y, INNER_RADIUS[sizes[1]], sizes[1]))}
 
 
 def _count(rng, kind, colors, width, height) -> dict:
@@ -255,11 +244,7 @@ def _count(rng, kind, colors, width, height) -> dict:
         size = None
     radius = LINE_RADIUS if count == 3 and size is None else RADIUS[size]
     arrangement = rng.choice(("row", "column")) if rng.random() < 0.5 else None
-    if count == 3:
-        step = 32 if size == "small" else None
-    else:
-        step = {"small": 32, None: 48, "large": 64}[size]
-    centres = _line(arrangement or "row", count, width, height, _jitter(rng), step)
+    centres = _line(arrangement or "row", count, width, height, _jitter(rng))
     things = tuple(Thing(shape, colors[0], *centre, radius, size) for centre in centres)
     return {"things": things, "arrangement": arrangement}
 
@@ -273,9 +258,13 @@ def _row(rng, kind, colors, width, height) -> dict:
     return {"things": things, "arrangement": arrangement}
 
 
-def _line(arrangement, count, width, height, offset, step=None) -> list[tuple[float, float]]:
+def _line(arrangement, count, width, height, offset) -> list[tuple[float, float]]:
     length, breadth = (width, height) if arrangement == "row" else (height, width)
-    step = step or {128: 40, 160: 48, 192: 56}[length]
-    along = [length / 2 + step * (i - (count - 1) / 2) for i in range(count)]
+    step = APART if count == 2 else {128: 40, 160: 48, 192: 64}[length]
     across = breadth / 2 + offset
-    return [(a, across) if arrangement == "row" else (across, a) for a in along]
+    return [(a, across) if arrangement == "row" else (across, a) for a in _spread(count, length, step)]
+
+
+def _spread(count: int, length: int, step: float) -> list[float]:
+    """Where `count` objects lie along a side, about its middle."""
+    return [length / 2 + step * (i - (count - 1) / 2) for i in range(count)]

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from data import Scene, held_out_scenes
-from judge import Verdict, as_markdown, judge, scores
+from judge import as_markdown, judge, scores
 from render import ground_truth
+from scenes import Scene, held_out_scenes
 
 Draw = Callable[[list[str], int, int, list[int]], list[np.ndarray]]
 
@@ -90,20 +90,6 @@ def draw_reconstructions(folder: Path, scenes: list[Scene]) -> list[np.ndarray]:
     return pictures
 
 
-def contact_sheet(pictures: list[np.ndarray], verdicts: list[Verdict], columns: int = 10) -> np.ndarray:
-    """Pictures of one size in rows; a magenta frame round those that the judge calls wrong."""
-    framed = []
-    for picture, verdict in zip(pictures, verdicts, strict=True):
-        frame = np.full(np.add(picture.shape, (6, 6, 0)), 255, np.uint8)
-        if not verdict.is_right:
-            frame[:] = (255, 0, 255)
-        frame[3:-3, 3:-3] = picture
-        framed.append(frame)
-    framed += [np.full_like(framed[0], 255)] * (-len(framed) % columns)
-    rows = [np.concatenate(framed[i : i + columns], axis=1) for i in range(0, len(framed), columns)]
-    return np.concatenate(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -121,11 +107,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="for diffusers")
     parser.add_argument("--size", help="WxH: only that size; all training sizes by default")
     parser.add_argument("--verdicts", type=Path, help="write every prompt's verdict here, as JSON")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet here; needs --size")
     options = parser.parse_args()
     canvas = tuple(int(side) for side in options.size.split("x")) if options.size else None
-    if options.sheet and not canvas:
-        parser.error("--sheet needs pictures of one size: give --size 128x128")
     scenes = held_out_scenes(options.count, options.seed, canvas)
     if options.what == "ground-truth":
         pictures = ground_truth(scenes)
@@ -152,10 +135,6 @@ def main() -> None:
             for scene, verdict in zip(scenes, verdicts, strict=True)
         ]
         options.verdicts.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
-    if options.sheet:
-        from PIL import Image
-
-        Image.fromarray(contact_sheet(pictures, verdicts)).save(options.sheet, quality=88)
 
 
 if __name__ == "__main__":

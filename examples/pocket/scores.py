@@ -1,61 +1,199 @@
-"""The table of scores by precision, drawn by mlx_zimage: python examples/pocket/scores.py CHECKPOINT
+"""The table of scores by precision, drawn by mlx_zimage: python examples/pocket/scores.py CHECKPOINT --keep DIR
 
 Every row draws the same fresh held-out prompts from the same seeds, so that rows can be compared
-prompt by prompt: "lost" and "won" count the prompts that became wrong and right against the first
-row. Quantized weights are multiplied in the type that --dtype names; with --keep, an interrupted
-run goes on where it was, and a longer one draws only what is new.
+prompt by prompt: "lost" and "won" count the prompts that became wrong and right against float32.
+Quantized weights are multiplied in the type that --dtype names. Other rows: diffusers' unmodified
+pipeline, and what bounds every score, perfect pictures and those through the autoencoder.
+
+With --jobs N, N processes of one thread each share the work. With --keep, verdicts are kept in a
+folder, a file for every few pictures: an interrupted run goes on where it was, and a longer one
+draws only what is new. A file made with other weights, sizes or code of this folder is not used.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import multiprocessing
+import os
+import statistics
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from data import Scene, held_out_scenes
-from evaluate import draw_with_mlx, pictures_of
-from judge import Verdict, judge, scores
+from evaluate import Draw, draw_reconstructions, draw_with_diffusers, draw_with_mlx, pictures_of
+from judge import Score, Verdict, as_markdown, judge, scores
+from render import ground_truth
+from scenes import Scene, held_out_scenes
 
-CHUNK = 25  # pictures between two savings
+CHUNK = 20  # pictures between two savings
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Row:
     name: str
+    drawn_by: str = "mlx_zimage"
     dtype: str | None = None  # what is computed in, where that is the point
     quantization: dict | None = None  # arguments of mlx_zimage.convert
 
+    @property
+    def file_name(self) -> str:
+        return self.name.replace(" ", "-")
 
-RECIPES = (
-    Recipe("float32", dtype="float32"),
-    Recipe("bfloat16", dtype="bfloat16"),
-    *(Recipe(f"{bits} bits", quantization={"bits": bits, "group_size": 64}) for bits in (8, 6, 5, 4)),
-    Recipe("mxfp4", quantization={"mode": "mxfp4"}),
-    Recipe("nvfp4", quantization={"mode": "nvfp4"}),
+
+ROWS = (
+    Row("float32", dtype="float32"),
+    Row("bfloat16", dtype="bfloat16"),
+    *(Row(f"{bits} bits", quantization={"bits": bits, "group_size": 64}) for bits in (8, 6, 5, 4)),
+    Row("mxfp4", quantization={"mode": "mxfp4"}),
+    Row("nvfp4", quantization={"mode": "nvfp4"}),
+    Row("diffusers", drawn_by="diffusers", dtype="float32"),
+    Row("reconstructions", drawn_by="autoencoder", dtype="float32"),
+    Row("ground truth", drawn_by="nothing", dtype="float32"),
 )
+BASE = ROWS[0]
+MEASURED = tuple(row for row in ROWS if row.name in ("float32", "diffusers", "reconstructions", "ground truth"))
 
 
-def judge_recipe(recipe: Recipe, checkpoint: Path, scenes: list[Scene], seed: int, dtype: str, kept: Path | None):
-    """One verdict a scene; those that the file `kept` already has are not drawn again."""
-    verdicts = [Verdict(**one) for one in json.loads(kept.read_text())] if kept and kept.exists() else []
-    if len(verdicts) >= len(scenes):
-        return verdicts[: len(scenes)]
+@dataclass(frozen=True)
+class Part:
+    """A few pictures of a row, for one process. `stamp` tells what the verdicts are of."""
+
+    row: Row
+    checkpoint: Path
+    dtype: str
+    count: int
+    seed: int
+    start: int
+    stop: int
+    stamp: str
+    keep: Path
+
+    @property
+    def file(self) -> Path:
+        return self.keep / f"{self.row.file_name}-{self.seed}-{self.start:05d}.json"
+
+    def kept(self) -> list[Verdict] | None:
+        if not self.file.exists():
+            return None
+        told = json.loads(self.file.read_text())
+        if told["stamp"] != self.stamp or len(told["verdicts"]) != self.stop - self.start:
+            return None
+        return [Verdict(**one) for one in told["verdicts"]]
+
+
+def parts_of(row: Row, checkpoint: Path, digest: str, options: argparse.Namespace, keep: Path) -> Iterator[Part]:
+    dtype = row.dtype or options.dtype
+    stamp = f"{digest} {row.name} {dtype}"
+    for start in range(0, options.count, CHUNK):
+        stop = min(start + CHUNK, options.count)
+        yield Part(row, checkpoint, dtype, options.count, options.seed, start, stop, stamp, keep)
+
+
+def judge_part(part: Part) -> Part:
+    """Draw, judge and keep; for a worker process."""
+    scenes = _scenes(part.count, part.seed)[part.start : part.stop]
+    if part.row.drawn_by == "nothing":
+        pictures = ground_truth(scenes)
+    elif part.row.drawn_by == "autoencoder":
+        pictures = draw_reconstructions(part.checkpoint, scenes)
+    else:
+        pictures = pictures_of(_draw(part.row.drawn_by, part.checkpoint, part.dtype), scenes, part.seed + part.start)
+    verdicts = [asdict(judge(picture, scene)) for picture, scene in zip(pictures, scenes, strict=True)]
+    unfinished = part.file.with_suffix(".part")
+    unfinished.write_text(json.dumps({"stamp": part.stamp, "verdicts": verdicts}))
+    unfinished.replace(part.file)
+    return part
+
+
+@lru_cache(maxsize=1)
+def _scenes(count: int, seed: int) -> list[Scene]:
+    return held_out_scenes(count, seed)
+
+
+@lru_cache(maxsize=1)  # a process goes from row to row, and needs one pipeline at a time
+def _draw(drawn_by: str, checkpoint: Path, dtype: str) -> Draw:
+    return {"mlx_zimage": draw_with_mlx, "diffusers": draw_with_diffusers}[drawn_by](checkpoint, dtype)
+
+
+def digest_of(checkpoint: Path) -> str:
+    """Of everything that a verdict depends on but the libraries: the checkpoint, and the world's and judge's code."""
+    here = Path(__file__).parent
+    code = [here / f"{name}.py" for name in ("captions", "evaluate", "judge", "palette", "render", "scenes")]
+    sha = hashlib.sha256()
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()) + code:
+        sha.update(path.name.encode() + b"\0" + path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def one_thread_each() -> None:
+    """For this process' children: as many processes as cores, so one thread in each."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def judge_rows(rows: list[Row], options: argparse.Namespace, keep: Path) -> dict[str, list[Verdict]]:
+    """One verdict a prompt, by the row's name."""
+    parts, digest = [], digest_of(options.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
-        if recipe.quantization:
-            from mlx_zimage.convert import convert
+        for row in rows:
+            checkpoint = options.checkpoint
+            if row.quantization:
+                from mlx_zimage.convert import convert
 
-            checkpoint = convert(checkpoint, Path(folder) / "converted", **recipe.quantization)
-        draw = draw_with_mlx(checkpoint, recipe.dtype or dtype)
-        while len(verdicts) < len(scenes):
-            start = len(verdicts)
-            part = scenes[start : start + CHUNK]
-            pictures = pictures_of(draw, part, seed + start)
-            verdicts += [judge(picture, scene) for picture, scene in zip(pictures, part, strict=True)]
-            if kept:
-                kept.write_text(json.dumps([asdict(verdict) for verdict in verdicts]))
+                checkpoint = convert(checkpoint, Path(folder) / row.file_name, **row.quantization)
+            parts += parts_of(row, checkpoint, digest, options, keep)
+        # first what is not a matter of precision, should the time run out
+        todo = sorted((part for part in parts if part.kept() is None), key=lambda part: part.row not in MEASURED)
+        started = time.monotonic()
+        one_thread_each()
+        # spawned: what was imported here, and its threads, stay here
+        with multiprocessing.get_context("spawn").Pool(min(options.jobs, max(1, len(todo)))) as pool:
+            for number, part in enumerate(pool.imap_unordered(judge_part, todo), 1):
+                spent = time.monotonic() - started
+                print(f"{number} of {len(todo)} parts, {spent:.0f} s: {part.row.name}", file=sys.stderr, flush=True)
+    verdicts: dict[str, list[Verdict]] = {row.name: [] for row in rows}
+    for part in parts:
+        verdicts[part.row.name] += part.kept()
     return verdicts
+
+
+def as_table(rows: list[Row], scenes: list[Scene], verdicts: dict[str, list[Verdict]]) -> str:
+    """A line for each row; lost and won are left out where float32 was not drawn."""
+    lines = ["| weights | everything right % | en | zh | shapes | lost | won |", "|---|---|---|---|---|---|---|"]
+    base = [verdict.is_right for verdict in verdicts[BASE.name]] if BASE.name in verdicts else None
+    for row in rows:
+        table = {score.group: score for score in scores(scenes, verdicts[row.name])}
+        right = [verdict.is_right for verdict in verdicts[row.name]]
+        changes = list(zip(base, right, strict=True)) if base else []
+        lost, won = changes.count((True, False)), changes.count((False, True))
+        score, en, zh = table["all"], _percent(table.get("en")), _percent(table.get("zh"))
+        lines.append(
+            f"| {row.name} | {score.right:.1f} ± {score.error:.1f} | {en} | {zh} | {score.checks['shapes']:.1f} | "
+            + (f"{lost} | {won} |" if base else "| |")
+        )
+    return "\n".join(lines)
+
+
+def _percent(score: Score | None) -> str:
+    return f"{score.right:.1f}" if score else ""
+
+
+def seconds_per_picture(checkpoint: Path, dtype: str, seed: int, count: int = 20) -> list[float]:
+    """How long 128x128 takes once the model is loaded and has drawn one; sorted."""
+    scenes = held_out_scenes(count + 1, seed, (128, 128))
+    draw, taken = draw_with_mlx(checkpoint, dtype), []
+    for i, scene in enumerate(scenes):
+        started = time.perf_counter()
+        draw([scene.caption], 128, 128, [seed + i])
+        taken.append(time.perf_counter() - started)
+    return sorted(taken[1:])
 
 
 def main() -> None:
@@ -64,30 +202,28 @@ def main() -> None:
     parser.add_argument("-n", "--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=2027, help="of the prompts, and of the first picture")
     parser.add_argument("--dtype", default="float32", help="what quantized weights are multiplied in")
-    parser.add_argument("--only", nargs="*", help="names of rows; all by default")
+    parser.add_argument("--only", nargs="*", choices=[row.name for row in ROWS], help="names of rows; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--keep", type=Path, help="a folder for the verdicts")
+    parser.add_argument("--speed", action="store_true", help="only measure the seconds for a picture, in one process")
     options = parser.parse_args()
-    if options.keep:
-        options.keep.mkdir(parents=True, exist_ok=True)
-    scenes = held_out_scenes(options.count, options.seed)
-    print("| weights | everything right % | en | zh | shapes | lost | won |\n|---|---|---|---|---|---|---|")
-    baseline = None
-    for recipe in RECIPES:
-        if options.only and recipe.name not in options.only:
-            continue
-        kept = options.keep / f"{recipe.name.replace(' ', '-')}-{options.seed}.json" if options.keep else None
-        verdicts = judge_recipe(recipe, options.checkpoint, scenes, options.seed, options.dtype, kept)
-        table = {score.group: score for score in scores(scenes, verdicts)}
-        right = [verdict.is_right for verdict in verdicts]
-        baseline = baseline or right
-        lost = sum(before and not after for before, after in zip(baseline, right, strict=True))
-        won = sum(after and not before for before, after in zip(baseline, right, strict=True))
-        row = table["all"]
+    if options.speed:
+        taken = seconds_per_picture(options.checkpoint, options.dtype, options.seed)
         print(
-            f"| {recipe.name} | {row.right:.1f} ± {row.error:.1f} | {table['en'].right:.1f} | "
-            f"{table['zh'].right:.1f} | {row.checks['shapes']:.1f} | {lost} | {won} |",
-            flush=True,
+            f"{statistics.median(taken):.2f} s a picture of 128x128 in {options.dtype} once loaded "
+            f"(median of {len(taken)}, {taken[0]:.2f} to {taken[-1]:.2f})"
         )
+        return
+    rows = [row for row in ROWS if not options.only or row.name in options.only]
+    with tempfile.TemporaryDirectory() as folder:
+        keep = options.keep or Path(folder)
+        keep.mkdir(parents=True, exist_ok=True)
+        verdicts = judge_rows(rows, options, keep)
+    scenes = _scenes(options.count, options.seed)
+    print(as_table(rows, scenes, verdicts))
+    for row in MEASURED:
+        if row in rows:
+            print(f"\n{row.name}:\n\n{as_markdown(scores(scenes, verdicts[row.name]))}")
 
 
 if __name__ == "__main__":

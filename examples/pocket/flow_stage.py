@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from data import MAX_OBJECTS
 from model import TEXT_ENCODER, Blocks, encode_text, predict, sample, sigmas
-from optim import Optimizer, Recorded, shared_memory
+from optim import Clock, Optimizer, Recorded, shared_memory
 from palette import COLORS, SHAPES
 from pool import Bucket
+from scenes import MAX_OBJECTS
 from torch import Tensor, nn
 
 EMPTY_SHARE = 0.1
@@ -97,20 +97,19 @@ class Model:
 def train_flow(
     model: Model,
     buckets: list[Bucket],
-    steps: int,
+    clock: Clock,
     batch: int,
     rate: float,
     device: str,
     log: Callable,
     name: str = "flow",
     schedule_share: float = 0.0,
-    start: int = 0,
-    keep: Callable[[int], None] | None = None,
+    keep: Callable[[float], None] | None = None,
 ) -> None:
     """schedule_share of the noise levels are those of the sampler's schedule, the rest continuous.
 
-    Leaves the averaged weights in the model. `keep(step)` is called now and then with the
-    averaged weights in place, and training goes on from step `start`.
+    Leaves the averaged weights in the model. `keep(progress)` is called now and then with the
+    averaged weights in place.
     """
     optimizer = Optimizer(model.named_weights(), rate, uses_muon=True)
     losses = torch.zeros(2, device=device)
@@ -141,16 +140,19 @@ def train_flow(
     empty_prompts = {length: model.empty(length) for length in {bucket.tokens.shape[1] for bucket in buckets}}
     memory = shared_memory(device)
     recorded = [Recorded(lambda bucket=bucket: train_on(bucket), device, memory) for bucket in buckets]
-    rng = random.Random(start)
-    for step in range(start, steps):
-        optimizer.schedule(step, steps)
-        rng.choices(recorded, [len(bucket) for bucket in buckets])[0]()
-        if step % max(1, steps // 25) == 0 or step == steps - 1:
+    rng = random.Random(clock.step)
+    sizes, told = [len(bucket) for bucket in buckets], -1.0
+    for step, progress in clock:
+        optimizer.schedule(step, progress)
+        rng.choices(recorded, sizes)[0]()
+        if progress - told >= 0.05:
             loss, facts_loss = losses.tolist()
-            log(f"{name} step {step} of {steps}: squared error {loss:.4f}, facts {facts_loss:.3f}")
-            if keep and step > start:
+            log(f"{name} {progress:.0%}, step {step}: squared error {loss:.4f}, facts {facts_loss:.3f}")
+            if keep and told >= 0:
                 with _averaged(optimizer):
-                    keep(step + 1)
+                    keep(progress)
+            told = progress
+    log(f"{name}: {clock.step} steps")
     optimizer.take_average()
 
 

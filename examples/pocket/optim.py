@@ -1,15 +1,40 @@
-"""What every training stage shares: the optimizer with its schedule and average, and recorded steps."""
+"""What every training stage shares: its clock, the optimizer with its schedule and average, recorded steps."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 WARM_UP = 200  # steps
+LOOK = 16  # steps between two looks at the clock
 AVERAGE = 0.999  # of the exponential moving average of the weights
+
+
+class Clock:
+    """How far a stage is, from 0 to 1: by its steps or by its seconds, whichever is further.
+
+    `done` is how far it was when an earlier run was cut off.
+    """
+
+    def __init__(self, steps: int, seconds: float, device: str, done: float = 0.0):
+        self.steps, self.seconds, self.device = steps, seconds, device
+        self.started = time.monotonic() - done * seconds
+        self.step, self.progress = int(done * steps), done
+
+    def __iter__(self):
+        """Yields (step, progress) until one of the two runs out."""
+        while self.progress < 1:
+            yield self.step, self.progress
+            self.step += 1
+            if self.step % LOOK == 0 or self.step >= self.steps:
+                if self.device == "cuda":
+                    torch.cuda.synchronize()  # or the clock would tell when steps are queued
+                elapsed = (time.monotonic() - self.started) / self.seconds
+                self.progress = max(self.step / self.steps, elapsed)
 
 
 class Optimizer:
@@ -42,9 +67,9 @@ class Optimizer:
         self.fresh = torch.ones((), device=device)  # share of the new weights in the average
         self.average = [weight.detach().clone() for weight in self.weights]
 
-    def schedule(self, step: int, steps: int) -> None:
+    def schedule(self, step: int, progress: float) -> None:
         """Linear warm-up, then a cosine to nearly zero."""
-        rate = self.peak_rate * min(1.0, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        rate = self.peak_rate * min(1.0, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * progress))
         self.rate.fill_(rate + 1e-3 * self.peak_rate)
         for group in self.adam.param_groups:
             group["lr"].fill_(rate + 1e-3 * self.peak_rate)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from data import CANVASES, pack, sample_scene
 from model import LATENT_CHANNELS, PAD_TO, SCALING, SHIFT
+from scenes import CANVASES, pack, sample_scene
 from tokenizer import encode
 from tokenizers import Tokenizer
 from torch import Tensor

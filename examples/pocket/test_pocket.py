@@ -1,15 +1,28 @@
 """Of the pocket example itself: python -m pytest examples/pocket (the torch half skips without torch)."""
 
+import itertools
+import math
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from data import CANVASES, held_out_scenes, is_held_out, sample_scene
 from evaluate import pictures_of
-from judge import judge
-from palette import PALETTE
+from judge import Verdict, judge
+from palette import PALETTE, SHAPES
 from render import ground_truth
+from scenes import (
+    CANVASES,
+    GAP,
+    POSITIONS,
+    RADIUS,
+    RIM,
+    Scene,
+    Thing,
+    held_out_scenes,
+    is_held_out,
+    sample_scene,
+)
 
 SCENES = held_out_scenes(120, seed=5)
 PICTURES = ground_truth(SCENES)
@@ -24,7 +37,22 @@ def test_training_scenes_are_never_held_out():
     assert not any(is_held_out(sample_scene(rng)) for _ in range(2000))
 
 
-def test_objects_lie_on_the_latent_grid():
+def test_things_named_in_another_order_are_the_same_combination():
+    for scene in SCENES:
+        assert is_held_out(replace(scene, things=scene.things[::-1]))
+
+
+def test_objects_keep_their_distance():
+    for scene in SCENES:
+        if scene.kind == "inside":
+            continue
+        for one in scene.things:
+            assert RIM + one.radius <= min(one.x, one.y, scene.width - one.x, scene.height - one.y)
+        for one, other in itertools.combinations(scene.things, 2):
+            assert math.dist((one.x, one.y), (other.x, other.y)) >= one.radius + other.radius + GAP
+
+
+def test_objects_lie_on_half_the_token_grid():
     assert all(thing.x % 8 == 0 and thing.y % 8 == 0 for scene in SCENES for thing in scene.things)
 
 
@@ -59,7 +87,10 @@ def test_swapped_sizes_are_wrong():
     other = {"small": "large", "large": "small"}
     for picture, scene in zip(PICTURES, SCENES, strict=True):
         if any(thing.size for thing in scene.things):
-            things = tuple(replace(thing, size=other.get(thing.size)) for thing in scene.things)
+            sizes = [other.get(thing.size) for thing in scene.things]
+            things = tuple(
+                replace(thing, size=size, radius=RADIUS[size]) for thing, size in zip(scene.things, sizes, strict=True)
+            )
             assert not judge(picture, replace(scene, things=things)).sizes
 
 
@@ -68,6 +99,136 @@ def test_a_smudge_is_an_object_too_much():
         smudged = picture.copy()
         smudged[4:12, 4:12] = PALETTE[(scene.background + 1) % 10]
         assert not judge(smudged, scene).is_right
+
+
+def one(shape: str, size: str | None = None, position: str | None = "center", **where) -> Scene:
+    """A red shape on white, 128x128."""
+    thing = Thing(SHAPES.index(shape), 0, 64.0, 64.0, RADIUS[size], size)
+    return Scene("single", 128, 128, (replace(thing, **where),), 8, True, position)
+
+
+def drawn(*masks, size=128) -> np.ndarray:
+    """Functions of x and y, pixels from the middle: what holds is red on white."""
+    y, x = np.mgrid[:size, :size] + 0.5 - size / 2
+    is_red = np.logical_or.reduce([mask(x, y) for mask in masks])
+    return np.where(is_red[..., None], PALETTE[0], PALETTE[8]).astype(np.uint8)
+
+
+def test_what_is_drawn_by_other_means_is_right():
+    assert judge(drawn(lambda x, y: np.hypot(x, y) < 19), one("circle")).is_right
+    assert judge(drawn(lambda x, y: np.maximum(abs(x), abs(y)) < 17), one("square")).is_right
+    assert judge(drawn(lambda x, y: abs(np.hypot(x, y) - 14.5) < 4.5), one("ring")).is_right
+
+
+@pytest.mark.parametrize("squeeze", [1.2, 1.5])
+def test_an_ellipse_is_no_circle(squeeze):
+    for size, radius in RADIUS.items():
+        wide = drawn(lambda x, y, r=radius: np.hypot(x / squeeze**0.5, y * squeeze**0.5) < r)
+        assert not judge(wide, one("circle", size)).shapes
+
+
+@pytest.mark.parametrize(("width", "height"), [(56, 36), (36, 56), (40, 33)])
+def test_a_rectangle_is_no_square(width, height):
+    assert not judge(drawn(lambda x, y: (abs(x) < width / 2) & (abs(y) < height / 2)), one("square")).shapes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_stretched_shape_is_wrong(shape):
+    scene = one(shape, "large")
+    picture = ground_truth([scene])[0]
+    assert judge(picture, scene).is_right
+    keep = np.flatnonzero(np.arange(128) % 5)  # four rows of five, and white for the rest
+    for axis in (0, 1):
+        short = np.take(picture, keep, axis)
+        margin = [(0, 0)] * 3
+        margin[axis] = ((128 - len(keep)) // 2, 128 - len(keep) - (128 - len(keep)) // 2)
+        squeezed = np.pad(short, margin, mode="edge")
+        assert not judge(squeezed, scene).shapes
+
+
+def test_a_lumpy_outline_is_wrong():
+    def lumpy(radius, lumps, depth):
+        return lambda x, y: np.hypot(x, y) < radius * (1 + depth * np.cos(lumps * np.arctan2(y, x)))
+
+    for lumps in (3, 4, 5):
+        assert not judge(drawn(lumpy(19, lumps, 0.25)), one("circle")).shapes
+    hole = lumpy(14, 3, 0.3)
+    assert not judge(drawn(lambda x, y: (np.hypot(x, y) < 28) & ~hole(x, y)), one("ring", "large")).shapes
+    ragged = drawn(lambda x, y: abs(x) / 15 + abs(y) / 20 + 0.15 * np.sin(y) < 1)
+    assert not judge(ragged, one("diamond")).shapes
+
+
+def test_an_octagon_and_a_rounded_square_are_neither_square_nor_circle():
+    octagon = drawn(lambda x, y: (np.maximum(abs(x), abs(y)) < 17) & (abs(x) + abs(y) < 21))
+    assert not judge(octagon, one("square")).shapes
+    assert not judge(drawn(lambda x, y: (abs(x) / 17) ** 6 + (abs(y) / 17) ** 6 < 1), one("circle")).shapes
+
+
+@pytest.mark.parametrize(("x", "y"), [(46, 64), (64, 46), (82, 82), (84, 64)])
+def test_between_two_places_is_neither(x, y):
+    off = ground_truth([one("circle", x=float(x), y=float(y))])[0]
+    column, row = (0 if at == 64 else (-1 if at < 64 else 1) for at in (x, y))
+    names = [name for name, at in POSITIONS.items() if at == (column, row)]
+    is_center, is_there = (judge(off, one("circle", position=name)).place for name in ("center", *names))
+    third = 128 / 3
+    assert is_center == (third < x < 2 * third and third < y < 2 * third)
+    assert is_there == ((x == 64 or not third < x < 2 * third) and (y == 64 or not third < y < 2 * third))
+
+
+def test_a_place_is_a_third():
+    for name, (column, row) in POSITIONS.items():
+        there = ground_truth([one("circle", x=64.0 + 32 * column, y=64.0 + 32 * row)])[0]
+        assert [other for other in POSITIONS if judge(there, one("circle", position=other)).place] == [name]
+        near = ground_truth([one("circle", x=64.0 + 18 * column, y=64.0 + 18 * row)])[0]
+        assert judge(near, one("circle", position=name)).place == (name == "center")
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("factor", [0.72, 1.36])
+def test_a_size_named_is_kept_within_a_third(size, factor):
+    for shape in SHAPES:
+        other = ground_truth([one(shape, size, radius=factor * RADIUS[size])])[0]
+        assert not judge(other, one(shape, size)).sizes
+
+
+def test_objects_of_no_named_size_are_neither_small_nor_large():
+    for shape in SHAPES:
+        picture = ground_truth([one(shape)])[0]
+        assert not any(judge(picture, one(shape, size)).sizes for size in ("small", "large"))
+
+
+@pytest.mark.parametrize("color", range(1, 8))
+def test_lines_and_specks_of_another_color_are_wrong(color):
+    scene = one("circle")
+    clean = ground_truth([scene])[0]
+    line, inner, specks = clean.copy(), clean.copy(), clean.copy()
+    line[100, 20:60] = PALETTE[color]
+    inner[64, 52:76] = PALETTE[color]
+    specks[10:26:8, 10:100:40] = PALETTE[color]
+    assert judge(clean, scene).is_right
+    assert not any(judge(spoilt, scene).is_right for spoilt in (line, inner, specks))
+
+
+def test_lines_tails_and_slits_in_the_pictures_own_colors_are_wrong():
+    scene = one("circle")
+    clean = ground_truth([scene])[0]
+    line, tail, slit = clean.copy(), clean.copy(), clean.copy()
+    line[100, 20:60] = PALETTE[0]
+    tail[64, 80:100] = PALETTE[0]
+    slit[64] = PALETTE[8]
+    assert not any(judge(spoilt, scene).is_right for spoilt in (line, tail, slit))
+
+
+def test_a_slanted_pair_is_not_side_by_side():
+    things = (Thing(0, 0, 32.0, 44.0, 19.0), Thing(1, 1, 96.0, 84.0, 19.0))
+    asked = Scene("pair", 128, 128, things, 8, True, relation="left")
+    assert not judge(ground_truth([asked])[0], asked).place
+
+
+def test_an_object_that_leaves_its_outer_one_is_not_inside():
+    things = (Thing(1, 0, 64.0, 64.0, 42.0), Thing(0, 4, 92.0, 64.0, 16.0))
+    asked = Scene("inside", 128, 128, things, 8, True)
+    assert not judge(ground_truth([asked])[0], asked).is_right
 
 
 def test_a_picture_keeps_its_seed_whatever_the_batches():
@@ -103,9 +264,48 @@ def test_training_passes_equal_diffusers(width, height):
 
 def test_a_painted_picture_is_the_same_in_torch():
     pytest.importorskip("torch")
-    from data import pack
+    from scenes import pack
     from vae_stage import paint_batch
 
     for scene, picture in list(zip(SCENES, PICTURES, strict=True))[:20]:
         painted = paint_batch(pack([scene]), scene.width, scene.height, "cpu")[0].permute(1, 2, 0).numpy()
         assert np.abs(painted.astype(int) - picture.astype(int)).max() <= 1
+
+
+def test_a_stage_ends_by_its_steps_or_by_its_seconds():
+    pytest.importorskip("torch")
+    from optim import LOOK, Clock
+
+    assert [step for step, _ in Clock(40, 1e6, "cpu")] == list(range(40))
+    assert [step for step, _ in Clock(40, 1e6, "cpu", done=0.5)] == list(range(20, 40))
+    assert len(list(Clock(10**9, 1e-9, "cpu"))) == LOOK
+    progress = [progress for _, progress in Clock(400, 1e6, "cpu")]
+    assert progress == sorted(progress) and progress[0] == 0 and progress[-1] < 1
+
+
+def test_verdicts_of_another_checkpoint_are_not_used(tmp_path):
+    pytest.importorskip("torch")
+    from scores import BASE, Part, digest_of, judge_part
+
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    stamps = []
+    for content in ("one", "other"):
+        (checkpoint / "weights").write_text(content)
+        stamps.append(digest_of(checkpoint))
+    perfect = replace(BASE, name="ground truth", drawn_by="nothing")
+    first, other = (Part(perfect, checkpoint, "float32", 3, 1, 0, 3, stamp, tmp_path) for stamp in stamps)
+    assert first.kept() is None
+    assert [verdict.is_right for verdict in judge_part(first).kept()] == [True] * 3
+    assert first.file == other.file and other.kept() is None
+
+
+def test_rows_are_compared_with_float32_alone():
+    from scores import ROWS, as_table
+
+    right = [Verdict(*[True] * 6) for _ in SCENES]
+    wrong = [Verdict(True, False), *right[1:]]
+    table = as_table(ROWS[:2], SCENES, {"float32": right, "bfloat16": wrong}).splitlines()
+    assert table[-1].endswith("| 1 | 0 |")
+    alone = as_table(ROWS[1:2], SCENES[:1], {"bfloat16": wrong[:1]}).splitlines()
+    assert alone[-1].endswith("| |") and " 0.0 ± 0.0 " in alone[-1]

@@ -1,8 +1,9 @@
 """Makes the pocket checkpoint from nothing: python examples/pocket/train.py --out DIR
 
 Stages: tokenizer, autoencoder (which must reconstruct well enough to go on), latents, flow
-matching, distillation, export. Each finished stage is kept in DIR, flow matching now and then
-too; the same command goes on where it was cut off. The checkpoint lies in DIR/checkpoint.
+matching, distillation, export. The long ones end by the clock. Each finished stage is kept in
+DIR, flow matching now and then too; the same command goes on where it was cut off. The
+checkpoint lies in DIR/checkpoint.
 """
 
 from __future__ import annotations
@@ -10,16 +11,14 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import random
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers don't mix
-
 import numpy as np
 import torch
-from data import held_out_scenes
 from export import export, folder_size
 from flow_stage import FactsHead, Model, draw_pairs, train_flow
 from judge import as_markdown, judge, scores
@@ -35,7 +34,9 @@ from model import (
     build_vae,
     sample,
 )
+from optim import Clock
 from pool import LONGEST, make_buckets, order_scenes
+from scenes import held_out_scenes, sample_scene
 from tokenizer import encode, train_tokenizer
 from tokenizers import Tokenizer
 from vae_stage import as_pictures, reconstructions, train_vae
@@ -45,24 +46,30 @@ VALIDATION_SEED = 4242  # the final evaluation uses others
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. The defaults take 19 minutes on an H200."""
+    """How much of everything: of the long stages the seconds, and steps that no machine at hand gets to.
+
+    The defaults take 19 minutes, whatever the machine; how good the result is depends on it.
+    """
 
     vae_pictures: int = 60000
-    vae_steps: int = 8000
+    vae_seconds: float = 280.0  # compiling included
+    vae_steps: int = 40000
     vae_batch: int = 96
     vae_rate: float = 1e-3
     gate: float = 97.0  # least share of reconstructions that the judge passes, in percent
     scenes: int = 400000
-    batch: int = 768
-    flow_steps: int = 28500
+    batch: int = 512
+    flow_seconds: float = 625.0  # compiling included
+    flow_steps: int = 200000
     flow_rate: float = 1e-3
     pairs: int = 200000
-    distill_steps: int = 7500
+    distill_seconds: float = 205.0  # drawing the pairs included
+    distill_steps: int = 80000
     distill_rate: float = 4e-4
     judged: int = 500
 
     def scaled(self, scale: float) -> Plan:
-        """Every amount times `scale`, and no gate: to try the code out."""
+        """Every amount but the seconds times `scale`, and no gate: to try the code out."""
         if scale == 1:
             return self
         amounts = {
@@ -92,6 +99,7 @@ class Trainer:
 
     def run(self, last_stage: str) -> None:
         tokenizer = self.tokenizer()
+        self.check_captions(tokenizer)
         orders = None
         if last_stage != "vae" and not self._file("distilled").exists():
             orders = order_scenes(self.workers, self.plan.scenes, str(self._tokenizer_file), seed=1)
@@ -119,6 +127,19 @@ class Trainer:
         self.log("tokenizer trained")
         return tokenizer
 
+    def check_captions(self, tokenizer: Tokenizer) -> None:
+        """All that will be measured must fit, and nearly all that will be trained on."""
+        rng = random.Random(3)
+        trained = [sample_scene(rng).caption for _ in range(2000)]
+        measured = [scene.caption for scene in held_out_scenes(self.plan.judged, VALIDATION_SEED)]
+        lengths, needed = (encode(tokenizer, captions, 4 * LONGEST)[1] for captions in (trained, measured))
+        if needed.max() > LONGEST or (lengths > LONGEST).mean() > 0.01:
+            sys.exit(
+                f"captions are up to {max(needed.max(), lengths.max())} tokens long, and there is room for {LONGEST}: "
+                "raise LONGEST in pool.py, or shorten captions.py"
+            )
+        self.log(f"captions: {lengths.mean():.1f} tokens on average, {(lengths <= PAD_TO).mean():.0%} within {PAD_TO}")
+
     def vae(self):
         plan = self.plan
         if self._file("vae").exists():
@@ -127,7 +148,14 @@ class Trainer:
             return vae.eval().requires_grad_(False)
         torch.backends.cudnn.benchmark = True  # one shape of batch, so it pays; later there are many
         vae = train_vae(
-            plan.vae_steps, plan.vae_pictures, plan.vae_batch, plan.vae_rate, self.device, self.log, self.is_compiled
+            plan.vae_steps,
+            plan.vae_seconds,
+            plan.vae_pictures,
+            plan.vae_batch,
+            plan.vae_rate,
+            self.device,
+            self.log,
+            self.is_compiled,
         )
         torch.backends.cudnn.benchmark = False
         scenes, pictures, (mean, deviation) = reconstructions(vae, plan.judged, VALIDATION_SEED, self.device)
@@ -137,7 +165,7 @@ class Trainer:
             torch.save(vae.state_dict(), self._file("vae_rejected"))
             sys.exit(
                 f"the autoencoder reconstructs {right:.1f} % of the scenes well enough for the judge, "
-                f"{plan.gate:.0f} % are wanted: train it for more than {plan.vae_steps} steps (--vae-steps)"
+                f"{plan.gate:.0f} % are wanted: train it for more than {plan.vae_seconds:.0f} s (--vae-seconds)"
             )
         self._save("vae", vae.state_dict())
         return vae
@@ -158,30 +186,30 @@ class Trainer:
     def flow(self, model: Model, buckets, vae, tokenizer) -> None:
         plan = self.plan
         if not self._file("flow").exists():
-            start = self._load("flow_part", model) if self._file("flow_part").exists() else 0
+            done = self._load("flow_part", model) if self._file("flow_part").exists() else 0.0
             train_flow(
                 model,
                 buckets,
-                plan.flow_steps,
+                Clock(plan.flow_steps, plan.flow_seconds, self.device, done),
                 plan.batch,
                 plan.flow_rate,
                 self.device,
                 self.log,
-                start=start,
-                keep=lambda step: self._save("flow_part", self._state(model, step)),
+                keep=lambda progress: self._save("flow_part", self._state(model, progress)),
             )
-            self._save("flow", self._state(model, plan.flow_steps))
+            self._save("flow", self._state(model))
             self._file("flow_part").unlink(missing_ok=True)
             self.measure("flow", model, vae, tokenizer)
         self._load("flow", model)
 
     def distill(self, model: Model, buckets) -> None:
         plan = self.plan
+        started = time.monotonic()
         pairs = draw_pairs(model, buckets, plan.pairs, plan.batch, self.device, self.log)
         train_flow(
             model,
             pairs,
-            plan.distill_steps,
+            Clock(plan.distill_steps, plan.distill_seconds - (time.monotonic() - started), self.device),
             plan.batch,
             plan.distill_rate,
             self.device,
@@ -189,7 +217,7 @@ class Trainer:
             name="distillation",
             schedule_share=0.6,
         )
-        self._save("distilled", self._state(model, plan.distill_steps))
+        self._save("distilled", self._state(model))
 
     # -------------------------------------------------------------- measuring
     @torch.no_grad()
@@ -243,36 +271,43 @@ class Trainer:
         torch.save(state, part)
         part.replace(self._file(stage))
 
-    def _state(self, model: Model, step: int) -> dict:
+    def _state(self, model: Model, progress: float = 1.0) -> dict:
         modules = {"encoder": model.encoder, "transformer": model.transformer, "facts_head": model.facts_head}
-        return {"step": step, **{name: module.state_dict() for name, module in modules.items()}}
+        return {"progress": progress, **{name: module.state_dict() for name, module in modules.items()}}
 
-    def _load(self, stage: str, model: Model) -> int:
+    def _load(self, stage: str, model: Model) -> float:
         state = torch.load(self._file(stage), map_location=self.device)
         for name in ("encoder", "transformer", "facts_head"):
             getattr(model, name).load_state_dict(state[name])
-        return state["step"]
+        return state["progress"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where stages and checkpoint go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scale", type=float, default=1.0, help="times every amount; small to try the code out")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="times every amount but the seconds; small to try the code out"
+    )
     parser.add_argument("--until", default="export", choices=("vae", "flow", "export"), help="the last stage to run")
-    parser.add_argument("--vae-steps", type=int, default=Plan.vae_steps)
-    parser.add_argument("--flow-steps", type=int, default=Plan.flow_steps)
-    parser.add_argument("--distill-steps", type=int, default=Plan.distill_steps)
+    parser.add_argument("--vae-seconds", type=float, default=Plan.vae_seconds)
+    parser.add_argument("--flow-seconds", type=float, default=Plan.flow_seconds)
+    parser.add_argument("--distill-seconds", type=float, default=Plan.distill_seconds)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=None, help="compile the models; by default on a GPU"
     )
     options = parser.parse_args()
     plan = replace(
-        Plan(), vae_steps=options.vae_steps, flow_steps=options.flow_steps, distill_steps=options.distill_steps
+        Plan(),
+        vae_seconds=options.vae_seconds,
+        flow_seconds=options.flow_seconds,
+        distill_seconds=options.distill_seconds,
     ).scaled(options.scale)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers don't mix
     options.out.mkdir(parents=True, exist_ok=True)
     is_compiled = options.device == "cuda" if options.compile is None else options.compile
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
     # forked before the GPU is touched; they sample scenes and judge
     with multiprocessing.get_context("fork").Pool(options.workers) as workers:
         torch.manual_seed(0)

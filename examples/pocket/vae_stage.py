@@ -7,25 +7,37 @@ official shift and scaling factors expect; the first decoder layer takes the cha
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import held_out_scenes, pack, sample_scene
 from model import LATENT_CHANNELS, SCALING, SHIFT, build_vae
-from optim import Optimizer, Recorded
+from optim import Clock, Optimizer, Recorded
 from palette import PALETTE, SHAPES
 from render import ground_truth, paint
+from scenes import held_out_scenes, pack, sample_scene
 from torch import Tensor
 
 SIDE = 128
-BOTH_SHARE = 0.8  # of the steps; the decoder alone gets the rest
+BOTH_SHARE = 0.85  # of the steps and seconds; the decoder alone gets the rest
 KL_WEIGHT = 1e-4
 NOISE = 0.25  # largest deviation of the noise on the latents, in units of theirs
 
 
-def train_vae(steps: int, pictures: int, batch: int, rate: float, device: str, log: Callable, is_compiled: bool):
+def train_vae(
+    steps: int,
+    seconds: float,
+    pictures: int,
+    batch: int,
+    rate: float,
+    device: str,
+    log: Callable,
+    is_compiled: bool,
+):
+    """At most so many steps, and so many seconds."""
+    started = time.monotonic()
     vae = build_vae().to(device, memory_format=torch.channels_last)
     encoder, decoder = vae.encoder, vae.decoder
     if is_compiled:
@@ -64,26 +76,29 @@ def train_vae(steps: int, pictures: int, batch: int, rate: float, device: str, l
         losses.copy_(torch.stack([loss, (y - x).pow(2).mean(), losses[2]]).detach())
 
     both = int(BOTH_SHARE * steps)
-    _run(both_step, list(vae.named_parameters()), both, rate, device, log, losses, "vae")
+    clock = Clock(both, BOTH_SHARE * seconds - (time.monotonic() - started), device)
+    _run(both_step, list(vae.named_parameters()), clock, rate, device, log, losses, "vae")
     _set_latent_statistics(vae, torch.cat([_means(vae, draw()) for _ in range(16)]))
-    _run(
-        decoder_step, list(vae.decoder.named_parameters()), steps - both, 0.5 * rate, device, log, losses, "vae decoder"
-    )
+    clock = Clock(steps - both, seconds - (time.monotonic() - started), device)
+    _run(decoder_step, list(vae.decoder.named_parameters()), clock, 0.5 * rate, device, log, losses, "vae decoder")
     return vae.eval().requires_grad_(False)
 
 
-def _run(step_function, named, steps, rate, device, log, losses, name) -> None:
+def _run(step_function, named, clock, rate, device, log, losses, name) -> None:
     optimizer = Optimizer(named, rate, decay=1e-4)
     step_once = Recorded(lambda: step_function(optimizer), device)
-    for step in range(steps):
-        optimizer.schedule(step, steps)
+    told = -1.0
+    for step, progress in clock:
+        optimizer.schedule(step, progress)
         step_once()
-        if step % max(1, steps // 20) == 0 or step == steps - 1:
+        if progress - told >= 0.05:
+            told = progress
             total, square, divergence = losses.tolist()
             log(
-                f"{name} step {step} of {steps}: loss {total:.4f}, "
+                f"{name} {progress:.0%}, step {step}: loss {total:.4f}, "
                 f"squared error {square:.5f}, divergence {divergence:.2f} nats"
             )
+    log(f"{name}: {clock.step} steps")
     optimizer.take_average()
 
 

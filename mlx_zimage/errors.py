@@ -16,14 +16,20 @@ from __future__ import annotations
 
 
 class ZImageError(Exception):
+    """Anything below: everything that is raised on purpose."""
+
     exit_code = 1
 
 
 class RequestError(ZImageError, ValueError):
+    """A value that the caller gave cannot work."""
+
     exit_code = 2
 
 
 class ModelNotFoundError(ZImageError, FileNotFoundError):
+    """There is no such folder, file or repository, or no network to fetch it."""
+
     exit_code = 3
 
     def __str__(self) -> str:  # FileNotFoundError would print an errno tuple
@@ -31,14 +37,20 @@ class ModelNotFoundError(ZImageError, FileNotFoundError):
 
 
 class CheckpointError(ZImageError):
+    """The model's files are there, but are not what they should be."""
+
     exit_code = 4
 
 
 class MemoryBudgetError(ZImageError, MemoryError):
+    """What was asked cannot be done in the memory allowed."""
+
     exit_code = 5
 
 
 class OutputError(ZImageError, OSError):
+    """A result cannot be written: the disk is full, or the folder read-only."""
+
     exit_code = 6
 
     def __str__(self) -> str:  # OSError would print an errno tuple
@@ -46,8 +58,12 @@ class OutputError(ZImageError, OSError):
 
 
 class LockedError(ZImageError):
+    """Another process is writing the same folder."""
+
     exit_code = 7
 
 
 class NumericsError(ZImageError, ArithmeticError):
+    """The computation left the finite numbers."""
+
     exit_code = 8

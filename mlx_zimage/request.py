@@ -20,14 +20,20 @@ RNGS = ("torch", "mlx")
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What to draw. Sizes in pixels; `steps` is the number of model calls."""
+    """What to draw: all that a picture depends on but for the model. Checked when it is made: RequestError.
+
+    prompt and negative_prompt are cut after 512 tokens. width and height are pixels, multiples of 16 up to 8192. seed
+    is from 0 to 2**64 - 1, and rng says whose noise it gives: "torch" or "mlx". steps, 1 to 1000, are calls of the
+    transformer. guidance_scale counts as diffusers does, and 0 is off. shift bends the schedule towards noise; None is
+    the model's own. num_images pictures are drawn at once from one seed.
+    """
 
     prompt: str
     width: int
     height: int
     seed: int
     steps: int = 8
-    guidance_scale: float = 0.0  # diffusers' convention: 0 is off, and g here is "cfg g + 1" elsewhere
+    guidance_scale: float = 0.0  # g here is "cfg g + 1" elsewhere
     negative_prompt: str = ""
     shift: float | None = None  # None: what the model's scheduler says
     num_images: int = 1
@@ -55,10 +61,12 @@ class GenerateRequest:
                 object.__setattr__(self, field.name, int(value) if isinstance(value, Integral) else float(value))
 
     def to_dict(self) -> dict:
+        """Its fields, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> GenerateRequest:
+        """The request of to_dict; fields with defaults may be missing, unknown ones raise RequestError."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise RequestError(f"a request has no field {unknown[0]!r}")

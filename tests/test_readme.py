@@ -1,6 +1,8 @@
 """What README.md tells people to type is run here, but for installing, which .ci/run does."""
 
+import doctest
 import os
+import pydoc
 import re
 import subprocess
 import sys
@@ -96,3 +98,16 @@ def test_the_exit_codes_told_are_those_of_the_errors():
     for text in (README, cli.main.help):
         (sentence,) = re.findall(r"Exit codes: (.*?)\.\s", text, re.DOTALL)
         assert codes <= {int(code) for code in re.findall(r"\b(\d+)\s", sentence)}
+
+
+def test_help_of_the_package_is_a_tutorial_that_works(tmp_path, monkeypatch):
+    import mlx_zimage
+
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(mlx_zimage, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0 and result.attempted > 10
+    assert Image.open("circle.png").size == (128, 128)
+    told = pydoc.plain(pydoc.render_doc(mlx_zimage))
+    for name in mlx_zimage.__all__[:-1]:
+        first_line = vars(getattr(mlx_zimage, name))["__doc__"].splitlines()[0]
+        assert first_line.endswith((".", ":")) and f" |  {first_line}\n" in told, name

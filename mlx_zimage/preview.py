@@ -21,7 +21,7 @@ import numpy as np
 
 from .image import claim, enlarge, to_png, write
 from .models.vae import VAE
-from .weights import Component, Source
+from .weights import Source
 
 PATCHES, PATCH = 4, 32  # of the chart: patches a side, and pixels a side of each
 STRIP_BYTES = 2**20  # the chart is encoded in little memory
@@ -38,14 +38,14 @@ def chart() -> np.ndarray:
     return np.kron(levels, np.ones((PATCH, PATCH, 1))).astype(np.float32)
 
 
-def fit(component: Component, dtype: mx.Dtype) -> np.ndarray:
+def fit(vae: VAE) -> np.ndarray:
     """The colours of a VAE's latents: (17, 3), one row a channel and the constant; see `sketch`.
 
     Encodes the chart once, a picture of 128x128 pixels, and keeps none of the encoder's weights.
     """
-    vae = VAE(component.config, Source(component, dtype), STRIP_BYTES)
-    pixels, scale = chart(), component.config.scale
-    latents = np.array(vae.encode(mx.array(pixels)[None])[0])
+    encoder = VAE(vae.config, Source(vae.source.component, vae.source.dtype), STRIP_BYTES)
+    pixels, scale = chart(), vae.config.scale
+    latents = np.array(encoder.encode(mx.array(pixels)[None])[0])
     h, w, channels = latents.shape
     wanted = pixels.reshape(h, scale, w, scale, 3).mean((1, 3)).reshape(-1, 3)
     known = np.concatenate([latents.reshape(-1, channels), np.ones((h * w, 1))], axis=1)

@@ -85,7 +85,7 @@ def pocket():
 
 @pytest.fixture(scope="module")
 def colours(pocket):
-    return fit(pocket.checkpoint.vae, pocket.dtype)
+    return fit(pocket.vae)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:

@@ -268,7 +268,7 @@ def generate(
         warnings.warn(f"{model} is not the model that drew {from_picture}; the picture will differ", stacklevel=1)
     written = set()
     terminal = None if quiet else graphics()
-    colours = fit(pipeline.checkpoint.vae, pipeline.vae.source.dtype) if preview or preview_dir else None
+    colours = fit(pipeline.vae) if preview or preview_dir else None
     for job in jobs:
         request = job.request(pipeline.sample_size)
         path = job.path(request)

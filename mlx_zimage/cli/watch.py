@@ -37,8 +37,6 @@ class Watch:
             return
         if isinstance(event, Step) and event.index < self.bar.n:  # begun again, in another dtype
             self._open("Drawing", self.steps, "step")
-        if isinstance(event, Step) and event.index < self.bar.n:  # float16 overflowed: again from the first step
-            self._open("Drawing", self.steps, "step")
         self.bar.update()
         if isinstance(event, Generated):
             self._close()

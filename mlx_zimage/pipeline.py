@@ -202,17 +202,20 @@ class ZImagePipeline:
         plan = self._plan(request, prompts)
         self._adopt(plan)
         captions = []
-        for ids in prompts:
-            captions.append((yield from self._encode(ids)))
-        if not plan.keep:
-            self.text_encoder.source.release()
-        with wired(self._resident(plan)):
-            velocities = [self.transformer.velocity(caption, sigmas[:-1], h, w) for caption in captions]
-            velocity = velocities[0] if len(velocities) == 1 else guide(*velocities, request.guidance_scale)
-            for step in denoise(velocity, noise, sigmas):
-                yield step
-        if not plan.keep:
-            self.transformer.source.release()
+        try:
+            for ids in prompts:
+                captions.append((yield from self._encode(ids)))
+            if not plan.keep:
+                self.text_encoder.source.release()
+            with wired(self._resident(plan)):
+                velocities = [self.transformer.velocity(caption, sigmas[:-1], h, w) for caption in captions]
+                velocity = velocities[0] if len(velocities) == 1 else guide(*velocities, request.guidance_scale)
+                for step in denoise(velocity, noise, sigmas):
+                    yield step
+        finally:  # whoever leaves the loop gets the memory back too
+            if not plan.keep:
+                self.text_encoder.source.release()
+                self.transformer.source.release()
         return plan, step.latents
 
     def plan(self, request: GenerateRequest) -> Plan:

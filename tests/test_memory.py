@@ -94,6 +94,17 @@ def test_whether_the_model_stays_is_the_callers_choice(planner):
     assert planner.plan(*work, kept, keep=True).keep
 
 
+def test_leaving_a_staged_run_gives_its_memory_back():
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=False)
+    before = mx.get_active_memory()
+    for _ in pipe.denoise(request(width=48, height=48)):
+        during = mx.get_active_memory() - before
+        break
+    weights = sum(pipe.planner.transformer.blocks.values())
+    assert during > weights
+    assert mx.get_active_memory() - before < weights / 4, "the schedule's modulations and the prompt's embeddings stay"
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_only_weights_that_stay_are_wired_and_only_for_the_steps(monkeypatch, keep):
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=keep)

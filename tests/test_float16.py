@@ -72,6 +72,14 @@ def test_products_beyond_its_range_are_as_exact_as_others(folder, monkeypatch):
         assert not mx.isfinite(found).all(), f"{name} do not overflow, so that this test shows nothing"
 
 
+@pytest.mark.parametrize("factor", [2.0**-12, 2.0**13], ids=["faint", "large"])
+def test_its_room_is_wide_on_both_sides(folder, factor):
+    write(folder, {"w3": factor})
+    exact, found = (outputs(ZImagePipeline.from_pretrained(folder, dtype=dtype)) for dtype in ("float32", "float16"))
+    # measured 2e-3 at every power of two between; at 2**14 w3's own product overflows
+    assert relative_error(found["velocity"], exact["velocity"]) < 4e-3
+
+
 def test_float16_is_nearer_to_float32_than_bfloat16(pipe, tiny_folder):
     exact = outputs(pipe)
     halves = [outputs(ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)) for dtype in ("float16", "bfloat16")]

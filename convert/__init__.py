@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import RequestError
 from .choose import Recipe, quantizations
-from .plan import FORMATS, SPELLED, describe, fingerprint, plan_comfyui, plan_folder
-from .sources import CONVERSION, open_source
+from .plan import FORMATS, SPELLED, Plan, describe, fingerprint, plan_comfyui, plan_folder
+from .sources import CONVERSION, Source, open_source
 from .writer import OutputFolder, check_absent, check_outside, render_json
 
 __all__ = ["Progress", "convert", "convert_steps"]
@@ -29,65 +29,9 @@ class Progress:
     total_bytes: int
 
 
-def convert(
-    source: str | Path,
-    dest: str | Path,
-    *,
-    dtype: str = "bfloat16",
-    bits: int | None = None,
-    group_size: int | None = None,
-    mode: str = "affine",
-    text_encoder_bits: int | None = None,
-    transformer_bits: int | None = None,
-    text_encoder: str | Path | None = None,
-    vae: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    base: str | Path | None = None,
-    format: str = "mlx",
-    recipe: str | Recipe = "uniform",
-    target_size: int | str | None = None,
-    search: bool = False,
-) -> Path:
-    """Write the model at source as the folder dest, which must not exist, and return its path.
-
-    source is a diffusers folder, a Hugging Face id, "pocket", a folder of ours or of mflux, or a safetensors or GGUF
-    file. What it lacks comes from text_encoder, vae and tokenizer, else from base: see sources.open_source.
-
-    dtype ("bfloat16", "float32", "float16") is that of every tensor which is not quantized. The matrices of the
-    attention and feed-forward layers are quantized if bits are given, or a mode other than "affine": bits 2, 3, 4, 5,
-    6 or 8 in groups of 32, 64 (the default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" have one choice each.
-    text_encoder_bits and transformer_bits stand in for bits in that network; 0 or 16 leaves it dense.
-
-    recipe "mixed" gives the transformer's most sensitive matrices more bits than the rest; a function of component,
-    name and shape gives each tensor its quantize.Quantization, or None to leave it dense. target_size ("3.2GB", or
-    bytes) gives each layer the bits that are best within that size, tokenizer and configs aside. search fits the
-    scales of "affine" by least squares, which is slower and nearer to the source.
-
-    format "mlx" is a folder for this package. "diffusers" and "comfyui" lead back: a diffusers folder, or a single
-    safetensors file with all three networks; neither can be quantized.
-
-    The folder appears under its name only when it is whole. On any failure nothing is left; after a kill or a crash the
-    same call goes on from the finished shards. SHA256SUMS in the folder has the checksum of every other file.
-    """
-    steps = convert_steps(
-        source,
-        dest,
-        dtype=dtype,
-        bits=bits,
-        group_size=group_size,
-        mode=mode,
-        text_encoder_bits=text_encoder_bits,
-        transformer_bits=transformer_bits,
-        text_encoder=text_encoder,
-        vae=vae,
-        tokenizer=tokenizer,
-        base=base,
-        format=format,
-        recipe=recipe,
-        target_size=target_size,
-        search=search,
-    )
-    for _ in steps:
+def convert(source: str | Path, dest: str | Path, **options) -> Path:
+    """Write the model at source as the folder dest, and return its path. The options are those of `convert_steps`."""
+    for _ in convert_steps(source, dest, **options):
         pass
     return Path(dest).expanduser()
 
@@ -111,7 +55,28 @@ def convert_steps(
     target_size: int | str | None = None,
     search: bool = False,
 ) -> Iterator[Progress]:
-    """Do what `convert` does, yielding Progress after each tensor. Leaving the loop stops the work and undoes it."""
+    """Write the model at source as the folder dest, which must not exist, yielding Progress after each tensor.
+
+    source is a diffusers folder, a Hugging Face id, "pocket", a folder of ours or of mflux, or a safetensors or GGUF
+    file. What it lacks comes from text_encoder, vae and tokenizer, else from base: see sources.open_source.
+
+    dtype ("bfloat16", "float32", "float16") is that of every tensor which is not quantized. The matrices of the
+    attention and feed-forward layers are quantized if bits are given, or a mode other than "affine": bits 2, 3, 4, 5,
+    6 or 8 in groups of 32, 64 (the default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" have one choice each.
+    text_encoder_bits and transformer_bits stand in for bits in that network; 0 or 16 leaves it dense.
+
+    recipe "mixed" gives the transformer's most sensitive matrices more bits than the rest; a function of component,
+    name and shape gives each tensor its quantize.Quantization, or None to leave it dense. target_size ("3.2GB", or
+    bytes) gives each layer the bits that are best within that size, tokenizer and configs aside. search fits the
+    scales of "affine" by least squares, which is slower and nearer to the source.
+
+    format "mlx" is a folder for this package. "diffusers" and "comfyui" lead back: a diffusers folder, or a single
+    safetensors file with all three networks; neither can be quantized.
+
+    The folder appears under its name only when it is whole. Leaving the loop stops the work and undoes it, and so does
+    any failure; after a kill or a crash the same call goes on from the finished shards. SHA256SUMS in the folder has
+    the checksum of every other file. Options and sources are checked by the call itself, before the loop begins.
+    """
     if dtype not in SPELLED:
         raise RequestError(f"dtype must be one of {', '.join(SPELLED)}, got {dtype!r}")
     if format not in FORMATS:
@@ -119,9 +84,9 @@ def convert_steps(
     wanted = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
     if format != "mlx" and wanted.quantizes:
         raise RequestError(f"{format} cannot read MLX's quantized weights; leave the bits out")
-    opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base)
     dest = Path(dest).expanduser()
-    check_absent(dest)
+    check_absent(dest)  # before anything is fetched
+    opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base)
     check_outside(dest, opened.at)
     if format == "comfyui":
         plan = plan_comfyui(opened, dtype, dest.name)
@@ -129,11 +94,15 @@ def convert_steps(
         told = describe(opened, dtype, wanted.to_dict() | {"search": search})
         small = opened.files | {CONVERSION: render_json(told)}
         plan = plan_folder(opened, dtype, wanted.choice(opened, dtype), search, format, small)
+    return _write(opened, plan, dest, dtype)
+
+
+def _write(source: Source, plan: Plan, dest: Path, dtype: str) -> Iterator[Progress]:
     done = 0
-    with OutputFolder(dest, fingerprint(opened, plan), plan.nbytes, plan.single) as folder:
+    with OutputFolder(dest, fingerprint(source, plan), plan.nbytes, plan.single) as folder:
         for shard in plan.shards:
             for task in folder.write_shard(shard, dtype):
                 done += sum(tensor.nbytes for tensor in task.tensors)
-                yield Progress(task.component, task.tensors[0].name, done, opened.nbytes)
+                yield Progress(task.component, task.tensors[0].name, done, source.nbytes)
         for name, content in plan.files.items():
             folder.write(name, content)

@@ -17,6 +17,7 @@ from math import prod
 import mlx.core as mx
 
 from ..errors import RequestError
+from ..memory import parse_memory
 from ..quantize import MODES, Quantization, default_quantization, recipe
 from .pack import pack, unpack
 from .rows import SourceComponent, Tensor
@@ -30,7 +31,6 @@ RAISED = {"to_v": 2, "to_out": 1}  # steps up in BITS, for `mixed`
 IMPORTANCE = {"to_q": 1.2, "to_k": 1.0, "to_v": 18.0, "to_out": 11.0, "w1": 9.0, "w2": 21.0, "w3": 13.0}
 TEXT_ENCODER_IMPORTANCE = 0.4
 KIND = re.compile(r".*\.(to_q|to_k|to_v|to_out|w1|w2|w3)\.")
-SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SAMPLED_RUNS, SAMPLED_ROWS = 4, 8  # rows that stand for a matrix: so many runs of so many
 LEAST_BITS = 3  # 2 bits leave an error of 0.4 of the weights
 
@@ -132,10 +132,10 @@ def custom(own: Recipe) -> Choice:
 
 def parse_size(size: int | str) -> int:
     """Bytes, from a number or a text such as "3.2GB" (decimal) or "3GiB" (binary)."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
-    if not found or found[2].upper() not in SIZES:
-        raise RequestError(f"target size must be like 3.2GB or 900MB, got {size!r}")
-    return int(float(found[1]) * SIZES[found[2].upper()])
+    try:
+        return parse_memory(size)
+    except RequestError:
+        raise RequestError(f"target size must be like 3.2GB or 900MB, got {size!r}") from None
 
 
 def within(target: int, source: Source, group_size: int | None, dtype: str) -> Choice:

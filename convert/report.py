@@ -15,17 +15,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, OutputError, RequestError
+from ..models.transformer import PATCH
 from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
-from ..weights import COMPONENTS, open_checkpoint, read_json
+from ..weights import COMPONENTS, open_checkpoint
 from .official import REPOSITORY
 from .rows import Tensor, read_rows
-from .sources import CONVERSION, open_folder, open_source
+from .sources import CONVERSION, Source, open_folder, open_source
 from .writer import add_files, render_json
 
 QUALITY, CARD = "quality.json", "README.md"
+STEPS = 8
 PROMPTS = (
     "a red fox in the snow, soft morning light",
     "霓虹灯下的街道，写着「造相」",
@@ -56,45 +58,75 @@ def report_steps(
     *,
     prompts: Sequence[str] = PROMPTS,
     size: int | None = None,
-    steps: int = 8,
+    steps: int = STEPS,
     dtype: str | None = None,
     memory: str | int | None = None,
 ) -> Iterator[Compared]:
     """Compare the model in folder with its source, a model folder or id, yielding Compared as it goes.
 
-    Each prompt is drawn by both, at size x size pixels from the seed that is its place in the list. dtype and memory
-    are those of ZImagePipeline.from_pretrained; a budget lets a model be read by blocks that memory would not hold.
+    Each prompt is drawn by both, one model after the other, at size x size pixels from the seed that is its place in
+    the list. dtype and memory are those of ZImagePipeline.from_pretrained; a budget lets a model be read by blocks
+    that memory would not hold.
     """
     folder = Path(folder).expanduser()
-    if not (folder / CONVERSION).is_file():
-        raise CheckpointError(f"{folder} was not written by this converter; nothing would tell what it is")
-    theirs = open_source(source)
-    ours = open_folder(folder, folder.name, COMPONENTS)
+    ours, theirs = open_ours(folder), open_source(source)
     packed = []
     for component in open_checkpoint(folder).components:
         names = {f"{layer}.weight" for layer in component.quantizations}
         exact = {tensor.name: tensor for tensor in theirs.components[component.name].tensors}
         own = ours.components[component.name].tensors
         packed += [(component.name, t, exact[t.name]) for t in own if t.name in names and t.name in exact]
-    total = len(packed) + len(prompts)
+    total = len(packed) + 2 * len(prompts)
     layers = {}
-    for i, (name, tensor, exact) in enumerate(packed):
+    for i, (name, tensor, exact) in enumerate(packed, 1):
         layers[f"{name} {tensor.name}"] = weight_error(tensor, exact)
-        yield Compared(tensor.name, i + 1, total)
-    pipes = [ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory) for model in (folder, source)]
-    size = pipes[1].sample_size if size is None else size
+        yield Compared(tensor.name, i, total)
+    pipe = ZImagePipeline.from_pretrained(source, dtype=dtype, memory=memory)
+    requests = _requests(pipe, prompts, size, steps)
+    drawn = []
+    for i, request in enumerate(requests, len(packed) + 1):
+        drawn.append(draw(pipe, request))
+        yield Compared(request.prompt, i, total)
+    del pipe  # one model at a time
+    pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype, memory=memory)
     pictures = []
-    for seed, prompt in enumerate(prompts):
-        request = GenerateRequest(prompt=prompt, width=size, height=size, seed=seed, steps=steps)
-        pictures.append({"prompt": prompt, "seed": seed} | compare(*pipes, request))
-        yield Compared(prompt, len(packed) + seed + 1, total)
+    for i, (request, wanted) in enumerate(zip(requests, drawn, strict=True), len(packed) + len(prompts) + 1):
+        pictures.append({"prompt": request.prompt, "seed": request.seed} | compare(pipe, request, wanted))
+        yield Compared(request.prompt, i, total)
     quality = {
-        "size": size,
+        "size": requests[0].width if requests else None,
         "steps": steps,
+        "dtype": str(pipe.dtype).rpartition(".")[2],
         "weight_error": {"mean": float(np.mean(list(layers.values()) or [0.0])), "layers": layers},
         "pictures": pictures,
     }
     add_files(folder, {QUALITY: render_json(quality), CARD: model_card(ours.conversion, quality).encode()})
+
+
+def check_source(source: str | Path, memory: str | int | None = None) -> None:
+    """Refuse, before any work, a source that `report` could not draw with."""
+    if Path(source).expanduser().is_file():
+        raise RequestError(
+            f"a report draws with the source, and {source} is a single file; convert it to a folder without "
+            f"quantizing, then that folder with a report"
+        )
+    pipe = ZImagePipeline.from_pretrained(source, memory=memory)
+    for request in _requests(pipe, PROMPTS, None, STEPS):
+        pipe.plan(request)
+
+
+def _requests(pipe: ZImagePipeline, prompts: Sequence[str], size: int | None, steps: int) -> list[GenerateRequest]:
+    size = size or pipe.sample_size
+    return [
+        GenerateRequest(prompt=prompt, width=size, height=size, seed=seed, steps=steps)
+        for seed, prompt in enumerate(prompts)
+    ]
+
+
+def open_ours(folder: Path) -> Source:
+    if not (folder / CONVERSION).is_file():
+        raise CheckpointError(f"{folder} was not written by this converter; nothing would tell what it is")
+    return open_folder(folder, folder.name, COMPONENTS)
 
 
 def weight_error(tensor: Tensor, exact: Tensor) -> float:
@@ -106,25 +138,33 @@ def weight_error(tensor: Tensor, exact: Tensor) -> float:
     return sqrt(error / power) if power else 0.0
 
 
-def compare(ours: ZImagePipeline, theirs: ZImagePipeline, request: GenerateRequest) -> dict:
-    """How far our picture of a request is from theirs, and our velocity from theirs at each of their steps."""
-    vae = theirs.checkpoint.vae.config
+def draw(pipe: ZImagePipeline, request: GenerateRequest) -> tuple[list[mx.array], np.ndarray]:
+    """The latents (1, h, w, 16) before and after each step, and the pixels."""
+    vae = pipe.checkpoint.vae.config
     h, w = request.height // vae.scale, request.width // vae.scale
     noise = initial_noise(request.seed, (1, vae.latent_channels, h, w))
-    sigmas = theirs.checkpoint.scheduler.sigmas(request.steps, (h // 2) * (w // 2))
-    stops = [noise.transpose(0, 2, 3, 1), *(step.latents for step in theirs.denoise(request, noise))]
-    *_, last = ours.denoise(request, noise)
-    velocity = ours.transformer.velocity(ours.encode(request.prompt), sigmas[:-1], h, w)
+    stops = {0: noise.transpose(0, 2, 3, 1)} | {step.index + 1: step.latents for step in pipe.denoise(request, noise)}
+    return list(stops.values()), pipe.decode(stops[request.steps][0])
+
+
+def compare(pipe: ZImagePipeline, request: GenerateRequest, wanted: tuple[list[mx.array], np.ndarray]) -> dict:
+    """How far a pipeline's picture of a request is from what another drew, and its velocity at each of its steps."""
+    stops, pixels = wanted
+    (*_, last), own_pixels = draw(pipe, request)
+    _, h, w, _ = last.shape
+    sigmas = pipe.checkpoint.scheduler.sigmas(request.steps, (h // PATCH) * (w // PATCH))
+    velocity = pipe.transformer.velocity(pipe.encode(request.prompt), sigmas[:-1], h, w)
     errors = []
     for i in range(request.steps):
         exact = (stops[i + 1] - stops[i]) / float(sigmas[i + 1] - sigmas[i])
         errors.append(_relative(velocity(stops[i], i), exact))
-    ours_last, theirs_last = last.latents, stops[-1]
-    pixels = [pipe.decode(x[0]).astype(np.float32) for pipe, x in ((ours, ours_last), (theirs, theirs_last))]
-    off = float(np.square(pixels[0] - pixels[1]).mean())
+    if not pipe.plan(request).keep:
+        pipe.transformer.source.release()
+    off = float(np.square(own_pixels.astype(np.float32) - pixels).mean())
     return {
         "velocity_error": errors,
-        "latent_cosine": _cosine(ours_last, theirs_last),
+        "latent_error": _relative(last, stops[-1]),
+        "latent_cosine": _cosine(last, stops[-1]),
         "psnr_db": 10 * log10(255**2 / off) if off else None,  # None: the same picture
     }
 
@@ -139,17 +179,24 @@ def _cosine(a: mx.array, b: mx.array) -> float:
 
 def model_card(conversion: dict, quality: dict | None = None) -> str:
     """README.md as the Hugging Face hub reads it, with the table of quality where it was measured."""
-    official = conversion["source"] == REPOSITORY
+    told, origins = conversion, []
+    while told:
+        origins.append(told["source"])
+        told = told.get("before")
+    bases = [origin for origin in origins if "/" in origin]  # ids on the hub; files and folders tell no path
     lines = ["---", "library_name: mlx", "pipeline_tag: text-to-image"]
-    lines += [f"base_model: {REPOSITORY}", "license: apache-2.0"] if official else []
-    lines += ["tags:", "- mlx", "---", "", f"# Z-Image for MLX, from {conversion['source']}", ""]
+    lines += [f"base_model: {bases[0]}"] if bases else []
+    lines += ["license: apache-2.0"] if REPOSITORY in origins else []
+    lines += ["tags:", "- mlx", "---", "", f"# Z-Image for MLX, from {origins[0]}", ""]
     lines += [f"Written by {conversion['converter']}. Weights that are not quantized are {conversion['dtype']}.", ""]
     lines += ["    mlx-zimage generate 'a lighthouse at dusk' --model FOLDER", ""]
     if quality:
-        size, mean = quality["size"], quality["weight_error"]["mean"]
+        mean = quality["weight_error"]["mean"]
+        lines += [f"Quantized weights are off by {mean:.4f} (relative root mean square, mean of the layers).", ""]
+    if quality and quality["pictures"]:
         lines += [
-            f"Compared with its source at {size}x{size} pixels in {quality['steps']} steps. Quantized weights are off "
-            f"by {mean:.4f} (relative root mean square, mean of the layers).",
+            f"Pictures of {quality['size']}x{quality['size']} pixels, compared with the source's in "
+            f"{quality['steps']} steps; seeds are 0, 1, ... from the top.",
             "",
             "| prompt | velocity error, mean of the steps | cosine of the final latents | PSNR of the picture |",
             "|---|---|---|---|",
@@ -162,20 +209,45 @@ def model_card(conversion: dict, quality: dict | None = None) -> str:
     return "\n".join(lines)
 
 
+def check_upload(repository: str) -> None:
+    """Refuse, before any work, an upload that cannot succeed: a name that is none, no token, or one that is refused."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise RequestError(f"{repository!r} is no name of a repository: {_first_line(error)}") from error
+    if "/" not in repository:
+        raise RequestError(f"{repository!r} is no name of a repository; it is OWNER/NAME")
+    if get_token() is None:
+        raise RequestError(f"uploading to {repository} needs a token of the hub; `hf auth login`, or set HF_TOKEN")
+    try:
+        HfApi().whoami()
+    except HTTPError as error:
+        raise OutputError(f"the hub would not take an upload to {repository}: {_first_line(error)}") from error
+
+
 def upload(folder: str | Path, repository: str) -> None:
     """Send a folder that the converter wrote to the Hugging Face hub, with a model card; the repository may exist."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     folder = Path(folder).expanduser()
-    if not (folder / CONVERSION).is_file():
-        raise CheckpointError(f"{folder} was not written by this converter; nothing would tell what it is")
+    ours = open_ours(folder)
     if not (folder / CARD).exists():
-        add_files(folder, {CARD: model_card(read_json(folder / CONVERSION)).encode()})
+        add_files(folder, {CARD: model_card(ours.conversion).encode()})
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HFValidationError, HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OutputError(f"{folder} could not be uploaded to {repository}: {reason}") from error
+        raise OutputError(
+            f"{folder} is whole, but could not be uploaded to {repository}: {_first_line(error)}; "
+            f"`hf upload {repository} {folder}` tries again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,5 +1,6 @@
-"""A server on loopback that speaks as much of the Hugging Face hub's protocol as fetching a repository takes."""
+"""A server on loopback that speaks as much of the Hugging Face hub's protocol as fetching and filling one takes."""
 
+import base64
 import hashlib
 import json
 import re
@@ -12,7 +13,7 @@ COMMIT = "c" * 40
 
 class Hub:
     """Serves a folder as the repository `name`. token: wanted of clients. cut: path -> bytes after which, once, the
-    connection is dropped. seen: (method, path, Range) of every request."""
+    connection is dropped. seen: (method, path, Range) of every request. received: what was uploaded, by path."""
 
     def __init__(self, folder: Path, name: str):
         self.name = name
@@ -20,6 +21,7 @@ class Hub:
         self.token: str | None = None
         self.cut: dict[str, int] = {}
         self.seen: list[tuple[str, str, str | None]] = []
+        self.received: dict[str, bytes] = {}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -28,7 +30,7 @@ class Hub:
             def do_GET(self):
                 hub.answer(self)
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_GET
 
             def log_message(self, *_):
                 pass
@@ -53,6 +55,10 @@ class Hub:
         self.seen.append((request.command, path, request.headers.get("Range")))
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             self.send(request, 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
+        elif request.command == "POST":
+            self.take(request, path)
+        elif path == "/api/whoami-v2":
+            self.send_json(request, {"type": "user", "name": "me"})
         elif re.fullmatch(rf"/api/models/{self.name}(/revision/[\w.]+)?", path):
             self.send_json(
                 request, {"id": self.name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in self.files]}
@@ -63,6 +69,25 @@ class Hub:
             self.send_file(request, found[1])
         else:
             self.send(request, 404, {"X-Error-Code": "RepoNotFound"})
+
+    def take(self, request, path: str) -> None:
+        """One step of an upload: the repository is made, each file asked about, all sent in one commit."""
+        body = request.rfile.read(int(request.headers["Content-Length"]))
+        if path == "/api/repos/create":
+            self.send_json(request, {"url": f"{self.endpoint}/{self.name}"})
+        elif path == "/api/validate-yaml":
+            self.send_json(request, {"errors": [], "warnings": []})
+        elif path == f"/api/models/{self.name}/preupload/main":
+            asked = json.loads(body)["files"]
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+            self.send_json(request, {"files": modes})
+        elif path == f"/api/models/{self.name}/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.send_json(request, {"commitUrl": f"{self.endpoint}/{self.name}/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            self.send(request, 404, {})
 
     def entry(self, name: str) -> dict:
         return {"type": "file", "path": name, "size": self.files[name].stat().st_size, "oid": self.sha(name)}

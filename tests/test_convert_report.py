@@ -1,16 +1,28 @@
 """The report on a converted model is true of it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from unittest.mock import create_autospec
 
+import huggingface_hub
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
+from hub import Hub
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError, HTTPError
 from mlx_zimage.convert import convert
-from mlx_zimage.convert.report import model_card, report, upload
+from mlx_zimage.convert import report as module
+from mlx_zimage.convert.report import check_source, model_card, report, report_steps, upload
 from mlx_zimage.convert.verify import verify
 
-from mlx_zimage.errors import CheckpointError, OutputError
+from mlx_zimage.cli import main
+from mlx_zimage.errors import CheckpointError, OutputError, RequestError
 from mlx_zimage.weights import open_checkpoint
 
 PROMPTS = ["a red circle | on a blue background"]
@@ -72,25 +84,95 @@ def test_a_folder_of_another_hand_is_left_alone(tmp_path):
         report(folder, "pocket", **OPTIONS)
 
 
-def test_what_is_uploaded_has_a_card_that_the_hub_can_read(tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub import ModelCard
-    from huggingface_hub.errors import HFValidationError
+def test_a_card_tells_what_the_model_was_made_from(tmp_path):
+    def told(source, before=None):
+        conversion = {"converter": "mlx-zimage", "source": source, "dtype": "bfloat16"}
+        conversion |= {"before": before} if before else {}
+        return ModelCard(model_card(conversion)).data.to_dict()
 
+    always = {"library_name": "mlx", "pipeline_tag": "text-to-image", "tags": ["mlx"]}
+    assert told("folder") == always
+    assert told("some/model") == always | {"base_model": "some/model"}
+    official = {"base_model": "Tongyi-MAI/Z-Image-Turbo", "license": "apache-2.0"}
+    assert told("Tongyi-MAI/Z-Image-Turbo") == always | official
+    assert told("bf16", {"source": "Tongyi-MAI/Z-Image-Turbo"}) == always | official
+
+
+@pytest.fixture
+def api(monkeypatch):
     api = create_autospec(huggingface_hub.HfApi, instance=True)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
-    out = convert("pocket", tmp_path / "out", bits=4)
-    upload(out, "me/pocket-4bit")
-    api.create_repo.assert_called_once_with("me/pocket-4bit", exist_ok=True)
-    api.upload_folder.assert_called_once_with(repo_id="me/pocket-4bit", folder_path=out)
-    assert ModelCard.load(out / "README.md").data.to_dict() == {
-        "library_name": "mlx", "pipeline_tag": "text-to-image", "tags": ["mlx"],
-    }  # fmt: skip
-    told = json.loads((out / "conversion.json").read_text()) | {"source": "Tongyi-MAI/Z-Image-Turbo"}
-    assert ModelCard(model_card(told)).data.base_model == "Tongyi-MAI/Z-Image-Turbo"
-    assert verify(out) == []
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_test")
+    return api
+
+
+def test_what_cannot_be_uploaded_is_told(folders, api):
     with pytest.raises(CheckpointError, match="was not written by this converter"):
         upload(open_checkpoint("pocket").folder, "me/pocket")
     api.create_repo.side_effect = HFValidationError("no such name\nand more")
-    with pytest.raises(OutputError, match=r"could not be uploaded to me/pocket: no such name$"):
-        upload(out, "me/pocket")
+    with pytest.raises(OutputError, match=r"could not be uploaded to me/pocket: no such name; `hf upload me/pocket"):
+        upload(folders[8], "me/pocket")
+
+
+def test_one_command_converts_reports_and_uploads(tmp_path, api, monkeypatch):
+    monkeypatch.setattr(module, "report_steps", partial(report_steps, **OPTIONS))
+    out = str(tmp_path / "out")
+    result = CliRunner().invoke(main, ["convert", "pocket", out, "--q-bits", "8", "--report", "--upload-repo", "me/x"])
+    assert (result.exit_code, result.stdout) == (0, f"{out}\n"), result.stderr
+    api.create_repo.assert_called_once_with("me/x", exist_ok=True)
+    api.upload_folder.assert_called_once_with(repo_id="me/x", folder_path=Path(out))
+    assert json.loads(Path(out, "quality.json").read_text())["pictures"][0]["latent_cosine"] > 0.99
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "code", "message"),
+    [
+        (
+            ["--upload-repo", "me/x"],
+            None,
+            2,
+            "uploading to me/x needs a token of the hub; `hf auth login`, or set HF_TOKEN",
+        ),
+        (["--upload-repo", "me x"], "hf", 2, "'me x' is no name of a repository"),
+        (["--upload-repo", "x"], "hf", 2, "'x' is no name of a repository; it is OWNER/NAME"),
+        (["--upload-repo", "me/x"], "refused", 6, "the hub would not take an upload to me/x: no"),
+        (["--upload-repo", "me/x", "--format", "comfyui"], "hf", 2, "are for folders of this program's, not comfyui"),
+        (["--report", "--vae", "pocket"], None, 2, "--report compares with SOURCE alone; leave --vae out"),
+        (["--report", "--memory", "1MB"], None, 5, "1 MB"),
+        (["--memory", "1GB"], None, 2, "--memory is for --report"),
+    ],
+)
+def test_what_a_report_or_an_upload_lacks_is_told_before_any_work(
+    tmp_path, api, monkeypatch, options, token, code, message
+):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    if token == "refused":
+        api.whoami.side_effect = HTTPError("no")
+    result = CliRunner().invoke(main, ["convert", "pocket", str(tmp_path / "out"), "--q-bits", "4", *options])
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_needs_a_source_that_draws(tmp_path):
+    file = convert("pocket", tmp_path / "all.safetensors", format="comfyui")
+    with pytest.raises(RequestError, match=r"a report draws with the source, and .* is a single file"):
+        check_source(file)
+
+
+def test_the_hub_is_given_the_whole_folder(folders):
+    """Through the hub's own client, against a server that speaks its protocol."""
+    with Hub(folders[3], "me/pocket-3bit") as hub:
+        hub.token = "hf_test"
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        program = "import sys; from mlx_zimage.convert.report import check_upload, upload\n"
+        program += "check_upload(sys.argv[2]); upload(*sys.argv[1:])"
+        command = [sys.executable, "-c", program, folders[3], hub.name]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("POST", "/api/repos/create", None) in hub.seen
+    paths = [path for path in folders[3].rglob("*") if path.is_file()]
+    assert hub.received == {path.relative_to(folders[3]).as_posix(): path.read_bytes() for path in paths}
+    assert "README.md" in hub.received
+    assert verify(folders[3]) == []

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import click
 
+from ..errors import RequestError
 from ..quantize import MODES
 from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar
@@ -44,8 +46,16 @@ from .output import print_path, progress_bar
     show_default=True,
     help="mlx is a folder for this program; diffusers (a folder) and comfyui (one file) lead back.",
 )
+@click.option(
+    "--report",
+    "reported",
+    is_flag=True,
+    help="Compare DEST with SOURCE, by layer and by pictures, and write it into DEST.",
+)
+@click.option("--memory", metavar="SIZE", help="What --report may use, such as 12GB.  [default: as generate]")
+@click.option("--upload-repo", metavar="ID", help="Send DEST, with a model card, to this repository of the hub.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only the folder's path.")
-def convert(source, dest, quiet, **options):
+def convert(source, dest, reported, memory, upload_repo, quiet, **options):
     """Write SOURCE as an MLX model folder DEST and print its path.
 
     SOURCE is a diffusers folder, a Hugging Face id, 'pocket', a folder of this program's or of mflux, or a safetensors
@@ -53,10 +63,30 @@ def convert(source, dest, quiet, **options):
     stay in --dtype. A conversion that was killed goes on where it was when the same command is given again.
     """
     from ..convert import convert_steps
+    from ..convert.report import check_source, check_upload, report_steps, upload
 
-    with progress_bar(quiet, unit="B", unit_scale=True) as bar:
-        for step in convert_steps(source, dest, **options):
-            bar.total = step.total_bytes
-            bar.set_description(step.component, refresh=False)
-            bar.update(step.done_bytes - bar.n)
+    if (reported or upload_repo) and options["format"] != "mlx":
+        raise RequestError(f"--report and --upload-repo are for folders of this program's, not {options['format']}")
+    if memory and not reported:
+        raise RequestError("--memory is for --report; a conversion needs little")
+    given = [f"--{name.replace('_', '-')}" for name in ("text_encoder", "vae", "tokenizer", "base") if options[name]]
+    if reported and given:
+        raise RequestError(f"--report compares with SOURCE alone; leave {' and '.join(given)} out")
+    if upload_repo:
+        check_upload(upload_repo)
+    with closing(convert_steps(source, dest, **options)) as steps:
+        if reported:
+            check_source(source, memory)
+        with progress_bar(quiet, unit="B", unit_scale=True) as bar:
+            for step in steps:
+                bar.total = step.total_bytes
+                bar.set_description(step.component, refresh=False)
+                bar.update(step.done_bytes - bar.n)
+    if reported:
+        with progress_bar(quiet, desc="Comparing") as bar, closing(report_steps(dest, source, memory=memory)) as steps:
+            for step in steps:
+                bar.total = step.total
+                bar.update(step.done - bar.n)
+    if upload_repo:
+        upload(dest, upload_repo)
     print_path(dest)

@@ -13,18 +13,22 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from . import __version__
+from .library import CHOICES, SHARE, choose_bits, home, weights_bytes
 from .memory import machine_budget
+from .weights import COMPONENTS
 
 # Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one
 # rounding errs by 2**-9, a result of rounded operands and output by a few of them. float16 keeps three bits more.
 # float32 on a GPU may multiply in TF32, which keeps 11.
 LIMITS = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 4e-3}
+
+DOWNLOAD = 33 * 10**9  # bytes of the published model
+MACOS = 14  # the oldest that MLX's wheels are built for
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,46 @@ CASES = {
 }
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one thing about this machine will do for the full model, and why."""
+
+    name: str
+    will_do: bool
+    told: str
+
+
+def verdicts() -> list[Verdict]:
+    """What this machine's system, MLX build, memory and disk are good for."""
+    system = platform.system(), platform.mac_ver()[0], platform.machine()
+    place = next(path for path in (home(), *home().absolute().parents) if path.exists())
+    return judge(*system, mx.default_device() == mx.gpu, machine_budget(), shutil.disk_usage(place).free)
+
+
+def judge(system: str, macos: str, cpu: str, has_gpu: bool, budget: int, free: int) -> list[Verdict]:
+    """The verdicts on a machine with a budget of memory and a free disk in bytes."""
+    if system == "Darwin" and cpu != "arm64":
+        on_system = Verdict("system", False, "MLX needs Apple Silicon, and a Python that is not run by Rosetta")
+    elif system == "Darwin" and int(macos.partition(".")[0]) < MACOS:
+        on_system = Verdict("system", False, f"MLX needs macOS {MACOS} or newer, and this is {macos}")
+    else:
+        on_system = Verdict("system", system in ("Darwin", "Linux"), f"MLX is built for {system} on {cpu}")
+    build = "computes on the GPU" if has_gpu else "computes on the CPU: right, but minutes a step at 1024x1024"
+    configs = {name: config() for name, config in COMPONENTS.items()}  # the full model's
+    sizes = {bits: weights_bytes(configs, bits) for bits in CHOICES}
+    bits = choose_bits(sizes, budget)
+    kind = "bfloat16" if bits is None else f"{bits} bits"
+    stays = sizes[bits] <= SHARE * budget
+    how = "stays in it" if stays else "is read from disk as needed, which is slower"
+    needed = DOWNLOAD + sizes[bits]
+    return [
+        on_system,
+        Verdict("MLX build", has_gpu, build),
+        Verdict("memory", stays, f"the model in {kind} ({sizes[bits] / 1e9:.1f} GB) {how}"),
+        Verdict("disk", free >= needed, f"a first run takes {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"),
+    ]
+
+
 def machine() -> dict[str, str]:
     """This machine and its versions, for people."""
     device = mx.device_info()
@@ -148,5 +192,4 @@ def machine() -> dict[str, str]:
         "device": f"{device.get('device_name', platform.machine())} ({mx.default_device().type.name})",
     }
     facts["memory to use"] = f"{machine_budget() / 1e9:.0f} GB"
-    facts["free disk here"] = f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB"
     return facts

@@ -161,11 +161,16 @@ def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
 
 def converted_bytes(folder: Path, bits: int | None) -> int:
     """The bytes of all weights of a model, known from its configs, once converted; bits None is bfloat16."""
+    configs = {name: config.from_dict(read_json(folder / name / "config.json")) for name, config in COMPONENTS.items()}
+    return weights_bytes(configs, bits)
+
+
+def weights_bytes(configs: dict, bits: int | None) -> int:
     quantization = Quantization(bits) if bits else None
     return sum(
         _tensor_bytes(component, name, shape, quantization)
-        for component, config in COMPONENTS.items()
-        for name, shape in config.from_dict(read_json(folder / component / "config.json")).shapes().items()
+        for component, config in configs.items()
+        for name, shape in config.shapes().items()
     )
 
 

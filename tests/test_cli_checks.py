@@ -1,6 +1,7 @@
 """verify and doctor: what they print and how they exit."""
 
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -46,8 +47,11 @@ def test_doctor_tells_machine_and_verdicts(run):
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"MLX               {mx.__version__}\n" in result.stdout
     assert "WRONG" not in result.stdout
+    for name in ("system", "MLX build", "memory", "disk"):
+        assert re.search(rf"^{name} +(will do|limits)  ", result.stdout, re.MULTILINE)
     told = json.loads(run("doctor", "--json").stdout)
     assert told["passed"] is True
+    assert [verdict["name"] for verdict in told["verdicts"]] == ["system", "MLX build", "memory", "disk"]
     assert {"name", "error", "limit"} < told["checks"][0].keys()
 
 

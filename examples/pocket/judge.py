@@ -49,7 +49,6 @@ COLOR_WITHIN = 50.0  # median distance to the palette's colour, in RGB; two pale
 STRAY = 6  # pixels
 EDGE = 2  # pixels on both sides of an outline where colours may mix
 LEAST_AREA = 25  # pixels
-MARGIN = 40  # pixels round an object where another shape of its area may reach
 LINE_SLANT = 0.2  # how far a row's or a pair's centres may leave their line, of its length
 
 
@@ -217,11 +216,11 @@ def _measure(one: Found, found: list[Found]) -> Seen:
         if any((hole & other.mask).any() for other in found if other is not one):
             mask |= hole
     left, top, right, bottom = _box(mask)
-    # what follows happens in a window round the object
-    window = np.pad(mask[top:bottom, left:right], MARGIN)
+    extent = max(right - left, bottom - top)
+    margin = extent // 2 + TAIL + 2  # round the object, where another shape of its area may reach
+    window = np.pad(mask[top:bottom, left:right], margin)
     rows, columns = np.nonzero(window)
     x, y = columns.mean() + 0.5, rows.mean() + 0.5
-    extent = max(right - left, bottom - top)
     radii, centers, overlaps, keeps_to = [], [], [], []
     for shape, measure in enumerate(_measures()):
         fits = []
@@ -234,7 +233,7 @@ def _measure(one: Found, found: list[Found]) -> Seen:
         box = _box(ideal)
         aspect = (right - left) / (bottom - top) * (box[3] - box[1]) / (box[2] - box[0])
         radii.append(radius)
-        centers.append((left - MARGIN + x, top - MARGIN + y - measure.down * radius))
+        centers.append((left - margin + x, top - margin + y - measure.down * radius))
         overlaps.append(overlap * min(aspect, 1 / aspect))
         sticks_out, is_open = window & ~_grown(ideal, TAIL), ~window & ~_grown(~ideal, TAIL)
         keeps_to.append(not sticks_out.any() and is_open.sum() < STRAY)

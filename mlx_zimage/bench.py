@@ -7,21 +7,25 @@ The fraction of the product's rate makes figures of different machines comparabl
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
 from . import __version__
+from .models.layers import sum_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
 from .models.vae import VAE, VAEConfig, sanitize
-from .pipeline import DTYPES, ZImagePipeline
+from .pipeline import DTYPES, ZImagePipeline, default_dtype
 from .quantize import Quantization, recipe
 from .scheduler import sigmas
 from .weights import Source
@@ -39,13 +43,16 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: sizes in pixels, the prompt in tokens, weights of `bits` (None: dense) in `mode`."""
+    """What is timed: sizes in pixels, the prompt in tokens, weights of `bits` (None: dense) in `mode`.
+
+    dtype None is the machine's own (see `pipeline.default_dtype`).
+    """
 
     width: int = 1024
     height: int = 1024
     steps: int = 8
-    caption_tokens: int = 64
-    dtype: str = "bfloat16"
+    caption_tokens: int = 96
+    dtype: str | None = None
     bits: int | None = None
     mode: str = "affine"
 
@@ -95,15 +102,15 @@ def random_networks(case: Case, size: str) -> tuple[TextEncoder, Transformer, VA
     quantization = None
     if case.bits is not None:
         quantization = Quantization(case.bits, {"nvfp4": 16, "affine": 64}.get(case.mode, 32), case.mode)
-    dtype = DTYPES[case.dtype]
+    dtype = DTYPES[case.dtype or default_dtype()]
 
-    def source(name: str, config) -> Source:
+    def source(name: str, config, dtype: mx.Dtype) -> Source:
         return Source(RandomComponent(name, config, quantization), dtype)
 
     return (
-        TextEncoder(text_encoder, source("text_encoder", text_encoder)),
-        Transformer(transformer, source("transformer", transformer)),
-        VAE(vae, source("vae", vae)),
+        TextEncoder(text_encoder, source("text_encoder", text_encoder, dtype)),
+        Transformer(transformer, source("transformer", transformer, dtype)),
+        VAE(vae, source("vae", vae, sum_dtype(dtype))),
     )
 
 
@@ -146,16 +153,43 @@ def timed(compute: Callable[[], mx.array], repeat: int) -> dict:
     }
 
 
+FIRST_STEP = """
+import sys
+from mlx_zimage import GenerateRequest, Step, ZImagePipeline
+
+model, dtype, width, height, steps, words = sys.argv[1:]
+pipe = ZImagePipeline.from_pretrained(model, dtype=dtype)
+request = GenerateRequest("a " * int(words), int(width), int(height), 0, int(steps))
+next(event for event in pipe.stream(request) if isinstance(event, Step))
+"""
+
+
+def time_first_step(model: str, case: Case) -> float:
+    """Seconds from the start of a new Python process to the end of its first step, no prompt being remembered."""
+    values = [model, case.dtype, case.width, case.height, case.steps, case.caption_tokens]
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-c", FIRST_STEP, *map(str, values)],
+        check=True,
+        env=os.environ | {"MLX_ZIMAGE_EMBEDDINGS": "off"},
+    )
+    return time.perf_counter() - start
+
+
 def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat: int = 3) -> dict:
     """Time prompt encoding, all steps and decoding; returns figures in seconds, GB and TFLOP/s.
 
-    model is "random" (weights of `size`) or what ZImagePipeline.from_pretrained takes.
+    model is "random" (weights of `size`) or what ZImagePipeline.from_pretrained takes; then the report also has the
+    seconds from the start of a new process to the end of its first step.
     """
+    case = replace(case, dtype=case.dtype or default_dtype())
+    cold_start = None
     if model == "random":
         text_encoder, transformer, vae = random_networks(case, size)
     else:
         pipe = ZImagePipeline.from_pretrained(model, dtype=case.dtype)
         text_encoder, transformer, vae = pipe.text_encoder, pipe.transformer, pipe.vae
+        cold_start = time_first_step(model, case)
     dtype, config = DTYPES[case.dtype], transformer.config
     h, w = case.height // vae.config.scale, case.width // vae.config.scale
     tokens = (h // PATCH) * (w // PATCH)
@@ -189,6 +223,7 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
         "steps": denoise,
         "decode": decode,
         "total_s": sum(phase["median_s"] for phase in (encode, denoise, decode)),
+        "cold_start_s": cold_start,
         "matmul_tflops": rate / 1e12,
         "steps_tflops": achieved / 1e12,
         "fraction_of_matmul": achieved / rate,
@@ -221,6 +256,8 @@ def table(report: dict) -> str:
         figures = report[phase]
         lines.append(f"{phase:8}{figures['median_s']:10.3f}{figures['first_s']:10.3f}{figures['peak_gb']:10.2f}")
     lines.append(f"{'total':8}{report['total_s']:10.3f}")
+    if report["cold_start_s"] is not None:
+        lines.append(f"from the start of a process to its first step: {report['cold_start_s']:.1f} s")
     lines.append(
         f"steps run at {report['steps_tflops']:.2f} TFLOP/s, {report['fraction_of_matmul']:.0%} of this machine's "
         f"product of the same width ({report['matmul_tflops']:.2f})"

@@ -101,7 +101,7 @@ def test_latents_of_two_pictures_draw_two(run):
         (["--latents", "infinite.npy"], "not finite"),
         (["--memory", "lots"], "memory must be a size such as 6GB"),
         (["--rng", "cuda"], "'cuda' is not one of"),
-        (["--dtype", "float16"], "'float16' is not one of"),
+        (["--dtype", "float16"], "'int8' is not one of"),
     ],
 )
 def test_a_value_that_cannot_work_is_named_before_any_work(run, tmp_path, monkeypatch, args, told):
@@ -136,6 +136,7 @@ def test_a_missing_model_folder_exits_with_3(run):
         result = run(*command)
         assert (result.exit_code, result.stdout) == (3, "")
         assert "no/such/folder" in result.stderr
+    assert "no model folder at ./folder" in run("generate", PROMPT, "-m", "./folder").stderr
 
 
 def test_a_folder_without_its_weights_exits_with_4(run, tmp_path):
@@ -212,11 +213,13 @@ def test_a_memory_budget_changes_no_pixel_and_too_small_a_one_exits_with_5(run):
 
 
 def test_bench_prints_a_table_or_json(run):
-    small = ["pocket", "--width", "32", "--height", "32", "--steps", "1", "--tokens", "8", "--dtype", "float32"]
-    assert re.search(r"^steps +\d", run("bench", *small, "--repeat", "2").stdout, re.MULTILINE)
-    report = json.loads(run("bench", *small, "--repeat", "2", "--json").stdout)
-    assert report["total_s"] > 0
-    assert run("bench", "pocket", "--width", "17").exit_code == 2
+    small = ["bench", "--model", "pocket", "--size", "32x32", "--steps", "1", "--tokens", "8", "--repeat", "1"]
+    table = run(*small, "--json", "report.json").stdout
+    assert re.search(r"^steps +\d", table, re.MULTILINE) and "first step: " in table
+    assert json.loads(Path("report.json").read_text())["cold_start_s"] > 0
+    assert json.loads(run(*small, "--json", "-").stdout)["total_s"] > 0
+    for size in ("17x32", "3:2", "small"):
+        assert run("bench", "--model", "pocket", "--size", size).exit_code == 2
 
 
 @pytest.mark.parametrize("options", [["--recipe", "mixed", "--q-bits", "4"], ["--target-size", "9MB", "--search"]])

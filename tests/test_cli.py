@@ -101,7 +101,7 @@ def test_latents_of_two_pictures_draw_two(run):
         (["--latents", "infinite.npy"], "not finite"),
         (["--memory", "lots"], "memory must be a size such as 6GB"),
         (["--rng", "cuda"], "'cuda' is not one of"),
-        (["--dtype", "float16"], "'int8' is not one of"),
+        (["--dtype", "int8"], "'int8' is not one of"),
     ],
 )
 def test_a_value_that_cannot_work_is_named_before_any_work(run, tmp_path, monkeypatch, args, told):

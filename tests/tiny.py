@@ -17,6 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx_zimage.convert import official
 
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.models.text_encoder import TextEncoderConfig
@@ -25,23 +26,14 @@ from mlx_zimage.models.vae import VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
-TRANSFORMER = {
-    "_class_name": "ZImageTransformer2DModel",
-    "all_patch_size": [2],
-    "all_f_patch_size": [1],
-    "in_channels": 16,
+# The official configs, made small.
+TRANSFORMER = official.CONFIGS["transformer"] | {
     "dim": 48,
     "n_layers": 3,
-    "n_refiner_layers": 2,
     "n_heads": 3,
     "n_kv_heads": 3,
-    "norm_eps": 1e-5,
-    "qk_norm": True,
     "cap_feat_dim": 40,
-    "rope_theta": 256.0,
-    "t_scale": 1000.0,
     "axes_dims": [4, 6, 6],
-    "axes_lens": [1536, 512, 512],
 }
 # wider than 256, where the width of the time embedding stops following the model's
 WIDE_TRANSFORMER = TRANSFORMER | {
@@ -53,68 +45,21 @@ WIDE_TRANSFORMER = TRANSFORMER | {
     "axes_dims": [48, 48, 48],
     "cap_feat_dim": 24,
 }
-TEXT_ENCODER = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
+TEXT_ENCODER = official.CONFIGS["text_encoder"] | {
     "hidden_size": 40,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "rope_scaling": None,
-    "max_position_embeddings": 40960,
     "max_window_layers": 4,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
     "vocab_size": 512,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
 }
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [8, 16, 24, 24],
-    "layers_per_block": 2,
-    "act_fn": "silu",
-    "latent_channels": 16,
-    "norm_num_groups": 4,
-    "sample_size": 1024,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "force_upcast": True,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "mid_block_add_attention": True,
-}
+VAE = official.CONFIGS["vae"] | {"block_out_channels": [8, 16, 24, 24], "norm_num_groups": 4}
 CONFIGS = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": False,
-    "shift": 3.0,
-}
-MODEL_INDEX = {
-    "_class_name": "ZImagePipeline",
-    "_diffusers_version": "0.36.0.dev0",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Qwen3Model"],
-    "tokenizer": ["transformers", "Qwen2Tokenizer"],
-    "transformer": ["diffusers", "ZImageTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 SHAPES = {
     "transformer": lambda config: TransformerConfig.from_dict(config).shapes(),
     "text_encoder": lambda config: TextEncoderConfig.from_dict(config).shapes(),
@@ -265,8 +210,8 @@ def write_checkpoint(folder: Path, seed: int, kind: str = "tiny") -> Path:
             arrays = {name: x * faintness(component, name) for name, x in arrays.items()}
         save_component(folder / component, component, arrays, config, dtype, shards)
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(official.SCHEDULER))
+    (folder / "model_index.json").write_text(json.dumps(official.MODEL_INDEX))
     shutil.copytree(GOLDEN / "tokenizer", folder / "tokenizer")
     return folder
 

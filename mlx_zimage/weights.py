@@ -27,7 +27,7 @@ from .quantize import Quantization
 from .scheduler import SchedulerConfig
 
 POCKET = Path(__file__).parent / "pocket"
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 COMPONENTS = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
 # What from_pretrained and convert need of a repository: no pictures, no second copies in other formats.

@@ -271,3 +271,10 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
     command = f'"{sys.executable}" -m mlx_zimage generate a {" ".join(SMALL)} --count 3 -q | true'
     result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True)
     assert result.stderr == b""
+
+
+def test_a_closed_stderr_is_no_fault(run, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    options = {"model": "pocket", "steps": "1", "size": "32x32"}
+    cli.main(["generate", "a", "--preview", *(f"--{k}={v}" for k, v in options.items())], standalone_mode=False)
+    assert [path.name for path in Path().iterdir()] == ["image.png"]

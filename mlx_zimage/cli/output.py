@@ -25,7 +25,8 @@ def progress_bar(quiet: bool = False, **options):
     """A bar on stderr if a person watches: rate and time left are in it."""
     from tqdm import tqdm
 
-    return tqdm(disable=True if quiet else None, **options)  # None: no bar where stderr is no terminal
+    hidden = True if quiet or sys.stderr is None else None  # None: no bar where stderr is no terminal
+    return tqdm(disable=hidden, **options)
 
 
 def hub_bars(shown: bool) -> None:
@@ -40,7 +41,7 @@ def graphics() -> str | None:
     """How the terminal on stderr shows pictures, if there is one and it can; see `preview.protocol`."""
     from ..preview import protocol
 
-    return protocol(os.environ) if sys.stderr.isatty() else None
+    return protocol(os.environ) if sys.stderr and sys.stderr.isatty() else None
 
 
 def show_picture(path: Path) -> None:

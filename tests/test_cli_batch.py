@@ -102,7 +102,8 @@ def test_requests_come_as_json_lines_and_go_out_as_such(run):
         assert told["sha256"] == hashlib.sha256(Path(told["path"]).read_bytes()).hexdigest()
         assert (told["model"], told["dtype"]) == ("pocket", "float32")
         # each is rounded to 0.0001 s
-        assert 0 < told["first_step_seconds"] + told["decode_seconds"] <= told["seconds"] + 2e-4
+        parts = told["encode_seconds"], told["first_step_seconds"], told["decode_seconds"]
+        assert min(parts) > 0 and sum(parts) <= told["seconds"] + 2e-4
         assert 0 < told["peak_memory_gb"] < 2
         assert told["peak_memory_gb"] <= told["predicted_peak_memory_gb"] < 2
 

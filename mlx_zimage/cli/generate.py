@@ -290,13 +290,15 @@ def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, 
     """
     from ..image import save
     from ..metadata import Origin
-    from ..pipeline import Generated
+    from ..pipeline import Generated, Phase
     from ..sampling import Step
 
     clock = Clock()
     for event in pipeline.events(request, latents):
-        if isinstance(event, Step):
-            clock.step()
+        if isinstance(event, Phase) and event.name == "encode":
+            clock.encoded()
+        elif isinstance(event, Step):
+            clock.step(event.index)
         elif isinstance(event, Generated):
             clock.decoded(event.plan.peak)
             origin = Origin(request, index=event.index, dtype=event.dtype, **maker)
@@ -332,11 +334,16 @@ class Clock:
         mx.reset_peak_memory()
         self.peak = mx.get_peak_memory
         self.begin = self.last = time.perf_counter()
+        self.encode = 0.0
         self.steps: list[float] = []
         self.decode = 0.0
         self.predicted = 0
 
-    def step(self):
+    def encoded(self):
+        self.encode += self._lap()
+
+    def step(self, index: int):
+        del self.steps[index:]  # those of a picture that was begun again
         self.steps.append(self._lap())
 
     def decoded(self, predicted: int):
@@ -349,10 +356,11 @@ class Clock:
         return lap
 
     def to_dict(self) -> dict:
-        """The first step's time has the prompt's encoding in it."""
+        """The first step's time has the reading of the transformer in it; encoding a known prompt takes none."""
         first, *rest = self.steps
         return {
             "seconds": round(self.last - self.begin, 4),
+            "encode_seconds": round(self.encode, 4),
             "first_step_seconds": round(first, 4),
             "step_seconds": round(sum(rest) / len(rest), 4) if rest else None,
             "decode_seconds": round(self.decode, 4),

@@ -284,6 +284,14 @@ def test_completion_prints_a_script_that_asks_the_program(run, shell):
         assert subprocess.run([shell, "-n"], input=result.stdout.encode(), capture_output=True).returncode == 0
 
 
+def test_completion_is_installed_where_the_shell_looks(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run("completion", "zsh", "--install")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/.zfunc/_mlx-zimage\n")
+    assert (tmp_path / ".zfunc/_mlx-zimage").read_text() + "\n" == run("completion", "zsh").stdout
+    assert "fpath+=~/.zfunc" in result.stderr
+
+
 def test_the_program_completes_commands_and_options():
     def complete(words: str, index: int) -> str:
         environment = {

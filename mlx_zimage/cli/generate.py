@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from ..errors import RequestError
+from ..errors import RequestError, ZImageError
 from ..jobs import count_up, multiply, parse_seeds, parse_size, read_prompts, read_requests, read_text
 from ..request import LATENT_PIXELS, RNGS
 from .models import DEFAULT_MODEL, first_run
@@ -54,7 +54,7 @@ SECTIONS = {  # of the help text, with the names of their options
     "What to draw": ("prompt_option", "prompt_file", "requests_file", "from_picture", "size", "width", "height"),
     "Seeds": ("seeds", "count", "auto_seeds", "rng", "latents_file"),
     "How to draw": ("steps", "shift", "guidance_scale", "negative_prompt"),
-    "Model and machine": ("model", "yes", "dtype", "memory", "keep"),
+    "Model and machine": ("model", "yes", "dtype", "memory", "keep", "battery_limit"),
     "Files": ("output", "overwrite", "metadata", "preview_dir"),
 }
 ANY_SIDE = 1024  # stands in for the model's size until it is open, to check all values before that
@@ -186,6 +186,14 @@ def join_seeds(args: list[str]) -> list[str]:
     "[default: it stays if it fits]",
 )
 @click.option(
+    "-B",
+    "--battery-limit",
+    "--battery-percentage-stop-limit",
+    type=click.IntRange(1, 99),
+    metavar="PERCENT",
+    help="On a battery that is no fuller, stop before the next picture.",
+)
+@click.option(
     "--from",
     "-C",
     "--config-from-metadata",
@@ -220,8 +228,8 @@ def join_seeds(args: list[str]) -> list[str]:
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no seeds on stderr; warnings and errors remain.")
 def generate(
     prompt, prompt_option, prompt_file, requests_file, model, output, overwrite, size, seeds, count, auto_seeds,
-    latents_file, dtype, memory, keep, from_picture, metadata, preview, preview_dir, show, as_json, quiet, yes,
-    **values,
+    latents_file, dtype, memory, keep, battery_limit, from_picture, metadata, preview, preview_dir, show, as_json,
+    quiet, yes, **values,
 ):  # fmt: skip
     """Draw a picture of PROMPT, or several, and print their paths.
 
@@ -270,6 +278,7 @@ def generate(
     terminal = None if quiet else graphics()
     colours = fit(pipeline.vae) if preview or preview_dir else None
     for job in jobs:
+        _check_battery(battery_limit)
         request = job.request(pipeline.sample_size)
         path = job.path(request)
         say(f"Seed: {request.seed}" + (f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""), quiet)
@@ -433,6 +442,16 @@ def _model_of(old, picture, yes, quiet) -> str:
     if old and old.model != DEFAULT_MODEL and not old.model.startswith(f"{stem}-"):
         raise RequestError(f"{picture} was drawn with the model {old.model!r}; say where it is with --model")
     return str(first_run(DEFAULT_MODEL, yes, quiet))
+
+
+def _check_battery(limit: int | None) -> None:
+    if limit is None:
+        return
+    from .. import battery
+
+    charge = battery.charge()
+    if charge is not None and charge <= limit:
+        raise ZImageError(f"the battery is at {charge}%, and --battery-limit is {limit}: no more pictures are drawn")
 
 
 def _check_latents_of(old, picture, latents) -> None:

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
-from .library import CHOICES, SHARE, choose_bits, home, weights_bytes
+from .library import CHOICES, DOWNLOAD, SHARE, choose_bits, home, weights_bytes
 from .memory import machine_budget
 from .weights import COMPONENTS
 
@@ -27,7 +27,6 @@ from .weights import COMPONENTS
 # float32 on a GPU may multiply in TF32, which keeps 11.
 LIMITS = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 4e-3}
 
-DOWNLOAD = 33 * 10**9  # bytes of the published model
 MACOS = 14  # the oldest that MLX's wheels are built for
 
 

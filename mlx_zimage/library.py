@@ -20,6 +20,7 @@ from .weights import COMPONENTS, NEEDED_FILES, POCKET, read_json, resolve
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
 EMBEDDINGS = "embeddings"
+DOWNLOAD = 33 * 10**9  # bytes of the published model, as far as it is known before the hub is asked
 SHARE = 0.9  # of a machine's budget for weights; the rest is for the work
 
 

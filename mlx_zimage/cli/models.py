@@ -45,14 +45,15 @@ def rm(name):
 
 def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     """Find the default model, or say what having it takes, ask, fetch and convert it. Returns its folder."""
-    from ..library import check_space, converted, disks, plan_first_run
+    from ..library import DOWNLOAD, check_space, converted, disks, plan_first_run
 
     found = converted(repository)
     if found:
         return found
     if not yes and not sys.stdin.isatty():
         raise ModelNotFoundError(
-            f"no model is here yet; --yes fetches and converts {repository}, --model takes a folder or 'pocket'"
+            f"no model is here yet; --yes fetches {repository} (about {DOWNLOAD / 1e9:.0f} GB) and converts it, --model "
+            f"takes a folder or 'pocket'"
         )
     from ..convert import convert_steps
     from ..memory import machine_budget

@@ -54,6 +54,8 @@ def convert_steps(
     recipe: str | Recipe = "uniform",
     target_size: int | str | None = None,
     search: bool = False,
+    calibrate: bool = False,
+    memory: str | int | None = None,
 ) -> Iterator[Progress]:
     """Write the model at source as the folder dest, which must not exist, yielding Progress after each tensor.
 
@@ -67,8 +69,12 @@ def convert_steps(
 
     recipe "mixed" gives the transformer's most sensitive matrices more bits than the rest; a function of component,
     name and shape gives each tensor its quantize.Quantization, or None to leave it dense. target_size ("3.2GB", or
-    bytes) gives each layer the bits that are best within that size, tokenizer and configs aside. search fits the
-    scales of "affine" by least squares, which is slower and nearer to the source.
+    bytes) gives each layer the bits that are best within that size, tokenizer and configs aside.
+
+    search fits the scales of "affine" by least squares, which is slower and nearer to the source. calibrate does that
+    too, and draws a few pictures with the source, a model folder or id, to see what goes into each matrix of the
+    transformer; the matrices are then packed for products near the source's. For the real model that takes a few
+    gigabytes beside memory (as for ZImagePipeline.from_pretrained) and many times the time.
 
     format "mlx" is a folder for this package. "diffusers" and "comfyui" lead back: a diffusers folder, or a single
     safetensors file with all three networks; neither can be quantized.
@@ -82,18 +88,27 @@ def convert_steps(
     if format not in FORMATS:
         raise RequestError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     wanted = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
+    if (search or calibrate) and not wanted.is_affine:
+        raise RequestError("search and calibrate are for the mode affine, with bits or a target size")
     if format != "mlx" and wanted.quantizes:
         raise RequestError(f"{format} cannot read MLX's quantized weights; leave the bits out")
     dest = Path(dest).expanduser()
     check_absent(dest)  # before anything is fetched
     opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base)
     check_outside(dest, opened.at)
+    calibration = None
+    if calibrate:
+        from .calibrate import Calibration
+
+        calibration = Calibration(source, memory)
     if format == "comfyui":
         plan = plan_comfyui(opened, dtype, dest.name)
     else:
-        told = describe(opened, dtype, wanted.to_dict() | {"search": search})
+        how = {"search": search or calibrate} | ({"calibrated": True} if calibrate else {})
+        told = describe(opened, dtype, wanted.to_dict() | how)
         small = opened.files | {CONVERSION: render_json(told)}
-        plan = plan_folder(opened, dtype, wanted.choice(opened, dtype), search, format, small)
+        choice = wanted.choice(opened, dtype)
+        plan = plan_folder(opened, dtype, choice, format, small, search or calibrate, calibration)
     return _write(opened, plan, dest, dtype)
 
 

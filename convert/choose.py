@@ -51,6 +51,12 @@ class Wanted:
     def quantizes(self) -> bool:
         return self.target is not None or callable(self.recipe) or any(self.networks.values())
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether something may be packed in the mode that has scales to search for."""
+        affine = any(q and q.mode == "affine" for q in self.networks.values())
+        return self.target is not None or callable(self.recipe) or affine
+
     def choice(self, source: Source, dtype: str) -> Choice:
         if self.target is not None:
             return within(self.target, source, self.group_size, dtype)

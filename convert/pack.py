@@ -1,7 +1,8 @@
 """Packing rows of a weight: as MLX does, or with each group's scale and bias searched for.
 
 MLX spans a group's whole range. A grid that leaves out its ends and is then fitted by least squares is nearer to
-most values; and codes chosen for scale and bias as they are stored, rounded, undo that rounding's error.
+most values; and codes chosen for scale and bias as they are stored, rounded, undo that rounding's error. Where it is
+known what a layer is given, each column is rounded so that it undoes what the others do to the layer's products.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ FITS = 2  # least-squares fits of each
 SEARCHED_VALUES = 2**20  # at a time
 
 
-def pack(rows: mx.array, q: Quantization, search: bool = False) -> list[mx.array]:
-    """Packed weight, scales and, when affine, biases of rows (n, width) in the dtype that the scales shall have."""
-    if not search or q.mode != "affine":
+def pack(rows: mx.array, q: Quantization, search: bool = False, factor: np.ndarray | None = None) -> list[mx.array]:
+    """Packed weight, scales and, when affine, biases of rows (n, width) in the dtype that the scales shall have.
+
+    factor is what calibrate.py knows of the layer's inputs; with it the products are near, not only the weights.
+    """
+    if q.mode != "affine" or not (search or factor is not None):
         return list(mx.quantize(rows, group_size=q.group_size, bits=q.bits, mode=q.mode))
+    if factor is not None:
+        return _fed_back(rows, q, factor)
     step = max(1, SEARCHED_VALUES // rows.shape[-1])
     pieces = [_search(rows[i : i + step], q) for i in range(0, rows.shape[0], step)]
     return [mx.concatenate(parts) for parts in zip(*pieces, strict=True)]
@@ -34,21 +40,46 @@ def unpack(packed: list[mx.array], q: Quantization) -> mx.array:
 
 
 def _search(rows: mx.array, q: Quantization) -> list[mx.array]:
-    top = 2**q.bits - 1
     x = rows.astype(mx.float32).reshape(-1, q.group_size)
-    mean = x.mean(-1, keepdims=True)
+    return _packed(*_fit(x, q, rows.dtype), rows.shape, q, rows.dtype)
+
+
+def _packed(codes: mx.array, scale: mx.array, bias: mx.array, shape: tuple, q: Quantization, dtype) -> list[mx.array]:
+    groups = (shape[0], -1)
+    return [
+        mx.array(pack_codes(np.array(codes.astype(mx.uint8)).reshape(shape), q.bits)),
+        scale.reshape(groups).astype(dtype),
+        bias.reshape(groups).astype(dtype),
+    ]
+
+
+def _fit(
+    x: mx.array, q: Quantization, dtype: mx.Dtype, share: mx.array | None = None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes (n, group), scales and biases (n, 1), all float32 but rounded to dtype, nearest to groups x (n, group).
+
+    share (group,) says how much an error of each value counts; the same for all if it is left out.
+    """
+    top = 2**q.bits - 1
+    share = mx.ones((q.group_size,)) if share is None else share / share.mean()
+    total = share.sum()
+
+    def mean_of(values: mx.array) -> mx.array:
+        return (share * values).sum(-1, keepdims=True) / total
+
+    mean = mean_of(x)
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-    _, scales, biases = mx.quantize(rows, group_size=q.group_size, bits=q.bits)
-    grids = [(scales.reshape(-1, 1), biases.reshape(-1, 1))]
+    _, scales, biases = mx.quantize(x.astype(dtype), group_size=q.group_size, bits=q.bits)
+    grids = [(scales, biases)]
     for part in PARTS_OF_RANGE:
         span = (high - low) * part
         grids.append((span / top, (low + high - span) / 2))
     best = None
     for scale, bias in grids:
         for fit in range(FITS + 1):
-            scale, bias = (a.astype(rows.dtype).astype(mx.float32) for a in (scale, bias))
+            scale, bias = (a.astype(dtype).astype(mx.float32) for a in (scale, bias))
             codes = mx.clip(mx.round((x - bias) / mx.where(scale == 0, 1, scale)), 0, top)
-            error = mx.square(x - codes * scale - bias).sum(-1, keepdims=True)
+            error = mean_of(mx.square(x - codes * scale - bias))
             found = error, codes, scale, bias
             if best is None:
                 best = found
@@ -56,19 +87,41 @@ def _search(rows: mx.array, q: Quantization) -> list[mx.array]:
                 better = error < best[0]
                 best = tuple(mx.where(better, new, old) for new, old in zip(found, best, strict=True))
             if fit < FITS:
-                center = codes.mean(-1, keepdims=True)
-                variance = mx.square(codes - center).sum(-1, keepdims=True)
-                covariance = ((codes - center) * (x - mean)).sum(-1, keepdims=True)
+                center = mean_of(codes)
+                variance = mean_of(mx.square(codes - center))
+                covariance = mean_of((codes - center) * (x - mean))
                 scale = mx.where(variance == 0, scale, covariance / mx.where(variance == 0, 1, variance))
                 bias = mx.where(variance == 0, bias, mean - scale * center)
         mx.eval(best)
-    _, codes, scale, bias = best
-    groups = (rows.shape[0], -1)
-    return [
-        mx.array(pack_codes(np.array(codes.astype(mx.uint8)).reshape(rows.shape), q.bits)),
-        scale.reshape(groups).astype(rows.dtype),
-        bias.reshape(groups).astype(rows.dtype),
-    ]
+    return best[1:]
+
+
+def _fed_back(rows: mx.array, q: Quantization, factor: np.ndarray) -> list[mx.array]:
+    """Packed so that (error of the rows) times factor, lower triangular (width, width), is small: GPTQ.
+
+    Column j of that product holds the errors of columns j, j + 1, ... only. So from the last column to the first, each
+    takes its code for what makes its own sum vanish: its weight plus what the later errors brought in.
+    """
+    exact = np.array(rows.astype(mx.float32))
+    height, width = exact.shape
+    g, top = q.group_size, 2**q.bits - 1
+    diagonal = np.diagonal(factor)
+    errors = np.zeros_like(exact)
+    codes = np.empty(exact.shape, np.uint8)
+    scales, biases = (np.empty((height, width // g), np.float32) for _ in range(2))
+    for start in range(width - g, -1, -g):
+        stop = start + g
+        share = diagonal[start:stop]
+        target = exact[:, start:stop] + errors[:, stop:] @ (factor[stop:, start:stop] / share)
+        _, scale, bias = (np.array(a)[:, 0] for a in _fit(mx.array(target), q, rows.dtype, mx.array(share**2)))
+        near, divisor = factor[start:stop, start:stop] / share, np.where(scale == 0, 1, scale)
+        for j in range(g - 1, -1, -1):
+            code = np.clip(np.round((target[:, j] - bias) / divisor), 0, top)
+            error = exact[:, start + j] - (code * scale + bias)
+            target[:, :j] += error[:, None] * near[j, :j]
+            codes[:, start + j], errors[:, start + j] = code, error
+        scales[:, start // g], biases[:, start // g] = scale, bias
+    return _packed(mx.array(codes), mx.array(scales), mx.array(biases), exact.shape, q, rows.dtype)
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import numpy as np
 
 from .. import __version__
 from ..quantize import Quantization
@@ -18,8 +21,12 @@ from .rows import Tensor, read_rows
 from .sources import Source
 from .writer import Slot, header, render_json
 
+if TYPE_CHECKING:
+    from .calibrate import Calibration
+
 SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtypes to convert to, in safetensors' spelling
 SHARD_BYTES = 512 * 10**6
+CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the work on each column is worth while for many rows only
 FORMATS = ("mlx", "diffusers", "comfyui")
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
@@ -28,7 +35,8 @@ STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae
 class Task:
     """The arrays that tensors become: one tensor dense or packed, or several stacked.
 
-    search says that a packed one's scales are searched for, which takes longer (pack.py).
+    search says that a packed one's scales are searched for, which takes longer; factor gives what pack.py wants to know
+    of its inputs.
     """
 
     component: str
@@ -36,6 +44,7 @@ class Task:
     slots: tuple[Slot, ...]
     quantization: Quantization | None = None
     search: bool = False
+    factor: Callable[[], np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -44,12 +53,14 @@ class Task:
     def arrays(self, dtype: str) -> Iterator[mx.array]:
         """The content of the slots in their order, a few rows at a time."""
         q, helpers = self.quantization, []
+        factor = self.factor() if self.factor else None
+        chunk = None if factor is None else CALIBRATED_BYTES
         for tensor in self.tensors:
-            for rows in read_rows(tensor, dtype):
+            for rows in read_rows(tensor, dtype, chunk):
                 if q is None:
                     yield rows
                     continue
-                packed, *others = pack(rows, q, self.search)
+                packed, *others = pack(rows, q, self.search, factor)
                 mx.eval(packed, others)
                 yield packed
                 helpers.append(others)
@@ -83,12 +94,22 @@ class Plan:
         return sum(slot.nbytes for shard in self.shards for slot in shard.slots)
 
 
-def plan_folder(source: Source, dtype: str, choose: Choice, search: bool, form: str, small: dict[str, bytes]) -> Plan:
-    """A folder of ours ("mlx") or of diffusers ("diffusers"), whose files small come along; see Task for search."""
+def plan_folder(
+    source: Source,
+    dtype: str,
+    choose: Choice,
+    form: str,
+    small: dict[str, bytes],
+    search: bool = False,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """A folder of ours ("mlx") or of diffusers ("diffusers"), whose files small come along; see Task for the rest."""
     shards, files = [], dict(small)
     for component in source.components.values():
+        known = calibration if component.name == "transformer" else None
         tasks = [
-            _task(component.name, tensor, dtype, choose(component.name, tensor), search) for tensor in component.tensors
+            _task(component.name, tensor, dtype, choose(component.name, tensor), search, known)
+            for tensor in component.tensors
         ]
         stem = "model" if form == "mlx" else STEMS[component.name]
         own = _shards(tasks, f"{component.name}/{stem}", form)
@@ -116,14 +137,17 @@ def plan_comfyui(source: Source, dtype: str, name: str) -> Plan:
     return Plan([Shard(name, tasks, "pt")], single=True)
 
 
-def _task(component: str, tensor: Tensor, dtype: str, q: Quantization | None, search: bool) -> Task:
+def _task(
+    component: str, tensor: Tensor, dtype: str, q: Quantization | None, search: bool, calibration: Calibration | None
+) -> Task:
     spelled = SPELLED[dtype]
     if q is None:
         return Task(component, (tensor,), (Slot(tensor.name, spelled, tensor.shape),))
     weight, *helpers = q.packed(tensor.name, tensor.shape).items()
     helper_dtype = spelled if q.mode == "affine" else "U8"
     slots = (Slot(weight[0], "U32", weight[1]), *(Slot(name, helper_dtype, shape) for name, shape in helpers))
-    return Task(component, (tensor,), slots, q, search)
+    factor = partial(calibration.factor, tensor.name) if calibration else None
+    return Task(component, (tensor,), slots, q, search, factor)
 
 
 def _shards(tasks: Sequence[Task], stem: str, form: str) -> list[Shard]:

@@ -21,6 +21,7 @@ from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
 from ..weights import COMPONENTS, open_checkpoint
+from .calibrate import open_pipeline
 from .official import REPOSITORY
 from .rows import Tensor, read_rows
 from .sources import CONVERSION, Source, open_folder, open_source
@@ -81,7 +82,7 @@ def report_steps(
     for i, (name, tensor, exact) in enumerate(packed, 1):
         layers[f"{name} {tensor.name}"] = weight_error(tensor, exact)
         yield Compared(tensor.name, i, total)
-    pipe = ZImagePipeline.from_pretrained(source, dtype=dtype, memory=memory)
+    pipe = open_pipeline(source, dtype, memory)
     requests = _requests(pipe, prompts, size, steps)
     drawn = []
     for i, request in enumerate(requests, len(packed) + 1):
@@ -105,12 +106,7 @@ def report_steps(
 
 def check_source(source: str | Path, memory: str | int | None = None) -> None:
     """Refuse, before any work, a source that `report` could not draw with."""
-    if Path(source).expanduser().is_file():
-        raise RequestError(
-            f"a report draws with the source, and {source} is a single file; convert it to a folder without "
-            f"quantizing, then that folder with a report"
-        )
-    pipe = ZImagePipeline.from_pretrained(source, memory=memory)
+    pipe = open_pipeline(source, memory=memory)
     for request in _requests(pipe, PROMPTS, None, STEPS):
         pipe.plan(request)
 

@@ -102,11 +102,11 @@ def packed_rows(entries: dict[str, Entry], q: Quantization) -> Callable[[int, in
     return read
 
 
-def read_rows(tensor: Tensor, dtype: str) -> Iterator[mx.array]:
+def read_rows(tensor: Tensor, dtype: str, chunk_bytes: int | None = None) -> Iterator[mx.array]:
     """The rows of a tensor in dtype, some at a time. Refuses what is not finite."""
     target = getattr(mx, dtype)
     height = tensor.shape[0]
-    step = max(1, CHUNK_BYTES // (4 * prod(tensor.shape[1:])))
+    step = max(1, (chunk_bytes or CHUNK_BYTES) // (4 * prod(tensor.shape[1:])))
     for start in range(0, height, step):
         stored = tensor.read(start, min(start + step, height))
         rows = stored.astype(target)

@@ -140,7 +140,7 @@ def test_one_command_converts_reports_and_uploads(tmp_path, api, monkeypatch):
         (["--upload-repo", "me/x", "--format", "comfyui"], "hf", 2, "are for folders of this program's, not comfyui"),
         (["--report", "--vae", "pocket"], None, 2, "--report compares with SOURCE alone; leave --vae out"),
         (["--report", "--memory", "1MB"], None, 5, "1 MB"),
-        (["--memory", "1GB"], None, 2, "--memory is for --report"),
+        (["--memory", "1GB"], None, 2, "--memory is for --calibrate and --report"),
     ],
 )
 def test_what_a_report_or_an_upload_lacks_is_told_before_any_work(
@@ -157,7 +157,7 @@ def test_what_a_report_or_an_upload_lacks_is_told_before_any_work(
 
 def test_a_report_needs_a_source_that_draws(tmp_path):
     file = convert("pocket", tmp_path / "all.safetensors", format="comfyui")
-    with pytest.raises(RequestError, match=r"a report draws with the source, and .* is a single file"):
+    with pytest.raises(RequestError, match=r"reports and calibration draw with the source, and .* is a single file"):
         check_source(file)
 
 

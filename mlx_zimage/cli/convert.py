@@ -14,7 +14,7 @@ from .output import print_path, progress_bar
 @click.command(epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
 @click.argument("source")
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4 or 3.  [default: not quantized]")
+@click.option("--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4, 3 or 2.  [default: not quantized]")
 @click.option("--q-group-size", "group_size", type=int, help="Weights that share a scale.  [default: the mode's]")
 @click.option("--q-mode", "mode", type=click.Choice(list(MODES)), default="affine", show_default=True)
 @click.option("--transformer-q-bits", "transformer_bits", type=int, help="Bits of the transformer, where they differ.")
@@ -35,6 +35,11 @@ from .output import print_path, progress_bar
 )
 @click.option("--target-size", metavar="SIZE", help="Such as 6GB: each layer gets the bits that are best within it.")
 @click.option("--search", is_flag=True, help="Fit the scales by least squares: slower, and nearer to the source.")
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Draw with SOURCE first and pack what its pictures need: much slower, and nearest.",
+)
 @click.option("--text-encoder", metavar="SOURCE", help="Where the text encoder comes from, if not from SOURCE.")
 @click.option("--vae", metavar="SOURCE", help="Where the VAE comes from, if not from SOURCE.")
 @click.option("--tokenizer", metavar="SOURCE", help="Where the tokenizer comes from, if not from SOURCE.")
@@ -52,10 +57,10 @@ from .output import print_path, progress_bar
     is_flag=True,
     help="Compare DEST with SOURCE, by layer and by pictures, and write it into DEST.",
 )
-@click.option("--memory", metavar="SIZE", help="What --report may use, such as 12GB.  [default: as generate]")
+@click.option("--memory", metavar="SIZE", help="What drawing for --calibrate and --report may use, such as 12GB.")
 @click.option("--upload-repo", metavar="ID", help="Send DEST, with a model card, to this repository of the hub.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only the folder's path.")
-def convert(source, dest, reported, memory, upload_repo, quiet, **options):
+def convert(source, dest, reported, upload_repo, quiet, **options):
     """Write SOURCE as an MLX model folder DEST and print its path.
 
     SOURCE is a diffusers folder, a Hugging Face id, 'pocket', a folder of this program's or of mflux, or a safetensors
@@ -65,10 +70,11 @@ def convert(source, dest, reported, memory, upload_repo, quiet, **options):
     from ..convert import convert_steps
     from ..convert.report import check_source, check_upload, report_steps, upload
 
+    memory = options["memory"]
     if (reported or upload_repo) and options["format"] != "mlx":
         raise RequestError(f"--report and --upload-repo are for folders of this program's, not {options['format']}")
-    if memory and not reported:
-        raise RequestError("--memory is for --report; a conversion needs little")
+    if memory and not (reported or options["calibrate"]):
+        raise RequestError("--memory is for --calibrate and --report; a conversion needs little")
     given = [f"--{name.replace('_', '-')}" for name in ("text_encoder", "vae", "tokenizer", "base") if options[name]]
     if reported and given:
         raise RequestError(f"--report compares with SOURCE alone; leave {' and '.join(given)} out")

@@ -1,0 +1,111 @@
+"""What calibration sees is what the matrices are given, and packing by it keeps their products."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_zimage.convert import calibrate, convert
+from mlx_zimage.convert.calibrate import Calibration, cholesky, moments
+from mlx_zimage.convert.pack import pack, unpack
+
+from mlx_zimage import GenerateRequest, ZImagePipeline
+from mlx_zimage.errors import RequestError
+from mlx_zimage.models import transformer
+from mlx_zimage.quantize import Quantization
+from mlx_zimage.weights import open_checkpoint
+
+PROMPT, SIZE, STEPS = "a red circle", 48, 2
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Calibration on one small picture."""
+    monkeypatch.setattr(calibrate, "PROMPTS", (PROMPT,))
+    monkeypatch.setattr(calibrate, "LARGEST", SIZE)
+    monkeypatch.setattr(calibrate, "STEPS", STEPS)
+
+
+def test_moments_are_those_of_what_the_matrices_are_given(pipe, monkeypatch):
+    given = {}
+
+    def watched(x, weights, linear=transformer.linear):
+        flat = x.reshape(-1, x.shape[-1])
+        key = tuple(np.array(weights["weight"][0, :3]).tolist())  # random weights tell which matrix it is
+        total, rows = given.get(key, (0, 0))
+        given[key] = total + flat.T @ flat, rows + len(flat)
+        return linear(x, weights)
+
+    found = dict(moments(pipe, [PROMPT], SIZE, STEPS))
+    request = GenerateRequest(prompt=PROMPT, width=SIZE, height=SIZE, seed=0, steps=STEPS)
+    with monkeypatch.context() as patched:
+        patched.setattr(transformer, "linear", watched)
+        list(pipe.denoise(request))
+    config = pipe.transformer.config
+    assert list(found) == [*config.modulated, *(f"context_refiner.{i}" for i in range(config.n_refiner_layers))]
+    for block, parts in found.items():
+        for layer, name in calibrate.INPUTS.items():
+            weight = pipe.checkpoint.transformer.read(f"{block}.{layer}.weight", mx.float32)
+            total, rows = given[tuple(np.array(weight[0, :3]).tolist())]
+            wanted = np.array(total) / rows
+            if (block, layer) == (f"layers.{config.n_layers - 1}", "attention.to_q"):
+                continue  # only the image's rows are asked for; counted with those of keys and values
+            # float32 sums of squares in another order
+            assert np.abs(np.array(parts[name]) - wanted).max() < 1e-5 * np.abs(wanted).max(), (block, layer)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 32), (4, 64), (8, 128)])
+def test_fed_back_rounding_keeps_products_better_than_the_best_scales(bits, group_size):
+    q = Quantization(bits, group_size)
+    rng = np.random.default_rng(bits)
+    weight = mx.array(rng.standard_normal((96, 256), np.float32)).astype(mx.bfloat16)
+    inputs = rng.standard_normal((400, 40), np.float32) @ rng.standard_normal((40, 256), np.float32)
+    inputs += 0.3 * rng.standard_normal((400, 256), np.float32)
+    factor = cholesky(inputs.T @ inputs / len(inputs))
+    errors = []
+    for packed in (pack(weight, q, search=True), pack(weight, q, factor=factor)):
+        error = np.array(unpack(packed, q) - weight.astype(mx.float32))
+        errors.append(np.square(error @ inputs.T).mean())
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_without_correlations_nothing_is_fed_back():
+    q, weight = Quantization(4), mx.random.normal((8, 128), key=mx.random.key(3)).astype(mx.bfloat16)
+    plain, fed = pack(weight, q, search=True), pack(weight, q, factor=np.eye(128, dtype=np.float32))
+    assert all(mx.array_equal(a, b) for a, b in zip(plain, fed, strict=True))
+
+
+def test_a_later_block_may_be_the_first_asked_for(quick, tiny_folder):
+    names = [f"{block}.attention.to_out.0.weight" for block in ("noise_refiner.0", "layers.1", "context_refiner.1")]
+    every, last = Calibration(tiny_folder), Calibration(tiny_folder)
+    factors = [every.factor(name) for name in names]
+    assert np.array_equal(factors[-1], last.factor(names[-1]))
+    assert np.array_equal(factors[0], np.tril(factors[0]))
+
+
+def test_a_calibrated_folder_is_as_large_and_draws_nearer(quick, tmp_path):
+    def recipe(component, name, shape):
+        return (
+            Quantization(2) if name in ("layers.0.attention.to_v.weight", "layers.1.feed_forward.w2.weight") else None
+        )
+
+    errors = []
+    request = GenerateRequest(prompt="two green squares", width=64, height=64, seed=3, steps=2)
+    *_, exact = ZImagePipeline.from_pretrained("pocket", dtype="float32").denoise(request)
+    for name, options in (("plain", {}), ("calibrated", {"calibrate": True})):
+        out = convert("pocket", tmp_path / name, recipe=recipe, **options)
+        *_, last = ZImagePipeline.from_pretrained(out, dtype="float32").denoise(request)
+        errors.append(mx.square(last.latents - exact.latents).mean().item())
+    plain, calibrated = (open_checkpoint(tmp_path / name).transformer for name in ("plain", "calibrated"))
+    assert {n: (e.shape, e.dtype) for n, e in plain.entries.items()} == {
+        n: (e.shape, e.dtype) for n, e in calibrated.entries.items()
+    }
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_what_cannot_be_calibrated_is_refused(tmp_path):
+    file = convert("pocket", tmp_path / "all.safetensors", format="comfyui")
+    with pytest.raises(RequestError, match=r"calibration draw with the source, and .* is a single file"):
+        convert(file, tmp_path / "out", bits=4, base="pocket", calibrate=True)
+    for options in ({}, {"mode": "nvfp4"}):
+        for fault in ("search", "calibrate"):
+            with pytest.raises(RequestError, match="search and calibrate are for the mode affine"):
+                convert("pocket", tmp_path / "out", **options, **{fault: True})

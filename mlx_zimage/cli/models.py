@@ -52,8 +52,8 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
         return found
     if not yes and not sys.stdin.isatty():
         raise ModelNotFoundError(
-            f"no model is here yet; --yes fetches {repository} (about {DOWNLOAD / 1e9:.0f} GB) and converts it, --model "
-            f"takes a folder or 'pocket'"
+            f"no model is here yet; --yes fetches {repository} (about {DOWNLOAD / 1e9:.0f} GB) and converts it, "
+            f"--model takes a folder or 'pocket'"
         )
     from ..convert import convert_steps
     from ..memory import machine_budget

@@ -93,13 +93,13 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_a_preview_looks_like_the_finished_picture_from_the_first_step_on(pocket, colours):
-    request = GenerateRequest("a red circle on a blue background", width=128, height=128, seed=1, steps=4)
+    request = GenerateRequest("a red circle on a blue background", width=128, height=128, seed=1, steps=2)
     *steps, picture = pocket.stream(request)
     wanted = picture.pixels.reshape(16, 8, 16, 8, 3).mean((1, 3))
     found = [similarity(sketch(step.clean, colours), wanted) for step in steps]
-    # measured over 8 pictures of 8 steps: 0.96 in the mean and at least 0.82 at the first step, 0.98 and 0.95 from the
+    # measured over 8 pictures of 8 steps: 0.95 in the mean and at least 0.82 at the first step, 0.98 and 0.95 from the
     # third on
-    assert found[0] > 0.8 and min(found[1:]) > 0.9, found
+    assert found[0] > 0.8 and found[1] > 0.9, found
     noisy = similarity(sketch(steps[0].latents, colours), wanted)
     assert noisy < found[0] - 0.3, "the noisy latents tell far less"
 
@@ -223,9 +223,9 @@ def test_no_picture_is_sent_into_a_file_and_quiet_says_nothing(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM_PROGRAM", "WezTerm")
     options = ["--steps", "2", "--width", "32", "--height", "32", "--preview-dir", "kept", "-o", "a.webp"]
-    command = ["generate", "a", "-m", "pocket", "--preview", "--seed", "5", *options]
-    result = CliRunner().invoke(cli.main, [*command, "-q"])
+    command = ["generate", "a", "-m", "pocket", "--seed", "5"]
+    result = CliRunner().invoke(cli.main, [*command, "--preview", "-q", *options])
     assert (result.exit_code, result.stdout, result.stderr) == (0, "a.webp\n", "")
     assert sorted(str(path) for path in Path().rglob("*.*")) == ["a.webp", "kept/a-5-1.png", "kept/a-5-2.png"]
-    result = CliRunner().invoke(cli.main, [*command, "--show"])
+    result = CliRunner().invoke(cli.main, [*command, "--show", "--size", "32x32", "--steps", "1"])
     assert "1337" not in result.stderr and "shows no pictures" in result.stderr

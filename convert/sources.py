@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -137,7 +138,10 @@ def read_configs(folder: Path) -> dict[str, dict]:
 def read_tokenizer(source: str | Path) -> dict[str, bytes]:
     at = Path(source).expanduser()
     if at.is_file():
-        return {TOKENIZER: at.read_bytes()}
+        content = at.read_bytes()
+        if not _is_tokenizer(content):
+            raise CheckpointError(f"{at} is no tokenizer.json; it is JSON with a model in it")
+        return {TOKENIZER: content}
     if (at / "tokenizer.json").is_file():
         paths = [path for path in sorted(at.iterdir()) if path.suffix in (".json", ".txt", ".jinja")]
         return {f"tokenizer/{path.name}": path.read_bytes() for path in paths}
@@ -145,6 +149,13 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
     if TOKENIZER not in files:
         raise RequestError(f"{source} holds no tokenizer.json")
     return files
+
+
+def _is_tokenizer(content: bytes) -> bool:
+    try:
+        return "model" in json.loads(content)
+    except (ValueError, TypeError):
+        return False
 
 
 def take(source: Source, other: Source, name: str) -> Source:

@@ -1,6 +1,7 @@
 """The converter: what it writes is what it read, cast or packed; and it writes all or nothing."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mlx_zimage.convert import convert, convert_steps, plan, rows
 from mlx_zimage.convert.choose import quantizations
 from mlx_zimage.convert.sources import CONVERSION
@@ -16,6 +18,7 @@ from mlx_zimage.convert.writer import MANIFEST, OutputFolder
 from tiny import TRANSFORMER, save_component, weights, write_checkpoint
 
 from mlx_zimage import ZImagePipeline
+from mlx_zimage.cli import main
 from mlx_zimage.errors import CheckpointError, NumericsError, OutputError, RequestError
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.quantize import MODES, Quantization
@@ -249,6 +252,16 @@ def test_a_full_disk_is_told_before_work(official, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"needs 0\.00 GB more and its disk has 0\.00 GB left"):
         convert(official, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_info_tells_what_a_folder_was_made_from(tmp_path):
+    folder = convert(convert("pocket", tmp_path / "once", bits=4), tmp_path / "twice", bits=8)
+    result = CliRunner().invoke(main, ["info", str(folder)])
+    assert "converted from once (from pocket) by mlx-zimage" in result.stdout
+    assert re.search(r"text_encoder .*8-bit affine .*, bfloat16: 10\.\d\d bits a weight\n", result.stdout)
+    told = json.loads(CliRunner().invoke(main, ["info", str(folder), "--json"]).stdout)
+    assert told["conversion"]["before"]["source"] == "pocket"
+    assert told["networks"]["vae"]["bits_per_weight"] == 16
 
 
 def test_a_missing_parent_folder_is_made(official, tmp_path):

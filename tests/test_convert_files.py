@@ -478,5 +478,7 @@ def test_parts_that_cannot_make_a_model_are_refused(split, tiny_folder):
         open_source("pocket", text_encoder=tiny_folder)
     with pytest.raises(CheckpointError, match="has no model_index"):
         open_source(split)
+    with pytest.raises(CheckpointError, match=r"ae.safetensors is no tokenizer\.json"):
+        open_source("pocket", tokenizer=split / "ae.safetensors")
     with pytest.raises(ModelNotFoundError, match="no model folder at /no/such"):
         open_source("/no/such/file.safetensors")

@@ -11,6 +11,8 @@ import click
 from ..errors import ModelNotFoundError
 from .output import DTYPE_NAMES, size
 
+CONVERSION = "conversion.json"  # what the converter tells of itself
+
 
 @click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info picture.png")
 @click.argument("source")
@@ -18,8 +20,8 @@ from .output import DTYPE_NAMES, size
 def info(source, as_json):
     """Tell what a model folder holds, or how a picture was drawn.
 
-    SOURCE is a model folder, 'pocket', or a picture that `generate` wrote. Of a model it tells the networks, their
-    sizes and how they are stored; of a picture, all that `generate --from` needs to draw it again.
+    SOURCE is a model folder, 'pocket', or a picture that `generate` wrote. Of a model it tells what it was made from,
+    its networks, their sizes and how they are stored; of a picture, all that `generate --from` needs to draw it again.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -35,10 +37,13 @@ def info(source, as_json):
         click.echo(json.dumps(model))
         return
     click.echo(model["folder"])
+    if model["conversion"]:
+        click.echo(f"converted from {_origin(model['conversion'])} by {model['conversion']['converter']}")
     click.echo(f"{'':14}{'parameters':>16}{'on disk':>12}  stored as")
     for name, network in model["networks"].items():
-        nbytes = size(network["bytes"])
-        click.echo(f"{name:14}{network['parameters']:16,}{nbytes:>12}  {', '.join(network['stored_as'])}")
+        nbytes, kinds = size(network["bytes"]), ", ".join(network["stored_as"])
+        bits = f": {network['bits_per_weight']:.2f} bits a weight" if len(network["stored_as"]) > 1 else ""
+        click.echo(f"{name:14}{network['parameters']:16,}{nbytes:>12}  {kinds}{bits}")
     side = model["sample_size"]
     click.echo(f"draws {side}x{side} pixels unless told otherwise")
 
@@ -46,22 +51,32 @@ def info(source, as_json):
 def describe(source: str) -> dict:
     """What `info` tells of a model, ready for JSON."""
     from ..metadata import fingerprint
-    from ..weights import open_checkpoint
+    from ..weights import open_checkpoint, read_json
 
     checkpoint = open_checkpoint(source)
+    conversion = checkpoint.folder / CONVERSION
     return {
         "folder": str(checkpoint.folder),
+        "conversion": read_json(conversion) if conversion.is_file() else None,
         "sample_size": checkpoint.vae.config.sample_size,
         "fingerprint": fingerprint(checkpoint),
-        "networks": {
-            component.name: {
-                "parameters": sum(prod(shape) for shape in component.config.shapes().values()),
-                "bytes": component.nbytes,
-                "stored_as": _stored_as(component),
-            }
-            for component in checkpoint.components
-        },
+        "networks": {component.name: _network(component) for component in checkpoint.components},
     }
+
+
+def _network(component) -> dict:
+    parameters = sum(prod(shape) for shape in component.config.shapes().values())
+    return {
+        "parameters": parameters,
+        "bytes": component.nbytes,
+        "bits_per_weight": 8 * component.nbytes / parameters,
+        "stored_as": _stored_as(component),
+    }
+
+
+def _origin(conversion: dict) -> str:
+    before = conversion.get("before")
+    return conversion["source"] + (f" (from {_origin(before)})" if before else "")
 
 
 def _stored_as(component) -> list[str]:

@@ -3,7 +3,9 @@
 Latents at the edge of the pipeline are laid out as in diffusers: (pictures, 16, height / 8, width / 8), float32.
 """
 
+import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.noise import torch_randn
@@ -22,10 +24,11 @@ noise = np.concatenate([first, between(first, second, 0.5), second])
 
 pipe = ZImagePipeline.from_pretrained("pocket")
 prompt = "a blue circle on a yellow background"
-clean = pipe(prompt, latents=noise, num_images_per_prompt=len(noise), output_type="latent").images
+out = pipe(prompt, latents=noise, num_images_per_prompt=len(noise), num_inference_steps=4, output_type="latent")
+clean = out.images
 np.save("clean.npy", clean)
 print(f"clean.npy: {clean.shape}, standard deviation {clean.std():.2f}")
 
-for i, picture in enumerate(pipe(prompt, latents=noise, num_images_per_prompt=len(noise)).images):
-    picture.save(f"between-{i}.png")
+for i, latents in enumerate(mx.array(clean).transpose(0, 2, 3, 1)):  # channels last inside
+    Image.fromarray(pipe.decode(latents)).save(f"between-{i}.png")
     print(f"between-{i}.png")

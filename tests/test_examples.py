@@ -35,7 +35,7 @@ def test_one_picture(run):
 
 def test_batch(run):
     assert run("batch.py") == "sheet.png\n"
-    assert Image.open("sheet.png").size == (3 * 128, 2 * 128)
+    assert Image.open("sheet.png").size == (2 * 128, 2 * 128)
     assert colour("sheet.png", 5, 5)[2] > 150 > 60 > colour("sheet.png", 5, 250).max(), "blue above, black below"
 
 
@@ -54,6 +54,8 @@ def test_custom_schedule(run):
 def test_latents(run):
     assert run("latents.py").endswith("between-0.png\nbetween-1.png\nbetween-2.png\n")
     assert np.load("clean.npy").shape == (3, 16, 16, 16)
+    red, _, blue = colour("between-1.png", 5, 5)
+    assert red > blue + 100, "yellow behind"
 
 
 def test_every_example_is_run_by_a_test():

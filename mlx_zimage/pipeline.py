@@ -61,7 +61,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """images: a list of PIL images, or an array: (B, H, W, 3) in [0, 1] for "np", (B, 16, h, w) for "latent"."""
+    """images: a list of PIL images, or an array: (B, H, W, 3) in [0, 1] for "np", (B, 16, h, w) for "latent".
+
+    seed is the one they were drawn from.
+    """
 
     images: list | np.ndarray
     seed: int
@@ -128,9 +131,12 @@ class ZImagePipeline:
     ) -> PipelineOutput:
         """Draw pictures of one prompt; the arguments are those of diffusers' ZImagePipeline.
 
-        seed stands in for its generator and gives the same noise; left out, one is chosen and told in the output.
-        latents (B, 16, height / 8, width / 8) float32 are the initial noise itself. output_type is "pil", "np" (floats
-        in [0, 1]) or "latent". Every fault of the arguments raises RequestError before any work.
+        width and height are pixels, multiples of 16, by default the model's own; num_inference_steps are calls of the
+        transformer; guidance_scale 0 is off. Prompts are read up to 512 tokens. seed stands in for diffusers' generator
+        and gives the same noise; left out, one is chosen and told in the output. latents (B, 16, height / 8, width / 8)
+        float32 are the initial noise itself. output_type is "pil", "np" (floats in [0, 1]) or "latent". shift bends the
+        schedule towards noise. rng "mlx" draws MLX's noise from the seed. Every fault of the arguments raises
+        RequestError before any work.
         """
         if output_type not in ("pil", "np", "latent"):
             raise RequestError(f"output_type must be 'pil', 'np' or 'latent', got {output_type!r}")
@@ -160,7 +166,8 @@ class ZImagePipeline:
     def stream(self, request: GenerateRequest, latents=None) -> Iterator[Step | Generated]:
         """Draw a request, yielding each denoising Step, then each picture. Leaving the loop stops the work.
 
-        If float16 overflows, the Steps begin again from the first.
+        latents (B, 16, height / 8, width / 8), if given, are the initial noise in place of the seed's. If float16
+        overflows, the Steps begin again from the first.
         """
         for event in self.events(request, latents):
             if not isinstance(event, Phase):

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mlx_zimage import cli
+from mlx_zimage import cli, errors
 from mlx_zimage.weights import POCKET
 
 PROMPT = "a red circle on a blue background"
@@ -306,6 +306,17 @@ def test_the_program_completes_commands_and_options():
     assert complete("mlx-zimage gen", 1) == "plain,generate\n"
     assert "plain,--seed\n" in complete("mlx-zimage generate --se", 2)
     assert complete("mlx-zimage generate --rng ", 3) == "plain,torch\nplain,mlx\n"
+
+
+@pytest.mark.parametrize("error", [errors.ZImageError, *errors.ZImageError.__subclasses__()])
+def test_every_error_ends_with_its_exit_code_and_one_line(run, monkeypatch, error):
+    def fail(_):
+        raise error("the thing is not what was wanted")
+
+    monkeypatch.setattr("mlx_zimage.weights.open_checkpoint", fail)
+    result = run("info", "pocket")
+    assert (result.exit_code, result.stdout) == (error.exit_code, "")
+    assert result.stderr == "Error: the thing is not what was wanted\n"
 
 
 def test_a_mistyped_command_or_option_is_a_usage_error(run):

@@ -213,7 +213,7 @@ def test_quiet_says_nothing_but_the_path(run):
 def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path, number, code):
     lines = '{"prompt": "a", "steps": 1}\n{"prompt": "b", "steps": 1000}\n'
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_zimage", "generate", "-m", "pocket", "--requests", "-"],
+        [sys.executable, "-m", "mlx_zimage", "generate", "-m", "pocket", "--requests", "-", "--preview"],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -225,8 +225,9 @@ def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path,
     process.stdin.close()
     process.stdin = None
     assert process.stdout.readline() == b"image.png\n"
-    assert b"(1 of 2)" in process.stderr.readline()
-    assert b"(2 of 2)" in process.stderr.readline()
+    told = b"".join(process.stderr.readline() for _ in range(4))
+    assert b"(2 of 2)\nPreview, until the picture is finished: image.preview.png\n" in told
+    assert (tmp_path / "image.preview.png").exists()
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (code, b"", b"Stopped.\n")

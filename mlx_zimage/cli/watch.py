@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import numpy as np
 from tqdm import tqdm
@@ -19,16 +20,20 @@ class Watch:
     """Takes a request's events as they come: `with Watch(...) as watch: watch(event)`.
 
     views are shown each step as `colours` (see preview.fit) tell it, and the finished pictures. The bars follow each
-    other on one line: the prompt's encoding, the steps, the decoding. That of the steps stays, if leave is set.
+    other on one line: the prompt's encoding, the steps, the decoding. That of the steps stays, if leave is set. Their
+    clocks go on between events, which may be a minute apart.
     """
 
     def __init__(self, steps: int, quiet: bool, leave: bool, views=(), colours: np.ndarray | None = None):
         self.steps, self.quiet, self.leave = steps, quiet, leave
         self.views, self.colours = views, colours
         self.bar = None
+        self.over = threading.Event()
 
     def __enter__(self):
         self._open("Drawing", self.steps, "step")
+        if not self.bar.disable:
+            threading.Thread(target=self._tick, daemon=True).start()
         return self
 
     def __call__(self, event: Phase | Step | Generated) -> None:
@@ -48,6 +53,7 @@ class Watch:
                     view.finish(event.pixels)
 
     def __exit__(self, *_):
+        self.over.set()
         self._close()
         for view in self.views:
             view.close()
@@ -72,6 +78,13 @@ class Watch:
     def _close(self) -> None:
         """A bar that is not full goes in any case."""
         if self.bar is not None:
-            self.bar.leave = self.bar.leave and self.bar.n == self.bar.total
-            self.bar.close()
-            self.bar = None
+            with tqdm.get_lock():
+                bar, self.bar = self.bar, None
+            bar.leave = bar.leave and bar.n == bar.total
+            bar.close()
+
+    def _tick(self) -> None:
+        while not self.over.wait(1):
+            with tqdm.get_lock():
+                if self.bar is not None:
+                    self.bar.refresh()

@@ -36,7 +36,8 @@ def official(tmp_path_factory):
 def dense(folder, component, dtype=mx.float32):
     """Every tensor of a component by its dense name, unpacked, in the layout on disk."""
     part = getattr(open_checkpoint(folder), component)
-    arrays = {name: mx.load(str(entry.file))[entry.name] for name, entry in part.entries.items()}
+    loaded = {file: mx.load(str(file)) for file in {entry.file for entry in part.entries.values()}}
+    arrays = {name: loaded[entry.file][entry.name] for name, entry in part.entries.items()}
     for layer, q in part.quantizations.items():
         weight, scales = arrays[f"{layer}.weight"], arrays.pop(f"{layer}.scales")
         biases = arrays.pop(f"{layer}.biases", None)

@@ -29,7 +29,8 @@ import mflux_folders
 def pocket(component):
     """The pocket model's tensors by diffusers' names, as stored: bfloat16."""
     entries = getattr(open_checkpoint("pocket"), component).entries
-    return {name: mx.load(str(entry.file))[entry.name] for name, entry in entries.items()}
+    loaded = {file: mx.load(str(file)) for file in {entry.file for entry in entries.values()}}
+    return {name: loaded[entry.file][entry.name] for name, entry in entries.items()}
 
 
 def read(source, component):
@@ -431,7 +432,7 @@ def test_what_is_missing_comes_from_the_hub_and_that_is_said(split, tmp_path, mo
 
     asked = []
 
-    def snapshot_download(repository, allow_patterns):
+    def snapshot_download(repository, allow_patterns, **_):
         asked.append((repository, allow_patterns))
         return POCKET
 

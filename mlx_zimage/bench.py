@@ -24,7 +24,7 @@ from . import __version__
 from .models.layers import sum_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
-from .models.vae import VAE, VAEConfig, sanitize
+from .models.vae import VAE, VAEConfig
 from .pipeline import DTYPES, ZImagePipeline, default_dtype
 from .quantize import Quantization, recipe
 from .scheduler import sigmas
@@ -94,7 +94,7 @@ class RandomComponent:
         shape = self.shapes[name]
         if len(shape) == 1:
             return mx.ones(shape, dtype)
-        return sanitize((mx.random.normal(shape) * np.prod(shape[1:]).item() ** -0.5).astype(dtype))
+        return self.config.sanitize(name, (mx.random.normal(shape) * np.prod(shape[1:]).item() ** -0.5).astype(dtype))
 
 
 def random_networks(case: Case, size: str) -> tuple[TextEncoder, Transformer, VAE]:

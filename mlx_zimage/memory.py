@@ -1,7 +1,7 @@
 """Plans what of a model is in memory at once, so that a request stays within a budget.
 
-The plan is made before a weight is read, from the tensors' sizes and the request alone. Its bounds on working memory
-were measured as MLX's peak on the CPU build, whose operations need the most; GPUs have been seen to need less.
+The plan is made before a weight is read, from the tensors' sizes and the request alone, and from bounds on working
+memory that were measured as MLX's peaks.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import ceil, inf, prod
 
 import mlx.core as mx
 
 from .errors import MemoryBudgetError, RequestError
 from .models.layers import sum_dtype
-from .models.transformer import PAD_MULTIPLE, PATCH
+from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH
 from .request import SIZE_MULTIPLE
 from .weights import Checkpoint, Component
 
@@ -25,12 +25,40 @@ SHARE = 0.6  # of the memory, where the system does not recommend a share itself
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 STRIPS = (None, *(2**power for power in range(26, 14, -2)))  # bytes of the VAE's strips, fastest first
 
-# Bytes of intermediates, as upper bounds. A block needs the first per token and feature, and the second in its lean
-# way; attention 4 more per head and pair of tokens, since not every backend fuses it; a packed block its dense form
-# and a third again.
-BLOCK, LEAN_BLOCK, LAYER, SCORE, UNPACKED = 116, 84, 150, 4, 1.35
-# The VAE needs the first per pixel and channel at full size; by strips, the second times a strip.
-WHOLE_DECODE, STRIP_DECODE = 76, 200
+LARGEST = 2**30  # elements: MLX's CUDA kernels fail on more, so larger pictures are decoded by strips
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes of intermediates on one backend, as upper bounds.
+
+    block, lean_block: of a transformer block in its two ways, per token and feature; picture: beside it, of each of
+    several pictures that take turns. layer: of a layer of the text encoder, per token and feature. score: of attention,
+    per head and pair of tokens. unpacked, lean_unpacked: of a packed block's dense form, per byte of it. whole: of
+    decoding at once, per pixel and channel at full size; strips: of decoding by strips of so many bytes, per pixel and
+    channel, and in all.
+    """
+
+    block: float
+    lean_block: float
+    picture: float
+    layer: float
+    score: float
+    unpacked: float
+    lean_unpacked: float
+    whole: float
+    strips: dict[int, tuple[float, float]]
+
+
+# The CPU's were measured there, where nothing is fused and memory is taken ahead; the GPU's with MLX's CUDA build.
+CPU = Work(
+    block=116, lean_block=84, picture=12, layer=150, score=4, unpacked=1.35, lean_unpacked=1.35, whole=152,
+    strips={strip: (8, 200 * strip) for strip in STRIPS[1:]},
+)  # fmt: skip
+GPU = Work(
+    block=66, lean_block=21, picture=12, layer=70, score=0, unpacked=1.8, lean_unpacked=0.7, whole=21.2,
+    strips={strip: (3, 23 * strip) for strip in STRIPS[1:]},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,6 +140,7 @@ class Planner:
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self.work = CPU if mx.default_device() == mx.cpu else GPU
         transformer, encoder = checkpoint.transformer.config, checkpoint.text_encoder.config
         refiners = [f"context_refiner.{i}" for i in range(transformer.n_refiner_layers)]
         layers = [f"model.layers.{i}" for i in range(encoder.used_layers)]
@@ -171,7 +200,10 @@ class Planner:
         for keep, lean, strip_bytes in plans:
             encode = self.encode_work(tokens)
             denoise = self.denoise_work(width, height, images, tokens, lean) + self.modulations(steps)
-            decode = self.vae_decoder + self.decode_work(width, height, strip_bytes)
+            decode = self.decode_work(width, height, strip_bytes)
+            if decode == inf:
+                continue
+            decode = self.vae_decoder + int(decode)
             if keep:
                 kept = self.text_encoder.total + self.transformer.total + self.vae_decoder
                 peaks = {"encode": kept + encode, "denoise": kept + denoise, "decode": kept + decode - self.vae_decoder}
@@ -183,30 +215,37 @@ class Planner:
             yield Plan(budget, False, streamed_layers | streamed_blocks, lean, strip_bytes, peaks)
 
     def encode_work(self, tokens: int) -> int:
-        config = self.checkpoint.text_encoder.config
+        config, work = self.checkpoint.text_encoder.config, self.work
         widths = tokens * max(config.hidden_size, config.num_attention_heads * config.head_dim)
-        scores = SCORE * config.num_attention_heads * tokens**2
-        return LAYER * widths + scores + int(UNPACKED * self.text_encoder.unpacked)
+        scores = work.score * config.num_attention_heads * tokens**2
+        return int(work.layer * widths + scores + work.unpacked * self.text_encoder.unpacked)
 
     def denoise_work(self, width: int, height: int, images: int, tokens: int, lean: bool) -> int:
-        config, scale = self.checkpoint.transformer.config, self.checkpoint.vae.config.scale * PATCH
+        config, scale, work = self.checkpoint.transformer.config, self.checkpoint.vae.config.scale * PATCH, self.work
         image_tokens = (width // scale) * (height // scale)
         length = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, tokens))
-        block = (LEAN_BLOCK if lean else BLOCK) * length * config.dim + SCORE * config.n_heads * length**2
-        return images * block + int(UNPACKED * self.transformer.unpacked)
+        together = min(images, max(1, MAX_TOKENS // length))
+        block = (
+            work.lean_block if lean else work.block
+        ) * length * config.dim + work.score * config.n_heads * length**2
+        others = work.picture * images * length * config.dim if images > together else 0
+        unpacked = (work.lean_unpacked if lean else work.unpacked) * self.transformer.unpacked
+        return int(together * block + others + unpacked)
 
     def modulations(self, steps: int) -> int:
-        """The scales and gates of a schedule, which are held twice while they are put together."""
+        """The scales and gates of a schedule, held twice while they are put together, and two weights that give them."""
         config = self.checkpoint.transformer.config
-        return 2 * steps * (4 * len(config.modulated) + 1) * config.dim * self.dtype.size
+        given = 2 * steps * (4 * len(config.modulated) + 1) * config.dim
+        return (given + 2 * 4 * config.dim * config.time_dim) * self.dtype.size
 
-    def decode_work(self, width: int, height: int, strip_bytes: int | None) -> int:
-        widths = self.checkpoint.vae.config.block_out_channels
-        whole = WHOLE_DECODE * width * height * widths[1]
+    def decode_work(self, width: int, height: int, strip_bytes: int | None) -> float:
+        """Infinite where it cannot be done so."""
+        widths, itemsize = self.checkpoint.vae.config.block_out_channels, self.vae_dtype.size
+        whole = self.work.whole * width * height * widths[0] * itemsize / 2
         if strip_bytes is None:
-            return whole
-        held = width * height * (1.3 * widths[0] + widths[1] / 4) * self.vae_dtype.size
-        return min(whole, int(held) + STRIP_DECODE * strip_bytes)
+            return whole if width * height * widths[1] < LARGEST else inf
+        by_pixel, at_least = self.work.strips[strip_bytes]
+        return min(whole, by_pixel * width * height * widths[0] * itemsize / 2 + at_least)
 
 
 def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:

@@ -20,9 +20,10 @@ from mlx.utils import tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, ModelNotFoundError, RequestError
+from .models.layers import settle
 from .models.text_encoder import TextEncoderConfig
 from .models.transformer import TransformerConfig
-from .models.vae import VAEConfig, sanitize
+from .models.vae import VAEConfig
 from .quantize import Quantization
 from .scheduler import SchedulerConfig
 
@@ -275,8 +276,10 @@ class Component:
 
         def array(name: str) -> mx.array:
             entry = self.entries[name]
-            stored = sanitize(loaded[entry.file][entry.name])
-            return stored.astype(dtype, stream=stream) if mx.issubdtype(stored.dtype, mx.floating) else stored
+            stored = loaded[entry.file][entry.name]
+            if mx.issubdtype(stored.dtype, mx.floating):
+                stored = stored.astype(dtype, stream=stream)
+            return self.config.sanitize(name, stored)
 
         return tree_unflatten([(name[start:], array(name)) for name in names]) if names else array(prefix)
 
@@ -344,16 +347,15 @@ class Source:
         intermediates only.
         """
         wait = wait or mx.default_device() == mx.cpu
-        before, ahead = x, self._start(blocks[0], without)
+        before, weights = x, self._start(blocks[0], without)
         for i in range(len(blocks)):
-            weights = ahead
             x = apply(x, weights, i)
-            del weights, ahead
+            del weights
             mx.async_eval(x)
             mx.eval(before)
-            ahead = self._start(blocks[i + 1], without) if i + 1 < len(blocks) else None
+            weights = self._start(blocks[i + 1], without) if i + 1 < len(blocks) else None
             if wait:
-                mx.eval(x)
+                settle(x)
             before = x
             yield i + 1
         return x

@@ -62,6 +62,12 @@ def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
+def settle(*arrays: mx.array) -> None:
+    """Compute arrays, and have the memory of all that led to them given back before this returns."""
+    mx.eval(*arrays)
+    mx.synchronize()
+
+
 def compiled(function: Callable) -> Callable:
     """The function compiled where MLX runs on a GPU. On the CPU that takes a C++ compiler, and gains nothing."""
     fast = mx.compile(function)

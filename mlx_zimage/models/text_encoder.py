@@ -76,6 +76,10 @@ class TextEncoderConfig:
             }
         return shapes
 
+    def sanitize(self, name: str, array: mx.array) -> mx.array:
+        """A tensor as computed with: as it is."""
+        return array
+
     def unused(self, name: str) -> bool:
         """Whether the tensor cannot influence hidden_states[-2], and may be absent."""
         last = f"model.layers.{self.num_hidden_layers - 1}."

@@ -8,6 +8,7 @@ together, image first, by `layers`. The network predicts data minus noise at the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,7 +18,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import compiled, headroom, linear, rms_norm, scaled, silu, sum_dtype
+from .layers import compiled, headroom, linear, rms_norm, scaled, settle, silu, sum_dtype
 
 PATCH = 2  # latent pixels per token side
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
@@ -25,6 +26,7 @@ MAX_TOKENS = 4608  # of several pictures at a time: more only costs memory, sinc
 ADALN_WIDTH = 256
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
+TURNED = re.compile(r"\.attention\.(to|norm)_[qk]\.")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,17 @@ class TransformerConfig:
             shapes |= _linear(f"{block}.adaLN_modulation.0", 4 * d, t)
         return shapes
 
+    def sanitize(self, name: str, array: mx.array) -> mx.array:
+        """A tensor (or a part of a packed one) as computed with.
+
+        The checkpoint turns adjacent features of queries and keys, `rotate` the halves of a head, which GPUs do
+        faster. Both rows are ordered alike, so their products are the same.
+        """
+        if not TURNED.search(name):
+            return array
+        pairs = array.reshape(-1, self.dim // self.n_heads // 2, 2, *array.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(array.shape)
+
 
 def _linear(name: str, out_dim: int, in_dim: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (out_dim, in_dim), f"{name}.bias": (out_dim,)}
@@ -118,14 +131,13 @@ def rope_table(positions: np.ndarray, axes_dims: Sequence[int], theta: float) ->
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate adjacent pairs of x (B, L, H, D) by the angles of cos, sin (L, D / 2); in float32, back in x's dtype.
+    """Turn the pairs (x[i], x[D / 2 + i]) of x (B, L, H, D) by the angles of cos, sin (L, D / 2); returns x's dtype.
 
-    The pair (a, b) becomes (a, b) cos + (b, a) (-sin, sin): elementwise over views of x, so that compiled code passes
-    over it once.
+    In float32, and elementwise over views of x, so that compiled code passes over it once.
     """
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    cos, sin = cos[:, None, :, None], mx.stack([-sin, sin], axis=-1)[:, None]
-    turned = pairs.astype(mx.float32) * cos + pairs[..., ::-1].astype(mx.float32) * sin
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    cos, sin = cos[:, None, None], mx.stack([-sin, sin], axis=1)[:, None]
+    turned = halves.astype(mx.float32) * cos + halves[..., ::-1, :].astype(mx.float32) * sin
     return turned.astype(x.dtype).reshape(x.shape)
 
 
@@ -142,7 +154,7 @@ def attention(
 
     No mask: pads attend too. The result is `factor` times the attention, before its last product is formed.
     """
-    B, L, D = x.shape
+    B, _, D = x.shape
     q, k, v = (
         linear(part, weights[name]).reshape(B, -1, heads, D // heads)
         for name, part in (("to_q", x[:, :rows]), ("to_k", x), ("to_v", x))
@@ -258,6 +270,7 @@ class Transformer:
         self.sums = sum_dtype(source.dtype)
         self.lean = lean
         self._modulations = lru_cache(maxsize=1)(self.modulate)
+        self._rope = lru_cache(maxsize=4)(self.rope)
         self._attend = compiled(partial(attend, heads=config.n_heads, eps=config.norm_eps))
         self._feed = compiled(partial(feed, eps=config.norm_eps))
 
@@ -362,12 +375,13 @@ class Transformer:
         for i in range(0, B, together):
             part = self._attend(x[i : i + together], weights, modulation, cos, sin, rows)
             if self.lean:
-                mx.eval(part)
+                settle(part)
             parts.append(self._feed(part, weights, modulation))
             del part
-            if B > together:
-                mx.eval(parts[-1])
+            if together < B:
+                settle(parts[-1])
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
-    def _rope(self, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
+    def rope(self, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
+        """The rotary tables of an image of h x w latent pixels and its padded caption; see `rope_table`."""
         return rope_table(positions(caption_length, h, w), self.config.axes_dims, self.config.rope_theta)

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import compiled, linear, silu
+from .layers import compiled, linear, settle, silu
 
 EPS = 1e-6
 
@@ -75,6 +75,10 @@ class VAEConfig:
             **_conv("decoder.conv_out", 3, widths[0]),
         }
 
+    def sanitize(self, name: str, array: mx.array) -> mx.array:
+        """A tensor as computed with: convolutions from PyTorch's layout (out, in, h, w) to MLX's (out, h, w, in)."""
+        return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
 
 def _conv(name: str, out_dim: int, in_dim: int, kernel: int = 3) -> dict:
     return {f"{name}.weight": (out_dim, in_dim, kernel, kernel), f"{name}.bias": (out_dim,)}
@@ -112,11 +116,6 @@ def _levels(name: str, sampler: str, in_dim: int, widths: tuple[int, ...], depth
         if level < len(widths) - 1:
             shapes |= _conv(f"{name}.{level}.{sampler}.0.conv", width, width)
     return shapes
-
-
-def sanitize(array: mx.array) -> mx.array:
-    """PyTorch's convolution layout (out, in, h, w) to MLX's (out, h, w, in); anything else as it is."""
-    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
 # ---- tensors by rows
@@ -165,12 +164,12 @@ class Strips:
         bounds = self.bounds(x)
         if len(bounds) == 1:
             whole = x.get(0, x.height)
-            mx.eval(whole)
+            mx.async_eval(whole) if self.strip_bytes is None else settle(whole)
             return Rows.of(whole)
         strips = {}
         for a, b in bounds:
             strips[a, b] = x.get(a, b)
-            mx.eval(strips[a, b])
+            settle(strips[a, b])
             x.forget(b - halo)
 
         def get(a: int, b: int) -> mx.array:
@@ -197,12 +196,13 @@ class Strips:
             mean = rows.astype(mx.float32).mean(axis=2, keepdims=True)
             square = squared_distance(rows, mean).sum(axis=2).reshape(B, h, groups, -1)
             mean = mean.reshape(B, h, groups, -1)
-            means.append(mean.mean(axis=(1, 3), keepdims=True))
-            apart = w * mx.square(mean - means[-1])
-            squares.append((square + apart).sum(axis=(1, 3), keepdims=True))
+            means.append(mean.mean(axis=3, keepdims=True).mean(axis=1, keepdims=True))
+            square = square + w * mx.square(mean - means[-1])
+            squares.append(square.sum(axis=3, keepdims=True).sum(axis=1, keepdims=True))
             counts.append(h * w * C // groups)
-            del rows
-            mx.eval(means[-1], squares[-1])
+            del rows, mean, square
+            if self.strip_bytes is not None:
+                settle(means[-1], squares[-1])
         # Chan's combination, as above: no large numbers are subtracted
         total = sum(counts)
         mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
@@ -306,7 +306,7 @@ def attention(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.arr
     parts = []
     for a, b in strips.bounds(scores):
         parts.append(mx.fast.scaled_dot_product_attention(q[:, :, a:b], k, v, scale=C**-0.5))
-        mx.eval(parts[-1])
+        settle(parts[-1])
     y = linear(mx.concatenate(parts, axis=2), weights["to_out"][0])
     return x + y.reshape(B, h, w, C)
 

@@ -1,5 +1,10 @@
 """What calibration sees is what the matrices are given, and packing by it keeps their products."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -109,3 +114,37 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path):
         for fault in ("search", "calibrate"):
             with pytest.raises(RequestError, match="search and calibrate are for the mode affine"):
                 convert("pocket", tmp_path / "out", **options, **{fault: True})
+
+
+@pytest.mark.slow
+def test_a_killed_calibrated_conversion_goes_on_to_the_same_bytes(tmp_path):
+    program = (
+        "import os, sys\nfrom mlx_zimage.convert import calibrate, convert_steps, plan\n"
+        "plan.SHARD_BYTES, calibrate.PROMPTS, calibrate.LARGEST, calibrate.STEPS = 600_000, ('a ring',), 48, 2\n"
+        "for i, _ in enumerate(convert_steps('pocket', sys.argv[1], bits=4, calibrate=True)):\n"
+        "    if i == int(sys.argv[2]): os.kill(os.getpid(), 9)\n"
+    )
+
+    def run(dest, last):
+        return subprocess.run([sys.executable, "-c", program, dest, str(last)], capture_output=True).returncode
+
+    def content(folder):
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert run(tmp_path / "whole", -1) == 0
+    assert run(tmp_path / "out", 60) == -signal.SIGKILL
+    assert (tmp_path / ".out.partial").is_dir()
+    assert run(tmp_path / "out", -1) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_quality_example_finds_more_bits_nearer():
+    script = Path(__file__).parents[1] / "examples" / "quality.py"
+    small = ["--prompts", "1", "--seeds", "1", "--size", "64", "--steps", "2", "--ways", "4bit,target,8bit"]
+    done = subprocess.run([sys.executable, script, *small], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["4bit", "target", "8bit"]
+    velocity = {row[0]: float(row[3]) for row in rows}
+    assert velocity["8bit"] < 0.2 * velocity["4bit"]

@@ -227,7 +227,7 @@ def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path,
     assert process.stdout.readline() == b"image.png\n"
     told = b"".join(process.stderr.readline() for _ in range(4))
     assert b"(2 of 2)\nPreview, until the picture is finished: image.preview.png\n" in told
-    assert (tmp_path / "image.preview.png").exists()
+    assert Image.open(tmp_path / "image.preview.png").size == (32, 32)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (code, b"", b"Stopped.\n")

@@ -20,6 +20,7 @@ from .output import graphics, hub_bars, print_path, say, show_picture
 
 BY_BITS = "the model is converted once, as in `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
 BY_MEMORY = "--memory 6GB keeps to a budget, and chooses what to read as needed and how to decode"
+NO_LORA = "LoRAs are not applied; a checkpoint that has one merged into it can be converted"
 FROM_TEXT = "pictures are drawn from a prompt only"
 ELSEWHERE = {  # flags of mflux and others that have another name here
     "--quantize": BY_BITS,
@@ -37,6 +38,9 @@ ELSEWHERE = {  # flags of mflux and others that have another name here
     "--make-conf": "every picture carries its request, and `generate --from PICTURE` draws it again",
     "--base-model": "--model takes a folder or an id, whose configs tell what it is",
     "--scheduler": "--shift bends the schedule, and examples/custom_schedule.py draws by one of one's own",
+    "--lora": NO_LORA,
+    "--lora-paths": NO_LORA,
+    "--lora-scales": NO_LORA,
     "--image": FROM_TEXT,
     "--image-path": FROM_TEXT,
     "--image-strength": FROM_TEXT,
@@ -282,8 +286,8 @@ def generate(
         request = job.request(pipeline.sample_size)
         path = job.path(request)
         say(f"Seed: {request.seed}" + (f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""), quiet)
-        views = _views(path, request, preview, preview_dir, terminal, quiet)
-        with Watch(request.steps, quiet, not (preview and terminal), views, colours) as watch:
+        with Watch(request.steps, quiet, not (preview and terminal), colours) as watch:
+            _add_views(watch, path, request, preview, preview_dir, terminal)
             for saved, origin, clock in draw(
                 pipeline, request, latents, path, maker, metadata, overwrite, written, watch
             ):
@@ -318,20 +322,22 @@ def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, 
             yield saved, origin, clock
 
 
-def _views(path, request, preview, folder, terminal, quiet) -> list:
+def _add_views(watch, path, request, preview, folder, terminal) -> None:
     """Where a request's previews are shown."""
+    import numpy as np
+
     from ..preview import Album, Screen, Sheet
 
-    views = []
     if preview and terminal:
-        views.append(Screen(sys.stderr.buffer, terminal))
+        watch.views.append(Screen(sys.stderr.buffer, terminal))
     elif preview:
         sheet = Sheet(path.with_name(f"{path.stem}.preview.png"))
-        say(f"Preview, until the picture is finished: {sheet.path}", quiet)
-        views.append(sheet)
+        watch.views.append(sheet)
+        size = request.height // LATENT_PIXELS, request.num_images * request.width // LATENT_PIXELS
+        sheet(np.full((*size, 3), 128, np.uint8))  # grey, so that it may be opened at once
+        watch.say(f"Preview, until the picture is finished: {sheet.path}")
     if folder:
-        views.append(Album(folder, f"{path.stem}-{request.seed}"))
-    return views
+        watch.views.append(Album(folder, f"{path.stem}-{request.seed}"))
 
 
 class Clock:

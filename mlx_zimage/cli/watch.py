@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..pipeline import Generated, Phase
 from ..preview import sketch
 from ..sampling import Step
-from .output import progress_bar
+from .output import progress_bar, say
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
 
@@ -19,14 +19,14 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaini
 class Watch:
     """Takes a request's events as they come: `with Watch(...) as watch: watch(event)`.
 
-    views are shown each step as `colours` (see preview.fit) tell it, and the finished pictures. The bars follow each
-    other on one line: the prompt's encoding, the steps, the decoding. That of the steps stays, if leave is set. Their
-    clocks go on between events, which may be a minute apart.
+    views, which may be added to, are shown each step as `colours` (see preview.fit) tell it, and the finished pictures.
+    The bars follow each other on one line: the prompt's encoding, the steps, the decoding. That of the steps stays, if
+    leave is set. Their clocks go on between events, which may be a minute apart.
     """
 
-    def __init__(self, steps: int, quiet: bool, leave: bool, views=(), colours: np.ndarray | None = None):
-        self.steps, self.quiet, self.leave = steps, quiet, leave
-        self.views, self.colours = views, colours
+    def __init__(self, steps: int, quiet: bool, leave: bool, colours: np.ndarray | None = None):
+        self.steps, self.quiet, self.leave, self.colours = steps, quiet, leave, colours
+        self.views = []
         self.bar = None
         self.over = threading.Event()
 
@@ -51,6 +51,11 @@ class Watch:
                     view(sketch(event.clean, self.colours))
                 else:
                     view.finish(event.pixels)
+
+    def say(self, message: str) -> None:
+        """On a line of its own, above the bar."""
+        with tqdm.external_write_mode(file=sys.stderr):
+            say(message, self.quiet)
 
     def __exit__(self, *_):
         self.over.set()

@@ -23,8 +23,6 @@ from ..models.transformer import (
     modulated_norm,
     pad_tokens,
     patchify,
-    positions,
-    rope_table,
 )
 from ..noise import initial_noise
 from ..pipeline import ZImagePipeline, default_dtype
@@ -131,13 +129,13 @@ def moments(
         x = rms_norm(pipe.encode(prompt)[None].astype(network.sums), embedder[0], config.norm_eps)
         x = pad_tokens(linear(x, embedder[1]), source.once("cap_pad_token"))
         ones = mx.ones((refiners, 4, config.dim), dtype=x.dtype)
-        captions.append(Stream(x, ones, *_rope(network, x.shape[1], 0), x.shape[1]))
+        captions.append(Stream(x, ones, *network.rope(x.shape[1], 0, 0), x.shape[1]))
         modulations, _ = network.modulate(times[:-1])
         for latent, modulation in zip(latents[:-1], modulations, strict=True):
             x = linear(patchify(latent.astype(source.dtype)), source.once("all_x_embedder.2-1"))
             rows = x.shape[1]
             x = pad_tokens(x, source.once("x_pad_token"))
-            cos, sin = _rope(network, captions[-1].rows, side)
+            cos, sin = network.rope(captions[-1].rows, side, side)
             images.append(Stream(x, modulation, cos, sin, rows))
             mx.eval(images[-1].x)
     source.release()
@@ -154,10 +152,6 @@ def moments(
     for caption, x in zip(captions, begun, strict=True):
         caption.x = x
     yield from _walk(network, "context_refiner", refiners, captions)
-
-
-def _rope(network: Transformer, caption_length: int, side: int) -> tuple[mx.array, mx.array]:
-    return rope_table(positions(caption_length, side, side), network.config.axes_dims, network.config.rope_theta)
 
 
 def _walk(

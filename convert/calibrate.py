@@ -15,15 +15,7 @@ import numpy as np
 
 from ..errors import RequestError
 from ..models.layers import linear, rms_norm, silu
-from ..models.transformer import (
-    Transformer,
-    attend,
-    attention,
-    feed,
-    modulated_norm,
-    pad_tokens,
-    patchify,
-)
+from ..models.transformer import Transformer, attend, attention, feed, modulated_norm, pad_tokens, patchify
 from ..noise import initial_noise
 from ..pipeline import ZImagePipeline, default_dtype
 from ..request import GenerateRequest

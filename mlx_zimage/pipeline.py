@@ -18,7 +18,7 @@ from .errors import NumericsError, RequestError
 from .image import to_pil, to_uint8
 from .library import embeddings_folder
 from .memory import Plan, Planner, machine_budget, parse_memory
-from .models.layers import sum_dtype
+from .models.layers import result, sum_dtype
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
@@ -26,7 +26,7 @@ from .noise import initial_noise
 from .request import GenerateRequest
 from .sampling import Step, denoise, guide
 from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
-from .weights import Checkpoint, Source, open_checkpoint, result
+from .weights import Checkpoint, Source, open_checkpoint
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 MAX_EMBEDDINGS = 32  # prompts remembered, of at most 5 MB each
@@ -52,7 +52,10 @@ class Generated:
 
 @dataclass(frozen=True)
 class Phase:
-    """`done` of `total` parts of what goes on around the steps: "encode", in layers, and "decode", in pictures."""
+    """`done` of `total` parts of what goes on around the steps, which is named "encode" or "decode".
+
+    A prompt is encoded in the text encoder's layers, a picture decoded in the VAE's blocks.
+    """
 
     name: str
     done: int
@@ -176,9 +179,10 @@ class ZImagePipeline:
     def events(self, request: GenerateRequest, latents=None) -> Iterator[Phase | Step | Generated]:
         """stream, with the Phases before and after the steps: what a progress bar wants to know."""
         plan, clean = yield from self._denoise(request, latents)
+        blocks = self.vae.config.decoder_blocks
         for i, item in enumerate(clean):
-            yield Phase("decode", i, len(clean))
-            yield Generated(i, self.decode(item), request, plan, str(self.dtype).rpartition(".")[2])
+            pixels = yield from phases("decode", blocks, self.vae.decode_steps(item[None]))
+            yield Generated(i, to_uint8(pixels[0]), request, plan, str(self.dtype).rpartition(".")[2])
 
     def denoise(self, request: GenerateRequest, latents=None) -> Iterator[Step]:
         """The Steps of a request, from its noise (or the given latents) to clean latents (B, h, w, 16)."""

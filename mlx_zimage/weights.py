@@ -20,7 +20,7 @@ from mlx.utils import tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, ModelNotFoundError, RequestError
-from .models.layers import settle
+from .models.layers import result, settle
 from .models.text_encoder import TextEncoderConfig
 from .models.transformer import TransformerConfig
 from .models.vae import VAEConfig
@@ -292,15 +292,6 @@ class Component:
         return mx.array(picked).view(DTYPES[entry.dtype]).astype(dtype)
 
 
-def result(steps: Generator[object, None, mx.array]) -> mx.array:
-    """What a generator returns, run to its end."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-
-
 class Source:
     """Hands a network its weights in one dtype, keeping what it read but for the blocks named in `streamed`.
 
@@ -350,7 +341,7 @@ class Source:
         before, weights = x, self._start(blocks[0], without)
         for i in range(len(blocks)):
             x = apply(x, weights, i)
-            del weights
+            weights = None  # not needed here any longer
             mx.async_eval(x)
             mx.eval(before)
             weights = self._start(blocks[i + 1], without) if i + 1 < len(blocks) else None

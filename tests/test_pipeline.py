@@ -88,7 +88,9 @@ def test_events_tell_of_the_phases_around_the_steps_too(tiny_folder):
     pipe, request = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32"), request_of(num_images=2)
     layers = pipe.text_encoder.config.used_layers
     encode = [Phase("encode", done, layers) for done in range(layers + 1)]
-    work = [Step, Step, Phase("decode", 0, 2), Generated, Phase("decode", 1, 2), Generated]
+    blocks = pipe.vae.config.decoder_blocks
+    decode = [Phase("decode", done, blocks) for done in range(blocks + 1)]
+    work = [Step, Step, *decode, Generated, *decode, Generated]
     events = [event if isinstance(event, Phase) else type(event) for event in pipe.events(request)]
     assert events == encode + work
     events = [event if isinstance(event, Phase) else type(event) for event in pipe.events(request)]

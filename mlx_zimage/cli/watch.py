@@ -42,8 +42,9 @@ class Watch:
             return
         if isinstance(event, Step) and event.index < self.bar.n:  # begun again, in another dtype
             self._open("Drawing", self.steps, "step")
-        self.bar.update()
-        if isinstance(event, Generated):
+        if isinstance(event, Step):
+            self.bar.update()
+        else:
             self._close()
         for view in self.views:
             with tqdm.external_write_mode(file=sys.stderr):
@@ -64,21 +65,18 @@ class Watch:
             view.close()
 
     def _phase(self, phase: Phase) -> None:
-        if phase.name == "decode":
-            self._open("Decoding", phase.total, "picture", phase.done)
-        elif phase.done == 0:
-            self._open("Encoding", phase.total, "layer")
-        else:
+        decoding = phase.name == "decode"
+        if phase.done:
             self.bar.update()
-            if phase.done == phase.total:
-                self._open("Drawing", self.steps, "step")
+        else:
+            self._open(*("Decoding", phase.total, "block") if decoding else ("Encoding", phase.total, "layer"))
+        if phase.done == phase.total and not decoding:
+            self._open("Drawing", self.steps, "step")
 
-    def _open(self, name: str, total: int, unit: str, done: int = 0) -> None:
+    def _open(self, name: str, total: int, unit: str) -> None:
         self._close()
         leave = self.leave and name == "Drawing"
-        self.bar = progress_bar(
-            self.quiet, desc=name, total=total, unit=unit, initial=done, leave=leave, bar_format=BAR
-        )
+        self.bar = progress_bar(self.quiet, desc=name, total=total, unit=unit, leave=leave, bar_format=BAR)
 
     def _close(self) -> None:
         """A bar that is not full goes in any case."""

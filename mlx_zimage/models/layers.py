@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import wraps
 
 import mlx.core as mx
@@ -66,6 +66,15 @@ def settle(*arrays: mx.array) -> None:
     """Compute arrays, and have the memory of all that led to them given back before this returns."""
     mx.eval(*arrays)
     mx.synchronize()
+
+
+def result(steps: Generator[object, None, mx.array]) -> mx.array:
+    """What a generator returns, run to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def compiled(function: Callable) -> Callable:

@@ -10,7 +10,7 @@ picture at once, without tiles and their seams; with room enough, it is computed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import compiled, linear, settle, silu
+from .layers import compiled, linear, result, settle, silu
 
 EPS = 1e-6
 
@@ -58,6 +58,10 @@ class VAEConfig:
     def scale(self) -> int:
         """Picture pixels per latent pixel."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def decoder_blocks(self) -> int:
+        return len(self.block_out_channels) * (self.layers_per_block + 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the checkpoint, convolutions as PyTorch stores them: (out, in, h, w)."""
@@ -181,6 +185,11 @@ class Strips:
                 del strips[a, b]
 
         return Rows(x.height, get, forget)
+
+    def wait(self, x: Rows | None) -> None:
+        """Until what is held whole, without strips, is computed; strips are when they are held."""
+        if x is not None and self.strip_bytes is None:
+            mx.eval(x.get(0, x.height))
 
     def hold_if_small(self, x: Rows) -> Rows:
         """x held where it is one strip; otherwise left to be computed whenever it is asked for."""
@@ -330,12 +339,20 @@ def encoder(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array
     return x.get(0, x.height)
 
 
-def decoder(z: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array:
-    """Unscaled latents (B, h, w, 16) to pixels (B, 8h, 8w, 3), nominally in [-1, 1]."""
+def decoder(z: mx.array, weights: dict, groups: int, strips: Strips) -> Generator[int, None, mx.array]:
+    """Unscaled latents (B, h, w, 16) to pixels (B, 8h, 8w, 3), nominally in [-1, 1].
+
+    Yields how many blocks are done, up to `decoder_blocks` of the config.
+    """
     x = mid_block(conv(Rows.of(z), weights["conv_in"]), weights["mid_block"], groups, strips)
+    done, before = 0, None
     for level in weights["up_blocks"]:
         for block in level["resnets"]:
             x = resnet(x, block, groups, strips)
+            strips.wait(before)  # for the block before only: a GPU always has one to compute
+            before = x
+            done += 1
+            yield done
         if "upsamplers" in level:
             x = upsample(x, level["upsamplers"][0])
     x = conv(group_norm(x, weights["conv_norm_out"], groups, strips, affine_silu), weights["conv_out"])
@@ -356,8 +373,12 @@ class VAE:
 
     def decode(self, latents: mx.array) -> mx.array:
         """Latents (B, h, w, 16), as the transformer sees them, to pixels (B, 8h, 8w, 3) float32, about [-1, 1]."""
+        return result(self.decode_steps(latents))
+
+    def decode_steps(self, latents: mx.array) -> Generator[int, None, mx.array]:
+        """decode, yielding after each block how many are done."""
         z = latents.astype(mx.float32) / self.config.scaling_factor + self.config.shift_factor
-        return self._run(decoder, z, "decoder")
+        return (yield from decoder(*self._inputs(z, "decoder"))).astype(mx.float32)
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels (B, H, W, 3) in [-1, 1] to the mean latents (B, H/8, W/8, 16) float32 that the transformer sees."""
@@ -366,10 +387,13 @@ class VAE:
 
     def encode_moments(self, pixels: mx.array) -> tuple[mx.array, mx.array]:
         """Mean and log variance (clipped to [-30, 20]) of the unscaled latents, each (B, H/8, W/8, 16), float32."""
-        mean, log_variance = mx.split(self._run(encoder, pixels, "encoder"), 2, axis=-1)
+        mean, log_variance = mx.split(encoder(*self._inputs(pixels, "encoder")).astype(mx.float32), 2, axis=-1)
         return mean, mx.clip(log_variance, -30.0, 20.0)
 
-    def _run(self, network: Callable, x: mx.array, name: str) -> mx.array:
-        weights, strips = self.source.tree(name), Strips(self.strip_bytes)
-        x = network(x.astype(self.source.dtype), weights, self.config.norm_num_groups, strips)
-        return x.astype(mx.float32)
+    def _inputs(self, x: mx.array, name: str) -> tuple:
+        return (
+            x.astype(self.source.dtype),
+            self.source.tree(name),
+            self.config.norm_num_groups,
+            Strips(self.strip_bytes),
+        )

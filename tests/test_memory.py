@@ -88,7 +88,7 @@ def test_whether_the_model_stays_is_the_callers_choice(planner):
     staged = planner.plan(*work, 10**10, keep=False)
     assert not staged.keep and not staged.streamed
     kept = planner.plan(*work, 10**10, keep=True).peak
-    for budget in (10**6, staged.peak, kept - 1):
+    for budget in (10**6, staged.peak, planner.text_encoder.total + planner.transformer.total):
         with pytest.raises(MemoryBudgetError, match=r"with the model kept: .* do not keep the model, or convert"):
             planner.plan(*work, budget, keep=True)
     assert planner.plan(*work, kept, keep=True).keep
@@ -105,6 +105,10 @@ def test_leaving_a_staged_run_gives_its_memory_back():
     assert mx.get_active_memory() - before < weights / 4, "the schedule's modulations and the prompt's embeddings stay"
 
 
+def limits(calls: list) -> list:
+    return [call for call in calls if call != "synchronize"]
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_only_weights_that_stay_are_wired_and_only_for_the_steps(monkeypatch, keep):
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=keep)
@@ -118,12 +122,12 @@ def test_only_weights_that_stay_are_wired_and_only_for_the_steps(monkeypatch, ke
             networks = [pipe.transformer] + [pipe.text_encoder] * keep
             blocks = (block for network in networks for key, block in network.source._kept.items() if "." in key)
             staying = sum(array.nbytes for block in blocks for _, array in tree_flatten(block))
-            assert calls == [staying]
+            assert limits(calls) == [staying]
             break
-    assert calls == [staying, "synchronize", 7]
+    assert limits(calls) == [staying, 7] and calls[-2:] == ["synchronize", 7]
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1000})
     list(pipe.denoise(request(width=48, height=48, steps=1)))
-    assert calls[3:] == [1000, "synchronize", 7]
+    assert limits(calls)[2:] == [1000, 7]
 
 
 def test_more_budget_never_makes_a_slower_plan(planner):

@@ -48,22 +48,22 @@ VALIDATION_SEED = 4242  # the final evaluation uses others
 class Plan:
     """How much of everything: of the long stages the seconds, and steps that no machine at hand gets to.
 
-    The defaults take 19 minutes, whatever the machine; how good the result is depends on it.
+    The defaults take about 16 minutes, whatever the machine; how good the result is depends on it.
     """
 
     vae_pictures: int = 60000
-    vae_seconds: float = 280.0  # compiling included
+    vae_seconds: float = 250.0  # compiling included
     vae_steps: int = 40000
     vae_batch: int = 96
     vae_rate: float = 1e-3
     gate: float = 97.0  # least share of reconstructions that the judge passes, in percent
     scenes: int = 400000
     batch: int = 512
-    flow_seconds: float = 625.0  # compiling included
+    flow_seconds: float = 480.0  # compiling included
     flow_steps: int = 200000
     flow_rate: float = 1e-3
     pairs: int = 200000
-    distill_seconds: float = 205.0  # drawing the pairs included
+    distill_seconds: float = 170.0  # drawing the pairs included
     distill_steps: int = 80000
     distill_rate: float = 4e-4
     judged: int = 500

@@ -1,18 +1,26 @@
 """What each way to convert costs a model's pictures: converts it in every way and compares what they draw.
 
-    python examples/quality.py [MODEL] [--prompts 24] [--seeds 2] [--size 128] [--steps 8] [--ways 4bit,calibrated]
+    python examples/quality.py [MODEL] [--prompts 24] [--seeds 2] [--size 128] [--steps 8] [--ways 4bit,target]
+    python examples/quality.py MODEL --weights
 
 Prints a row a way. Errors are root mean squares as a part of the source's: of the packed weights; of the velocity at
 the source's own latents, mean of the steps; and of the final latents. The last two columns are the change of an error
 from plain 4 bits, as the geometric mean over prompts with its standard error.
+
+With --weights nothing is converted or drawn: sizes, and the error of 16 rows of each matrix, for a model of any size.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from mlx_zimage.convert import convert, report
+from mlx_zimage.convert.choose import quantizations
+from mlx_zimage.convert.pack import pack, unpack
+from mlx_zimage.convert.plan import plan_folder
+from mlx_zimage.convert.sources import open_source
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.weights import open_checkpoint
@@ -72,13 +80,41 @@ def change(errors: np.ndarray, plain: np.ndarray) -> str:
     return f"{100 * (np.exp(logs.mean()) - 1):+.0f} ± {100 * spread:.0f} %"
 
 
+def compare_weights(model: str, ways: list[str]) -> None:
+    source = open_source(model)
+    print("| way | MB | weights |\n|---|---|---|", flush=True)
+    size = None
+    for way in [next(iter(WAYS)), *(way for way in ways if way != next(iter(WAYS)))]:
+        options = {key: size if value == SAME else value for key, value in WAYS[way].items()}
+        if options.pop("calibrate", False):
+            continue  # it makes the weights' error larger, and that of their products smaller
+        search = options.pop("search", False)
+        choose = quantizations(options.pop("bits", None), **options).choice(source, "bfloat16")
+        nbytes = plan_folder(source, "bfloat16", choose, "mlx", {}).nbytes
+        size = size or nbytes
+        errors = []
+        for component in source.components.values():
+            for tensor in component.tensors:
+                q = choose(component.name, tensor)
+                if q:
+                    rows = [tensor.read(start, start + 8) for start in (0, tensor.shape[0] // 2)]
+                    exact = mx.concatenate(rows).astype(mx.bfloat16)
+                    off = unpack(pack(exact, q, search), q) - exact
+                    errors.append((mx.square(off).sum() / mx.square(exact.astype(mx.float32)).sum()).sqrt().item())
+        print(f"| {way} | {nbytes / 1e6:.2f} | {np.mean(errors):.4f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default="pocket")
     for name, default in (("prompts", len(PROMPTS)), ("seeds", 2), ("size", 128), ("steps", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS))
+    parser.add_argument("--weights", action="store_true")
     args = parser.parse_args()
+    if args.weights:
+        compare_weights(args.model, args.ways)
+        return
     requests = [
         GenerateRequest(prompt=prompt, width=args.size, height=args.size, seed=seed, steps=args.steps)
         for prompt in PROMPTS[: args.prompts]

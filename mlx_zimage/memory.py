@@ -56,8 +56,11 @@ CPU = Work(
     strips={strip: (8, 200 * strip) for strip in STRIPS[1:]},
 )  # fmt: skip
 GPU = Work(
-    block=66, lean_block=21, picture=12, layer=70, score=0, unpacked=1.8, lean_unpacked=0.7, whole=21.2,
-    strips={strip: (3, 23 * strip) for strip in STRIPS[1:]},
+    block=66.5, lean_block=21.3, picture=7.5, layer=70, score=0, unpacked=2, lean_unpacked=0.67, whole=50.1,
+    strips={
+        2**26: (3.6, 1.01e9), 2**24: (3.77, 2.52e8), 2**22: (2.57, 2.07e8), 2**20: (2.48, 5.48e7),
+        2**18: (2.25, 1.58e7), 2**16: (2.25, 1.58e7),
+    },
 )  # fmt: skip
 
 
@@ -225,15 +228,14 @@ class Planner:
         image_tokens = (width // scale) * (height // scale)
         length = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, tokens))
         together = min(images, max(1, MAX_TOKENS // length))
-        block = (
-            work.lean_block if lean else work.block
-        ) * length * config.dim + work.score * config.n_heads * length**2
+        block = (work.lean_block if lean else work.block) * length * config.dim
+        block += work.score * config.n_heads * length**2
         others = work.picture * images * length * config.dim if images > together else 0
         unpacked = (work.lean_unpacked if lean else work.unpacked) * self.transformer.unpacked
         return int(together * block + others + unpacked)
 
     def modulations(self, steps: int) -> int:
-        """The scales and gates of a schedule, held twice while they are put together, and two weights that give them."""
+        """The scales and gates of a schedule, twice while they are put together, and two of the weights behind them."""
         config = self.checkpoint.transformer.config
         given = 2 * steps * (4 * len(config.modulated) + 1) * config.dim
         return (given + 2 * 4 * config.dim * config.time_dim) * self.dtype.size

@@ -1,0 +1,37 @@
+"""The linear layer: which product a packed weight is given, and that both give the same."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_zimage.models import layers
+from mlx_zimage.models.layers import linear
+
+
+def packed(mode: str, bits: int, group_size: int) -> dict:
+    parts = mx.quantize(mx.random.normal((96, 128), key=mx.random.key(0)), group_size=group_size, bits=bits, mode=mode)
+    return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+
+
+@pytest.mark.parametrize("bias", [{}, {"bias": mx.arange(96, dtype=mx.float32)}], ids=["no bias", "bias"])
+@pytest.mark.parametrize(
+    "packing", [("affine", 4, 64), ("affine", 8, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+)
+def test_rows_choose_the_product_and_not_the_result(monkeypatch, watch, packing, bias):
+    weights = packed(*packing) | bias
+    x = mx.random.normal((2, 3, 128), key=mx.random.key(1))
+    monkeypatch.setenv("MLX_ZIMAGE_UNPACK_FROM", "6")
+    found = watch(layers, "dequantize")
+    dense = linear(x, weights)
+    assert len(found) == 1
+    as_it_is = linear(x[:, :2], weights)
+    assert len(found) == 1, "four rows are too few"
+    # float32: sums of 128 products of order 1, in another order
+    assert mx.abs(dense[:, :2] - as_it_is).max() < 1e-4
+
+
+@pytest.mark.parametrize(("backend", "rows"), [("cpu", 0), ("metal", 512), ("cuda", 0)])
+def test_each_backend_has_its_rule(monkeypatch, backend, rows):
+    monkeypatch.delenv("MLX_ZIMAGE_UNPACK_FROM", raising=False)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: backend == "metal")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu if backend == "cpu" else mx.gpu))
+    assert layers.unpack_from() == rows

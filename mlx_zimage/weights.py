@@ -356,7 +356,10 @@ class Source:
         if block in self._kept:
             return self._kept[block]
         weights = self.component.read(block, self.dtype, without=without, stream=self._disk)
-        mx.async_eval(weights)
+        if mx.default_device() == mx.gpu and not mx.metal.is_available():
+            mx.eval(weights)  # MLX's CUDA build cannot have a GPU wait for reading still under way: the host waits
+        else:
+            mx.async_eval(weights)
         if block not in self.streamed:
             self._kept[block] = weights
         return weights

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from mlx_zimage.convert import convert
 from PIL import Image
 
@@ -22,8 +21,9 @@ def blocks(language: str) -> list[str]:
 
 
 def offline(block: str) -> str:
-    """The pocket model stands in for the published one, which is 33 GB."""
-    return block.replace("Tongyi-MAI/Z-Image-Turbo", "pocket")
+    """The pocket model stands in for the published one, which is 33 GB, and for random weights of its size."""
+    small = "mlx-zimage bench --model pocket --size 32x32 --steps 1 --tokens 8 --repeat 1"
+    return block.replace("Tongyi-MAI/Z-Image-Turbo", "pocket").replace("mlx-zimage bench", small)
 
 
 def test_the_first_command_installs_and_draws_and_the_second_installs_and_tests():
@@ -78,8 +78,8 @@ def test_the_programs_work_as_they_stand(tmp_path):
 def test_installing_for_an_nvidia_gpu():
     (block,) = (block for block in blocks("sh") if "cuda" in block)
     assert "'.[cuda]'" in block
+    # they fetch 3 GB for another machine: only their syntax is tested
     assert subprocess.run(["sh", "-n", "-c", block]).returncode == 0
-    pytest.skip("its commands fetch 3 GB for another machine; only their syntax is tested")
 
 
 def test_the_file_map_names_files_that_exist():

@@ -8,7 +8,7 @@ import click
 from ..errors import RequestError
 from ..quantize import MODES
 from .models import DEFAULT_MODEL
-from .output import print_path, progress_bar
+from .output import print_path, progress_bar, say
 
 
 @click.command(epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
@@ -83,6 +83,8 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
     with closing(convert_steps(source, dest, **options)) as steps:
         if reported:
             check_source(source, memory)
+        if options["calibrate"]:
+            say("Drawing with the source to calibrate; the conversion follows.", quiet)
         with progress_bar(quiet, unit="B", unit_scale=True) as bar:
             for step in steps:
                 bar.total = step.total_bytes

@@ -101,7 +101,7 @@ def test_only_the_time_embedding_is_float32_in_the_modulations(bf16_pipe, produc
 def test_the_time_embedding_of_a_bfloat16_model_is_that_of_a_float32_one(pipe, bf16_pipe, watch):
     embeddings = watch(transformer, "time_embedding")
     for model in (pipe, bf16_pipe):
-        model.transformer.modulate([0.25, 0.5])
+        model.transformer.modulate([0.125, 0.5])  # a schedule that nobody has asked for before
     assert mx.array_equal(*embeddings)
 
 

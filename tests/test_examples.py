@@ -58,6 +58,17 @@ def test_latents(run):
     assert red > blue + 100, "yellow behind"
 
 
+def test_peaks(run):
+    pocket = str(EXAMPLES.parent / "mlx_zimage/pocket")
+    header, *rows = run("peaks.py", pocket, "32", "32:14MB").splitlines()
+    kept, streamed = (row.split() for row in rows)
+    assert "kept" in kept and "streamed" in streamed
+    assert kept[-1] == streamed[-1], "the same latents"
+    ratio = header.split().index("ratio")
+    assert float(kept[ratio]) >= 1
+    assert float(streamed[ratio + 1]) >= 1  # "3 streamed" is two words
+
+
 def test_every_example_is_run_by_a_test():
     tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
     for program in EXAMPLES.glob("*.py"):

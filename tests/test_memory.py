@@ -1,5 +1,6 @@
 """Plans of memory: bounds that measured peaks keep, and pictures that do not depend on them."""
 
+import gc
 import re
 
 import mlx.core as mx
@@ -103,6 +104,20 @@ def test_leaving_a_staged_run_gives_its_memory_back():
     weights = sum(pipe.planner.transformer.blocks.values())
     assert during > weights
     assert mx.get_active_memory() - before < weights / 4, "the schedule's modulations and the prompt's embeddings stay"
+
+
+def test_a_pipeline_that_is_let_go_takes_its_weights_along():
+    before = mx.get_active_memory()
+    gc.disable()  # no cycle may have to be found first
+    try:
+        pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=True)
+        for _ in pipe.denoise(request(width=16, height=16, steps=1)):
+            during = mx.get_active_memory() - before
+        weights = sum(pipe.planner.transformer.blocks.values())
+        del pipe, _
+        assert mx.get_active_memory() - before < weights / 4 < during
+    finally:
+        gc.enable()
 
 
 def limits(calls: list) -> list:

@@ -255,6 +255,34 @@ def positions(caption_length: int, h: int, w: int) -> np.ndarray:
     return np.concatenate([image, caption])
 
 
+def rope(config: TransformerConfig, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
+    """The `rope_table` of an image of h x w latent pixels and its padded caption."""
+    return rope_table(positions(caption_length, h, w), config.axes_dims, config.rope_theta)
+
+
+def modulate(config: TransformerConfig, source, times: Sequence[float]) -> tuple[mx.array, mx.array]:
+    """What the network takes from the times (N,) = 1 - sigma, for a whole schedule at once.
+
+    Returns scales and gates of the modulated blocks (N, blocks, 4, dim), and the scale of the final layer
+    (N, dim), in the compute dtype. The sinusoids and their MLP stay in float32. The adaLN weights, 2% of the
+    network, are dropped again.
+    """
+    N, D, dtype = len(times), config.dim, source.dtype
+    embedding = time_embedding(times, source.once("t_embedder", mx.float32), config.t_scale)
+    final = source.once("all_final_layer.2-1.adaLN_modulation")[1]
+    final_scale = 1 + linear(silu(embedding).astype(dtype), final)
+    embedding = embedding.astype(dtype)
+    blocks = []
+    for name in config.modulated:
+        x = linear(embedding, source.once(f"{name}.adaLN_modulation")[0]).reshape(N, 4, D)
+        # the order in the checkpoint is scale_msa, gate_msa, scale_mlp, gate_mlp; even ones are scales
+        blocks.append(mx.stack([1 + x[:, 0], mx.tanh(x[:, 1]), 1 + x[:, 2], mx.tanh(x[:, 3])], axis=1))
+        mx.eval(blocks[-1])
+    blocks = mx.stack(blocks, axis=1)
+    mx.eval(blocks, final_scale)
+    return blocks, final_scale
+
+
 # ---- the network
 
 
@@ -269,39 +297,26 @@ class Transformer:
         self.source = source
         self.sums = sum_dtype(source.dtype)
         self.lean = lean
-        self._modulations = lru_cache(maxsize=1)(self.modulate)
-        self._rope = lru_cache(maxsize=4)(self.rope)
+        # these do not know self: a cycle would keep the weights in memory until Python looks for cycles
+        self._modulate = lru_cache(maxsize=1)(partial(modulate, config, source))
+        self._rope = lru_cache(maxsize=4)(partial(rope, config))
         self._attend = compiled(partial(attend, heads=config.n_heads, eps=config.norm_eps))
         self._feed = compiled(partial(feed, eps=config.norm_eps))
 
     def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:
-        """What the network takes from the times (N,) = 1 - sigma, for a whole schedule at once.
+        """What the network takes from the times; see the function `modulate`. The last schedule's is remembered."""
+        return self._modulate(tuple(times))
 
-        Returns scales and gates of the modulated blocks (N, blocks, 4, dim), and the scale of the final layer
-        (N, dim), in the compute dtype. The sinusoids and their MLP stay in float32. The adaLN weights, 2% of the
-        network, are dropped again.
-        """
-        N, D, dtype = len(times), self.config.dim, self.source.dtype
-        embedding = time_embedding(times, self.source.once("t_embedder", mx.float32), self.config.t_scale)
-        final = self.source.once("all_final_layer.2-1.adaLN_modulation")[1]
-        final_scale = 1 + linear(silu(embedding).astype(dtype), final)
-        embedding = embedding.astype(dtype)
-        blocks = []
-        for name in self.config.modulated:
-            x = linear(embedding, self.source.once(f"{name}.adaLN_modulation")[0]).reshape(N, 4, D)
-            # the order in the checkpoint is scale_msa, gate_msa, scale_mlp, gate_mlp; even ones are scales
-            blocks.append(mx.stack([1 + x[:, 0], mx.tanh(x[:, 1]), 1 + x[:, 2], mx.tanh(x[:, 3])], axis=1))
-            mx.eval(blocks[-1])
-        blocks = mx.stack(blocks, axis=1)
-        mx.eval(blocks, final_scale)
-        return blocks, final_scale
+    def rope(self, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
+        """The rotary tables of an image of h x w latent pixels and its padded caption; see the function `rope`."""
+        return self._rope(caption_length, h, w)
 
     def embed_caption(self, cap_feats: mx.array) -> mx.array:
         """Embed, pad and refine the text encoder's output (L, cap_feat_dim): (1, L', dim), from the prompt alone."""
         embedder = self.source.tree("cap_embedder")
         x = rms_norm(cap_feats[None].astype(self.sums), embedder[0], self.config.norm_eps)
         x = pad_tokens(linear(x, embedder[1]).astype(self.sums), self.source.tree("cap_pad_token"))
-        cos, sin = self._rope(x.shape[1], 0, 0)
+        cos, sin = self.rope(x.shape[1], 0, 0)
         # These blocks do not see the time: scales and gates of one are exact, and keep to the one trace.
         ones = mx.ones((4, self.config.dim), dtype=self.source.dtype)
         refiners = [f"context_refiner.{i}" for i in range(self.config.n_refiner_layers)]
@@ -317,8 +332,8 @@ class Transformer:
         caption = self.embed_caption(cap_feats)
         # sigma to time as diffusers computes it, in float32
         times = [float((1000 - np.float32(sigma) * np.float32(1000)) / np.float32(1000)) for sigma in sigmas]
-        modulations, final_scales = self._modulations(tuple(times))
-        cos, sin = self._rope(caption.shape[1], h, w)
+        modulations, final_scales = self.modulate(times)
+        cos, sin = self.rope(caption.shape[1], h, w)
 
         def velocity(latents: mx.array, i: int) -> mx.array:
             # The network points from noise to data; sigma grows from data to noise.
@@ -381,7 +396,3 @@ class Transformer:
             if together < B:
                 settle(parts[-1])
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-    def rope(self, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
-        """The rotary tables of an image of h x w latent pixels and its padded caption; see `rope_table`."""
-        return rope_table(positions(caption_length, h, w), self.config.axes_dims, self.config.rope_theta)

@@ -1,5 +1,6 @@
 """What calibration sees is what the matrices are given, and packing by it keeps their products."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from mlx_zimage.convert import calibrate, convert
 from mlx_zimage.convert.calibrate import Calibration, cholesky, moments
 from mlx_zimage.convert.pack import pack, unpack
+from mlx_zimage.convert.report import compare, draw
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.errors import RequestError
@@ -86,24 +88,33 @@ def test_a_later_block_may_be_the_first_asked_for(quick, tiny_folder):
     assert np.array_equal(factors[0], np.tril(factors[0]))
 
 
-def test_a_calibrated_folder_is_as_large_and_draws_nearer(quick, tmp_path):
-    def recipe(component, name, shape):
-        return (
-            Quantization(2) if name in ("layers.0.attention.to_v.weight", "layers.1.feed_forward.w2.weight") else None
-        )
+def test_a_calibrated_folder_is_as_large_and_nearer_in_its_velocity(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "LARGEST", 64)  # fewer tokens than features would tell too little
+    monkeypatch.setattr(calibrate, "STEPS", 4)
 
-    errors = []
-    request = GenerateRequest(prompt="two green squares", width=64, height=64, seed=3, steps=2)
-    *_, exact = ZImagePipeline.from_pretrained("pocket", dtype="float32").denoise(request)
-    for name, options in (("plain", {}), ("calibrated", {"calibrate": True})):
-        out = convert("pocket", tmp_path / name, recipe=recipe, **options)
-        *_, last = ZImagePipeline.from_pretrained(out, dtype="float32").denoise(request)
-        errors.append(mx.square(last.latents - exact.latents).mean().item())
-    plain, calibrated = (open_checkpoint(tmp_path / name).transformer for name in ("plain", "calibrated"))
-    assert {n: (e.shape, e.dtype) for n, e in plain.entries.items()} == {
-        n: (e.shape, e.dtype) for n, e in calibrated.entries.items()
+    def recipe(component, name, shape):
+        chosen = re.fullmatch(r"layers\.[01]\.attention\.to_(v|out\.0)\.weight", name)
+        return Quantization(3) if chosen else None
+
+    plain, calibrated = (
+        convert("pocket", tmp_path / name, recipe=recipe, **options)
+        for name, options in (("plain", {}), ("calibrated", {"calibrate": True}))
+    )
+    stored = [open_checkpoint(folder).transformer.entries for folder in (plain, calibrated)]
+    assert {n: (e.shape, e.dtype) for n, e in stored[0].items()} == {
+        n: (e.shape, e.dtype) for n, e in stored[1].items()
     }
-    assert errors[1] < 0.7 * errors[0]
+    unseen = [
+        GenerateRequest(prompt=prompt, width=64, height=64, seed=seed, steps=2)
+        for seed, prompt in enumerate(("two green squares", "一个蓝色的圆"))
+    ]
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
+    drawn = [draw(pipe, request) for request in unseen]
+    errors = []
+    for folder in (plain, calibrated):
+        pipe = ZImagePipeline.from_pretrained(folder, dtype="float32")
+        errors.append([compare(pipe, *pair)["velocity_error"] for pair in zip(unseen, drawn, strict=True)])
+    assert np.mean(errors[1]) < 0.7 * np.mean(errors[0])
 
 
 def test_what_cannot_be_calibrated_is_refused(tmp_path):

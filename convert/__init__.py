@@ -1,7 +1,7 @@
 """The converter: from a checkpoint to a folder of MLX weights, tensor by tensor.
 
 Every tensor keeps its diffusers name and layout. It is read a few rows at a time, cast to the target's dtype, packed
-if the recipe says so, and written; so a conversion needs a few hundred megabytes, whatever the model's size.
+if the recipe says so, and written; so a conversion needs 80 MB beside Python, whatever the model's size.
 """
 
 from __future__ import annotations

@@ -35,10 +35,11 @@ def draw(model: str, side: int, budget: str | None, count: int) -> str:
     measured = mx.get_peak_memory()
     (first, read), (last, read_last) = steps[0], steps[-1]
     stays = "kept" if plan.keep else f"{len(plan.streamed)} streamed" if plan.streamed else "staged"
+    digest = hashlib.sha256(np.array(latents)).hexdigest()[:12]
     each_s, each_gb = (last - first) / (STEPS - 1), (read_last - read) / (STEPS - 1) / 1e9
     return (
         f"{side:5} {count:4}  {budget or '-':8} {stays:12} {plan.peak / 1e9:9.3f} {measured / 1e9:9.3f} "
-        f"{plan.peak / measured:6.2f} {each_s:8.3f} {each_gb:8.3f}  {hashlib.sha256(np.array(latents)).hexdigest()[:12]}"
+        f"{plan.peak / measured:6.2f} {each_s:8.3f} {each_gb:8.3f}  {digest}"
     )
 
 

@@ -168,7 +168,10 @@ class Strips:
         bounds = self.bounds(x)
         if len(bounds) == 1:
             whole = x.get(0, x.height)
-            mx.async_eval(whole) if self.strip_bytes is None else settle(whole)
+            if self.strip_bytes is None:
+                mx.async_eval(whole)  # see `wait`
+            else:
+                settle(whole)
             return Rows.of(whole)
         strips = {}
         for a, b in bounds:

@@ -13,13 +13,16 @@ COMMIT = "c" * 40
 
 class Hub:
     """Serves a folder as the repository `name`. token: wanted of clients. cut: path -> bytes after which, once, the
-    connection is dropped. seen: (method, path, Range) of every request. received: what was uploaded, by path."""
+    connection is dropped. held: paths of which half is sent, and no more until the server ends. seen: (method, path,
+    Range) of every request. received: what was uploaded, by path."""
 
     def __init__(self, folder: Path, name: str):
         self.name = name
         self.serve(folder)
         self.token: str | None = None
         self.cut: dict[str, int] = {}
+        self.held: set[str] = set()
+        self.over = threading.Event()
         self.seen: list[tuple[str, str, str | None]] = []
         self.received: dict[str, bytes] = {}
         hub = self
@@ -44,6 +47,7 @@ class Hub:
         return self
 
     def __exit__(self, *_):
+        self.over.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -107,17 +111,22 @@ class Hub:
             headers,
             content[start:],
             self.cut.pop(name, None) if request.command == "GET" else None,
+            name in self.held,
         )
 
     def send_json(self, request, value) -> None:
         self.send(request, 200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
-    def send(self, request, status: int, headers: dict, content: bytes = b"", cut: int | None = None) -> None:
+    def send(self, request, status: int, headers: dict, content: bytes = b"", cut: int | None = None, held=False):
         request.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(content))}.items():
             request.send_header(key, value)
         request.end_headers()
         if request.command != "HEAD":
+            if held:
+                request.wfile.write(content[: len(content) // 2])
+                self.over.wait()
+                return
             request.wfile.write(content[:cut])
             if cut is not None:
                 request.wfile.flush()

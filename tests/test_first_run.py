@@ -5,8 +5,10 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,12 @@ from mlx_zimage.metadata import read_origin
 from mlx_zimage.weights import POCKET, open_checkpoint
 
 DISK = r"disk: +([\d.]+) GB are free, ([\d.]+) GB afterwards; ([\d.]+) GB once the download is removed\n"
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+from mlx_zimage.cli import main
+main()
+"""
 DRAW = ["generate", "a red circle", "--steps", "1", "--width", "32", "--height", "32", "--seed", "1"]
 
 
@@ -42,7 +50,7 @@ def run(tmp_path, hub):
     work = tmp_path / "work"
     work.mkdir()
 
-    def run(*args, program="from mlx_zimage.cli import main; main()", stdin=subprocess.DEVNULL, **variables):
+    def run(*args, program=PROGRAM, stdin=subprocess.DEVNULL, start=subprocess.run, **variables):
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "XDG_"))}
         environment = {
             **kept,
@@ -52,9 +60,9 @@ def run(tmp_path, hub):
             "NO_PROXY": "127.0.0.1",
             **variables,
         }
-        return subprocess.run(
+        return start(
             [sys.executable, "-c", program, *map(str, args)],
-            cwd=work, env=environment, stdin=stdin, capture_output=True, text=True,
+            cwd=work, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     run.work, run.home = work, tmp_path / "home/.cache/mlx-zimage"
@@ -115,6 +123,39 @@ def test_a_terminal_is_asked(run, answer, code):
     finally:
         os.close(master)
         os.close(slave)
+
+
+def test_a_closed_stdin_is_not_asked(run, hub):
+    result = run(*DRAW, program=f"import sys; sys.stdin = None\n{PROGRAM}")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "--yes fetches" in result.stderr and hub.seen == []
+
+
+def test_ctrl_c_at_the_question_ends_with_130(run):
+    master, slave = pty.openpty()
+    process = run(*DRAW, stdin=slave, start=subprocess.Popen)
+    while "is given again" not in (line := process.stderr.readline()):
+        assert line, "it ended"
+    assert process.stderr.read(6) == "Go on?"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and stderr.endswith("Stopped.\n")
+    os.close(master)
+    os.close(slave)
+
+
+def test_a_download_is_stopped_within_its_files(run, hub):
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    hub.held = {weights}
+    process = run(*DRAW, "--model", DEFAULT_MODEL, start=subprocess.Popen)
+    end = time.monotonic() + 20
+    while not any(method == "GET" and path.endswith(weights) for method, path, _ in hub.seen):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=20)  # the server sends no more, and the client would wait
+    assert (process.returncode, stdout, stderr) == (143, "", "\nStopped.\n")
+    assert list(run.work.iterdir()) == []
 
 
 def test_values_are_checked_before_anything_is_fetched(run, hub):

@@ -6,10 +6,11 @@ Results go to stdout, everything else to stderr. Nothing heavy is imported befor
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 
@@ -37,7 +38,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
-            with warnings.catch_warnings(), terminable():
+            with warnings.catch_warnings(), stoppable():
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except ZImageError as error:
@@ -50,7 +51,9 @@ class Commands(click.Group):
             failure = click.ClickException(str(error))
             failure.exit_code = OutputError.exit_code if error.errno in FULL else 1
             raise failure from error
-        except (KeyboardInterrupt, Terminated) as stop:
+        except (KeyboardInterrupt, Terminated, click.Abort) as stop:
+            if isinstance(stop, click.Abort) and not isinstance(stop.__context__, KeyboardInterrupt):
+                raise  # the end of the input at a question
             click.echo("Stopped.", err=True)
             ctx.exit(143 if isinstance(stop, Terminated) else 130)
 
@@ -72,20 +75,34 @@ for command in (generate, convert, info, verify, models, plan, doctor, bench, co
 
 
 @contextmanager
-def terminable():
-    """SIGTERM raises Terminated within, so that what is under way is undone; afterwards it means what it meant."""
+def stoppable():
+    """SIGTERM raises Terminated within, as Ctrl-C does KeyboardInterrupt, so that what is under way is undone.
 
-    def terminate(*_):
-        raise Terminated
+    Within the hub's client either one ends the process: the client would first wait for files of many gigabytes, and
+    goes on with what it leaves. Afterwards the signals mean what they meant.
+    """
+
+    def stop(number, frame):
+        while frame:
+            if frame.f_globals.get("__name__", "").startswith("huggingface_hub"):
+                with suppress(OSError):
+                    os.write(2, b"\nStopped.\n")
+                os._exit(128 + number)
+            frame = frame.f_back
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, stop)
+    if before[signal.SIGINT] is not signal.SIG_IGN:  # as in the background of a shell
+        signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):

@@ -50,7 +50,7 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     found = converted(repository)
     if found:
         return found
-    if not yes and not sys.stdin.isatty():
+    if not yes and not (sys.stdin and sys.stdin.isatty()):
         raise ModelNotFoundError(
             f"no model is here yet; --yes fetches {repository} (about {DOWNLOAD / 1e9:.0f} GB) and converts it, "
             f"--model takes a folder or 'pocket'"

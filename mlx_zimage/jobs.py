@@ -117,12 +117,19 @@ def read_requests(text: str, name: str) -> list[dict]:
         unknown = sorted(values.keys() - FIELDS - {"output"})
         if unknown:
             raise RequestError(f"{name}, line {i} has {unknown[0]!r}; known are output, {', '.join(sorted(FIELDS))}")
-        if not isinstance(values.get("output", ""), str):
+        if not _can_be_a_path(values.get("output", "")):
             raise RequestError(f"{name}, line {i}: output must be a file's name")
         requests.append(values)
     if not requests:
         raise RequestError(f"{name} holds no request; write a JSON object a line")
     return requests
+
+
+def _can_be_a_path(value) -> bool:
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
+        return False
 
 
 def read_text(stream, name: str) -> str:

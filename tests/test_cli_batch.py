@@ -15,7 +15,9 @@ from PIL import Image
 
 from mlx_zimage import cli
 from mlx_zimage.cli.generate import join_seeds
-from mlx_zimage.metadata import read_origin
+from mlx_zimage.image import save
+from mlx_zimage.metadata import Origin, read_origin
+from mlx_zimage.request import GenerateRequest
 
 PROMPT = "a red circle on a blue background"
 SMALL = ["--model", "pocket", "--steps", "1", "--width", "32", "--height", "32"]
@@ -120,7 +122,7 @@ def test_an_aspect_has_about_as_many_pixels_as_the_model_draws(run):
         ([PROMPT, "--prompt", "again"], "given twice"),
         ([PROMPT, "--prompt-file", "prompts.txt"], "stands alone"),
         (["--requests", "requests.jsonl"], "each object needs a prompt"),
-        ([PROMPT, "--requests", "bad.jsonl"], "from 16 to 8192, got 50"),
+        ([PROMPT, "--requests", "bad.jsonl"], "picture 2 of 2: width must be a multiple of 16 pixels from 16 to 8192"),
         ([PROMPT, "--prompt-file", "none.txt"], "none.txt"),
         ([PROMPT, "--seed", "1-5"], "seeds are whole numbers"),
         ([PROMPT, "--seed", "1", "--auto-seeds", "2"], "contradict"),
@@ -163,6 +165,13 @@ def test_info_prints_what_a_picture_remembers(run):
     assert run("info", "image.png").stdout.startswith(f"{PROMPT}\nSteps: 1, Sampler: Euler, ")
     assert json.loads(run("info", "image.png", "--json").stdout)["request"]["seed"] == 1
     assert json.loads(run("info", "pocket", "--json").stdout)["networks"]["vae"]["parameters"] > 500_000
+
+
+def test_info_writes_out_what_a_terminal_would_obey(tmp_path):
+    request = GenerateRequest("a\x1b]0;b\a cat\x9b2J\t\n猫", 16, 16, seed=1)
+    save(np.zeros((16, 16, 3), np.uint8), tmp_path / "a.png", origin=Origin(request, "m", "f", "float32"))
+    result = CliRunner().invoke(cli.main, ["info", str(tmp_path / "a.png")], color=True)  # as on a terminal
+    assert result.stdout.startswith("a\\x1b]0;b\\x07 cat\\x9b2J\\t\n猫\nSteps: 8")
 
 
 def test_no_metadata_leaves_nothing(run):

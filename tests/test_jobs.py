@@ -111,6 +111,8 @@ def test_requests_are_read_an_object_a_line():
         ("[1]", "line 1 must be a JSON object, got list"),
         ('{"widht": 64}', "line 1 has 'widht'; known are"),
         ('{"output": 1}', "output must be a file's name"),
+        ('{"output": "a\\u0000.png"}', "output must be a file's name"),
+        ('{"output": "\\ud800.png"}', "output must be a file's name"),
         ("[" * 100_000, "line 1 is no JSON"),
     ):
         with pytest.raises(RequestError, match=told):

@@ -253,8 +253,13 @@ def generate(
     base, ratio = _base(values, size, old, latents)
     jobs = list(multiply(base, prompts, _seeds(seeds, count, auto_seeds, old), output, ratio))
     for job in jobs:
-        request = job.request(ANY_SIDE)
-        check_output(job.path(request))
+        try:
+            request = job.request(ANY_SIDE)
+            check_output(job.path(request))
+        except RequestError as error:
+            if not requests_file and not prompt_file:
+                raise
+            raise RequestError(f"picture {job.n} of {len(jobs)}: {error}") from error
         if latents is not None:
             check_latents_size(latents_file, latents, request)
     if preview_dir:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ..errors import ModelNotFoundError
-from .output import DTYPE_NAMES, size
+from .output import DTYPE_NAMES, printable, size
 
 CONVERSION = "conversion.json"  # what the converter tells of itself
 
@@ -28,7 +28,7 @@ def info(source, as_json):
         from ..metadata import parameters, read_origin
 
         origin = read_origin(path)
-        click.echo(json.dumps(asdict(origin)) if as_json else parameters(origin))
+        click.echo(json.dumps(asdict(origin)) if as_json else printable(parameters(origin)))
         return
     if source != "pocket" and not path.is_dir():
         raise ModelNotFoundError(f"there is no model folder and no picture {source}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,11 @@ DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 def print_path(path: Path) -> None:
     """On stdout, alone on its line, byte for byte: file names need not be valid text."""
     click.echo(os.fsencode(path))
+
+
+def printable(text: str) -> str:
+    """Lines of a stranger's text, with control characters, which a terminal would obey, written as in Python."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def say(message: str, quiet: bool = False) -> None:

@@ -164,12 +164,15 @@ def test_a_read_only_folder_is_refused_before_work(run, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux has a folder that even root cannot write to")
-def test_a_folder_that_takes_no_files_is_refused_before_work(run):
+def test_a_folder_that_takes_no_files_is_refused_before_work(run, monkeypatch):
     result = run("generate", PROMPT, *SMALL, "-o", "/proc/a.png")
     assert (result.exit_code, result.stdout) == (6, "")
     assert "the folder /proc cannot be written to" in result.stderr and "Seed" not in result.stderr
     result = run("generate", PROMPT, *SMALL, "--preview-dir", "/proc/previews")
     assert result.exit_code == 6 and "/proc/previews could not be made" in result.stderr
+    monkeypatch.setenv("HOME", "/proc")
+    result = run("completion", "bash", "--install")
+    assert result.exit_code == 6 and "/proc/.local" in result.stderr
     result = run("convert", "pocket", "/proc/pocket")
     assert result.exit_code == 6 and "could not be written" in result.stderr
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
+from ..errors import OutputError
 from .output import print_path, say
 
 PROGRAM = "mlx-zimage"
@@ -32,8 +33,11 @@ def completion(ctx, shell, install):
         click.echo(text)
         return
     file = Path.home() / FILES[shell]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{file} could not be written: {error.strerror}") from error
     print_path(file)
     if shell == "zsh":
         say(ZSH)

@@ -122,6 +122,7 @@ class OutputFolder:
             self.dest.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
             try:
+                Path(self._lock.lock_file).write_text(str(os.getpid()))
                 check_absent(self.dest)
                 self._resume()
             except BaseException:
@@ -184,7 +185,6 @@ class OutputFolder:
         except Timeout:
             holder = _read(file).decode(errors="replace") or "?"
             raise LockedError(f"{self.dest} is being written by process {holder}; wait for it, or stop it") from None
-        file.write_text(str(os.getpid()))
 
     def _resume(self) -> None:
         """Keep what a killed run finished of the same job, or begin anew; then see that the rest fits on the disk."""
@@ -276,8 +276,9 @@ def check_space(dest: Path, nbytes: int) -> None:
     """Refuse work whose result does not fit on dest's disk."""
     free = shutil.disk_usage(dest.parent).free
     if nbytes > free:
+        unit, size = ("GB", 1e9) if nbytes >= 1e9 else ("MB", 1e6)
         raise OutputError(
-            f"{dest} needs {nbytes / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB left; free some, "
+            f"{dest} needs {nbytes / size:.2f} {unit} more and its disk has {free / size:.2f} {unit} left; free some, "
             f"choose another disk, or fewer bits"
         )
 

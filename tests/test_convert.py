@@ -245,12 +245,14 @@ def test_a_destination_in_the_source_is_refused(official, inside):
     before = files(official)
     with pytest.raises(RequestError, match="inside the source"):
         convert(official, official / inside)
+    with pytest.raises(RequestError, match="inside the source"):
+        convert("pocket", official / inside, vae=official)
     assert files(official) == before
 
 
 def test_a_full_disk_is_told_before_work(official, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
-    with pytest.raises(OutputError, match=r"needs 0\.00 GB more and its disk has 0\.00 GB left"):
+    with pytest.raises(OutputError, match=r"needs 1\.75 MB more and its disk has 0\.00 MB left"):
         convert(official, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -307,17 +309,18 @@ def test_ctrl_c_leaves_nothing(official, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_leaves_nothing_and_is_told(tmp_path):
+@pytest.mark.parametrize("most", [0, 2_000_000])
+def test_a_disk_that_fills_up_leaves_nothing_and_is_told(tmp_path, most):
     program = (
         "import resource, signal, sys\n"
         "from mlx_zimage.convert import convert\n"
         "from mlx_zimage.errors import OutputError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (int(sys.argv[2]),))\n"
         "try:\n    convert('pocket', sys.argv[1])\n"
         "except OutputError as error:\n    print(error); sys.exit(error.exit_code)\n"
     )
-    run = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program, tmp_path / "out", str(most)], capture_output=True, text=True)
     assert run.returncode == 6, run.stderr
     assert "could not be written: File too large" in run.stdout
     assert not list(tmp_path.iterdir())

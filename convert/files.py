@@ -30,18 +30,25 @@ MFLUX_GROUP = 64  # mflux has no other
 
 def open_file(file: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
     """The networks in a single file, whose configs are given since a bare file has none."""
-    with file.open("rb") as stream:
-        start = stream.read(8)
-    if start.startswith(PICKLE):
-        raise CheckpointError(
-            f"{file} is a Python pickle, which can run code when it is opened; it was not opened. Get the model as "
-            f"safetensors, or save its tensors with safetensors.torch.save_file in an environment you trust"
-        )
-    if start.startswith(gguf.MAGIC):
+    refuse_pickle(file)
+    if _start(file).startswith(gguf.MAGIC):
         tensors = {name: _gguf_tensor(file, tensor) for name, tensor in gguf.read_header(file).items()}
     else:
         tensors = unpack(read_header(file), str(file))
     return assemble(tensors, configs, str(file))
+
+
+def refuse_pickle(file: Path) -> None:
+    if _start(file).startswith(PICKLE):
+        raise CheckpointError(
+            f"{file} is a Python pickle, which can run code when it is opened; it was not opened. Get the model as "
+            f"safetensors, or save its tensors with safetensors.torch.save_file in an environment you trust"
+        )
+
+
+def _start(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(8)
 
 
 def is_mflux(folder: Path) -> bool:

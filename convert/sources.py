@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import CheckpointError, ModelNotFoundError, RequestError
 from ..weights import COMPONENTS, Component, read_json, resolve
 from . import official
-from .files import is_mflux, open_file, open_mflux
+from .files import is_mflux, open_file, open_mflux, refuse_pickle
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
 from .writer import render_json
 
@@ -98,6 +98,17 @@ def open_part(source: str | Path, configs: dict[str, dict]) -> Source:
         return Source(at.name, at, open_file(at, configs), [at], {})
     folder = resolve(source)
     origin = folder.resolve().name if at.is_dir() else str(source)
+    try:
+        return _open_model(folder, origin, configs)
+    except CheckpointError:
+        # What is amiss may be that its weights are pickles. Beside whole safetensors they do no harm.
+        for pattern in ("*", *(f"{name}/*" for name in COMPONENTS)):
+            for path in filter(Path.is_file, sorted(folder.glob(pattern))):
+                refuse_pickle(path)
+        raise
+
+
+def _open_model(folder: Path, origin: str, configs: dict[str, dict]) -> Source:
     if not (folder / "model_index.json").is_file() and is_mflux(folder):
         weights = sorted(path for name in COMPONENTS for path in (folder / name).glob("*.safetensors"))
         files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 import sys
 import warnings
@@ -267,6 +268,28 @@ def test_a_pickle_is_refused_by_what_it_holds_and_never_run(tmp_path, kind, endi
     with pytest.raises(CheckpointError, match=r"is a Python pickle, which can run code .* safetensors.torch.save_file"):
         convert(file, tmp_path / "out")
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("place", ["transformer/diffusion_pytorch_model.bin", "vae/model.safetensors", "model.ckpt"])
+def test_a_pickle_in_a_folder_is_refused_as_one(tmp_path, place):
+    import pickle
+
+    folder = shutil.copytree(POCKET, tmp_path / "folder")
+    network, _, name = place.rpartition("/")
+    if network:
+        (folder / network / "diffusion_pytorch_model.safetensors").unlink()
+    else:
+        (folder / "model_index.json").unlink()
+    (folder / place).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(CheckpointError, match=rf"{name} is a Python pickle, .* safetensors.torch.save_file"):
+        open_source(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pickle_beside_whole_weights_is_left_alone(tmp_path):
+    folder = shutil.copytree(POCKET, tmp_path / "folder")
+    (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    assert_same(open_source(folder), "vae")
 
 
 # ---- GGUF

@@ -95,7 +95,9 @@ def convert_steps(
     dest = Path(dest).expanduser()
     check_absent(dest)  # before anything is fetched
     opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base)
-    check_outside(dest, opened.at)
+    others = [Path(other).expanduser() for other in (text_encoder, vae, tokenizer, base) if other is not None]
+    for folder in (opened.at, *filter(Path.is_dir, others)):
+        check_outside(dest, folder)
     calibration = None
     if calibrate:
         from .calibrate import Calibration

@@ -134,6 +134,12 @@ def test_a_folder_that_may_not_be_written_is_told(tiny_folder, tmp_path):
         convert(tiny_folder, tmp_path / "out")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux has a folder that even root cannot write to")
+def test_a_folder_that_nobody_may_write_is_told(tiny_folder):
+    with pytest.raises(OutputError, match="/proc/self/out could not be written: "):
+        convert(tiny_folder, "/proc/self/out")
+
+
 def test_the_manifest_is_what_sha256sum_reads(converted):
     done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=converted, capture_output=True)
     assert done.returncode == 0

@@ -134,7 +134,7 @@ def test_a_closed_stdin_is_not_asked(run, hub):
 def test_ctrl_c_at_the_question_ends_with_130(run):
     master, slave = pty.openpty()
     process = run(*DRAW, stdin=slave, start=subprocess.Popen)
-    while "is given again" not in (line := process.stderr.readline()):
+    while "fetches the rest" not in (line := process.stderr.readline()):
         assert line, "it ended"
     assert process.stderr.read(6) == "Go on?"
     process.send_signal(signal.SIGINT)
@@ -156,6 +156,9 @@ def test_a_download_is_stopped_within_its_files(run, hub):
     stdout, stderr = process.communicate(timeout=20)  # the server sends no more, and the client would wait
     assert (process.returncode, stdout, stderr) == (143, "", "\nStopped.\n")
     assert list(run.work.iterdir()) == []
+    (blobs,) = run.home.with_name("huggingface").glob("hub/*/blobs")
+    # early clients go on with the file, whose name is the same in each process
+    assert not [path for path in blobs.glob("*.incomplete") if path.name.count(".") > 1]
 
 
 def test_values_are_checked_before_anything_is_fetched(run, hub):

@@ -6,8 +6,11 @@ Results go to stdout, everything else to stderr. Nothing heavy is imported befor
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import signal
+import sys
 import threading
 import warnings
 from contextlib import contextmanager, suppress
@@ -78,8 +81,8 @@ for command in (generate, convert, info, verify, models, plan, doctor, bench, co
 def stoppable():
     """SIGTERM raises Terminated within, as Ctrl-C does KeyboardInterrupt, so that what is under way is undone.
 
-    Within the hub's client either one ends the process: the client would first wait for files of many gigabytes, and
-    goes on with what it leaves. Afterwards the signals mean what they meant.
+    Within the hub's client either one ends the process, since the client would first wait for the files under way, of
+    many gigabytes. Afterwards the signals mean what they meant.
     """
 
     def stop(number, frame):
@@ -87,6 +90,7 @@ def stoppable():
             if frame.f_globals.get("__name__", "").startswith("huggingface_hub"):
                 with suppress(OSError):
                     os.write(2, b"\nStopped.\n")
+                drop_downloads()
                 os._exit(128 + number)
             frame = frame.f_back
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
@@ -103,6 +107,21 @@ def stoppable():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def drop_downloads() -> None:
+    """Remove the files that the hub's client is writing in this process, but for those that another could go on with.
+
+    Newer clients give each file of each process a name of its own: DIGEST.12345678.incomplete.
+    """
+    for number in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):
+            if sys.platform == "darwin":
+                path = os.fsdecode(fcntl.fcntl(number, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+            else:
+                path = os.readlink(f"/dev/fd/{number}")
+            if re.search(r"\w\.[0-9a-f]{8}\.incomplete$", path):
+                os.unlink(path)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):

@@ -70,7 +70,7 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     for disk in disks(plan):
         say(f"  disk:      {size(disk.free):>9} are free, {_afterwards(disk)}", quiet)
     check_space(disks(plan))
-    say("A download that is cut goes on where it stopped, when the command is given again.", quiet)
+    say("Files that are whole stay, whenever this is stopped; the same command fetches the rest.", quiet)
     if not yes and not click.confirm("Go on?", default=True, err=True):
         raise ModelNotFoundError("nothing was fetched; --model takes a folder, a Hugging Face id, or 'pocket'")
     with progress_bar(quiet, unit="B", unit_scale=True, desc="Converting") as bar:

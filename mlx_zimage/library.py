@@ -65,9 +65,12 @@ class Disk:
 def home() -> Path:
     """Where this program keeps the models that it converts for itself."""
     given = os.environ.get("MLX_ZIMAGE_HOME")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-zimage"
+    try:
+        if given:
+            return Path(given).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-zimage"
+    except RuntimeError:  # nobody's home
+        raise ModelNotFoundError("there is no home folder to keep models in; set MLX_ZIMAGE_HOME to a folder") from None
 
 
 def embeddings_folder() -> Path | None:
@@ -77,7 +80,7 @@ def embeddings_folder() -> Path | None:
         return None
     try:
         return Path(given).expanduser() if given else home() / EMBEDDINGS
-    except RuntimeError:  # nobody's home
+    except (RuntimeError, ModelNotFoundError):  # nobody's home
         return None
 
 

@@ -250,6 +250,16 @@ def test_the_bits_are_those_that_leave_room_in_memory(budget_gb, bits):
     assert choose_bits(sizes, budget_gb * 10**9) == bits
 
 
+def test_without_a_home_a_folder_is_asked_for(monkeypatch):
+    monkeypatch.delenv("MLX_ZIMAGE_EMBEDDINGS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name")
+    for given in ("~nobody-of-this-name/models", ""):
+        monkeypatch.setenv("MLX_ZIMAGE_HOME", given)
+        with pytest.raises(ModelNotFoundError, match="set MLX_ZIMAGE_HOME to a folder"):
+            library.home()
+        assert library.embeddings_folder() is None
+
+
 def test_pocket_cannot_be_removed():
     with pytest.raises(ModelNotFoundError, match="a part of the package"):
         library.remove("pocket")

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mlx_zimage import cli
-from mlx_zimage.cli.generate import join_seeds
+from mlx_zimage.cli.generate import ELSEWHERE, join_seeds
 from mlx_zimage.image import save
 from mlx_zimage.metadata import Origin, read_origin
 from mlx_zimage.request import GenerateRequest
@@ -62,6 +62,13 @@ def test_a_flag_of_other_programs_is_answered_with_ours(run, args, told):
     result = run("generate", PROMPT, *SMALL, *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert told in result.stderr
+
+
+def test_no_flag_that_is_answered_with_another_is_taken(run):
+    for flag in ELSEWHERE:
+        result = run("generate", PROMPT, *SMALL, flag, "1")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"There is no {flag}: " in result.stderr
 
 
 def test_count_goes_on_with_the_seeds_that_follow(run):

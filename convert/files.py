@@ -30,7 +30,7 @@ MFLUX_GROUP = 64  # mflux has no other
 
 def open_file(file: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
     """The networks in a single file, whose configs are given since a bare file has none."""
-    refuse_pickle(file)
+    _refuse_pickle(file)
     if _start(file).startswith(gguf.MAGIC):
         tensors = {name: _gguf_tensor(file, tensor) for name, tensor in gguf.read_header(file).items()}
     else:
@@ -38,7 +38,16 @@ def open_file(file: Path, configs: Mapping[str, dict]) -> dict[str, SourceCompon
     return assemble(tensors, configs, str(file))
 
 
-def refuse_pickle(file: Path) -> None:
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a model folder in which a network, or all, has pickles for weights. Beside safetensors they do no harm."""
+    for place in (folder, *(folder / name for name in COMPONENTS)):
+        files = sorted(path for path in place.glob("*") if path.is_file())
+        if not any(path.suffix == ".safetensors" and not _start(path).startswith(PICKLE) for path in files):
+            for file in files:
+                _refuse_pickle(file)
+
+
+def _refuse_pickle(file: Path) -> None:
     if _start(file).startswith(PICKLE):
         raise CheckpointError(
             f"{file} is a Python pickle, which can run code when it is opened; it was not opened. Get the model as "
@@ -47,8 +56,12 @@ def refuse_pickle(file: Path) -> None:
 
 
 def _start(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return stream.read(8)
+    """The first bytes; none of a file that cannot be read, which its reader will tell."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(8)
+    except OSError:
+        return b""
 
 
 def is_mflux(folder: Path) -> bool:

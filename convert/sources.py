@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import CheckpointError, ModelNotFoundError, RequestError
 from ..weights import COMPONENTS, Component, read_json, resolve
 from . import official
-from .files import is_mflux, open_file, open_mflux, refuse_pickle
+from .files import is_mflux, open_file, open_mflux, refuse_pickles
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
 from .writer import render_json
 
@@ -101,10 +101,7 @@ def open_part(source: str | Path, configs: dict[str, dict]) -> Source:
     try:
         return _open_model(folder, origin, configs)
     except CheckpointError:
-        # What is amiss may be that its weights are pickles. Beside whole safetensors they do no harm.
-        for pattern in ("*", *(f"{name}/*" for name in COMPONENTS)):
-            for path in filter(Path.is_file, sorted(folder.glob(pattern))):
-                refuse_pickle(path)
+        refuse_pickles(folder)
         raise
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -124,7 +125,9 @@ class Hub:
         request.end_headers()
         if request.command != "HEAD":
             if held:
-                request.wfile.write(content[: len(content) // 2])
+                request.close_connection = True  # nothing is read from who has gone
+                with suppress(OSError):
+                    request.wfile.write(content[: len(content) // 2])
                 self.over.wait()
                 return
             request.wfile.write(content[:cut])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -100,7 +101,8 @@ def test_prompts_come_from_a_file_or_from_stdin(run):
 
 
 def test_requests_come_as_json_lines_and_go_out_as_such(run):
-    gc.collect()  # the models of other tests, whose memory would count
+    gc.collect()
+    others = mx.get_active_memory() / 1e9  # models of other tests
     lines = '{"prompt": "a", "seed": 1, "output": "a.jpg"}\n{"seed": 2, "width": 48}\n'
     result = run("generate", PROMPT, "--requests", "-", *SMALL, "--json", "-q", input=lines)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -114,7 +116,7 @@ def test_requests_come_as_json_lines_and_go_out_as_such(run):
         parts = told["encode_seconds"], told["first_step_seconds"], told["decode_seconds"]
         assert min(parts) > 0 and sum(parts) <= told["seconds"] + 2e-4
         assert 0 < told["peak_memory_gb"] < 2
-        assert told["peak_memory_gb"] <= told["predicted_peak_memory_gb"] < 2
+        assert told["peak_memory_gb"] - others <= told["predicted_peak_memory_gb"] + 2e-4
 
 
 def test_an_aspect_has_about_as_many_pixels_as_the_model_draws(run):

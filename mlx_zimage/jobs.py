@@ -68,10 +68,10 @@ def count_up(seeds: Iterable[int], count: int) -> list[int]:
 
 def parse_seeds(text: str) -> list[int]:
     """ "7" or "1,2,5"."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(f"seeds are whole numbers, several with commas between them; got {text!r}") from None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"-?[0-9]+", part) for part in parts):
+        raise RequestError(f"seeds are whole numbers, several with commas between them; got {text!r}")
+    return [int(part) for part in parts]
 
 
 def parse_size(text: str) -> tuple[dict, tuple[int, int] | None]:

@@ -171,11 +171,12 @@ class Planner:
         if best.peak <= budget:
             return best
         side = self._largest_side(max(width, height), *work)
-        smaller = f"draw at most {side}x{side} pixels at once" if side else "no size fits it"
-        kept, stage = (" with the model kept", "do not keep the model, or ") if keep else ("", "")
+        smaller = f"at most {side}x{side} pixels at once fit {tell(budget)}" if side else "no size fits it"
+        kept = " with the model kept" if keep else ""
+        move = "do not keep the model" if keep else "allow more, draw less at once"
         raise MemoryBudgetError(
             f"{images} picture{'s' * (images > 1)} of {width}x{height} cannot be drawn in {tell(budget)}{kept}: the "
-            f"least that works is {tell(best.peak)}, and {smaller}; or {stage}convert the model to fewer bits"
+            f"least that works is {tell(best.peak)}, and {smaller}; {move}, or convert the model to fewer bits"
         )
 
     def _best(self, width: int, height: int, *work) -> Plan:

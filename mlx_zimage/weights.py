@@ -62,12 +62,13 @@ def resolve(source: str | Path, needed: Sequence[str] = NEEDED_FILES) -> Path:
         return POCKET
     folder = Path(os.path.expanduser(source))  # unlike Path's own, leaves the home of nobody as it is
     try:
-        if folder.is_dir():
-            return folder
-        if folder.is_file():
-            raise ModelNotFoundError(f"{source} is a file; a model is a folder with model_index.json")
+        is_folder, is_file = folder.is_dir(), folder.is_file()
     except (OSError, ValueError) as error:  # too long for the system, or with a NUL
         raise ModelNotFoundError(f"{str(source)[:80]!r} is no name of a folder ({error.args[-1]})") from None
+    if is_folder:
+        return folder
+    if is_file:
+        raise ModelNotFoundError(f"{source} is a file; a model is a folder with model_index.json")
     if not REPOSITORY.fullmatch(str(source)):
         raise ModelNotFoundError(
             f"no model folder at {source}; give a folder, a Hugging Face id such as "

@@ -64,6 +64,9 @@ def test_seeds_are_counted_up_from_each():
     assert count_up([10, 20], 2) == [10, 11, 20, 21]
     with pytest.raises(RequestError, match="whole numbers"):
         parse_seeds("1-5")
+    for text in ("۵", "1_0", "1,,2", ""):
+        with pytest.raises(RequestError, match="seeds are whole numbers"):
+            parse_seeds(text)
     with pytest.raises(RequestError, match="count must be from 1"):
         count_up([1], 0)
 

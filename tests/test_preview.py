@@ -104,6 +104,31 @@ def test_a_preview_looks_like_the_finished_picture_from_the_first_step_on(pocket
     assert noisy < found[0] - 0.3, "the noisy latents tell far less"
 
 
+PROMPTS = [
+    "a red circle on a blue background",
+    "two green squares on a white background",
+    "一个黄色的三角形",
+    "an orange ring",
+    "a big purple star on a black background",
+    "three small pink hearts",
+    "a blue cross in the center",
+    "绿色背景上的白色菱形",
+]
+
+
+@pytest.mark.slow
+def test_every_step_of_eight_shows_what_will_be(pocket, colours):
+    found = []
+    for seed, prompt in enumerate(PROMPTS):
+        *steps, picture = pocket.stream(GenerateRequest(prompt, width=128, height=128, seed=seed))
+        wanted = picture.pixels.reshape(16, 8, 16, 8, 3).mean((1, 3))
+        found.append([similarity(sketch(step.clean, colours), wanted) for step in steps])
+    means = np.mean(found, axis=0)
+    print("correlation of each step's preview:", *(f"{mean:.3f}" for mean in means))
+    assert means[0] > 0.9 and means[2:].min() > 0.94
+    assert np.min(found, axis=0)[2:].min() > 0.85, "no picture is lost"
+
+
 def test_pictures_drawn_at_once_are_shown_side_by_side(colours):
     latents = mx.random.normal((3, 4, 6, 16), key=mx.random.key(0))
     both = sketch(latents, colours)

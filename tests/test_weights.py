@@ -391,7 +391,7 @@ def test_a_missing_folder_is_told_with_what_may_be_given(source):
 
 
 def test_a_file_is_no_model(folder):
-    with pytest.raises(ModelNotFoundError, match="is a file; a model is a folder"):
+    with pytest.raises(ModelNotFoundError, match=r"^\S+ is a file; a model is a folder"):
         resolve(vae_file(folder))
 
 

@@ -158,21 +158,20 @@ def test_a_lumpy_outline_is_wrong():
     assert not judge(ragged, one("diamond")).shapes
 
 
-def test_an_octagon_and_a_rounded_square_are_neither_square_nor_circle():
+def test_an_octagon_is_no_square_and_a_rounded_square_no_circle():
     octagon = drawn(lambda x, y: (np.maximum(abs(x), abs(y)) < 17) & (abs(x) + abs(y) < 21))
     assert not judge(octagon, one("square")).shapes
     assert not judge(drawn(lambda x, y: (abs(x) / 17) ** 6 + (abs(y) / 17) ** 6 < 1), one("circle")).shapes
 
 
-@pytest.mark.parametrize(("x", "y"), [(46, 64), (64, 46), (82, 82), (84, 64)])
-def test_between_two_places_is_neither(x, y):
+@pytest.mark.parametrize(
+    ("x", "y", "place"),
+    [(46, 64, "center"), (82, 82, "center"), (39, 64, "left"), (64, 89, "bottom"), (39, 64.1, "left")],
+)
+def test_places_change_at_the_thirds(x, y, place):
     off = ground_truth([one("circle", x=float(x), y=float(y))])[0]
-    column, row = (0 if at == 64 else (-1 if at < 64 else 1) for at in (x, y))
-    names = [name for name, at in POSITIONS.items() if at == (column, row)]
-    is_center, is_there = (judge(off, one("circle", position=name)).place for name in ("center", *names))
-    third = 128 / 3
-    assert is_center == (third < x < 2 * third and third < y < 2 * third)
-    assert is_there == ((x == 64 or not third < x < 2 * third) and (y == 64 or not third < y < 2 * third))
+    for name in ("center", "left", "right", "top", "bottom"):
+        assert judge(off, one("circle", position=name)).place == (name == place), name
 
 
 def test_a_place_is_a_third():

@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from . import __version__
-from .memory import LARGEST, STRIPS
+from .memory import STRIPS, decodes_whole
 from .models.layers import sum_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
@@ -211,7 +211,7 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
 
     denoise = timed(steps, repeat)
     transformer.source.release()
-    if case.width * case.height * vae.config.block_out_channels[1] >= LARGEST:
+    if not decodes_whole(vae.config, case.width, case.height):
         vae.strip_bytes = STRIPS[1]
     decode = timed(lambda: vae.decode(noise), repeat)
     rate = matmul_rate(tokens, dtype, config.dim, config.ffn_dim)

@@ -11,13 +11,14 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil, inf, prod
+from math import ceil, prod
 
 import mlx.core as mx
 
 from .errors import MemoryBudgetError, RequestError
 from .models.layers import sum_dtype
 from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH
+from .models.vae import VAEConfig
 from .request import SIZE_MULTIPLE
 from .weights import Checkpoint, Component
 
@@ -200,14 +201,12 @@ class Planner:
     ) -> Iterator[Plan]:
         """Plans from the fastest to the leanest."""
         keeps = (True, False) if keep is None else (keep,)
-        plans = ((keep, lean, strips) for keep in keeps for lean in (False, True) for strips in STRIPS)
+        ways = STRIPS if decodes_whole(self.checkpoint.vae.config, width, height) else STRIPS[1:]
+        plans = ((keep, lean, strips) for keep in keeps for lean in (False, True) for strips in ways)
         for keep, lean, strip_bytes in plans:
             encode = self.encode_work(tokens)
             denoise = self.denoise_work(width, height, images, tokens, lean) + self.modulations(steps)
-            decode = self.decode_work(width, height, strip_bytes)
-            if decode == inf:
-                continue
-            decode = self.vae_decoder + int(decode)
+            decode = self.vae_decoder + self.decode_work(width, height, strip_bytes)
             if keep:
                 kept = self.text_encoder.total + self.transformer.total + self.vae_decoder
                 peaks = {"encode": kept + encode, "denoise": kept + denoise, "decode": kept + decode - self.vae_decoder}
@@ -241,14 +240,18 @@ class Planner:
         given = 2 * steps * (4 * len(config.modulated) + 1) * config.dim
         return (given + 2 * 4 * config.dim * config.time_dim) * self.dtype.size
 
-    def decode_work(self, width: int, height: int, strip_bytes: int | None) -> float:
-        """Infinite where it cannot be done so."""
+    def decode_work(self, width: int, height: int, strip_bytes: int | None) -> int:
         widths, itemsize = self.checkpoint.vae.config.block_out_channels, self.vae_dtype.size
         whole = self.work.whole * width * height * widths[0] * itemsize / 2
         if strip_bytes is None:
-            return whole if width * height * widths[1] < LARGEST else inf
+            return int(whole)
         by_pixel, at_least = self.work.strips[strip_bytes]
-        return min(whole, by_pixel * width * height * widths[0] * itemsize / 2 + at_least)
+        return int(min(whole, by_pixel * width * height * widths[0] * itemsize / 2 + at_least))
+
+
+def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
+    """Whether a picture of width x height pixels may be decoded at once, memory aside."""
+    return width * height * config.block_out_channels[1] < LARGEST
 
 
 def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:

@@ -13,19 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from mlx_zimage.convert import convert
+from quality import PROMPTS
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.quantize import QUANTIZED, Quantization
 from mlx_zimage.weights import open_checkpoint
 
-PROMPTS = [
-    "a red circle on a blue background",
-    "two green squares on a white background",
-    "一个黄色的三角形",
-    "a large purple star on a black background",
-    "a small blue circle left of a red square",
-    "an orange ring",
-]
 KINDS = {kind: ("transformer", f".{kind}.") for kind in ("to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3")}
 KINDS["text encoder"] = "text_encoder", ""
 
@@ -39,7 +32,7 @@ def latents(model: str | Path, prompts: list[str]) -> np.ndarray:
     return np.stack(drawn)
 
 
-def main(model: str = "pocket", bits: int = 3, prompts: int = len(PROMPTS)) -> None:
+def main(model: str = "pocket", bits: int = 3, prompts: int = 6) -> None:
     shapes = {part.name: part.config.shapes() for part in open_checkpoint(model).components}
     exact = latents(model, PROMPTS[:prompts])
     for kind, (network, part) in KINDS.items():

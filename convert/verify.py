@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, NumericsError
-from ..weights import COMPONENTS, open_checkpoint, resolve
+from ..weights import COMPONENTS, MANIFEST, open_checkpoint, resolve, sha256
 from . import writer
-from .disk import sha256
 from .rows import Tensor, read_rows
 from .sources import CONVERSION, open_folder
-from .writer import MANIFEST
 
 # What the loader reads; a file of this kind that the manifest does not list could change the model.
 READ_BY_US = (".json", ".safetensors", ".txt", ".jinja")

@@ -21,13 +21,13 @@ import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from ..errors import CheckpointError, LockedError, OutputError, RequestError, ZImageError
-from .disk import drop_cache, sha256, sync, sync_folder
+from ..weights import MANIFEST, sha256
+from .disk import drop_cache, sync, sync_folder
 
 if TYPE_CHECKING:
     from .plan import Shard, Task
 
 ITEM_BYTES = {"F32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1}
-MANIFEST = "SHA256SUMS"  # as `sha256sum -c` reads it
 JOB, JOURNAL = ".job.json", ".journal"  # in a partial folder: what is being made, and its finished shards
 
 

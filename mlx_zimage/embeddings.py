@@ -22,12 +22,11 @@ from safetensors import SafetensorError, safe_open
 
 from . import __version__
 from .models.layers import sum_dtype
-from .weights import Component
+from .weights import MANIFEST, Component, sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
 # Nothing else is ever removed from the folder, which anyone may have named. A dot begins a file being written.
 OWN = re.compile(r"\.?[0-9a-f]{64}(\.\d+)?\.(safetensors|sum)")
-MANIFEST = "SHA256SUMS"  # the converter's
 FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
 
@@ -143,15 +142,9 @@ def _manifest(model: Path, states: dict[Path, os.stat_result]) -> str | None:
 
 
 def _sha256(file: Path) -> str:
-    sha, buffer = hashlib.sha256(), bytearray(1 << 20)
     # the hub's cache names large files by their SHA-256
     blob = file.resolve()
-    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            sha.update(memoryview(buffer)[:count])
-    return sha.hexdigest()
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else sha256(file)
 
 
 def _write(path: Path, save) -> None:

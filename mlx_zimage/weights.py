@@ -6,6 +6,7 @@ only, and compares every name and shape with the architecture; tensor data is re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from .quantize import Quantization
 from .scheduler import SchedulerConfig
 
 POCKET = Path(__file__).parent / "pocket"
+MANIFEST = "SHA256SUMS"  # of a folder that the converter wrote; as `sha256sum -c` reads it
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 COMPONENTS = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
@@ -100,6 +102,15 @@ def _fetch(repository: str, needed: Sequence[str]) -> Path:
         raise ModelNotFoundError(
             f"{repository} is no local folder, and the Hugging Face hub did not give it: {first_line}"
         ) from error
+
+
+def sha256(file: Path) -> str:
+    """A file's SHA-256, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict:

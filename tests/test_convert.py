@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from mlx_zimage.convert import convert, convert_steps, plan, rows
 from mlx_zimage.convert.choose import quantizations
 from mlx_zimage.convert.sources import CONVERSION
-from mlx_zimage.convert.writer import MANIFEST, OutputFolder
+from mlx_zimage.convert.writer import OutputFolder
 from tiny import TRANSFORMER, save_component, weights, write_checkpoint
 
 from mlx_zimage import ZImagePipeline
@@ -22,7 +22,7 @@ from mlx_zimage.cli import main
 from mlx_zimage.errors import CheckpointError, NumericsError, OutputError, RequestError
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.quantize import MODES, Quantization
-from mlx_zimage.weights import POCKET, open_checkpoint
+from mlx_zimage.weights import MANIFEST, POCKET, open_checkpoint
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 

@@ -1,10 +1,10 @@
-"""The linear layer: which product a packed weight is given, and that both give the same."""
+"""The linear layer, which chooses its product, and SiLU: whichever way is taken, the numbers are the same."""
 
 import mlx.core as mx
 import pytest
 
 from mlx_zimage.models import layers
-from mlx_zimage.models.layers import linear
+from mlx_zimage.models.layers import linear, silu
 
 
 def packed(mode: str, bits: int, group_size: int) -> dict:
@@ -35,3 +35,14 @@ def test_each_backend_has_its_rule(monkeypatch, backend, rows):
     monkeypatch.setattr(mx.metal, "is_available", lambda: backend == "metal")
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu if backend == "cpu" else mx.gpu))
     assert layers.unpack_from() == rows
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_silu_is_x_times_its_sigmoid_out_to_the_ends_of_the_range(dtype):
+    largest = mx.finfo(dtype).max
+    x = mx.concatenate([mx.linspace(-100, 100, 2001), mx.array([-largest, largest, 0.0])]).astype(dtype)
+    expected = x.astype(mx.float32) * mx.sigmoid(x.astype(mx.float32))
+    found = silu(x)
+    assert found.dtype == dtype and mx.isfinite(found).all()
+    # three roundings of the dtype at most, and what its smallest numbers cannot tell
+    assert mx.allclose(found.astype(mx.float32), expected, rtol=3 * mx.finfo(dtype).eps, atol=1e-6)

@@ -3,7 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from mlx_zimage.models.vae import VAE
+from mlx_zimage.models import vae
+from mlx_zimage.models.vae import VAE, Rows, Strips
 from mlx_zimage.weights import Source, open_checkpoint
 
 
@@ -48,3 +49,35 @@ def test_strips_need_a_fraction_of_the_memory(source):
     _, whole = peak_of(lambda: VAE(source.component.config, source).decode(latents))
     _, strips = peak_of(lambda: VAE(source.component.config, source, 2**15).decode(latents))
     assert strips < whole / 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (7, 2), (6, 9)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_sum_of_products_is_the_convolution(height, width, batch):
+    mx.random.seed(3)
+    x, kernel = mx.random.normal((batch, height, width, 8)), mx.random.normal((16, 3, 3, 8))
+    weights = {"weight": kernel, "bias": mx.random.normal((16,))}
+    expected = mx.conv2d(x, kernel, padding=1) + weights["bias"]
+    # float32: sums of 72 products of order 1, in another order
+    assert mx.abs(vae.conv(Rows.of(x), weights).get(0, height) - expected).max() < 1e-4
+    for row in range(height):
+        assert mx.abs(vae.conv(Rows.of(x), weights).get(row, row + 1) - expected[:, row : row + 1]).max() < 1e-4
+
+
+@pytest.mark.parametrize("height", [1, 2, 5])
+def test_work_in_two_halves_is_the_work_at_once(height):
+    rows, scale, shift = (mx.random.normal((2, height, 3, 4)) for _ in range(3))
+    scale, shift = scale[:, :1], shift[:, :1]
+    assert mx.array_equal(vae.spread(vae.affine, rows, scale, shift), vae.affine(rows, scale, shift))
+
+
+def test_moments_of_strips_are_those_of_the_whole():
+    mx.random.seed(4)
+    x = 100 + mx.random.normal((2, 9, 5, 12))  # far from zero, where sums of squares would lose every digit
+    groups = x.reshape(2, 9 * 5, 4, 3)
+    found = Strips(2 * 5 * 12 * 4 * 4).moments(Rows.of(x), 4)
+    for name, moment, expected in zip(
+        ("mean", "variance"), found, (groups.mean(axis=(1, 3)), groups.var(axis=(1, 3))), strict=True
+    ):
+        # float32 at 100: a rounding of the inputs alone is 4e-6
+        assert mx.abs(moment.reshape(2, 4) - expected).max() < 1e-4, name

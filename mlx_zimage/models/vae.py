@@ -10,9 +10,11 @@ picture at once, without tiles and their seams; with room enough, it is computed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,6 +23,7 @@ from .config import read_config
 from .layers import compiled, linear, result, settle, silu
 
 EPS = 1e-6
+CPU_STRIP = 2**22  # bytes of a tensor that a CPU works on at a time
 
 
 @dataclass(frozen=True)
@@ -148,11 +151,13 @@ class Rows:
 class Strips:
     """How many rows are worked on at a time, and whether intermediate tensors are held or computed again.
 
-    strip_bytes bounds one strip of one tensor; None works on whole pictures.
+    strip_bytes bounds one strip of one tensor. None holds every tensor, and works on whole pictures on a GPU; a CPU
+    gets strips that fit its caches all the same.
     """
 
     def __init__(self, strip_bytes: int | None = None):
-        self.strip_bytes = strip_bytes
+        self.holds = strip_bytes is None
+        self.strip_bytes = CPU_STRIP if self.holds and mx.default_device() == mx.cpu else strip_bytes
 
     def bounds(self, x: Rows) -> list[tuple[int, int]]:
         """The strips of x, as (first row, end row)."""
@@ -163,21 +168,21 @@ class Strips:
         edges = [round(i * x.height / count) for i in range(count + 1)]
         return list(pairwise(edges))
 
+    def each(self, x: Rows, function: Callable) -> Iterator[tuple[tuple[int, int], Any]]:
+        """The bounds of x's strips and the array, or arrays, that function makes of each, computed in turn."""
+        for bound in self.bounds(x):
+            made = function(x.get(*bound))
+            settle(made)
+            yield bound, made
+
     def hold(self, x: Rows, halo: int = 0) -> Rows:
         """Compute x, strip by strip, and keep it. Rows that x's own inputs need no longer, given the halo, go."""
-        bounds = self.bounds(x)
-        if len(bounds) == 1:
-            whole = x.get(0, x.height)
-            if self.strip_bytes is None:
-                mx.async_eval(whole)  # see `wait`
-            else:
-                settle(whole)
-            return Rows.of(whole)
         strips = {}
-        for a, b in bounds:
-            strips[a, b] = x.get(a, b)
-            settle(strips[a, b])
-            x.forget(b - halo)
+        for bound, strip in self.each(x, lambda rows: rows):
+            strips[bound] = strip
+            x.forget(bound[1] - halo)
+        if len(strips) == 1:
+            return Rows.of(strip)
 
         def get(a: int, b: int) -> mx.array:
             parts = [strip[:, max(a - c, 0) : b - c] for (c, d), strip in strips.items() if c < b and a < d]
@@ -189,37 +194,17 @@ class Strips:
 
         return Rows(x.height, get, forget)
 
-    def wait(self, x: Rows | None) -> None:
-        """Until what is held whole, without strips, is computed; strips are when they are held."""
-        if x is not None and self.strip_bytes is None:
-            mx.eval(x.get(0, x.height))
-
     def hold_if_small(self, x: Rows) -> Rows:
-        """x held where it is one strip; otherwise left to be computed whenever it is asked for."""
-        return self.hold(x) if len(self.bounds(x)) == 1 else x
+        """x held where it is one strip, or everything is; otherwise left to be computed whenever it is asked for."""
+        return self.hold(x) if self.holds or len(self.bounds(x)) == 1 else x
 
     def moments(self, x: Rows, groups: int) -> tuple[mx.array, mx.array]:
         """Mean and variance over (h, w, C / groups) of the whole tensor: each (B, 1, groups, 1) float32."""
-        counts, means, squares = [], [], []
-        for a, b in self.bounds(x):
-            rows = x.get(a, b)
-            B, h, w, C = rows.shape
-            # First each row of each channel by itself: GPUs are fast at many sums, slow at few long ones.
-            mean = rows.astype(mx.float32).mean(axis=2, keepdims=True)
-            square = squared_distance(rows, mean).sum(axis=2).reshape(B, h, groups, -1)
-            mean = mean.reshape(B, h, groups, -1)
-            means.append(mean.mean(axis=3, keepdims=True).mean(axis=1, keepdims=True))
-            square = square + w * mx.square(mean - means[-1])
-            squares.append(square.sum(axis=3, keepdims=True).sum(axis=1, keepdims=True))
-            counts.append(h * w * C // groups)
-            del rows, mean, square
-            if self.strip_bytes is not None:
-                settle(means[-1], squares[-1])
-        # Chan's combination, as above: no large numbers are subtracted
-        total = sum(counts)
-        mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
-        variance = sum((s + n * mx.square(m - mean)) / total for s, m, n in zip(squares, means, counts, strict=True))
-        return mean, variance
+        if self.strip_bytes is None:
+            return moments(x.get(0, x.height), groups)
+        strips = [((b - a) / x.height, *made) for (a, b), made in self.each(x, partial(moments, groups=groups))]
+        mean = sum(share * m for share, m, _ in strips)
+        return mean, sum(share * (v + mx.square(m - mean)) for share, m, v in strips)
 
 
 # ---- the parts, small to large
@@ -228,6 +213,21 @@ class Strips:
 @compiled
 def squared_distance(rows: mx.array, mean: mx.array) -> mx.array:
     return mx.square(rows.astype(mx.float32) - mean)
+
+
+def moments(rows: mx.array, groups: int) -> tuple[mx.array, mx.array]:
+    """Mean and variance of rows (B, h, w, C) over (h, w, C / groups): each (B, 1, groups, 1) float32.
+
+    First each row of each channel by itself: GPUs are fast at many sums, slow at few long ones. Then Chan's combination
+    of variances, as Strips.moments too: no large numbers are subtracted.
+    """
+    B, h, _, _ = rows.shape
+    means = rows.astype(mx.float32).mean(axis=2, keepdims=True)
+    variances = squared_distance(rows, means).mean(axis=2).reshape(B, h, groups, -1)
+    means = means.reshape(B, h, groups, -1)
+    mean = means.mean(axis=3, keepdims=True).mean(axis=1, keepdims=True)
+    variances = variances + mx.square(means - mean)
+    return mean, variances.mean(axis=3, keepdims=True).mean(axis=1, keepdims=True)
 
 
 @compiled
@@ -240,17 +240,57 @@ def affine_silu(rows: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     return silu(affine(rows, scale, shift))
 
 
+@cache
+def threads() -> list[mx.ThreadLocalStream]:
+    return [mx.new_thread_local_stream(mx.cpu) for _ in range(2)]
+
+
+def spread(function: Callable, rows: mx.array, *args: mx.array) -> mx.array:
+    """function of rows (B, h, w, C), in two halves at once: but for products, MLX's CPU build uses one core."""
+    parts = []
+    for stream, part in zip(threads(), mx.split(rows, [rows.shape[1] // 2], axis=1), strict=True):
+        with mx.stream(stream):
+            parts.append(function(part, *args))
+    return mx.concatenate(parts, axis=1)
+
+
 def convolve(x: mx.array, weights: dict, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
     if mx.metal.is_available():
         # MLX's Winograd kernels for Metal are known to cost gigabytes of scratch and many times the rounding error;
         # a flipped convolution is never sent to them.
         flipped = weights["weight"][:, ::-1, ::-1, :]
         return mx.conv_general(x, flipped, stride=stride, padding=padding, flip=True) + weights["bias"]
+    if "kernels" in weights:
+        return sum_of_products(x, weights, padding)
     return mx.conv2d(x, weights["weight"], stride=stride, padding=padding) + weights["bias"]
+
+
+def sum_of_products(x: mx.array, weights: dict, padding: tuple[int, int]) -> mx.array:
+    """A 3x3 convolution as nine matrix products of shifted views of x; `kernels` are (3 * 3 * out, in).
+
+    MLX's CPU build copies every pixel's nine neighbours together first: here that took 1.6 to 2.2 times as long, and
+    nine times the memory.
+    """
+    above, left = padding
+    x = mx.pad(x, [(0, 0), (above, above), (left, left), (0, 0)])
+    B, h, w, C = x.shape
+    pixels = x.reshape(B, h * w, C)
+    # Rows lie one after another with two pixels between them that belong to none; the last two would be outside of x.
+    count = (h - 2) * w - 2
+    total = weights["bias"]
+    for i, kernel in enumerate(mx.split(weights["kernels"], 9)):
+        shift = i // 3 * w + i % 3
+        total = mx.addmm(total, pixels[:, shift : shift + count], kernel.T)
+    out = total.shape[-1]
+    return mx.as_strided(total, (B, h - 2, w - 2, out), (count * out, w * out, out, 1))
 
 
 def conv(x: Rows, weights: dict) -> Rows:
     """3x3 convolution, zero-padded by 1."""
+    if mx.default_device() == mx.cpu:
+        # each of the nine in one piece, which saves the products a copy
+        kernels = weights["weight"].transpose(1, 2, 0, 3).reshape(-1, weights["weight"].shape[-1])
+        weights = {"kernels": kernels, "bias": weights["bias"]}
 
     def get(a: int, b: int) -> mx.array:
         above, below = int(a == 0), int(b == x.height)
@@ -295,16 +335,23 @@ def group_norm(x: Rows, weights: dict, groups: int, strips: Strips, then: Callab
     # as one scale and one shift per channel, so that the picture is passed over once
     scale = mx.repeat(mx.rsqrt(variance + EPS), width, axis=3).flatten(2)[:, :, None] * weights["weight"]
     shift = weights["bias"] - mx.repeat(mean, width, axis=3).flatten(2)[:, :, None] * scale
+    if mx.default_device() == mx.cpu:
+        then = partial(spread, then)
     return x.map(lambda rows: then(rows, scale, shift))
 
 
 def resnet(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
     x = strips.hold_if_small(x)
     h = conv(group_norm(x, weights["norm1"], groups, strips, affine_silu), weights["conv1"])
-    h = strips.hold_if_small(h)
+    h = strips.hold_if_small(Rows(h.height, h.get))  # x is needed once more
     h = conv(group_norm(h, weights["norm2"], groups, strips, affine_silu), weights["conv2"])
     shortcut = x.map(lambda rows: convolve(rows, weights["conv_shortcut"])) if "conv_shortcut" in weights else x
-    total = Rows(x.height, lambda a, b: shortcut.get(a, b) + h.get(a, b), x.forget)
+
+    def forget(before: int) -> None:
+        for part in (shortcut, h):
+            part.forget(before)
+
+    total = Rows(x.height, lambda a, b: shortcut.get(a, b) + h.get(a, b), forget)
     return strips.hold(total, halo=2)  # two convolutions reach two rows back
 
 
@@ -348,12 +395,10 @@ def decoder(z: mx.array, weights: dict, groups: int, strips: Strips) -> Generato
     Yields how many blocks are done, up to `decoder_blocks` of the config.
     """
     x = mid_block(conv(Rows.of(z), weights["conv_in"]), weights["mid_block"], groups, strips)
-    done, before = 0, None
+    done = 0
     for level in weights["up_blocks"]:
         for block in level["resnets"]:
             x = resnet(x, block, groups, strips)
-            strips.wait(before)  # for the block before only: a GPU always has one to compute
-            before = x
             done += 1
             yield done
         if "upsamplers" in level:

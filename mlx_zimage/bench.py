@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from . import __version__
-from .memory import STRIPS, decodes_whole
+from .memory import GPU, decodes_whole
 from .models.layers import sum_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
@@ -212,7 +212,7 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
     denoise = timed(steps, repeat)
     transformer.source.release()
     if not decodes_whole(vae.config, case.width, case.height):
-        vae.strip_bytes = STRIPS[1]
+        vae.strip_bytes = next(filter(None, GPU.strips))
     decode = timed(lambda: vae.decode(noise), repeat)
     rate = matmul_rate(tokens, dtype, config.dim, config.ffn_dim)
     flops = case.steps * step_flops(config, tokens, case.caption_tokens)

@@ -16,16 +16,14 @@ from math import ceil, prod
 import mlx.core as mx
 
 from .errors import MemoryBudgetError, RequestError
-from .models.layers import sum_dtype
-from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH
+from .models.layers import backend, sum_dtype
+from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH, TURNED
 from .models.vae import VAEConfig
 from .request import SIZE_MULTIPLE
-from .weights import Checkpoint, Component
+from .weights import DTYPES, READS_AHEAD, Checkpoint, Component
 
 SHARE = 0.6  # of the memory, where the system does not recommend a share itself
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-STRIPS = (None, *(2**power for power in range(26, 14, -2)))  # bytes of the VAE's strips, fastest first
-
 LARGEST = 2**30  # elements: MLX's CUDA kernels fail on more, so larger pictures are decoded by strips
 
 
@@ -35,9 +33,10 @@ class Work:
 
     block, lean_block: of a transformer block in its two ways, per token and feature; picture: beside it, of each of
     several pictures that take turns. layer: of a layer of the text encoder, per token and feature. score: of attention,
-    per head and pair of tokens. unpacked, lean_unpacked: of a packed block's dense form, per byte of it. whole: of
-    decoding at once, per pixel and channel at full size; strips: of decoding by strips of so many bytes, per pixel and
-    channel, and in all.
+    per head and pair of tokens. unpacked, lean_unpacked: of a packed block's dense form, per byte of it;
+    layer_unpacked: of a layer's. strips: the ways to decode, fastest first, whole or by strips of so many bytes: per
+    pixel and channel at full size, and in all; most: of any of them, per pixel and channel. late: what a GPU may hold
+    longer than it must of blocks that nothing waits for, as a part of the work: seen in one run of about ten.
     """
 
     block: float
@@ -47,39 +46,47 @@ class Work:
     score: float
     unpacked: float
     lean_unpacked: float
-    whole: float
-    strips: dict[int, tuple[float, float]]
+    layer_unpacked: float
+    strips: dict[int | None, tuple[float, float]]
+    most: float
+    late: float = 0
 
 
 # The CPU's were measured there, where nothing is fused and memory is taken ahead; the GPU's with MLX's CUDA build.
 CPU = Work(
-    block=116, lean_block=84, picture=12, layer=150, score=4, unpacked=1.35, lean_unpacked=1.35, whole=152,
-    strips={strip: (8, 200 * strip) for strip in STRIPS[1:]},
+    block=116, lean_block=84, picture=12, layer=150, score=4, unpacked=1.35, lean_unpacked=1.35, layer_unpacked=1.35,
+    strips={None: (12.2, 4.1e7), 2**20: (6.1, 5.1e7), 2**18: (6.1, 1.27e7), 2**16: (3.08, 6.7e6)}, most=32,
 )  # fmt: skip
 GPU = Work(
-    block=66.5, lean_block=21.3, picture=7.5, layer=70, score=0, unpacked=2, lean_unpacked=0.67, whole=50.1,
+    block=66.5, lean_block=21.3, picture=7.5, layer=40, score=0, unpacked=2, lean_unpacked=0.67, layer_unpacked=1.1,
     strips={
-        2**26: (3.6, 1.01e9), 2**24: (3.77, 2.52e8), 2**22: (2.57, 2.07e8), 2**20: (2.48, 5.48e7),
+        None: (27.5, 0), 2**26: (2.06, 1.235e9), 2**24: (3.77, 2.56e8), 2**22: (2.57, 2.07e8), 2**20: (2.48, 5.48e7),
         2**18: (2.25, 1.58e7), 2**16: (2.25, 1.58e7),
     },
+    most=27.5, late=0.5,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Network:
-    """Bytes of a network's weights as computed with: of each block, in running order, and of all the rest."""
+    """Bytes of a network's weights as computed with: of each block, in running order, and of all the rest.
+
+    unpacked is the dense form of the largest packed block; reading is what a block needs beside itself while it is
+    read: its tensors as stored, where they are computed with in another dtype or order.
+    """
 
     blocks: dict[str, int]
     rest: int
-    unpacked: int  # the dense form of the largest packed block
+    unpacked: int
+    reading: int
 
     @property
     def total(self) -> int:
         return sum(self.blocks.values()) + self.rest
 
     def moving(self) -> int:
-        """Streaming holds one block and the next."""
-        return 2 * max(self.blocks.values())
+        """What streaming holds: a block, and the next where that is read ahead."""
+        return (2 if READS_AHEAD[backend()] else 1) * max(self.blocks.values())
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class Plan:
     """How a request is to be run.
 
     keep: all networks stay for the next request; otherwise each goes when its phase is over. streamed names the blocks
-    read from disk whenever they are needed. peaks bounds the memory of each phase, in bytes.
+    read from disk whenever they are needed. peaks predicts the memory of each phase, in bytes; rooms is what it must
+    find in the budget, which is more where a GPU may still hold, at rare moments, what it has done with.
     """
 
     budget: int
@@ -96,10 +104,15 @@ class Plan:
     lean: bool
     strip_bytes: int | None
     peaks: dict[str, int]
+    rooms: dict[str, int]
 
     @property
     def peak(self) -> int:
         return max(self.peaks.values())
+
+    @property
+    def room(self) -> int:
+        return max(self.rooms.values())
 
 
 def parse_memory(text: str | int) -> int:
@@ -124,18 +137,21 @@ def machine_budget() -> int:
 
 def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: str = "") -> Network:
     """The sizes of a network that computes in dtype; tensors beginning with `without` in a block are not counted."""
-    sizes, dense, rest = dict.fromkeys(blocks, 0), dict.fromkeys(blocks, 0), 0
+    sizes, dense, stored, rest = *(dict.fromkeys(blocks, 0) for _ in range(3)), 0
     shapes = component.config.shapes()
     for name, entry in component.entries.items():
-        nbytes = entry.nbytes if entry.dtype.startswith("U") else prod(entry.shape) * dtype.size
+        packed = entry.dtype.startswith("U")
+        nbytes = entry.nbytes if packed else prod(entry.shape) * dtype.size
         block = ".".join(name.split(".")[: 3 if name.startswith("model.") else 2])
         if block not in sizes:
             rest += nbytes
         elif not (without and name.startswith(f"{block}.{without}")):
             sizes[block] += nbytes
+            stored[block] += entry.nbytes * (not packed and DTYPES[entry.dtype] != dtype)
+            stored[block] += nbytes * bool(TURNED.search(name))
             if entry.dtype == "U32":
                 dense[block] += prod(shapes[name]) * dtype.size
-    return Network(sizes, rest, max(dense.values(), default=0))
+    return Network(sizes, rest, max(dense.values(), default=0), max(stored.values(), default=0))
 
 
 class Planner:
@@ -144,7 +160,7 @@ class Planner:
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.work = CPU if mx.default_device() == mx.cpu else GPU
+        self.work = CPU if backend() == "cpu" else GPU
         transformer, encoder = checkpoint.transformer.config, checkpoint.text_encoder.config
         refiners = [f"context_refiner.{i}" for i in range(transformer.n_refiner_layers)]
         layers = [f"model.layers.{i}" for i in range(encoder.used_layers)]
@@ -169,7 +185,7 @@ class Planner:
         """
         work = images, tokens, steps, budget, keep
         best = self._best(width, height, *work)
-        if best.peak <= budget:
+        if best.room <= budget:
             return best
         side = self._largest_side(max(width, height), *work)
         smaller = f"at most {side}x{side} pixels at once fit {tell(budget)}" if side else "no size fits it"
@@ -177,14 +193,20 @@ class Planner:
         move = "do not keep the model" if keep else "allow more, draw less at once"
         raise MemoryBudgetError(
             f"{images} picture{'s' * (images > 1)} of {width}x{height} cannot be drawn in {tell(budget)}{kept}: the "
-            f"least that works is {tell(best.peak)}, and {smaller}; {move}, or convert the model to fewer bits"
+            f"least that works is {tell(best.room)}, and {smaller}; {move}, or convert the model to fewer bits"
         )
 
     def _best(self, width: int, height: int, *work) -> Plan:
-        """The first plan that fits the budget, else the leanest."""
+        """The fastest plan that fits the budget, else the leanest.
+
+        What is kept is not read for the next picture; reading a block takes longer than all that waiting costs.
+        """
         *_, budget, _ = work
         plans = list(self._candidates(width, height, *work))
-        return next((plan for plan in plans if plan.peak <= budget), min(plans, key=lambda plan: plan.peak))
+        fitting = [plan for plan in plans if plan.room <= budget]
+        if not fitting:
+            return min(plans, key=lambda plan: plan.room)
+        return min(fitting, key=lambda plan: (not plan.keep, len(plan.streamed), plan.lean))
 
     def _largest_side(self, side: int, *work) -> int:
         """The side of the largest square that fits the budget, at most `side`; 0 if none does."""
@@ -192,36 +214,44 @@ class Planner:
         *_, budget, _ = work
 
         def too_large(n: int) -> bool:
-            return self._best(n, n, *work).peak > budget
+            return self._best(n, n, *work).room > budget
 
         return SIZE_MULTIPLE * bisect_left(range(SIZE_MULTIPLE, side + 1, SIZE_MULTIPLE), True, key=too_large)
 
     def _candidates(
         self, width: int, height: int, images: int, tokens: int, steps: int, budget: int, keep: bool | None
     ) -> Iterator[Plan]:
-        """Plans from the fastest to the leanest."""
+        """Plans of every kind; of those that differ only in how they decode, the fastest first."""
         keeps = (True, False) if keep is None else (keep,)
-        ways = STRIPS if decodes_whole(self.checkpoint.vae.config, width, height) else STRIPS[1:]
+        whole = decodes_whole(self.checkpoint.vae.config, width, height)
+        ways = [strip for strip in self.work.strips if strip or whole]
         plans = ((keep, lean, strips) for keep in keeps for lean in (False, True) for strips in ways)
         for keep, lean, strip_bytes in plans:
-            encode = self.encode_work(tokens)
-            denoise = self.denoise_work(width, height, images, tokens, lean) + self.modulations(steps)
-            decode = self.vae_decoder + self.decode_work(width, height, strip_bytes)
+            work = {
+                "encode": self.encode_work(tokens),
+                "denoise": self.denoise_work(width, height, images, tokens, lean) + self.modulations(steps),
+                "decode": self.decode_work(width, height, strip_bytes),
+            }
+            late = 0 if lean else int(self.work.late * work["denoise"])
+            rooms = work | {"denoise": work["denoise"] + late}
             if keep:
-                kept = self.text_encoder.total + self.transformer.total + self.vae_decoder
-                peaks = {"encode": kept + encode, "denoise": kept + denoise, "decode": kept + decode - self.vae_decoder}
-                yield Plan(budget, True, frozenset(), lean, strip_bytes, peaks)
-                continue
-            streamed_layers, layers = _stream(self.text_encoder, budget - encode)
-            streamed_blocks, blocks = _stream(self.transformer, budget - denoise)
-            peaks = {"encode": layers + encode, "denoise": blocks + denoise, "decode": decode}
-            yield Plan(budget, False, streamed_layers | streamed_blocks, lean, strip_bytes, peaks)
+                streamed = frozenset()
+                networks = self.text_encoder, self.transformer
+                weights = sum(network.total for network in networks) + max(network.reading for network in networks)
+                held = dict.fromkeys(work, weights + self.vae_decoder)
+            else:
+                streamed_layers, layers = _stream(self.text_encoder, budget - rooms["encode"])
+                streamed_blocks, blocks = _stream(self.transformer, budget - rooms["denoise"])
+                streamed = streamed_layers | streamed_blocks
+                held = {"encode": layers, "denoise": blocks, "decode": self.vae_decoder}
+            peaks, rooms = ({phase: held[phase] + part[phase] for phase in work} for part in (work, rooms))
+            yield Plan(budget, keep, streamed, lean, strip_bytes, peaks, rooms)
 
     def encode_work(self, tokens: int) -> int:
         config, work = self.checkpoint.text_encoder.config, self.work
         widths = tokens * max(config.hidden_size, config.num_attention_heads * config.head_dim)
         scores = work.score * config.num_attention_heads * tokens**2
-        return int(work.layer * widths + scores + work.unpacked * self.text_encoder.unpacked)
+        return int(work.layer * widths + scores + work.layer_unpacked * self.text_encoder.unpacked)
 
     def denoise_work(self, width: int, height: int, images: int, tokens: int, lean: bool) -> int:
         config, scale, work = self.checkpoint.transformer.config, self.checkpoint.vae.config.scale * PATCH, self.work
@@ -241,24 +271,22 @@ class Planner:
         return (given + 2 * 4 * config.dim * config.time_dim) * self.dtype.size
 
     def decode_work(self, width: int, height: int, strip_bytes: int | None) -> int:
-        widths, itemsize = self.checkpoint.vae.config.block_out_channels, self.vae_dtype.size
-        whole = self.work.whole * width * height * widths[0] * itemsize / 2
-        if strip_bytes is None:
-            return int(whole)
-        by_pixel, at_least = self.work.strips[strip_bytes]
-        return int(min(whole, by_pixel * width * height * widths[0] * itemsize / 2 + at_least))
+        work, width_0 = self.work, self.checkpoint.vae.config.block_out_channels[0]
+        by_pixel, at_least = work.strips[strip_bytes]
+        size = width * height * width_0 * self.vae_dtype.size / 2
+        return int(min(work.most * size, by_pixel * size + at_least))
 
 
 def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
-    """Whether a picture of width x height pixels may be decoded at once, memory aside."""
-    return width * height * config.block_out_channels[1] < LARGEST
+    """Whether a picture of width x height pixels may be decoded without strips, memory aside."""
+    return backend() == "cpu" or width * height * config.block_out_channels[1] < LARGEST
 
 
 def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:
     """The blocks to stream so that the weights fit into room, and what is then in memory; all of them if none fit."""
-    if network.total <= room:
-        return frozenset(), network.total
-    kept, held = [], network.rest + network.moving()
+    if network.total + network.reading <= room:
+        return frozenset(), network.total + network.reading
+    kept, held = [], network.rest + network.reading + network.moving()
     for name, size in network.blocks.items():
         if held + size > room:
             break

@@ -297,7 +297,7 @@ class ZImagePipeline:
         self.transformer.lean = plan.lean
         self.vae.strip_bytes = plan.strip_bytes
         # what MLX keeps of freed memory counts too
-        mx.set_cache_limit(plan.budget - plan.peak)
+        mx.set_cache_limit(plan.budget - plan.room)
 
     def _resident(self, plan: Plan) -> int:
         """Bytes of the weights that stay in memory through all steps."""

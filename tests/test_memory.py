@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline
+from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, memory, weights
 from mlx_zimage.cli import main
 from mlx_zimage.memory import Planner, parse_memory
 from mlx_zimage.sampling import Step
@@ -145,10 +145,51 @@ def test_only_weights_that_stay_are_wired_and_only_for_the_steps(monkeypatch, ke
     assert limits(calls)[2:] == [1000, 7]
 
 
+def test_blocks_are_not_read_again_where_waiting_would_do(planner, monkeypatch):
+    monkeypatch.setattr(planner, "work", memory.GPU)
+    work = 128, 128, 1, 20, 8
+    staged = planner.plan(*work, 10**10, keep=False)
+    late, held = staged.rooms["denoise"], staged.peaks["denoise"]
+    assert not staged.lean and late > held, "a GPU may be late to give memory back"
+    waiting = planner.plan(*work, late - 1, keep=False)
+    assert waiting.lean and not waiting.streamed
+    assert waiting.rooms["denoise"] == waiting.peaks["denoise"] < held
+
+
+def test_a_backend_that_cannot_read_ahead_holds_one_block_and_draws_the_same(planner, monkeypatch):
+    tight = smallest(planner, 48, 48) * 11 // 10
+    ahead, *_ = draw(tight, width=48, height=48)
+    both = planner.transformer.moving()
+    monkeypatch.setitem(weights.READS_AHEAD, "cpu", False)
+    assert planner.transformer.moving() == both // 2
+    one = smallest(planner, 48, 48) * 11 // 10
+    in_turn, _, measured, planned = draw(one, width=48, height=48)
+    assert one < tight and measured <= planned <= one
+    assert np.array_equal(ahead, in_turn)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_block_needs_while_it_is_read_is_counted(dtype):
+    checkpoint = open_checkpoint("pocket")
+    network = Planner(checkpoint, getattr(mx, dtype)).transformer
+    block = max(network.blocks, key=network.blocks.get)
+    entries = [e for name, e in checkpoint.transformer.entries.items() if name.startswith(f"{block}.attention")]
+    turned = [
+        e for e in entries if ".to_q." in e.name or ".to_k." in e.name or ".norm_q." in e.name or ".norm_k." in e.name
+    ]
+    copies = sum(np.prod(e.shape) for e in turned) * getattr(mx, dtype).size
+    stored = {entry.dtype for entry in entries}
+    assert stored == {"BF16"}
+    if dtype == "bfloat16":
+        assert network.reading == copies
+    else:
+        assert network.reading == copies + network.blocks[block] // 2, "half the bytes on disk"
+
+
 def test_more_budget_never_makes_a_slower_plan(planner):
     budgets = [smallest(planner) * factor // 4 for factor in range(5, 60)]
     plans = [planner.plan(128, 128, 1, 20, 8, budget) for budget in budgets]
-    order = [(plan.keep, -plan.lean, -len(plan.streamed)) for plan in plans]
+    order = [(plan.keep, -len(plan.streamed), -plan.lean) for plan in plans]
     assert order == sorted(order)
 
 

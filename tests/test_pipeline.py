@@ -1,4 +1,5 @@
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -285,3 +286,16 @@ def test_pocket_draws_at_its_own_size_with_no_network(monkeypatch):
     rim = np.concatenate([blue[0], blue[-1], blue[:, 0], blue[:, -1]])
     assert red.mean() > 0.03
     assert rim.mean() > 0.5
+
+
+@pytest.mark.parametrize("memory", ["1GB", "13MB"], ids=["kept", "streamed"])
+def test_a_pipeline_made_in_one_thread_draws_in_another(memory):
+    """As a server's workers do; MLX's streams belong to the thread that made them."""
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=memory)
+
+    def draw() -> np.ndarray:
+        return pipe("a red circle", width=48, height=48, num_inference_steps=1, seed=1, output_type="np").images
+
+    with ThreadPoolExecutor(1) as worker:
+        there = worker.submit(draw).result()
+    assert np.array_equal(there, draw())

@@ -564,3 +564,25 @@ def test_a_header_tells_where_each_tensor_lies(folder):
     # bfloat16 is the upper half of a float32
     read = (np.frombuffer(stored, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(exact.shape)
     assert relative_error(read, exact) < 2**-8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only CUDA, which is Linux's, has this need")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    program = """
+import ctypes, sys
+if sys.argv[1] == "keep":
+    from mlx_zimage.weights import keep_freed_memory
+    keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+before = resident()
+pointer = libc.malloc(2**28)
+ctypes.memset(pointer, 1, 2**28)
+libc.free(pointer)
+print(resident() - before > 2**27)
+"""
+    for way, stays in (("keep", "True"), ("default", "False")):
+        result = subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == stays, way

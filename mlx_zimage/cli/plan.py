@@ -38,7 +38,7 @@ def plan(model, width, height, images, tokens, steps, dtype, memory, keep):
     plan = pipeline.planner.plan(width, height, images, tokens, steps, pipeline.budget, keep)
     click.echo(f"{images} of {width}x{height} in {tell(plan.budget)}")
     for phase, peak in plan.peaks.items():
-        click.echo(f"{phase:13}at most {tell(peak)}")
+        click.echo(f"{phase:13}about {tell(peak)}, at most {tell(plan.rooms[phase])}")
     click.echo(f"networks     {'stay for the next picture' if plan.keep else 'go when their part is done'}")
     for name, network in (("encoder", pipeline.planner.text_encoder), ("transformer", pipeline.planner.transformer)):
         streamed = len(plan.streamed & network.blocks.keys())

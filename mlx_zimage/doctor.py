@@ -1,9 +1,9 @@
-"""Whether this machine computes what the networks need: MLX's operations beside NumPy in float64.
+"""Whether this machine computes what the networks need: their operations beside NumPy in float64.
 
-A broken backend draws noise, or black, without any error; these few products tell it from a bad prompt. On a GPU they
-are as large as in the real transformer, where faults of single chips have been reported. A CPU gets small ones, and in
-float32 only, in which it draws by default: MLX's CPU build adds up quantized bfloat16 products in bfloat16, and is 4%
-off at a width of 256.
+Each goes the way that it goes in the networks on this backend. A broken backend draws noise, or black, without any
+error; these few products tell it from a bad prompt. On a GPU they are as large as in the real transformer, where faults
+of single chips have been reported. A CPU gets small ones, and in float32 only, in which it draws by default: MLX's CPU
+build adds up bfloat16 products in bfloat16, and is 4% off at a width of 256.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ import numpy as np
 from . import __version__
 from .library import CHOICES, DOWNLOAD, SHARE, choose_bits, home, weights_bytes
 from .memory import machine_budget
+from .models.layers import linear
+from .models.transformer import norm_and_rotate
+from .models.vae import Rows, conv
 from .weights import COMPONENTS
 
 # Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one
@@ -88,7 +91,7 @@ def quantized(bits: int) -> Callable:
         scales64, biases64 = (
             np.array(part.astype(mx.float32), dtype=np.float64)[..., None] for part in (scales, biases)
         )
-        found = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=64, bits=bits)
+        found = linear(x, {"weight": weight, "scales": scales, "biases": biases})  # the way that is taken here
         return found, _product(x64, (dense * scales64 + biases64).reshape(out, width))
 
     return case
@@ -116,7 +119,7 @@ def convolution(inputs: Inputs, large: bool):
     padded = np.pad(x64, ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = [padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
     expected = _product(np.concatenate(windows, axis=-1), w64.reshape(channels, -1))
-    return mx.conv2d(x, w, padding=1), expected
+    return conv(Rows.of(x), {"weight": w, "bias": mx.zeros(channels, x.dtype)}).get(0, side), expected
 
 
 def norm(inputs: Inputs, large: bool):
@@ -124,6 +127,18 @@ def norm(inputs: Inputs, large: bool):
     w, w64 = inputs(x.shape[-1])
     expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * w64
     return mx.fast.rms_norm(x, w, 1e-5), expected
+
+
+def norm_and_rotation(inputs: Inputs, large: bool):
+    length, heads, dim = (1088, 30, 128) if large else (96, 4, 128)
+    x, x64 = inputs(1, length, heads, dim)
+    w, w64 = inputs(dim)
+    angles = inputs.generator.standard_normal((length, dim // 2))
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    left, right = np.split(x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * w64, 2, axis=-1)
+    table = (mx.array(part[:, 0].astype(np.float32)) for part in (cos, sin))
+    expected = np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return norm_and_rotate(x, {"weight": w}, *table), expected
 
 
 def _product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -137,6 +152,7 @@ CASES = {
     "attention": attention,
     "convolution": convolution,
     "RMS norm": norm,
+    "norm and rotation": norm_and_rotation,
 }
 
 

@@ -41,8 +41,8 @@ def test_packed_weights_are_read_as_mlx_packs_them(bits):
 @pytest.mark.parametrize(
     ("module", "name", "case"),
     [
-        (mx, "quantized_matmul", "8-bit product"),
-        (mx, "conv2d", "convolution"),
+        (mx, "dequantize", "8-bit product"),
+        (mx, "addmm", "convolution"),
         (mx.fast, "scaled_dot_product_attention", "attention"),
         (mx.fast, "rms_norm", "RMS norm"),
     ],

@@ -141,6 +141,12 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return turned.astype(x.dtype).reshape(x.shape)
 
 
+def norm_and_rotate(x: mx.array, weights: dict, cos: mx.array, sin: mx.array) -> mx.array:
+    """RMSNorm of the heads of x (B, L, H, D), turned by the angles of cos, sin (L, D / 2)."""
+    # diffusers fixes this eps, whatever norm_eps the config names
+    return rotate(rms_norm(x, weights, 1e-5), cos, sin)
+
+
 def attention(
     x: mx.array,
     weights: dict,
@@ -159,9 +165,8 @@ def attention(
         linear(part, weights[name]).reshape(B, -1, heads, D // heads)
         for name, part in (("to_q", x[:, :rows]), ("to_k", x), ("to_v", x))
     )
-    # diffusers fixes this eps, whatever norm_eps the config names
-    q = rotate(rms_norm(q, weights["norm_q"], 1e-5), cos[:rows], sin[:rows])
-    k = rotate(rms_norm(k, weights["norm_k"], 1e-5), cos, sin)
+    q = norm_and_rotate(q, weights["norm_q"], cos[:rows], sin[:rows])
+    k = norm_and_rotate(k, weights["norm_k"], cos, sin)
     q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     return linear(scaled(out, factor).transpose(0, 2, 1, 3).reshape(B, -1, D), weights["to_out"][0])
@@ -189,7 +194,7 @@ def attend(
     eps: float,
 ) -> mx.array:
     """The first half of a block on x (B, L, dim), for its first `rows` rows."""
-    scale, gate = modulation[0], modulation[1]
+    scale, gate = row(modulation, 0), row(modulation, 1)
     h = modulated_norm(x, weights["attention_norm1"], scale, eps)
     factor = headroom(h.dtype)
     h = attention(h, weights["attention"], cos, sin, heads, rows, factor)
@@ -198,11 +203,16 @@ def attend(
 
 def feed(x: mx.array, weights: dict, modulation: mx.array, *, eps: float) -> mx.array:
     """The second half of a block on x (B, L, dim)."""
-    scale, gate = modulation[2], modulation[3]
+    scale, gate = row(modulation, 2), row(modulation, 3)
     h = modulated_norm(x, weights["ffn_norm1"], scale, eps)
     factor = headroom(h.dtype)
     h = feed_forward(h, weights["feed_forward"], factor)
     return x + modulated_norm(h, weights["ffn_norm2"], gate, eps * factor**2)
+
+
+def row(x: mx.array, i: int) -> mx.array:
+    """x[i], as a view: MLX's own x[i] is a kernel and a copy."""
+    return x[i : i + 1].reshape(x.shape[1:])
 
 
 def modulated_norm(x: mx.array, weights: dict, factor: mx.array, eps: float) -> mx.array:
@@ -337,7 +347,7 @@ class Transformer:
 
         def velocity(latents: mx.array, i: int) -> mx.array:
             # The network points from noise to data; sigma grows from data to noise.
-            return -self(latents, caption, modulations[i], final_scales[i], cos, sin)
+            return -self(latents, caption, row(modulations, i), row(final_scales, i), cos, sin)
 
         return velocity
 
@@ -363,12 +373,12 @@ class Transformer:
         image_cos, image_sin = cos[: x.shape[1]], sin[: x.shape[1]]
 
         def refine(x: mx.array, weights: dict, i: int) -> mx.array:
-            return self._block(x, weights, modulation[i], image_cos, image_sin)
+            return self._block(x, weights, row(modulation, i), image_cos, image_sin)
 
         def mix(x: mx.array, weights: dict, i: int) -> mx.array:
             # of the last block, only the image is used
             rows = tokens if i == self.config.n_layers - 1 else None
-            return self._block(x, weights, modulation[refiners + i], cos, sin, rows)
+            return self._block(x, weights, row(modulation, refiners + i), cos, sin, rows)
 
         x = self._run(self.config.modulated[:refiners], x, refine)
         x = mx.concatenate([x, mx.broadcast_to(caption, (B, *caption.shape[1:]))], axis=1)

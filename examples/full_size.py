@@ -1,21 +1,24 @@
 """Write a checkpoint of Z-Image-Turbo's full size and official layout with random weights (33 GB).
 
-    python examples/full_size.py FOLDER
+    python examples/full_size.py FOLDER [--dtype bfloat16] [--q-bits 4]
 
 For trying memory, speed and conversion without the real weights: it draws noise, but every name, shape and dtype is
-as published (the shards are smaller). The tokenizer is the pocket model's. One shard is held at a time.
+as published (the shards are smaller). With --dtype or --q-bits, it is as our converter would write it. The tokenizer is
+the pocket model's. One shard is held at a time.
 """
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import click
 import mlx.core as mx
 
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
+from mlx_zimage.pipeline import DTYPES
+from mlx_zimage.quantize import Quantization, recipe
 from mlx_zimage.weights import POCKET
 
 SHARD_BYTES = 2 * 10**9  # the published shards are 10 GB, which few machines could hold here
@@ -41,38 +44,60 @@ def random_weight(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.arra
     return (mx.random.normal(shape, dtype=mx.float32) * fan_in**-0.5).astype(dtype)
 
 
-def write_component(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: mx.Dtype, stem: str) -> None:
-    """Write shards of at most SHARD_BYTES and their index."""
+def tensors(name: str, weight: mx.array, q: Quantization | None) -> dict[str, mx.array]:
+    """What is stored of a weight: itself, or its packed form."""
+    if q is None:
+        return {name: weight}
+    names = q.packed(name, weight.shape)
+    return dict(zip(names, mx.quantize(weight, q.group_size, q.bits, q.mode), strict=True))
+
+
+def write_component(
+    folder: Path,
+    component: str,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: mx.Dtype,
+    stem: str,
+    quantization: Quantization | None = None,
+) -> None:
+    """Write shards of about SHARD_BYTES and their index."""
     folder.mkdir(parents=True)
-    shards, size = [[]], 0
-    for name, shape in shapes.items():
-        nbytes = mx.zeros(()).astype(dtype).nbytes
-        for side in shape:
-            nbytes *= side
-        if shards[-1] and size + nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    weight_map = {}
-    for i, names in enumerate(shards, 1):
-        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        weights = {name: random_weight(name, shapes[name], dtype) for name in names}
-        mx.save_safetensors(str(folder / file), weights, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-        print(folder / file, flush=True)
+    weight_map, shard = {}, {}
+    names = list(shapes)
+    for name in names:
+        weight = random_weight(name, shapes[name], dtype)
+        shard |= tensors(name, weight, recipe(component, name, shapes[name], quantization))
+        mx.eval(shard)
+        if name == names[-1] or sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
+            file = f"{stem}-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            mx.save_safetensors(str(folder / file), shard, metadata={"format": "pt"})
+            print(folder / file, flush=True)
+            weight_map |= dict.fromkeys(shard, file)
+            shard = {}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def main(folder: Path) -> None:
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of every tensor.  [default: as published]")
+@click.option("--q-bits", type=int, help="Pack the blocks' matrices.  [default: dense]")
+def main(folder: Path, dtype: str | None, q_bits: int | None) -> None:
+    """Write the checkpoint into FOLDER, which must not exist."""
+    quantization = None if q_bits is None else Quantization(q_bits)
+    if quantization:
+        dtype = dtype or "bfloat16"
+    folder.mkdir(parents=True)
     shutil.copytree(POCKET / "tokenizer", folder / "tokenizer")
     shutil.copytree(POCKET / "scheduler", folder / "scheduler")
     shutil.copy(POCKET / "model_index.json", folder)
-    for name, (config, dtype, stem) in COMPONENTS.items():
-        write_component(folder / name, config.shapes(), dtype, stem)
+    for name, (config, published, stem) in COMPONENTS.items():
+        stored = DTYPES[dtype] if dtype else published
+        write_component(folder / name, name, config.shapes(), stored, stem, quantization)
         values = vars(config) | CONFIGS[name]
+        if quantization and name != "vae":
+            values["quantization"] = quantization.to_dict()
         (folder / name / "config.json").write_text(json.dumps(values, indent=2))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

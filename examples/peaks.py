@@ -1,54 +1,134 @@
 """Predicted and measured peaks of memory, of the same picture under one budget after another.
 
-    python examples/peaks.py MODEL REQUEST ...
+    python examples/peaks.py MODEL REQUEST ... [--steps 8] [--stage]
 
 A request is a side in pixels, with a budget and a number of pictures if wished: 1024, 1024:2GB, 512:2GB:4. Pictures of
-one size have the same latents, whatever was in memory when: the last column is their checksum.
+one size have the same latents, whatever was in memory when: the last column is their checksum. Bytes read are those of
+the transformer, a step; seconds are of encoding, a step, decoding a picture, and in all. Kernels are compiled in the
+first row of a size.
 """
 
 import hashlib
-import sys
+import json
+import os
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import click
 import mlx.core as mx
 import numpy as np
 
 from mlx_zimage import GenerateRequest, Step, ZImagePipeline
+from mlx_zimage.pipeline import Phase
 
 PROMPT = "a lighthouse on a cliff at dusk, oil painting, " * 6
-STEPS = 8
+PHASES = ("encode", "denoise", "decode")
 
 
-def draw(model: str, side: int, budget: str | None, count: int) -> str:
+@dataclass
+class Meter:
+    """MLX's peak and the seconds of each phase; `enter` begins one."""
+
+    peaks: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    phase: str | None = None
+    since: float = 0
+
+    def enter(self, phase: str | None) -> None:
+        if phase == self.phase:
+            return
+        now = time.perf_counter()
+        if self.phase:
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), mx.get_peak_memory())
+            self.seconds[self.phase] = self.seconds.get(self.phase, 0) + now - self.since
+        mx.reset_peak_memory()
+        self.phase, self.since = phase, now
+
+
+def draw(model: str, side: int, budget: str | None, count: int, steps: int, keep: bool | None) -> dict:
     """One row of the table."""
-    pipe = ZImagePipeline.from_pretrained(model, memory=budget)
-    request = GenerateRequest(PROMPT, side, side, seed=3, steps=STEPS, num_images=count)
-    transformer, steps = pipe.checkpoint.transformer, []
+    pipe = ZImagePipeline.from_pretrained(model, memory=budget, keep=keep)
+    request = GenerateRequest(PROMPT, side, side, seed=3, steps=steps, num_images=count)
+    transformer, read, times = pipe.checkpoint.transformer, [], []
     mx.clear_cache()
-    mx.reset_peak_memory()
-    for event in pipe.stream(request):
-        if isinstance(event, Step):
-            steps.append((time.perf_counter(), transformer.bytes_read))
+    meter = Meter()
+    meter.enter("encode")
+    for event in pipe.events(request):
+        if isinstance(event, Phase):
+            if event.name == "encode" and event.done == event.total:
+                meter.enter("denoise")
+            elif event.name == "decode":
+                meter.enter("decode")
+        elif isinstance(event, Step):
+            meter.enter("denoise")
+            read.append(transformer.bytes_read)
+            times.append(time.perf_counter())
             latents = event.latents
         else:
             plan = event.plan
-    measured = mx.get_peak_memory()
-    (first, read), (last, read_last) = steps[0], steps[-1]
-    stays = "kept" if plan.keep else f"{len(plan.streamed)} streamed" if plan.streamed else "staged"
-    digest = hashlib.sha256(np.array(latents)).hexdigest()[:12]
-    each_s, each_gb = (last - first) / (STEPS - 1), (read_last - read) / (STEPS - 1) / 1e9
+    meter.enter(None)
+    measured = max(meter.peaks.values())
+    return {
+        "model": Path(model).name,
+        "side": side,
+        "pictures": count,
+        "budget": budget,
+        "keep": plan.keep,
+        "streamed": len(plan.streamed),
+        "lean": plan.lean,
+        "strip_bytes": plan.strip_bytes,
+        "predicted": plan.peak,
+        "measured": measured,
+        "predicted_by_phase": plan.peaks,
+        "measured_by_phase": meter.peaks,
+        "seconds_by_phase": meter.seconds | {"decode": meter.seconds["decode"] / count},
+        "step_s": (times[-1] - times[0]) / max(steps - 1, 1),
+        "total_s": sum(meter.seconds.values()),
+        "read_per_step": (read[-1] - read[0]) // max(steps - 1, 1),
+        "latents": hashlib.sha256(np.array(latents)).hexdigest()[:12],
+    }
+
+
+COLUMNS = (
+    f"{'side':>5} {'n':>3} {'budget':>7} {'networks':>13} {'predicted':>9} {'measured':>8} {'ratio':>6}   "
+    f"{'(encoding, denoising, decoding)':40} {'encode_s':>8} {'step_s':>7} {'decode_s':>8} {'total_s':>7} "
+    f"{'GB/step':>8} latents"
+)
+
+
+def tell(row: dict) -> str:
+    stays = "kept" if row["keep"] else f"{row['streamed']} streamed" if row["streamed"] else "staged"
+    both = [
+        f"{row['predicted_by_phase'][phase] / 1e9:.2f} {row['measured_by_phase'][phase] / 1e9:.2f}" for phase in PHASES
+    ]
+    seconds = row["seconds_by_phase"]
     return (
-        f"{side:5} {count:4}  {budget or '-':8} {stays:12} {plan.peak / 1e9:9.3f} {measured / 1e9:9.3f} "
-        f"{plan.peak / measured:6.2f} {each_s:8.3f} {each_gb:8.3f}  {digest}"
+        f"{row['side']:5} {row['pictures']:3} {row['budget'] or '-':>7} {stays:>13} {row['predicted'] / 1e9:9.3f} "
+        f"{row['measured'] / 1e9:8.3f} {row['predicted'] / row['measured']:6.3f}   {'(' + ', '.join(both) + ')':40} "
+        f"{seconds['encode']:8.2f} {row['step_s']:7.3f} {seconds['decode']:8.2f} {row['total_s']:7.2f} "
+        f"{row['read_per_step'] / 1e9:8.3f} {row['latents']}"
     )
 
 
-def main(model: str, requests: list[str]) -> None:
-    print(" side  pictures budget networks     predicted  measured  ratio   s/step  GB/step  latents")
+@click.command()
+@click.argument("model")
+@click.argument("requests", nargs=-1, required=True)
+@click.option("--steps", default=8, show_default=True)
+@click.option("--stage", is_flag=True, help="Let each network go when its part is done.")
+@click.option("--json", "file", type=click.File("a"), help="Add the figures to this file, a JSON object a line.")
+def main(model: str, requests: tuple[str, ...], steps: int, stage: bool, file) -> None:
+    """Draw each request, and print what it took."""
+    os.environ["MLX_ZIMAGE_EMBEDDINGS"] = "off"  # each row encodes
+    print(COLUMNS)
     for text in requests:
         side, budget, count = [*text.split(":"), "", ""][:3]
-        print(draw(model, int(side), budget or None, int(count or 1)), flush=True)
+        row = draw(model, int(side), budget or None, int(count or 1), steps, False if stage else None)
+        print(tell(row), flush=True)
+        if file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main()

@@ -1,10 +1,10 @@
-"""Write a checkpoint of Z-Image-Turbo's full size and official layout with random weights (33 GB).
+"""Write a checkpoint of Z-Image-Turbo's full size and official layout with random weights (33 GB, 6.7 in 4 bits).
 
     python examples/full_size.py FOLDER [--dtype bfloat16] [--q-bits 4]
 
 For trying memory, speed and conversion without the real weights: it draws noise, but every name, shape and dtype is
-as published (the shards are smaller). With --dtype or --q-bits, it is as our converter would write it. The tokenizer is
-the pocket model's. One shard is held at a time.
+as published (the shards are smaller). With --dtype or --q-bits, it has the tensors that our converter would write. The
+tokenizer is the pocket model's. One shard is held at a time.
 """
 
 import json
@@ -18,7 +18,7 @@ from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.pipeline import DTYPES
-from mlx_zimage.quantize import Quantization, recipe
+from mlx_zimage.quantize import MODES, Quantization, recipe
 from mlx_zimage.weights import POCKET
 
 SHARD_BYTES = 2 * 10**9  # the published shards are 10 GB, which few machines could hold here
@@ -80,9 +80,11 @@ def write_component(
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of every tensor.  [default: as published]")
-@click.option("--q-bits", type=int, help="Pack the blocks' matrices.  [default: dense]")
+@click.option("--q-bits", type=click.Choice(MODES["affine"][0]), help="Pack the blocks' matrices.  [default: dense]")
 def main(folder: Path, dtype: str | None, q_bits: int | None) -> None:
     """Write the checkpoint into FOLDER, which must not exist."""
+    if folder.exists():
+        raise click.UsageError(f"{folder} exists; name a folder to be made")
     quantization = None if q_bits is None else Quantization(q_bits)
     if quantization:
         dtype = dtype or "bfloat16"

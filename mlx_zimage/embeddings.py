@@ -108,14 +108,14 @@ def digest(array: mx.array) -> str:
 def checksum(component: Component, folder: Path) -> str:
     """One SHA-256 of a network's config and weights.
 
-    Taken from the converter's manifest, if no file is newer than it; else from the files, and then remembered in
+    Taken from the converter's manifest, if no file came here after it; else from the files, and then remembered in
     `folder` for as long as they keep their places, sizes and times: a full-size encoder takes seconds to read.
     """
     parts = sorted({component.folder / "config.json", *(entry.file for entry in component.entries.values())})
     states = {file: file.stat() for file in parts}
     sums = _manifest(component.folder.parent, states)
     if sums is None:
-        known = "\n".join(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in states.items())
+        known = "\n".join(f"{file.resolve()} {state.st_size} {newest(state)}" for file, state in states.items())
         memo = folder / f"{hashlib.sha256(os.fsencode(known)).hexdigest()}.sum"
         try:
             sums = memo.read_text()
@@ -130,15 +130,20 @@ def checksum(component: Component, folder: Path) -> str:
 def _manifest(model: Path, states: dict[Path, os.stat_result]) -> str | None:
     """The SHA-256 of these files, a line each, by the model's manifest; None where it does not vouch for them all."""
     try:
-        written = (model / MANIFEST).stat().st_mtime_ns
+        written = newest((model / MANIFEST).stat())
         lines = (model / MANIFEST).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return None
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     names = [file.relative_to(model).as_posix() for file in states]
-    if any(name not in sums for name in names) or any(state.st_mtime_ns > written for state in states.values()):
+    if any(name not in sums for name in names) or any(newest(state) > written for state in states.values()):
         return None
     return "\n".join(sums[name] for name in names)
+
+
+def newest(state: os.stat_result) -> int:
+    """When a file was written or put in its place, in ns: copies may keep the first of these times."""
+    return max(state.st_mtime_ns, state.st_ctime_ns)
 
 
 def _sha256(file: Path) -> str:

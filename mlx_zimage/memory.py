@@ -16,9 +16,9 @@ from math import ceil, prod
 import mlx.core as mx
 
 from .errors import MemoryBudgetError, RequestError
-from .models.layers import backend, sum_dtype
+from .models.layers import backend, vae_dtype
 from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH, TURNED
-from .models.vae import VAEConfig
+from .models.vae import CPU_STRIP, VAEConfig
 from .request import SIZE_MULTIPLE
 from .weights import DTYPES, READS_AHEAD, Checkpoint, Component
 
@@ -169,7 +169,7 @@ class Planner:
         )
         # the rest of the text encoder is its embedding, of which only rows are read, and an unused layer
         self.text_encoder = replace(measure(checkpoint.text_encoder, layers, dtype), rest=0)
-        self.vae_dtype = sum_dtype(dtype)
+        self.vae_dtype = vae_dtype(dtype)
         self.vae_decoder = sum(
             prod(entry.shape) * self.vae_dtype.size
             for name, entry in checkpoint.vae.entries.items()
@@ -227,10 +227,12 @@ class Planner:
         ways = [strip for strip in self.work.strips if strip or whole]
         plans = ((keep, lean, strips) for keep in keeps for lean in (False, True) for strips in ways)
         for keep, lean, strip_bytes in plans:
+            modulations = self.modulations(steps)
+            remembered = modulations if keep else 0
             work = {
-                "encode": self.encode_work(tokens),
-                "denoise": self.denoise_work(width, height, images, tokens, lean) + self.modulations(steps),
-                "decode": self.decode_work(width, height, strip_bytes),
+                "encode": self.encode_work(tokens) + remembered,
+                "denoise": self.denoise_work(width, height, images, tokens, lean) + modulations,
+                "decode": self.decode_work(width, height, strip_bytes) + remembered,
             }
             late = 0 if lean else int(self.work.late * work["denoise"])
             rooms = work | {"denoise": work["denoise"] + late}
@@ -271,15 +273,22 @@ class Planner:
         return (given + 2 * 4 * config.dim * config.time_dim) * self.dtype.size
 
     def decode_work(self, width: int, height: int, strip_bytes: int | None) -> int:
-        work, width_0 = self.work, self.checkpoint.vae.config.block_out_channels[0]
-        by_pixel, at_least = work.strips[strip_bytes]
-        size = width * height * width_0 * self.vae_dtype.size / 2
-        return int(min(work.most * size, by_pixel * size + at_least))
+        widths, itemsize = self.checkpoint.vae.config.block_out_channels, self.vae_dtype.size
+        by_pixel, at_least = self.work.strips[strip_bytes]
+        row = width * widths[1] * itemsize  # of the widest tensor: a strip has one at least
+        at_least *= max(1, row / (strip_bytes or CPU_STRIP))
+        size = width * height * widths[0] * itemsize / 2
+        return int(min(self.work.most * size, by_pixel * size + at_least))
 
 
 def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
     """Whether a picture of width x height pixels may be decoded without strips, memory aside."""
     return backend() == "cpu" or width * height * config.block_out_channels[1] < LARGEST
+
+
+def largest_strip(config: VAEConfig, width: int, height: int) -> int | None:
+    """The strip_bytes that decode a picture of width x height pixels fastest, memory aside."""
+    return None if decodes_whole(config, width, height) else max(filter(None, GPU.strips))
 
 
 def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:

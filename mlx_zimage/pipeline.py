@@ -18,7 +18,7 @@ from .errors import NumericsError, RequestError
 from .image import to_pil, to_uint8
 from .library import embeddings_folder
 from .memory import Plan, Planner, machine_budget, parse_memory
-from .models.layers import result, sum_dtype
+from .models.layers import result, vae_dtype
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
@@ -180,8 +180,10 @@ class ZImagePipeline:
         """stream, with the Phases before and after the steps: what a progress bar wants to know."""
         plan, clean = yield from self._denoise(request, latents)
         blocks = self.vae.config.decoder_blocks
-        for i, item in enumerate(clean):
-            pixels = yield from phases("decode", blocks, self.vae.decode_steps(item[None]))
+        for i in range(request.num_images):
+            item = clean[i : i + 1]
+            mx.eval(item)  # whoever takes the next event may do so in another thread
+            pixels = yield from phases("decode", blocks, self.vae.decode_steps(item))
             yield Generated(i, to_uint8(pixels[0]), request, plan, str(self.dtype).rpartition(".")[2])
 
     def denoise(self, request: GenerateRequest, latents=None) -> Iterator[Step]:
@@ -207,10 +209,10 @@ class ZImagePipeline:
 
     def _attempt(self, request: GenerateRequest, latents) -> Generator[Phase | Step, None, tuple[Plan, mx.array]]:
         h, w = (size // self.checkpoint.vae.config.scale for size in (request.height, request.width))
-        noise = self._initial_latents(request, latents, h, w)
         sigmas = self.checkpoint.scheduler.sigmas(request.steps, (h // PATCH) * (w // PATCH), request.shift)
         prompts = self._tokenize(request)
         plan = self._plan(request, prompts)
+        noise = self._initial_latents(request, latents, h, w)
         self._adopt(plan)
         captions = []
         try:
@@ -226,7 +228,7 @@ class ZImagePipeline:
         finally:  # whoever leaves the loop gets the memory back too
             if not plan.keep:
                 self.text_encoder.source.release()
-                self.transformer.source.release()
+                self.transformer.release()
         return plan, step.latents
 
     def plan(self, request: GenerateRequest) -> Plan:
@@ -267,10 +269,20 @@ class ZImagePipeline:
             if not mx.isfinite(embeddings).all().item():
                 raise NumericsError("the prompt's embeddings are not finite; nothing was drawn")
             self._stored.put(ids, embeddings)
-        while len(self._embeddings) >= MAX_EMBEDDINGS:
-            del self._embeddings[next(iter(self._embeddings))]
         self._embeddings[ids] = embeddings
+        self._forget_embeddings()
         return embeddings
+
+    def _forget_embeddings(self) -> None:
+        """Keep what prompts gave as far as the budget has room for it, the last ones first."""
+        while len(self._embeddings) > MAX_EMBEDDINGS or self._remembered > self._spare:
+            del self._embeddings[next(iter(self._embeddings))]
+        # what MLX keeps of freed memory counts too
+        mx.set_cache_limit(self._spare - self._remembered)
+
+    @property
+    def _remembered(self) -> int:
+        return sum(embeddings.nbytes for embeddings in self._embeddings.values())
 
     def decode(self, latents: mx.array) -> np.ndarray:
         """Clean latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
@@ -282,11 +294,11 @@ class ZImagePipeline:
         self.dtype = dtype
         self.planner = Planner(checkpoint, dtype)
         self._embeddings: dict[tuple[int, ...], mx.array] = {}
+        self._spare = self.budget  # until a plan takes of it
         self._stored = Embeddings(checkpoint.text_encoder, dtype, embeddings_folder())
         self.text_encoder = TextEncoder(checkpoint.text_encoder.config, Source(checkpoint.text_encoder, dtype))
         self.transformer = Transformer(checkpoint.transformer.config, Source(checkpoint.transformer, dtype))
-        # nothing would keep the VAE in float16's range
-        self.vae = VAE(checkpoint.vae.config, Source(checkpoint.vae, sum_dtype(dtype)))
+        self.vae = VAE(checkpoint.vae.config, Source(checkpoint.vae, vae_dtype(dtype)))
 
     def _adopt(self, plan: Plan) -> None:
         networks = self.text_encoder, self.transformer, self.vae
@@ -296,8 +308,8 @@ class ZImagePipeline:
                 network.source.release()
         self.transformer.lean = plan.lean
         self.vae.strip_bytes = plan.strip_bytes
-        # what MLX keeps of freed memory counts too
-        mx.set_cache_limit(plan.budget - plan.room)
+        self._spare = plan.budget - plan.room
+        self._forget_embeddings()
 
     def _resident(self, plan: Plan) -> int:
         """Bytes of the weights that stay in memory through all steps."""
@@ -312,7 +324,9 @@ class ZImagePipeline:
             noise = initial_noise(request.seed, shape, request.rng)
         else:
             noise = check_latents(latents, shape)
-        return noise.transpose(0, 2, 3, 1)
+        noise = noise.transpose(0, 2, 3, 1)
+        mx.eval(noise)  # as above
+        return noise
 
 
 def default_dtype() -> str:

@@ -24,7 +24,7 @@ from .models.vae import VAE
 from .weights import Source
 
 PATCHES, PATCH = 4, 32  # of the chart: patches a side, and pixels a side of each
-STRIP_BYTES = 2**22  # the chart is encoded in 270 MB by the full VAE in float32
+STRIP_BYTES = 2**18  # the chart is small, and so is what a budget may leave
 ENLARGED = 2  # a preview's pixels per latent pixel
 CHUNK = 4096  # characters of base64 that kitty takes at a time
 MAX_ROWS = 20  # lines of text that a preview takes at most

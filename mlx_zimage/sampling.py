@@ -21,8 +21,8 @@ Velocity = Callable[[mx.array, int], mx.array]
 class Step:
     """One step done: `index` of `steps` counts from 0; latents (B, h, w, C) float32 now stand at `sigma`.
 
-    clean (B, h, w, C) float32 are the latents of the picture to which the step's velocity points: lazy, a guess that
-    each step betters, and at the last step latents themselves.
+    clean (B, h, w, C) float32 are the latents of the picture to which the step's velocity points: a guess that each
+    step betters, and at the last step latents themselves.
     """
 
     index: int
@@ -38,12 +38,14 @@ def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float]) -> I
     for i in range(steps):
         v = velocity(latents, i)
         latents = scheduler.step(latents, v, sigmas[i], sigmas[i + 1])
+        clean = scheduler.step(latents, v, sigmas[i + 1], 0.0)
+        mx.eval(latents, clean)
         if not mx.isfinite(latents).all().item():
             raise NumericsError(
                 f"the latents are not finite after step {i + 1} of {steps}; nothing was drawn. "
                 f"Try dtype float32; if that fails too, the weights are damaged"
             )
-        yield Step(i, steps, float(sigmas[i + 1]), latents, scheduler.step(latents, v, sigmas[i + 1], 0.0))
+        yield Step(i, steps, float(sigmas[i + 1]), latents, clean)
 
 
 def guide(positive: Velocity, negative: Velocity, scale: float) -> Velocity:

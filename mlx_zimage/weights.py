@@ -273,7 +273,9 @@ class Component:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None):
+    def read(
+        self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | mx.ThreadLocalStream | None = None
+    ):
         """The tree of arrays under `prefix`, lazy, floating ones in dtype. A whole name gives its array.
 
         `without` names a part of the tree to leave out; stream is where the reading happens.
@@ -332,8 +334,9 @@ class Source:
         """The weights under a name, kept for the next call."""
         key = prefix, dtype
         if key not in self._kept:
-            self._kept[key] = self.once(prefix, dtype)
-            mx.eval(self._kept[key])
+            weights = self.once(prefix, dtype)
+            mx.eval(weights)  # before it is kept: what is lazy belongs to this thread
+            self._kept[key] = weights
         return self._kept[key]
 
     def once(self, prefix: str, dtype: mx.Dtype | None = None):
@@ -355,8 +358,8 @@ class Source:
         `without` names a part of the blocks that is not needed.
 
         A GPU is given each block while it still computes the one before, so that it never waits; no more than those
-        two blocks' intermediates, and two blocks' weights beside what is kept, are alive. `wait` holds one block's
-        intermediates only, and so does reading.
+        two blocks' intermediates are alive, and beside what is kept two blocks' weights, one where nothing is read
+        ahead. `wait` holds one block's intermediates only, and so does reading.
         """
         wait = wait or mx.default_device() == mx.cpu
         before, weights = x, self._start(blocks[0], without, x)
@@ -377,11 +380,14 @@ class Source:
         """The weights of a block, from what is kept or on their way from the disk while x is computed."""
         if block in self._kept:
             return self._kept[block]
+        weights = self.component.read(block, self.dtype, without=without, stream=self._disk)
+        # A GPU would wait for the reading anyway, and so what led to x need not stay until it has its next block.
         if self._disk is None:
             settle(x)
-        weights = self.component.read(block, self.dtype, without=without, stream=self._disk)
-        mx.async_eval(weights)
-        settle(x)  # reading takes longer than to give a GPU its next block: what led to x need not stay for that
+            mx.async_eval(weights)
+        else:
+            mx.async_eval(weights)
+            settle(x)
         if block not in self.streamed:
             self._kept[block] = weights
         return weights
@@ -394,10 +400,10 @@ class Source:
 
 @cache
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep up to 2 GB of freed memory for this process.
+    """Have glibc's malloc keep up to 2 GB of what this process's main thread frees.
 
     MLX's CUDA build reads every tensor into memory of its own. By default that is given back to the system each time,
-    and to touch new memory takes as long as to read: 2.3 GB/s against 4.3, from the page cache into an H100.
+    and to touch new memory takes about as long as the reading.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

@@ -299,3 +299,28 @@ def test_a_pipeline_made_in_one_thread_draws_in_another(memory):
     with ThreadPoolExecutor(1) as worker:
         there = worker.submit(draw).result()
     assert np.array_equal(there, draw())
+
+
+@pytest.mark.parametrize("memory", ["1GB", "13MB"], ids=["kept", "streamed"])
+def test_each_event_may_be_taken_in_another_thread(memory):
+    """As web frameworks take them from a generator."""
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=memory)
+    request = GenerateRequest("a red circle", 48, 48, seed=1, steps=2, num_images=2)
+
+    def taken() -> list:
+        events, found = pipe.events(request), []
+        while True:
+            with ThreadPoolExecutor(1) as worker:
+                event = worker.submit(next, events, None).result()
+            if event is None:
+                return found
+            found.append(np.array(event.clean) if isinstance(event, Step) else getattr(event, "pixels", None))
+
+    expected = [
+        np.array(event.clean) if isinstance(event, Step) else getattr(event, "pixels", None)
+        for event in ZImagePipeline.from_pretrained("pocket", dtype="float32").events(request)
+    ]
+    found = taken()
+    assert len(found) == len(expected) > 10
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours is theirs is None or np.array_equal(ours, theirs)

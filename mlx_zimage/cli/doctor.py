@@ -30,7 +30,7 @@ def doctor(as_json):
         checks.append(check)
         if not as_json:
             result = "right" if check.passed else "WRONG"
-            click.echo(f"{check.name:30}{result}  error {check.error:.1e}, at most {check.limit:.0e} is right")
+            click.echo(f"{check.name:37}{result}  error {check.error:.1e}, at most {check.limit:.0e} is right")
     wrong = [check.name for check in checks if not check.passed]
     if as_json:
         lists = {"verdicts": [asdict(verdict) for verdict in judged], "checks": [asdict(check) for check in checks]}

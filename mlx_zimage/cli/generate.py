@@ -283,6 +283,8 @@ def generate(
     }
     if old and maker["fingerprint"] != old.fingerprint:
         warnings.warn(f"{model} is not the model that drew {from_picture}; the picture will differ", stacklevel=1)
+    for job in jobs:
+        pipeline.plan(job.request(pipeline.sample_size))  # what does not fit is refused before any work
     written = set()
     terminal = None if quiet else graphics()
     colours = fit(pipeline.vae) if preview or preview_dir else None

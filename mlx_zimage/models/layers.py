@@ -77,6 +77,12 @@ def sum_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if dtype == mx.float16 else dtype
 
 
+def vae_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """In what the VAE of a model that computes in dtype does: nothing would keep it in float16's range, and on a CPU
+    float32 is faster and takes less memory."""
+    return mx.float32 if backend() == "cpu" else sum_dtype(dtype)
+
+
 def headroom(dtype: mx.Dtype) -> float:
     """What to make products in dtype smaller by, so that they cannot overflow."""
     return FLOAT16_SCALE if dtype == mx.float16 else 1.0

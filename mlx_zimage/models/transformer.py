@@ -317,6 +317,12 @@ class Transformer:
         """What the network takes from the times; see the function `modulate`. The last schedule's is remembered."""
         return self._modulate(tuple(times))
 
+    def release(self) -> None:
+        """Forget everything kept, schedule and tables too, and give its memory back."""
+        self._modulate.cache_clear()
+        self._rope.cache_clear()
+        self.source.release()
+
     def rope(self, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
         """The rotary tables of an image of h x w latent pixels and its padded caption; see the function `rope`."""
         return self._rope(caption_length, h, w)

@@ -5,7 +5,7 @@ Source: diffusers models/autoencoders/{autoencoder_kl,vae}.py. Arrays are channe
 A full-size tensor inside the decoder outweighs the transformer, so layers work on `Rows`: a tensor known by a
 function that computes any of its rows. Convolutions ask for the rows around, normalisation sums its statistics over
 the whole picture first, and what does not fit is computed again instead of held. The result is that of the whole
-picture at once, without tiles and their seams; with room enough, it is computed so.
+picture at once, without tiles and their seams; on a GPU with room enough, it is computed so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import compiled, linear, result, settle, silu
+from .layers import backend, compiled, linear, result, settle, silu
 
 EPS = 1e-6
 CPU_STRIP = 2**22  # bytes of a tensor that a CPU works on at a time
@@ -157,7 +157,7 @@ class Strips:
 
     def __init__(self, strip_bytes: int | None = None):
         self.holds = strip_bytes is None
-        self.strip_bytes = CPU_STRIP if self.holds and mx.default_device() == mx.cpu else strip_bytes
+        self.strip_bytes = CPU_STRIP if self.holds and backend() == "cpu" else strip_bytes
 
     def bounds(self, x: Rows) -> list[tuple[int, int]]:
         """The strips of x, as (first row, end row)."""
@@ -175,12 +175,12 @@ class Strips:
             settle(made)
             yield bound, made
 
-    def hold(self, x: Rows, halo: int = 0) -> Rows:
-        """Compute x, strip by strip, and keep it. Rows that x's own inputs need no longer, given the halo, go."""
+    def hold(self, x: Rows) -> Rows:
+        """Compute x, strip by strip, and keep it. Rows that x's own inputs need no longer go."""
         strips = {}
         for bound, strip in self.each(x, lambda rows: rows):
             strips[bound] = strip
-            x.forget(bound[1] - halo)
+            x.forget(bound[1])
         if len(strips) == 1:
             return Rows.of(strip)
 
@@ -241,35 +241,33 @@ def affine_silu(rows: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 
 
 @cache
-def threads() -> list[mx.ThreadLocalStream]:
+def streams() -> list[mx.ThreadLocalStream]:
     return [mx.new_thread_local_stream(mx.cpu) for _ in range(2)]
 
 
 def spread(function: Callable, rows: mx.array, *args: mx.array) -> mx.array:
     """function of rows (B, h, w, C), in two halves at once: but for products, MLX's CPU build uses one core."""
     parts = []
-    for stream, part in zip(threads(), mx.split(rows, [rows.shape[1] // 2], axis=1), strict=True):
+    for stream, part in zip(streams(), mx.split(rows, [rows.shape[1] // 2], axis=1), strict=True):
         with mx.stream(stream):
             parts.append(function(part, *args))
     return mx.concatenate(parts, axis=1)
 
 
 def convolve(x: mx.array, weights: dict, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
-    if mx.metal.is_available():
+    if backend() == "metal":
         # MLX's Winograd kernels for Metal are known to cost gigabytes of scratch and many times the rounding error;
         # a flipped convolution is never sent to them.
         flipped = weights["weight"][:, ::-1, ::-1, :]
         return mx.conv_general(x, flipped, stride=stride, padding=padding, flip=True) + weights["bias"]
-    if "kernels" in weights:
-        return sum_of_products(x, weights, padding)
     return mx.conv2d(x, weights["weight"], stride=stride, padding=padding) + weights["bias"]
 
 
-def sum_of_products(x: mx.array, weights: dict, padding: tuple[int, int]) -> mx.array:
-    """A 3x3 convolution as nine matrix products of shifted views of x; `kernels` are (3 * 3 * out, in).
+def sum_of_products(x: mx.array, kernels: mx.array, bias: mx.array, padding: tuple[int, int]) -> mx.array:
+    """A 3x3 convolution as nine matrix products of shifted views of x; kernels are (3 * 3 * out, in).
 
-    MLX's CPU build copies every pixel's nine neighbours together first: here that took 1.6 to 2.2 times as long, and
-    nine times the memory.
+    For float32 on a CPU: MLX's own convolution copies every pixel's nine neighbours together there, which takes about
+    twice as long and nine times the memory. In 16 bits its CPU build is slow at products, and would round the sums.
     """
     above, left = padding
     x = mx.pad(x, [(0, 0), (above, above), (left, left), (0, 0)])
@@ -277,8 +275,8 @@ def sum_of_products(x: mx.array, weights: dict, padding: tuple[int, int]) -> mx.
     pixels = x.reshape(B, h * w, C)
     # Rows lie one after another with two pixels between them that belong to none; the last two would be outside of x.
     count = (h - 2) * w - 2
-    total = weights["bias"]
-    for i, kernel in enumerate(mx.split(weights["kernels"], 9)):
+    total = bias
+    for i, kernel in enumerate(mx.split(kernels, 9)):
         shift = i // 3 * w + i % 3
         total = mx.addmm(total, pixels[:, shift : shift + count], kernel.T)
     out = total.shape[-1]
@@ -287,19 +285,20 @@ def sum_of_products(x: mx.array, weights: dict, padding: tuple[int, int]) -> mx.
 
 def conv(x: Rows, weights: dict) -> Rows:
     """3x3 convolution, zero-padded by 1."""
-    if mx.default_device() == mx.cpu:
+    apply, weight = partial(convolve, weights=weights), weights["weight"]
+    if backend() == "cpu" and weight.dtype == mx.float32:
         # each of the nine in one piece, which saves the products a copy
-        kernels = weights["weight"].transpose(1, 2, 0, 3).reshape(-1, weights["weight"].shape[-1])
-        weights = {"kernels": kernels, "bias": weights["bias"]}
+        kernels = weight.transpose(1, 2, 0, 3).reshape(-1, weight.shape[-1])
+        apply = partial(sum_of_products, kernels=kernels, bias=weights["bias"])
 
     def get(a: int, b: int) -> mx.array:
         above, below = int(a == 0), int(b == x.height)
         rows = x.get(a - 1 + above, b + 1 - below)
         if above and below:
-            return convolve(rows, weights, padding=(1, 1))
+            return apply(rows, padding=(1, 1))
         if above or below:
             rows = mx.pad(rows, [(0, 0), (above, below), (0, 0), (0, 0)])
-        return convolve(rows, weights, padding=(0, 1))
+        return apply(rows, padding=(0, 1))
 
     return Rows(x.height, get, lambda a: x.forget(a - 1))
 
@@ -335,7 +334,7 @@ def group_norm(x: Rows, weights: dict, groups: int, strips: Strips, then: Callab
     # as one scale and one shift per channel, so that the picture is passed over once
     scale = mx.repeat(mx.rsqrt(variance + EPS), width, axis=3).flatten(2)[:, :, None] * weights["weight"]
     shift = weights["bias"] - mx.repeat(mean, width, axis=3).flatten(2)[:, :, None] * scale
-    if mx.default_device() == mx.cpu:
+    if backend() == "cpu":
         then = partial(spread, then)
     return x.map(lambda rows: then(rows, scale, shift))
 
@@ -348,11 +347,11 @@ def resnet(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
     shortcut = x.map(lambda rows: convolve(rows, weights["conv_shortcut"])) if "conv_shortcut" in weights else x
 
     def forget(before: int) -> None:
-        for part in (shortcut, h):
-            part.forget(before)
+        shortcut.forget(before - 2)  # two convolutions reach two rows back; h counts them itself
+        h.forget(before)
 
     total = Rows(x.height, lambda a, b: shortcut.get(a, b) + h.get(a, b), forget)
-    return strips.hold(total, halo=2)  # two convolutions reach two rows back
+    return strips.hold(total)
 
 
 def attention(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array:
@@ -404,14 +403,14 @@ def decoder(z: mx.array, weights: dict, groups: int, strips: Strips) -> Generato
         if "upsamplers" in level:
             x = upsample(x, level["upsamplers"][0])
     x = conv(group_norm(x, weights["conv_norm_out"], groups, strips, affine_silu), weights["conv_out"])
-    x = strips.hold(x, halo=1)
+    x = strips.hold(x)
     return x.get(0, x.height)
 
 
 class VAE:
     """The autoencoder over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in.
 
-    strip_bytes bounds the working memory (see Strips); None, the fastest, works on whole pictures.
+    strip_bytes bounds the working memory (see Strips); None is the fastest.
     """
 
     def __init__(self, config: VAEConfig, source, strip_bytes: int | None = None):

@@ -112,10 +112,9 @@ def checksum(component: Component, folder: Path) -> str:
     `folder` for as long as they keep their places, sizes and times: a full-size encoder takes seconds to read.
     """
     parts = sorted({component.folder / "config.json", *(entry.file for entry in component.entries.values())})
-    states = {file: file.stat() for file in parts}
-    sums = _manifest(component.folder.parent, states)
+    sums = _manifest(component.folder.parent, parts)
     if sums is None:
-        known = "\n".join(f"{file.resolve()} {state.st_size} {newest(state)}" for file, state in states.items())
+        known = "\n".join(f"{file.resolve()} {file.stat().st_size} {placed(file)}" for file in parts)
         memo = folder / f"{hashlib.sha256(os.fsencode(known)).hexdigest()}.sum"
         try:
             sums = memo.read_text()
@@ -127,23 +126,27 @@ def checksum(component: Component, folder: Path) -> str:
     return hashlib.sha256(sums.encode()).hexdigest()
 
 
-def _manifest(model: Path, states: dict[Path, os.stat_result]) -> str | None:
+def _manifest(model: Path, files: Sequence[Path]) -> str | None:
     """The SHA-256 of these files, a line each, by the model's manifest; None where it does not vouch for them all."""
     try:
-        written = newest((model / MANIFEST).stat())
+        written = _newest((model / MANIFEST).stat())
         lines = (model / MANIFEST).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return None
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    names = [file.relative_to(model).as_posix() for file in states]
-    if any(name not in sums for name in names) or any(newest(state) > written for state in states.values()):
+    names = [file.relative_to(model).as_posix() for file in files]
+    if any(name not in sums for name in names) or any(placed(file) > written for file in files):
         return None
     return "\n".join(sums[name] for name in names)
 
 
-def newest(state: os.stat_result) -> int:
-    """When a file was written or put in its place, in ns: copies may keep the first of these times."""
-    return max(state.st_mtime_ns, state.st_ctime_ns)
+def placed(file: Path) -> int:
+    """When a file was written, copied, moved or linked to its place, or its folder was, in ns."""
+    return max(_newest(state) for path in (file, file.parent) for state in (path.stat(), path.lstat()))
+
+
+def _newest(state: os.stat_result) -> int:
+    return max(state.st_mtime_ns, state.st_ctime_ns)  # copies may keep the first
 
 
 def _sha256(file: Path) -> str:

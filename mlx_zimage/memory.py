@@ -226,8 +226,8 @@ class Planner:
         whole = decodes_whole(self.checkpoint.vae.config, width, height)
         ways = [strip for strip in self.work.strips if strip or whole]
         plans = ((keep, lean, strips) for keep in keeps for lean in (False, True) for strips in ways)
+        modulations = self.modulations(steps)
         for keep, lean, strip_bytes in plans:
-            modulations = self.modulations(steps)
             remembered = modulations if keep else 0
             work = {
                 "encode": self.encode_work(tokens) + remembered,

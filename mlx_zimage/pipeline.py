@@ -20,7 +20,7 @@ from .library import embeddings_folder
 from .memory import Plan, Planner, machine_budget, parse_memory
 from .models.layers import result, vae_dtype
 from .models.text_encoder import TextEncoder
-from .models.transformer import PATCH, Transformer
+from .models.transformer import PATCH, Transformer, times_of
 from .models.vae import VAE
 from .noise import initial_noise
 from .request import GenerateRequest
@@ -214,6 +214,7 @@ class ZImagePipeline:
         plan = self._plan(request, prompts)
         noise = self._initial_latents(request, latents, h, w)
         self._adopt(plan)
+        self.transformer.forget_schedule_but(times_of(sigmas[:-1]))
         captions = []
         try:
             for ids in prompts:
@@ -261,6 +262,7 @@ class ZImagePipeline:
 
     def _encode(self, ids: tuple[int, ...]) -> Generator[Phase, None, mx.array]:
         if ids in self._embeddings:
+            self._embeddings[ids] = self._embeddings.pop(ids)  # the last used go last
             return self._embeddings[ids]
         embeddings = self._stored.get(ids)
         if embeddings is None:
@@ -274,7 +276,7 @@ class ZImagePipeline:
         return embeddings
 
     def _forget_embeddings(self) -> None:
-        """Keep what prompts gave as far as the budget has room for it, the last ones first."""
+        """Keep what prompts gave as far as the budget has room for it, the last used first."""
         while len(self._embeddings) > MAX_EMBEDDINGS or self._remembered > self._spare:
             del self._embeddings[next(iter(self._embeddings))]
         # what MLX keeps of freed memory counts too
@@ -301,11 +303,12 @@ class ZImagePipeline:
         self.vae = VAE(checkpoint.vae.config, Source(checkpoint.vae, vae_dtype(dtype)))
 
     def _adopt(self, plan: Plan) -> None:
-        networks = self.text_encoder, self.transformer, self.vae
-        for network in networks:
+        for network in (self.text_encoder, self.transformer, self.vae):
             network.source.streamed = plan.streamed
-            if not plan.keep:
-                network.source.release()
+        if not plan.keep:
+            self.text_encoder.source.release()
+            self.transformer.release()
+            self.vae.source.release()
         self.transformer.lean = plan.lean
         self.vae.strip_bytes = plan.strip_bytes
         self._spare = plan.budget - plan.room

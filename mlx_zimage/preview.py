@@ -24,7 +24,7 @@ from .models.vae import VAE
 from .weights import Source
 
 PATCHES, PATCH = 4, 32  # of the chart: patches a side, and pixels a side of each
-STRIP_BYTES = 2**18  # the chart is small, and so is what a budget may leave
+STRIP_BYTES = 2**18  # little memory, whatever the budget: the chart is small
 ENLARGED = 2  # a preview's pixels per latent pixel
 CHUNK = 4096  # characters of base64 that kitty takes at a time
 MAX_ROWS = 20  # lines of text that a preview takes at most
@@ -46,6 +46,7 @@ def fit(vae: VAE) -> np.ndarray:
     encoder = VAE(vae.config, Source(vae.source.component, vae.source.dtype), STRIP_BYTES)
     pixels, scale = chart(), vae.config.scale
     latents = np.array(encoder.encode(mx.array(pixels)[None])[0])
+    mx.clear_cache()
     h, w, channels = latents.shape
     wanted = pixels.reshape(h, scale, w, scale, 3).mean((1, 3)).reshape(-1, 3)
     known = np.concatenate([latents.reshape(-1, channels), np.ones((h * w, 1))], axis=1)

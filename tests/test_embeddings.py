@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -165,6 +166,40 @@ def test_the_converters_manifest_is_taken_unless_a_file_is_newer(folder, tmp_pat
     assert checksum(encoder, tmp_path / "kept") != first
     flip(shard)
     assert checksum(encoder, tmp_path / "kept") == first, "however it was found"
+
+
+def copied(there: Path, place: Path) -> None:
+    for file in place.iterdir():
+        shutil.copy2(there / file.name, file)  # with its times
+
+
+def moved(there: Path, place: Path) -> None:
+    shutil.rmtree(place)
+    there.rename(place)
+
+
+def linked(there: Path, place: Path) -> None:
+    for file in place.iterdir():
+        file.unlink()
+        file.symlink_to(there / file.name)
+
+
+def linked_whole(there: Path, place: Path) -> None:
+    shutil.rmtree(place)
+    place.symlink_to(there)
+
+
+@pytest.mark.parametrize("put", [copied, moved, linked, linked_whole])
+def test_a_manifest_does_not_vouch_for_an_older_encoder_put_in_the_place_of_its_own(folder, tmp_path, put):
+    from mlx_zimage.convert import convert
+
+    other, model = tmp_path / "other", tmp_path / "converted"
+    convert(folder, other, dtype="bfloat16")
+    flip(next((other / "text_encoder").glob("*.safetensors")))
+    convert(folder, model, dtype="bfloat16")
+    own = checksum(ZImagePipeline.from_pretrained(model).checkpoint.text_encoder, tmp_path / "kept")
+    put(other / "text_encoder", model / "text_encoder")
+    assert checksum(ZImagePipeline.from_pretrained(model).checkpoint.text_encoder, tmp_path / "kept") != own
 
 
 def test_the_hubs_cache_names_a_large_file_by_its_checksum(folder, tmp_path):

@@ -136,6 +136,21 @@ def test_a_schedule_is_forgotten_with_a_staged_model():
     assert mx.get_active_memory() - before < pipe.planner.modulations(500) / 10
 
 
+def test_one_schedule_is_remembered_at_a_time():
+    settings = {"prompt": "a", "width": 16, "height": 16}
+    budget = (
+        ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=True).plan(request(steps=400, **settings)).room
+    )
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=True, memory=budget)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    for steps in (400, 399):
+        next(pipe.denoise(request(steps=steps, **settings)))
+    mx.reset_peak_memory()
+    next(pipe.denoise(request(steps=400, **settings)))
+    assert mx.get_peak_memory() - before <= budget
+
+
 def test_a_pipeline_that_is_let_go_takes_its_weights_along():
     before = mx.get_active_memory()
     gc.disable()  # no cycle may have to be found first

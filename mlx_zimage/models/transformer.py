@@ -270,6 +270,11 @@ def rope(config: TransformerConfig, caption_length: int, h: int, w: int) -> tupl
     return rope_table(positions(caption_length, h, w), config.axes_dims, config.rope_theta)
 
 
+def times_of(sigmas: Sequence[float]) -> list[float]:
+    """The times 1 - sigma as diffusers computes them, in float32."""
+    return [float((1000 - np.float32(sigma) * np.float32(1000)) / np.float32(1000)) for sigma in sigmas]
+
+
 def modulate(config: TransformerConfig, source, times: Sequence[float]) -> tuple[mx.array, mx.array]:
     """What the network takes from the times (N,) = 1 - sigma, for a whole schedule at once.
 
@@ -307,19 +312,27 @@ class Transformer:
         self.source = source
         self.sums = sum_dtype(source.dtype)
         self.lean = lean
+        self._schedule: tuple | None = None  # the last one's times, and what `modulate` made of them
         # these do not know self: a cycle would keep the weights in memory until Python looks for cycles
-        self._modulate = lru_cache(maxsize=1)(partial(modulate, config, source))
         self._rope = lru_cache(maxsize=4)(partial(rope, config))
         self._attend = compiled(partial(attend, heads=config.n_heads, eps=config.norm_eps))
         self._feed = compiled(partial(feed, eps=config.norm_eps))
 
     def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:
         """What the network takes from the times; see the function `modulate`. The last schedule's is remembered."""
-        return self._modulate(tuple(times))
+        self.forget_schedule_but(times)
+        if self._schedule is None:
+            self._schedule = tuple(times), modulate(self.config, self.source, times)
+        return self._schedule[1]
+
+    def forget_schedule_but(self, times: Sequence[float]) -> None:
+        """Give the remembered schedule's memory back, if it is another."""
+        if self._schedule and self._schedule[0] != tuple(times):
+            self._schedule = None
 
     def release(self) -> None:
         """Forget everything kept, schedule and tables too, and give its memory back."""
-        self._modulate.cache_clear()
+        self._schedule = None
         self._rope.cache_clear()
         self.source.release()
 
@@ -346,9 +359,7 @@ class Transformer:
         Everything that does not depend on the latents is computed here, once.
         """
         caption = self.embed_caption(cap_feats)
-        # sigma to time as diffusers computes it, in float32
-        times = [float((1000 - np.float32(sigma) * np.float32(1000)) / np.float32(1000)) for sigma in sigmas]
-        modulations, final_scales = self.modulate(times)
+        modulations, final_scales = self.modulate(times_of(sigmas))
         cos, sin = self.rope(caption.shape[1], h, w)
 
         def velocity(latents: mx.array, i: int) -> mx.array:

@@ -30,8 +30,8 @@ def test_decoding_by_strips_equals_decoding_whole(source, strip_bytes, size):
     latents = mx.random.normal((1, *size, 16))
     whole = VAE(source.component.config, source).decode(latents)
     strips = VAE(source.component.config, source, strip_bytes).decode(latents)
-    # float32: only the statistics' sums are taken in another order; measured 7e-6 of 1.1
-    assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max() * 2
+    # float32: only the statistics' sums are taken in another order; measured 1.2e-6 of the largest
+    assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max()
 
 
 @pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
@@ -41,7 +41,7 @@ def test_encoding_by_strips_equals_encoding_whole(source, strip_bytes):
     whole = VAE(source.component.config, source).encode(pixels)
     strips = VAE(source.component.config, source, strip_bytes).encode(pixels)
     # as above; white noise through a trained encoder makes values of several units
-    assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max() * 2
+    assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max()
 
 
 def test_strips_need_a_fraction_of_the_memory(source):
@@ -114,6 +114,6 @@ def test_pictures_of_a_batch_are_encoded_and_decoded_by_strips(source, strip_byt
     whole, strips = (VAE(source.component.config, source, size) for size in (None, strip_bytes))
     latents = whole.encode(pixels)
     # as above
-    assert mx.abs(latents - strips.encode(pixels)).max() < 1e-5 * mx.abs(latents).max() * 2
+    assert mx.abs(latents - strips.encode(pixels)).max() < 1e-5 * mx.abs(latents).max()
     expected = whole.decode(latents)
-    assert mx.abs(expected - strips.decode(latents)).max() < 1e-5 * mx.abs(expected).max() * 2
+    assert mx.abs(expected - strips.decode(latents)).max() < 1e-5 * mx.abs(expected).max()

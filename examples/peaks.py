@@ -3,8 +3,7 @@
     python examples/peaks.py MODEL REQUEST ... [--steps 8] [--stage]
 
 A request is a side in pixels, with a budget and a number of pictures if wished: 1024, 1024:2GB, 512:2GB:4. Pictures of
-one size have the same latents, whatever was in memory when: the last column is their checksum. (Decoding by strips adds
-up in another order: pixels may differ by one of 255.) Bytes read are those of
+one size have the same latents, whatever was in memory when: the last column is their checksum. Bytes read are those of
 the transformer, a step; seconds are of encoding, a step, decoding a picture, and in all. Kernels are compiled in the
 first row of a size.
 """

@@ -51,6 +51,15 @@ def pipe(tiny_folder) -> ZImagePipeline:
 
 
 @pytest.fixture
+def on_cpu():
+    """MLX computes on the CPU, on every machine."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.fixture
 def watch(monkeypatch):
     """watch(module, "f") gives the list that each later call of module.f adds its result to."""
 

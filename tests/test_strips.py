@@ -52,15 +52,6 @@ def test_strips_need_a_fraction_of_the_memory(source):
     assert strips < whole / 3
 
 
-@pytest.fixture
-def on_cpu():
-    """MLX computes on the CPU, on every machine."""
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
-
-
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (7, 2), (6, 9)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_sum_of_products_is_the_convolution(on_cpu, watch, height, width, batch):

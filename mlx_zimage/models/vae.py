@@ -201,10 +201,13 @@ class Strips:
     def moments(self, x: Rows, groups: int) -> tuple[mx.array, mx.array]:
         """Mean and variance over (h, w, C / groups) of the whole tensor: each (B, 1, groups, 1) float32."""
         if self.strip_bytes is None:
-            return moments(x.get(0, x.height), groups)
-        strips = [((b - a) / x.height, *made) for (a, b), made in self.each(x, partial(moments, groups=groups))]
-        mean = sum(share * m for share, m, _ in strips)
-        return mean, sum(share * (v + mx.square(m - mean)) for share, m, v in strips)
+            rows = [row_moments(x.get(0, x.height), groups)]
+        else:
+            rows = [made for _, made in self.each(x, partial(row_moments, groups=groups))]
+        # a row's are the same in every strip, and so are the picture's
+        means, variances = (mx.concatenate(part, axis=1) for part in zip(*rows, strict=True))
+        mean = means.mean(axis=1, keepdims=True)
+        return mean, (variances + mx.square(means - mean)).mean(axis=1, keepdims=True)
 
 
 # ---- the parts, small to large
@@ -215,19 +218,18 @@ def squared_distance(rows: mx.array, mean: mx.array) -> mx.array:
     return mx.square(rows.astype(mx.float32) - mean)
 
 
-def moments(rows: mx.array, groups: int) -> tuple[mx.array, mx.array]:
-    """Mean and variance of rows (B, h, w, C) over (h, w, C / groups): each (B, 1, groups, 1) float32.
+def row_moments(rows: mx.array, groups: int) -> tuple[mx.array, mx.array]:
+    """Mean and variance of each row of (B, h, w, C) over (w, C / groups): each (B, h, groups, 1) float32.
 
-    First each row of each channel by itself: GPUs are fast at many sums, slow at few long ones. Then Chan's combination
-    of variances, as Strips.moments too: no large numbers are subtracted.
+    First of each channel by itself: GPUs are fast at many sums, slow at few long ones. Then Chan's combination of
+    variances, as in Strips.moments, too: no large numbers are subtracted.
     """
     B, h, _, _ = rows.shape
     means = rows.astype(mx.float32).mean(axis=2, keepdims=True)
     variances = squared_distance(rows, means).mean(axis=2).reshape(B, h, groups, -1)
     means = means.reshape(B, h, groups, -1)
-    mean = means.mean(axis=3, keepdims=True).mean(axis=1, keepdims=True)
-    variances = variances + mx.square(means - mean)
-    return mean, variances.mean(axis=3, keepdims=True).mean(axis=1, keepdims=True)
+    mean = means.mean(axis=3, keepdims=True)
+    return mean, (variances + mx.square(means - mean)).mean(axis=3, keepdims=True)
 
 
 @compiled

@@ -93,7 +93,7 @@ def scaled(x: mx.array, factor: float) -> mx.array:
 
 
 def silu(x: mx.array) -> mx.array:
-    if mx.default_device() == mx.cpu and x.dtype == mx.float32:
+    if backend() == "cpu" and x.dtype == mx.float32:
         return x / (1 + mx.exp(-x))  # a third less time than MLX's sigmoid takes there
     return x * mx.sigmoid(x)
 

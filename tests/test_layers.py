@@ -37,6 +37,21 @@ def test_each_backend_has_its_rule(monkeypatch, backend, rows):
     assert layers.unpack_from() == rows
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_cuda_unpacks_8_bits_by_arithmetic_to_the_same_bits(monkeypatch, watch, dtype, group_size):
+    weights = {
+        name: part if name == "weight" else part.astype(dtype) for name, part in packed("affine", 8, group_size).items()
+    }
+    expected = layers.dequantize(weights, 128, dtype)
+    monkeypatch.setattr(layers, "backend", lambda: "cuda")
+    found = watch(layers, "unpack")
+    assert mx.array_equal(layers.dequantize(weights, 128, dtype), expected)
+    layers.dequantize(packed("affine", 4, group_size), 128, dtype)
+    layers.dequantize(packed("mxfp8", 8, 32), 128, dtype)
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_silu_is_x_times_its_sigmoid_out_to_the_ends_of_the_range(dtype):
     largest = mx.finfo(dtype).max

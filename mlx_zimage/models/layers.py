@@ -62,9 +62,11 @@ def packing(weights: dict, width: int) -> dict:
 
 def dequantize(weights: dict, width: int, dtype: mx.Dtype) -> mx.array:
     """The dense (out, width) weight of a quantized layer, in dtype."""
-    return mx.dequantize(
-        weights["weight"], weights["scales"], weights.get("biases"), dtype=dtype, **packing(weights, width)
-    )
+    weight, scales, biases = weights["weight"], weights["scales"], weights.get("biases")
+    how = packing(weights, width)
+    if backend() == "cuda" and how["mode"] == "affine" and how["bits"] == 8:
+        return unpack(weight, scales, biases).astype(dtype)
+    return mx.dequantize(weight, scales, biases, dtype=dtype, **how)
 
 
 def rms_norm(x: mx.array, weights: dict, eps: float) -> mx.array:
@@ -122,3 +124,14 @@ def compiled(function: Callable) -> Callable:
         return (fast if mx.default_device() == mx.gpu else function)(*args)
 
     return call
+
+
+@compiled
+def unpack(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    """mx.dequantize of affine groups of 8 bits, to the same bits, in the dtype of scales.
+
+    Compiled, it is one pass over memory: a (10240, 3840) weight takes 60 us on an H100, with MLX's own kernel 140. Of
+    4 bits that kernel takes 85, and arithmetic as long.
+    """
+    numbers = packed.view(mx.uint8).reshape(*scales.shape, -1).astype(scales.dtype)
+    return (numbers * scales[..., None] + biases[..., None]).reshape(len(packed), -1)

@@ -309,6 +309,7 @@ class ZImagePipeline:
             self.text_encoder.source.release()
             self.transformer.release()
             self.vae.source.release()
+        self.text_encoder.lean = not plan.keep  # where all is kept, the steps need more memory than encoding
         self.transformer.lean = plan.lean
         self.vae.strip_bytes = plan.strip_bytes
         self._spare = plan.budget - plan.room

@@ -129,6 +129,21 @@ def test_leaving_a_staged_run_gives_its_memory_back():
     assert mx.get_active_memory() - before < weights / 4, "the schedule's modulations and the prompt's embeddings stay"
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_encoding_waits_for_each_layer_unless_the_model_stays(keep, monkeypatch):
+    walk, waits = weights.Source.walk, []
+
+    def noted(self, *args, wait=False, **kwargs):
+        if self.component.name == "text_encoder":
+            waits.append(wait)
+        return walk(self, *args, wait=wait, **kwargs)
+
+    monkeypatch.setattr(weights.Source, "walk", noted)
+    pipe = ZImagePipeline.from_pretrained("pocket", keep=keep)
+    list(pipe.denoise(request(width=16, height=16, steps=1)))
+    assert waits == [not keep]
+
+
 def test_remembered_prompts_stay_within_the_budget():
     settings = {"width": 16, "height": 16, "steps": 1}
     budget = 25 * 10**6

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import headroom, linear, rms_norm, scaled, silu, sum_dtype
+from .layers import headroom, linear, result, rms_norm, scaled, silu, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,15 @@ def layer(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array:
 
 
 class TextEncoder:
-    """The network over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in."""
+    """The network over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in.
 
-    def __init__(self, config: TextEncoderConfig, source):
+    lean gives memory back after each layer, for some milliseconds a prompt; the numbers are the same.
+    """
+
+    def __init__(self, config: TextEncoderConfig, source, lean: bool = False):
         self.config = config
         self.source = source
+        self.lean = lean
 
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """hidden_states[-2] of one prompt's ids (L,): (L, hidden_size), in the compute dtype, or float32 for float16.
@@ -129,16 +133,12 @@ class TextEncoder:
         Only true tokens are run: under causal attention, padding on the right cannot change them. Only their rows
         of the embedding (0.8 GB of the full model) are read.
         """
-        x = self._embed(ids)
-        return self.source.run(self._layers, x, self._apply)[0]
+        return result(self.steps(ids))
 
     def steps(self, ids: Sequence[int]) -> Generator[int, None, mx.array]:
         """The same, yielding after each layer how many are done."""
-        x = self._embed(ids)
-        return (yield from self.source.walk(self._layers, x, self._apply))[0]
-
-    def _embed(self, ids: Sequence[int]) -> mx.array:
-        return self.source.rows("model.embed_tokens.weight", ids)[None].astype(sum_dtype(self.source.dtype))
+        x = self.source.rows("model.embed_tokens.weight", ids)[None].astype(sum_dtype(self.source.dtype))
+        return (yield from self.source.walk(self._layers, x, self._apply, wait=self.lean))[0]
 
     @property
     def _layers(self) -> list[str]:

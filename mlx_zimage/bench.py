@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -90,6 +90,9 @@ class RandomComponent:
         tree = tree_unflatten(list(tree.items()))
         mx.eval(tree)  # else the values would be made anew whenever they are used
         return tree
+
+    def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[dict]:
+        return (self.read(prefix, dtype, without) for prefix in prefixes)
 
     def rows(self, name: str, ids, dtype: mx.Dtype) -> mx.array:
         return mx.random.normal((len(ids), self.shapes[name][1])).astype(dtype)

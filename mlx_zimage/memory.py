@@ -20,7 +20,7 @@ from .models.layers import backend, vae_dtype
 from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH, TURNED
 from .models.vae import CPU_STRIP, VAEConfig
 from .request import SIZE_MULTIPLE
-from .weights import DTYPES, READS_AHEAD, Checkpoint, Component
+from .weights import DTYPES, READERS, READS_AHEAD, Checkpoint, Component
 
 SHARE = 0.6  # of the memory, where the system does not recommend a share itself
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -71,8 +71,8 @@ GPU = Work(
 class Network:
     """Bytes of a network's weights as computed with: of each block, in running order, and of all the rest.
 
-    unpacked is the dense form of the largest packed block; reading is what a block needs beside itself while it is
-    read: its tensors as stored, where they are computed with in another dtype or order.
+    unpacked is the dense form of the largest packed block; reading is what is needed beside the weights while they are
+    read: tensors as stored, where they are computed with in another dtype or order, of a block or of all READERS.
     """
 
     blocks: dict[str, int]
@@ -137,7 +137,8 @@ def machine_budget() -> int:
 
 def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: str = "") -> Network:
     """The sizes of a network that computes in dtype; tensors beginning with `without` in a block are not counted."""
-    sizes, dense, stored, rest = *(dict.fromkeys(blocks, 0) for _ in range(3)), 0
+    sizes, dense, stored = (dict.fromkeys(blocks, 0) for _ in range(3))
+    rest = largest = 0
     shapes = component.config.shapes()
     for name, entry in component.entries.items():
         packed = entry.dtype.startswith("U")
@@ -147,11 +148,13 @@ def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: s
             rest += nbytes
         elif not (without and name.startswith(f"{block}.{without}")):
             sizes[block] += nbytes
-            stored[block] += entry.nbytes * (not packed and DTYPES[entry.dtype] != dtype)
-            stored[block] += nbytes * bool(TURNED.search(name))
+            beside = entry.nbytes * (not packed and DTYPES[entry.dtype] != dtype) + nbytes * bool(TURNED.search(name))
+            stored[block] += beside
+            largest = max(largest, beside)
             if entry.dtype == "U32":
                 dense[block] += prod(shapes[name]) * dtype.size
-    return Network(sizes, rest, max(dense.values(), default=0), max(stored.values(), default=0))
+    at_once = 0 if READS_AHEAD[backend()] else READERS * largest
+    return Network(sizes, rest, max(dense.values(), default=0), max(*stored.values(), at_once))
 
 
 class Planner:

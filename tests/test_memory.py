@@ -2,6 +2,7 @@
 
 import gc
 import re
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -244,6 +245,52 @@ def test_a_backend_that_cannot_read_ahead_holds_one_block_and_draws_the_same(pla
     assert np.array_equal(ahead, in_turn)
 
 
+@pytest.mark.parametrize("room", ["all", "some"])
+def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_caller(room, planner, monkeypatch):
+    expected, *_ = draw("1GB")
+    monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
+    budget = 10**9 if room == "all" else smallest(planner) * 12 // 10
+    read, threads = weights.Component.read, {}
+
+    def noted(self, prefix, *args, **kwargs):
+        threads.setdefault((self.name, prefix), []).append(threading.current_thread().name)
+        return read(self, prefix, *args, **kwargs)
+
+    monkeypatch.setattr(weights.Component, "read", noted)
+    latents, _, measured, planned = draw(budget)
+    assert np.array_equal(latents, expected)
+    assert measured <= planned
+    blocks = set(planner.transformer.blocks)
+    streamed = (
+        blocks & ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=budget).plan(request()).streamed
+    )
+    assert (0 < len(streamed) < len(blocks)) == (room == "some") and (not streamed) == (room == "all")
+    for block in blocks - streamed:
+        (thread,) = threads["transformer", block]  # once, however many steps
+        assert thread.startswith("mlx-zimage-reader")
+    for block in streamed:
+        assert set(threads["transformer", block]) == {"MainThread"}
+
+
+def test_what_a_reading_thread_meets_reaches_the_caller_and_is_not_kept(monkeypatch):
+    monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
+    pipe = ZImagePipeline.from_pretrained("pocket", memory="1GB")
+    expected = list(pipe.stream(request()))[-1].pixels
+    pipe = ZImagePipeline.from_pretrained("pocket", memory="1GB")
+    read, failing = weights.Component.read, ["layers.3"]
+
+    def fails_once(self, prefix, *args, **kwargs):
+        if prefix in failing:
+            failing.remove(prefix)
+            raise OSError("the disk is gone")
+        return read(self, prefix, *args, **kwargs)
+
+    monkeypatch.setattr(weights.Component, "read", fails_once)
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(pipe.stream(request()))
+    assert np.array_equal(list(pipe.stream(request()))[-1].pixels, expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_block_needs_while_it_is_read_is_counted(dtype):
     checkpoint = open_checkpoint("pocket")
@@ -260,6 +307,15 @@ def test_what_a_block_needs_while_it_is_read_is_counted(dtype):
         assert network.reading == copies
     else:
         assert network.reading == copies + network.blocks[block] // 2, "half the bytes on disk"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_several_readers_need_at_once_is_counted(dtype, monkeypatch):
+    monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
+    checkpoint, dtype = open_checkpoint("pocket"), getattr(mx, dtype)
+    queries = checkpoint.transformer.entries["layers.0.attention.to_q.weight"]  # ordered anew, and in float32 cast
+    beside = np.prod(queries.shape) * (dtype.size + (queries.nbytes // np.prod(queries.shape)) * (dtype != mx.bfloat16))
+    assert Planner(checkpoint, dtype).transformer.reading >= weights.READERS * beside
 
 
 def test_more_budget_never_makes_a_slower_plan(planner):

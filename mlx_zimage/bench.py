@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from . import __version__
+from .errors import RequestError
 from .memory import largest_strip
 from .models.layers import vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
@@ -188,16 +190,24 @@ def time_first_step(model: str, case: Case) -> float:
 def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat: int = 3) -> dict:
     """Time prompt encoding, all steps and decoding; returns figures in seconds, GB and TFLOP/s.
 
-    model is "random" (weights of `size`) or what ZImagePipeline.from_pretrained takes; then the report also has the
-    seconds from the start of a new process to the end of its first step.
+    model is "random" (weights of `size`) or what ZImagePipeline.from_pretrained takes; then bits are the model's own
+    (those of most layers), and the report also has the seconds from the start of a new process to the end of its first
+    step.
     """
     case = replace(case, dtype=case.dtype or default_dtype())
     cold_start = None
     if model == "random":
         text_encoder, transformer, vae = random_networks(case, size)
     else:
+        if case.bits is not None:
+            raise RequestError(
+                f"{case.bits} bits are for random weights, {model} has its own; leave them out or convert it"
+            )
         pipe = ZImagePipeline.from_pretrained(model, dtype=case.dtype)
         text_encoder, transformer, vae = pipe.text_encoder, pipe.transformer, pipe.vae
+        packed = Counter(pipe.checkpoint.transformer.quantizations.values())
+        for q, _ in packed.most_common(1):
+            case = replace(case, bits=q.bits, mode=q.mode)
         cold_start = time_first_step(model, case)
     dtype, config = DTYPES[case.dtype], transformer.config
     h, w = case.height // vae.config.scale, case.width // vae.config.scale
@@ -255,7 +265,7 @@ def describe_machine() -> dict:
 def table(report: dict) -> str:
     """The report for people."""
     case, machine = report["case"], report["machine"]
-    weights = f"{case['bits']}-bit {case['mode']}" if case["bits"] else case["dtype"]
+    weights = f"{case['bits']}-bit {case['mode']} in {case['dtype']}" if case["bits"] else case["dtype"]
     lines = [
         f"{machine['device']}, {machine['backend']}, MLX {machine['mlx']}, {machine['system']}",
         f"{report['model']}, {weights}, {case['width']}x{case['height']}, {case['steps']} steps, "

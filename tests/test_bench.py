@@ -1,9 +1,12 @@
 """The benchmark: what it counts, on random weights of a tiny architecture."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
+from mlx_zimage.convert import convert
 
-from mlx_zimage import bench
+from mlx_zimage import RequestError, bench
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
@@ -34,6 +37,15 @@ def test_a_report_has_every_phase_and_calibrates_itself(tiny, bits):
 def test_a_checkpoint_is_timed_as_well_as_random_weights():
     case = bench.Case(width=64, height=64, steps=1, caption_tokens=9, dtype="float32")
     assert bench.bench("pocket", case=case, repeat=1)["model"] == "pocket"
+
+
+def test_a_models_bits_are_its_own(tmp_path):
+    case = bench.Case(width=64, height=64, steps=1, caption_tokens=9, dtype="float32")
+    convert("pocket", tmp_path / "packed", bits=8)
+    report = bench.bench(tmp_path / "packed", case=case, repeat=1)
+    assert report["case"]["bits"] == 8 and "8-bit affine in float32" in bench.table(report)
+    with pytest.raises(RequestError, match="4 bits are for random weights, pocket has its own"):
+        bench.bench("pocket", case=replace(case, bits=4))
 
 
 def test_random_weights_have_the_names_and_shapes_of_the_architecture(tiny):

@@ -148,7 +148,8 @@ def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: s
             rest += nbytes
         elif not (without and name.startswith(f"{block}.{without}")):
             sizes[block] += nbytes
-            beside = entry.nbytes * (not packed and DTYPES[entry.dtype] != dtype) + nbytes * bool(TURNED.search(name))
+            cast = not packed and DTYPES[entry.dtype] != dtype
+            beside = entry.nbytes * cast + nbytes * bool(TURNED.search(name))
             stored[block] += beside
             largest = max(largest, beside)
             if entry.dtype == "U32":

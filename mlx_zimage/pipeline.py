@@ -309,7 +309,8 @@ class ZImagePipeline:
             self.text_encoder.source.release()
             self.transformer.release()
             self.vae.source.release()
-        self.text_encoder.lean = not plan.keep  # where all is kept, the steps need more memory than encoding
+        # where all stays and the steps need not be lean, they need more memory than encoding in any way
+        self.text_encoder.lean = plan.lean or not plan.keep
         self.transformer.lean = plan.lean
         self.vae.strip_bytes = plan.strip_bytes
         self._spare = plan.budget - plan.room

@@ -191,7 +191,7 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 # Threads of `read_all`. Reading with MLX's CUDA build, each takes a tensor from the disk's cache, then copies it to the
-# GPU, both at 5 GB/s. Measured on an H100: one reads 2 to 4 GB/s, two 5 to 6, four 7 in all.
+# GPU, both at 5 GB/s. Measured on an H100, in all: one 2 to 4 GB/s, two 4 to 6, four 5 to 8, eight no more.
 READERS = 4
 
 

@@ -130,8 +130,8 @@ def test_leaving_a_staged_run_gives_its_memory_back():
     assert mx.get_active_memory() - before < weights / 4, "the schedule's modulations and the prompt's embeddings stay"
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_encoding_waits_for_each_layer_unless_the_model_stays(keep, monkeypatch):
+@pytest.mark.parametrize(("keep", "lean"), [(True, False), (True, True), (False, False)])
+def test_encoding_waits_for_each_layer_where_memory_is_scarce(keep, lean, planner, monkeypatch):
     walk, waits = weights.Source.walk, []
 
     def noted(self, *args, wait=False, **kwargs):
@@ -140,9 +140,14 @@ def test_encoding_waits_for_each_layer_unless_the_model_stays(keep, monkeypatch)
         return walk(self, *args, wait=wait, **kwargs)
 
     monkeypatch.setattr(weights.Source, "walk", noted)
-    pipe = ZImagePipeline.from_pretrained("pocket", keep=keep)
-    list(pipe.denoise(request(width=16, height=16, steps=1)))
-    assert waits == [not keep]
+    small = request(width=16, height=16, steps=1)
+    tokens = len(ZImagePipeline.from_pretrained("pocket").tokenize(small.prompt))
+    plans = [plan for plan in planner._candidates(16, 16, 1, tokens, 1, 10**10, keep) if plan.lean == lean]
+    budget = min(plan.room for plan in plans) if lean else 10**10
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=budget, keep=keep)
+    assert pipe.plan(small).lean == lean
+    list(pipe.denoise(small))
+    assert waits == [lean or not keep]
 
 
 def test_remembered_prompts_stay_within_the_budget():
@@ -233,7 +238,8 @@ def test_blocks_are_not_read_again_where_waiting_would_do(planner, monkeypatch):
     assert waiting.rooms["denoise"] == waiting.peaks["denoise"] < held
 
 
-def test_a_backend_that_cannot_read_ahead_holds_one_block_and_draws_the_same(planner, monkeypatch):
+def test_a_backend_that_cannot_read_ahead_holds_one_block_and_draws_the_same(on_cpu, monkeypatch):
+    planner = Planner(open_checkpoint("pocket"), mx.float32)
     tight = smallest(planner, 48, 48) * 11 // 10
     ahead, *_ = draw(tight, width=48, height=48)
     both = planner.transformer.moving()
@@ -292,7 +298,7 @@ def test_what_a_reading_thread_meets_reaches_the_caller_and_is_not_kept(monkeypa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_a_block_needs_while_it_is_read_is_counted(dtype):
+def test_what_a_block_needs_while_it_is_read_is_counted(dtype, on_cpu):
     checkpoint = open_checkpoint("pocket")
     network = Planner(checkpoint, getattr(mx, dtype)).transformer
     block = max(network.blocks, key=network.blocks.get)
@@ -313,9 +319,17 @@ def test_what_a_block_needs_while_it_is_read_is_counted(dtype):
 def test_what_several_readers_need_at_once_is_counted(dtype, monkeypatch):
     monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
     checkpoint, dtype = open_checkpoint("pocket"), getattr(mx, dtype)
-    queries = checkpoint.transformer.entries["layers.0.attention.to_q.weight"]  # ordered anew, and in float32 cast
-    beside = np.prod(queries.shape) * (dtype.size + (queries.nbytes // np.prod(queries.shape)) * (dtype != mx.bfloat16))
-    assert Planner(checkpoint, dtype).transformer.reading >= weights.READERS * beside
+    queries = checkpoint.transformer.entries["layers.0.attention.to_q.weight"]  # stored in bfloat16, ordered anew
+    network = Planner(checkpoint, dtype).transformer
+    assert network.reading >= weights.READERS * queries.nbytes * (1 if dtype == mx.bfloat16 else 3)
+    blocks = list(network.blocks)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    read = list(checkpoint.transformer.read_all(blocks, dtype, "adaLN_modulation"))
+    beside = mx.get_peak_memory() - mx.get_active_memory()
+    assert len(read) == len(blocks) and mx.get_active_memory() - before >= sum(network.blocks.values())
+    assert beside <= network.reading
 
 
 def test_more_budget_never_makes_a_slower_plan(planner):

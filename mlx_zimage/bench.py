@@ -22,14 +22,14 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from . import __version__
-from .errors import RequestError
+from .errors import RequestError, ZImageError
 from .memory import largest_strip
 from .models.layers import vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
 from .models.vae import VAE, VAEConfig
 from .pipeline import DTYPES, ZImagePipeline, default_dtype
-from .quantize import Quantization, recipe
+from .quantize import Quantization, default_quantization, recipe
 from .scheduler import sigmas
 from .weights import Source
 
@@ -44,12 +44,12 @@ SIZES = {
 }
 
 
-CHAIN = 8  # products that are timed together
+CHAIN = 32  # products that are timed together
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: sizes in pixels, the prompt in tokens, weights of `bits` (None: dense) in `mode`.
+    """What is timed: sizes in pixels, the prompt in tokens, weights of `bits` in `mode` (of neither: dense).
 
     dtype None is the machine's own (see `pipeline.default_dtype`).
     """
@@ -60,35 +60,36 @@ class Case:
     caption_tokens: int = 96
     dtype: str | None = None
     bits: int | None = None
-    mode: str = "affine"
+    mode: str | None = None
 
 
 class RandomComponent:
     """Stands for a weights.Component: random arrays of the architecture's names and shapes, made when read."""
 
     def __init__(self, name: str, config, quantization: Quantization | None = None):
-        self.name = name
         self.config = config
-        self.quantization = quantization
         self.shapes = config.shapes()
+        recipes = {weight: recipe(name, weight, shape, quantization) for weight, shape in self.shapes.items()}
+        self.quantizations = {weight.removesuffix(".weight"): q for weight, q in recipes.items() if q}
 
     def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream=None):
         if prefix in self.shapes:
             return self._weight(prefix, dtype)
         start = len(prefix) + 1
-        names = [name for name in self.shapes if name.startswith(f"{prefix}.")]
         tree = {}
-        for name in names:
+        for name in self.shapes:
+            if not name.startswith(f"{prefix}."):
+                continue
             if without and name.startswith(without, start):
                 continue
-            weight = self._weight(name, dtype)
-            q = recipe(self.name, name, self.shapes[name], self.quantization)
+            weight, layer = self._weight(name, dtype), name.removesuffix(".weight")
+            q = self.quantizations.get(layer)
             if q is None:
                 tree[name[start:]] = weight
                 continue
-            layer = name[start:].removesuffix(".weight")
             parts = mx.quantize(weight, group_size=q.group_size, bits=q.bits, mode=q.mode)
-            tree |= {f"{layer}.{part}": array for part, array in zip(("weight", "scales", "biases"), parts)}  # noqa: B905
+            names = (f"{layer[start:]}.{part}" for part in ("weight", "scales", "biases"))
+            tree |= zip(names, parts)  # noqa: B905 (there are no biases in some modes)
         tree = tree_unflatten(list(tree.items()))
         mx.eval(tree)  # else the values would be made anew whenever they are used
         return tree
@@ -108,9 +109,7 @@ class RandomComponent:
 
 def random_networks(case: Case, size: str) -> tuple[TextEncoder, Transformer, VAE]:
     transformer, text_encoder, vae = SIZES[size]
-    quantization = None
-    if case.bits is not None:
-        quantization = Quantization(case.bits, {"nvfp4": 16, "affine": 64}.get(case.mode, 32), case.mode)
+    quantization = default_quantization(case.bits, mode=case.mode or "affine") if case.bits or case.mode else None
     dtype = DTYPES[case.dtype or default_dtype()]
 
     def source(name: str, config, dtype: mx.Dtype) -> Source:
@@ -178,12 +177,11 @@ next(event for event in pipe.stream(request) if isinstance(event, Step))
 def time_first_step(model: str, case: Case) -> float:
     """Seconds from the start of a new Python process to the end of its first step, no prompt being remembered."""
     values = [model, case.dtype, case.width, case.height, case.steps, case.caption_tokens]
+    command = [sys.executable, "-c", FIRST_STEP, *map(str, values)]
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-c", FIRST_STEP, *map(str, values)],
-        check=True,
-        env=os.environ | {"MLX_ZIMAGE_EMBEDDINGS": "off"},
-    )
+    code = subprocess.run(command, env=os.environ | {"MLX_ZIMAGE_EMBEDDINGS": "off"}).returncode
+    if code:
+        raise ZImageError(f"a new process that was to draw a first step ended with {code}; what it said stands above")
     return time.perf_counter() - start
 
 
@@ -194,21 +192,21 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
     (those of most layers), and the report also has the seconds from the start of a new process to the end of its first
     step.
     """
-    case = replace(case, dtype=case.dtype or default_dtype())
-    cold_start = None
+    case, cold_start = replace(case, dtype=case.dtype or default_dtype()), None
     if model == "random":
         text_encoder, transformer, vae = random_networks(case, size)
     else:
-        if case.bits is not None:
-            raise RequestError(
-                f"{case.bits} bits are for random weights, {model} has its own; leave them out or convert it"
-            )
+        if case.bits or case.mode:
+            asked = f"bits={case.bits} and mode={case.mode}"
+            raise RequestError(f"{asked} are for random weights, {model} has its own; leave them out or convert it")
         pipe = ZImagePipeline.from_pretrained(model, dtype=case.dtype)
+        pipe.planner.plan(case.width, case.height, 1, case.caption_tokens, case.steps, pipe.budget)  # or refuse
         text_encoder, transformer, vae = pipe.text_encoder, pipe.transformer, pipe.vae
-        packed = Counter(pipe.checkpoint.transformer.quantizations.values())
-        for q, _ in packed.most_common(1):
-            case = replace(case, bits=q.bits, mode=q.mode)
         cold_start = time_first_step(model, case)
+    components = text_encoder.source.component, transformer.source.component
+    packed = Counter(q for component in components for q in component.quantizations.values())
+    for q, _ in packed.most_common(1):
+        case = replace(case, bits=q.bits, mode=q.mode)
     dtype, config = DTYPES[case.dtype], transformer.config
     h, w = case.height // vae.config.scale, case.width // vae.config.scale
     tokens = (h // PATCH) * (w // PATCH)

@@ -59,7 +59,7 @@ def check_output(path: Path) -> None:
         raise RequestError(f"the picture's name must end in {', '.join(FORMATS)}, got {path.name!r}")
     if not path.parent.is_dir():
         raise RequestError(f"there is no folder {path.parent} for {path.name}; make it first")
-    _check_folder(path.parent)
+    check_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:
@@ -68,10 +68,11 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"the folder {folder} could not be made: {error.strerror}") from error
-    _check_folder(folder)
+    check_folder(folder)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Refuse, before any work, a folder that cannot be written to."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass  # permission bits do not tell of a read-only or special file system; this does
@@ -121,7 +122,7 @@ def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin
 
 
 def write(content: bytes | memoryview, path: Path, overwrite: bool = False, lasting: bool = True) -> Path:
-    """Write a picture file aside and rename it, so that it is whole or not there; returns its path.
+    """Write a file aside and rename it, so that it is whole or not there; returns its path.
 
     Where path exists, the first free one of path-1, path-2, ... is taken, unless overwrite is set. lasting waits for
     the disk.
@@ -144,7 +145,7 @@ def write(content: bytes | memoryview, path: Path, overwrite: bool = False, last
         if aside:
             Path(aside).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OutputError(f"the picture {path} could not be written: {error.strerror or error}") from error
+            raise OutputError(f"{path} could not be written: {error.strerror or error}") from error
         raise
     return path
 

@@ -1,12 +1,14 @@
 """The benchmark: what it counts, on random weights of a tiny architecture."""
 
+import threading
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from mlx_zimage.convert import convert
 
-from mlx_zimage import RequestError, bench
+from mlx_zimage import MemoryBudgetError, RequestError, ZImageError, bench, pipeline, weights
+from mlx_zimage.models.layers import backend
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
@@ -39,13 +41,59 @@ def test_a_checkpoint_is_timed_as_well_as_random_weights():
     assert bench.bench("pocket", case=case, repeat=1)["model"] == "pocket"
 
 
-def test_a_models_bits_are_its_own(tmp_path):
-    case = bench.Case(width=64, height=64, steps=1, caption_tokens=9, dtype="float32")
-    convert("pocket", tmp_path / "packed", bits=8)
-    report = bench.bench(tmp_path / "packed", case=case, repeat=1)
-    assert report["case"]["bits"] == 8 and "8-bit affine in float32" in bench.table(report)
-    with pytest.raises(RequestError, match="4 bits are for random weights, pocket has its own"):
-        bench.bench("pocket", case=replace(case, bits=4))
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        ({"bits": 8}, "8-bit affine in float32"),
+        ({"bits": 8, "text_encoder_bits": 16}, "8-bit affine in float32"),
+        ({"bits": 4, "transformer_bits": 8}, "8-bit affine in float32"),  # the transformer has more layers
+        ({"bits": 4, "text_encoder_bits": 4, "transformer_bits": 16}, "4-bit affine in float32"),
+        ({}, "pocket, float32"),
+    ],
+    ids=["all", "transformer", "two", "text encoder", "none"],
+)
+def test_a_models_bits_are_its_own(tmp_path, monkeypatch, bits, expected):
+    monkeypatch.setattr(bench, "time_first_step", lambda *_: 1.0)
+    case = bench.Case(width=32, height=32, steps=1, caption_tokens=9, dtype="float32")
+    model = convert("pocket", tmp_path / "packed", **bits) if bits else "pocket"
+    report = bench.bench(model, case=case, repeat=1)
+    assert expected in bench.table(report)
+    with pytest.raises(RequestError, match=r"bits=4 and mode=None are for random weights, .* has its own"):
+        bench.bench(model, case=replace(case, bits=4))
+    with pytest.raises(RequestError, match="mode=mxfp4"):
+        bench.bench(model, case=replace(case, mode="mxfp4"))
+
+
+def test_a_mode_brings_its_bits(tiny):
+    case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", mode="mxfp4")
+    assert "4-bit mxfp4 in float32" in bench.table(bench.bench(size="tiny", case=case, repeat=1))
+
+
+def test_a_size_that_a_model_cannot_draw_here_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(pipeline, "machine_budget", lambda: 10**7)
+    monkeypatch.setattr(bench, "timed", None)
+    with pytest.raises(MemoryBudgetError, match="512x512 cannot be drawn in 10 MB"):
+        bench.bench("pocket", case=bench.Case(width=512, height=512, dtype="float32"))
+
+
+def test_a_first_step_that_fails_is_told(monkeypatch):
+    monkeypatch.setattr(bench, "FIRST_STEP", "raise SystemExit(9)")
+    with pytest.raises(ZImageError, match="first step ended with 9"):
+        bench.bench("pocket", case=bench.Case(width=32, height=32, steps=1, dtype="float32"), repeat=1)
+
+
+def test_random_weights_are_made_by_the_caller_where_others_are_read_by_threads(tiny, monkeypatch):
+    case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", bits=8)
+    monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
+    made, names = bench.RandomComponent.read, set()
+
+    def noted(self, *args, **kwargs):
+        names.add(threading.current_thread().name)
+        return made(self, *args, **kwargs)
+
+    monkeypatch.setattr(bench.RandomComponent, "read", noted)
+    assert bench.bench(size="tiny", case=case, repeat=1)["steps"]["median_s"] > 0
+    assert names == {"MainThread"}, "or the peak would be that of several at once"
 
 
 def test_random_weights_have_the_names_and_shapes_of_the_architecture(tiny):

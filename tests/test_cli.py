@@ -221,8 +221,26 @@ def test_bench_prints_a_table_or_json(run):
     assert re.search(r"^steps +\d", table, re.MULTILINE) and "first step: " in table
     assert json.loads(Path("report.json").read_text())["cold_start_s"] > 0
     assert json.loads(run(*small, "--json", "-").stdout)["total_s"] > 0
-    for size in ("17x32", "3:2", "small"):
-        assert run("bench", "--model", "pocket", "--size", size).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (["--size", "17x32"], 2, "17"),
+        (["--size", "3:2"], 2, "3:2"),
+        (["--size", "small"], 2, "small"),
+        (["--q-bits", "4"], 2, "bits=4 and mode=None are for random weights, pocket has its own"),
+        (["--q-mode", "nvfp4"], 2, "mode=nvfp4"),
+        (["--architecture", "small"], 2, "--architecture small is for random weights, pocket has its own"),
+        (["--json", "nowhere/report.json"], 6, "nowhere cannot be written to"),
+        (["--json", "/dev/null"], 2, "/dev/null is no file that a report could replace"),
+    ],
+)
+def test_bench_refuses_before_it_works_and_keeps_an_older_report(run, options, code, told):
+    Path("report.json").write_text("older")
+    result = run("bench", "--model", "pocket", "--json", "report.json", *options)
+    assert result.exit_code == code and told in result.stderr
+    assert Path("report.json").read_text() == "older"
 
 
 @pytest.mark.parametrize("options", [["--recipe", "mixed", "--q-bits", "4"], ["--target-size", "9MB", "--search"]])

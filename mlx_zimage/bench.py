@@ -109,7 +109,9 @@ class RandomComponent:
 
 def random_networks(case: Case, size: str) -> tuple[TextEncoder, Transformer, VAE]:
     transformer, text_encoder, vae = SIZES[size]
-    quantization = default_quantization(case.bits, mode=case.mode or "affine") if case.bits or case.mode else None
+    quantization = None
+    if (case.bits, case.mode) != (None, None):
+        quantization = default_quantization(case.bits, mode=case.mode or "affine")
     dtype = DTYPES[case.dtype or default_dtype()]
 
     def source(name: str, config, dtype: mx.Dtype) -> Source:
@@ -196,7 +198,7 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
     if model == "random":
         text_encoder, transformer, vae = random_networks(case, size)
     else:
-        if case.bits or case.mode:
+        if (case.bits, case.mode) != (None, None):
             asked = f"bits={case.bits} and mode={case.mode}"
             raise RequestError(f"{asked} are for random weights, {model} has its own; leave them out or convert it")
         pipe = ZImagePipeline.from_pretrained(model, dtype=case.dtype)

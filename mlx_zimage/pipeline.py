@@ -309,7 +309,7 @@ class ZImagePipeline:
             self.text_encoder.source.release()
             self.transformer.release()
             self.vae.source.release()
-        # where all stays and the steps need not be lean, they need more memory than encoding in any way
+        # where all stays and the steps need not be lean, they are given more room than encoding takes in any way
         self.text_encoder.lean = plan.lean or not plan.keep
         self.transformer.lean = plan.lean
         self.vae.strip_bytes = plan.strip_bytes

@@ -60,12 +60,15 @@ def test_a_models_bits_are_its_own(tmp_path, monkeypatch, bits, expected):
     assert expected in bench.table(report)
     with pytest.raises(RequestError, match=r"bits=4 and mode=None are for random weights, .* has its own"):
         bench.bench(model, case=replace(case, bits=4))
-    with pytest.raises(RequestError, match="mode=mxfp4"):
-        bench.bench(model, case=replace(case, mode="mxfp4"))
+    for wrong in ({"bits": 0}, {"mode": "mxfp4"}):
+        with pytest.raises(RequestError, match="are for random weights"):
+            bench.bench(model, case=replace(case, **wrong))
 
 
 def test_a_mode_brings_its_bits(tiny):
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", mode="mxfp4")
+    with pytest.raises(RequestError, match="takes 4 bits, got 0"):
+        bench.bench(size="tiny", case=replace(case, bits=0), repeat=1)
     assert "4-bit mxfp4 in float32" in bench.table(bench.bench(size="tiny", case=case, repeat=1))
 
 

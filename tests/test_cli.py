@@ -232,8 +232,6 @@ def test_bench_prints_a_table_or_json(run):
         (["--q-bits", "4"], 2, "bits=4 and mode=None are for random weights, pocket has its own"),
         (["--q-mode", "nvfp4"], 2, "mode=nvfp4"),
         (["--architecture", "small"], 2, "--architecture small is for random weights, pocket has its own"),
-        (["--json", "nowhere/report.json"], 6, "nowhere cannot be written to"),
-        (["--json", "/dev/null"], 2, "/dev/null is no file that a report could replace"),
     ],
 )
 def test_bench_refuses_before_it_works_and_keeps_an_older_report(run, options, code, told):
@@ -241,6 +239,20 @@ def test_bench_refuses_before_it_works_and_keeps_an_older_report(run, options, c
     result = run("bench", "--model", "pocket", "--json", "report.json", *options)
     assert result.exit_code == code and told in result.stderr
     assert Path("report.json").read_text() == "older"
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "told"),
+    [
+        ("nowhere/report.json", 6, "nowhere cannot be written to"),
+        ("/dev/null", 2, "/dev/null is no file that a report could replace"),
+        (".", 2, "is a directory"),
+    ],
+)
+def test_bench_refuses_a_report_that_it_could_not_write(run, file, code, told, monkeypatch):
+    monkeypatch.setattr("mlx_zimage.bench.bench", None)
+    result = run("bench", "--model", "pocket", "--json", file)
+    assert result.exit_code == code and told in result.stderr
 
 
 @pytest.mark.parametrize("options", [["--recipe", "mixed", "--q-bits", "4"], ["--target-size", "9MB", "--search"]])

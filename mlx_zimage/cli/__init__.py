@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
+import resource
 import signal
 import sys
 import threading
+import time
 import warnings
 from contextlib import contextmanager, suppress
 
@@ -112,9 +115,13 @@ def stoppable():
 def drop_downloads() -> None:
     """Remove the files that the hub's client is writing in this process, but for those that another could go on with.
 
-    Newer clients give each file of each process a name of its own: DIGEST.12345678.incomplete.
+    Newer clients give each file of each process a name of its own: DIGEST.12345678.incomplete. The process cannot go on
+    afterwards: it can open no more files, nor log.
     """
-    for number in map(int, os.listdir("/dev/fd")):
+    logging.disable()
+    highest = max(map(int, os.listdir("/dev/fd"))) + 100  # with what other threads open before the next line
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    for number in range(highest):
         with suppress(OSError):
             if sys.platform == "darwin":
                 path = os.fsdecode(fcntl.fcntl(number, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
@@ -122,6 +129,7 @@ def drop_downloads() -> None:
                 path = os.readlink(f"/dev/fd/{number}")
             if re.search(r"\w\.[0-9a-f]{8}\.incomplete$", path):
                 os.unlink(path)
+    time.sleep(0.2)  # in which other threads rename what was whole, and closed
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):

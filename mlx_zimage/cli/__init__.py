@@ -93,8 +93,10 @@ def stoppable():
             if frame.f_globals.get("__name__", "").startswith("huggingface_hub"):
                 with suppress(OSError):
                     os.write(2, b"\nStopped.\n")
-                drop_downloads()
-                os._exit(128 + number)
+                try:
+                    drop_downloads()
+                finally:
+                    os._exit(128 + number)
             frame = frame.f_back
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 

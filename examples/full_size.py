@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import mlx.core as mx
 
+from mlx_zimage.models.layers import pack
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
@@ -44,14 +45,6 @@ def random_weight(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.arra
     return (mx.random.normal(shape, dtype=mx.float32) * fan_in**-0.5).astype(dtype)
 
 
-def tensors(name: str, weight: mx.array, q: Quantization | None) -> dict[str, mx.array]:
-    """What is stored of a weight: itself, or its packed form."""
-    if q is None:
-        return {name: weight}
-    names = q.packed(name, weight.shape)
-    return dict(zip(names, mx.quantize(weight, q.group_size, q.bits, q.mode), strict=True))
-
-
 def write_component(
     folder: Path,
     component: str,
@@ -65,8 +58,8 @@ def write_component(
     weight_map, shard = {}, {}
     names = list(shapes)
     for name in names:
-        weight = random_weight(name, shapes[name], dtype)
-        shard |= tensors(name, weight, recipe(component, name, shapes[name], quantization))
+        weight, q = random_weight(name, shapes[name], dtype), recipe(component, name, shapes[name], quantization)
+        shard |= pack(name, weight, q) if q else {name: weight}
         mx.eval(shard)
         if name == names[-1] or sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
             file = f"{stem}-{len(set(weight_map.values())) + 1:05d}.safetensors"

@@ -24,7 +24,7 @@ from mlx.utils import tree_unflatten
 from . import __version__
 from .errors import RequestError, ZImageError
 from .memory import largest_strip
-from .models.layers import vae_dtype
+from .models.layers import pack, vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
 from .models.vae import VAE, VAEConfig
@@ -78,19 +78,11 @@ class RandomComponent:
         start = len(prefix) + 1
         tree = {}
         for name in self.shapes:
-            if not name.startswith(f"{prefix}."):
+            if not name.startswith(f"{prefix}.") or (without and name.startswith(without, start)):
                 continue
-            if without and name.startswith(without, start):
-                continue
-            weight, layer = self._weight(name, dtype), name.removesuffix(".weight")
-            q = self.quantizations.get(layer)
-            if q is None:
-                tree[name[start:]] = weight
-                continue
-            parts = mx.quantize(weight, group_size=q.group_size, bits=q.bits, mode=q.mode)
-            names = (f"{layer[start:]}.{part}" for part in ("weight", "scales", "biases"))
-            tree |= zip(names, parts)  # noqa: B905 (there are no biases in some modes)
-        tree = tree_unflatten(list(tree.items()))
+            weight, q = self._weight(name, dtype), self.quantizations.get(name.removesuffix(".weight"))
+            tree |= pack(name, weight, q) if q else {name: weight}
+        tree = tree_unflatten([(name[start:], array) for name, array in tree.items()])
         mx.eval(tree)  # else the values would be made anew whenever they are used
         return tree
 

@@ -332,7 +332,8 @@ class Component:
 
 # Whether a block is read while the one before is computed, by a thread of its own. MLX's CUDA build cannot: there a GPU
 # that waits for such a thread may wait for ever. Its own reading keeps the calling thread, a hundred times as long as
-# the GPU needs for a block; to begin before the GPU has done would only cost the memory of another block.
+# the GPU needs for a block; to begin before the GPU has done would only cost the memory of another block. There,
+# what is kept is read before anything else, by `Component.read_all`.
 READS_AHEAD = {"cpu": True, "metal": True, "cuda": False}
 
 

@@ -48,12 +48,13 @@ def bench(model, architecture, size, repeat, file, **case):
     for name, side in sides.items():
         check_size(name, side)
     to_stdout = file == Path("-")
-    if file and not to_stdout:
+    to_file = file and not to_stdout
+    if to_file:
         check_folder(file.parent)
         if file.exists() and not file.is_file():
             raise RequestError(f"{file} is no file that a report could replace; name another, or - for stdout")
     report = bench(model, architecture or "full", Case(**sides, **case), repeat)
-    text = json.dumps(report) + "\n"
-    if file and not to_stdout:
-        write(text.encode(), file, overwrite=True)
-    click.echo(text if to_stdout else table(report), nl=not to_stdout)
+    text = json.dumps(report)
+    if to_file:
+        write(f"{text}\n".encode(), file, overwrite=True)
+    click.echo(text if to_stdout else table(report))

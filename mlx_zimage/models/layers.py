@@ -60,6 +60,12 @@ def packing(weights: dict, width: int) -> dict:
     return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
 
 
+def pack(name: str, weight: mx.array, q: Quantization) -> dict[str, mx.array]:
+    """The tensors that stand for the dense weight `name` (out, in), rounded as MLX does."""
+    parts = mx.quantize(weight, group_size=q.group_size, bits=q.bits, mode=q.mode)
+    return dict(zip(q.packed(name, weight.shape), parts, strict=True))
+
+
 def dequantize(weights: dict, width: int, dtype: mx.Dtype) -> mx.array:
     """The dense (out, width) weight of a quantized layer, in dtype."""
     weight, scales, biases = weights["weight"], weights["scales"], weights.get("biases")

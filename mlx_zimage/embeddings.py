@@ -1,8 +1,8 @@
-"""Embeddings of prompts on disk: a prompt that was drawn before needs no text encoder.
+"""What networks made, kept on disk; embeddings of prompts above all: one drawn before needs no text encoder.
 
-One safetensors file a prompt, named by everything its bits depend on: the token ids, the encoder's checksum, what it
-computes in, this package's and MLX's version, and the device. A picture drawn from it is the picture drawn without.
-Whatever goes wrong with these files costs time, never a picture.
+One safetensors file an array, named by everything its bits depend on: for embeddings the token ids, the encoder's
+checksum, what it computes in, this package's and MLX's version, and the device. A picture drawn from it is the picture
+drawn without. Whatever goes wrong with these files costs time, never a picture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from . import __version__
-from .models.layers import sum_dtype
 from .weights import MANIFEST, Component, sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
@@ -30,54 +29,53 @@ OWN = re.compile(r"\.?[0-9a-f]{64}(\.\d+)?\.(safetensors|sum)")
 FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
 
-class Embeddings:
-    """What one text encoder, computing in dtype on this machine, made of prompts. folder None keeps nothing."""
+class Store:
+    """Arrays that networks, computing in dtype on this machine, made of given keys. folder None keeps nothing."""
 
-    def __init__(self, encoder: Component, dtype: mx.Dtype, folder: Path | None = None, limit: int = LIMIT):
-        self.encoder = encoder
+    def __init__(self, networks: Sequence[Component], dtype: mx.Dtype, folder: Path | None, limit: int = LIMIT):
+        self.networks = networks
         self.dtype = dtype
         self.folder = folder
         self.limit = limit
 
-    def get(self, ids: Sequence[int]) -> mx.array | None:
-        """The embeddings (L, hidden_size) of a prompt's ids, if they are here and whole."""
+    def get(self, key: Sequence[object], shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array | None:
+        """The array of a key, if it is here and whole."""
         if self.folder is None:
             return None
         try:
-            path = self._path(ids)
+            path = self._path(key)
             with safe_open(path, framework="numpy"):  # mx.load does not notice every damage
                 pass
             stored, metadata = mx.load(str(path), return_metadata=True)
-            found = stored["embeddings"]
-            shape = len(ids), self.encoder.config.hidden_size
-            fits = (found.shape, found.dtype) == (shape, sum_dtype(self.dtype))
-            if not fits or metadata["sha256"] != digest(found):
+            found = stored["array"]
+            if (found.shape, found.dtype) != (shape, dtype) or metadata["sha256"] != digest(found):
                 return None
             os.utime(path)  # the least recently used go first
             return found
         except (*FAULTS, KeyError):
             return None
 
-    def put(self, ids: Sequence[int], embeddings: mx.array) -> None:
-        """Keep the embeddings of a prompt's ids, in place of the least recently used where the limit is reached."""
+    def put(self, key: Sequence[object], array: mx.array) -> None:
+        """Keep the array of a key, in place of the least recently used where the limit is reached."""
         if self.folder is None:
             return
         with suppress(*FAULTS):
-            path = self._path(ids)
-            metadata = {"format": "mlx", "sha256": digest(embeddings)}
-            _write(path, lambda file: mx.save_safetensors(str(file), {"embeddings": embeddings}, metadata))
+            path = self._path(key)
+            metadata = {"format": "mlx", "sha256": digest(array)}
+            _write(path, lambda file: mx.save_safetensors(str(file), {"array": array}, metadata))
             self._forget()
 
-    def _path(self, ids: Sequence[int]) -> Path:
-        key = [self._maker, *map(str, ids)]
-        return self.folder / f"{hashlib.sha256(' '.join(key).encode()).hexdigest()}.safetensors"
+    def _path(self, key: Sequence[object]) -> Path:
+        words = [self._maker, *map(str, key)]
+        return self.folder / f"{hashlib.sha256(' '.join(words).encode()).hexdigest()}.safetensors"
 
     @cached_property
     def _maker(self) -> str:
         device = mx.device_info()
         chip = f"{device.get('device_name')} {device.get('architecture')}"
         versions = f"mlx {mx.__version__} mlx-zimage {__version__}"
-        return f"{checksum(self.encoder, self.folder)} {self.dtype} {versions} {mx.default_device()} {chip}"
+        sums = " ".join(checksum(network, self.folder) for network in self.networks)
+        return f"{sums} {self.dtype} {versions} {mx.default_device()} {chip}"
 
     def _forget(self) -> None:
         total = 0

@@ -13,12 +13,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .embeddings import Embeddings
+from . import headroom
+from .embeddings import Store
 from .errors import NumericsError, RequestError
 from .image import to_pil, to_uint8
 from .library import embeddings_folder
 from .memory import Plan, Planner, machine_budget, parse_memory
-from .models.layers import result, vae_dtype
+from .models.layers import result, sum_dtype, vae_dtype
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer, times_of
 from .models.vae import VAE
@@ -52,9 +53,10 @@ class Generated:
 
 @dataclass(frozen=True)
 class Phase:
-    """`done` of `total` parts of what goes on around the steps, which is named "encode" or "decode".
+    """`done` of `total` parts of what goes on around the steps, which is named "encode", "decode" or "scale".
 
-    A prompt is encoded in the text encoder's layers, a picture decoded in the VAE's blocks.
+    A prompt is encoded in the text encoder's layers, a picture decoded in the VAE's blocks. Before all else the scale
+    that a model needs in float16 may have to be found, network by network (see `mlx_zimage.headroom`).
     """
 
     name: str
@@ -213,6 +215,7 @@ class ZImagePipeline:
         prompts = self._tokenize(request)
         plan = self._plan(request, prompts)
         noise = self._initial_latents(request, latents, h, w)
+        yield from self._scale()
         self._adopt(plan)
         self.transformer.forget_schedule_but(times_of(sigmas[:-1]))
         captions = []
@@ -258,15 +261,51 @@ class ZImagePipeline:
 
     def encode(self, prompt: str) -> mx.array:
         """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""
+        result(self._scale())
         return result(self._encode(self.tokenize(prompt)))
+
+    def _scale(self) -> Generator[Phase, None, None]:
+        """Give the networks their factors, in float16, where a model has its own: remembered, or found now."""
+        if self.dtype != mx.float16 or self._scaled:
+            return
+        key, networks = ("factors",), (self.text_encoder, self.transformer)
+        factors = self._factors.get(key, (len(networks),), mx.float32)
+        if factors is None:
+            yield from self._find_factors()
+            self._factors.put(key, mx.array([network.factor for network in networks]))
+        else:
+            for network, factor in zip(networks, factors.tolist(), strict=True):
+                network.factor = factor
+        self._scaled = True
+
+    def _find_factors(self) -> Generator[Phase, None, None]:
+        side, ids = min(headroom.SIDE, self.sample_size), self.tokenize(headroom.PROMPT)
+        plan = self.planner.plan(side, side, 1, len(ids), 1, self.budget, self.keep)
+        self._adopt(plan)
+        config = self.checkpoint.vae.config
+        h = w = side // config.scale
+        noise = initial_noise(0, (1, config.latent_channels, h, w)).transpose(0, 2, 3, 1)
+        try:
+            yield Phase("scale", 0, 2)
+            cap_feats = headroom.fit(self.text_encoder, lambda: self.text_encoder(ids))
+            if not plan.keep:
+                self.text_encoder.source.release()
+            yield Phase("scale", 1, 2)
+            headroom.fit(self.transformer, lambda: self.transformer.velocity(cap_feats, [1.0], h, w)(noise, 0))
+            yield Phase("scale", 2, 2)
+        finally:
+            if not plan.keep:
+                self.text_encoder.source.release()
+                self.transformer.release()
 
     def _encode(self, ids: tuple[int, ...]) -> Generator[Phase, None, mx.array]:
         if ids in self._embeddings:
             self._embeddings[ids] = self._embeddings.pop(ids)  # the last used go last
             return self._embeddings[ids]
-        embeddings = self._stored.get(ids)
+        config = self.text_encoder.config
+        embeddings = self._stored.get(ids, (len(ids), config.hidden_size), sum_dtype(self.dtype))
         if embeddings is None:
-            layers = self.text_encoder.config.used_layers
+            layers = config.used_layers
             embeddings = yield from phases("encode", layers, self.text_encoder.steps(ids))
             if not mx.isfinite(embeddings).all().item():
                 raise NumericsError("the prompt's embeddings are not finite; nothing was drawn")
@@ -297,7 +336,10 @@ class ZImagePipeline:
         self.planner = Planner(checkpoint, dtype)
         self._embeddings: dict[tuple[int, ...], mx.array] = {}
         self._spare = self.budget  # until a plan takes of it
-        self._stored = Embeddings(checkpoint.text_encoder, dtype, embeddings_folder())
+        folder = embeddings_folder()
+        self._stored = Store([checkpoint.text_encoder], dtype, folder)
+        self._factors = Store([checkpoint.text_encoder, checkpoint.transformer], dtype, folder)
+        self._scaled = False
         self.text_encoder = TextEncoder(checkpoint.text_encoder.config, Source(checkpoint.text_encoder, dtype))
         self.transformer = Transformer(checkpoint.transformer.config, Source(checkpoint.transformer, dtype))
         self.vae = VAE(checkpoint.vae.config, Source(checkpoint.vae, vae_dtype(dtype)))

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from mlx_zimage import GenerateRequest, ZImagePipeline, embeddings
-from mlx_zimage.embeddings import Embeddings, checksum
+from mlx_zimage.embeddings import Store, checksum
 from mlx_zimage.library import embeddings_folder, models, remove
 from mlx_zimage.models.text_encoder import TextEncoder
 
@@ -25,7 +25,11 @@ def kept(tmp_path, monkeypatch):
 
 @pytest.fixture
 def store(pipe, tmp_path):
-    return Embeddings(pipe.checkpoint.text_encoder, mx.float32, tmp_path / "kept")
+    return Store([pipe.checkpoint.text_encoder], mx.float32, tmp_path / "kept")
+
+
+def get(store: Store, ids: tuple[int, ...] = IDS, dtype: mx.Dtype = mx.float32) -> mx.array | None:
+    return store.get(ids, (len(ids), tiny.TEXT_ENCODER["hidden_size"]), dtype)
 
 
 def numbers(length: int = len(IDS)) -> mx.array:
@@ -52,12 +56,12 @@ def test_a_prompt_drawn_before_reads_nothing_of_the_encoder_and_draws_the_same_b
 
 def test_what_is_kept_comes_back_as_it_was(store):
     for computed, given in ((mx.float32, mx.float32), (mx.bfloat16, mx.bfloat16), (mx.float16, mx.float32)):
-        store = Embeddings(store.encoder, computed, store.folder)
-        assert store.get(IDS) is None
+        store = Store(store.networks, computed, store.folder)
+        assert get(store, dtype=given) is None
         store.put(IDS, numbers().astype(given))
-        assert store.get(IDS).dtype == given
-        assert mx.array_equal(store.get(IDS), numbers().astype(given))
-    assert store.get(IDS[:2]) is None
+        assert get(store, dtype=given).dtype == given
+        assert mx.array_equal(get(store, dtype=given), numbers().astype(given))
+    assert get(store, IDS[:2]) is None
 
 
 def cut(path):
@@ -80,16 +84,16 @@ def foreign(path):
 
 def misshapen(path):
     short = numbers(2)
-    mx.save_safetensors(str(path), {"embeddings": short}, {"sha256": embeddings.digest(short)})
+    mx.save_safetensors(str(path), {"array": short}, {"sha256": embeddings.digest(short)})
 
 
 @pytest.mark.parametrize("damage", [cut, empty, flip, foreign, misshapen])
 def test_a_damaged_file_is_passed_over_and_written_again(store, damage):
     store.put(IDS, numbers())
     damage(*prompts_in(store.folder))
-    assert store.get(IDS) is None
+    assert get(store) is None
     store.put(IDS, numbers())
-    assert mx.array_equal(store.get(IDS), numbers())
+    assert mx.array_equal(get(store), numbers())
 
 
 def in_the_way(folder):
@@ -105,8 +109,8 @@ def read_only(folder):
 @pytest.mark.parametrize("spoil", [in_the_way, read_only])
 def test_a_folder_that_cannot_be_written_costs_nothing(pipe, tmp_path, spoil):
     spoil(tmp_path / "a" / "kept")
-    store = Embeddings(pipe.checkpoint.text_encoder, mx.float32, tmp_path / "a" / "kept")
-    assert store.get(IDS) is None
+    store = Store([pipe.checkpoint.text_encoder], mx.float32, tmp_path / "a" / "kept")
+    assert get(store) is None
     store.put(IDS, numbers())
 
 
@@ -115,18 +119,20 @@ def test_the_least_recently_used_go_first(store):
     for i, ids in enumerate((older, old)):
         store.put(ids, numbers())
         os.utime(store._path(ids), ns=(i, i))
-    assert store.get(older) is not None  # used again
+    assert get(store, older) is not None  # used again
     store.limit = sum(file.stat().st_size for file in embeddings.files(store.folder))
     store.put(IDS, numbers())
-    assert store.get(old) is None
-    assert store.get(older) is not None and store.get(IDS) is not None
+    assert get(store, old) is None
+    assert get(store, older) is not None and get(store) is not None
 
 
 def test_another_model_dtype_version_or_device_has_its_own(store, monkeypatch, folder):
     paths = {store._path(IDS), store._path((5, 67))}
 
-    def add(encoder=store.encoder, dtype=mx.float32):
-        paths.add(Embeddings(encoder, dtype, store.folder)._path(IDS))
+    (own,) = store.networks
+
+    def add(encoder=own, dtype=mx.float32):
+        paths.add(Store([encoder], dtype, store.folder)._path(IDS))
 
     add()
     assert len(paths) == 2

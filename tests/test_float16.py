@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -10,11 +11,12 @@ import tiny
 from click.testing import CliRunner
 from compare import relative_error
 
-from mlx_zimage import Generated, GenerateRequest, NumericsError, Step, ZImagePipeline
+from mlx_zimage import Generated, GenerateRequest, NumericsError, Step, ZImagePipeline, headroom
 from mlx_zimage.cli import main
 from mlx_zimage.metadata import read_origin
-from mlx_zimage.models import text_encoder, transformer
-from mlx_zimage.pipeline import Overflow, default_dtype
+from mlx_zimage.models import transformer
+from mlx_zimage.models.layers import result
+from mlx_zimage.pipeline import Overflow, Phase, default_dtype
 
 LARGE = {"w1": 2.0**6, "w3": 2.0**8, "gate_proj": 2.0**6, "up_proj": 2.0**8}  # products pass 65504, sums of them too
 TOO_LARGE = {"w3": 2.0**18}  # passes it alone
@@ -39,27 +41,31 @@ def write(folder, factors: dict[str, float], component: str = "transformer"):
 
 def outputs(pipe: ZImagePipeline) -> dict[str, mx.array]:
     """Embeddings of a prompt, and a velocity for embeddings that do not depend on them."""
+    pipe.encode("")  # finds the scale
     velocity = pipe.transformer.velocity(mx.array(tiny.randn(0, "caption", 20, 40)), [0.5], 12, 10)
     latents = mx.array(tiny.randn(0, "latents", 1, 12, 10, 16))
     embeddings = pipe.text_encoder([5, 6, 7, 8]).astype(mx.float32)
     return {"embeddings": embeddings, "velocity": velocity(latents, 0)}
 
 
-def scale_by(monkeypatch, factor: float) -> None:
-    for module in (transformer, text_encoder):
-        monkeypatch.setattr(module, "headroom", lambda dtype: factor)
+def scale_by(pipe: ZImagePipeline, factor: float) -> None:
+    pipe.text_encoder.factor = pipe.transformer.factor = factor
+
+
+def factors(pipe: ZImagePipeline) -> list[float]:
+    return [pipe.text_encoder.factor, pipe.transformer.factor]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scaling_changes_no_bit_where_nothing_overflows(tiny_folder, monkeypatch, dtype):
+def test_scaling_changes_no_bit_where_nothing_overflows(tiny_folder, dtype):
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)
     plain = outputs(pipe)
-    scale_by(monkeypatch, 2.0**-8)
+    scale_by(pipe, 2.0**-8)
     for name, scaled in outputs(pipe).items():
         assert mx.array_equal(scaled, plain[name]), name
 
 
-def test_products_beyond_its_range_are_as_exact_as_others(folder, monkeypatch):
+def test_products_beyond_its_range_are_as_exact_as_others(folder):
     for component in ("transformer", "text_encoder"):
         write(folder, LARGE, component)
     exact = outputs(ZImagePipeline.from_pretrained(folder, dtype="float32"))
@@ -67,7 +73,7 @@ def test_products_beyond_its_range_are_as_exact_as_others(folder, monkeypatch):
     for name, found in outputs(pipe).items():
         # one rounding errs by 5e-4; measured 3.7e-3 and 1.6e-3, in bfloat16 1.8e-2 and 1.2e-2
         assert relative_error(found, exact[name]) < 8e-3, name
-    scale_by(monkeypatch, 1.0)
+    scale_by(pipe, 1.0)
     for name, found in outputs(pipe).items():
         assert not mx.isfinite(found).all(), f"{name} do not overflow, so that this test shows nothing"
 
@@ -78,6 +84,79 @@ def test_its_room_is_wide_on_both_sides(folder, factor):
     exact, found = (outputs(ZImagePipeline.from_pretrained(folder, dtype=dtype)) for dtype in ("float32", "float16"))
     # measured 2e-3 at every power of two between; at 2**14 w3's own product overflows
     assert relative_error(found["velocity"], exact["velocity"]) < 4e-3
+
+
+@pytest.mark.parametrize(("needed", "tries"), [(1.0, 1), (0.9, 2), (2.0**-2, 2), (2.0**-11, 7)])
+def test_a_network_gets_the_largest_factor_tried_with_which_nothing_overflows_and_a_margin(needed, tries):
+    network, tried = SimpleNamespace(), []
+
+    def run() -> mx.array:
+        tried.append(network.factor)
+        return mx.array([1.0, float("inf") if network.factor > needed else network.factor])
+
+    assert headroom.fit(network, run).tolist() == [1.0, tried[-1]]
+    assert tried == [headroom.TRY**i for i in range(tries)]
+    assert network.factor == tried[-1] * headroom.MARGIN
+
+
+def test_each_network_has_its_own_factor(folder):
+    write(folder, LARGE)
+    pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
+    pipe.encode("")
+    assert factors(pipe) == [headroom.MARGIN, headroom.MARGIN * headroom.TRY]
+
+
+def test_the_scale_is_found_once_per_checkpoint_and_the_picture_does_not_depend_on_when(
+    folder, tiny_folder, tmp_path, monkeypatch, watch
+):
+    monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", str(tmp_path / "kept"))
+    write(folder, LARGE)
+    fitted = watch(headroom, "fit")
+
+    def drawn(model, asked: GenerateRequest) -> tuple[list[Phase], list[float], mx.array]:
+        pipe = ZImagePipeline.from_pretrained(model, dtype="float16")
+        events = list(pipe.events(asked))
+        phases = [event for event in events if isinstance(event, Phase) and event.name == "scale"]
+        return phases, factors(pipe), [event.latents for event in events if isinstance(event, Step)][-1]
+
+    found = drawn(folder, request())
+    assert found[0] == [Phase("scale", done, 2) for done in range(3)]
+    recalled = drawn(folder, request())
+    assert recalled[0] == [] and recalled[1] == found[1]
+    assert mx.array_equal(recalled[2], found[2])
+    assert len(fitted) == 2, "both networks, once"
+    *_, own, other = drawn(tiny_folder, request())
+    assert own != found[1] and not mx.array_equal(other, found[2])
+    assert len(fitted) == 4, "another checkpoint has its own"
+    monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", "off")
+    *_, again = drawn(folder, request())
+    assert mx.array_equal(again, found[2])
+    assert len(fitted) == 6
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_finding_the_scale_keeps_what_the_pipeline_may_keep(tiny_folder, keep):
+    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16", keep=keep)
+    result(pipe._scale())
+    sources = pipe.text_encoder.source, pipe.transformer.source
+    assert [bool(source._kept) for source in sources] == [keep, keep]
+
+
+def test_other_dtypes_have_no_scale_to_find(tiny_folder, watch):
+    fitted = watch(headroom, "fit")
+    for dtype in ("float32", "bfloat16"):
+        pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)
+        list(pipe.stream(request(steps=1)))
+        assert factors(pipe) == [1.0, 1.0]
+    assert not fitted
+
+
+@pytest.mark.parametrize(("component", "layer"), [("transformer", "w3"), ("text_encoder", "up_proj")])
+def test_a_network_that_no_scale_helps_is_named(folder, component, layer):
+    write(folder, {layer: TOO_LARGE["w3"]}, component)
+    pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
+    with pytest.raises(NumericsError, match=f"{component}, even 4096 times smaller; choose dtype bfloat16"):
+        pipe.encode("a red fox")
 
 
 def test_float16_is_nearer_to_float32_than_bfloat16(pipe, tiny_folder):
@@ -109,12 +188,13 @@ def test_a_picture_that_overflows_is_drawn_again_in_bfloat16(folder, tmp_path, m
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe(**{"prompt": "a red fox", "width": 32, "height": 32, "num_inference_steps": 1})
-    # of the one prompt: what is not finite is not kept
-    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == (2 if component == "transformer" else 1)
+    # of the one prompt: what is not finite is not kept, and no scale is
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 1
 
 
 def test_steps_begin_again_where_a_later_one_overflows(tiny_folder, monkeypatch):
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16")
+    pipe.encode("")  # finds the scale
     call = transformer.Transformer.__call__
     calls = []
 

@@ -20,8 +20,8 @@ def models(ctx, as_json):
 
     Told are the tiny model of this package, the folders that first runs converted (in MLX_ZIMAGE_HOME, by default
     ~/.cache/mlx-zimage), and the diffusers folders in the Hugging Face cache. Each name is what --model takes; but
-    "embeddings" is what was kept of prompts, so that drawing one again needs no text encoder (in
-    MLX_ZIMAGE_EMBEDDINGS, by default there too; "off" keeps nothing).
+    "embeddings" is what was kept of prompts, so that drawing one again needs no text encoder, and the scales that
+    models need in float16 (in MLX_ZIMAGE_EMBEDDINGS, by default there too; "off" keeps nothing).
     """
     if ctx.invoked_subcommand:
         return

@@ -16,6 +16,9 @@ from .output import progress_bar, say
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
 
 
+PHASES = {"scale": ("Fitting float16", "network"), "encode": ("Encoding", "layer"), "decode": ("Decoding", "block")}
+
+
 class Watch:
     """Takes a request's events as they come: `with Watch(...) as watch: watch(event)`.
 
@@ -65,12 +68,12 @@ class Watch:
             view.close()
 
     def _phase(self, phase: Phase) -> None:
-        decoding = phase.name == "decode"
         if phase.done:
             self.bar.update()
         else:
-            self._open(*("Decoding", phase.total, "block") if decoding else ("Encoding", phase.total, "layer"))
-        if phase.done == phase.total and not decoding:
+            name, unit = PHASES[phase.name]
+            self._open(name, phase.total, unit)
+        if phase.done == phase.total and phase.name != "decode":
             self._open("Drawing", self.steps, "step")
 
     def _open(self, name: str, total: int, unit: str) -> None:

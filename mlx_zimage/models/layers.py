@@ -10,11 +10,6 @@ import mlx.core as mx
 
 from ..quantize import Quantization
 
-# float16 ends at 65504, and products inside real feed-forwards pass it. There they are made this much smaller, and the
-# norm or the sum that follows takes it back: a power of two changes no bit of a normal number. Its room on both sides
-# is wide: numbers up to 1.6e7 fit, and those of 0.02 and more keep all of float16's bits.
-FLOAT16_SCALE = 2.0**-8
-
 
 def backend() -> str:
     """What MLX computes on: "cpu", "cuda" or "metal"."""
@@ -89,11 +84,6 @@ def vae_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """In what the VAE of a model that computes in dtype does: nothing would keep it in float16's range, and on a CPU
     float32 is faster and takes less memory."""
     return mx.float32 if backend() == "cpu" else sum_dtype(dtype)
-
-
-def headroom(dtype: mx.Dtype) -> float:
-    """What to make products in dtype smaller by, so that they cannot overflow."""
-    return FLOAT16_SCALE if dtype == mx.float16 else 1.0
 
 
 def scaled(x: mx.array, factor: float) -> mx.array:

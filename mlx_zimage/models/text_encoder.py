@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import headroom, linear, result, rms_norm, scaled, silu, sum_dtype
+from .layers import linear, result, rms_norm, scaled, silu, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -108,24 +108,26 @@ def mlp(x: mx.array, weights: dict, factor: float = 1.0) -> mx.array:
     return linear(silu(gate) * scaled(linear(x, weights["up_proj"]), factor), weights["down_proj"])
 
 
-def layer(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array:
+def layer(x: mx.array, weights: dict, config: TextEncoderConfig, factor: float = 1.0) -> mx.array:
+    """One layer on x (1, L, hidden); its feed-forward's products are formed `factor` times as large."""
     x = x + attention(rms_norm(x, weights["input_layernorm"], config.rms_norm_eps), weights["self_attn"], config)
     h = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
-    factor = headroom(h.dtype)
-    # what the factor kept in range is made whole again in x's
+    # what the factor kept in range is made whole again in x's dtype
     return x + scaled(mlp(h, weights["mlp"], factor).astype(x.dtype), 1 / factor)
 
 
 class TextEncoder:
     """The network over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in.
 
-    lean gives memory back after each layer, for some milliseconds a prompt; the numbers are the same.
+    lean gives memory back after each layer, for some milliseconds a prompt; the numbers are the same. factor is a power
+    of two that keeps products in float16's range (see `mlx_zimage.headroom`).
     """
 
     def __init__(self, config: TextEncoderConfig, source, lean: bool = False):
         self.config = config
         self.source = source
         self.lean = lean
+        self.factor = 1.0
 
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """hidden_states[-2] of one prompt's ids (L,): (L, hidden_size), in the compute dtype, or float32 for float16.
@@ -145,4 +147,4 @@ class TextEncoder:
         return [f"model.layers.{i}" for i in range(self.config.used_layers)]
 
     def _apply(self, x: mx.array, weights: dict, i: int) -> mx.array:
-        return layer(x, weights, self.config)
+        return layer(x, weights, self.config, self.factor)

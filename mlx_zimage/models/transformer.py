@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import compiled, headroom, linear, rms_norm, scaled, settle, silu, sum_dtype
+from .layers import compiled, linear, rms_norm, scaled, settle, silu, sum_dtype
 
 PATCH = 2  # latent pixels per token side
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
@@ -179,7 +179,8 @@ def feed_forward(x: mx.array, weights: dict, factor: float = 1.0) -> mx.array:
 
 
 # A block is two pure functions of its weights, so that one trace of each serves all blocks, and so that memory can be
-# given back between them. modulation is (4, dim): scale and gate of the attention, then of the feed-forward.
+# given back between them. modulation is (4, dim): scale and gate of the attention, then of the feed-forward. Products
+# are formed `factor` times as large, which the norm that follows takes back.
 
 
 def attend(
@@ -192,20 +193,19 @@ def attend(
     *,
     heads: int,
     eps: float,
+    factor: float = 1.0,
 ) -> mx.array:
     """The first half of a block on x (B, L, dim), for its first `rows` rows."""
     scale, gate = row(modulation, 0), row(modulation, 1)
     h = modulated_norm(x, weights["attention_norm1"], scale, eps)
-    factor = headroom(h.dtype)
     h = attention(h, weights["attention"], cos, sin, heads, rows, factor)
     return x[:, :rows] + modulated_norm(h, weights["attention_norm2"], gate, eps * factor**2)
 
 
-def feed(x: mx.array, weights: dict, modulation: mx.array, *, eps: float) -> mx.array:
+def feed(x: mx.array, weights: dict, modulation: mx.array, *, eps: float, factor: float = 1.0) -> mx.array:
     """The second half of a block on x (B, L, dim)."""
     scale, gate = row(modulation, 2), row(modulation, 3)
     h = modulated_norm(x, weights["ffn_norm1"], scale, eps)
-    factor = headroom(h.dtype)
     h = feed_forward(h, weights["feed_forward"], factor)
     return x + modulated_norm(h, weights["ffn_norm2"], gate, eps * factor**2)
 
@@ -304,7 +304,8 @@ def modulate(config: TransformerConfig, source, times: Sequence[float]) -> tuple
 class Transformer:
     """The network over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in.
 
-    lean gives memory back in the middle of each block, for a little time; the numbers are the same.
+    lean gives memory back in the middle of each block, for a little time; the numbers are the same. factor is a power
+    of two that keeps products in float16's range (see `mlx_zimage.headroom`).
     """
 
     def __init__(self, config: TransformerConfig, source, lean: bool = False):
@@ -315,8 +316,17 @@ class Transformer:
         self._schedule: tuple | None = None  # the last one's times, and what `modulate` made of them
         # these do not know self: a cycle would keep the weights in memory until Python looks for cycles
         self._rope = lru_cache(maxsize=4)(partial(rope, config))
-        self._attend = compiled(partial(attend, heads=config.n_heads, eps=config.norm_eps))
-        self._feed = compiled(partial(feed, eps=config.norm_eps))
+        self.factor = 1.0
+
+    @property
+    def factor(self) -> float:
+        return self._factor
+
+    @factor.setter
+    def factor(self, factor: float) -> None:
+        self._factor, eps = factor, self.config.norm_eps
+        self._attend = compiled(partial(attend, heads=self.config.n_heads, eps=eps, factor=factor))
+        self._feed = compiled(partial(feed, eps=eps, factor=factor))
 
     def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:
         """What the network takes from the times; see the function `modulate`. The last schedule's is remembered."""

@@ -1,6 +1,6 @@
 """Predicted and measured peaks of memory, of the same picture under one budget after another.
 
-    python examples/peaks.py MODEL REQUEST ... [--steps 8] [--stage]
+    python examples/peaks.py MODEL REQUEST ... [--steps 8] [--stage] [--dtype float16]
 
 A request is a side in pixels, with a budget and a number of pictures if wished: 1024, 1024:2GB, 512:2GB:4. Pictures of
 one size have the same latents, whatever was in memory when: the last column is their checksum. Bytes read are those of
@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_zimage import GenerateRequest, Step, ZImageError, ZImagePipeline
-from mlx_zimage.pipeline import Phase
+from mlx_zimage.pipeline import DTYPES, Phase
 
 PROMPT = "a lighthouse on a cliff at dusk, oil painting, " * 6
 PHASES = ("encode", "denoise", "decode")
@@ -47,9 +47,11 @@ class Meter:
         self.phase, self.since = phase, now
 
 
-def draw(model: str, side: int, budget: str | None, count: int, steps: int, keep: bool | None) -> dict:
+def draw(
+    model: str, side: int, budget: str | None, count: int, steps: int, keep: bool | None, dtype: str | None
+) -> dict:
     """One row of the table."""
-    pipe = ZImagePipeline.from_pretrained(model, memory=budget, keep=keep)
+    pipe = ZImagePipeline.from_pretrained(model, dtype, budget, keep)
     request = GenerateRequest(PROMPT, side, side, seed=3, steps=steps, num_images=count)
     transformer, read, times = pipe.checkpoint.transformer, [], []
     mx.clear_cache()
@@ -57,10 +59,8 @@ def draw(model: str, side: int, budget: str | None, count: int, steps: int, keep
     meter.enter("encode")
     for event in pipe.events(request):
         if isinstance(event, Phase):
-            if event.name == "encode" and event.done == event.total:
-                meter.enter("denoise")
-            elif event.name == "decode":
-                meter.enter("decode")
+            encoded = event.name == "encode" and event.done == event.total
+            meter.enter("denoise" if encoded else event.name)
         elif isinstance(event, Step):
             meter.enter("denoise")
             read.append(transformer.bytes_read)
@@ -117,8 +117,9 @@ def tell(row: dict) -> str:
 @click.argument("requests", nargs=-1, required=True)
 @click.option("--steps", type=click.IntRange(2), default=8, show_default=True)
 @click.option("--stage", is_flag=True, help="Let each network go when its part is done.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="What the networks compute in.")
 @click.option("--json", "file", type=click.File("a"), help="Add the figures to this file, a JSON object a line.")
-def main(model: str, requests: tuple[str, ...], steps: int, stage: bool, file) -> None:
+def main(model: str, requests: tuple[str, ...], steps: int, stage: bool, dtype: str | None, file) -> None:
     """Draw each request, and print what it took."""
     os.environ["MLX_ZIMAGE_EMBEDDINGS"] = "off"  # each row encodes
     print(COLUMNS)
@@ -128,7 +129,7 @@ def main(model: str, requests: tuple[str, ...], steps: int, stage: bool, file) -
             raise click.UsageError(f"a request is SIDE, SIDE:BUDGET or SIDE:BUDGET:PICTURES, got {text!r}")
         side, budget, count = match.groups()
         try:
-            row = draw(model, int(side), budget or None, int(count or 1), steps, False if stage else None)
+            row = draw(model, int(side), budget or None, int(count or 1), steps, False if stage else None, dtype)
         except ZImageError as error:
             print(f"{text}: {error}", flush=True)
             continue

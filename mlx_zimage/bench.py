@@ -185,7 +185,7 @@ def time_first_step(model: str, case: Case) -> float:
             return time.perf_counter() - start
 
         if case.dtype == "float16":
-            run("")  # finds the model's scale, which is remembered
+            run("a")  # finds the model's scale, which is remembered
         return run("a " * case.caption_tokens)
 
 

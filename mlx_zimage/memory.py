@@ -29,7 +29,7 @@ LARGEST = 2**30  # elements: MLX's CUDA kernels fail on more, so larger pictures
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes of intermediates on one backend, as upper bounds.
+    """Bytes of intermediates on one backend and in one dtype, as upper bounds.
 
     block, lean_block: of a transformer block in its two ways, per token and feature; picture: beside it, of each of
     several pictures that take turns. layer: of a layer of the text encoder, per token and feature. score: of attention,
@@ -52,19 +52,34 @@ class Work:
     late: float = 0
 
 
-# The CPU's were measured there, where nothing is fused and memory is taken ahead; the GPU's with MLX's CUDA build.
+# The CPU's were measured there in float32, where nothing is fused and memory is taken ahead; the GPU's with MLX's CUDA
+# build, in each dtype. In float16 blocks add up, and the VAE computes, in float32.
 CPU = Work(
     block=116, lean_block=84, picture=12, layer=150, score=4, unpacked=1.35, lean_unpacked=1.35, layer_unpacked=1.35,
-    strips={None: (12.2, 4.1e7), 2**20: (6.1, 5.1e7), 2**18: (6.1, 1.27e7), 2**16: (3.08, 6.7e6)}, most=32,
+    strips={None: (24.4, 4.1e7), 2**20: (12.2, 5.1e7), 2**18: (12.2, 1.27e7), 2**16: (6.16, 6.7e6)}, most=64,
 )  # fmt: skip
-GPU = Work(
-    block=66.5, lean_block=21.3, picture=7.5, layer=40, score=0, unpacked=2, lean_unpacked=0.67, layer_unpacked=1.1,
-    strips={
-        None: (27.5, 0), 2**26: (2.06, 1.235e9), 2**24: (3.77, 2.56e8), 2**22: (2.57, 2.07e8), 2**20: (2.48, 5.48e7),
-        2**18: (2.25, 1.58e7), 2**16: (2.25, 1.58e7),
-    },
-    most=27.5, late=0.5,
-)  # fmt: skip
+STRIPS = {
+    None: (30.1, 9e6), 2**26: (6.1, 1.16e9), 2**24: (7.15, 3e8), 2**22: (4.03, 3.7e8), 2**20: (4.02, 9.6e7),
+    2**18: (4, 2.45e7), 2**16: (4, 5.1e6),
+}  # fmt: skip
+GPU = {
+    mx.bfloat16: Work(
+        block=66.5, lean_block=21.3, picture=7.5, layer=40, score=0, unpacked=2, lean_unpacked=0.67, layer_unpacked=1.1,
+        strips={
+            None: (27.5, 0), 2**26: (2.06, 1.235e9), 2**24: (3.77, 2.56e8), 2**22: (2.57, 2.07e8),
+            2**20: (2.48, 5.48e7), 2**18: (2.25, 1.58e7), 2**16: (2.25, 1.58e7),
+        },
+        most=27.5, late=0.5,
+    ),
+    mx.float16: Work(
+        block=102.7, lean_block=35.4, picture=15, layer=54, score=0, unpacked=2, lean_unpacked=0.67, layer_unpacked=1.1,
+        strips=STRIPS, most=43, late=0.5,
+    ),
+    mx.float32: Work(
+        block=97.5, lean_block=66, picture=15, layer=130, score=4, unpacked=1.1, lean_unpacked=0.67, layer_unpacked=1.1,
+        strips=STRIPS, most=43, late=0.5,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,7 +179,7 @@ class Planner:
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.work = CPU if backend() == "cpu" else GPU
+        self.work = CPU if backend() == "cpu" else GPU[dtype]
         transformer, encoder = checkpoint.transformer.config, checkpoint.text_encoder.config
         refiners = [f"context_refiner.{i}" for i in range(transformer.n_refiner_layers)]
         layers = [f"model.layers.{i}" for i in range(encoder.used_layers)]
@@ -281,7 +296,7 @@ class Planner:
         by_pixel, at_least = self.work.strips[strip_bytes]
         row = width * widths[1] * itemsize  # of the widest tensor: a strip has one at least
         at_least *= max(1, row / (strip_bytes or CPU_STRIP))
-        size = width * height * widths[0] * itemsize / 2
+        size = width * height * widths[0]
         return int(min(self.work.most * size, by_pixel * size + at_least))
 
 
@@ -292,7 +307,7 @@ def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
 
 def largest_strip(config: VAEConfig, width: int, height: int) -> int | None:
     """The strip_bytes that decode a picture of width x height pixels fastest, memory aside."""
-    return None if decodes_whole(config, width, height) else max(filter(None, GPU.strips))
+    return None if decodes_whole(config, width, height) else max(filter(None, STRIPS))
 
 
 def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:

@@ -215,7 +215,7 @@ class ZImagePipeline:
         prompts = self._tokenize(request)
         plan = self._plan(request, prompts)
         noise = self._initial_latents(request, latents, h, w)
-        yield from self._scale()
+        yield from self._scale(plan.keep)
         self._adopt(plan)
         self.transformer.forget_schedule_but(times_of(sigmas[:-1]))
         captions = []
@@ -261,26 +261,26 @@ class ZImagePipeline:
 
     def encode(self, prompt: str) -> mx.array:
         """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""
-        result(self._scale())
+        result(self._scale(self.keep))
         return result(self._encode(self.tokenize(prompt)))
 
-    def _scale(self) -> Generator[Phase, None, None]:
+    def _scale(self, keep: bool | None) -> Generator[Phase, None, None]:
         """Give the networks their factors, in float16, where a model has its own: remembered, or found now."""
         if self.dtype != mx.float16 or self._scaled:
             return
         key, networks = ("factors",), (self.text_encoder, self.transformer)
         factors = self._factors.get(key, (len(networks),), mx.float32)
         if factors is None:
-            yield from self._find_factors()
+            yield from self._find_factors(keep)
             self._factors.put(key, mx.array([network.factor for network in networks]))
         else:
             for network, factor in zip(networks, factors.tolist(), strict=True):
                 network.factor = factor
         self._scaled = True
 
-    def _find_factors(self) -> Generator[Phase, None, None]:
+    def _find_factors(self, keep: bool | None) -> Generator[Phase, None, None]:
         side, ids = min(headroom.SIDE, self.sample_size), self.tokenize(headroom.PROMPT)
-        plan = self.planner.plan(side, side, 1, len(ids), 1, self.budget, self.keep)
+        plan = self.planner.plan(side, side, 1, len(ids), 1, self.budget, keep)
         self._adopt(plan)
         config = self.checkpoint.vae.config
         h = w = side // config.scale

@@ -135,9 +135,9 @@ def test_the_scale_is_found_once_per_checkpoint_and_the_picture_does_not_depend_
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_finding_the_scale_keeps_what_the_pipeline_may_keep(tiny_folder, keep):
-    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16", keep=keep)
-    result(pipe._scale())
+def test_finding_the_scale_keeps_what_the_request_may_keep(tiny_folder, keep):
+    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16")
+    result(pipe._scale(keep))
     sources = pipe.text_encoder.source, pipe.transformer.source
     assert [bool(source._kept) for source in sources] == [keep, keep]
 

@@ -174,10 +174,12 @@ def time_first_step(model: str, case: Case) -> float:
     values = [model, case.dtype, case.width, case.height, case.steps]
     command = [sys.executable, "-c", FIRST_STEP, *map(str, values)]
     with TemporaryDirectory() as kept:
+        # only float16's scale is worth the encoder's checksum
+        env = os.environ | {"MLX_ZIMAGE_EMBEDDINGS": kept if case.dtype == "float16" else "off"}
 
         def run(prompt: str) -> float:
             start = time.perf_counter()
-            code = subprocess.run([*command, prompt], env=os.environ | {"MLX_ZIMAGE_EMBEDDINGS": kept}).returncode
+            code = subprocess.run([*command, prompt], env=env).returncode
             if code:
                 raise ZImageError(
                     f"a new process that was to draw a first step ended with {code}; what it said stands above"

@@ -13,7 +13,6 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,20 +29,22 @@ FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
 
 class Store:
-    """Arrays that networks, computing in dtype on this machine, made of given keys. folder None keeps nothing."""
+    """What networks that compute in dtype on this machine made of given keys. folder None keeps nothing."""
 
-    def __init__(self, networks: Sequence[Component], dtype: mx.Dtype, folder: Path | None, limit: int = LIMIT):
-        self.networks = networks
+    def __init__(self, dtype: mx.Dtype, folder: Path | None, limit: int = LIMIT):
         self.dtype = dtype
         self.folder = folder
         self.limit = limit
+        self._sums: dict[Component, str] = {}
 
-    def get(self, key: Sequence[object], shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array | None:
-        """The array of a key, if it is here and whole."""
+    def get(
+        self, networks: Sequence[Component], key: Sequence[object], shape: tuple[int, ...], dtype: mx.Dtype
+    ) -> mx.array | None:
+        """The array that the networks made of a key, if it is here and whole."""
         if self.folder is None:
             return None
         try:
-            path = self._path(key)
+            path = self._path(networks, key)
             with safe_open(path, framework="numpy"):  # mx.load does not notice every damage
                 pass
             stored, metadata = mx.load(str(path), return_metadata=True)
@@ -55,27 +56,31 @@ class Store:
         except (*FAULTS, KeyError):
             return None
 
-    def put(self, key: Sequence[object], array: mx.array) -> None:
-        """Keep the array of a key, in place of the least recently used where the limit is reached."""
+    def put(self, networks: Sequence[Component], key: Sequence[object], array: mx.array) -> None:
+        """Keep what the networks made of a key, in place of the least recently used where the limit is reached."""
         if self.folder is None:
             return
         with suppress(*FAULTS):
-            path = self._path(key)
+            path = self._path(networks, key)
             metadata = {"format": "mlx", "sha256": digest(array)}
             _write(path, lambda file: mx.save_safetensors(str(file), {"array": array}, metadata))
             self._forget()
 
-    def _path(self, key: Sequence[object]) -> Path:
-        words = [self._maker, *map(str, key)]
+    def _path(self, networks: Sequence[Component], key: Sequence[object]) -> Path:
+        words = [*map(self._sum, networks), self._maker, *map(str, key)]
         return self.folder / f"{hashlib.sha256(' '.join(words).encode()).hexdigest()}.safetensors"
 
-    @cached_property
+    def _sum(self, network: Component) -> str:
+        if network not in self._sums:
+            self._sums[network] = checksum(network, self.folder)
+        return self._sums[network]
+
+    @property
     def _maker(self) -> str:
         device = mx.device_info()
         chip = f"{device.get('device_name')} {device.get('architecture')}"
         versions = f"mlx {mx.__version__} mlx-zimage {__version__}"
-        sums = " ".join(checksum(network, self.folder) for network in self.networks)
-        return f"{sums} {self.dtype} {versions} {mx.default_device()} {chip}"
+        return f"{self.dtype} {versions} {mx.default_device()} {chip}"
 
     def _forget(self) -> None:
         total = 0

@@ -12,30 +12,27 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .errors import NumericsError
+from .models.layers import margin
 from .models.text_encoder import TextEncoder
 from .models.transformer import Transformer
 
 PROMPT = "a red fox in the snow, next to a sign that says «Z-Image»"
-SIDE = 256  # pixels, at most: the numbers are those of a large picture, in a hundredth of its time
-TRY = 2.0**-2
-MARGIN = 2.0**-4  # for other prompts, steps and sizes: their products may be 16 times those seen
-LEAST = 2.0**-12  # with the margin, numbers of 4 still keep all of float16's bits; beyond, bfloat16 is more exact
+SIDE = 64  # pixels; of the pocket model, the largest products there are those of other sizes, or three times as large
+SMALLER = 2.0**-2  # from one try to the next
+LEAST = 2.0**-8  # with the margin, numbers of 4 keep all of float16's bits; with less, bfloat16 is nearer the truth
 
 
-def fit(network: TextEncoder | Transformer, run: Callable[[], mx.array]) -> mx.array:
-    """Set network.factor to the largest with which nothing overflows in run, a forward of it, and the margin.
+def fit(network: TextEncoder | Transformer, run: Callable[[], mx.array]) -> tuple[float, mx.array | None]:
+    """The factor for a network's products, and what run, a forward of the network, gave.
 
-    Returns what the last run did. Raises NumericsError if no factor will do.
+    It is the largest tried with which nothing overflows in run, times the margin for whatever else will be run. If none
+    will do, it is 0, with None.
     """
-    network.factor = 1.0
-    while network.factor >= LEAST:
+    factor = 1.0
+    while factor >= LEAST:
+        network.factor = factor
         found = run()
         if mx.isfinite(found).all().item():
-            network.factor *= MARGIN
-            return found
-        network.factor *= TRY
-    raise NumericsError(
-        f"float16 cannot hold the numbers of the {network.source.component.name}, even {1 / LEAST:.0f} times smaller; "
-        f"choose dtype bfloat16"
-    )
+            return factor * margin(mx.float16), found
+        factor *= SMALLER
+    return 0.0, None

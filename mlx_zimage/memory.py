@@ -58,7 +58,7 @@ CPU = Work(
     block=116, lean_block=84, picture=12, layer=150, score=4, unpacked=1.35, lean_unpacked=1.35, layer_unpacked=1.35,
     strips={None: (24.4, 4.1e7), 2**20: (12.2, 5.1e7), 2**18: (12.2, 1.27e7), 2**16: (6.16, 6.7e6)}, most=64,
 )  # fmt: skip
-STRIPS = {
+FLOAT32_STRIPS = {  # by its bytes, as in Work: of a VAE that computes in float32
     None: (30.1, 9e6), 2**26: (6.1, 1.16e9), 2**24: (7.15, 3e8), 2**22: (4.03, 3.7e8), 2**20: (4.02, 9.6e7),
     2**18: (4, 2.45e7), 2**16: (4, 5.1e6),
 }  # fmt: skip
@@ -73,11 +73,11 @@ GPU = {
     ),
     mx.float16: Work(
         block=102.7, lean_block=35.4, picture=15, layer=54, score=0, unpacked=2, lean_unpacked=0.67, layer_unpacked=1.1,
-        strips=STRIPS, most=43, late=0.5,
+        strips=FLOAT32_STRIPS, most=43, late=0.5,
     ),
     mx.float32: Work(
         block=97.5, lean_block=66, picture=15, layer=130, score=4, unpacked=1.1, lean_unpacked=0.67, layer_unpacked=1.1,
-        strips=STRIPS, most=43, late=0.5,
+        strips=FLOAT32_STRIPS, most=43, late=0.5,
     ),
 }  # fmt: skip
 
@@ -307,7 +307,7 @@ def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
 
 def largest_strip(config: VAEConfig, width: int, height: int) -> int | None:
     """The strip_bytes that decode a picture of width x height pixels fastest, memory aside."""
-    return None if decodes_whole(config, width, height) else max(filter(None, STRIPS))
+    return None if decodes_whole(config, width, height) else max(filter(None, FLOAT32_STRIPS))
 
 
 def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:

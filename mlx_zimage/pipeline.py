@@ -83,6 +83,7 @@ class ZImagePipeline:
         self.budget = machine_budget() if budget is None else budget
         self.keep = keep
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
+        self._sample = self.tokenize(headroom.PROMPT)
         self._compute_in(dtype)
 
     @classmethod
@@ -215,8 +216,8 @@ class ZImagePipeline:
         prompts = self._tokenize(request)
         plan = self._plan(request, prompts)
         noise = self._initial_latents(request, latents, h, w)
-        yield from self._scale(plan.keep)
         self._adopt(plan)
+        yield from self._scale(plan)
         self.transformer.forget_schedule_but(times_of(sigmas[:-1]))
         captions = []
         try:
@@ -240,8 +241,12 @@ class ZImagePipeline:
         return self._plan(request, self._tokenize(request))
 
     def _plan(self, request: GenerateRequest, prompts: list[tuple[int, ...]]) -> Plan:
-        size, tokens = (request.width, request.height), max(map(len, prompts))
-        return self.planner.plan(*size, request.num_images, tokens, request.steps, self.budget, self.keep)
+        return self._plan_of(request.width, request.height, request.num_images, prompts, request.steps)
+
+    def _plan_of(self, width: int, height: int, images: int, prompts: list[tuple[int, ...]], steps: int) -> Plan:
+        if self.dtype == mx.float16:  # what its scale is found with must fit, too
+            width, height, prompts = max(width, headroom.SIDE), max(height, headroom.SIDE), [*prompts, self._sample]
+        return self.planner.plan(width, height, images, max(map(len, prompts)), steps, self.budget, self.keep)
 
     def _tokenize(self, request: GenerateRequest) -> list[tuple[int, ...]]:
         """The ids of the prompts that a request needs."""
@@ -261,38 +266,54 @@ class ZImagePipeline:
 
     def encode(self, prompt: str) -> mx.array:
         """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""
-        result(self._scale(self.keep))
-        return result(self._encode(self.tokenize(prompt)))
+        ids = self.tokenize(prompt)
+        if self._unscaled:
+            plan = self._plan_of(headroom.SIDE, headroom.SIDE, 1, [ids], 1)
+            self._adopt(plan)
+            result(self._scale(plan))
+        return result(self._encode(ids))
 
-    def _scale(self, keep: bool | None) -> Generator[Phase, None, None]:
-        """Give the networks their factors, in float16, where a model has its own: remembered, or found now."""
-        if self.dtype != mx.float16 or self._scaled:
+    @property
+    def _unscaled(self) -> bool:
+        return self.dtype == mx.float16 and not self._scaled
+
+    def _scale(self, plan: Plan) -> Generator[Phase, None, None]:
+        """In float16, give the networks the factors that this checkpoint needs: remembered ones, or found now."""
+        if not self._unscaled:
             return
-        key, networks = ("factors",), (self.text_encoder, self.transformer)
-        factors = self._factors.get(key, (len(networks),), mx.float32)
+        networks = self.text_encoder, self.transformer
+        made = [network.source.component for network in networks], ("factors", headroom.SIDE, *self._sample)
+        factors = self._stored.get(*made, (len(networks),), mx.float32)
         if factors is None:
-            yield from self._find_factors(keep)
-            self._factors.put(key, mx.array([network.factor for network in networks]))
-        else:
-            for network, factor in zip(networks, factors.tolist(), strict=True):
-                network.factor = factor
+            factors = mx.array((yield from self._find_factors(plan)))
+            self._stored.put(*made, factors)
+        for network, factor in zip(networks, factors.tolist(), strict=True):
+            if not factor:
+                raise NumericsError(
+                    f"float16 cannot hold the numbers of the {network.source.component.name}, even made "
+                    f"{1 / headroom.LEAST:.0f} times smaller; choose dtype bfloat16"
+                )
+            network.factor = factor
         self._scaled = True
 
-    def _find_factors(self, keep: bool | None) -> Generator[Phase, None, None]:
-        side, ids = min(headroom.SIDE, self.sample_size), self.tokenize(headroom.PROMPT)
-        plan = self.planner.plan(side, side, 1, len(ids), 1, self.budget, keep)
-        self._adopt(plan)
+    def _find_factors(self, plan: Plan) -> Generator[Phase, None, tuple[float, float]]:
         config = self.checkpoint.vae.config
-        h = w = side // config.scale
+        h = w = headroom.SIDE // config.scale
         noise = initial_noise(0, (1, config.latent_channels, h, w)).transpose(0, 2, 3, 1)
+        mx.eval(noise)  # as in _initial_latents
         try:
             yield Phase("scale", 0, 2)
-            cap_feats = headroom.fit(self.text_encoder, lambda: self.text_encoder(ids))
+            of_encoder, cap_feats = headroom.fit(self.text_encoder, lambda: self.text_encoder(self._sample))
+            if cap_feats is None:
+                return of_encoder, 1.0
             if not plan.keep:
                 self.text_encoder.source.release()
             yield Phase("scale", 1, 2)
-            headroom.fit(self.transformer, lambda: self.transformer.velocity(cap_feats, [1.0], h, w)(noise, 0))
+            of_transformer, _ = headroom.fit(
+                self.transformer, lambda: self.transformer.velocity(cap_feats, [1.0], h, w)(noise, 0)
+            )
             yield Phase("scale", 2, 2)
+            return of_encoder, of_transformer
         finally:
             if not plan.keep:
                 self.text_encoder.source.release()
@@ -303,13 +324,14 @@ class ZImagePipeline:
             self._embeddings[ids] = self._embeddings.pop(ids)  # the last used go last
             return self._embeddings[ids]
         config = self.text_encoder.config
-        embeddings = self._stored.get(ids, (len(ids), config.hidden_size), sum_dtype(self.dtype))
+        made = [self.checkpoint.text_encoder], ids
+        embeddings = self._stored.get(*made, (len(ids), config.hidden_size), sum_dtype(self.dtype))
         if embeddings is None:
             layers = config.used_layers
             embeddings = yield from phases("encode", layers, self.text_encoder.steps(ids))
             if not mx.isfinite(embeddings).all().item():
                 raise NumericsError("the prompt's embeddings are not finite; nothing was drawn")
-            self._stored.put(ids, embeddings)
+            self._stored.put(*made, embeddings)
         self._embeddings[ids] = embeddings
         self._forget_embeddings()
         return embeddings
@@ -336,9 +358,7 @@ class ZImagePipeline:
         self.planner = Planner(checkpoint, dtype)
         self._embeddings: dict[tuple[int, ...], mx.array] = {}
         self._spare = self.budget  # until a plan takes of it
-        folder = embeddings_folder()
-        self._stored = Store([checkpoint.text_encoder], dtype, folder)
-        self._factors = Store([checkpoint.text_encoder, checkpoint.transformer], dtype, folder)
+        self._stored = Store(dtype, embeddings_folder())
         self._scaled = False
         self.text_encoder = TextEncoder(checkpoint.text_encoder.config, Source(checkpoint.text_encoder, dtype))
         self.transformer = Transformer(checkpoint.transformer.config, Source(checkpoint.transformer, dtype))

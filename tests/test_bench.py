@@ -85,6 +85,31 @@ def test_a_first_step_that_fails_is_told(monkeypatch):
         bench.bench("pocket", case=bench.Case(width=32, height=32, steps=1, dtype="float32"), repeat=1)
 
 
+LOGGED = """
+from mlx_zimage import headroom
+
+def log(text):
+    with open({file!r}, "a") as file:
+        file.write(text + "\\n")
+
+def logged(*args, fit=headroom.fit):
+    log("fit")
+    return fit(*args)
+
+headroom.fit = logged
+"""
+
+
+@pytest.mark.parametrize(("dtype", "done"), [("float32", ["step"]), ("float16", ["fit", "fit", "step", "step"])])
+def test_the_first_step_is_timed_with_a_models_scale_known(monkeypatch, tmp_path, dtype, done):
+    monkeypatch.setattr(
+        bench, "FIRST_STEP", LOGGED.format(file=str(tmp_path / "log")) + bench.FIRST_STEP + 'log("step")'
+    )
+    case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype=dtype)
+    assert bench.time_first_step("pocket", case) > 0
+    assert (tmp_path / "log").read_text().split() == done
+
+
 def test_random_weights_are_made_by_the_caller_where_others_are_read_by_threads(tiny, monkeypatch):
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", bits=8)
     monkeypatch.setitem(weights.READS_AHEAD, backend(), False)

@@ -115,6 +115,7 @@ def test_requests_come_as_json_lines_and_go_out_as_such(run):
         # each is rounded to 0.0001 s
         parts = told["encode_seconds"], told["first_step_seconds"], told["decode_seconds"]
         assert min(parts) > 0 and sum(parts) <= told["seconds"] + 2e-4
+        assert told["scale_seconds"] == 0, "that is float16's"
         assert 0 < told["peak_memory_gb"] < 2
         assert told["peak_memory_gb"] - others <= told["predicted_peak_memory_gb"] + 2e-4
 

@@ -12,6 +12,7 @@ from mlx_zimage import GenerateRequest, ZImagePipeline, embeddings
 from mlx_zimage.embeddings import Store, checksum
 from mlx_zimage.library import embeddings_folder, models, remove
 from mlx_zimage.models.text_encoder import TextEncoder
+from mlx_zimage.weights import Component
 
 IDS = (5, 6, 7)
 
@@ -23,13 +24,25 @@ def kept(tmp_path, monkeypatch):
     return tmp_path / "kept"
 
 
+class Prompts:
+    """A store as one text encoder uses it."""
+
+    def __init__(self, encoder: Component, folder: Path, dtype: mx.Dtype = mx.float32):
+        self.store, self.encoder, self.folder = Store(dtype, folder), encoder, folder
+
+    def get(self, ids: tuple[int, ...] = IDS, dtype: mx.Dtype = mx.float32) -> mx.array | None:
+        return self.store.get([self.encoder], ids, (len(ids), self.encoder.config.hidden_size), dtype)
+
+    def put(self, ids: tuple[int, ...], embeddings: mx.array) -> None:
+        self.store.put([self.encoder], ids, embeddings)
+
+    def path(self, ids: tuple[int, ...]) -> Path:
+        return self.store._path([self.encoder], ids)
+
+
 @pytest.fixture
-def store(pipe, tmp_path):
-    return Store([pipe.checkpoint.text_encoder], mx.float32, tmp_path / "kept")
-
-
-def get(store: Store, ids: tuple[int, ...] = IDS, dtype: mx.Dtype = mx.float32) -> mx.array | None:
-    return store.get(ids, (len(ids), tiny.TEXT_ENCODER["hidden_size"]), dtype)
+def prompts(pipe, tmp_path):
+    return Prompts(pipe.checkpoint.text_encoder, tmp_path / "kept")
 
 
 def numbers(length: int = len(IDS)) -> mx.array:
@@ -54,14 +67,14 @@ def test_a_prompt_drawn_before_reads_nothing_of_the_encoder_and_draws_the_same_b
     assert len(prompts_in(kept)) == 1
 
 
-def test_what_is_kept_comes_back_as_it_was(store):
+def test_what_is_kept_comes_back_as_it_was(prompts):
     for computed, given in ((mx.float32, mx.float32), (mx.bfloat16, mx.bfloat16), (mx.float16, mx.float32)):
-        store = Store(store.networks, computed, store.folder)
-        assert get(store, dtype=given) is None
-        store.put(IDS, numbers().astype(given))
-        assert get(store, dtype=given).dtype == given
-        assert mx.array_equal(get(store, dtype=given), numbers().astype(given))
-    assert get(store, IDS[:2]) is None
+        prompts = Prompts(prompts.encoder, prompts.folder, computed)
+        assert prompts.get(dtype=given) is None
+        prompts.put(IDS, numbers().astype(given))
+        assert prompts.get(dtype=given).dtype == given
+        assert mx.array_equal(prompts.get(dtype=given), numbers().astype(given))
+    assert prompts.get(IDS[:2]) is None
 
 
 def cut(path):
@@ -88,12 +101,12 @@ def misshapen(path):
 
 
 @pytest.mark.parametrize("damage", [cut, empty, flip, foreign, misshapen])
-def test_a_damaged_file_is_passed_over_and_written_again(store, damage):
-    store.put(IDS, numbers())
-    damage(*prompts_in(store.folder))
-    assert get(store) is None
-    store.put(IDS, numbers())
-    assert mx.array_equal(get(store), numbers())
+def test_a_damaged_file_is_passed_over_and_written_again(prompts, damage):
+    prompts.put(IDS, numbers())
+    damage(*prompts_in(prompts.folder))
+    assert prompts.get() is None
+    prompts.put(IDS, numbers())
+    assert mx.array_equal(prompts.get(), numbers())
 
 
 def in_the_way(folder):
@@ -109,30 +122,28 @@ def read_only(folder):
 @pytest.mark.parametrize("spoil", [in_the_way, read_only])
 def test_a_folder_that_cannot_be_written_costs_nothing(pipe, tmp_path, spoil):
     spoil(tmp_path / "a" / "kept")
-    store = Store([pipe.checkpoint.text_encoder], mx.float32, tmp_path / "a" / "kept")
-    assert get(store) is None
-    store.put(IDS, numbers())
+    prompts = Prompts(pipe.checkpoint.text_encoder, tmp_path / "a" / "kept")
+    assert prompts.get() is None
+    prompts.put(IDS, numbers())
 
 
-def test_the_least_recently_used_go_first(store):
+def test_the_least_recently_used_go_first(prompts):
     old, older = (1, 2, 3), (4, 5, 6)
     for i, ids in enumerate((older, old)):
-        store.put(ids, numbers())
-        os.utime(store._path(ids), ns=(i, i))
-    assert get(store, older) is not None  # used again
-    store.limit = sum(file.stat().st_size for file in embeddings.files(store.folder))
-    store.put(IDS, numbers())
-    assert get(store, old) is None
-    assert get(store, older) is not None and get(store) is not None
+        prompts.put(ids, numbers())
+        os.utime(prompts.path(ids), ns=(i, i))
+    assert prompts.get(older) is not None  # used again
+    prompts.store.limit = sum(file.stat().st_size for file in embeddings.files(prompts.folder))
+    prompts.put(IDS, numbers())
+    assert prompts.get(old) is None
+    assert prompts.get(older) is not None and prompts.get() is not None
 
 
-def test_another_model_dtype_version_or_device_has_its_own(store, monkeypatch, folder):
-    paths = {store._path(IDS), store._path((5, 67))}
+def test_another_model_dtype_version_or_device_has_its_own(prompts, monkeypatch, folder):
+    paths = {prompts.path(IDS), prompts.path((5, 67))}
 
-    (own,) = store.networks
-
-    def add(encoder=own, dtype=mx.float32):
-        paths.add(Store([encoder], dtype, store.folder)._path(IDS))
+    def add(encoder=prompts.encoder, dtype=mx.float32):
+        paths.add(Prompts(encoder, prompts.folder, dtype).path(IDS))
 
     add()
     assert len(paths) == 2
@@ -221,8 +232,8 @@ def test_the_hubs_cache_names_a_large_file_by_its_checksum(folder, tmp_path):
     assert checksum(encoder, tmp_path / "elsewhere") == first
 
 
-def test_what_is_kept_is_listed_and_removed_without_anything_else(kept, store):
-    store.put(IDS, numbers())
+def test_what_is_kept_is_listed_and_removed_without_anything_else(kept, prompts):
+    prompts.put(IDS, numbers())
     (kept / "photo.safetensors").write_text("mine")
     listed = [model for model in models() if model.kind == "prompts"]
     assert [(model.name, model.path) for model in listed] == [("embeddings", kept)]

@@ -11,15 +11,16 @@ import tiny
 from click.testing import CliRunner
 from compare import relative_error
 
-from mlx_zimage import Generated, GenerateRequest, NumericsError, Step, ZImagePipeline, headroom
+from mlx_zimage import Generated, GenerateRequest, MemoryBudgetError, NumericsError, Step, ZImagePipeline, headroom
 from mlx_zimage.cli import main
 from mlx_zimage.metadata import read_origin
 from mlx_zimage.models import transformer
-from mlx_zimage.models.layers import result
+from mlx_zimage.models.layers import margin, result
 from mlx_zimage.pipeline import Overflow, Phase, default_dtype
 
 LARGE = {"w1": 2.0**6, "w3": 2.0**8, "gate_proj": 2.0**6, "up_proj": 2.0**8}  # products pass 65504, sums of them too
 TOO_LARGE = {"w3": 2.0**18}  # passes it alone
+MARGIN = margin(mx.float16)
 
 
 def request(**changes) -> GenerateRequest:
@@ -86,24 +87,26 @@ def test_its_room_is_wide_on_both_sides(folder, factor):
     assert relative_error(found["velocity"], exact["velocity"]) < 4e-3
 
 
-@pytest.mark.parametrize(("needed", "tries"), [(1.0, 1), (0.9, 2), (2.0**-2, 2), (2.0**-11, 7)])
-def test_a_network_gets_the_largest_factor_tried_with_which_nothing_overflows_and_a_margin(needed, tries):
+@pytest.mark.parametrize(("needed", "tries"), [(1.0, 1), (0.9, 2), (2.0**-2, 2), (2.0**-8, 5)])
+def test_the_factor_is_the_largest_tried_with_which_nothing_overflows_and_a_margin(needed, tries):
     network, tried = SimpleNamespace(), []
 
     def run() -> mx.array:
         tried.append(network.factor)
         return mx.array([1.0, float("inf") if network.factor > needed else network.factor])
 
-    assert headroom.fit(network, run).tolist() == [1.0, tried[-1]]
-    assert tried == [headroom.TRY**i for i in range(tries)]
-    assert network.factor == tried[-1] * headroom.MARGIN
+    factor, last = headroom.fit(network, run)
+    assert last.tolist() == [1.0, tried[-1]]
+    assert tried == [headroom.SMALLER**i for i in range(tries)]
+    assert factor == tried[-1] * MARGIN
 
 
 def test_each_network_has_its_own_factor(folder):
     write(folder, LARGE)
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
+    assert factors(pipe) == [MARGIN, MARGIN], "before it is looked for, that of most models"
     pipe.encode("")
-    assert factors(pipe) == [headroom.MARGIN, headroom.MARGIN * headroom.TRY]
+    assert factors(pipe) == [MARGIN, MARGIN * headroom.SMALLER]
 
 
 def test_the_scale_is_found_once_per_checkpoint_and_the_picture_does_not_depend_on_when(
@@ -136,10 +139,30 @@ def test_the_scale_is_found_once_per_checkpoint_and_the_picture_does_not_depend_
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_finding_the_scale_keeps_what_the_request_may_keep(tiny_folder, keep):
-    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16")
-    result(pipe._scale(keep))
+    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16", keep=keep)
+    result(pipe._scale(pipe.plan(request())))
     sources = pipe.text_encoder.source, pipe.transformer.source
     assert [bool(source._kept) for source in sources] == [keep, keep]
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_finding_the_scale_fits_the_least_budget_that_is_accepted(size):
+    asked, pipe = request(width=size, height=size), ZImagePipeline.from_pretrained("pocket", dtype="float16")
+    refused, accepted = 0, 10**9
+    while accepted - refused > 1000:
+        pipe.budget = (refused + accepted) // 2
+        try:
+            pipe.plan(asked)
+            accepted = pipe.budget
+        except MemoryBudgetError:
+            refused = pipe.budget
+    pipe.budget = accepted
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    list(pipe.stream(asked))
+    assert mx.get_peak_memory() - before <= accepted
+    assert factors(pipe) == [MARGIN, MARGIN]
 
 
 def test_other_dtypes_have_no_scale_to_find(tiny_folder, watch):
@@ -152,11 +175,16 @@ def test_other_dtypes_have_no_scale_to_find(tiny_folder, watch):
 
 
 @pytest.mark.parametrize(("component", "layer"), [("transformer", "w3"), ("text_encoder", "up_proj")])
-def test_a_network_that_no_scale_helps_is_named(folder, component, layer):
+def test_a_network_that_no_scale_helps_is_named(folder, component, layer, tmp_path, monkeypatch, watch):
     write(folder, {layer: TOO_LARGE["w3"]}, component)
-    pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
-    with pytest.raises(NumericsError, match=f"{component}, even 4096 times smaller; choose dtype bfloat16"):
-        pipe.encode("a red fox")
+    monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", str(tmp_path / "kept"))
+    fitted = watch(headroom, "fit")
+    for _ in range(2):
+        pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
+        with pytest.raises(NumericsError, match=f"{component}, even made 256 times smaller; choose dtype bfloat16"):
+            pipe.encode("a red fox")
+    assert [factor for factor, _ in fitted][-1] == 0
+    assert len(fitted) == (2 if component == "transformer" else 1), "that is remembered, too"
 
 
 def test_float16_is_nearer_to_float32_than_bfloat16(pipe, tiny_folder):
@@ -188,8 +216,8 @@ def test_a_picture_that_overflows_is_drawn_again_in_bfloat16(folder, tmp_path, m
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe(**{"prompt": "a red fox", "width": 32, "height": 32, "num_inference_steps": 1})
-    # of the one prompt: what is not finite is not kept, and no scale is
-    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 1
+    # of the one prompt, and that no scale will do: what is not finite is not kept
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
 
 
 def test_steps_begin_again_where_a_later_one_overflows(tiny_folder, monkeypatch):

@@ -301,10 +301,11 @@ def test_a_pipeline_made_in_one_thread_draws_in_another(memory):
     assert np.array_equal(there, draw())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("memory", ["1GB", "13MB"], ids=["kept", "streamed"])
-def test_each_event_may_be_taken_in_another_thread(memory):
+def test_each_event_may_be_taken_in_another_thread(memory, dtype):
     """As web frameworks take them from a generator."""
-    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=memory)
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype=dtype, memory=memory)
     request = GenerateRequest("a red circle", 48, 48, seed=1, steps=2, num_images=2)
 
     def taken() -> list:
@@ -318,7 +319,7 @@ def test_each_event_may_be_taken_in_another_thread(memory):
 
     expected = [
         np.array(event.clean) if isinstance(event, Step) else getattr(event, "pixels", None)
-        for event in ZImagePipeline.from_pretrained("pocket", dtype="float32").events(request)
+        for event in ZImagePipeline.from_pretrained("pocket", dtype=dtype).events(request)
     ]
     found = taken()
     assert len(found) == len(expected) > 10

@@ -16,8 +16,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mlx_zimage import GenerateRequest, ZImagePipeline, cli
+from mlx_zimage import GenerateRequest, Step, ZImagePipeline, cli
+from mlx_zimage.cli.watch import Watch
 from mlx_zimage.image import to_png
+from mlx_zimage.pipeline import Phase
 from mlx_zimage.preview import CHUNK, Screen, Sheet, cells, fit, inline, protocol, sketch
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
@@ -228,6 +230,19 @@ def test_a_terminal_sees_the_picture_grow_and_a_bar_for_each_phase(tmp_path):
     for bar in (b"Encoding:   0%", b"Drawing:   0%", b"/step]", b"Decoding:   0%"):
         assert bar in seen
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
+
+
+def test_a_terminal_sees_that_the_scale_of_float16_is_found(tmp_path):
+    _, seen = watched(tmp_path, "--steps", "1", "--dtype", "float16")
+    fitting, encoding = seen.index(b"Fitting float16:   0%"), seen.index(b"Encoding:   0%")
+    assert fitting < encoding < seen.rindex(b"Drawing: 100%")
+
+
+def test_steps_have_their_bar_whatever_was_given_up_before():
+    with Watch(2, quiet=True, leave=False) as watch:
+        watch(Phase("scale", 0, 2))
+        watch(Step(0, 2, 0.5, None, None))
+        assert watch.name == "Drawing"
 
 
 def test_where_no_pictures_are_wanted_the_preview_is_a_file(tmp_path):

@@ -315,7 +315,9 @@ def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, 
 
     clock = Clock()
     for event in pipeline.events(request, latents):
-        if isinstance(event, Phase) and event.name == "encode":
+        if isinstance(event, Phase) and event.name == "scale":
+            clock.scaled()
+        elif isinstance(event, Phase) and event.name == "encode":
             clock.encoded()
         elif isinstance(event, Step):
             clock.step(event.index)
@@ -356,10 +358,14 @@ class Clock:
         mx.reset_peak_memory()
         self.peak = mx.get_peak_memory
         self.begin = self.last = time.perf_counter()
+        self.scale = 0.0
         self.encode = 0.0
         self.steps: list[float] = []
         self.decode = 0.0
         self.predicted = 0
+
+    def scaled(self):
+        self.scale += self._lap()
 
     def encoded(self):
         self.encode += self._lap()
@@ -378,10 +384,12 @@ class Clock:
         return lap
 
     def to_dict(self) -> dict:
-        """The first step's time has the reading of the transformer in it; encoding a known prompt takes none."""
+        """The first step's time has the reading of the transformer in it; encoding a known prompt takes none, nor does
+        finding float16's scale in any other dtype, or of a known model."""
         first, *rest = self.steps
         return {
             "seconds": round(self.last - self.begin, 4),
+            "scale_seconds": round(self.scale, 4),
             "encode_seconds": round(self.encode, 4),
             "first_step_seconds": round(first, 4),
             "step_seconds": round(sum(rest) / len(rest), 4) if rest else None,

@@ -14,8 +14,6 @@ from ..sampling import Step
 from .output import progress_bar, say
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-
-
 PHASES = {"scale": ("Fitting float16", "network"), "encode": ("Encoding", "layer"), "decode": ("Decoding", "block")}
 
 
@@ -23,8 +21,9 @@ class Watch:
     """Takes a request's events as they come: `with Watch(...) as watch: watch(event)`.
 
     views, which may be added to, are shown each step as `colours` (see preview.fit) tell it, and the finished pictures.
-    The bars follow each other on one line: the prompt's encoding, the steps, the decoding. That of the steps stays, if
-    leave is set. Their clocks go on between events, which may be a minute apart.
+    The bars follow each other on one line: float16's scale where it has to be found, the prompt's encoding, the steps,
+    the decoding. That of the steps stays, if leave is set. Their clocks go on between events, which may be a minute
+    apart.
     """
 
     def __init__(self, steps: int, quiet: bool, leave: bool, colours: np.ndarray | None = None):
@@ -43,9 +42,9 @@ class Watch:
         if isinstance(event, Phase):
             self._phase(event)
             return
-        if isinstance(event, Step) and event.index < self.bar.n:  # begun again, in another dtype
-            self._open("Drawing", self.steps, "step")
         if isinstance(event, Step):
+            if self.name != "Drawing" or event.index < self.bar.n:  # begun again, in another dtype
+                self._open("Drawing", self.steps, "step")
             self.bar.update()
         else:
             self._close()
@@ -78,7 +77,7 @@ class Watch:
 
     def _open(self, name: str, total: int, unit: str) -> None:
         self._close()
-        leave = self.leave and name == "Drawing"
+        self.name, leave = name, self.leave and name == "Drawing"
         self.bar = progress_bar(self.quiet, desc=name, total=total, unit=unit, leave=leave, bar_format=BAR)
 
     def _close(self) -> None:

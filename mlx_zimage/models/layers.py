@@ -86,6 +86,12 @@ def vae_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if backend() == "cpu" else sum_dtype(dtype)
 
 
+def margin(dtype: mx.Dtype) -> float:
+    """What to make products in dtype smaller by, at least. In float16, those of any model get 256 times its range, and
+    of numbers from 0.02 up every bit is kept; `mlx_zimage.headroom` finds out whether a checkpoint needs more."""
+    return 2.0**-8 if dtype == mx.float16 else 1.0
+
+
 def scaled(x: mx.array, factor: float) -> mx.array:
     return x if factor == 1 else x * factor
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import linear, result, rms_norm, scaled, silu, sum_dtype
+from .layers import linear, margin, result, rms_norm, scaled, silu, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class TextEncoder:
         self.config = config
         self.source = source
         self.lean = lean
-        self.factor = 1.0
+        self.factor = margin(source.dtype)
 
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """hidden_states[-2] of one prompt's ids (L,): (L, hidden_size), in the compute dtype, or float32 for float16.

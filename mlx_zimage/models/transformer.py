@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .config import read_config
-from .layers import compiled, linear, rms_norm, scaled, settle, silu, sum_dtype
+from .layers import compiled, linear, margin, rms_norm, scaled, settle, silu, sum_dtype
 
 PATCH = 2  # latent pixels per token side
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
@@ -316,7 +316,7 @@ class Transformer:
         self._schedule: tuple | None = None  # the last one's times, and what `modulate` made of them
         # these do not know self: a cycle would keep the weights in memory until Python looks for cycles
         self._rope = lru_cache(maxsize=4)(partial(rope, config))
-        self.factor = 1.0
+        self.factor = margin(source.dtype)
 
     @property
     def factor(self) -> float:

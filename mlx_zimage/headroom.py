@@ -16,8 +16,9 @@ from .models.layers import margin
 from .models.text_encoder import TextEncoder
 from .models.transformer import Transformer
 
-PROMPT = "a red fox in the snow, next to a sign that says «Z-Image»"
-SIDE = 64  # pixels; of the pocket model, the largest products there are those of other sizes, or three times as large
+PROMPT = "a red fox in the snow"
+TOKENS = 32  # of it, template included, at most
+SIDE = 64  # pixels; the pocket model's products are larger there than in larger pictures
 SMALLER = 2.0**-2  # from one try to the next
 LEAST = 2.0**-8  # with the margin, numbers of 4 keep all of float16's bits; with less, bfloat16 is nearer the truth
 
@@ -28,11 +29,14 @@ def fit(network: TextEncoder | Transformer, run: Callable[[], mx.array]) -> tupl
     It is the largest tried with which nothing overflows in run, times the margin for whatever else will be run. If none
     will do, it is 0, with None.
     """
-    factor = 1.0
-    while factor >= LEAST:
-        network.factor = factor
-        found = run()
-        if mx.isfinite(found).all().item():
-            return factor * margin(mx.float16), found
-        factor *= SMALLER
+    before, factor = network.factor, 1.0
+    try:
+        while factor >= LEAST:
+            network.factor = factor
+            found = run()
+            if mx.isfinite(found).all().item():
+                return factor * margin(mx.float16), found
+            factor *= SMALLER
+    finally:
+        network.factor = before
     return 0.0, None

@@ -16,6 +16,7 @@ from math import ceil, prod
 import mlx.core as mx
 
 from .errors import MemoryBudgetError, RequestError
+from .headroom import SIDE, TOKENS
 from .models.layers import backend, vae_dtype
 from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH, TURNED
 from .models.vae import CPU_STRIP, VAEConfig
@@ -241,6 +242,8 @@ class Planner:
         self, width: int, height: int, images: int, tokens: int, steps: int, budget: int, keep: bool | None
     ) -> Iterator[Plan]:
         """Plans of every kind; of those that differ only in how they decode, the fastest first."""
+        if self.dtype == mx.float16:  # what its scale is found with must fit, too
+            width, height, tokens = max(width, SIDE), max(height, SIDE), max(tokens, TOKENS)
         keeps = (True, False) if keep is None else (keep,)
         whole = decodes_whole(self.checkpoint.vae.config, width, height)
         ways = [strip for strip in self.work.strips if strip or whole]

@@ -83,7 +83,7 @@ class ZImagePipeline:
         self.budget = machine_budget() if budget is None else budget
         self.keep = keep
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
-        self._sample = self.tokenize(headroom.PROMPT)
+        self._sample = self.tokenize(headroom.PROMPT)[: headroom.TOKENS]
         self._compute_in(dtype)
 
     @classmethod
@@ -241,12 +241,8 @@ class ZImagePipeline:
         return self._plan(request, self._tokenize(request))
 
     def _plan(self, request: GenerateRequest, prompts: list[tuple[int, ...]]) -> Plan:
-        return self._plan_of(request.width, request.height, request.num_images, prompts, request.steps)
-
-    def _plan_of(self, width: int, height: int, images: int, prompts: list[tuple[int, ...]], steps: int) -> Plan:
-        if self.dtype == mx.float16:  # what its scale is found with must fit, too
-            width, height, prompts = max(width, headroom.SIDE), max(height, headroom.SIDE), [*prompts, self._sample]
-        return self.planner.plan(width, height, images, max(map(len, prompts)), steps, self.budget, self.keep)
+        size, tokens = (request.width, request.height), max(map(len, prompts))
+        return self.planner.plan(*size, request.num_images, tokens, request.steps, self.budget, self.keep)
 
     def _tokenize(self, request: GenerateRequest) -> list[tuple[int, ...]]:
         """The ids of the prompts that a request needs."""
@@ -265,10 +261,14 @@ class ZImagePipeline:
         return tuple(ids[:MAX_TOKENS])
 
     def encode(self, prompt: str) -> mx.array:
-        """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512."""
+        """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512.
+
+        In float16, the first call finds the model's scale, as the first picture would: it also reads the transformer,
+        and raises MemoryBudgetError where no picture can be drawn.
+        """
         ids = self.tokenize(prompt)
         if self._unscaled:
-            plan = self._plan_of(headroom.SIDE, headroom.SIDE, 1, [ids], 1)
+            plan = self.planner.plan(headroom.SIDE, headroom.SIDE, 1, len(ids), 1, self.budget, self.keep)
             self._adopt(plan)
             result(self._scale(plan))
         return result(self._encode(ids))
@@ -300,18 +300,18 @@ class ZImagePipeline:
         config = self.checkpoint.vae.config
         h = w = headroom.SIDE // config.scale
         noise = initial_noise(0, (1, config.latent_channels, h, w)).transpose(0, 2, 3, 1)
-        mx.eval(noise)  # as in _initial_latents
+        mx.eval(noise)  # whoever takes the next event may do so in another thread
         try:
             yield Phase("scale", 0, 2)
             of_encoder, cap_feats = headroom.fit(self.text_encoder, lambda: self.text_encoder(self._sample))
-            if cap_feats is None:
-                return of_encoder, 1.0
             if not plan.keep:
                 self.text_encoder.source.release()
             yield Phase("scale", 1, 2)
-            of_transformer, _ = headroom.fit(
-                self.transformer, lambda: self.transformer.velocity(cap_feats, [1.0], h, w)(noise, 0)
-            )
+            of_transformer = 1.0
+            if cap_feats is not None:
+                of_transformer, _ = headroom.fit(
+                    self.transformer, lambda: self.transformer.velocity(cap_feats, [1.0], h, w)(noise, 0)
+                )
             yield Phase("scale", 2, 2)
             return of_encoder, of_transformer
         finally:
@@ -392,7 +392,7 @@ class ZImagePipeline:
         else:
             noise = check_latents(latents, shape)
         noise = noise.transpose(0, 2, 3, 1)
-        mx.eval(noise)  # as above
+        mx.eval(noise)  # whoever takes the next event may do so in another thread
         return noise
 
 

@@ -95,7 +95,9 @@ def test_the_factor_is_the_largest_tried_with_which_nothing_overflows_and_a_marg
         tried.append(network.factor)
         return mx.array([1.0, float("inf") if network.factor > needed else network.factor])
 
+    network.factor = 0.5
     factor, last = headroom.fit(network, run)
+    assert network.factor == 0.5, "it only tries"
     assert last.tolist() == [1.0, tried[-1]]
     assert tried == [headroom.SMALLER**i for i in range(tries)]
     assert factor == tried[-1] * MARGIN
@@ -163,6 +165,27 @@ def test_finding_the_scale_fits_the_least_budget_that_is_accepted(size):
     list(pipe.stream(asked))
     assert mx.get_peak_memory() - before <= accepted
     assert factors(pipe) == [MARGIN, MARGIN]
+
+
+def test_what_the_scale_is_found_with_is_planned_for():
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float16")
+    assert len(pipe._sample) <= headroom.TOKENS
+    side = headroom.SIDE
+    found_with = pipe.planner.plan(side, side, 1, headroom.TOKENS, 1, 10**9)
+    assert pipe.planner.plan(16, 16, 1, 14, 1, 10**9).rooms == found_with.rooms
+    with pytest.raises(MemoryBudgetError, match=r"1 picture of 16x16 cannot be drawn in 1 MB.* no size fits it"):
+        pipe.planner.plan(16, 16, 1, 14, 1, 10**6)
+
+
+def test_encoding_alone_finds_the_scale_within_the_budget():
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float16", memory="11MB")
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    pipe.encode("a red circle")
+    assert factors(pipe) == [MARGIN, MARGIN]
+    assert mx.get_peak_memory() - before <= pipe.budget
+    assert mx.get_active_memory() - before < pipe.budget / 4, "the model does not fit, and is let go"
 
 
 def test_other_dtypes_have_no_scale_to_find(tiny_folder, watch):
@@ -266,6 +289,7 @@ def test_the_command_line_tells_in_what_a_picture_was_computed(folder, tmp_path,
     )
     assert told.exit_code == 0
     assert json.loads(told.stdout)["dtype"] == "bfloat16"
+    assert json.loads(told.stdout)["scale_seconds"] > 0
     assert "float16 overflows with this model" in told.stderr + capfd.readouterr().err
     assert read_origin(tmp_path / "x.png").dtype == "bfloat16"
 

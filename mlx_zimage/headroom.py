@@ -15,10 +15,11 @@ import mlx.core as mx
 from .models.layers import margin
 from .models.text_encoder import TextEncoder
 from .models.transformer import Transformer
+from .request import GenerateRequest
 
-PROMPT = "a red fox in the snow"
-TOKENS = 32  # of it, template included, at most
 SIDE = 64  # pixels; the pocket model's products are larger there than in larger pictures
+TOKENS = 32  # of the prompt, template included, at most
+SAMPLE = GenerateRequest("a red fox in the snow", SIDE, SIDE, seed=0, steps=1)
 SMALLER = 2.0**-2  # from one try to the next
 LEAST = 2.0**-8  # with the margin, numbers of 4 keep all of float16's bits; with less, bfloat16 is nearer the truth
 

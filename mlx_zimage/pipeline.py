@@ -83,7 +83,6 @@ class ZImagePipeline:
         self.budget = machine_budget() if budget is None else budget
         self.keep = keep
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
-        self._sample = self.tokenize(headroom.PROMPT)[: headroom.TOKENS]
         self._compute_in(dtype)
 
     @classmethod
@@ -268,7 +267,7 @@ class ZImagePipeline:
         """
         ids = self.tokenize(prompt)
         if self._unscaled:
-            plan = self.planner.plan(headroom.SIDE, headroom.SIDE, 1, len(ids), 1, self.budget, self.keep)
+            plan = self._plan(headroom.SAMPLE, [ids])
             self._adopt(plan)
             result(self._scale(plan))
         return result(self._encode(ids))
@@ -282,10 +281,11 @@ class ZImagePipeline:
         if not self._unscaled:
             return
         networks = self.text_encoder, self.transformer
-        made = [network.source.component for network in networks], ("factors", headroom.SIDE, *self._sample)
+        ids = self.tokenize(headroom.SAMPLE.prompt)[: headroom.TOKENS]
+        made = [network.source.component for network in networks], ("factors", headroom.SIDE, *ids)
         factors = self._stored.get(*made, (len(networks),), mx.float32)
         if factors is None:
-            factors = mx.array((yield from self._find_factors(plan)))
+            factors = mx.array((yield from self._find_factors(ids, plan)))
             self._stored.put(*made, factors)
         for network, factor in zip(networks, factors.tolist(), strict=True):
             if not factor:
@@ -296,14 +296,12 @@ class ZImagePipeline:
             network.factor = factor
         self._scaled = True
 
-    def _find_factors(self, plan: Plan) -> Generator[Phase, None, tuple[float, float]]:
-        config = self.checkpoint.vae.config
-        h = w = headroom.SIDE // config.scale
-        noise = initial_noise(0, (1, config.latent_channels, h, w)).transpose(0, 2, 3, 1)
-        mx.eval(noise)  # whoever takes the next event may do so in another thread
+    def _find_factors(self, ids: tuple[int, ...], plan: Plan) -> Generator[Phase, None, tuple[float, float]]:
+        h = w = headroom.SIDE // self.checkpoint.vae.config.scale
+        noise = self._initial_latents(headroom.SAMPLE, None, h, w)
         try:
             yield Phase("scale", 0, 2)
-            of_encoder, cap_feats = headroom.fit(self.text_encoder, lambda: self.text_encoder(self._sample))
+            of_encoder, cap_feats = headroom.fit(self.text_encoder, lambda: self.text_encoder(ids))
             if not plan.keep:
                 self.text_encoder.source.release()
             yield Phase("scale", 1, 2)
@@ -392,7 +390,7 @@ class ZImagePipeline:
         else:
             noise = check_latents(latents, shape)
         noise = noise.transpose(0, 2, 3, 1)
-        mx.eval(noise)  # whoever takes the next event may do so in another thread
+        mx.eval(noise)  # as above
         return noise
 
 

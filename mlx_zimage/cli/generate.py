@@ -315,10 +315,8 @@ def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, 
 
     clock = Clock()
     for event in pipeline.events(request, latents):
-        if isinstance(event, Phase) and event.name == "scale":
-            clock.scaled()
-        elif isinstance(event, Phase) and event.name == "encode":
-            clock.encoded()
+        if isinstance(event, Phase) and event.name in clock.before:
+            clock.prepared(event.name)
         elif isinstance(event, Step):
             clock.step(event.index)
         elif isinstance(event, Generated):
@@ -358,17 +356,13 @@ class Clock:
         mx.reset_peak_memory()
         self.peak = mx.get_peak_memory
         self.begin = self.last = time.perf_counter()
-        self.scale = 0.0
-        self.encode = 0.0
+        self.before = {"scale": 0.0, "encode": 0.0}  # the phases before the steps
         self.steps: list[float] = []
         self.decode = 0.0
         self.predicted = 0
 
-    def scaled(self):
-        self.scale += self._lap()
-
-    def encoded(self):
-        self.encode += self._lap()
+    def prepared(self, phase: str):
+        self.before[phase] += self._lap()
 
     def step(self, index: int):
         del self.steps[index:]  # those of a picture that was begun again
@@ -389,8 +383,7 @@ class Clock:
         first, *rest = self.steps
         return {
             "seconds": round(self.last - self.begin, 4),
-            "scale_seconds": round(self.scale, 4),
-            "encode_seconds": round(self.encode, 4),
+            **{f"{phase}_seconds": round(seconds, 4) for phase, seconds in self.before.items()},
             "first_step_seconds": round(first, 4),
             "step_seconds": round(sum(rest) / len(rest), 4) if rest else None,
             "decode_seconds": round(self.decode, 4),

@@ -1,0 +1,53 @@
+"""Requests give the bits, and cost the reads and calls, that were recorded before the rebuild: see golden/runs.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compare import relative_error
+from safetensors.numpy import load_file
+
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+
+import runs
+
+KNOWN = json.loads(runs.DIGESTS.read_text())
+# Between processors and BLAS only the order of sums differs: measured between MLX's own BLAS and OpenBLAS, 2e-6 of the
+# largest value in float32, and nothing in 16 bits, which no BLAS multiplies. bfloat16 rounds by 4e-3, float16 by 5e-4,
+# many times over.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    return runs.models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def digests() -> dict[str, dict[str, str]] | None:
+    """What a machine with this one's arithmetic gave, if one was recorded."""
+    return KNOWN["digests"].get(runs.arithmetic())
+
+
+def cases():
+    for name, case in runs.CASES.items():
+        yield pytest.param(name, marks=pytest.mark.slow if case.num_images > 3 else (), id=name)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_request_gives_the_same_bits_and_costs_the_same(name, models, digests, on_cpu):
+    case, (budget, costs) = runs.CASES[name], split(KNOWN["costs"][name])
+    made, counts = runs.run(models[case.model], case, budget)
+    assert counts == costs
+    if digests:
+        assert {kind: runs.digest(array) for kind, array in made.items()} == digests[name]
+    arrays = load_file(runs.ARRAYS)
+    wanted = arrays[f"{name}/latents"]
+    assert relative_error(made["latents"][-1][:1], wanted) <= TOLERANCES[case.dtype]
+    assert np.abs(made["pixels"][:1].astype(int) - arrays[f"{name}/pixels"]).mean() <= 255 * TOLERANCES[case.dtype]
+
+
+def split(costs: dict) -> tuple[int | None, dict[str, int]]:
+    return costs["budget"], {name: count for name, count in costs.items() if name != "budget"}

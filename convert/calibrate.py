@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import RequestError
+from ..machine import default_dtype
 from ..models.layers import linear, rms_norm, silu
 from ..models.transformer import Transformer, attend, attention, feed, modulated_norm, pad_tokens, patchify
 from ..noise import initial_noise
-from ..pipeline import ZImagePipeline, default_dtype
+from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
 
 PROMPTS = (

@@ -18,7 +18,8 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..memory import parse_memory
-from ..quantize import MODES, Quantization, default_quantization, recipe
+from ..quantization import MODES, Quantization, default_quantization
+from ..weights.quantize import recipe
 from .pack import pack, unpack
 from .rows import SourceComponent, Tensor
 from .sources import Source

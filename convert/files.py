@@ -14,10 +14,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..quantize import Quantization
-from ..weights import COMPONENTS, SHOWN, Entry, find_shards, read_header
+from ..models import NETWORKS
+from ..quantization import Quantization
+from ..weights.checkpoint import SHOWN, Entry, find_shards, read_header
+from ..weights.names import Place, places
 from . import gguf
-from .names import Place, places
 from .rows import FLOATING, SourceComponent, Tensor, packed_rows, stored_rows
 
 PICKLE = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -40,7 +41,7 @@ def open_file(file: Path, configs: Mapping[str, dict]) -> dict[str, SourceCompon
 
 def refuse_pickles(folder: Path) -> None:
     """Refuse a model folder in which a network, or all, has pickles for weights. Beside safetensors they do no harm."""
-    for place in (folder, *(folder / name for name in COMPONENTS)):
+    for place in (folder, *(folder / name for name in NETWORKS)):
         files = sorted(path for path in place.glob("*") if path.is_file())
         if not any(path.suffix == ".safetensors" and not _start(path).startswith(PICKLE) for path in files):
             for file in files:
@@ -75,7 +76,7 @@ def is_mflux(folder: Path) -> bool:
 def open_mflux(folder: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
     """The networks in a folder that `mflux-save` wrote, quantized or not."""
     components = {}
-    for name in COMPONENTS:
+    for name in NETWORKS:
         entries = {key: entry for file in find_shards(folder / name) for key, entry in read_header(file).items()}
         tensors = unpack(entries, str(folder / name))
         components |= assemble(tensors, configs, str(folder / name), channels_last=True)
@@ -179,9 +180,7 @@ def assemble(
         raise CheckpointError(f"{label}: {_some(unknown)} belong to no network of Z-Image; is it another model?")
     if not found:
         raise CheckpointError(f"{label} holds no weights")
-    return {
-        name: _check(name, configs[name], found[name], label, channels_last) for name in COMPONENTS if name in found
-    }
+    return {name: _check(name, configs[name], found[name], label, channels_last) for name in NETWORKS if name in found}
 
 
 def _cut(tensor: Tensor, place: Place, label: str) -> Tensor:
@@ -199,7 +198,7 @@ def _cut(tensor: Tensor, place: Place, label: str) -> Tensor:
 
 
 def _check(name: str, config: dict, found: dict[str, Tensor], label: str, channels_last: bool) -> SourceComponent:
-    architecture = COMPONENTS[name].from_dict(config)
+    architecture = NETWORKS[name].from_dict(config)
     wanted = architecture.shapes()
 
     def unused(tensor: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..quantize import Quantization
+from ..quantization import Quantization
 
 PARTS_OF_RANGE = (1.0, 0.92, 0.84, 0.76)  # grids to begin with
 FITS = 2  # least-squares fits of each

@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
-from ..quantize import Quantization
+from ..quantization import Quantization
+from ..weights.names import COMFYUI_PREFIXES, comfyui_name
 from .choose import Choice
-from .names import COMFYUI_PREFIXES, comfyui_name
 from .pack import pack
 from .rows import Tensor, read_rows
 from .sources import Source

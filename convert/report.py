@@ -16,11 +16,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, OutputError, RequestError
+from ..models import NETWORKS
 from ..models.transformer import PATCH
 from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
-from ..weights import COMPONENTS, open_checkpoint
+from ..weights.checkpoint import open_checkpoint
 from .calibrate import open_pipeline
 from .official import REPOSITORY
 from .rows import Tensor, read_rows
@@ -122,7 +123,7 @@ def _requests(pipe: ZImagePipeline, prompts: Sequence[str], size: int | None, st
 def open_ours(folder: Path) -> Source:
     if not (folder / CONVERSION).is_file():
         raise CheckpointError(f"{folder} was not written by this converter; nothing would tell what it is")
-    return open_folder(folder, folder.name, COMPONENTS)
+    return open_folder(folder, folder.name, NETWORKS)
 
 
 def weight_error(tensor: Tensor, exact: Tensor) -> float:

@@ -13,9 +13,10 @@ from math import prod
 import mlx.core as mx
 import numpy as np
 
+from ..dtypes import STORED
 from ..errors import NumericsError
-from ..quantize import Quantization
-from ..weights import DTYPES, Entry
+from ..quantization import Quantization
+from ..weights.checkpoint import Entry
 from .disk import read_bytes
 
 CHUNK_BYTES = 2 * 2**20  # of float32, at a time; more would not stay in a processor's cache
@@ -80,7 +81,7 @@ def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
         raw = read_bytes(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
         if entry.dtype in FP8:
             return mx.array(FP8[entry.dtype][raw]).reshape(stop - start, *row_shape)
-        return mx.array(raw).view(DTYPES[entry.dtype]).reshape(stop - start, *row_shape)
+        return mx.array(raw).view(getattr(mx, STORED[entry.dtype])).reshape(stop - start, *row_shape)
 
     return read
 

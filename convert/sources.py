@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, ModelNotFoundError, RequestError
-from ..weights import COMPONENTS, Component, read_json, resolve
+from ..models import NETWORKS
+from ..weights.checkpoint import Component, read_json
+from ..weights.hub import resolve
 from . import official
 from .files import is_mflux, open_file, open_mflux, refuse_pickles
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
@@ -20,7 +22,7 @@ TOKENIZER = "tokenizer/tokenizer.json"
 # Beside the weights, what a model folder is made of.
 SMALL_FILES = [
     *("model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"),
-    *(f"{component}/*.json" for component in COMPONENTS),
+    *(f"{component}/*.json" for component in NETWORKS),
 ]
 LARGEST_SMALL_FILE = 64 * 10**6
 
@@ -75,20 +77,20 @@ def open_source(
             opened = take(opened, open_part(other, configs), name)
     if tokenizer is not None:
         opened = replace(opened, files=opened.files | read_tokenizer(tokenizer))
-    missing = [name for name in COMPONENTS if name not in opened.components]
+    missing = [name for name in NETWORKS if name not in opened.components]
     if missing or TOKENIZER not in opened.files:
         opened = borrow(opened, missing, base)
     small = {"model_index.json": official.MODEL_INDEX, "scheduler/scheduler_config.json": official.SCHEDULER}
     files = {name: render_json(content) for name, content in small.items()} | opened.files
     text, wanted = (
-        COMPONENTS[name].from_dict(opened.components[name].config) for name in ("text_encoder", "transformer")
+        NETWORKS[name].from_dict(opened.components[name].config) for name in ("text_encoder", "transformer")
     )
     if text.hidden_size != wanted.cap_feat_dim:
         raise CheckpointError(
             f"the text encoder gives {text.hidden_size} features a token, the transformer takes "
             f"{wanted.cap_feat_dim}; they belong to different models"
         )
-    return replace(opened, components={name: opened.components[name] for name in COMPONENTS}, files=files)
+    return replace(opened, components={name: opened.components[name] for name in NETWORKS}, files=files)
 
 
 def open_part(source: str | Path, configs: dict[str, dict]) -> Source:
@@ -107,12 +109,12 @@ def open_part(source: str | Path, configs: dict[str, dict]) -> Source:
 
 def _open_model(folder: Path, origin: str, configs: dict[str, dict]) -> Source:
     if not (folder / "model_index.json").is_file() and is_mflux(folder):
-        weights = sorted(path for name in COMPONENTS for path in (folder / name).glob("*.safetensors"))
+        weights = sorted(path for name in NETWORKS for path in (folder / name).glob("*.safetensors"))
         files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
         return Source(origin, folder, open_mflux(folder, configs), weights, files)
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} has no model_index.json; a model is a diffusers folder, or give its file")
-    return open_folder(folder, origin, list(COMPONENTS))
+    return open_folder(folder, origin, list(NETWORKS))
 
 
 def open_folder(folder: Path, origin: str, names: Iterable[str]) -> Source:
@@ -134,13 +136,13 @@ def small_files(folder: Path) -> dict[str, bytes]:
     for path in paths:
         if path.stat().st_size > LARGEST_SMALL_FILE:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes; that is no config or tokenizer")
-    written = [f"{name}/config.json" for name in COMPONENTS]
+    written = [f"{name}/config.json" for name in NETWORKS]
     contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     return {name: c for name, c in contents.items() if name not in written and not name.endswith(".index.json")}
 
 
 def read_configs(folder: Path) -> dict[str, dict]:
-    return {name: read_json(folder / name / "config.json") for name in COMPONENTS}
+    return {name: read_json(folder / name / "config.json") for name in NETWORKS}
 
 
 def read_tokenizer(source: str | Path) -> dict[str, bytes]:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, NumericsError
-from ..weights import COMPONENTS, MANIFEST, open_checkpoint, resolve, sha256
+from ..models import NETWORKS
+from ..weights.checkpoint import open_checkpoint
+from ..weights.hub import resolve
+from ..weights.manifest import MANIFEST, sha256
 from . import writer
 from .rows import Tensor, read_rows
 from .sources import CONVERSION, open_folder
@@ -63,7 +66,7 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
     done = total // 2
     try:
         open_checkpoint(folder)
-        source = open_folder(folder, str(folder), COMPONENTS)
+        source = open_folder(folder, str(folder), NETWORKS)
     except CheckpointError as error:
         yield Checked(str(folder), str(error), done, total)
         return

@@ -21,7 +21,7 @@ import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from ..errors import CheckpointError, LockedError, OutputError, RequestError, ZImageError
-from ..weights import MANIFEST, sha256
+from ..weights.manifest import MANIFEST, sha256
 from .disk import drop_cache, sync, sync_folder
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_zimage import Generated, GenerateRequest, ZImagePipeline
-from mlx_zimage.image import save
+from mlx_zimage.images.files import save
 
 PROMPTS = ["a red circle on a blue background", "a yellow star on a black background"]
 SEEDS = [1, 2]

@@ -14,13 +14,14 @@ from pathlib import Path
 import click
 import mlx.core as mx
 
+from mlx_zimage.dtypes import FLOATS
 from mlx_zimage.models.layers import pack
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
-from mlx_zimage.pipeline import DTYPES
-from mlx_zimage.quantize import MODES, Quantization, recipe
-from mlx_zimage.weights import POCKET
+from mlx_zimage.quantization import MODES, Quantization
+from mlx_zimage.weights.hub import POCKET
+from mlx_zimage.weights.quantize import recipe
 
 SHARD_BYTES = 2 * 10**9  # the published shards are 10 GB, which few machines could hold here
 COMPONENTS = {  # component -> (architecture, dtype as published, name of the files)
@@ -72,7 +73,7 @@ def write_component(
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of every tensor.  [default: as published]")
+@click.option("--dtype", type=click.Choice(FLOATS), help="Of every tensor.  [default: as published]")
 @click.option("--q-bits", type=click.Choice(MODES["affine"][0]), help="Pack the blocks' matrices.  [default: dense]")
 def main(folder: Path, dtype: str | None, q_bits: int | None) -> None:
     """Write the checkpoint into FOLDER, which must not exist."""
@@ -86,7 +87,7 @@ def main(folder: Path, dtype: str | None, q_bits: int | None) -> None:
     shutil.copytree(POCKET / "scheduler", folder / "scheduler")
     shutil.copy(POCKET / "model_index.json", folder)
     for name, (config, published, stem) in COMPONENTS.items():
-        stored = DTYPES[dtype] if dtype else published
+        stored = getattr(mx, dtype) if dtype else published
         write_component(folder / name, name, config.shapes(), stored, stem, quantization)
         values = vars(config) | CONFIGS[name]
         if quantization and name != "vae":

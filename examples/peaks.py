@@ -21,7 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_zimage import GenerateRequest, Step, ZImageError, ZImagePipeline
-from mlx_zimage.pipeline import DTYPES, Phase
+from mlx_zimage.dtypes import FLOATS
+from mlx_zimage.pipeline import Phase
 
 PROMPT = "a lighthouse on a cliff at dusk, oil painting, " * 6
 PHASES = ("encode", "denoise", "decode")
@@ -121,7 +122,7 @@ def tell(row: dict) -> str:
 @click.argument("requests", nargs=-1, required=True)
 @click.option("--steps", type=click.IntRange(2), default=8, show_default=True)
 @click.option("--stage", is_flag=True, help="Let each network go when its part is done.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="What the networks compute in.")
+@click.option("--dtype", type=click.Choice(FLOATS), help="What the networks compute in.")
 @click.option("--json", "file", type=click.File("a"), help="Add the figures to this file, a JSON object a line.")
 def main(model: str, requests: tuple[str, ...], steps: int, stage: bool, dtype: str | None, file) -> None:
     """Draw each request, and print what it took."""

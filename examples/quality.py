@@ -16,14 +16,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.convert import convert, report
 from mlx_zimage.convert.choose import quantizations
 from mlx_zimage.convert.pack import pack, unpack
 from mlx_zimage.convert.plan import plan_folder
 from mlx_zimage.convert.sources import open_source
-
-from mlx_zimage import GenerateRequest, ZImagePipeline
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
 
 PROMPTS = [
     "a red circle on a blue background",

@@ -12,12 +12,13 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from mlx_zimage.convert import convert
 from quality import PROMPTS
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
-from mlx_zimage.quantize import QUANTIZED, Quantization
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.convert import convert
+from mlx_zimage.quantization import Quantization
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.quantize import QUANTIZED
 
 KINDS = {kind: ("transformer", f".{kind}.") for kind in ("to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3")}
 KINDS["text encoder"] = "text_encoder", ""

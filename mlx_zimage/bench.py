@@ -24,15 +24,17 @@ from mlx.utils import tree_unflatten
 
 from . import __version__
 from .errors import RequestError, ZImageError
+from .machine import default_dtype
 from .memory import largest_strip
 from .models.layers import pack, vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
 from .models.vae import VAE, VAEConfig
-from .pipeline import DTYPES, ZImagePipeline, default_dtype
-from .quantize import Quantization, default_quantization, recipe
+from .pipeline import ZImagePipeline
+from .quantization import Quantization, default_quantization
 from .scheduler import sigmas
-from .weights import Source
+from .weights.blocks import Source
+from .weights.quantize import recipe
 
 # Architectures that random weights can be given: the real one, and one that a laptop's CPU runs in seconds.
 SIZES = {
@@ -105,7 +107,7 @@ def random_networks(case: Case, size: str) -> tuple[TextEncoder, Transformer, VA
     quantization = None
     if (case.bits, case.mode) != (None, None):
         quantization = default_quantization(case.bits, mode=case.mode or "affine")
-    dtype = DTYPES[case.dtype or default_dtype()]
+    dtype = getattr(mx, case.dtype or default_dtype())
 
     def source(name: str, config, dtype: mx.Dtype) -> Source:
         return Source(RandomComponent(name, config, quantization), dtype)
@@ -213,7 +215,7 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
     packed = Counter(q for component in components for q in component.quantizations.values())
     for q, _ in packed.most_common(1):
         case = replace(case, bits=q.bits, mode=q.mode)
-    dtype, config = DTYPES[case.dtype], transformer.config
+    dtype, config = getattr(mx, case.dtype), transformer.config
     h, w = case.height // vae.config.scale, case.width // vae.config.scale
     tokens = (h // PATCH) * (w // PATCH)
     ids = np.arange(case.caption_tokens) % text_encoder.config.vocab_size

@@ -17,12 +17,12 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
-from .library import CHOICES, DOWNLOAD, SHARE, choose_bits, home, weights_bytes
-from .memory import machine_budget
+from .machine import machine_budget
+from .models import NETWORKS
 from .models.layers import linear
 from .models.transformer import norm_and_rotate
 from .models.vae import Rows, conv
-from .weights import COMPONENTS
+from .weights.library import CHOICES, DOWNLOAD, SHARE, choose_bits, home, weights_bytes
 
 # Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one
 # rounding errs by 2**-9, a result of rounded operands and output by a few of them. float16 keeps three bits more.
@@ -177,7 +177,7 @@ def judge(system: str, macos: str, cpu: str, has_gpu: bool, budget: int, free: i
     else:
         on_system = Verdict("system", system in ("Darwin", "Linux"), f"MLX is built for {system} on {cpu}")
     build = "computes on the GPU" if has_gpu else "computes on the CPU: right, but minutes a step at 1024x1024"
-    configs = {name: config() for name, config in COMPONENTS.items()}  # the full model's
+    configs = {name: config() for name, config in NETWORKS.items()}  # the full model's
     sizes = {bits: weights_bytes(configs, bits) for bits in CHOICES}
     bits = choose_bits(sizes, budget)
     kind = "bfloat16" if bits is None else f"{bits} bits"

@@ -6,7 +6,6 @@ memory that were measured as MLX's peaks.
 
 from __future__ import annotations
 
-import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -15,15 +14,17 @@ from math import ceil, prod
 
 import mlx.core as mx
 
+from .dtypes import STORED
 from .errors import MemoryBudgetError, RequestError
 from .headroom import SIDE, TOKENS
-from .models.layers import backend, vae_dtype
+from .machine import backend
+from .models.layers import vae_dtype
 from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH, TURNED
 from .models.vae import CPU_STRIP, VAEConfig
 from .request import SIZE_MULTIPLE
-from .weights import DTYPES, READERS, READS_AHEAD, Checkpoint, Component
+from .weights.blocks import READS_AHEAD
+from .weights.checkpoint import READERS, Checkpoint, Component
 
-SHARE = 0.6  # of the memory, where the system does not recommend a share itself
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 LARGEST = 2**30  # elements: MLX's CUDA kernels fail on more, so larger pictures are decoded by strips
 
@@ -141,16 +142,6 @@ def parse_memory(text: str | int) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def machine_budget() -> int:
-    """What a process should use here: the working set that the GPU recommends, or a share of the memory."""
-    device = mx.device_info()
-    recommended = device.get("max_recommended_working_set_size")
-    if recommended:
-        return int(recommended)
-    total = device.get("total_memory") or device.get("memory_size")
-    return int(SHARE * (total or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-
-
 def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: str = "") -> Network:
     """The sizes of a network that computes in dtype; tensors beginning with `without` in a block are not counted."""
     sizes, dense, stored = (dict.fromkeys(blocks, 0) for _ in range(3))
@@ -164,7 +155,7 @@ def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: s
             rest += nbytes
         elif not (without and name.startswith(f"{block}.{without}")):
             sizes[block] += nbytes
-            cast = not packed and DTYPES[entry.dtype] != dtype
+            cast = not packed and getattr(mx, STORED[entry.dtype]) != dtype
             beside = entry.nbytes * cast + nbytes * bool(TURNED.search(name))
             stored[block] += beside
             largest = max(largest, beside)

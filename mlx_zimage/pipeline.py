@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from . import headroom
-from .embeddings import Store
+from .dtypes import FLOATS
 from .errors import NumericsError, RequestError
-from .image import to_pil, to_uint8
-from .library import embeddings_folder
-from .memory import Plan, Planner, machine_budget, parse_memory
+from .images.codec import to_pil, to_uint8
+from .machine import default_dtype, machine_budget, wired
+from .memory import Plan, Planner, parse_memory
 from .models.layers import result, sum_dtype, vae_dtype
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer, times_of
@@ -27,9 +25,11 @@ from .noise import initial_noise
 from .request import GenerateRequest
 from .sampling import Step, denoise, guide
 from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
-from .weights import Checkpoint, Source, open_checkpoint
+from .weights.blocks import Source
+from .weights.checkpoint import Checkpoint, open_checkpoint
+from .weights.library import embeddings_folder
+from .weights.store import Store
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 MAX_EMBEDDINGS = 32  # prompts remembered, of at most 5 MB each
 
 
@@ -109,10 +109,10 @@ class ZImagePipeline:
         """
         if dtype is None:
             dtype = default_dtype()
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, as text, got {dtype!r}")
+        if not isinstance(dtype, str) or dtype not in FLOATS:
+            raise RequestError(f"dtype must be one of {', '.join(FLOATS)}, as text, got {dtype!r}")
         budget = None if memory is None else parse_memory(memory)
-        return cls(open_checkpoint(source), DTYPES[dtype], budget, keep)
+        return cls(open_checkpoint(source), getattr(mx, dtype), budget, keep)
 
     @property
     def sample_size(self) -> int:
@@ -394,14 +394,6 @@ class ZImagePipeline:
         return noise
 
 
-def default_dtype() -> str:
-    """What suits this machine: float32 on a CPU; on a GPU bfloat16, or float16 on M1 and M2, which emulate bfloat16."""
-    if mx.default_device() != mx.gpu:
-        return "float32"
-    emulates = re.match(r"Apple M[12]\b", str(mx.device_info().get("device_name")))
-    return "float16" if emulates else "bfloat16"
-
-
 def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Generator[Phase, None, mx.array]:
     """Phases of work that yields how many of its `total` parts are done; returns what it returns."""
     done = 0
@@ -411,23 +403,6 @@ def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Gene
             done = next(steps)
         except StopIteration as end:
             return end.value
-
-
-@contextmanager
-def wired(nbytes: int) -> Iterator[None]:
-    """Have macOS keep nbytes of what Metal holds in memory, against other programs' demands; then as before.
-
-    Only for weights that stay: with all of a process's memory wired, small Macs have been seen to freeze.
-    """
-    if not mx.metal.is_available():
-        yield
-        return
-    before = mx.set_wired_limit(min(nbytes, mx.device_info()["max_recommended_working_set_size"]))
-    try:
-        yield
-    finally:
-        mx.synchronize()  # nothing may still be running on what is let go
-        mx.set_wired_limit(before)
 
 
 def check_latents(latents: np.ndarray | mx.array, shape: tuple[int, ...]) -> mx.array:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from .config import read_config
 from .errors import CheckpointError
-from .models.config import read_config
 
 DEFAULT_SHIFT = 3.0
 

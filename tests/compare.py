@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_zimage import CheckpointError
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
 
 # What float32 leaves between two orders of the same sums through a whole tiny network, five times over: the largest
 # error measured against diffusers is 2e-5 of the tensor's largest value.

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from mlx_zimage.convert import convert
 
-from mlx_zimage import MemoryBudgetError, RequestError, ZImageError, bench, pipeline, weights
-from mlx_zimage.models.layers import backend
+from mlx_zimage import MemoryBudgetError, RequestError, ZImageError, bench, pipeline
+from mlx_zimage.convert import convert
+from mlx_zimage.machine import backend
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
+from mlx_zimage.weights.blocks import READS_AHEAD
 
 TINY = (
     TransformerConfig(dim=192, n_layers=2, n_refiner_layers=1, n_heads=6, cap_feat_dim=64, axes_dims=(8, 12, 12)),
@@ -114,7 +115,7 @@ def test_the_first_step_is_timed_with_a_models_scale_known(monkeypatch, tmp_path
 
 def test_random_weights_are_made_by_the_caller_where_others_are_read_by_threads(tiny, monkeypatch):
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", bits=8)
-    monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
+    monkeypatch.setitem(READS_AHEAD, backend(), False)
     made, names = bench.RandomComponent.read, set()
 
     def noted(self, *args, **kwargs):

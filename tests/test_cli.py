@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mlx_zimage import cli, errors
-from mlx_zimage.weights import POCKET
+from mlx_zimage.weights.hub import POCKET
 
 PROMPT = "a red circle on a blue background"
 SMALL = ["--model", "pocket", "--steps", "1", "--width", "32", "--height", "32"]
@@ -346,7 +346,7 @@ def test_every_error_ends_with_its_exit_code_and_one_line(run, monkeypatch, erro
     def fail(_):
         raise error("the thing is not what was wanted")
 
-    monkeypatch.setattr("mlx_zimage.weights.open_checkpoint", fail)
+    monkeypatch.setattr("mlx_zimage.weights.checkpoint.open_checkpoint", fail)
     result = run("info", "pocket")
     assert (result.exit_code, result.stdout) == (error.exit_code, "")
     assert result.stderr == "Error: the thing is not what was wanted\n"

@@ -16,8 +16,8 @@ from PIL import Image
 
 from mlx_zimage import cli
 from mlx_zimage.cli.generate import ELSEWHERE, join_seeds
-from mlx_zimage.image import save
-from mlx_zimage.metadata import Origin, read_origin
+from mlx_zimage.images.files import save
+from mlx_zimage.images.metadata import Origin, read_origin
 from mlx_zimage.request import GenerateRequest
 
 PROMPT = "a red circle on a blue background"

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_zimage import cli
-from mlx_zimage.weights import POCKET
+from mlx_zimage.weights.hub import POCKET
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import json
 
 import pytest
 from compare import refusal
-from mlx_zimage.convert import convert
 from tiny import CONFIGS
 
-from mlx_zimage.weights import COMPONENTS
+from mlx_zimage.convert import convert
+from mlx_zimage.models import NETWORKS
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"<html>", b""])
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", NETWORKS)
 def test_a_damaged_config_is_named(folder, component, content):
     file = folder / component / "config.json"
     file.write_bytes(content)

@@ -9,16 +9,16 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+
+from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.convert import calibrate, convert
 from mlx_zimage.convert.calibrate import Calibration, cholesky, moments
 from mlx_zimage.convert.pack import pack, unpack
 from mlx_zimage.convert.report import compare, draw
-
-from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.errors import RequestError
 from mlx_zimage.models import transformer
-from mlx_zimage.quantize import Quantization
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.quantization import Quantization
+from mlx_zimage.weights.checkpoint import open_checkpoint
 
 PROMPT, SIZE, STEPS = "a red circle", 48, 2
 

@@ -12,16 +12,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_zimage.convert import convert, gguf, official
-from mlx_zimage.convert.names import places
 from mlx_zimage.convert.rows import FP8
 from mlx_zimage.convert.sources import BorrowedFromHub, open_source
-
 from mlx_zimage.errors import CheckpointError, ModelNotFoundError, RequestError
+from mlx_zimage.models import NETWORKS
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
-from mlx_zimage.weights import COMPONENTS, POCKET, open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.hub import POCKET
+from mlx_zimage.weights.names import places
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 import mflux_folders
@@ -105,7 +107,7 @@ def split(tmp_path_factory):
 def test_three_comfyui_files_are_the_diffusers_folder(split, tmp_path):
     parts = {"text_encoder": split / "qwen.safetensors", "vae": split / "ae.safetensors"}
     source = open_source(split / "dit.safetensors", **parts, base="pocket")
-    for component in COMPONENTS:
+    for component in NETWORKS:
         assert_same(source, component)
     out = convert(split / "dit.safetensors", tmp_path / "out", **parts, base="pocket")
     expected = convert("pocket", tmp_path / "expected")
@@ -121,7 +123,7 @@ def test_an_all_in_one_file_holds_everything(tmp_path, network_prefix):
     tensors |= {f"vae.{name}": array for name, array in ldm_vae(pocket("vae")).items()}
     tensors["text_encoders.qwen3_4b.logit_scale"] = mx.array([4.6])
     source = open_source(save(tmp_path / "all.safetensors", tensors), base="pocket")
-    for component in COMPONENTS:
+    for component in NETWORKS:
         assert_same(source, component)
 
 
@@ -161,9 +163,9 @@ def test_names_of_the_full_model_are_left_as_they_are(component, config):
         assert again == place
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", NETWORKS)
 def test_the_configs_known_here_are_the_architectures_defaults(component):
-    architecture = COMPONENTS[component]
+    architecture = NETWORKS[component]
     assert architecture.from_dict(official.CONFIGS[component]) == architecture()
 
 
@@ -431,7 +433,7 @@ def mflux_configs(monkeypatch):
 @pytest.mark.parametrize("bits", mflux_folders.BITS)
 def test_folders_that_mflux_saved_give_the_weights_back(mflux, mflux_configs, bits):
     source = open_source(mflux / f"mflux-{bits or 'dense'}", tokenizer="pocket")
-    for component in COMPONENTS:
+    for component in NETWORKS:
         got, wanted = read(source, component), mflux_folders.weights(component)
         assert list(got) == list(wanted)
         for name, array in wanted.items():
@@ -462,7 +464,7 @@ def test_what_is_missing_comes_from_the_hub_and_that_is_said(split, tmp_path, mo
         asked.append((repository, allow_patterns))
         return POCKET
 
-    configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in COMPONENTS}
+    configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in NETWORKS}
     monkeypatch.setattr(official, "CONFIGS", configs)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.warns(
@@ -476,7 +478,7 @@ def test_what_is_missing_comes_from_the_hub_and_that_is_said(split, tmp_path, mo
 
 @pytest.mark.parametrize("tokenizer", ["pocket", POCKET / "tokenizer", POCKET / "tokenizer" / "tokenizer.json"])
 def test_nothing_is_fetched_when_everything_is_given(split, monkeypatch, tokenizer):
-    configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in COMPONENTS}
+    configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in NETWORKS}
     monkeypatch.setattr(official, "CONFIGS", configs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,16 +5,17 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_zimage.convert import convert, plan
-from mlx_zimage.convert.names import COMFYUI_PREFIXES, comfyui_name, places
 from mlx_zimage.convert.sources import open_source
 from mlx_zimage.convert.verify import verify
-
 from mlx_zimage.errors import RequestError
+from mlx_zimage.models import NETWORKS
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
-from mlx_zimage.weights import COMPONENTS, open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.names import COMFYUI_PREFIXES, comfyui_name, places
 
 
 def read(source, component):
@@ -23,7 +24,7 @@ def read(source, component):
 
 
 def assert_equal(a, b):
-    for component in COMPONENTS:
+    for component in NETWORKS:
         ours, theirs = read(a, component), read(b, component)
         assert list(ours) == list(theirs)
         assert all(mx.array_equal(ours[name].astype(mx.float32), theirs[name].astype(mx.float32)) for name in ours)
@@ -84,7 +85,7 @@ def test_diffusers_loads_what_is_written_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SHARD_BYTES", 4_000_000)
     out = convert("pocket", tmp_path / "out", format="diffusers")
     theirs = diffusers.ZImagePipeline.from_pretrained(out)
-    for component in COMPONENTS:
+    for component in NETWORKS:
         state, ours = getattr(theirs, component).state_dict(), read("pocket", component)
         for name, array in ours.items():
             name = name.removeprefix("model.") if component == "text_encoder" else name

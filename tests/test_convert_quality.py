@@ -8,13 +8,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_zimage.convert import choose, convert
 from mlx_zimage.convert.choose import parse_size
 from mlx_zimage.convert.pack import pack, pack_codes, unpack
-
 from mlx_zimage.errors import RequestError
-from mlx_zimage.quantize import MODES, QUANTIZED, Quantization
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.quantization import MODES, Quantization
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.quantize import QUANTIZED
 
 AFFINE_BITS = MODES["affine"][0]
 

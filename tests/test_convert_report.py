@@ -16,14 +16,14 @@ from click.testing import CliRunner
 from hub import Hub
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError
+
+from mlx_zimage.cli import main
 from mlx_zimage.convert import convert
 from mlx_zimage.convert import report as module
 from mlx_zimage.convert.report import check_source, model_card, report, report_steps, upload
 from mlx_zimage.convert.verify import verify
-
-from mlx_zimage.cli import main
 from mlx_zimage.errors import CheckpointError, OutputError, RequestError
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
 
 PROMPTS = ["a red circle | on a blue background"]
 OPTIONS = {"prompts": PROMPTS, "size": 32, "steps": 2, "dtype": "float32"}

@@ -4,7 +4,7 @@ import pytest
 
 from mlx_zimage import doctor
 from mlx_zimage.doctor import self_test, unpack
-from mlx_zimage.models.layers import backend
+from mlx_zimage.machine import backend
 
 
 def test_this_machine_passes():

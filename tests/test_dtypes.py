@@ -10,10 +10,12 @@ import tiny
 from compare import relative_error
 
 from mlx_zimage import ZImagePipeline
+from mlx_zimage.machine import backend
 from mlx_zimage.models import text_encoder, transformer, vae
-from mlx_zimage.models.layers import backend, linear, sum_dtype
+from mlx_zimage.models.layers import linear, sum_dtype
 from mlx_zimage.models.transformer import positions, rope_table
-from mlx_zimage.weights import Component, Source
+from mlx_zimage.weights.blocks import Source
+from mlx_zimage.weights.checkpoint import Component
 
 PRODUCTS = {"Matmul", "AddMM", "GatherMM", "QuantizedMatmul", "Convolution", "ScaledDotProductAttention"}
 

@@ -8,11 +8,12 @@ import mlx.core as mx
 import pytest
 import tiny
 
-from mlx_zimage import GenerateRequest, ZImagePipeline, embeddings
-from mlx_zimage.embeddings import Store, checksum
-from mlx_zimage.library import embeddings_folder, models, remove
+from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.models.text_encoder import TextEncoder
-from mlx_zimage.weights import Component
+from mlx_zimage.weights import store as embeddings
+from mlx_zimage.weights.checkpoint import Component
+from mlx_zimage.weights.library import embeddings_folder, models, remove
+from mlx_zimage.weights.store import Store, checksum
 
 IDS = (5, 6, 7)
 

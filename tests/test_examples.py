@@ -18,7 +18,7 @@ from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

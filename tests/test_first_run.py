@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 from hub import Hub
-from mlx_zimage.convert import convert
 from PIL import Image
 
-from mlx_zimage import library
 from mlx_zimage.cli.generate import DEFAULT_MODEL
+from mlx_zimage.convert import convert
 from mlx_zimage.errors import ModelNotFoundError, OutputError
-from mlx_zimage.library import Disk, FirstRun, check_space, choose_bits, disks
-from mlx_zimage.metadata import read_origin
-from mlx_zimage.weights import POCKET, open_checkpoint
+from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.weights import library
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.hub import POCKET
+from mlx_zimage.weights.library import Disk, FirstRun, check_space, choose_bits, disks
 
 DISK = r"disk: +([\d.]+) GB are free, ([\d.]+) GB afterwards; ([\d.]+) GB once the download is removed\n"
 PROGRAM = """

@@ -14,10 +14,11 @@ from test_memory import smallest
 
 from mlx_zimage import Generated, GenerateRequest, MemoryBudgetError, NumericsError, Step, ZImagePipeline, headroom
 from mlx_zimage.cli import main
-from mlx_zimage.metadata import read_origin
+from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.machine import default_dtype
 from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import margin, result
-from mlx_zimage.pipeline import Overflow, Phase, default_dtype
+from mlx_zimage.pipeline import Overflow, Phase
 
 LARGE = {"w1": 2.0**6, "w3": 2.0**8, "gate_proj": 2.0**6, "up_proj": 2.0**8}  # products pass 65504, sums of them too
 TOO_LARGE = {"w3": 2.0**18}  # passes it alone

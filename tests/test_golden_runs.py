@@ -31,12 +31,13 @@ def digests() -> dict[str, dict[str, str]] | None:
     return KNOWN["digests"].get(runs.arithmetic())
 
 
-def cases():
-    for name, case in runs.CASES.items():
-        yield pytest.param(name, marks=pytest.mark.slow if case.num_images > 3 else (), id=name)
+CASES = [
+    pytest.param(name, marks=pytest.mark.slow if case.num_images > 3 else (), id=name)
+    for name, case in runs.CASES.items()
+]
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", CASES)
 def test_a_request_gives_the_same_bits_and_costs_the_same(name, models, digests, on_cpu):
     case, (budget, costs) = runs.CASES[name], split(KNOWN["costs"][name])
     made, counts = runs.run(models[case.model], case, budget)

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from mlx_zimage.errors import NumericsError, OutputError, RequestError
-from mlx_zimage.image import check_output, read_latents, save, to_uint8
+from mlx_zimage.images.codec import read_latents, to_uint8
+from mlx_zimage.images.files import check_output, save
 
 
 @pytest.fixture

@@ -12,14 +12,16 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, memory, weights
+from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, memory
 from mlx_zimage.cli import main
+from mlx_zimage.machine import backend
 from mlx_zimage.memory import Planner, parse_memory
-from mlx_zimage.models.layers import backend, sum_dtype
+from mlx_zimage.models.layers import sum_dtype
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.sampling import Step
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.weights.blocks import READS_AHEAD, Source
+from mlx_zimage.weights.checkpoint import READERS, Component, open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +138,14 @@ def test_leaving_a_staged_run_gives_its_memory_back():
 
 @pytest.mark.parametrize(("keep", "lean"), [(True, False), (True, True), (False, False)])
 def test_encoding_waits_for_each_layer_where_memory_is_scarce(keep, lean, planner, monkeypatch):
-    walk, waits = weights.Source.walk, []
+    walk, waits = Source.walk, []
 
     def noted(self, *args, wait=False, **kwargs):
         if self.component.name == "text_encoder":
             waits.append(wait)
         return walk(self, *args, wait=wait, **kwargs)
 
-    monkeypatch.setattr(weights.Source, "walk", noted)
+    monkeypatch.setattr(Source, "walk", noted)
     small = request(width=16, height=16, steps=1)
     tokens = len(ZImagePipeline.from_pretrained("pocket").tokenize(small.prompt))
     plans = [plan for plan in planner._candidates(16, 16, 1, tokens, 1, 10**10, keep) if plan.lean == lean]
@@ -277,7 +279,7 @@ def test_a_backend_that_cannot_read_ahead_holds_one_block_and_draws_the_same(on_
     tight = smallest(planner, 48, 48) * 11 // 10
     ahead, *_ = draw(tight, width=48, height=48)
     both = planner.transformer.moving()
-    monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
+    monkeypatch.setitem(READS_AHEAD, backend(), False)
     assert planner.transformer.moving() == both // 2
     one = smallest(planner, 48, 48) * 11 // 10
     in_turn, _, measured, planned = draw(one, width=48, height=48)
@@ -288,15 +290,15 @@ def test_a_backend_that_cannot_read_ahead_holds_one_block_and_draws_the_same(on_
 @pytest.mark.parametrize("room", ["all", "some"])
 def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_caller(room, planner, monkeypatch):
     expected, *_ = draw("1GB")
-    monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
+    monkeypatch.setitem(READS_AHEAD, backend(), False)
     budget = 10**9 if room == "all" else smallest(planner) * 12 // 10
-    read, threads = weights.Component.read, {}
+    read, threads = Component.read, {}
 
     def noted(self, prefix, *args, **kwargs):
         threads.setdefault((self.name, prefix), []).append(threading.current_thread().name)
         return read(self, prefix, *args, **kwargs)
 
-    monkeypatch.setattr(weights.Component, "read", noted)
+    monkeypatch.setattr(Component, "read", noted)
     latents, _, measured, planned = draw(budget)
     assert np.array_equal(latents, expected)
     assert measured <= planned
@@ -313,11 +315,11 @@ def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_calle
 
 
 def test_what_a_reading_thread_meets_reaches_the_caller_and_is_not_kept(monkeypatch):
-    monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
+    monkeypatch.setitem(READS_AHEAD, backend(), False)
     pipe = ZImagePipeline.from_pretrained("pocket", memory="1GB")
     expected = list(pipe.stream(request()))[-1].pixels
     pipe = ZImagePipeline.from_pretrained("pocket", memory="1GB")
-    read, failing = weights.Component.read, ["layers.3"]
+    read, failing = Component.read, ["layers.3"]
 
     def fails_once(self, prefix, *args, **kwargs):
         if prefix in failing:
@@ -325,7 +327,7 @@ def test_what_a_reading_thread_meets_reaches_the_caller_and_is_not_kept(monkeypa
             raise OSError("the disk is gone")
         return read(self, prefix, *args, **kwargs)
 
-    monkeypatch.setattr(weights.Component, "read", fails_once)
+    monkeypatch.setattr(Component, "read", fails_once)
     with pytest.raises(OSError, match="the disk is gone"):
         list(pipe.stream(request()))
     assert np.array_equal(list(pipe.stream(request()))[-1].pixels, expected)
@@ -351,11 +353,11 @@ def test_what_a_block_needs_while_it_is_read_is_counted(dtype, on_cpu):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_several_readers_need_at_once_is_counted(dtype, monkeypatch):
-    monkeypatch.setitem(weights.READS_AHEAD, backend(), False)
+    monkeypatch.setitem(READS_AHEAD, backend(), False)
     checkpoint, dtype = open_checkpoint("pocket"), getattr(mx, dtype)
     queries = checkpoint.transformer.entries["layers.0.attention.to_q.weight"]  # stored in bfloat16, ordered anew
     network = Planner(checkpoint, dtype).transformer
-    assert network.reading >= weights.READERS * queries.nbytes * (1 if dtype == mx.bfloat16 else 3)
+    assert network.reading >= READERS * queries.nbytes * (1 if dtype == mx.bfloat16 else 3)
     blocks = list(network.blocks)
     mx.clear_cache()
     before = mx.get_active_memory()

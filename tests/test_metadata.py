@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from mlx_zimage.errors import RequestError
-from mlx_zimage.image import save
-from mlx_zimage.metadata import AI_MADE, Origin, fingerprint, parameters, read_origin
+from mlx_zimage.images.files import save
+from mlx_zimage.images.metadata import AI_MADE, Origin, fingerprint, parameters, read_origin
 from mlx_zimage.request import GenerateRequest
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
 
 ENDINGS = ["png", "jpg", "webp"]
 PIXELS = np.zeros((16, 16, 3), np.uint8)
@@ -122,7 +122,7 @@ def test_what_is_no_picture_is_refused(tmp_path, origin):
 def test_a_fingerprint_tells_weights_from_others_wherever_they_lie(tmp_path):
     import shutil
 
-    from mlx_zimage.weights import POCKET
+    from mlx_zimage.weights.hub import POCKET
 
     pocket = fingerprint(open_checkpoint("pocket"))
     assert re.fullmatch(r"[0-9a-f]{10}", pocket)

@@ -14,7 +14,7 @@ from mlx_zimage.models.transformer import Transformer
 from mlx_zimage.noise import initial_noise
 from mlx_zimage.pipeline import Phase
 from mlx_zimage.scheduler import sigmas
-from mlx_zimage.weights import POCKET
+from mlx_zimage.weights.hub import POCKET
 
 SIZE = {"width": tiny.WIDTH, "height": tiny.HEIGHT}
 SHAPE = (1, 16, tiny.HEIGHT // 8, tiny.WIDTH // 8)

@@ -18,9 +18,9 @@ from PIL import Image
 
 from mlx_zimage import GenerateRequest, Step, ZImagePipeline, cli
 from mlx_zimage.cli.watch import Watch
-from mlx_zimage.image import to_png
+from mlx_zimage.images.codec import to_png
+from mlx_zimage.images.preview import CHUNK, Screen, Sheet, cells, fit, inline, protocol, sketch
 from mlx_zimage.pipeline import Phase
-from mlx_zimage.preview import CHUNK, Screen, Sheet, cells, fit, inline, protocol, sketch
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
 PNG = to_png(PIXELS)

@@ -7,7 +7,8 @@ from mlx_zimage.errors import RequestError
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
-from mlx_zimage.quantize import MODES, Quantization, default_quantization, recipe
+from mlx_zimage.quantization import MODES, Quantization, default_quantization
+from mlx_zimage.weights.quantize import recipe
 
 ALL = [Quantization(b, g, mode) for mode, (bits, groups) in MODES.items() for b in bits for g in groups]
 

@@ -6,7 +6,8 @@ import pytest
 
 from mlx_zimage.models import vae
 from mlx_zimage.models.vae import VAE, Rows, Strips
-from mlx_zimage.weights import Source, open_checkpoint
+from mlx_zimage.weights.blocks import Source
+from mlx_zimage.weights.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import linear, rms_norm
 from mlx_zimage.models.transformer import Transformer, TransformerConfig, patchify, positions, rope_table, unpatchify
-from mlx_zimage.weights import Source
+from mlx_zimage.weights.blocks import Source
 
 
 def run(network: Transformer, latents: np.ndarray, caption: np.ndarray, time: float) -> mx.array:

@@ -20,7 +20,8 @@ from compare import refusal, relative_error
 from tiny import CONFIGS
 
 from mlx_zimage import ModelNotFoundError, ZImagePipeline
-from mlx_zimage.weights import NEEDED_FILES, POCKET, open_checkpoint, read_header, resolve
+from mlx_zimage.weights.checkpoint import open_checkpoint, read_header
+from mlx_zimage.weights.hub import NEEDED_FILES, POCKET, resolve
 
 COMPONENTS = tuple(CONFIGS)
 
@@ -423,7 +424,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OPEN = """
 import sys
 from mlx_zimage.errors import ZImageError
-from mlx_zimage.weights import open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
 try:
     print(open_checkpoint(sys.argv[1]).folder)
 except ZImageError as error:
@@ -571,7 +572,7 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     program = """
 import ctypes, sys
 if sys.argv[1] == "keep":
-    from mlx_zimage.weights import keep_freed_memory
+    from mlx_zimage.machine import keep_freed_memory
     keep_freed_memory()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

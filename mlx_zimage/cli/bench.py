@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..quantize import MODES
+from ..quantization import MODES
 
 
 @click.command(epilog="Example: mlx-zimage bench --model z-image-4bit --json this-machine.json")
@@ -36,7 +36,7 @@ def bench(model, architecture, size, repeat, file, **case):
     """
     from ..bench import Case, bench, table
     from ..errors import RequestError
-    from ..image import check_folder, write
+    from ..images.files import check_folder, write
     from ..jobs import parse_size
     from ..request import check_size
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import RequestError
-from ..quantize import MODES
+from ..quantization import MODES
 from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar, say
 

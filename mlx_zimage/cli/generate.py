@@ -241,9 +241,10 @@ def generate(
     machine, the first call tells what it would fetch and convert, and asks. Ctrl-C stops within a step; pictures that
     are finished stay.
     """
-    from ..image import check_latents_size, check_output, make_folder, read_latents
+    from ..images.codec import check_latents_size, read_latents
+    from ..images.files import check_output, make_folder
+    from ..images.metadata import fingerprint, read_origin
     from ..memory import parse_memory
-    from ..metadata import fingerprint, read_origin
 
     old = read_origin(from_picture) if from_picture else None
     latents = read_latents(latents_file) if latents_file else None
@@ -268,8 +269,8 @@ def generate(
     memory = None if memory is None else parse_memory(memory)
     model = model or _model_of(old, from_picture, yes, quiet)
 
+    from ..images.preview import fit
     from ..pipeline import ZImagePipeline
-    from ..preview import fit
     from .watch import Watch
 
     if quiet and not Path(model).is_dir():
@@ -308,8 +309,8 @@ def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, 
 
     written holds the paths of this call: they are not written over.
     """
-    from ..image import save
-    from ..metadata import Origin
+    from ..images.files import save
+    from ..images.metadata import Origin
     from ..pipeline import Generated, Phase
     from ..sampling import Step
 
@@ -333,7 +334,7 @@ def _add_views(watch, path, request, preview, folder, terminal) -> None:
     """Where a request's previews are shown."""
     import numpy as np
 
-    from ..preview import Album, Screen, Sheet
+    from ..images.preview import Album, Screen, Sheet
 
     if preview and terminal:
         watch.views.append(Screen(sys.stderr.buffer, terminal))

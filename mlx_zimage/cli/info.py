@@ -25,7 +25,7 @@ def info(source, as_json):
     """
     path = Path(source).expanduser()
     if path.is_file():
-        from ..metadata import parameters, read_origin
+        from ..images.metadata import parameters, read_origin
 
         origin = read_origin(path)
         click.echo(json.dumps(asdict(origin)) if as_json else printable(parameters(origin)))
@@ -50,8 +50,8 @@ def info(source, as_json):
 
 def describe(source: str) -> dict:
     """What `info` tells of a model, ready for JSON."""
-    from ..metadata import fingerprint
-    from ..weights import open_checkpoint, read_json
+    from ..images.metadata import fingerprint
+    from ..weights.checkpoint import open_checkpoint, read_json
 
     checkpoint = open_checkpoint(source)
     conversion = checkpoint.folder / CONVERSION

@@ -25,7 +25,7 @@ def models(ctx, as_json):
     """
     if ctx.invoked_subcommand:
         return
-    from ..library import models
+    from ..weights.library import models
 
     for model in models():
         if as_json:
@@ -38,14 +38,14 @@ def models(ctx, as_json):
 @click.argument("name")
 def rm(name):
     """Remove NAME from the disk: a converted folder's name, an id in the Hugging Face cache, or "embeddings"."""
-    from ..library import remove
+    from ..weights.library import remove
 
     click.echo(f"{size(remove(name))} are free again")
 
 
 def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     """Find the default model, or say what having it takes, ask, fetch and convert it. Returns its folder."""
-    from ..library import DOWNLOAD, check_space, converted, disks, plan_first_run
+    from ..weights.library import DOWNLOAD, check_space, converted, disks, plan_first_run
 
     found = converted(repository)
     if found:
@@ -56,7 +56,7 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
             f"--model takes a folder or 'pocket'"
         )
     from ..convert import convert_steps
-    from ..memory import machine_budget
+    from ..machine import machine_budget
 
     budget = machine_budget()
     hub_bars(False)  # of the configs

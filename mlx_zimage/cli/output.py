@@ -45,15 +45,15 @@ def hub_bars(shown: bool) -> None:
 
 def graphics() -> str | None:
     """How the terminal on stderr shows pictures, if there is one and it can; see `preview.protocol`."""
-    from ..preview import protocol
+    from ..images.preview import protocol
 
     return protocol(os.environ) if sys.stderr and sys.stderr.isatty() else None
 
 
 def show_picture(path: Path) -> None:
     """In the terminal, if stderr is one that can."""
-    from ..image import read_pixels, to_png
-    from ..preview import inline
+    from ..images.codec import read_pixels, to_png
+    from ..images.preview import inline
 
     known = graphics()
     if known:

@@ -17,7 +17,7 @@ def verify(folder, quiet):
     Exits with 4 if anything is wrong.
     """
     from ..convert.verify import read_manifest, verify_steps
-    from ..weights import resolve
+    from ..weights.hub import resolve
 
     folder = resolve(folder)
     faults = 0

@@ -8,8 +8,8 @@ import threading
 import numpy as np
 from tqdm import tqdm
 
+from ..images.preview import sketch
 from ..pipeline import Generated, Phase
-from ..preview import sketch
 from ..sampling import Step
 from .output import progress_bar, say
 

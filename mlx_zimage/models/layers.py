@@ -8,15 +8,8 @@ from functools import wraps
 
 import mlx.core as mx
 
-from ..quantize import Quantization
-
-
-def backend() -> str:
-    """What MLX computes on: "cpu", "cuda" or "metal"."""
-    if mx.default_device() == mx.cpu:
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
-
+from ..machine import backend
+from ..quantization import Quantization
 
 # From how many rows of input on a packed weight is unpacked for the dense product; below, it is multiplied as it is.
 # Measured: on the CPU unpacking always wins. So it does on CUDA (H200) from 256 rows on, 2.5 times at 4192; below, the

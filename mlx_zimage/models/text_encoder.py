@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..config import read_config
 from ..errors import CheckpointError
-from .config import read_config
 from .layers import linear, margin, result, rms_norm, scaled, silu, sum_dtype
 
 

@@ -16,8 +16,8 @@ from functools import lru_cache, partial
 import mlx.core as mx
 import numpy as np
 
+from ..config import read_config
 from ..errors import CheckpointError
-from .config import read_config
 from .layers import compiled, linear, margin, rms_norm, scaled, settle, silu, sum_dtype
 
 PATCH = 2  # latent pixels per token side

@@ -18,9 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..config import read_config
 from ..errors import CheckpointError
-from .config import read_config
-from .layers import backend, compiled, linear, result, settle, silu
+from ..machine import backend
+from .layers import compiled, linear, result, settle, silu
 
 EPS = 1e-6
 CPU_STRIP = 2**22  # bytes of a tensor that a CPU works on at a time

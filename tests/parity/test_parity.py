@@ -14,7 +14,7 @@ from PIL import Image
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.noise import _uniform, torch_randn
-from mlx_zimage.weights import POCKET
+from mlx_zimage.weights.hub import POCKET
 
 SIZE = {"width": tiny.WIDTH, "height": tiny.HEIGHT}
 
@@ -129,7 +129,7 @@ def test_names_and_shapes_of_the_real_models_are_those_of_diffusers(torch):
 
 
 def test_pixels_become_integers_as_in_diffusers(theirs, torch):
-    from mlx_zimage.image import to_uint8
+    from mlx_zimage.images.codec import to_uint8
 
     pixels = np.linspace(-1.2, 1.2, 3 * 64 * 64, dtype=np.float32).reshape(64, 64, 3)
     wanted = theirs.image_processor.postprocess(torch.from_numpy(pixels.transpose(2, 0, 1))[None])[0]

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, PngImagePlugin
 
-from . import __version__
-from .errors import RequestError
-from .request import GenerateRequest
+from .. import __version__
+from ..errors import RequestError
+from ..request import GenerateRequest
 
 if TYPE_CHECKING:
-    from .weights import Checkpoint
+    from ..weights.checkpoint import Checkpoint
 
 READABLE = ("PNG", "JPEG", "WEBP")
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"

@@ -1,11 +1,7 @@
-"""Which layers are quantized, and how: recipes used by the converter and by the loader.
-
-Modes, default groups and the config.json block are mlx-lm's, so its tools read our folders.
-"""
+"""How a weight is packed in few bits. Modes, groups and the config.json block are mlx-lm's, so its tools read ours."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from .errors import RequestError
@@ -16,16 +12,6 @@ MODES = {
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
-}
-
-# The attention and feed-forward matrices of the blocks hold 98% of the parameters. All else (pads, norms,
-# embedders, adaLN, final layer, the whole VAE) is small or sensitive, and stays in high precision.
-QUANTIZED = {
-    "transformer": re.compile(
-        r"(layers|noise_refiner|context_refiner)\.\d+\."
-        r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])\.weight"
-    ),
-    "text_encoder": re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"),
 }
 
 
@@ -77,19 +63,6 @@ def default_quantization(bits: int | None, group_size: int | None = None, mode: 
     if bits is None:
         bits = 4 if mode == "affine" else allowed_bits[0]
     return Quantization(bits, group_size or groups[0], mode)
-
-
-def recipe(component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None):
-    """The Quantization of one tensor, or None where it stays dense."""
-    pattern = QUANTIZED.get(component)
-    if quantization is None or pattern is None or not pattern.fullmatch(name):
-        return None
-    if shape[-1] % quantization.group_size:
-        raise RequestError(
-            f"{component} {name} is {shape[-1]} wide, which groups of {quantization.group_size} do not divide; "
-            f"choose a smaller group size"
-        )
-    return quantization
 
 
 def _either(values: tuple[int, ...]) -> str:

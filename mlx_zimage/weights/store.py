@@ -19,8 +19,9 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from . import __version__
-from .weights import MANIFEST, Component, sha256
+from .. import __version__
+from .checkpoint import Component
+from .manifest import MANIFEST, sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
 # Nothing else is ever removed from the folder, which anyone may have named. A dot begins a file being written.

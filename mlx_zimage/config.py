@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 
-from ..errors import CheckpointError
+from .errors import CheckpointError
 
 KINDS = {
     bool: "true or false",

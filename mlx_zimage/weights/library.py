@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from . import embeddings
-from .errors import ModelNotFoundError, OutputError
-from .quantize import Quantization, recipe
-from .weights import COMPONENTS, NEEDED_FILES, POCKET, read_json, resolve
+from ..errors import ModelNotFoundError, OutputError
+from ..models import NETWORKS
+from ..quantization import Quantization
+from . import store as embeddings
+from .checkpoint import read_json
+from .hub import NEEDED_FILES, POCKET, resolve
+from .quantize import recipe
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
 EMBEDDINGS = "embeddings"
@@ -140,7 +143,7 @@ def plan_first_run(repository: str, budget: int) -> FirstRun:
 
     Asks the hub for sizes and fetches the configs; raises ModelNotFoundError where it cannot be reached.
     """
-    configs = resolve(repository, [f"{name}/config.json" for name in COMPONENTS])
+    configs = resolve(repository, [f"{name}/config.json" for name in NETWORKS])
     sizes = {bits: converted_bytes(configs, bits) for bits in CHOICES}
     bits = choose_bits(sizes, budget)
     from huggingface_hub import snapshot_download
@@ -165,7 +168,7 @@ def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
 
 def converted_bytes(folder: Path, bits: int | None) -> int:
     """The bytes of all weights of a model, known from its configs, once converted; bits None is bfloat16."""
-    configs = {name: config.from_dict(read_json(folder / name / "config.json")) for name, config in COMPONENTS.items()}
+    configs = {name: config.from_dict(read_json(folder / name / "config.json")) for name, config in NETWORKS.items()}
     return weights_bytes(configs, bits)
 
 

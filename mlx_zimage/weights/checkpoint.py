@@ -6,15 +6,13 @@ only, and compares every name and shape with the architecture; tensor data is re
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
@@ -23,98 +21,17 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError, ModelNotFoundError, RequestError
-from .models.layers import backend, result, settle
-from .models.text_encoder import TextEncoderConfig
-from .models.transformer import TransformerConfig
-from .models.vae import VAEConfig
-from .quantize import Quantization
-from .scheduler import SchedulerConfig
+from ..dtypes import STORED
+from ..errors import CheckpointError, RequestError
+from ..models import NETWORKS
+from ..quantization import Quantization
+from ..scheduler import SchedulerConfig
+from .hub import resolve
 
-POCKET = Path(__file__).parent / "pocket"
-MANIFEST = "SHA256SUMS"  # of a folder that the converter wrote; as `sha256sum -c` reads it
-REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
-COMPONENTS = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
-# What from_pretrained and convert need of a repository: no pictures, no second copies in other formats.
-NEEDED_FILES = [
-    "model_index.json",
-    "scheduler/*.json",
-    "tokenizer/*.json",
-    "tokenizer/*.txt",
-    *(f"{component}/*.{ending}" for component in COMPONENTS for ending in ("json", "safetensors")),
-]
-DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")  # spellings
 PIPELINE_CLASS = "ZImagePipeline"
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 SHOWN = 5  # names listed in an error
-
-
-def resolve(source: str | Path, needed: Sequence[str] = NEEDED_FILES) -> Path:
-    """The local folder of a model: "pocket", a folder, or a Hugging Face id (fetched into the hub's cache).
-
-    needed are patterns of the files to fetch.
-    """
-    if not isinstance(source, (str, Path)) or not str(source):
-        raise ModelNotFoundError(f"a model is a folder, a Hugging Face id or 'pocket', got {source!r}")
-    if str(source) == "pocket":
-        return POCKET
-    folder = Path(os.path.expanduser(source))  # unlike Path's own, leaves the home of nobody as it is
-    try:
-        is_folder, is_file = folder.is_dir(), folder.is_file()
-    except (OSError, ValueError) as error:  # too long for the system, or with a NUL
-        raise ModelNotFoundError(f"{str(source)[:80]!r} is no name of a folder ({error.args[-1]})") from None
-    if is_folder:
-        return folder
-    if is_file:
-        raise ModelNotFoundError(f"{source} is a file; a model is a folder with model_index.json")
-    if not REPOSITORY.fullmatch(str(source)):
-        raise ModelNotFoundError(
-            f"no model folder at {source}; give a folder, a Hugging Face id such as "
-            f"Tongyi-MAI/Z-Image-Turbo, or 'pocket'"
-        )
-    return _fetch(str(source), needed)
-
-
-def _fetch(repository: str, needed: Sequence[str]) -> Path:
-    # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported. HTTPError is
-    # that of the library the client uses, which its releases change: httpx, httpx2.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import tqdm
-
-    class Bar(tqdm):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **{"disable": None, **options})  # None: no bar where stderr is no terminal
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(needed), tqdm_class=Bar))
-    except LocalEntryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{repository} is no local folder and is not in the Hugging Face cache, and the hub cannot be reached; "
-            f"check the network and HF_HUB_OFFLINE, or give a folder"
-        ) from error
-    except (HFValidationError, HTTPError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(
-            f"{repository} is no local folder, and the Hugging Face hub did not give it: {first_line}"
-        ) from error
-
-
-def sha256(file: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict:
@@ -204,7 +121,7 @@ class Component:
         if not self.folder.is_dir():
             raise CheckpointError(f"{folder} has no folder {name}/; is it a whole diffusers folder?")
         self.raw_config = read_json(self.folder / "config.json")
-        self.config = _read_config(COMPONENTS[name], self.folder / "config.json")
+        self.config = _read_config(NETWORKS[name], self.folder / "config.json")
         self.entries: dict[str, Entry] = {}
         self.bytes_read = 0  # of tensors, in this component's life
         self._counting = Lock()
@@ -275,7 +192,7 @@ class Component:
 
     def _dtypes(self, name: str) -> Collection[str]:
         # only a quantized layer may hold integers
-        return DTYPES if name.rpartition(".")[0] in self.quantizations else FLOATS
+        return STORED if name.rpartition(".")[0] in self.quantizations else FLOATS
 
     @property
     def nbytes(self) -> int:
@@ -327,121 +244,7 @@ class Component:
         stored = np.memmap(entry.file, mode="r", offset=entry.offset, dtype=np.uint8, shape=(entry.nbytes,))
         picked = stored.reshape(entry.shape[0], -1)[np.asarray(ids)]
         self.bytes_read += picked.nbytes
-        return mx.array(picked).view(DTYPES[entry.dtype]).astype(dtype)
-
-
-# Whether a block is read while the one before is computed, by a thread of its own. MLX's CUDA build cannot: there a GPU
-# that waits for such a thread may wait for ever. Its own reading keeps the calling thread, a hundred times as long as
-# the GPU needs for a block; to begin before the GPU has done would only cost the memory of another block. There,
-# what is kept is read before anything else, by `Component.read_all`.
-READS_AHEAD = {"cpu": True, "metal": True, "cuda": False}
-
-
-class Source:
-    """Hands a network its weights in one dtype, keeping what it read but for the blocks named in `streamed`.
-
-    Those are read from disk each time they are needed, one ahead of the computation (see READS_AHEAD). Either way the
-    same function runs on the same numbers, so the results are the same bits.
-    """
-
-    def __init__(self, component: Component, dtype: mx.Dtype, streamed: Collection[str] = ()):
-        self.component = component
-        self.dtype = dtype
-        self.streamed = streamed
-        self._kept: dict = {}
-        self._disk = mx.new_thread_local_stream(mx.cpu) if READS_AHEAD[backend()] else None
-        if backend() == "cuda":
-            keep_freed_memory()
-
-    def tree(self, prefix: str, dtype: mx.Dtype | None = None):
-        """The weights under a name, kept for the next call."""
-        key = prefix, dtype
-        if key not in self._kept:
-            weights = self.once(prefix, dtype)
-            mx.eval(weights)  # before it is kept: what is lazy belongs to this thread
-            self._kept[key] = weights
-        return self._kept[key]
-
-    def once(self, prefix: str, dtype: mx.Dtype | None = None):
-        """The weights under a name, lazy and not kept."""
-        return self.component.read(prefix, dtype or self.dtype)
-
-    def rows(self, name: str, ids: Sequence[int]) -> mx.array:
-        return self.component.rows(name, ids, self.dtype)
-
-    def run(self, *args, **kwargs) -> mx.array:
-        """What `walk` returns."""
-        return result(self.walk(*args, **kwargs))
-
-    def walk(
-        self, blocks: Sequence[str], x: mx.array, apply: Callable, without: str = "", wait: bool = False
-    ) -> Generator[int, None, mx.array]:
-        """Send x through the named blocks in turn: x = apply(x, weights, index); yields how many are done.
-
-        `without` names a part of the blocks that is not needed.
-
-        A GPU is given each block while it still computes the one before, so that it never waits; no more than those
-        two blocks' intermediates are alive, and beside what is kept two blocks' weights, one where nothing is read
-        ahead. `wait` holds one block's intermediates only, and so does reading.
-        """
-        wait = wait or mx.default_device() == mx.cpu
-        if self._disk is None:
-            self._keep(blocks, without, x)
-        before, weights = x, self._start(blocks[0], without, x)
-        for i in range(len(blocks)):
-            x = apply(x, weights, i)
-            weights = None  # not needed here any longer
-            mx.async_eval(x)
-            mx.eval(before)
-            if i + 1 < len(blocks):
-                weights = self._start(blocks[i + 1], without, x)
-            if wait:
-                settle(x)
-            before = x
-            yield i + 1
-        return x
-
-    def _start(self, block: str, without: str, x: mx.array) -> dict:
-        """The weights of a block, from what is kept or on their way from the disk while x is computed."""
-        if block in self._kept:
-            return self._kept[block]
-        weights = self.component.read(block, self.dtype, without=without, stream=self._disk)
-        # A GPU would wait for the reading anyway, and so what led to x need not stay until it has its next block.
-        if self._disk is None:
-            settle(x)
-            mx.async_eval(weights)
-        else:
-            mx.async_eval(weights)
-            settle(x)
-        if block not in self.streamed:
-            self._kept[block] = weights
-        return weights
-
-    def _keep(self, blocks: Sequence[str], without: str, x: mx.array) -> None:
-        """Read those of the blocks that are to be kept and are not yet, all at once after x is computed."""
-        wanted = [block for block in blocks if block not in self._kept and block not in self.streamed]
-        if wanted:
-            settle(x)
-            self._kept.update(zip(wanted, self.component.read_all(wanted, self.dtype, without), strict=True))
-
-    def release(self) -> None:
-        """Forget everything kept, and give its memory back."""
-        self._kept.clear()
-        mx.clear_cache()
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Have glibc's malloc keep up to 2 GB of what this process frees, in one heap for all threads.
-
-    MLX's CUDA build reads every tensor into memory of its own. By default that is given back to the system each time,
-    and to touch new memory takes about as long as the reading.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        return mx.array(picked).view(getattr(mx, STORED[entry.dtype])).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -473,7 +276,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         raise CheckpointError(f"{folder / 'model_index.json'} tells of a {kind}, a {PIPELINE_CLASS} was wanted")
     checkpoint = Checkpoint(
         folder,
-        **{name: Component(folder, name) for name in COMPONENTS},
+        **{name: Component(folder, name) for name in NETWORKS},
         scheduler=_read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
     )
     if not checkpoint.tokenizer_file.is_file():

@@ -1,0 +1,31 @@
+"""Which layers are quantized: the recipe of the converter and of random weights."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import RequestError
+from ..quantization import Quantization
+
+# The attention and feed-forward matrices of the blocks hold 98% of the parameters. All else (pads, norms,
+# embedders, adaLN, final layer, the whole VAE) is small or sensitive, and stays in high precision.
+QUANTIZED = {
+    "transformer": re.compile(
+        r"(layers|noise_refiner|context_refiner)\.\d+\."
+        r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])\.weight"
+    ),
+    "text_encoder": re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"),
+}
+
+
+def recipe(component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None):
+    """The Quantization of one tensor, or None where it stays dense."""
+    pattern = QUANTIZED.get(component)
+    if quantization is None or pattern is None or not pattern.fullmatch(name):
+        return None
+    if shape[-1] % quantization.group_size:
+        raise RequestError(
+            f"{component} {name} is {shape[-1]} wide, which groups of {quantization.group_size} do not divide; "
+            f"choose a smaller group size"
+        )
+    return quantization

@@ -38,17 +38,6 @@ def drop_cache(fd: int, offset: int = 0, count: int = 0) -> None:
         os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
 
 
-def sync(fd: int) -> None:
-    """Return when what was written is on the disk."""
-    try:
-        # On macOS fsync stops at the drive's cache; this goes through it.
-        import fcntl
-
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    except (ImportError, AttributeError, OSError):
-        os.fsync(fd)
-
-
 def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 from filelock import FileLock, Timeout
 
+from ..atomic import sync
 from ..errors import CheckpointError, LockedError, OutputError, RequestError, ZImageError
 from ..weights.manifest import MANIFEST, sha256
-from .disk import drop_cache, sync, sync_folder
+from .disk import drop_cache, sync_folder
 
 if TYPE_CHECKING:
     from .plan import Shard, Task

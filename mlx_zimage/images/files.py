@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from .. import atomic
 from ..errors import OutputError, RequestError
 from .codec import FORMATS, encode
 from .metadata import Origin
@@ -52,40 +51,8 @@ def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin
 
 
 def write(content: bytes | memoryview, path: Path, overwrite: bool = False, lasting: bool = True) -> Path:
-    """Write a file aside and rename it, so that it is whole or not there; returns its path.
-
-    Where path exists, the first free one of path-1, path-2, ... is taken, unless overwrite is set. lasting waits for
-    the disk.
-    """
-    aside = None
+    """Write a file that is whole or not there; returns its path, see atomic.write."""
     try:
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".mlx-zimage-", suffix=path.suffix)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            if lasting:
-                os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(aside, 0o666 & ~umask)  # mkstemp makes private files
-        if not overwrite:
-            path = claim(path)
-        os.replace(aside, path)  # from a name in the same folder: does not fail once the name is claimed
-    except BaseException as error:
-        if aside:
-            Path(aside).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"{path} could not be written: {error.strerror or error}") from error
-        raise
-    return path
-
-
-def claim(path: Path) -> Path:
-    """Create, empty, the first free of path, path-1, path-2, ...: no other program then takes the name."""
-    for i in itertools.count():
-        free = path.with_stem(f"{path.stem}-{i}") if i else path
-        try:
-            os.close(os.open(free, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            continue
-        return free
+        return atomic.write(path, lambda file: file.write_bytes(content), overwrite, lasting)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}") from error

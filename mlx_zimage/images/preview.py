@@ -19,10 +19,11 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from ..atomic import claim
 from ..models.vae import VAE
 from ..weights.blocks import Source
 from .codec import enlarge, to_png
-from .files import claim, write
+from .files import write
 
 PATCHES, PATCH = 4, 32  # of the chart: patches a side, and pixels a side of each
 STRIP_BYTES = 2**18  # little memory, whatever the budget: the chart is small

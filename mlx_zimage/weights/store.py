@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,13 +18,13 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .. import __version__
+from .. import __version__, atomic
 from .checkpoint import Component
 from .manifest import MANIFEST, sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
 # Nothing else is ever removed from the folder, which anyone may have named. A dot begins a file being written.
-OWN = re.compile(r"\.?[0-9a-f]{64}(\.\d+)?\.(safetensors|sum)")
+OWN = re.compile(r"([0-9a-f]{64}|\.mlx-zimage-[0-9a-f]{16})\.(safetensors|sum)")
 FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
 
@@ -160,11 +159,5 @@ def _sha256(file: Path) -> str:
 
 
 def _write(path: Path, save) -> None:
-    """save(file) beside path, then rename: a file that has its name is whole."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # they tell what was drawn
-    partial = path.with_name(f".{path.stem}.{secrets.randbits(64)}{path.suffix}")
-    try:
-        save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic.write(path, save, lasting=False)

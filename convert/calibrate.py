@@ -6,20 +6,22 @@ the products' mean squared error is the square of (error of the weights) times L
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import RequestError
-from ..machine import default_dtype
-from ..models.layers import linear, rms_norm, silu
-from ..models.transformer import Transformer, attend, attention, feed, modulated_norm, pad_tokens, patchify
+from ..machine import default_dtype, unpack_from
+from ..models.layers import linear
+from ..models.runner import Tree
+from ..models.transformer import Caption, Stream, Transformer
 from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
+from ..weights.blocks import Blocks
 
 PROMPTS = (
     "a lighthouse on a cliff at dusk, long exposure, oil painting",
@@ -42,17 +44,6 @@ INPUTS = {
     "feed_forward.w3": "feed_forward",
     "feed_forward.w2": "hidden",
 }
-
-
-@dataclass
-class Stream:
-    """Tokens x (1, L, dim) before a block, and all else that goes into it; modulation (blocks, 4, dim)."""
-
-    x: mx.array
-    modulation: mx.array
-    cos: mx.array
-    sin: mx.array
-    rows: int  # of x that the network's output depends on
 
 
 class Calibration:
@@ -107,79 +98,90 @@ def moments(
 
     The prompts are drawn first; the blocks then run one by one, on all steps of all prompts.
     """
-    network, config = pipe.transformer, pipe.transformer.config
-    source, refiners = network.source, config.n_refiner_layers
+    network, config, seen = pipe.transformer, pipe.transformer.config, Seen()
     side = size // pipe.checkpoint.vae.config.scale
-    images, captions = [], []
+    latents, captions = [], []
     for seed, prompt in enumerate(prompts):
         request = GenerateRequest(prompt=prompt, width=size, height=size, seed=seed, steps=steps)
         noise = initial_noise(seed, (1, config.in_channels, side, side))
-        times, latents = [0.0], [noise.transpose(0, 2, 3, 1)]
+        times, stops = [0.0], [noise.transpose(0, 2, 3, 1)]
         for step in pipe.denoise(request, noise):
             times.append(1 - step.sigma)
-            latents.append(step.latents)
-        embedder = source.once("cap_embedder")
-        x = rms_norm(pipe.encode(prompt)[None].astype(network.sums), embedder[0], config.norm_eps)
-        x = pad_tokens(linear(x, embedder[1]), source.once("cap_pad_token"))
-        ones = mx.ones((refiners, 4, config.dim), dtype=x.dtype)
-        captions.append(Stream(x, ones, *network.rope(x.shape[1], 0, 0), x.shape[1]))
-        modulations, _ = network.modulate(times[:-1])
-        for latent, modulation in zip(latents[:-1], modulations, strict=True):
-            x = linear(patchify(latent.astype(source.dtype)), source.once("all_x_embedder.2-1"))
-            rows = x.shape[1]
-            x = pad_tokens(x, source.once("x_pad_token"))
-            cos, sin = network.rope(captions[-1].rows, side, side)
-            images.append(Stream(x, modulation, cos, sin, rows))
-            mx.eval(images[-1].x)
-    source.release()
-    pipe.text_encoder.source.release()
-    yield from _walk(network, "noise_refiner", refiners, images)
-    begun = [caption.x for caption in captions]
-    for _ in _walk(network, "context_refiner", refiners, captions):
-        pass
-    for i, image in enumerate(images):
-        image.x = mx.concatenate([image.x, captions[i // steps].x], axis=1)
-        image.modulation = image.modulation[refiners:]
-    yield from _walk(network, "layers", config.n_layers, images)
+            stops.append(step.latents)
+        latents.append(stops[:-1])
+        captions.append(network.caption_stream(pipe.encode(prompt)))
+    # one network that watches its products, and whose blocks are read once for all that goes through them
+    watched = Transformer(
+        config, Blocks(network.runner.weights, network.runner.dtype, config.blocks), seen.product, compile=False
+    )
+    modulations, _ = network.modulate(times[:-1])
+    images, tokens = [], 0
+    for stops, caption in zip(latents, captions, strict=True):
+        tables = Caption(caption.x, *network.rope(caption.x.shape[1], side, side))
+        for stop, modulation in zip(stops, modulations, strict=True):
+            x, tokens = network.begin(stop)
+            mx.eval(x)
+            images.append((network.image_stream(x, modulation, tables), modulation, tables))
+    pipe.networks.release()
+    refined = yield from _walk(watched, config.modulated[: config.n_refiner_layers], [i for i, *_ in images], seen)
+    ends = watched.run(config.refiners, captions)
+    joined = []
+    for i, (image, (_, modulation, tables)) in enumerate(zip(refined, images, strict=True)):
+        caption = replace(tables, embedded=ends[i // steps].x)
+        joined.append(watched.join(image, caption, modulation, tokens))
     images.clear()
-    for caption, x in zip(captions, begun, strict=True):
-        caption.x = x
-    yield from _walk(network, "context_refiner", refiners, captions)
+    yield from _walk(watched, config.modulated[config.n_refiner_layers :], joined, seen)
+    yield from _walk(watched, config.refiners, captions, seen)
+
+
+class Seen:
+    """The sums of x^T x, and the rows, of the inputs x that a block's products were given."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, mx.array] = {}
+        self.rows: dict[str, int] = {}
+        self.names: dict[int, str] = {}  # of the layers of the block that runs now, by their identity
+
+    def product(self, x: mx.array, weights: Tree) -> mx.array:
+        """linear, which notes its input where the layer is the first of those that share it."""
+        name = self.names.get(id(weights))
+        if name:
+            flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+            self.sums[name] = self.sums[name] + flat.T @ flat if name in self.sums else flat.T @ flat
+            self.rows[name] = self.rows.get(name, 0) + len(flat)
+        return linear(x, weights, unpack_from())
+
+    def begin(self, block: Tree) -> None:
+        """Watch the layers of a block that is about to run."""
+        attention, feed_forward = block["attention"], block["feed_forward"]
+        # to_q is given some of the rows of the last block only, and the others of an input are given the same
+        layers = {"attention": attention["to_k"], "mixed": attention["to_out"][0]}
+        layers |= {"feed_forward": feed_forward["w1"], "hidden": feed_forward["w2"]}
+        self.names = {id(layer): name for name, layer in layers.items()}
+
+    def means(self) -> dict[str, mx.array]:
+        return {name: total / self.rows[name] for name, total in self.sums.items()}
+
+    def forget(self) -> None:
+        self.sums, self.rows, self.names = {}, {}, {}
 
 
 def _walk(
-    network: Transformer, kind: str, count: int, streams: Sequence[Stream]
-) -> Iterator[tuple[str, dict[str, mx.array]]]:
-    """Run blocks over streams, yielding each block's name and moments before the next begins."""
-    config = network.config
-    for i in range(count):
-        weights = network.source.component.read(f"{kind}.{i}", network.source.dtype, without="adaLN_modulation")
-        mx.eval(weights)
-        sums, seen = dict.fromkeys(INPUTS.values(), 0), dict.fromkeys(INPUTS.values(), 0)
-        for stream in streams:
-            # of the last block, only the image is used
-            rows = stream.rows if (kind, i) == ("layers", count - 1) else None
-            for name, x in _inputs(stream, weights, i, rows, config.n_heads, config.norm_eps):
-                x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-                sums[name] = sums[name] + x.T @ x
-                seen[name] += len(x)
-            mx.eval(sums, stream.x)
-        del weights
-        yield f"{kind}.{i}", {name: sums[name] / seen[name] for name in sums}
+    network: Transformer, blocks: Sequence[str], streams: Sequence[Stream], seen: Seen
+) -> Generator[tuple[str, dict[str, mx.array]], None, list[Stream]]:
+    """Run blocks over streams, yielding each block's name and moments before the next begins; returns the streams."""
 
+    def apply(stream: Stream, weights: Tree, i: int) -> Stream:
+        seen.begin(weights)
+        stream = network.apply(stream, weights, i)
+        mx.eval(stream.x, seen.sums)
+        return stream
 
-def _inputs(
-    stream: Stream, weights: dict, i: int, rows: int | None, heads: int, eps: float
-) -> Iterator[tuple[str, mx.array]]:
-    """What goes into the matrices of a block, by the names of INPUTS; the stream is moved past the block."""
-    x, modulation = stream.x, stream.modulation[i]
-    cos, sin = stream.cos[: x.shape[1]], stream.sin[: x.shape[1]]
-    h = modulated_norm(x, weights["attention_norm1"], modulation[0], eps)
-    yield "attention", h
-    same = {"to_out": [{"weight": mx.eye(h.shape[-1], dtype=h.dtype)}]}
-    yield "mixed", attention(h, weights["attention"] | same, cos, sin, heads, rows)
-    x = attend(x, weights, modulation, cos, sin, rows, heads=heads, eps=eps)
-    h = modulated_norm(x, weights["ffn_norm1"], modulation[2], eps)
-    yield "feed_forward", h
-    yield "hidden", silu(linear(h, weights["feed_forward"]["w1"])) * linear(h, weights["feed_forward"]["w3"])
-    stream.x = feed(x, weights, modulation, eps=eps)
+    walk = network.runner.walk(blocks, streams, apply, without="adaLN_modulation")
+    while True:
+        seen.forget()
+        try:
+            done = next(walk)
+        except StopIteration as end:
+            return end.value
+        yield blocks[done - 1], seen.means()

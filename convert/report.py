@@ -156,7 +156,7 @@ def compare(pipe: ZImagePipeline, request: GenerateRequest, wanted: tuple[list[m
         exact = (stops[i + 1] - stops[i]) / float(sigmas[i + 1] - sigmas[i])
         errors.append(_relative(velocity(stops[i], i), exact))
     if not pipe.plan(request).keep:
-        pipe.transformer.source.release()
+        pipe.networks.release()
     off = float(np.square(own_pixels.astype(np.float32) - pixels).mean())
     return {
         "velocity_error": errors,

@@ -23,9 +23,32 @@ import numpy as np
 from mlx_zimage import GenerateRequest, Step, ZImageError, ZImagePipeline
 from mlx_zimage.dtypes import FLOATS
 from mlx_zimage.pipeline import Phase
+from mlx_zimage.weights.checkpoint import Component
 
 PROMPT = "a lighthouse on a cliff at dusk, oil painting, " * 6
 PHASES = ("encode", "denoise", "decode")
+
+
+class Counted:
+    """A network's weights, which note how many bytes of the disk were asked for."""
+
+    def __init__(self, stored: Component):
+        self.stored, self.config, self.shapes, self.rows = stored, stored.config, stored.shapes, stored.rows
+        self.nbytes = 0
+
+    def read(self, prefix, dtype, without="", stream=None):
+        self._count(prefix, without)
+        return self.stored.read(prefix, dtype, without, stream)
+
+    def read_all(self, prefixes, dtype, without=""):
+        for prefix in prefixes:
+            self._count(prefix, without)
+        return self.stored.read_all(prefixes, dtype, without)
+
+    def _count(self, prefix: str, without: str) -> None:
+        for name, entry in self.stored.entries.items():
+            inside = name.startswith(f"{prefix}.") and not (without and name.startswith(f"{prefix}.{without}"))
+            self.nbytes += entry.nbytes if inside or name == prefix else 0
 
 
 @dataclass
@@ -56,7 +79,8 @@ def draw(
     if pipe.dtype == mx.float16:
         pipe.encode("a")  # before anything is measured, the scale is found
     request = GenerateRequest(PROMPT, side, side, seed=3, steps=steps, num_images=count)
-    transformer, read, times = pipe.checkpoint.transformer, [], []
+    pipe.transformer.runner.weights = transformer = Counted(pipe.checkpoint.transformer)
+    read, times = [], []
     mx.clear_cache()
     meter = Meter()
     meter.enter("encode")
@@ -68,7 +92,7 @@ def draw(
                 meter.enter("decode")
         elif isinstance(event, Step):
             meter.enter("denoise")
-            read.append(transformer.bytes_read)
+            read.append(transformer.nbytes)
             times.append(time.perf_counter())
             latents = event.latents
         else:

@@ -14,27 +14,27 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from . import __version__
 from .errors import RequestError, ZImageError
-from .machine import default_dtype
-from .memory import largest_strip
-from .models.layers import pack, vae_dtype
+from .machine import default_dtype, unpack_from
+from .memory import Workload, largest_strip
+from .models.layers import linear, vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
 from .models.vae import VAE, VAEConfig
 from .pipeline import ZImagePipeline
-from .quantization import Quantization, default_quantization
+from .quantization import default_quantization
 from .scheduler import sigmas
-from .weights.blocks import Source
-from .weights.quantize import recipe
+from .weights.blocks import Blocks
+from .weights.random import RandomWeights
 
 # Architectures that random weights can be given: the real one, and one that a laptop's CPU runs in seconds.
 SIZES = {
@@ -66,42 +66,6 @@ class Case:
     mode: str | None = None
 
 
-class RandomComponent:
-    """Stands for a weights.Component: random arrays of the architecture's names and shapes, made when read."""
-
-    def __init__(self, name: str, config, quantization: Quantization | None = None):
-        self.config = config
-        self.shapes = config.shapes()
-        recipes = {weight: recipe(name, weight, shape, quantization) for weight, shape in self.shapes.items()}
-        self.quantizations = {weight.removesuffix(".weight"): q for weight, q in recipes.items() if q}
-
-    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream=None):
-        if prefix in self.shapes:
-            return self._weight(prefix, dtype)
-        start = len(prefix) + 1
-        tree = {}
-        for name in self.shapes:
-            if not name.startswith(f"{prefix}.") or (without and name.startswith(without, start)):
-                continue
-            weight, q = self._weight(name, dtype), self.quantizations.get(name.removesuffix(".weight"))
-            tree |= pack(name, weight, q) if q else {name: weight}
-        tree = tree_unflatten([(name[start:], array) for name, array in tree.items()])
-        mx.eval(tree)  # else the values would be made anew whenever they are used
-        return tree
-
-    def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[dict]:
-        return (self.read(prefix, dtype, without) for prefix in prefixes)
-
-    def rows(self, name: str, ids, dtype: mx.Dtype) -> mx.array:
-        return mx.random.normal((len(ids), self.shapes[name][1])).astype(dtype)
-
-    def _weight(self, name: str, dtype: mx.Dtype) -> mx.array:
-        shape = self.shapes[name]
-        if len(shape) == 1:
-            return mx.ones(shape, dtype)
-        return self.config.sanitize(name, (mx.random.normal(shape) * np.prod(shape[1:]).item() ** -0.5).astype(dtype))
-
-
 def random_networks(case: Case, size: str) -> tuple[TextEncoder, Transformer, VAE]:
     transformer, text_encoder, vae = SIZES[size]
     quantization = None
@@ -109,13 +73,14 @@ def random_networks(case: Case, size: str) -> tuple[TextEncoder, Transformer, VA
         quantization = default_quantization(case.bits, mode=case.mode or "affine")
     dtype = getattr(mx, case.dtype or default_dtype())
 
-    def source(name: str, config, dtype: mx.Dtype) -> Source:
-        return Source(RandomComponent(name, config, quantization), dtype)
+    def runner(name: str, config, dtype: mx.Dtype) -> Blocks:
+        return Blocks(RandomWeights(name, config, quantization), dtype)
 
+    product = partial(linear, unpack_from=unpack_from())
     return (
-        TextEncoder(text_encoder, source("text_encoder", text_encoder, dtype)),
-        Transformer(transformer, source("transformer", transformer, dtype)),
-        VAE(vae, source("vae", vae, vae_dtype(dtype))),
+        TextEncoder(text_encoder, runner("text_encoder", text_encoder, dtype), product),
+        Transformer(transformer, runner("transformer", transformer, dtype), product),
+        VAE(vae, runner("vae", vae, vae_dtype(dtype))),
     )
 
 
@@ -208,10 +173,11 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
             asked = f"bits={case.bits} and mode={case.mode}"
             raise RequestError(f"{asked} are for random weights, {model} has its own; leave them out or convert it")
         pipe = ZImagePipeline.from_pretrained(model, dtype=case.dtype)
-        pipe.planner.plan(case.width, case.height, 1, case.caption_tokens, case.steps, pipe.budget)  # or refuse
+        work = Workload(case.width, case.height, 1, case.caption_tokens, case.steps)
+        pipe.planner.plan(work, pipe.budget)  # or refuse
         text_encoder, transformer, vae = pipe.text_encoder, pipe.transformer, pipe.vae
         cold_start = time_first_step(model, case)
-    components = text_encoder.source.component, transformer.source.component
+    components = text_encoder.runner.weights, transformer.runner.weights
     packed = Counter(q for component in components for q in component.quantizations.values())
     for q, _ in packed.most_common(1):
         case = replace(case, bits=q.bits, mode=q.mode)
@@ -223,7 +189,7 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
 
     encode = timed(lambda: text_encoder(ids), repeat)
     cap_feats = text_encoder(ids)
-    text_encoder.source.release()
+    text_encoder.runner.release()
     schedule = sigmas(case.steps)
 
     def steps() -> mx.array:
@@ -234,7 +200,7 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
         return latents
 
     denoise = timed(steps, repeat)
-    transformer.source.release()
+    transformer.runner.release()
     vae.strip_bytes = largest_strip(vae.config, case.width, case.height)
     decode = timed(lambda: vae.decode(noise), repeat)
     rate = matmul_rate(tokens, dtype, config.dim, config.ffn_dim)

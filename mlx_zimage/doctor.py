@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
-from .machine import machine_budget
+from .machine import machine_budget, unpack_from
 from .models import NETWORKS
 from .models.layers import linear
 from .models.transformer import norm_and_rotate
@@ -87,7 +87,9 @@ def quantized(bits: int, rows: int) -> Callable:
         scales64, biases64 = (
             np.array(part.astype(mx.float32), dtype=np.float64)[..., None] for part in (scales, biases)
         )
-        found = linear(x, {"weight": weight, "scales": scales, "biases": biases})  # the way that is taken here
+        packing = {"group_size": 64, "bits": bits, "mode": "affine"}
+        layer = {"weight": weight, "scales": scales, "biases": biases, "packing": packing}
+        found = linear(x, layer, unpack_from())  # the way that is taken here
         return found, _product(x64, (dense * scales64 + biases64).reshape(out, width))
 
     return case

@@ -1,127 +1,127 @@
-"""Plans what of a model is in memory at once, so that a request stays within a budget.
+"""Plans what of the networks is in memory at once, so that a request stays within a budget.
 
-The plan is made before a weight is read, from the tensors' sizes and the request alone, and from bounds on working
-memory that were measured as MLX's peaks.
+A request is a list of stages, each of which runs some networks. The plan is made before a weight is read, from the
+tensors' sizes and the request alone, and from the measured bounds on working memory of `mlx_zimage.bounds`.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
 import mlx.core as mx
 
+from .bounds import FLOAT32_STRIPS, LARGEST, bounds
 from .dtypes import STORED
 from .errors import MemoryBudgetError, RequestError
 from .headroom import SIDE, TOKENS
 from .machine import backend
 from .models.layers import vae_dtype
-from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH, TURNED
+from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
 from .models.vae import CPU_STRIP, VAEConfig
 from .request import SIZE_MULTIPLE
 from .weights.blocks import READS_AHEAD
 from .weights.checkpoint import READERS, Checkpoint, Component
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-LARGEST = 2**30  # elements: MLX's CUDA kernels fail on more, so larger pictures are decoded by strips
+
+
+# ---- what is to be done, and the plan for it
 
 
 @dataclass(frozen=True)
-class Work:
-    """Bytes of intermediates on one backend and in one dtype, as upper bounds.
+class Workload:
+    """What a request takes: `images` of width x height pixels at once, prompts of at most `tokens`, and steps.
 
-    block, lean_block: of a transformer block in its two ways, per token and feature; picture: beside it, of each of
-    several pictures that take turns. layer: of a layer of the text encoder, per token and feature. score: of attention,
-    per head and pair of tokens. unpacked, lean_unpacked: of a packed block's dense form, per byte of it;
-    layer_unpacked: of a layer's. strips: the ways to decode, fastest first, whole or by strips of so many bytes: per
-    pixel and channel at full size, and in all; most: of any of them, per pixel and channel. late: what a GPU may hold
-    longer than it must of blocks that nothing waits for, as a part of the work: seen in one run of about ten.
+    prompts are run in each step: two with guidance.
     """
 
-    block: float
-    lean_block: float
-    picture: float
-    layer: float
-    score: float
-    unpacked: float
-    lean_unpacked: float
-    layer_unpacked: float
-    strips: dict[int | None, tuple[float, float]]
-    most: float
-    late: float = 0
-
-
-# The CPU's were measured there in float32, where nothing is fused and memory is taken ahead; the GPU's with MLX's CUDA
-# build, in each dtype. In float16 blocks add up, and the VAE computes, in float32.
-CPU = Work(
-    block=116, lean_block=84, picture=12, layer=150, score=4, unpacked=1.35, lean_unpacked=1.35, layer_unpacked=1.35,
-    strips={None: (24.4, 4.1e7), 2**20: (12.2, 5.1e7), 2**18: (12.2, 1.27e7), 2**16: (6.16, 6.7e6)}, most=64,
-)  # fmt: skip
-FLOAT32_STRIPS = {  # by its bytes, as in Work: of a VAE that computes in float32
-    None: (30.1, 9e6), 2**26: (6.1, 1.16e9), 2**24: (7.15, 3e8), 2**22: (4.03, 3.7e8), 2**20: (4.02, 9.6e7),
-    2**18: (4, 2.45e7), 2**16: (4, 5.1e6),
-}  # fmt: skip
-GPU = {
-    mx.bfloat16: Work(
-        block=66.5, lean_block=21.3, picture=7.5, layer=40, score=0, unpacked=2, lean_unpacked=0.67, layer_unpacked=1.1,
-        strips={
-            None: (27.5, 0), 2**26: (2.06, 1.235e9), 2**24: (3.77, 2.56e8), 2**22: (2.57, 2.07e8),
-            2**20: (2.48, 5.48e7), 2**18: (2.25, 1.58e7), 2**16: (2.25, 1.58e7),
-        },
-        most=27.5, late=0.5,
-    ),
-    mx.float16: Work(
-        block=102.7, lean_block=35.4, picture=15, layer=54, score=0, unpacked=2, lean_unpacked=0.67, layer_unpacked=1.1,
-        strips=FLOAT32_STRIPS, most=43, late=0.5,
-    ),
-    mx.float32: Work(
-        block=97.5, lean_block=66, picture=15, layer=130, score=4, unpacked=1.1, lean_unpacked=0.67, layer_unpacked=1.1,
-        strips=FLOAT32_STRIPS, most=43, late=0.5,
-    ),
-}  # fmt: skip
+    width: int
+    height: int
+    images: int
+    tokens: int
+    steps: int
+    prompts: int = 1
 
 
 @dataclass(frozen=True)
-class Network:
+class Footprint:
     """Bytes of a network's weights as computed with: of each block, in running order, and of all the rest.
 
     unpacked is the dense form of the largest packed block; reading is what is needed beside the weights while they are
     read: tensors as stored, where they are computed with in another dtype or order, of a block or of all READERS.
     """
 
-    blocks: dict[str, int]
+    blocks: Mapping[str, int]
     rest: int
-    unpacked: int
-    reading: int
+    unpacked: int = 0
+    reading: int = 0
 
     @property
     def total(self) -> int:
         return sum(self.blocks.values()) + self.rest
 
+    @property
     def moving(self) -> int:
         """What streaming holds: a block, and the next where that is read ahead."""
-        return (2 if READS_AHEAD[backend()] else 1) * max(self.blocks.values())
+        return (2 if READS_AHEAD[backend()] else 1) * max(self.blocks.values(), default=0)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do a stage's work: bytes of its intermediates, and what a GPU may hold of them for longer.
+
+    lean blocks give memory back in their middle; a VAE works by strips of strip_bytes, or on whole tensors.
+    """
+
+    work: int
+    late: int = 0
+    lean: bool = False
+    strip_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a request: the networks that it runs, by the names of their footprints; ways are fastest first.
+
+    leaves is what of its work stays for the next request if its networks do, in bytes.
+    """
+
+    name: str
+    networks: tuple[str, ...]
+    ways: tuple[Way, ...]
+    leaves: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a request is to be run.
 
-    keep: all networks stay for the next request; otherwise each goes when its phase is over. streamed names the blocks
-    read from disk whenever they are needed. peaks predicts the memory of each phase, in bytes; rooms is what it must
-    find in the budget, which is more where a GPU may still hold, at rare moments, what it has done with.
+    keep: all networks stay for the next request; otherwise each goes when its stage is over. streamed names the blocks
+    read from disk whenever they are needed. ways has the way of each stage. peaks predicts the memory of each stage, in
+    bytes; rooms is what it must find in the budget, which is more where a GPU may still hold, at rare moments, what it
+    has done with.
     """
 
     budget: int
     keep: bool
     streamed: frozenset[str]
-    lean: bool
-    strip_bytes: int | None
-    peaks: dict[str, int]
-    rooms: dict[str, int]
+    ways: Mapping[str, Way]
+    peaks: Mapping[str, int]
+    rooms: Mapping[str, int]
+
+    @property
+    def lean(self) -> bool:
+        """Whether blocks give memory back in their middle."""
+        return any(way.lean for way in self.ways.values())
+
+    @property
+    def strip_bytes(self) -> int | None:
+        """By strips of how many bytes images are decoded; None for whole ones."""
+        return self.ways["decode"].strip_bytes
 
     @property
     def peak(self) -> int:
@@ -132,26 +132,108 @@ class Plan:
         return max(self.rooms.values())
 
 
-def parse_memory(text: str | int) -> int:
-    """ "6GB", "800 MB", "4GiB" or a number of bytes."""
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", str(text), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise RequestError(f"memory must be a size such as 6GB or 800MB, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+# ---- planning
 
 
-def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: str = "") -> Network:
+@dataclass(frozen=True)
+class _Choice:
+    """A way of a stage, the blocks that it streams, and the weights that are then in memory."""
+
+    way: Way
+    streamed: frozenset[str]
+    held: int
+
+    @property
+    def room(self) -> int:
+        return self.held + self.way.work + self.way.late
+
+
+def make_plan(
+    stages: Sequence[Stage], footprints: Mapping[str, Footprint], budget: int, keep: bool | None = None
+) -> Plan:
+    """The fastest plan that fits the budget, else the leanest.
+
+    keep says whether all networks stay for the next request; None chooses. What is kept is not read for the next image;
+    reading a block takes longer than all that waiting costs.
+    """
+    plans = []
+    for kept in (True, False) if keep is None else (keep,):
+        choose = _all_kept(stages, footprints, budget) if kept else _one_by_one(footprints, budget)
+        chosen = {stage.name: choose(stage) for stage in stages}
+        plan = Plan(
+            budget,
+            kept,
+            frozenset[str]().union(*(choice.streamed for choice in chosen.values())),
+            {name: choice.way for name, choice in chosen.items()},
+            {name: choice.held + choice.way.work for name, choice in chosen.items()},
+            {name: choice.room for name, choice in chosen.items()},
+        )
+        if plan.room <= budget:
+            return plan
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.room)
+
+
+def _all_kept(stages: Sequence[Stage], footprints: Mapping[str, Footprint], budget: int) -> Callable[[Stage], _Choice]:
+    weights = sum(network.total for network in footprints.values())
+    weights += max(network.reading for network in footprints.values())
+    left = sum(stage.leaves for stage in stages)
+
+    def choose(stage: Stage) -> _Choice:
+        held = weights + left - stage.leaves
+        return _fastest([_Choice(way, frozenset(), held) for way in stage.ways], budget)
+
+    return choose
+
+
+def _one_by_one(footprints: Mapping[str, Footprint], budget: int) -> Callable[[Stage], _Choice]:
+    def choose(stage: Stage) -> _Choice:
+        network = _together([footprints[name] for name in stage.networks])
+        return _fastest([_Choice(way, *_stream(network, budget - way.work - way.late)) for way in stage.ways], budget)
+
+    return choose
+
+
+def _fastest(choices: Sequence[_Choice], budget: int) -> _Choice:
+    fitting = [choice for choice in choices if choice.room <= budget]
+    if not fitting:
+        return min(choices, key=lambda choice: choice.room)
+    return min(fitting, key=lambda choice: len(choice.streamed))
+
+
+def _together(networks: Sequence[Footprint]) -> Footprint:
+    blocks = {name: size for network in networks for name, size in network.blocks.items()}
+    unpacked, reading = (max(getattr(network, part) for network in networks) for part in ("unpacked", "reading"))
+    return Footprint(blocks, sum(network.rest for network in networks), unpacked, reading)
+
+
+def _stream(network: Footprint, room: int) -> tuple[frozenset[str], int]:
+    """The blocks to stream so that the weights fit into room, and what is then in memory; all of them if none fit."""
+    if network.total + network.reading <= room:
+        return frozenset(), network.total + network.reading
+    kept, held = [], network.rest + network.reading + network.moving
+    for name, size in network.blocks.items():
+        if held + size > room:
+            break
+        kept.append(name)
+        held += size
+    return frozenset(network.blocks).difference(kept), held
+
+
+# ---- this model's stages
+
+
+def measure(component: Component, dtype: mx.Dtype, without: str = "") -> Footprint:
     """The sizes of a network that computes in dtype; tensors beginning with `without` in a block are not counted."""
+    blocks = component.config.blocks
     sizes, dense, stored = (dict.fromkeys(blocks, 0) for _ in range(3))
     rest = largest = 0
-    shapes = component.config.shapes()
+    shapes = component.shapes
     for name, entry in component.entries.items():
         packed = entry.dtype.startswith("U")
         nbytes = entry.nbytes if packed else prod(entry.shape) * dtype.size
-        block = ".".join(name.split(".")[: 3 if name.startswith("model.") else 2])
-        if block not in sizes:
+        block = _block_of(name, sizes)
+        if block is None:
             rest += nbytes
         elif not (without and name.startswith(f"{block}.{without}")):
             sizes[block] += nbytes
@@ -162,7 +244,13 @@ def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: s
             if entry.dtype == "U32":
                 dense[block] += prod(shapes[name]) * dtype.size
     at_once = 0 if READS_AHEAD[backend()] else READERS * largest
-    return Network(sizes, rest, max(dense.values(), default=0), max(*stored.values(), at_once))
+    return Footprint(sizes, rest, max(dense.values(), default=0), max(*stored.values(), at_once))
+
+
+def _block_of(name: str, blocks: Mapping[str, int]) -> str | None:
+    """The block that a tensor belongs to, if any."""
+    prefixes = (name[:i] for i, letter in enumerate(name) if letter == ".")
+    return next((prefix for prefix in prefixes if prefix in blocks), None)
 
 
 class Planner:
@@ -171,112 +259,87 @@ class Planner:
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.work = CPU if backend() == "cpu" else GPU[dtype]
-        transformer, encoder = checkpoint.transformer.config, checkpoint.text_encoder.config
-        refiners = [f"context_refiner.{i}" for i in range(transformer.n_refiner_layers)]
-        layers = [f"model.layers.{i}" for i in range(encoder.used_layers)]
-        self.transformer = measure(
-            checkpoint.transformer, refiners + transformer.modulated, dtype, without="adaLN_modulation"
-        )
-        # the rest of the text encoder is its embedding, of which only rows are read, and an unused layer
-        self.text_encoder = replace(measure(checkpoint.text_encoder, layers, dtype), rest=0)
+        self.bounds = bounds(dtype)
         self.vae_dtype = vae_dtype(dtype)
-        self.vae_decoder = sum(
+        decoder = sum(
             prod(entry.shape) * self.vae_dtype.size
             for name, entry in checkpoint.vae.entries.items()
             if name.startswith("decoder.")
         )
+        self.footprints = {
+            # its rest is the embedding, of which only rows are read, and an unused layer
+            "text_encoder": replace(measure(checkpoint.text_encoder, dtype), rest=0),
+            "transformer": measure(checkpoint.transformer, dtype, without="adaLN_modulation"),
+            "vae": Footprint({}, decoder),
+        }
 
-    def plan(
-        self, width: int, height: int, images: int, tokens: int, steps: int, budget: int, keep: bool | None = None
-    ) -> Plan:
-        """The fastest plan for pictures of width x height pixels, a prompt of `tokens` and `steps`, in the budget.
-
-        keep says whether all networks stay for the next request; None chooses.
-        """
-        work = images, tokens, steps, budget, keep
-        best = self._best(width, height, *work)
+    def plan(self, work: Workload, budget: int, keep: bool | None = None) -> Plan:
+        """The fastest plan for a workload within a budget of bytes; MemoryBudgetError where there is none."""
+        best = self._best(work, budget, keep)
         if best.room <= budget:
             return best
-        side = self._largest_side(max(width, height), *work)
+        side = self._largest_side(work, budget, keep)
         smaller = f"at most {side}x{side} pixels at once fit {tell(budget)}" if side else "no size fits it"
         kept = " with the model kept" if keep else ""
         move = "do not keep the model" if keep else "allow more, draw less at once"
         raise MemoryBudgetError(
-            f"{images} picture{'s' * (images > 1)} of {width}x{height} cannot be drawn in {tell(budget)}{kept}: the "
-            f"least that works is {tell(best.room)}, and {smaller}; {move}, or convert the model to fewer bits"
+            f"{work.images} picture{'s' * (work.images > 1)} of {work.width}x{work.height} cannot be drawn in "
+            f"{tell(budget)}{kept}: the least that works is {tell(best.room)}, and {smaller}; {move}, or convert the "
+            f"model to fewer bits"
         )
 
-    def _best(self, width: int, height: int, *work) -> Plan:
-        """The fastest plan that fits the budget, else the leanest.
+    def _best(self, work: Workload, budget: int, keep: bool | None) -> Plan:
+        return make_plan(self.stages(work), self.footprints, budget, keep)
 
-        What is kept is not read for the next picture; reading a block takes longer than all that waiting costs.
-        """
-        *_, budget, _ = work
-        plans = list(self._candidates(width, height, *work))
-        fitting = [plan for plan in plans if plan.room <= budget]
-        if not fitting:
-            return min(plans, key=lambda plan: plan.room)
-        return min(fitting, key=lambda plan: (not plan.keep, len(plan.streamed), plan.lean))
+    def _largest_side(self, work: Workload, budget: int, keep: bool | None) -> int:
+        """The side of the largest square that fits the budget, at most the work's; 0 if none does."""
 
-    def _largest_side(self, side: int, *work) -> int:
-        """The side of the largest square that fits the budget, at most `side`; 0 if none does."""
+        def too_large(side: int) -> bool:
+            return self._best(replace(work, width=side, height=side), budget, keep).room > budget
 
-        *_, budget, _ = work
-
-        def too_large(n: int) -> bool:
-            return self._best(n, n, *work).room > budget
-
+        side = max(work.width, work.height)
         return SIZE_MULTIPLE * bisect_left(range(SIZE_MULTIPLE, side + 1, SIZE_MULTIPLE), True, key=too_large)
 
-    def _candidates(
-        self, width: int, height: int, images: int, tokens: int, steps: int, budget: int, keep: bool | None
-    ) -> Iterator[Plan]:
-        """Plans of every kind; of those that differ only in how they decode, the fastest first."""
+    def stages(self, work: Workload) -> list[Stage]:
+        """Encoding the prompts, denoising, and decoding the images."""
         if self.dtype == mx.float16:  # what its scale is found with must fit, too
-            width, height, tokens = max(width, SIDE), max(height, SIDE), max(tokens, TOKENS)
-        keeps = (True, False) if keep is None else (keep,)
-        whole = decodes_whole(self.checkpoint.vae.config, width, height)
-        ways = [strip for strip in self.work.strips if strip or whole]
-        plans = ((keep, lean, strips) for keep in keeps for lean in (False, True) for strips in ways)
-        modulations = self.modulations(steps)
-        for keep, lean, strip_bytes in plans:
-            remembered = modulations if keep else 0
-            work = {
-                "encode": self.encode_work(tokens) + remembered,
-                "denoise": self.denoise_work(width, height, images, tokens, lean) + modulations,
-                "decode": self.decode_work(width, height, strip_bytes) + remembered,
-            }
-            late = 0 if lean else int(self.work.late * work["denoise"])
-            rooms = work | {"denoise": work["denoise"] + late}
-            if keep:
-                streamed = frozenset()
-                networks = self.text_encoder, self.transformer
-                weights = sum(network.total for network in networks) + max(network.reading for network in networks)
-                held = dict.fromkeys(work, weights + self.vae_decoder)
-            else:
-                streamed_layers, layers = _stream(self.text_encoder, budget - rooms["encode"])
-                streamed_blocks, blocks = _stream(self.transformer, budget - rooms["denoise"])
-                streamed = streamed_layers | streamed_blocks
-                held = {"encode": layers, "denoise": blocks, "decode": self.vae_decoder}
-            peaks, rooms = ({phase: held[phase] + part[phase] for phase in work} for part in (work, rooms))
-            yield Plan(budget, keep, streamed, lean, strip_bytes, peaks, rooms)
+            width, height, tokens = max(work.width, SIDE), max(work.height, SIDE), max(work.tokens, TOKENS)
+            work = replace(work, width=width, height=height, tokens=tokens)
+        modulations = self.modulations(work.steps)
+        denoise = []
+        for lean in (False, True):
+            nbytes = self.denoise_work(work, lean) + modulations
+            denoise.append(Way(nbytes, 0 if lean else int(self.bounds.late * nbytes), lean=lean))
+        whole = decodes_whole(self.checkpoint.vae.config, work.width, work.height)
+        decode = [
+            Way(self.decode_work(work.width, work.height, strip), strip_bytes=strip)
+            for strip in self.bounds.strips
+            if strip or whole
+        ]
+        return [
+            Stage("encode", ("text_encoder",), (Way(self.encode_work(work.tokens)),)),
+            Stage("denoise", ("transformer",), tuple(denoise), leaves=modulations),
+            Stage("decode", ("vae",), tuple(decode)),
+        ]
 
     def encode_work(self, tokens: int) -> int:
-        config, work = self.checkpoint.text_encoder.config, self.work
+        config, bound = self.checkpoint.text_encoder.config, self.bounds
         widths = tokens * max(config.hidden_size, config.num_attention_heads * config.head_dim)
-        scores = work.score * config.num_attention_heads * tokens**2
-        return int(work.layer * widths + scores + work.layer_unpacked * self.text_encoder.unpacked)
+        scores = bound.score * config.num_attention_heads * tokens**2
+        unpacked = bound.layer_unpacked * self.footprints["text_encoder"].unpacked
+        return int(bound.layer * widths + scores + unpacked)
 
-    def denoise_work(self, width: int, height: int, images: int, tokens: int, lean: bool) -> int:
-        config, scale, work = self.checkpoint.transformer.config, self.checkpoint.vae.config.scale * PATCH, self.work
-        image_tokens = (width // scale) * (height // scale)
-        length = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, tokens))
-        together = min(images, max(1, MAX_TOKENS // length))
-        block = (work.lean_block if lean else work.block) * length * config.dim
-        block += work.score * config.n_heads * length**2
-        others = work.picture * images * length * config.dim if images > together else 0
-        unpacked = (work.lean_unpacked if lean else work.unpacked) * self.transformer.unpacked
+    def denoise_work(self, work: Workload, lean: bool) -> int:
+        config, scale = self.checkpoint.transformer.config, self.checkpoint.vae.config.scale * PATCH
+        bound = self.bounds
+        image_tokens = (work.width // scale) * (work.height // scale)
+        length = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, work.tokens))
+        together = min(work.images, max(1, TOKENS_AT_ONCE // length))
+        block = (bound.lean_block if lean else bound.block) * length * config.dim
+        block += bound.score * config.n_heads * length**2
+        waiting = work.prompts * work.images if work.prompts * work.images > together else 0
+        others = bound.waiting * waiting * length * config.dim
+        unpacked = (bound.lean_unpacked if lean else bound.unpacked) * self.footprints["transformer"].unpacked
         return int(together * block + others + unpacked)
 
     def modulations(self, steps: int) -> int:
@@ -287,34 +350,34 @@ class Planner:
 
     def decode_work(self, width: int, height: int, strip_bytes: int | None) -> int:
         widths, itemsize = self.checkpoint.vae.config.block_out_channels, self.vae_dtype.size
-        by_pixel, at_least = self.work.strips[strip_bytes]
+        strip = self.bounds.strips[strip_bytes]
         row = width * widths[1] * itemsize  # of the widest tensor: a strip has one at least
-        at_least *= max(1, row / (strip_bytes or CPU_STRIP))
+        at_least = strip.at_least * max(1, row / (strip_bytes or CPU_STRIP))
         size = width * height * widths[0]
-        return int(min(self.work.most * size, by_pixel * size + at_least))
+        return int(min(self.bounds.most * size, strip.by_pixel * size + at_least))
 
 
 def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
-    """Whether a picture of width x height pixels may be decoded without strips, memory aside."""
+    """Whether an image of width x height pixels may be decoded without strips, memory aside."""
     return backend() == "cpu" or width * height * config.block_out_channels[1] < LARGEST
 
 
 def largest_strip(config: VAEConfig, width: int, height: int) -> int | None:
-    """The strip_bytes that decode a picture of width x height pixels fastest, memory aside."""
+    """The strip_bytes that decode an image of width x height pixels fastest, memory aside."""
     return None if decodes_whole(config, width, height) else max(filter(None, FLOAT32_STRIPS))
 
 
-def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:
-    """The blocks to stream so that the weights fit into room, and what is then in memory; all of them if none fit."""
-    if network.total + network.reading <= room:
-        return frozenset(), network.total + network.reading
-    kept, held = [], network.rest + network.reading + network.moving()
-    for name, size in network.blocks.items():
-        if held + size > room:
-            break
-        kept.append(name)
-        held += size
-    return frozenset(network.blocks).difference(kept), held
+# ---- sizes for people
+
+
+def parse_memory(text: str | int) -> int:
+    """ "6GB", "800 MB", "4GiB" or a number of bytes."""
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", str(text), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise RequestError(f"memory must be a size such as 6GB or 800MB, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def tell(nbytes: int) -> str:

@@ -32,13 +32,6 @@ class Quantization:
         if self.group_size not in groups:
             raise RequestError(f"{self.mode} quantization takes groups of {_either(groups)}, got {self.group_size}")
 
-    @classmethod
-    def of(cls, weight: tuple, scales: tuple, affine: bool, width: int) -> Quantization:
-        """Read the packing back from the shapes of a packed weight and its scales; width is the layer's input."""
-        bits, group_size = weight[-1] * 32 // width, width // scales[-1]
-        mode = "affine" if affine else {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}[bits, group_size]
-        return cls(bits, group_size, mode)
-
     def packed(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that stand for the dense weight `name` of `shape` (out, in)."""
         layer = name.removesuffix(".weight")

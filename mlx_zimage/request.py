@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from numbers import Integral, Real
+from typing import Any
 
 from .errors import RequestError
 
@@ -16,6 +18,8 @@ MAX_PROMPT = 32_000  # characters; 512 tokens are read; megabytes would take sec
 MAX_STEPS = 1000
 MAX_NUMBER = 1000  # of shift and guidance, which are of the order of 1 to 10
 RNGS = ("torch", "mlx")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+REQUIRED: Any = None  # the default of a field that must be given, after others that need not
 
 
 @dataclass(frozen=True)
@@ -25,40 +29,63 @@ class GenerateRequest:
     prompt and negative_prompt are cut after 512 tokens. width and height are pixels, multiples of 16 up to 8192. seed
     is from 0 to 2**64 - 1, and rng says whose noise it gives: "torch" or "mlx". steps, 1 to 1000, are calls of the
     transformer. guidance_scale counts as diffusers does, and 0 is off. shift bends the schedule towards noise; None is
-    the model's own. num_images pictures are drawn at once from one seed.
+    the model's own. num_images pictures are drawn at once from one seed. latents is the SHA-256 of the initial noise
+    where it is not the seed's: see `mlx_zimage.inputs`. width, height and steps may be None until a model gives its
+    own, as `completed` does.
     """
 
     prompt: str
-    width: int
-    height: int
-    seed: int
-    steps: int = 8
+    width: int | None = None
+    height: int | None = None
+    seed: int = REQUIRED
+    steps: int | None = None
     guidance_scale: float = 0.0  # g here is "cfg g + 1" elsewhere
     negative_prompt: str = ""
     shift: float | None = None  # None: what the model's scheduler says
     num_images: int = 1
     rng: str = "torch"
+    latents: str | None = None
 
     def __post_init__(self):
         check_prompt(self.prompt, "prompt")
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; describe the picture in a few words")
         check_prompt(self.negative_prompt, "negative prompt")
-        check_size("width", self.width)
-        check_size("height", self.height)
+        if self.width is not None:
+            check_size("width", self.width)
+        if self.height is not None:
+            check_size("height", self.height)
         _check_int("seed", self.seed, 0, MAX_SEED, "2**64 - 1")
-        _check_int("steps", self.steps, 1, MAX_STEPS)
+        if self.steps is not None:
+            _check_int("steps", self.steps, 1, MAX_STEPS)
         _check_int("num_images", self.num_images, 1, 1000)
         _check_number("guidance_scale", self.guidance_scale, 0.0)
         if self.shift is not None:
             _check_number("shift", self.shift, 0.01)
         if self.rng not in RNGS:
             raise RequestError(f"rng must be one of {', '.join(RNGS)}, got {self.rng!r}")
+        if self.latents is not None and not (isinstance(self.latents, str) and DIGEST.fullmatch(self.latents)):
+            raise RequestError(f"latents must be the SHA-256 of an array in hexadecimal, got {self.latents!r}")
 
         for field in fields(self):  # NumPy's numbers become Python's, so that a request is always JSON
             value = getattr(self, field.name)
             if isinstance(value, Real) and type(value) not in (int, float):
                 object.__setattr__(self, field.name, int(value) if isinstance(value, Integral) else float(value))
+
+    def completed(self, side: int, steps: int) -> GenerateRequest:
+        """The request with what a model gives where it is unset: side x side pixels, and its number of steps."""
+        width, height, steps = (
+            value if given is None else given
+            for given, value in ((self.width, side), (self.height, side), (self.steps, steps))
+        )
+        return replace(self, width=width, height=height, steps=steps)
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """Width, height and steps; RequestError while one of them is unset."""
+        if self.width is None or self.height is None or self.steps is None:
+            raise RequestError("the request has no size or steps yet; a pipeline's `complete` gives the model's own")
+        return self.width, self.height, self.steps
 
     def to_dict(self) -> dict:
         """Its fields, ready for JSON."""

@@ -15,6 +15,7 @@ from . import scheduler
 from .errors import NumericsError
 
 Velocity = Callable[[mx.array, int], mx.array]
+Velocities = Callable[[mx.array, int], Sequence[mx.array]]  # one of each prompt
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,14 @@ def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float]) -> I
         yield Step(i, steps, float(sigmas[i + 1]), latents, clean)
 
 
-def guide(positive: Velocity, negative: Velocity, scale: float) -> Velocity:
-    """Classifier-free guidance in diffusers' convention: positive + scale * (positive - negative)."""
+def guide(velocities: Velocities, scale: float) -> Velocity:
+    """Classifier-free guidance in diffusers' convention: positive + scale * (positive - negative).
+
+    velocities gives the positive prompt's, and the negative's where there is one.
+    """
 
     def velocity(latents: mx.array, i: int) -> mx.array:
-        wanted = positive(latents, i)
-        return wanted + scale * (wanted - negative(latents, i))
+        wanted, *unwanted = velocities(latents, i)
+        return wanted + scale * (wanted - unwanted[0]) if unwanted else wanted
 
     return velocity

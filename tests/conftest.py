@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 from tiny import Golden
 
 from mlx_zimage import ZImagePipeline
+from mlx_zimage.weights.checkpoint import Component
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,3 +79,26 @@ def watch(monkeypatch):
     mx.disable_compile()
     yield watch
     mx.enable_compile()
+
+
+@pytest.fixture
+def bytes_read(monkeypatch) -> Counter:
+    """The bytes of tensors on disk that each network has read."""
+    seen: Counter = Counter()
+    read, rows = Component.read, Component.rows
+
+    def counted_read(self, prefix, dtype, without="", stream=None):
+        seen[self.name] += sum(
+            entry.nbytes
+            for name, entry in self.entries.items()
+            if name == prefix or (name.startswith(f"{prefix}.") and not (without and without in name))
+        )
+        return read(self, prefix, dtype, without, stream)
+
+    def counted_rows(self, name, ids, dtype):
+        seen[self.name] += len(ids) * self.entries[name].nbytes // self.entries[name].shape[0]
+        return rows(self, name, ids, dtype)
+
+    monkeypatch.setattr(Component, "read", counted_read)
+    monkeypatch.setattr(Component, "rows", counted_rows)
+    return seen

@@ -13,6 +13,7 @@ from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.weights.blocks import READS_AHEAD
+from mlx_zimage.weights.random import RandomWeights
 
 TINY = (
     TransformerConfig(dim=192, n_layers=2, n_refiner_layers=1, n_heads=6, cap_feat_dim=64, axes_dims=(8, 12, 12)),
@@ -116,20 +117,20 @@ def test_the_first_step_is_timed_with_a_models_scale_known(monkeypatch, tmp_path
 def test_random_weights_are_made_by_the_caller_where_others_are_read_by_threads(tiny, monkeypatch):
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", bits=8)
     monkeypatch.setitem(READS_AHEAD, backend(), False)
-    made, names = bench.RandomComponent.read, set()
+    made, names = RandomWeights.read, set()
 
     def noted(self, *args, **kwargs):
         names.add(threading.current_thread().name)
         return made(self, *args, **kwargs)
 
-    monkeypatch.setattr(bench.RandomComponent, "read", noted)
+    monkeypatch.setattr(RandomWeights, "read", noted)
     assert bench.bench(size="tiny", case=case, repeat=1)["steps"]["median_s"] > 0
     assert names == {"MainThread"}, "or the peak would be that of several at once"
 
 
 def test_random_weights_have_the_names_and_shapes_of_the_architecture(tiny):
     transformer = bench.random_networks(bench.Case(bits=8, dtype="float32"), "tiny")[1]
-    tree = transformer.source.once("layers.1")
+    tree = transformer.runner.once("layers.1")
     dense = transformer.config.shapes()["layers.1.attention.to_q.weight"]
     packed = tree["attention"]["to_q"]
     assert packed["weight"].shape == (dense[0], dense[1] * 8 // 32) and packed["weight"].dtype == mx.uint32

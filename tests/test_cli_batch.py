@@ -178,7 +178,7 @@ def test_info_prints_what_a_picture_remembers(run):
 
 
 def test_info_writes_out_what_a_terminal_would_obey(tmp_path):
-    request = GenerateRequest("a\x1b]0;b\a cat\x9b2J\t\n猫", 16, 16, seed=1)
+    request = GenerateRequest("a\x1b]0;b\a cat\x9b2J\t\n猫", 16, 16, seed=1, steps=8)
     save(np.zeros((16, 16, 3), np.uint8), tmp_path / "a.png", origin=Origin(request, "m", "f", "float32"))
     result = CliRunner().invoke(cli.main, ["info", str(tmp_path / "a.png")], color=True)  # as on a terminal
     assert result.stdout.startswith("a\\x1b]0;b\\x07 cat\\x9b2J\\t\n猫\nSteps: 8")

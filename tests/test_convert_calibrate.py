@@ -16,7 +16,8 @@ from mlx_zimage.convert.calibrate import Calibration, cholesky, moments
 from mlx_zimage.convert.pack import pack, unpack
 from mlx_zimage.convert.report import compare, draw
 from mlx_zimage.errors import RequestError
-from mlx_zimage.models import transformer
+from mlx_zimage.models.layers import linear
+from mlx_zimage.models.transformer import Transformer
 from mlx_zimage.quantization import Quantization
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
@@ -34,7 +35,7 @@ def quick(monkeypatch):
 def test_moments_are_those_of_what_the_matrices_are_given(pipe, monkeypatch):
     given = {}
 
-    def watched(x, weights, linear=transformer.linear):
+    def watched(x, weights):
         flat = x.reshape(-1, x.shape[-1])
         key = tuple(np.array(weights["weight"][0, :3]).tolist())  # random weights tell which matrix it is
         total, rows = given.get(key, (0, 0))
@@ -43,8 +44,9 @@ def test_moments_are_those_of_what_the_matrices_are_given(pipe, monkeypatch):
 
     found = dict(moments(pipe, [PROMPT], SIZE, STEPS))
     request = GenerateRequest(prompt=PROMPT, width=SIZE, height=SIZE, seed=0, steps=STEPS)
+    network = pipe.transformer
     with monkeypatch.context() as patched:
-        patched.setattr(transformer, "linear", watched)
+        patched.setattr(pipe.networks, "transformer", Transformer(network.config, network.runner, watched))
         list(pipe.denoise(request))
     config = pipe.transformer.config
     assert list(found) == [*config.modulated, *(f"context_refiner.{i}" for i in range(config.n_refiner_layers))]

@@ -1,5 +1,6 @@
 """What a picture costs, in numbers that are the same on every machine: calls, traces and bytes read."""
 
+from collections import Counter
 from dataclasses import replace
 
 import mlx.core as mx
@@ -36,7 +37,7 @@ def test_each_part_runs_as_often_as_it_must(fresh, watch, guidance_scale, prompt
         "layers of the encoder": (watch(text_encoder, "layer"), prompts * LAYERS),
         "captions refined": (watch(Transformer, "embed_caption"), prompts),
         "schedules": (watch(transformer, "time_embedding"), 1),
-        "evaluations": (watch(Transformer, "__call__"), prompts * STEPS),
+        "evaluations": (watch(Transformer, "finish"), prompts * STEPS),
     }
     asked = request(guidance_scale=guidance_scale, negative_prompt="blurry", num_images=2)
     list(fresh.stream(asked))
@@ -99,13 +100,13 @@ def nbytes(component, *prefixes: str, without: str = "-") -> int:
     )
 
 
-def reads(pipe: ZImagePipeline, asked: GenerateRequest) -> tuple[int, list[int], list[int]]:
+def reads(pipe: ZImagePipeline, asked: GenerateRequest, seen: Counter) -> tuple[int, list[int], list[int]]:
     """Bytes of tensors read: by the encoder, by the transformer until each step, and by the VAE for each picture."""
-    networks = pipe.text_encoder.source.component, pipe.transformer.source.component, pipe.vae.source.component
-    before = [component.bytes_read for component in networks]
+    names = "text_encoder", "transformer", "vae"
+    before = [seen[name] for name in names]
     steps, pictures = [], []
     for event in pipe.events(asked):
-        encoder, denoiser, vae = (component.bytes_read - n for component, n in zip(networks, before, strict=True))
+        encoder, denoiser, vae = (seen[name] - n for name, n in zip(names, before, strict=True))
         if isinstance(event, Step):
             steps.append(denoiser - sum(steps))
         elif not isinstance(event, Phase):
@@ -120,22 +121,23 @@ def run_streamed(pipe: ZImagePipeline, monkeypatch, keep: bool, streamed: set[st
     )
 
 
-def test_a_kept_model_is_read_once(fresh):
+def test_a_kept_model_is_read_once(fresh, bytes_read):
     encoder, network, vae = fresh.checkpoint.text_encoder, fresh.checkpoint.transformer, fresh.checkpoint.vae
     ids = fresh.tokenize(request().prompt)
     row = encoder.entries["model.embed_tokens.weight"].nbytes // tiny.TEXT_ENCODER["vocab_size"]
     of_encoder = len(ids) * row + nbytes(encoder, *(f"model.layers.{i}" for i in range(LAYERS)))
     assert fresh.plan(request()).keep
-    read, steps, pictures = reads(fresh, request(num_images=2))
+    read, steps, pictures = reads(fresh, request(num_images=2), bytes_read)
     assert read == of_encoder
     assert steps == [sum(entry.nbytes for entry in network.entries.values()), *[0] * (STEPS - 1)]
     assert pictures == [nbytes(vae, "decoder"), 0]
-    assert reads(fresh, request(seed=1)) == (0, [0] * STEPS, [0])
+    assert reads(fresh, request(seed=1), bytes_read) == (0, [0] * STEPS, [0])
 
 
-def test_a_staged_model_is_read_once_a_request(fresh):
+def test_a_staged_model_is_read_once_a_request(fresh, bytes_read):
     fresh.keep = False
-    first, second = reads(fresh, request()), reads(fresh, request(prompt="a blue fox", seed=1))
+    first = reads(fresh, request(), bytes_read)
+    second = reads(fresh, request(prompt="a blue fox", seed=1), bytes_read)
     everything = sum(entry.nbytes for entry in fresh.checkpoint.transformer.entries.values())
     assert first[1] == second[1] == [everything, *[0] * (STEPS - 1)], "of a request, nothing stays"
     assert first[0] and second[0], "the encoder is read for each prompt"
@@ -143,10 +145,26 @@ def test_a_staged_model_is_read_once_a_request(fresh):
 
 
 @pytest.mark.parametrize("streamed", [set(BLOCKS), set(BLOCKS[3:5])], ids=["all", "some"])
-def test_a_streamed_block_is_read_once_a_step_without_what_is_not_needed(fresh, monkeypatch, streamed):
+def test_a_streamed_block_is_read_once_a_step_without_what_is_not_needed(fresh, monkeypatch, streamed, bytes_read):
     run_streamed(fresh, monkeypatch, keep=False, streamed=streamed)
     network = fresh.checkpoint.transformer
-    _, steps, _ = reads(fresh, request())
+    _, steps, _ = reads(fresh, request(), bytes_read)
     everything = sum(entry.nbytes for entry in network.entries.values())
     again = nbytes(network, *(streamed & set(MODULATED)), without="adaLN_modulation")
     assert steps == [everything, *[again] * (STEPS - 1)]
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_streamed_block_is_read_once_a_step_for_all_that_need_it(fresh, monkeypatch, bytes_read, watch, images):
+    """For both prompts of guidance, and for images that take turns."""
+    run_streamed(fresh, monkeypatch, keep=False, streamed=set(BLOCKS))
+    monkeypatch.setattr(transformer, "TOKENS_AT_ONCE", 1)  # one image at a time
+    fed = watch(transformer, "feed_forward")
+    asked = request(guidance_scale=2.0, negative_prompt="blurry " * 20, num_images=images)
+    _, steps, _ = reads(fresh, asked, bytes_read)
+    network = fresh.checkpoint.transformer
+    again = nbytes(network, *MODULATED, without="adaLN_modulation")
+    # the context refiners are read for each prompt, which are encoded once a request
+    refiners = nbytes(network, "context_refiner.0", "context_refiner.1")
+    assert steps == [sum(entry.nbytes for entry in network.entries.values()) + refiners, *[again] * (STEPS - 1)]
+    assert len(fed) == 2 * len(BLOCKS[:2]) + STEPS * 2 * images * len(MODULATED)

@@ -13,8 +13,7 @@ from mlx_zimage import ZImagePipeline
 from mlx_zimage.machine import backend
 from mlx_zimage.models import text_encoder, transformer, vae
 from mlx_zimage.models.layers import linear, sum_dtype
-from mlx_zimage.models.transformer import positions, rope_table
-from mlx_zimage.weights.blocks import Source
+from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import Component
 
 PRODUCTS = {"Matmul", "AddMM", "GatherMM", "QuantizedMatmul", "Convolution", "ScaledDotProductAttention"}
@@ -32,7 +31,7 @@ def bf16_pipe(tiny_folder):
 
 def vae_of(pipe) -> vae.VAE:
     """The VAE as on a GPU: on a CPU, it computes in float32 whatever the model does."""
-    return vae.VAE(pipe.vae.config, Source(pipe.checkpoint.vae, sum_dtype(pipe.dtype)))
+    return vae.VAE(pipe.vae.config, Blocks(pipe.checkpoint.vae, sum_dtype(pipe.dtype)))
 
 
 @pytest.fixture
@@ -63,10 +62,9 @@ def products(monkeypatch):
 def run_transformer(pipe, latents: mx.array) -> mx.array:
     """One call for latents (B, h, w, 16), from the caption's embedding on."""
     network = pipe.transformer
-    caption = network.embed_caption(mx.ones((20, network.config.cap_feat_dim)))
+    caption = network.caption(mx.ones((20, network.config.cap_feat_dim)), *latents.shape[1:3])
     blocks, final = mx.ones((5, 4, network.config.dim), pipe.dtype), mx.ones(network.config.dim, pipe.dtype)
-    table = positions(caption.shape[1], *latents.shape[1:3])
-    return network(latents, caption, blocks, final, *rope_table(table, network.config.axes_dims, 256.0))
+    return network(latents, [caption], blocks, final)[0]
 
 
 def test_the_transformer_multiplies_in_its_dtype(typed_pipe, products):
@@ -115,7 +113,8 @@ def test_the_time_embedding_of_a_bfloat16_model_is_that_of_a_float32_one(pipe, b
 @pytest.mark.parametrize("scales", [mx.bfloat16, mx.float32])
 def test_a_quantized_layer_multiplies_in_the_dtype_of_its_input(products, scales):
     weight, scale, bias = mx.quantize(mx.random.normal((32, 64)).astype(scales), group_size=32, bits=4)
-    weights = {"weight": weight, "scales": scale, "biases": bias}
+    packing = {"group_size": 32, "bits": 4, "mode": "affine"}
+    weights = {"weight": weight, "scales": scale, "biases": bias, "packing": packing}
     assert products(lambda x: linear(x, weights), mx.zeros((3, 64), mx.bfloat16)) == [{mx.bfloat16}]
 
 
@@ -144,12 +143,13 @@ def test_a_float32_result_that_is_not_cast_back_is_seen(bf16_pipe, products, mon
 
 
 def test_blocks_add_up_in_the_models_dtype_but_in_float32_for_float16(typed_pipe, watch):
-    sums = watch(transformer.Transformer, "_run"), watch(text_encoder, "layer")
+    sums = watch(transformer.Transformer, "run"), watch(text_encoder, "layer")
     run_transformer(typed_pipe, mx.zeros((1, 12, 10, 16)))
     typed_pipe.text_encoder([5, 6, 7])
     assert [len(seen) for seen in sums] == [3, 3]
     dtype = mx.float32 if typed_pipe.dtype == mx.float16 else typed_pipe.dtype
-    assert {x.dtype for seen in sums for x in seen} == {dtype}
+    streams, hidden = sums
+    assert {x.dtype for x in [*(stream.x for run in streams for stream in run), *hidden]} == {dtype}
 
 
 def test_what_passes_between_the_networks_has_its_dtype(typed_pipe):
@@ -184,4 +184,4 @@ def test_bfloat16_stays_near_float32(pipe, bf16_pipe):
 
 def test_a_cpu_decodes_in_float32_and_a_gpu_in_the_models_dtype(typed_pipe):
     dtype = sum_dtype(typed_pipe.dtype)
-    assert typed_pipe.vae.source.dtype == (mx.float32 if backend() == "cpu" else dtype)
+    assert typed_pipe.vae.runner.dtype == (mx.float32 if backend() == "cpu" else dtype)

@@ -16,6 +16,7 @@ from mlx_zimage import Generated, GenerateRequest, MemoryBudgetError, NumericsEr
 from mlx_zimage.cli import main
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.machine import default_dtype
+from mlx_zimage.memory import Workload
 from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import margin, result
 from mlx_zimage.pipeline import Overflow, Phase
@@ -144,9 +145,10 @@ def test_the_scale_is_found_once_per_checkpoint_and_the_picture_does_not_depend_
 @pytest.mark.parametrize("keep", [True, False])
 def test_finding_the_scale_keeps_what_the_request_may_keep(tiny_folder, keep):
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16", keep=keep)
-    result(pipe._scale(pipe.plan(request())))
-    sources = pipe.text_encoder.source, pipe.transformer.source
-    assert [bool(source._kept) for source in sources] == [keep, keep]
+    with pipe.networks.running(pipe.plan(request())) as networks:
+        result(networks._scale())
+        runners = pipe.text_encoder.runner, pipe.transformer.runner
+        assert [bool(runner._kept) for runner in runners] == [keep, keep]
 
 
 @pytest.mark.parametrize("size", [16, 64, 128])
@@ -165,10 +167,10 @@ def test_what_the_scale_is_found_with_is_planned_for():
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float16")
     assert len(pipe.tokenize(headroom.SAMPLE.prompt)) <= headroom.TOKENS
     side = headroom.SIDE
-    found_with = pipe.planner.plan(side, side, 1, headroom.TOKENS, 1, 10**9)
-    assert pipe.planner.plan(16, 16, 1, 14, 1, 10**9).rooms == found_with.rooms
+    found_with = pipe.planner.plan(Workload(side, side, 1, headroom.TOKENS, 1), 10**9)
+    assert pipe.planner.plan(Workload(16, 16, 1, 14, 1), 10**9).rooms == found_with.rooms
     with pytest.raises(MemoryBudgetError, match=r"1 picture of 16x16 cannot be drawn in 1 MB.* no size fits it"):
-        pipe.planner.plan(16, 16, 1, 14, 1, 10**6)
+        pipe.planner.plan(Workload(16, 16, 1, 14, 1), 10**6)
 
 
 def test_encoding_alone_finds_the_scale_within_the_budget():
@@ -244,9 +246,9 @@ def test_steps_begin_again_where_a_later_one_overflows(tiny_folder, monkeypatch)
     calls = []
 
     def spoilt(self, *args):
-        calls.append(self.source.dtype)
-        v = call(self, *args)
-        return v * float("nan") if calls == [mx.float16] * 2 else v
+        calls.append(self.runner.dtype)
+        (v,) = call(self, *args)
+        return [v * float("nan") if calls == [mx.float16] * 2 else v]
 
     monkeypatch.setattr(transformer.Transformer, "__call__", spoilt)
     with pytest.warns(Overflow):

@@ -18,6 +18,8 @@ KNOWN = json.loads(runs.DIGESTS.read_text())
 # largest value in float32, and nothing in 16 bits, which no BLAS multiplies. bfloat16 rounds by 4e-3, float16 by 5e-4,
 # many times over.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 2e-2}
+# What is no longer read: each of two steps read the streamed blocks, 5.3 MB, for each of guidance's two prompts.
+READ_TWICE = {"pocket guided streamed": 2 * 5_318_400}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,8 @@ CASES = [
 def test_a_request_gives_the_same_bits_and_costs_the_same(name, models, digests, on_cpu):
     case, (budget, costs) = runs.CASES[name], split(KNOWN["costs"][name])
     made, counts = runs.run(models[case.model], case, budget)
+    if name in READ_TWICE:
+        costs["bytes of the transformer"] -= READ_TWICE[name]
     assert counts == costs
     if digests:
         assert {kind: runs.digest(array) for kind, array in made.items()} == digests[name]

@@ -12,15 +12,15 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, memory
+from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, bounds
 from mlx_zimage.cli import main
 from mlx_zimage.machine import backend
-from mlx_zimage.memory import Planner, parse_memory
+from mlx_zimage.memory import Planner, Workload, parse_memory
 from mlx_zimage.models.layers import sum_dtype
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.sampling import Step
-from mlx_zimage.weights.blocks import READS_AHEAD, Source
+from mlx_zimage.weights.blocks import READS_AHEAD, Blocks
 from mlx_zimage.weights.checkpoint import READERS, Component, open_checkpoint
 
 
@@ -52,7 +52,7 @@ def smallest(planner: Planner, width: int = 128, height: int = 128, tokens: int 
     while high - low > 1000:
         middle = (low + high) // 2
         try:
-            planner.plan(width, height, 1, tokens, 8, middle)
+            planner.plan(Workload(width, height, 1, tokens, 8), middle)
             high = middle
         except MemoryBudgetError:
             low = middle
@@ -86,9 +86,9 @@ def test_the_measured_peak_stays_within_the_plan_and_the_budget(memory, values):
 
 def test_a_streamed_picture_has_the_bits_of_a_resident_one(planner):
     # so small that the weights outweigh the work
-    resident = planner.plan(48, 48, 1, 20, 8, 10**10)
+    resident = planner.plan(Workload(48, 48, 1, 20, 8), 10**10)
     tight = smallest(planner, 48, 48) * 11 // 10
-    streamed = planner.plan(48, 48, 1, 20, 8, tight)
+    streamed = planner.plan(Workload(48, 48, 1, 20, 8), tight)
     assert resident.keep and not resident.streamed
     assert streamed.streamed and not streamed.keep
     latents, pixels, *_ = draw(10**10, width=48, height=48)
@@ -115,14 +115,15 @@ def assert_hardly_differ(pixels: np.ndarray, others: np.ndarray) -> None:
 
 def test_whether_the_model_stays_is_the_callers_choice(planner):
     work = 48, 48, 1, 20, 8
-    assert planner.plan(*work, 10**10).keep
-    staged = planner.plan(*work, 10**10, keep=False)
+    assert planner.plan(Workload(*work), 10**10).keep
+    staged = planner.plan(Workload(*work), 10**10, keep=False)
     assert not staged.keep and not staged.streamed
-    kept = planner.plan(*work, 10**10, keep=True).peak
-    for budget in (10**6, staged.peak, planner.text_encoder.total + planner.transformer.total):
+    kept = planner.plan(Workload(*work), 10**10, keep=True).peak
+    weights = sum(planner.footprints[name].total for name in ("text_encoder", "transformer"))
+    for budget in (10**6, staged.peak, weights):
         with pytest.raises(MemoryBudgetError, match=r"with the model kept: .* do not keep the model, or convert"):
-            planner.plan(*work, budget, keep=True)
-    assert planner.plan(*work, kept, keep=True).keep
+            planner.plan(Workload(*work), budget, keep=True)
+    assert planner.plan(Workload(*work), kept, keep=True).keep
 
 
 def test_leaving_a_staged_run_gives_its_memory_back():
@@ -131,25 +132,26 @@ def test_leaving_a_staged_run_gives_its_memory_back():
     for _ in pipe.denoise(request(width=48, height=48)):
         during = mx.get_active_memory() - before
         break
-    weights = sum(pipe.planner.transformer.blocks.values())
+    weights = sum(pipe.planner.footprints["transformer"].blocks.values())
     assert during > weights
     assert mx.get_active_memory() - before < weights / 4, "the schedule's modulations and the prompt's embeddings stay"
 
 
 @pytest.mark.parametrize(("keep", "lean"), [(True, False), (True, True), (False, False)])
 def test_encoding_waits_for_each_layer_where_memory_is_scarce(keep, lean, planner, monkeypatch):
-    walk, waits = Source.walk, []
+    walk, waits = Blocks.walk, []
 
     def noted(self, *args, wait=False, **kwargs):
-        if self.component.name == "text_encoder":
+        if self.weights.name == "text_encoder":
             waits.append(wait)
         return walk(self, *args, wait=wait, **kwargs)
 
-    monkeypatch.setattr(Source, "walk", noted)
+    monkeypatch.setattr(Blocks, "walk", noted)
     small = request(width=16, height=16, steps=1)
     tokens = len(ZImagePipeline.from_pretrained("pocket").tokenize(small.prompt))
-    plans = [plan for plan in planner._candidates(16, 16, 1, tokens, 1, 10**10, keep) if plan.lean == lean]
-    budget = min(plan.room for plan in plans) if lean else 10**10
+    work = Workload(16, 16, 1, tokens, 1)
+    # the least budget of such a plan, in which blocks have to be lean
+    budget = planner._best(work, 1, keep).room if lean else 10**10
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=budget, keep=keep)
     assert pipe.plan(small).lean == lean
     list(pipe.denoise(small))
@@ -166,9 +168,9 @@ def test_remembered_prompts_stay_within_the_budget():
     for n in range(40):
         last = request(prompt=f"{n}" + " star" * 450, **settings)
         list(pipe.denoise(last))
-    assert 1 < len(pipe._embeddings) < 32, "as many as there is room for"
+    assert 1 < len(pipe.networks._embeddings) < 32, "as many as there is room for"
     assert mx.get_peak_memory() - before <= budget
-    assert pipe._remembered <= budget - pipe.plan(last).room
+    assert pipe.networks._remembered <= budget - pipe.plan(last).room
 
 
 def test_a_schedule_is_forgotten_with_a_staged_model():
@@ -201,7 +203,7 @@ def test_a_pipeline_that_is_let_go_takes_its_weights_along():
         pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=True)
         for _ in pipe.denoise(request(width=16, height=16, steps=1)):
             during = mx.get_active_memory() - before
-        weights = sum(pipe.planner.transformer.blocks.values())
+        weights = sum(pipe.planner.footprints["transformer"].blocks.values())
         del pipe, _
         assert mx.get_active_memory() - before < weights / 4 < during
     finally:
@@ -223,7 +225,7 @@ def test_only_weights_that_stay_are_wired_and_only_for_the_steps(monkeypatch, ke
     for step in pipe.denoise(request(width=48, height=48)):
         if step.index == 0:
             networks = [pipe.transformer] + [pipe.text_encoder] * keep
-            blocks = (block for network in networks for key, block in network.source._kept.items() if "." in key)
+            blocks = (block for network in networks for key, block in network.runner._kept.items() if "." in key)
             staying = sum(array.nbytes for block in blocks for _, array in tree_flatten(block))
             assert limits(calls) == [staying]
             break
@@ -252,24 +254,25 @@ DECODED[mx.float16] = DECODED[mx.float32]  # what its VAE computes in
 def test_bounds_of_a_gpu_hold_what_was_measured_there_in_each_dtype(planner, monkeypatch, dtype):
     transformer, vae = SimpleNamespace(config=TransformerConfig()), SimpleNamespace(config=VAEConfig())
     monkeypatch.setattr(planner, "checkpoint", SimpleNamespace(transformer=transformer, vae=vae))
-    monkeypatch.setattr(planner, "work", memory.GPU[dtype])
+    monkeypatch.setattr(planner, "bounds", bounds.GPU[dtype])
     monkeypatch.setattr(planner, "vae_dtype", sum_dtype(dtype))
-    monkeypatch.setattr(planner, "transformer", replace(planner.transformer, unpacked=0))
-    bounds = [
-        (planner.denoise_work(side, side, images, 96, lean), measured)
+    dense = replace(planner.footprints["transformer"], unpacked=0)
+    monkeypatch.setattr(planner, "footprints", planner.footprints | {"transformer": dense})
+    found = [
+        (planner.denoise_work(Workload(side, side, images, 96, 8), lean), measured)
         for (images, side, lean), measured in DENOISED[dtype].items()
     ] + [(planner.decode_work(side, side, strip), measured) for (side, strip), measured in DECODED[dtype].items()]
-    for bound, measured in bounds:
+    for bound, measured in found:
         assert measured <= bound / 1e6 <= 1.25 * measured
 
 
 def test_blocks_are_not_read_again_where_waiting_would_do(planner, monkeypatch):
-    monkeypatch.setattr(planner, "work", memory.GPU[mx.bfloat16])
+    monkeypatch.setattr(planner, "bounds", bounds.GPU[mx.bfloat16])
     work = 128, 128, 1, 20, 8
-    staged = planner.plan(*work, 10**10, keep=False)
+    staged = planner.plan(Workload(*work), 10**10, keep=False)
     late, held = staged.rooms["denoise"], staged.peaks["denoise"]
     assert not staged.lean and late > held, "a GPU may be late to give memory back"
-    waiting = planner.plan(*work, late - 1, keep=False)
+    waiting = planner.plan(Workload(*work), late - 1, keep=False)
     assert waiting.lean and not waiting.streamed
     assert waiting.rooms["denoise"] == waiting.peaks["denoise"] < held
 
@@ -278,9 +281,9 @@ def test_a_backend_that_cannot_read_ahead_holds_one_block_and_draws_the_same(on_
     planner = Planner(open_checkpoint("pocket"), mx.float32)
     tight = smallest(planner, 48, 48) * 11 // 10
     ahead, *_ = draw(tight, width=48, height=48)
-    both = planner.transformer.moving()
+    both = planner.footprints["transformer"].moving
     monkeypatch.setitem(READS_AHEAD, backend(), False)
-    assert planner.transformer.moving() == both // 2
+    assert planner.footprints["transformer"].moving == both // 2
     one = smallest(planner, 48, 48) * 11 // 10
     in_turn, _, measured, planned = draw(one, width=48, height=48)
     assert one < tight and measured <= planned <= one
@@ -302,7 +305,7 @@ def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_calle
     latents, _, measured, planned = draw(budget)
     assert np.array_equal(latents, expected)
     assert measured <= planned
-    blocks = set(planner.transformer.blocks)
+    blocks = set(planner.footprints["transformer"].blocks)
     streamed = (
         blocks & ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=budget).plan(request()).streamed
     )
@@ -336,7 +339,7 @@ def test_what_a_reading_thread_meets_reaches_the_caller_and_is_not_kept(monkeypa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_block_needs_while_it_is_read_is_counted(dtype, on_cpu):
     checkpoint = open_checkpoint("pocket")
-    network = Planner(checkpoint, getattr(mx, dtype)).transformer
+    network = Planner(checkpoint, getattr(mx, dtype)).footprints["transformer"]
     block = max(network.blocks, key=network.blocks.get)
     entries = [e for name, e in checkpoint.transformer.entries.items() if name.startswith(f"{block}.attention")]
     turned = [
@@ -356,7 +359,7 @@ def test_what_several_readers_need_at_once_is_counted(dtype, monkeypatch):
     monkeypatch.setitem(READS_AHEAD, backend(), False)
     checkpoint, dtype = open_checkpoint("pocket"), getattr(mx, dtype)
     queries = checkpoint.transformer.entries["layers.0.attention.to_q.weight"]  # stored in bfloat16, ordered anew
-    network = Planner(checkpoint, dtype).transformer
+    network = Planner(checkpoint, dtype).footprints["transformer"]
     assert network.reading >= READERS * queries.nbytes * (1 if dtype == mx.bfloat16 else 3)
     blocks = list(network.blocks)
     mx.clear_cache()
@@ -370,25 +373,25 @@ def test_what_several_readers_need_at_once_is_counted(dtype, monkeypatch):
 
 def test_more_budget_never_makes_a_slower_plan(planner):
     budgets = [smallest(planner) * factor // 4 for factor in range(5, 60)]
-    plans = [planner.plan(128, 128, 1, 20, 8, budget) for budget in budgets]
+    plans = [planner.plan(Workload(128, 128, 1, 20, 8), budget) for budget in budgets]
     order = [(plan.keep, -len(plan.streamed), -plan.lean) for plan in plans]
     assert order == sorted(order)
 
 
 def test_a_refusal_names_the_least_budget_and_the_largest_size_that_work(planner):
     with pytest.raises(MemoryBudgetError) as refusal:
-        planner.plan(512, 256, 1, 20, 8, 30 * 10**6)
+        planner.plan(Workload(512, 256, 1, 20, 8), 30 * 10**6)
     assert refusal.value.exit_code == 5
     least, side = re.search(r"the least that works is ([\d.]+) MB, .* at most (\d+)x", str(refusal.value)).groups()
-    assert planner.plan(512, 256, 1, 20, 8, int(float(least) * 1e6))
-    assert planner.plan(int(side), int(side), 1, 20, 8, 30 * 10**6)
+    assert planner.plan(Workload(512, 256, 1, 20, 8), int(float(least) * 1e6))
+    assert planner.plan(Workload(int(side), int(side), 1, 20, 8), 30 * 10**6)
     with pytest.raises(MemoryBudgetError):
-        planner.plan(int(side) + 16, int(side) + 16, 1, 20, 8, 30 * 10**6)
+        planner.plan(Workload(int(side) + 16, int(side) + 16, 1, 20, 8), 30 * 10**6)
 
 
 def test_a_budget_that_no_size_fits_is_refused(planner):
     with pytest.raises(MemoryBudgetError, match=r"cannot be drawn in 0\.01 MB: the least .* no size fits it"):
-        planner.plan(128, 128, 1, 20, 8, 1000)
+        planner.plan(Workload(128, 128, 1, 20, 8), 1000)
 
 
 def test_a_refused_request_reads_no_weight():

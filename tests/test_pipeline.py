@@ -74,13 +74,13 @@ def test_a_stream_yields_its_steps_and_then_its_pictures(pipe):
 
 
 def test_the_transformer_runs_once_a_step(pipe, watch):
-    evaluations = watch(Transformer, "__call__")
+    evaluations = watch(Transformer, "finish")
     pipe("a red fox", **SIZE, num_inference_steps=5, seed=0, negative_prompt="blurry", output_type="latent")
     assert len(evaluations) == 5
 
 
 def test_guidance_runs_the_transformer_twice_a_step(pipe, watch):
-    evaluations = watch(Transformer, "__call__")
+    evaluations = watch(Transformer, "finish")
     pipe("a red fox", **SIZE, num_inference_steps=5, seed=0, guidance_scale=1.0, output_type="latent")
     assert len(evaluations) == 10
 
@@ -99,7 +99,7 @@ def test_events_tell_of_the_phases_around_the_steps_too(tiny_folder):
 
 
 def test_leaving_the_stream_stops_the_work(pipe, watch):
-    evaluations = watch(Transformer, "__call__")
+    evaluations = watch(Transformer, "finish")
     for event in pipe.stream(request_of(steps=8)):
         if event.index == 1:
             break

@@ -6,13 +6,13 @@ import pytest
 
 from mlx_zimage.models import vae
 from mlx_zimage.models.vae import VAE, Rows, Strips
-from mlx_zimage.weights.blocks import Source
+from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
-def source():
-    return Source(open_checkpoint("pocket").vae, mx.float32)
+def runner():
+    return Blocks(open_checkpoint("pocket").vae, mx.float32)
 
 
 def peak_of(compute) -> tuple[mx.array, int]:
@@ -26,30 +26,30 @@ def peak_of(compute) -> tuple[mx.array, int]:
 
 @pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
 @pytest.mark.parametrize("size", [(8, 12), (7, 4)])
-def test_decoding_by_strips_equals_decoding_whole(source, strip_bytes, size):
+def test_decoding_by_strips_equals_decoding_whole(runner, strip_bytes, size):
     mx.random.seed(1)
     latents = mx.random.normal((1, *size, 16))
-    whole = VAE(source.component.config, source).decode(latents)
-    strips = VAE(source.component.config, source, strip_bytes).decode(latents)
+    whole = VAE(runner.weights.config, runner).decode(latents)
+    strips = VAE(runner.weights.config, runner, strip_bytes).decode(latents)
     # float32: only products of few rows may be summed in another order; measured 1.2e-6 of the largest
     assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max()
 
 
 @pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
-def test_encoding_by_strips_equals_encoding_whole(source, strip_bytes):
+def test_encoding_by_strips_equals_encoding_whole(runner, strip_bytes):
     mx.random.seed(2)
     pixels = mx.tanh(mx.random.normal((1, 112, 48, 3)))
-    whole = VAE(source.component.config, source).encode(pixels)
-    strips = VAE(source.component.config, source, strip_bytes).encode(pixels)
+    whole = VAE(runner.weights.config, runner).encode(pixels)
+    strips = VAE(runner.weights.config, runner, strip_bytes).encode(pixels)
     # as above; white noise through a trained encoder makes values of several units
     assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max()
 
 
-def test_strips_need_a_fraction_of_the_memory(source):
+def test_strips_need_a_fraction_of_the_memory(runner):
     latents = mx.random.normal((1, 16, 16, 16))
-    source.tree("decoder")
-    _, whole = peak_of(lambda: VAE(source.component.config, source).decode(latents))
-    _, strips = peak_of(lambda: VAE(source.component.config, source, 2**15).decode(latents))
+    runner.tree("decoder")
+    _, whole = peak_of(lambda: VAE(runner.weights.config, runner).decode(latents))
+    _, strips = peak_of(lambda: VAE(runner.weights.config, runner, 2**15).decode(latents))
     assert strips < whole / 3
 
 
@@ -75,10 +75,10 @@ def test_in_16_bits_a_cpu_convolves_as_mlx_does(on_cpu, dtype):
     assert mx.array_equal(vae.conv(Rows.of(x), weights).get(0, 5), mx.conv2d(x, kernel, padding=1))
 
 
-def test_a_mac_may_compute_on_its_cpu(on_cpu, source, monkeypatch):
+def test_a_mac_may_compute_on_its_cpu(on_cpu, runner, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     latents = mx.random.normal((1, 4, 4, 16))
-    assert VAE(source.component.config, source).decode(latents).shape == (1, 32, 32, 3)
+    assert VAE(runner.weights.config, runner).decode(latents).shape == (1, 32, 32, 3)
 
 
 @pytest.mark.parametrize("height", [1, 2, 5])
@@ -100,10 +100,10 @@ def test_moments_of_strips_are_those_of_the_whole():
 
 
 @pytest.mark.parametrize("strip_bytes", [2**15, 2**13])
-def test_pictures_of_a_batch_are_encoded_and_decoded_by_strips(source, strip_bytes):
+def test_pictures_of_a_batch_are_encoded_and_decoded_by_strips(runner, strip_bytes):
     mx.random.seed(5)
     pixels = mx.tanh(mx.random.normal((3, 40, 56, 3)))
-    whole, strips = (VAE(source.component.config, source, size) for size in (None, strip_bytes))
+    whole, strips = (VAE(runner.weights.config, runner, size) for size in (None, strip_bytes))
     latents = whole.encode(pixels)
     # as above
     assert mx.abs(latents - strips.encode(pixels)).max() < 1e-5 * mx.abs(latents).max()

@@ -31,7 +31,7 @@ def test_faint_prompt_embeddings_equal_the_reference(golden):
 
 def test_embedding_rows_equal_the_reference(golden, golden_pipe):
     ids = golden["text/short.ids"].tolist()
-    rows = golden_pipe.text_encoder.source.rows("model.embed_tokens.weight", ids)
+    rows = golden_pipe.text_encoder.runner.rows("model.embed_tokens.weight", ids)
     assert np.array_equal(np.array(rows), golden["text/short.hidden_0"])
 
 

@@ -8,7 +8,7 @@ from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import linear, rms_norm
 from mlx_zimage.models.transformer import Transformer, TransformerConfig, patchify, positions, rope_table, unpatchify
-from mlx_zimage.weights.blocks import Source
+from mlx_zimage.weights.blocks import Blocks
 
 
 def run(network: Transformer, latents: np.ndarray, caption: np.ndarray, time: float) -> mx.array:
@@ -20,10 +20,9 @@ def run(network: Transformer, latents: np.ndarray, caption: np.ndarray, time: fl
 def run_batch(network: Transformer, latents: np.ndarray, caption: np.ndarray, time: float) -> mx.array:
     """The same for latents (B, 16, h, w) that share a caption and a time."""
     _, _, h, w = latents.shape
-    embedded = network.embed_caption(mx.array(caption))
     modulation, final_scale = network.modulate([time])
-    cos, sin = rope_table(positions(embedded.shape[1], h, w), network.config.axes_dims, network.config.rope_theta)
-    out = network(mx.array(latents).transpose(0, 2, 3, 1), embedded, modulation[0], final_scale[0], cos, sin)
+    captions = [network.caption(mx.array(caption), h, w)]
+    (out,) = network(mx.array(latents).transpose(0, 2, 3, 1), captions, modulation[0], final_scale[0])
     return out.transpose(0, 3, 1, 2)
 
 
@@ -47,16 +46,17 @@ def test_outputs_of_faint_activations_equal_the_reference(golden):
 
 
 def test_every_part_equals_the_reference(golden, golden_pipe, watch, monkeypatch):
-    found, run_blocks = {}, Source.run
+    found, walk = {}, Blocks.walk
 
-    def run_watched(self, blocks, x, apply, *args, **kwargs):
-        def watched(x, weights, i):
-            found[blocks[i]] = apply(x, weights, i)
-            return found[blocks[i]]
+    def walk_watched(self, blocks, streams, apply, **options):
+        def watched(stream, weights, i):
+            stream = apply(stream, weights, i)
+            found[blocks[i]] = stream.x
+            return stream
 
-        return run_blocks(self, blocks, x, watched, *args, **kwargs)
+        return walk(self, blocks, streams, watched, **options)
 
-    monkeypatch.setattr(Source, "run", run_watched)
+    monkeypatch.setattr(Blocks, "walk", walk_watched)
     attentions, feeds = watch(transformer, "attention"), watch(transformer, "feed_forward")
     network = golden_pipe.transformer
     (latents, caption, time), *_ = tiny.case_inputs(golden.seed, "a_pad_both")
@@ -68,11 +68,11 @@ def test_every_part_equals_the_reference(golden, golden_pipe, watch, monkeypatch
     tokens = patchify(out.transpose(1, 2, 0)[None])
     found["final_layer"] = tokens
     patches = patchify(mx.array(latents).transpose(1, 2, 0)[None])
-    source = network.source
-    found["x_embedder"] = linear(patches, source.tree("all_x_embedder.2-1"))[0]
-    embedder = source.tree("cap_embedder")
+    runner = network.runner
+    found["x_embedder"] = linear(patches, runner.tree("all_x_embedder.2-1"))[0]
+    embedder = runner.tree("cap_embedder")
     found["cap_embedder"] = linear(rms_norm(mx.array(caption), embedder[0], network.config.norm_eps), embedder[1])
-    found["t_embedder"] = transformer.time_embedding([time], source.tree("t_embedder"), network.config.t_scale)
+    found["t_embedder"] = transformer.time_embedding([time], runner.tree("t_embedder"), network.config.t_scale)
     found["patches"] = patches[0]
     for name, ours in found.items():
         wanted = golden[f"transformer/a_pad_both.mid.{name}"]

@@ -12,7 +12,7 @@ from .models import DEFAULT_MODEL
 @click.option("--height", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Of the prompt.")
-@click.option("--steps", type=click.IntRange(1, 1000), default=8, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), help="[default: the model's]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in.")
 @click.option("--memory", metavar="SIZE", help="Such as 6GB.  [default: what suits this machine]")
 @click.option(
@@ -27,7 +27,7 @@ def plan(model, width, height, images, tokens, steps, dtype, memory, keep):
 
     Reads configs and headers only.
     """
-    from ..memory import tell
+    from ..memory import Workload, tell
     from ..pipeline import ZImagePipeline
 
     for name, value in (("width", width), ("height", height)):
@@ -35,12 +35,14 @@ def plan(model, width, height, images, tokens, steps, dtype, memory, keep):
             check_size(name, value)
     pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory, keep=keep)
     width, height = width or pipeline.sample_size, height or pipeline.sample_size
-    plan = pipeline.planner.plan(width, height, images, tokens, steps, pipeline.budget, keep)
+    work = Workload(width, height, images, tokens, steps or pipeline.variant.steps)
+    plan = pipeline.planner.plan(work, pipeline.budget, keep)
     click.echo(f"{images} of {width}x{height} in {tell(plan.budget)}")
     for phase, peak in plan.peaks.items():
         click.echo(f"{phase:13}about {tell(peak)}, at most {tell(plan.rooms[phase])}")
     click.echo(f"networks     {'stay for the next picture' if plan.keep else 'go when their part is done'}")
-    for name, network in (("encoder", pipeline.planner.text_encoder), ("transformer", pipeline.planner.transformer)):
+    footprints = pipeline.planner.footprints
+    for name, network in (("encoder", footprints["text_encoder"]), ("transformer", footprints["transformer"])):
         streamed = len(plan.streamed & network.blocks.keys())
         click.echo(f"{name:13}{len(network.blocks) - streamed} blocks in memory, {streamed} read when needed")
     strips = "whole" if plan.strip_bytes is None else f"by strips of {plan.strip_bytes / 1e6:.2g} MB"

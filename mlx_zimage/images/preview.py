@@ -21,7 +21,7 @@ import numpy as np
 
 from ..atomic import claim
 from ..models.vae import VAE
-from ..weights.blocks import Source
+from ..weights.blocks import Blocks
 from .codec import enlarge, to_png
 from .files import write
 
@@ -45,7 +45,7 @@ def fit(vae: VAE) -> np.ndarray:
 
     Encodes the chart once, a picture of 128x128 pixels, and keeps none of the encoder's weights.
     """
-    encoder = VAE(vae.config, Source(vae.source.component, vae.source.dtype), STRIP_BYTES)
+    encoder = VAE(vae.config, Blocks(vae.runner.weights, vae.runner.dtype), STRIP_BYTES)
     pixels, scale = chart(), vae.config.scale
     latents = np.array(encoder.encode(mx.array(pixels)[None])[0])
     mx.clear_cache()

@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator
 from functools import wraps
+from typing import TypeVar
 
 import mlx.core as mx
 
 from ..machine import backend
 from ..quantization import Quantization
+from .runner import Tree
 
-# From how many rows of input on a packed weight is unpacked for the dense product; below, it is multiplied as it is.
-# Measured: on the CPU unpacking always wins. So it does on CUDA (H200) from 256 rows on, 2.5 times at 4192; below, the
-# packed product saves a few ms a prompt, and costs half a minute of compiling kernels. Not measured by us: on Metal,
-# reports of M1 to M4 agree that unpacking wins at a picture's thousands of rows, and say nothing of a prompt's.
-UNPACK_FROM = {"cpu": 0, "cuda": 0, "metal": 512}
+T = TypeVar("T")
 
 
-def unpack_from() -> int:
-    """The rule above for this backend, or what the environment variable MLX_ZIMAGE_UNPACK_FROM says."""
-    given = os.environ.get("MLX_ZIMAGE_UNPACK_FROM", "")
-    return int(given) if given.isdecimal() else UNPACK_FROM[backend()]
-
-
-def linear(x: mx.array, weights: dict) -> mx.array:
+def linear(x: mx.array, weights: Tree, unpack_from: int = 0) -> mx.array:
     """x (..., in) times weights["weight"] (out, in), plus weights["bias"] (out,) where there is one.
 
-    A quantized layer has `scales` (and `biases` when affine) beside its packed `weight`.
+    A quantized layer has `scales` (and `biases` when affine) beside its packed `weight`, and how it is packed. From
+    unpack_from rows of input on it is unpacked for the dense product; with fewer it is multiplied as it is.
     """
     weight = weights["weight"]
-    if "scales" in weights:
-        if x.size // x.shape[-1] < unpack_from():
+    if "packing" in weights:
+        if x.size // x.shape[-1] < unpack_from:
             y = mx.quantized_matmul(
-                x, weight, weights["scales"], weights.get("biases"), transpose=True, **packing(weights, x.shape[-1])
+                x, weight, weights["scales"], weights.get("biases"), transpose=True, **weights["packing"]
             )
             return y + weights["bias"] if "bias" in weights else y
-        weight = dequantize(weights, x.shape[-1], x.dtype)
+        weight = dequantize(weights, x.dtype)
     if "bias" in weights:
         return mx.addmm(weights["bias"], x, weight.T)
     return mx.matmul(x, weight.T)
 
 
-def packing(weights: dict, width: int) -> dict:
-    """How a quantized layer of that input width is packed, as MLX's functions take it."""
-    q = Quantization.of(weights["weight"].shape, weights["scales"].shape, "biases" in weights, width)
-    return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
+# What multiplies an input by a layer's weights: `linear`, with what it was handed.
+Product = Callable[[mx.array, Tree], mx.array]
 
 
 def pack(name: str, weight: mx.array, q: Quantization) -> dict[str, mx.array]:
@@ -54,16 +44,15 @@ def pack(name: str, weight: mx.array, q: Quantization) -> dict[str, mx.array]:
     return dict(zip(q.packed(name, weight.shape), parts, strict=True))
 
 
-def dequantize(weights: dict, width: int, dtype: mx.Dtype) -> mx.array:
-    """The dense (out, width) weight of a quantized layer, in dtype."""
-    weight, scales, biases = weights["weight"], weights["scales"], weights.get("biases")
-    how = packing(weights, width)
-    if backend() == "cuda" and how["mode"] == "affine" and how["bits"] == 8:
+def dequantize(weights: Tree, dtype: mx.Dtype) -> mx.array:
+    """The dense (out, in) weight of a quantized layer, in dtype."""
+    weight, scales, biases, packing = (weights.get(name) for name in ("weight", "scales", "biases", "packing"))
+    if backend() == "cuda" and (packing["mode"], packing["bits"]) == ("affine", 8):
         return unpack(weight, scales, biases).astype(dtype)
-    return mx.dequantize(weight, scales, biases, dtype=dtype, **how)
+    return mx.dequantize(weight, scales, biases, dtype=dtype, **packing)
 
 
-def rms_norm(x: mx.array, weights: dict, eps: float) -> mx.array:
+def rms_norm(x: mx.array, weights: Tree, eps: float) -> mx.array:
     """x / rms(x) * weight over the last axis, in the weight's dtype; the mean square is formed in float32."""
     return mx.fast.rms_norm(x, weights["weight"], eps).astype(weights["weight"].dtype)
 
@@ -101,7 +90,7 @@ def settle(*arrays: mx.array) -> None:
     mx.synchronize()
 
 
-def result(steps: Generator[object, None, mx.array]) -> mx.array:
+def result(steps: Generator[object, None, T]) -> T:
     """What a generator returns, run to its end."""
     while True:
         try:

@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from ..config import read_config
 from ..errors import CheckpointError
-from .layers import linear, margin, result, rms_norm, scaled, silu, sum_dtype
+from .layers import Product, linear, margin, result, rms_norm, scaled, silu, sum_dtype
+from .runner import Runner, Tree
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class TextEncoderConfig:
     def used_layers(self) -> int:
         return self.num_hidden_layers - 1
 
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the layers that are run, in order."""
+        return [f"model.layers.{i}" for i in range(self.used_layers)]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the checkpoint, as transformers stores it."""
         d, head = self.hidden_size, self.head_dim
@@ -86,12 +92,12 @@ class TextEncoderConfig:
         return name in ("model.norm.weight", "lm_head.weight") or name.startswith(last)
 
 
-def attention(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array:
+def attention(x: mx.array, weights: Tree, config: TextEncoderConfig, product: Product = linear) -> mx.array:
     """Causal grouped-query attention of x (1, L, hidden) with RMS-normed, rotated queries and keys."""
     B, L, _ = x.shape
 
     def heads(name: str) -> mx.array:
-        return linear(x, weights[f"{name}_proj"]).reshape(B, L, -1, config.head_dim)
+        return product(x, weights[f"{name}_proj"]).reshape(B, L, -1, config.head_dim)
 
     def rotated(name: str) -> mx.array:
         y = rms_norm(heads(name), weights[f"{name}_norm"], config.rms_norm_eps).transpose(0, 2, 1, 3)
@@ -99,35 +105,47 @@ def attention(x: mx.array, weights: dict, config: TextEncoderConfig) -> mx.array
 
     q, k, v = rotated("q"), rotated("k"), heads("v").transpose(0, 2, 1, 3)
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.head_dim**-0.5, mask="causal")
-    return linear(out.transpose(0, 2, 1, 3).reshape(B, L, -1), weights["o_proj"])
+    return product(out.transpose(0, 2, 1, 3).reshape(B, L, -1), weights["o_proj"])
 
 
-def mlp(x: mx.array, weights: dict, factor: float = 1.0) -> mx.array:
+def mlp(x: mx.array, weights: Tree, factor: float = 1.0, product: Product = linear) -> mx.array:
     """SwiGLU, times `factor` before a product is formed of the two."""
-    gate = linear(x, weights["gate_proj"])
-    return linear(silu(gate) * scaled(linear(x, weights["up_proj"]), factor), weights["down_proj"])
+    gate = product(x, weights["gate_proj"])
+    return product(silu(gate) * scaled(product(x, weights["up_proj"]), factor), weights["down_proj"])
 
 
-def layer(x: mx.array, weights: dict, config: TextEncoderConfig, factor: float = 1.0) -> mx.array:
+def layer(
+    x: mx.array, weights: Tree, config: TextEncoderConfig, factor: float = 1.0, product: Product = linear
+) -> mx.array:
     """One layer on x (1, L, hidden); its feed-forward's products are formed `factor` times as large."""
-    x = x + attention(rms_norm(x, weights["input_layernorm"], config.rms_norm_eps), weights["self_attn"], config)
+    h = rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
+    x = x + attention(h, weights["self_attn"], config, product)
     h = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
     # what the factor kept in range is made whole again in x's dtype
-    return x + scaled(mlp(h, weights["mlp"], factor).astype(x.dtype), 1 / factor)
+    return x + scaled(mlp(h, weights["mlp"], factor, product).astype(x.dtype), 1 / factor)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states x (1, L, hidden) on their way through the layers."""
+
+    x: mx.array
 
 
 class TextEncoder:
-    """The network over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in.
+    """The network over a `Runner` of its weights, which also says what it computes in.
 
-    lean gives memory back after each layer, for some milliseconds a prompt; the numbers are the same. factor is a power
-    of two that keeps products in float16's range (see `mlx_zimage.headroom`).
+    product multiplies by the layers' matrices. lean gives memory back after each layer, for some milliseconds a prompt;
+    the numbers are the same. factor is a power of two that keeps products in float16's range (see
+    `mlx_zimage.headroom`).
     """
 
-    def __init__(self, config: TextEncoderConfig, source, lean: bool = False):
+    def __init__(self, config: TextEncoderConfig, runner: Runner, product: Product = linear, lean: bool = False):
         self.config = config
-        self.source = source
+        self.runner = runner
+        self.product = product
         self.lean = lean
-        self.factor = margin(source.dtype)
+        self.factor = margin(runner.dtype)
 
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """hidden_states[-2] of one prompt's ids (L,): (L, hidden_size), in the compute dtype, or float32 for float16.
@@ -139,12 +157,9 @@ class TextEncoder:
 
     def steps(self, ids: Sequence[int]) -> Generator[int, None, mx.array]:
         """The same, yielding after each layer how many are done."""
-        x = self.source.rows("model.embed_tokens.weight", ids)[None].astype(sum_dtype(self.source.dtype))
-        return (yield from self.source.walk(self._layers, x, self._apply, wait=self.lean))[0]
+        x = self.runner.rows("model.embed_tokens.weight", ids)[None].astype(sum_dtype(self.runner.dtype))
+        (hidden,) = yield from self.runner.walk(self.config.blocks, [Hidden(x)], self._apply, wait=self.lean)
+        return hidden.x[0]
 
-    @property
-    def _layers(self) -> list[str]:
-        return [f"model.layers.{i}" for i in range(self.config.used_layers)]
-
-    def _apply(self, x: mx.array, weights: dict, i: int) -> mx.array:
-        return layer(x, weights, self.config, self.factor)
+    def _apply(self, hidden: Hidden, weights: Tree, i: int) -> Hidden:
+        return Hidden(layer(hidden.x, weights, self.config, self.factor, self.product))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import mlx.core as mx
@@ -18,11 +18,12 @@ import numpy as np
 
 from ..config import read_config
 from ..errors import CheckpointError
-from .layers import compiled, linear, margin, rms_norm, scaled, settle, silu, sum_dtype
+from .layers import Product, compiled, linear, margin, result, rms_norm, scaled, settle, silu, sum_dtype
+from .runner import Runner, Tree
 
 PATCH = 2  # latent pixels per token side
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
-MAX_TOKENS = 4608  # of several pictures at a time: more only costs memory, since so many rows keep any GPU busy
+TOKENS_AT_ONCE = 4608  # of several pictures at a time: more only costs memory, since so many rows keep any GPU busy
 ADALN_WIDTH = 256
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
@@ -63,6 +64,16 @@ class TransformerConfig:
         return min(self.dim, ADALN_WIDTH)
 
     @property
+    def refiners(self) -> list[str]:
+        """Names of the blocks that see the caption alone, and no time."""
+        return [f"context_refiner.{i}" for i in range(self.n_refiner_layers)]
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of all blocks in the order they run."""
+        return self.refiners + self.modulated
+
+    @property
     def modulated(self) -> list[str]:
         """Names of the blocks that see the time, in the order they run."""
         refiners = [f"noise_refiner.{i}" for i in range(self.n_refiner_layers)]
@@ -82,8 +93,7 @@ class TransformerConfig:
             **_linear("all_final_layer.2-1.linear", patch, d),
             **_linear("all_final_layer.2-1.adaLN_modulation.1", d, t),
         }
-        plain = [f"context_refiner.{i}" for i in range(self.n_refiner_layers)]
-        for block in self.modulated + plain:
+        for block in self.modulated + self.refiners:
             for name in ("to_q", "to_k", "to_v", "to_out.0"):
                 shapes[f"{block}.attention.{name}.weight"] = (d, d)
             for name in ("norm_q", "norm_k"):
@@ -141,20 +151,31 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return turned.astype(x.dtype).reshape(x.shape)
 
 
-def norm_and_rotate(x: mx.array, weights: dict, cos: mx.array, sin: mx.array) -> mx.array:
+def norm_and_rotate(x: mx.array, weights: Tree, cos: mx.array, sin: mx.array) -> mx.array:
     """RMSNorm of the heads of x (B, L, H, D), turned by the angles of cos, sin (L, D / 2)."""
     # diffusers fixes this eps, whatever norm_eps the config names
     return rotate(rms_norm(x, weights, 1e-5), cos, sin)
 
 
+# What brings the keys and values (B, L, H, D) together that a machine's queries attend to.
+Gather = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+def own(k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    """One machine has them all."""
+    return k, v
+
+
 def attention(
     x: mx.array,
-    weights: dict,
+    weights: Tree,
     cos: mx.array,
     sin: mx.array,
     heads: int,
     rows: int | None = None,
     factor: float = 1.0,
+    product: Product = linear,
+    gather: Gather = own,
 ) -> mx.array:
     """Self-attention of x (B, L, dim) with RMS-normed, rotated queries and keys; of its first `rows` rows alone.
 
@@ -162,20 +183,20 @@ def attention(
     """
     B, _, D = x.shape
     q, k, v = (
-        linear(part, weights[name]).reshape(B, -1, heads, D // heads)
+        product(part, weights[name]).reshape(B, -1, heads, D // heads)
         for name, part in (("to_q", x[:, :rows]), ("to_k", x), ("to_v", x))
     )
     q = norm_and_rotate(q, weights["norm_q"], cos[:rows], sin[:rows])
     k = norm_and_rotate(k, weights["norm_k"], cos, sin)
-    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))
+    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *gather(k, v)))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-    return linear(scaled(out, factor).transpose(0, 2, 1, 3).reshape(B, -1, D), weights["to_out"][0])
+    return product(scaled(out, factor).transpose(0, 2, 1, 3).reshape(B, -1, D), weights["to_out"][0])
 
 
-def feed_forward(x: mx.array, weights: dict, factor: float = 1.0) -> mx.array:
+def feed_forward(x: mx.array, weights: Tree, factor: float = 1.0, product: Product = linear) -> mx.array:
     """SwiGLU: w2(silu(w1 x) * w3 x), times `factor` before a product is formed of the two."""
-    gate = linear(x, weights["w1"])
-    return linear(silu(gate) * scaled(linear(x, weights["w3"]), factor), weights["w2"])
+    gate = product(x, weights["w1"])
+    return product(silu(gate) * scaled(product(x, weights["w3"]), factor), weights["w2"])
 
 
 # A block is two pure functions of its weights, so that one trace of each serves all blocks, and so that memory can be
@@ -185,7 +206,7 @@ def feed_forward(x: mx.array, weights: dict, factor: float = 1.0) -> mx.array:
 
 def attend(
     x: mx.array,
-    weights: dict,
+    weights: Tree,
     modulation: mx.array,
     cos: mx.array,
     sin: mx.array,
@@ -194,19 +215,29 @@ def attend(
     heads: int,
     eps: float,
     factor: float = 1.0,
+    product: Product = linear,
+    gather: Gather = own,
 ) -> mx.array:
     """The first half of a block on x (B, L, dim), for its first `rows` rows."""
     scale, gate = row(modulation, 0), row(modulation, 1)
     h = modulated_norm(x, weights["attention_norm1"], scale, eps)
-    h = attention(h, weights["attention"], cos, sin, heads, rows, factor)
+    h = attention(h, weights["attention"], cos, sin, heads, rows, factor, product, gather)
     return x[:, :rows] + modulated_norm(h, weights["attention_norm2"], gate, eps * factor**2)
 
 
-def feed(x: mx.array, weights: dict, modulation: mx.array, *, eps: float, factor: float = 1.0) -> mx.array:
+def feed(
+    x: mx.array,
+    weights: Tree,
+    modulation: mx.array,
+    *,
+    eps: float,
+    factor: float = 1.0,
+    product: Product = linear,
+) -> mx.array:
     """The second half of a block on x (B, L, dim)."""
     scale, gate = row(modulation, 2), row(modulation, 3)
     h = modulated_norm(x, weights["ffn_norm1"], scale, eps)
-    h = feed_forward(h, weights["feed_forward"], factor)
+    h = feed_forward(h, weights["feed_forward"], factor, product)
     return x + modulated_norm(h, weights["ffn_norm2"], gate, eps * factor**2)
 
 
@@ -215,12 +246,12 @@ def row(x: mx.array, i: int) -> mx.array:
     return x[i : i + 1].reshape(x.shape[1:])
 
 
-def modulated_norm(x: mx.array, weights: dict, factor: mx.array, eps: float) -> mx.array:
+def modulated_norm(x: mx.array, weights: Tree, factor: mx.array, eps: float) -> mx.array:
     """RMSNorm times factor (dim,), in its dtype and in one pass: the factor is taken into the norm's weight."""
     return mx.fast.rms_norm(x, weights["weight"] * factor, eps).astype(factor.dtype)
 
 
-def time_embedding(times: Sequence[float], weights: dict, t_scale: float) -> mx.array:
+def time_embedding(times: Sequence[float], weights: Tree, t_scale: float) -> mx.array:
     """Sinusoids of the times (N,), cosines first, through a two-layer MLP: (N, time_dim), float32."""
     half = TIME_FREQUENCIES // 2
     frequencies = mx.exp(-math.log(10000) * mx.arange(half, dtype=mx.float32) / half)
@@ -275,48 +306,101 @@ def times_of(sigmas: Sequence[float]) -> list[float]:
     return [float((1000 - np.float32(sigma) * np.float32(1000)) / np.float32(1000)) for sigma in sigmas]
 
 
-def modulate(config: TransformerConfig, source, times: Sequence[float]) -> tuple[mx.array, mx.array]:
+def modulate(
+    config: TransformerConfig, runner: Runner, times: Sequence[float], product: Product = linear
+) -> tuple[mx.array, mx.array]:
     """What the network takes from the times (N,) = 1 - sigma, for a whole schedule at once.
 
     Returns scales and gates of the modulated blocks (N, blocks, 4, dim), and the scale of the final layer
     (N, dim), in the compute dtype. The sinusoids and their MLP stay in float32. The adaLN weights, 2% of the
     network, are dropped again.
     """
-    N, D, dtype = len(times), config.dim, source.dtype
-    embedding = time_embedding(times, source.once("t_embedder", mx.float32), config.t_scale)
-    final = source.once("all_final_layer.2-1.adaLN_modulation")[1]
-    final_scale = 1 + linear(silu(embedding).astype(dtype), final)
+    N, D, dtype = len(times), config.dim, runner.dtype
+    embedding = time_embedding(times, runner.once("t_embedder", mx.float32), config.t_scale)
+    final = runner.once("all_final_layer.2-1.adaLN_modulation")[1]
+    final_scale = 1 + product(silu(embedding).astype(dtype), final)
     embedding = embedding.astype(dtype)
-    blocks = []
+    parts = []
     for name in config.modulated:
-        x = linear(embedding, source.once(f"{name}.adaLN_modulation")[0]).reshape(N, 4, D)
+        x = product(embedding, runner.once(f"{name}.adaLN_modulation")[0]).reshape(N, 4, D)
         # the order in the checkpoint is scale_msa, gate_msa, scale_mlp, gate_mlp; even ones are scales
-        blocks.append(mx.stack([1 + x[:, 0], mx.tanh(x[:, 1]), 1 + x[:, 2], mx.tanh(x[:, 3])], axis=1))
-        mx.eval(blocks[-1])
-    blocks = mx.stack(blocks, axis=1)
-    mx.eval(blocks, final_scale)
+        parts.append(mx.stack([1 + x[:, 0], mx.tanh(x[:, 1]), 1 + x[:, 2], mx.tanh(x[:, 3])], axis=1))
+        runner.computed(parts[-1])
+    blocks = mx.stack(parts, axis=1)
+    runner.computed(blocks, final_scale)
     return blocks, final_scale
 
 
 # ---- the network
 
 
-class Transformer:
-    """The network over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in.
+def unchanged(x: mx.array, i: int) -> mx.array:
+    return x
 
-    lean gives memory back in the middle of each block, for a little time; the numbers are the same. factor is a power
-    of two that keeps products in float16's range (see `mlx_zimage.headroom`).
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens on their way through blocks, and all else that goes into each block; a block gives the next Stream.
+
+    x is (B, L, dim); modulation (blocks, 4, dim) has the scales and gates of the blocks it will pass; cos, sin (L,
+    head / 2) are the rotary tables of its rows. Of the last block only the first `rows` rows are wanted. hint(x, i)
+    is x with what is to be added to it after block i, such as a ControlNet's.
     """
 
-    def __init__(self, config: TransformerConfig, source, lean: bool = False):
+    x: mx.array
+    modulation: mx.array
+    cos: mx.array
+    sin: mx.array
+    rows: int | None = None
+    hint: Callable[[mx.array, int], mx.array] = unchanged
+
+
+def in_turns(stream: Stream) -> Iterator[Stream]:
+    """A stream in parts of as many images as TOKENS_AT_ONCE allows."""
+    B, L, _ = stream.x.shape
+    together = max(1, TOKENS_AT_ONCE // L)
+    for i in range(0, B, together):
+        yield replace(stream, x=stream.x[i : i + together]) if together < B else stream
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a prompt brings to a picture's size: its refined embeddings (1, L', dim), and the rotary tables of both."""
+
+    embedded: mx.array
+    cos: mx.array
+    sin: mx.array
+
+
+class Transformer:
+    """The network over a `Runner` of its weights, which also says what it computes in.
+
+    product multiplies by the blocks' matrices, and gather brings keys and values together (see `attention`). lean gives
+    memory back in the middle of each block, for a little time; the numbers are the same. factor is a power of two that
+    keeps products in float16's range (see `mlx_zimage.headroom`). A product that does more than multiply, such as to
+    take notes, needs compile=False.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        runner: Runner,
+        product: Product = linear,
+        gather: Gather = own,
+        lean: bool = False,
+        compile: bool = True,
+    ):
         self.config = config
-        self.source = source
-        self.sums = sum_dtype(source.dtype)
+        self.runner = runner
+        self.product = product
+        self.gather = gather
+        self.compile = compile
+        self.sums = sum_dtype(runner.dtype)
         self.lean = lean
         self._schedule: tuple | None = None  # the last one's times, and what `modulate` made of them
         # these do not know self: a cycle would keep the weights in memory until Python looks for cycles
         self._rope = lru_cache(maxsize=4)(partial(rope, config))
-        self.factor = margin(source.dtype)
+        self.factor = margin(runner.dtype)
 
     @property
     def factor(self) -> float:
@@ -324,15 +408,18 @@ class Transformer:
 
     @factor.setter
     def factor(self, factor: float) -> None:
-        self._factor, eps = factor, self.config.norm_eps
-        self._attend = compiled(partial(attend, heads=self.config.n_heads, eps=eps, factor=factor))
-        self._feed = compiled(partial(feed, eps=eps, factor=factor))
+        self._factor = factor
+        known = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
+        self._attend = partial(attend, heads=self.config.n_heads, gather=self.gather, **known)
+        self._feed = partial(feed, **known)
+        if self.compile:
+            self._attend, self._feed = compiled(self._attend), compiled(self._feed)
 
     def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:
         """What the network takes from the times; see the function `modulate`. The last schedule's is remembered."""
         self.forget_schedule_but(times)
         if self._schedule is None:
-            self._schedule = tuple(times), modulate(self.config, self.source, times)
+            self._schedule = tuple(times), modulate(self.config, self.runner, times, self.product)
         return self._schedule[1]
 
     def forget_schedule_but(self, times: Sequence[float]) -> None:
@@ -340,96 +427,117 @@ class Transformer:
         if self._schedule and self._schedule[0] != tuple(times):
             self._schedule = None
 
-    def release(self) -> None:
-        """Forget everything kept, schedule and tables too, and give its memory back."""
+    def forget(self) -> None:
+        """Give the memory of what is remembered back: the schedule and rotary tables."""
         self._schedule = None
         self._rope.cache_clear()
-        self.source.release()
 
     def rope(self, caption_length: int, h: int, w: int) -> tuple[mx.array, mx.array]:
         """The rotary tables of an image of h x w latent pixels and its padded caption; see the function `rope`."""
         return self._rope(caption_length, h, w)
 
+    # A caption is embedded, then refined; an image is begun, refined, joined with its caption, and finished. Whoever
+    # wants to see between them, such as calibration, takes the same steps.
+
+    def caption_stream(self, cap_feats: mx.array) -> Stream:
+        """The text encoder's output (L, cap_feat_dim), embedded and padded, before the refiners of captions."""
+        embedder = self.runner.tree("cap_embedder")
+        x = rms_norm(cap_feats[None].astype(self.sums), embedder[0], self.config.norm_eps)
+        x = pad_tokens(self.product(x, embedder[1]).astype(self.sums), self.runner.tree("cap_pad_token"))
+        # These blocks do not see the time: scales and gates of one are exact, and keep to the one trace.
+        ones = mx.ones((len(self.config.refiners), 4, self.config.dim), dtype=self.runner.dtype)
+        return Stream(x, ones, *self.rope(x.shape[1], 0, 0))
+
     def embed_caption(self, cap_feats: mx.array) -> mx.array:
         """Embed, pad and refine the text encoder's output (L, cap_feat_dim): (1, L', dim), from the prompt alone."""
-        embedder = self.source.tree("cap_embedder")
-        x = rms_norm(cap_feats[None].astype(self.sums), embedder[0], self.config.norm_eps)
-        x = pad_tokens(linear(x, embedder[1]).astype(self.sums), self.source.tree("cap_pad_token"))
-        cos, sin = self.rope(x.shape[1], 0, 0)
-        # These blocks do not see the time: scales and gates of one are exact, and keep to the one trace.
-        ones = mx.ones((4, self.config.dim), dtype=self.source.dtype)
-        refiners = [f"context_refiner.{i}" for i in range(self.config.n_refiner_layers)]
-        return self._run(refiners, x, lambda x, weights, i: self._block(x, weights, ones, cos, sin))
+        return self.run(self.config.refiners, [self.caption_stream(cap_feats)])[0].x
+
+    def caption(self, cap_feats: mx.array, h: int, w: int) -> Caption:
+        """The text encoder's output (L, cap_feat_dim) for an image of h x w latent pixels."""
+        embedded = self.embed_caption(cap_feats)
+        return Caption(embedded, *self.rope(embedded.shape[1], h, w))
+
+    def begin(self, latents: mx.array) -> tuple[mx.array, int]:
+        """Latents (B, h, w, C) as tokens (B, L, dim), embedded and padded; and how many of them are the image's."""
+        x = self.product(patchify(latents.astype(self.runner.dtype)), self.runner.tree("all_x_embedder.2-1"))
+        return pad_tokens(x.astype(self.sums), self.runner.tree("x_pad_token")), x.shape[1]
+
+    def image_stream(self, x: mx.array, modulation: mx.array, caption: Caption) -> Stream:
+        """Embedded tokens of images (B, L, dim), before the refiners of images."""
+        length, refiners = x.shape[1], self.config.n_refiner_layers
+        return Stream(x, modulation[:refiners], caption.cos[:length], caption.sin[:length])
+
+    def join(self, image: Stream, caption: Caption, modulation: mx.array, rows: int) -> Stream:
+        """Refined images with their caption, before the layers; of the last, only the images' rows are used."""
+        B, refiners = image.x.shape[0], self.config.n_refiner_layers
+        embedded = mx.broadcast_to(caption.embedded, (B, *caption.embedded.shape[1:]))
+        x = mx.concatenate([image.x, embedded], axis=1)
+        return Stream(x, modulation[refiners:], caption.cos, caption.sin, rows)
+
+    def finish(self, x: mx.array, final_scale: mx.array, h: int, w: int) -> mx.array:
+        """Tokens of images (B, L, dim) after the last layer to data minus noise (B, h, w, C) float32."""
+        x = mx.fast.layer_norm(x, None, None, 1e-6) * final_scale
+        x = self.product(x.astype(self.runner.dtype), self.runner.tree("all_final_layer.2-1.linear"))
+        return unpatchify(x.astype(mx.float32), h, w)
 
     def velocity(
         self, cap_feats: mx.array, sigmas: Sequence[float], h: int, w: int
     ) -> Callable[[mx.array, int], mx.array]:
-        """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[i], float32.
+        """`velocities` for one prompt."""
+        velocities = self.velocities([cap_feats], sigmas, h, w)
+        return lambda latents, i: velocities(latents, i)[0]
 
-        Everything that does not depend on the latents is computed here, once.
+    def velocities(
+        self, prompts: Sequence[mx.array], sigmas: Sequence[float], h: int, w: int
+    ) -> Callable[[mx.array, int], list[mx.array]]:
+        """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[i], float32, for each prompt.
+
+        prompts are the text encoder's outputs (L, cap_feat_dim). Everything that does not depend on the latents is
+        computed here, once; each block is read once for all prompts and images.
         """
-        caption = self.embed_caption(cap_feats)
+        captions = [self.caption(cap_feats, h, w) for cap_feats in prompts]
         modulations, final_scales = self.modulate(times_of(sigmas))
-        cos, sin = self.rope(caption.shape[1], h, w)
 
-        def velocity(latents: mx.array, i: int) -> mx.array:
+        def velocities(latents: mx.array, i: int) -> list[mx.array]:
             # The network points from noise to data; sigma grows from data to noise.
-            return -self(latents, caption, row(modulations, i), row(final_scales, i), cos, sin)
+            return [-x for x in self(latents, captions, row(modulations, i), row(final_scales, i))]
 
-        return velocity
+        return velocities
 
     def __call__(
-        self,
-        latents: mx.array,
-        caption: mx.array,
-        modulation: mx.array,
-        final_scale: mx.array,
-        cos: mx.array,
-        sin: mx.array,
-    ) -> mx.array:
-        """Data minus noise (B, h, w, C) float32, for latents (B, h, w, C) and one embedded caption (1, L', dim).
+        self, latents: mx.array, captions: Sequence[Caption], modulation: mx.array, final_scale: mx.array
+    ) -> list[mx.array]:
+        """Data minus noise (B, h, w, C) float32, for latents (B, h, w, C), with each of the captions.
 
-        modulation (blocks, 4, dim) and final_scale (dim,) are one time's part of `modulate`; cos, sin the rotary
-        tables of image and caption.
+        modulation (blocks, 4, dim) and final_scale (dim,) are one time's part of `modulate`.
         """
-        B, h, w, _ = latents.shape
-        source, refiners = self.source, self.config.n_refiner_layers
-        x = linear(patchify(latents.astype(source.dtype)), source.tree("all_x_embedder.2-1"))
-        tokens = x.shape[1]
-        x = pad_tokens(x.astype(self.sums), source.tree("x_pad_token"))
-        image_cos, image_sin = cos[: x.shape[1]], sin[: x.shape[1]]
+        _, h, w, _ = latents.shape
+        x, tokens = self.begin(latents)
+        streams = [self.image_stream(x, modulation, caption) for caption in captions]
+        del x
+        names, refiners = self.config.modulated, self.config.n_refiner_layers
+        streams = self.run(names[:refiners], streams)
+        streams = [self.join(*pair, modulation, tokens) for pair in zip(streams, captions, strict=True)]
+        streams = self.run(names[refiners:], streams)
+        return [self.finish(stream.x, final_scale, h, w) for stream in streams]
 
-        def refine(x: mx.array, weights: dict, i: int) -> mx.array:
-            return self._block(x, weights, row(modulation, i), image_cos, image_sin)
+    def run(self, blocks: Sequence[str], streams: Sequence[Stream]) -> list[Stream]:
+        """Streams after the named blocks. Their images take turns, of as many as TOKENS_AT_ONCE allows."""
+        turns = [list(in_turns(stream)) for stream in streams]
+        flat = [turn for stream in turns for turn in stream]
+        walk = self.runner.walk(blocks, flat, self.apply, without="adaLN_modulation", wait=self.lean)
+        ended = iter(result(walk))
+        parts = [[next(ended) for _ in stream] for stream in turns]
+        return [
+            first if not others else replace(first, x=mx.concatenate([first.x, *(other.x for other in others)]))
+            for first, *others in parts
+        ]
 
-        def mix(x: mx.array, weights: dict, i: int) -> mx.array:
-            # of the last block, only the image is used
-            rows = tokens if i == self.config.n_layers - 1 else None
-            return self._block(x, weights, row(modulation, refiners + i), cos, sin, rows)
-
-        x = self._run(self.config.modulated[:refiners], x, refine)
-        x = mx.concatenate([x, mx.broadcast_to(caption, (B, *caption.shape[1:]))], axis=1)
-        x = self._run(self.config.modulated[refiners:], x, mix)
-        x = mx.fast.layer_norm(x, None, None, 1e-6) * final_scale
-        x = linear(x.astype(source.dtype), source.tree("all_final_layer.2-1.linear"))
-        return unpatchify(x.astype(mx.float32), h, w)
-
-    def _run(self, blocks: list[str], x: mx.array, apply: Callable) -> mx.array:
-        return self.source.run(blocks, x, apply, without="adaLN_modulation", wait=self.lean)
-
-    def _block(
-        self, x: mx.array, weights: dict, modulation: mx.array, cos: mx.array, sin: mx.array, rows: int | None = None
-    ) -> mx.array:
-        """One block on x (B, L, dim), for its first `rows` rows; on as many pictures at a time as MAX_TOKENS allows."""
-        B, L, _ = x.shape
-        together = max(1, MAX_TOKENS // L)
-        parts = []
-        for i in range(0, B, together):
-            part = self._attend(x[i : i + together], weights, modulation, cos, sin, rows)
-            if self.lean:
-                settle(part)
-            parts.append(self._feed(part, weights, modulation))
-            del part
-            if together < B:
-                settle(parts[-1])
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    def apply(self, stream: Stream, weights: Tree, i: int) -> Stream:
+        """A stream after block i of those it passes."""
+        modulation = row(stream.modulation, i)
+        rows = stream.rows if i == len(stream.modulation) - 1 else None
+        x = self._attend(stream.x, weights, modulation, stream.cos, stream.sin, rows)
+        if self.lean:
+            settle(x)
+        return replace(stream, x=stream.hint(self._feed(x, weights, modulation), i))

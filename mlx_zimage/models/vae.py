@@ -22,6 +22,7 @@ from ..config import read_config
 from ..errors import CheckpointError
 from ..machine import backend
 from .layers import compiled, linear, result, settle, silu
+from .runner import Runner, Tree
 
 EPS = 1e-6
 CPU_STRIP = 2**22  # bytes of a tensor that a CPU works on at a time
@@ -62,6 +63,11 @@ class VAEConfig:
     def scale(self) -> int:
         """Picture pixels per latent pixel."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def blocks(self) -> list[str]:
+        """None that could be read one by one."""
+        return []
 
     @property
     def decoder_blocks(self) -> int:
@@ -257,7 +263,7 @@ def spread(function: Callable, rows: mx.array, *args: mx.array) -> mx.array:
     return mx.concatenate(parts, axis=1)
 
 
-def convolve(x: mx.array, weights: dict, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
+def convolve(x: mx.array, weights: Tree, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
     if backend() == "metal":
         # MLX's Winograd kernels for Metal are known to cost gigabytes of scratch and many times the rounding error;
         # a flipped convolution is never sent to them.
@@ -286,7 +292,7 @@ def sum_of_products(x: mx.array, kernels: mx.array, bias: mx.array, padding: tup
     return mx.as_strided(total, (B, h - 2, w - 2, out), (count * out, w * out, out, 1))
 
 
-def conv(x: Rows, weights: dict) -> Rows:
+def conv(x: Rows, weights: Tree) -> Rows:
     """3x3 convolution, zero-padded by 1."""
     apply, weight = partial(convolve, weights=weights), weights["weight"]
     if backend() == "cpu" and weight.dtype == mx.float32:
@@ -306,7 +312,7 @@ def conv(x: Rows, weights: dict) -> Rows:
     return Rows(x.height, get, lambda a: x.forget(a - 1))
 
 
-def upsample(x: Rows, weights: dict) -> Rows:
+def upsample(x: Rows, weights: Tree) -> Rows:
     """Nearest-neighbour doubling, then a 3x3 convolution."""
 
     def get(a: int, b: int) -> mx.array:
@@ -318,7 +324,7 @@ def upsample(x: Rows, weights: dict) -> Rows:
     return conv(Rows(2 * x.height, get, lambda a: x.forget(a // 2)), weights["conv"])
 
 
-def downsample(x: Rows, weights: dict) -> Rows:
+def downsample(x: Rows, weights: Tree) -> Rows:
     """3x3 convolution of stride 2."""
 
     def get(a: int, b: int) -> mx.array:
@@ -330,7 +336,7 @@ def downsample(x: Rows, weights: dict) -> Rows:
     return Rows(x.height // 2, get, lambda a: x.forget(2 * a))
 
 
-def group_norm(x: Rows, weights: dict, groups: int, strips: Strips, then: Callable = affine) -> Rows:
+def group_norm(x: Rows, weights: Tree, groups: int, strips: Strips, then: Callable = affine) -> Rows:
     """Normalise over (h, w, C / groups) of the whole picture; statistics in float32, result in x's dtype."""
     mean, variance = strips.moments(x, groups)
     width = weights["weight"].size // groups
@@ -342,7 +348,7 @@ def group_norm(x: Rows, weights: dict, groups: int, strips: Strips, then: Callab
     return x.map(lambda rows: then(rows, scale, shift))
 
 
-def resnet(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
+def resnet(x: Rows, weights: Tree, groups: int, strips: Strips) -> Rows:
     x = strips.hold_if_small(x)
     h = conv(group_norm(x, weights["norm1"], groups, strips, affine_silu), weights["conv1"])
     h = strips.hold_if_small(Rows(h.height, h.get))  # x is needed once more
@@ -357,7 +363,7 @@ def resnet(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
     return strips.hold(total)
 
 
-def attention(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array:
+def attention(x: mx.array, weights: Tree, groups: int, strips: Strips) -> mx.array:
     """Single-head self-attention over all pixels of x (B, h, w, C)."""
     B, h, w, C = x.shape
     y = group_norm(Rows.of(x), weights["group_norm"], groups, strips).get(0, h).reshape(B, 1, h * w, C)
@@ -372,13 +378,13 @@ def attention(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.arr
     return x + y.reshape(B, h, w, C)
 
 
-def mid_block(x: Rows, weights: dict, groups: int, strips: Strips) -> Rows:
+def mid_block(x: Rows, weights: Tree, groups: int, strips: Strips) -> Rows:
     x = resnet(x, weights["resnets"][0], groups, strips)
     x = Rows.of(attention(x.get(0, x.height), weights["attentions"][0], groups, strips))
     return resnet(x, weights["resnets"][1], groups, strips)
 
 
-def encoder(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array:
+def encoder(x: mx.array, weights: Tree, groups: int, strips: Strips) -> mx.array:
     """Pixels (B, H, W, 3) in [-1, 1] to mean and log variance (B, H/8, W/8, 2 * 16)."""
     x = conv(Rows.of(x), weights["conv_in"])
     for level in weights["down_blocks"]:
@@ -391,7 +397,7 @@ def encoder(x: mx.array, weights: dict, groups: int, strips: Strips) -> mx.array
     return x.get(0, x.height)
 
 
-def decoder(z: mx.array, weights: dict, groups: int, strips: Strips) -> Generator[int, None, mx.array]:
+def decoder(z: mx.array, weights: Tree, groups: int, strips: Strips) -> Generator[int, None, mx.array]:
     """Unscaled latents (B, h, w, 16) to pixels (B, 8h, 8w, 3), nominally in [-1, 1].
 
     Yields how many blocks are done, up to `decoder_blocks` of the config.
@@ -411,14 +417,14 @@ def decoder(z: mx.array, weights: dict, groups: int, strips: Strips) -> Generato
 
 
 class VAE:
-    """The autoencoder over a source of weights (`mlx_zimage.weights.Source`), which also says what it computes in.
+    """The autoencoder over a `Runner` of its weights, which also says what it computes in.
 
     strip_bytes bounds the working memory (see Strips); None is the fastest.
     """
 
-    def __init__(self, config: VAEConfig, source, strip_bytes: int | None = None):
+    def __init__(self, config: VAEConfig, runner: Runner, strip_bytes: int | None = None):
         self.config = config
-        self.source = source
+        self.runner = runner
         self.strip_bytes = strip_bytes
 
     def decode(self, latents: mx.array) -> mx.array:
@@ -442,8 +448,8 @@ class VAE:
 
     def _inputs(self, x: mx.array, name: str) -> tuple:
         return (
-            x.astype(self.source.dtype),
-            self.source.tree(name),
+            x.astype(self.runner.dtype),
+            self.runner.tree(name),
             self.config.norm_num_groups,
             Strips(self.strip_bytes),
         )

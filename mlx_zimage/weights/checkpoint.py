@@ -9,28 +9,32 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
+from .. import variants
 from ..dtypes import STORED
 from ..errors import CheckpointError, RequestError
 from ..models import NETWORKS
+from ..models.runner import Tree
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
+from ..variants import Variant
 from .hub import resolve
 
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 FLOATS = ("F32", "F16", "BF16")  # spellings
 PIPELINE_CLASS = "ZImagePipeline"
+CONVERSION = "conversion.json"  # in a folder that our converter wrote: what it was made from, and how
 SHOWN = 5  # names listed in an error
 
 
@@ -123,8 +127,6 @@ class Component:
         self.raw_config = read_json(self.folder / "config.json")
         self.config = _read_config(NETWORKS[name], self.folder / "config.json")
         self.entries: dict[str, Entry] = {}
-        self.bytes_read = 0  # of tensors, in this component's life
-        self._counting = Lock()
         for file in find_shards(self.folder):
             for key, entry in read_header(file).items():
                 if key in self.entries:
@@ -198,22 +200,19 @@ class Component:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def read(
-        self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | mx.ThreadLocalStream | None = None
-    ):
-        """The tree of arrays under `prefix`, lazy, floating ones in dtype. A whole name gives its array.
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight of the architecture, quantized ones as if they were dense."""
+        return self.config.shapes()
 
-        `without` names a part of the tree to leave out; stream is where the reading happens.
-        """
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None) -> Tree:
+        """The tree of arrays under `prefix`, lazy, floating ones in dtype; see `models.runner.Weights`."""
         start = len(prefix) + 1
         # In one order, however shards cut a block: compiled functions take trees in another order for other ones.
         names = sorted(name for name in self.entries if name.startswith(f"{prefix}."))
         if without:
             names = [name for name in names if not name.startswith(without, start)]
-        entries = [self.entries[name] for name in names or [prefix]]
-        with self._counting:
-            self.bytes_read += sum(entry.nbytes for entry in entries)
-        files = {entry.file for entry in entries}
+        files = {self.entries[name].file for name in names or [prefix]}
         loaded = {file: mx.load(str(file), stream=stream) for file in files}
 
         def array(name: str) -> mx.array:
@@ -223,12 +222,19 @@ class Component:
                 stored = stored.astype(dtype, stream=stream)
             return self.config.sanitize(name, stored)
 
-        return tree_unflatten([(name[start:], array(name)) for name in names]) if names else array(prefix)
+        if not names:
+            return array(prefix)
+        return tree_unflatten(with_packing({name[start:]: array(name) for name in names}, self._packings(prefix)))
 
-    def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[dict]:
+    def _packings(self, prefix: str) -> dict[str, Quantization]:
+        """How the quantized layers under a prefix are packed, by the rest of their names."""
+        start = len(prefix) + 1
+        return {layer[start:]: q for layer, q in self.quantizations.items() if layer.startswith(f"{prefix}.")}
+
+    def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
         """The tree of each of the prefixes in turn, as `read` gives it, but computed, by READERS threads."""
 
-        def read(prefix: str) -> dict:
+        def read(prefix: str) -> Tree:
             tree = self.read(prefix, dtype, without)
             for _, array in tree_flatten(tree):
                 mx.eval(array)  # one by one: what a tensor is made of goes before the next is read
@@ -243,19 +249,26 @@ class Component:
         entry = self.entries[name]
         stored = np.memmap(entry.file, mode="r", offset=entry.offset, dtype=np.uint8, shape=(entry.nbytes,))
         picked = stored.reshape(entry.shape[0], -1)[np.asarray(ids)]
-        self.bytes_read += picked.nbytes
         return mx.array(picked).view(getattr(mx, STORED[entry.dtype])).astype(dtype)
+
+
+def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quantization]) -> list[tuple[str, Any]]:
+    """The leaves of a tree, each quantized layer's with how it is packed, as MLX's functions take it."""
+    leaves: list[tuple[str, Any]] = list(arrays.items())
+    for layer, q in quantizations.items():
+        if f"{layer}.scales" in arrays:
+            leaves += [(f"{layer}.packing.{key}", value) for key, value in q.to_dict().items()]
+    return leaves
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened model folder: three checked components, the tokenizer's file and the scheduler's config."""
+    """An opened model folder: its checked networks by name, the scheduler's config, and which variant it is."""
 
     folder: Path
-    transformer: Component
-    text_encoder: Component
-    vae: Component
+    networks: Mapping[str, Component]
     scheduler: SchedulerConfig
+    variant: Variant
 
     @property
     def tokenizer_file(self) -> Path:
@@ -263,22 +276,36 @@ class Checkpoint:
 
     @property
     def components(self) -> Iterable[Component]:
-        return self.transformer, self.text_encoder, self.vae
+        return self.networks.values()
+
+    @property
+    def transformer(self) -> Component:
+        return self.networks["transformer"]
+
+    @property
+    def text_encoder(self) -> Component:
+        return self.networks["text_encoder"]
+
+    @property
+    def vae(self) -> Component:
+        return self.networks["vae"]
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Find a model and compare it with the architecture. Reads configs and headers, no tensor data."""
+def open_checkpoint(source: str | Path, variant: str | None = None) -> Checkpoint:
+    """Find a model and compare it with the architecture. Reads configs and headers, no tensor data.
+
+    variant names the row of `variants` that it is used as; by default it is recognized.
+    """
     folder = resolve(source)
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} has no model_index.json; a model is a diffusers folder")
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind != PIPELINE_CLASS:
         raise CheckpointError(f"{folder / 'model_index.json'} tells of a {kind}, a {PIPELINE_CLASS} was wanted")
-    checkpoint = Checkpoint(
-        folder,
-        **{name: Component(folder, name) for name in NETWORKS},
-        scheduler=_read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
-    )
+    networks = {name: Component(folder, name) for name in NETWORKS}
+    scheduler = _read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json")
+    known = variants.named(variant) if variant else variants.recognize(scheduler.shift, origins(folder))
+    checkpoint = Checkpoint(folder, networks, scheduler, known)
     if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; fetch the model again")
     text, wanted = checkpoint.text_encoder.config.hidden_size, checkpoint.transformer.config.cap_feat_dim
@@ -288,6 +315,16 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"they belong to different models"
         )
     return checkpoint
+
+
+def origins(folder: Path) -> list[str]:
+    """What a folder was converted from, by what our converter recorded: newest first, none if it was not."""
+    told = read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else None
+    found = []
+    while isinstance(told, dict):
+        found.append(str(told.get("source")))
+        told = told.get("before")
+    return found
 
 
 def _read_config(cls, file: Path):

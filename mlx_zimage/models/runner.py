@@ -1,0 +1,114 @@
+"""What networks ask of their weights, and of whatever runs their blocks.
+
+A network is given a `Runner`: it hands out trees of weights in one dtype, and sends tokens through blocks. The one of
+`mlx_zimage.weights.blocks` keeps blocks in memory or reads them from disk as they are needed, and computes as it goes.
+`PlainRunner` does neither: it has all weights and leaves everything lazy, so that gradients pass through it. Both run
+the same functions on the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import mlx.core as mx
+
+# Dicts and lists of arrays, nested by the parts of their names: `tree["attention"]["to_q"]["weight"]`. A quantized
+# layer has `scales`, where it is affine `biases`, and its `packing` beside its weight. What is asked for by its whole
+# name is the array itself.
+Tree = Any
+
+
+class Weights(Protocol):
+    """One network's weights, by the checkpoint's names: those on disk, random ones, or an overlay of either."""
+
+    @property
+    def config(self) -> Any:
+        """The dataclass of the network's config.json."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name and shape of every weight, quantized ones as if they were dense."""
+
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None) -> Tree:
+        """The tree under `prefix`, lazy, floating arrays in dtype; without the part of it that begins so.
+
+        stream is where the reading happens.
+        """
+
+    def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
+        """The tree of each prefix in turn, computed."""
+
+    def rows(self, name: str, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
+        """Rows of a table, (len(ids), width) in dtype, read without the rest of it."""
+
+
+class Tokens(Protocol):
+    """What goes through blocks: its tokens x, and whatever else a block wants to know."""
+
+    @property
+    def x(self) -> mx.array: ...
+
+
+S = TypeVar("S", bound=Tokens)
+Apply = Callable[[S, Tree, int], S]
+
+
+class Runner(Protocol):
+    """Hands a network its weights in one dtype, and runs its blocks."""
+
+    @property
+    def dtype(self) -> mx.Dtype: ...
+
+    def tree(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
+        """The weights under a name, kept for the next call."""
+
+    def once(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
+        """The weights under a name, lazy and not kept."""
+
+    def rows(self, name: str, ids: Sequence[int]) -> mx.array:
+        """Rows of a table."""
+
+    def computed(self, *arrays: mx.array) -> None:
+        """Called where what led to arrays should be let go, as far as the runner computes at all."""
+
+    def walk(
+        self, blocks: Sequence[str], streams: Sequence[S], apply: Apply[S], without: str = "", wait: bool = False
+    ) -> Generator[int, None, list[S]]:
+        """Send streams through the named blocks: stream = apply(stream, weights, index), all streams block by block.
+
+        Yields how many blocks are done, and returns the streams. `without` names a part of the blocks that is not
+        needed; wait asks for as little memory as can be.
+        """
+
+
+class PlainRunner:
+    """Runs blocks over a tree of weights that is all in memory, and computes nothing: mx.grad passes through it."""
+
+    def __init__(self, weights: Tree, dtype: mx.Dtype = mx.float32):
+        self.weights = weights
+        self.dtype = dtype
+
+    def tree(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
+        found = self.weights
+        for part in prefix.split("."):
+            found = found[int(part) if isinstance(found, list) else part]
+        return found
+
+    def once(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
+        return self.tree(prefix, dtype)
+
+    def rows(self, name: str, ids: Sequence[int]) -> mx.array:
+        return self.tree(name)[mx.array(ids)]
+
+    def computed(self, *arrays: mx.array) -> None:
+        pass
+
+    def walk(
+        self, blocks: Sequence[str], streams: Sequence[S], apply: Apply[S], without: str = "", wait: bool = False
+    ) -> Generator[int, None, list[S]]:
+        streams = list(streams)
+        for i, block in enumerate(blocks):
+            streams = [apply(stream, self.tree(block), i) for stream in streams]
+            yield i + 1
+        return streams

@@ -1,0 +1,271 @@
+"""The networks of one checkpoint in one dtype, in memory as a plan says: the one door to them.
+
+    with networks.running(plan):
+        prompts = yield from networks.encode(request, sigmas)
+        for step in networks.denoise(prompts, noise, sigmas, request.guidance_scale): ...
+        pixels = yield from networks.decode(step.latents)
+
+What a stage needs is read when it begins; where the plan does not keep it, it goes when the stage is over. Prompts that
+were encoded before are remembered, here as far as the budget has room and on disk by `mlx_zimage.weights.store`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+
+from . import headroom
+from .errors import NumericsError
+from .machine import Limits, unpack_from, wired
+from .memory import Plan, Planner, Workload
+from .models.layers import linear, result, sum_dtype, vae_dtype
+from .models.text_encoder import TextEncoder
+from .models.transformer import Transformer, times_of
+from .models.vae import VAE
+from .noise import initial_noise
+from .request import GenerateRequest
+from .sampling import Step, denoise, guide
+from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
+from .weights.blocks import Blocks
+from .weights.checkpoint import Checkpoint
+from .weights.library import embeddings_folder
+from .weights.store import Store
+
+MAX_EMBEDDINGS = 32  # prompts remembered, of at most 5 MB each
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`done` of `total` parts of what goes on around the steps, which is named "encode", "decode" or "scale".
+
+    A prompt is encoded in the text encoder's layers, a picture decoded in the VAE's blocks. Before all else the scale
+    that a model needs in float16 may have to be found, network by network (see `mlx_zimage.headroom`).
+    """
+
+    name: str
+    done: int
+    total: int
+
+
+def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Generator[Phase, None, mx.array]:
+    """Phases of work that yields how many of its `total` parts are done; returns what it returns."""
+    done = 0
+    while True:
+        yield Phase(name, done, total)
+        try:
+            done = next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+class Networks:
+    """Tokenizer, text encoder, transformer and VAE of a checkpoint, which compute in dtype within a budget of bytes."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int):
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.budget = budget
+        self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
+        self.planner = Planner(checkpoint, dtype)
+        product = partial(linear, unpack_from=unpack_from())
+        self.runners = {
+            name: Blocks(component, vae_dtype(dtype) if name == "vae" else dtype)
+            for name, component in checkpoint.networks.items()
+        }
+        configs = {name: component.config for name, component in checkpoint.networks.items()}
+        self.text_encoder = TextEncoder(configs["text_encoder"], self.runners["text_encoder"], product)
+        self.transformer = Transformer(configs["transformer"], self.runners["transformer"], product)
+        self.vae = VAE(configs["vae"], self.runners["vae"])
+        self._store = Store(dtype, embeddings_folder())
+        self._embeddings: dict[Ids, mx.array] = {}
+        self._plan: Plan | None = None
+        self._limits: Limits | None = None
+        self._scaled = dtype != mx.float16
+
+    # ---- before work
+
+    def tokenize(self, prompt: str) -> Ids:
+        """The prompt's ids, template included: at most 512, and a warning where that cuts it."""
+        ids = self.tokenizer.encode(prompt)
+        if len(ids) > MAX_TOKENS:
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens and the model reads {MAX_TOKENS}; its end is left out",
+                PromptTruncated,
+                stacklevel=2,
+            )
+        return tuple(ids[:MAX_TOKENS])
+
+    def prompts(self, request: GenerateRequest) -> list[Ids]:
+        """The ids of the prompts that a request needs."""
+        prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 0 else [])
+        return [self.tokenize(prompt) for prompt in prompts]
+
+    def plan(self, request: GenerateRequest, prompts: Sequence[Ids], keep: bool | None = None) -> Plan:
+        """What will be in memory when, for a request and its tokenized prompts; MemoryBudgetError if it cannot fit."""
+        width, height, steps = request.extent
+        work = Workload(width, height, request.num_images, max(map(len, prompts)), steps, len(prompts))
+        return self.planner.plan(work, self.budget, keep)
+
+    # ---- a request
+
+    @contextmanager
+    def running(self, plan: Plan) -> Iterator[Networks]:
+        """The networks as the plan says: what it does not keep goes when the block ends, however it ends."""
+        self._plan = plan
+        for runner in self.runners.values():
+            runner.streamed = plan.streamed
+        if not plan.keep:
+            self._release(*self.runners)
+        # where all stays and the steps need not be lean, they are given more room than encoding takes in any way
+        self.text_encoder.lean = plan.lean or not plan.keep
+        self.transformer.lean = plan.lean
+        self.vae.strip_bytes = plan.strip_bytes
+        self._forget_embeddings()
+        with Limits(cache=self._spare - self._remembered) as self._limits:
+            try:
+                yield self
+            finally:
+                if not plan.keep:
+                    self._release(*self.runners)
+                self._limits = None
+
+    def encode(self, prompts: Sequence[Ids], sigmas: Sequence[float]) -> Generator[Phase, None, list[mx.array]]:
+        """The embeddings (L, cap_feat_dim) of tokenized prompts, before steps along the sigmas."""
+        yield from self._scale()
+        self.transformer.forget_schedule_but(times_of(sigmas[:-1]))
+        embeddings = []
+        for ids in prompts:
+            embeddings.append((yield from self.encode_prompt(ids)))
+        self._end_stage("text_encoder")
+        return embeddings
+
+    def denoise(
+        self, embeddings: Sequence[mx.array], noise: mx.array, sigmas: Sequence[float], guidance_scale: float
+    ) -> Iterator[Step]:
+        """The Steps from noise (B, h, w, 16) down the sigmas; the second of two prompts is what to steer away from."""
+        _, h, w, _ = noise.shape
+        with wired(self._resident()):
+            velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w)
+            yield from denoise(guide(velocities, guidance_scale), noise, sigmas)
+        self._end_stage("transformer")
+
+    def decode(self, latents: mx.array) -> Generator[Phase, None, mx.array]:
+        """Clean latents (B, h, w, 16) to pixels (B, 8h, 8w, 3) float32, about [-1, 1]."""
+        return (yield from phases("decode", self.vae.config.decoder_blocks, self.vae.decode_steps(latents)))
+
+    def encode_prompt(self, ids: Ids) -> Generator[Phase, None, mx.array]:
+        """The embeddings of one tokenized prompt, remembered ones if there are."""
+        if ids in self._embeddings:
+            self._embeddings[ids] = self._embeddings.pop(ids)  # the last used go last
+            return self._embeddings[ids]
+        config = self.text_encoder.config
+        made = [self.checkpoint.text_encoder], ids
+        embeddings = self._store.get(*made, (len(ids), config.hidden_size), sum_dtype(self.dtype))
+        if embeddings is None:
+            embeddings = yield from phases("encode", config.used_layers, self.text_encoder.steps(ids))
+            if not mx.isfinite(embeddings).all().item():
+                raise NumericsError("the prompt's embeddings are not finite; nothing was drawn")
+            self._store.put(*made, embeddings)
+        self._embeddings[ids] = embeddings
+        self._forget_embeddings()
+        return embeddings
+
+    # ---- float16
+
+    def find_scale(self, ids: Ids, keep: bool | None = None) -> None:
+        """In float16, find what a prompt's encoding needs and the first image's would, if it is not known yet.
+
+        Reads the transformer, too, and raises MemoryBudgetError where no image can be drawn.
+        """
+        if not self._scaled:
+            with self.running(self.plan(headroom.SAMPLE, [ids], keep)):
+                result(self._scale())
+
+    def _scale(self) -> Generator[Phase, None, None]:
+        """In float16, give the networks the factors that this checkpoint needs: remembered ones, or found now."""
+        if self._scaled:
+            return
+        networks = self.text_encoder, self.transformer
+        components = [self.checkpoint.text_encoder, self.checkpoint.transformer]
+        ids = self.tokenize(headroom.SAMPLE.prompt)[: headroom.TOKENS]
+        made = components, ("factors", headroom.SIDE, *ids)
+        factors = self._store.get(*made, (len(networks),), mx.float32)
+        if factors is None:
+            factors = mx.array((yield from self._find_factors(ids)))
+            self._store.put(*made, factors)
+        for network, component, factor in zip(networks, components, factors.tolist(), strict=True):
+            if not factor:
+                raise NumericsError(
+                    f"float16 cannot hold the numbers of the {component.name}, even made "
+                    f"{1 / headroom.LEAST:.0f} times smaller; choose dtype bfloat16"
+                )
+            network.factor = factor
+        self._scaled = True
+
+    def _find_factors(self, ids: Ids) -> Generator[Phase, None, tuple[float, float]]:
+        side = headroom.SIDE // self.checkpoint.vae.config.scale
+        channels = self.checkpoint.vae.config.latent_channels
+        noise = initial_noise(headroom.SAMPLE.seed, (1, channels, side, side)).transpose(0, 2, 3, 1)
+        mx.eval(noise)  # whoever takes the next event may do so in another thread
+        try:
+            yield Phase("scale", 0, 2)
+            of_encoder, cap_feats = headroom.fit(self.text_encoder, lambda: self.text_encoder(ids))
+            self._end_stage("text_encoder")
+            yield Phase("scale", 1, 2)
+            of_transformer = 1.0
+            if cap_feats is not None:
+                of_transformer, _ = headroom.fit(
+                    self.transformer, lambda: self.transformer.velocity(cap_feats, [1.0], side, side)(noise, 0)
+                )
+            yield Phase("scale", 2, 2)
+            return of_encoder, of_transformer
+        finally:
+            self._end_stage("text_encoder", "transformer")
+
+    # ---- memory
+
+    def release(self) -> None:
+        """Let all networks go; what is needed is read again."""
+        self._release(*self.runners)
+
+    def _end_stage(self, *names: str) -> None:
+        if self._plan and not self._plan.keep:
+            self._release(*names)
+
+    def _release(self, *names: str) -> None:
+        if "transformer" in names:
+            self.transformer.forget()
+        for name in names:
+            self.runners[name].release()
+
+    @property
+    def _spare(self) -> int:
+        """What the plan leaves of the budget."""
+        return self.budget if self._plan is None else self._plan.budget - self._plan.room
+
+    @property
+    def _remembered(self) -> int:
+        return sum(embeddings.nbytes for embeddings in self._embeddings.values())
+
+    def _forget_embeddings(self) -> None:
+        """Keep what prompts gave as far as the budget has room for it, the last used first."""
+        while len(self._embeddings) > MAX_EMBEDDINGS or self._remembered > self._spare:
+            del self._embeddings[next(iter(self._embeddings))]
+        if self._limits:
+            self._limits.set_cache(self._spare - self._remembered)  # what MLX keeps of freed memory counts too
+
+    def _resident(self) -> int:
+        """Bytes of the weights that stay in memory through all steps."""
+        if self._plan is None:
+            return 0
+        footprints, streamed = self.planner.footprints, self._plan.streamed
+        networks = ("transformer", "text_encoder") if self._plan.keep else ("transformer",)
+        blocks = (block for name in networks for block in footprints[name].blocks.items())
+        return sum(size for name, size in blocks if name not in streamed)

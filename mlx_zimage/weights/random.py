@@ -1,0 +1,56 @@
+"""Random weights of an architecture: time and memory do not depend on the values, so that no checkpoint is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
+from ..models.layers import pack
+from ..models.runner import Tree
+from ..quantization import Quantization
+from .checkpoint import with_packing
+from .quantize import recipe
+
+
+class RandomWeights:
+    """The `Weights` of a network that was never trained: arrays of its names and shapes, made when read."""
+
+    def __init__(self, name: str, config: Any, quantization: Quantization | None = None):
+        self.config = config
+        self.shapes: dict[str, tuple[int, ...]] = config.shapes()
+        recipes = {weight: recipe(name, weight, shape, quantization) for weight, shape in self.shapes.items()}
+        self.quantizations = {weight.removesuffix(".weight"): q for weight, q in recipes.items() if q}
+
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None) -> Tree:
+        if prefix in self.shapes:
+            return self._weight(prefix, dtype)
+        start = len(prefix) + 1
+        arrays: dict[str, mx.array] = {}
+        packed = {}
+        for name in self.shapes:
+            if not name.startswith(f"{prefix}.") or (without and name.startswith(without, start)):
+                continue
+            weight, layer = self._weight(name, dtype), name.removesuffix(".weight")
+            if q := self.quantizations.get(layer):
+                arrays |= pack(name, weight, q)
+                packed[layer[start:]] = q
+            else:
+                arrays[name] = weight
+        mx.eval(arrays)  # else the values would be made anew whenever they are used
+        return tree_unflatten(with_packing({name[start:]: array for name, array in arrays.items()}, packed))
+
+    def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
+        return (self.read(prefix, dtype, without) for prefix in prefixes)
+
+    def rows(self, name: str, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
+        return mx.random.normal((len(ids), self.shapes[name][1])).astype(dtype)
+
+    def _weight(self, name: str, dtype: mx.Dtype) -> mx.array:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return mx.ones(shape, dtype)
+        return self.config.sanitize(name, (mx.random.normal(shape) * prod(shape[1:]) ** -0.5).astype(dtype))

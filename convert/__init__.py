@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..dtypes import FLOATS
 from ..errors import RequestError
 from .choose import Recipe, quantizations
-from .plan import FORMATS, SPELLED, Plan, describe, fingerprint, plan_comfyui, plan_folder
+from .plan import TARGETS, Plan, describe, fingerprint, plan_comfyui, plan_folder
 from .sources import CONVERSION, Source, open_source
 from .writer import OutputFolder, check_absent, check_outside, render_json
 
@@ -83,10 +84,10 @@ def convert_steps(
     any failure; after a kill or a crash the same call goes on from the finished shards. SHA256SUMS in the folder has
     the checksum of every other file. Options and sources are checked by the call itself, before the loop begins.
     """
-    if dtype not in SPELLED:
-        raise RequestError(f"dtype must be one of {', '.join(SPELLED)}, got {dtype!r}")
-    if format not in FORMATS:
-        raise RequestError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if dtype not in FLOATS:
+        raise RequestError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
+    if format not in TARGETS:
+        raise RequestError(f"format must be one of {', '.join(TARGETS)}, got {format!r}")
     wanted = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
     if (search or calibrate) and not wanted.is_affine:
         raise RequestError("search and calibrate are for the mode affine, with bits or a target size")

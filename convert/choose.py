@@ -16,9 +16,10 @@ from math import prod
 
 import mlx.core as mx
 
+from ..dtypes import ITEM_BYTES, SPELLED
 from ..errors import RequestError
-from ..memory import parse_memory
 from ..quantization import MODES, Quantization, default_quantization
+from ..sizes import parse_bytes
 from ..weights.quantize import recipe
 from .pack import pack, unpack
 from .rows import SourceComponent, Tensor
@@ -93,7 +94,8 @@ def quantizations(
             raise RequestError("a target size chooses each layer's bits itself, with the mode affine; leave the others")
         if some_bits:
             raise RequestError("a target size and bits were given; leave one of them out")
-        return Wanted({}, group_size, recipe, parse_size(target_size))
+        target = parse_bytes(target_size, "target size must be like 3.2GB or 900MB")
+        return Wanted({}, group_size, recipe, target)
     chosen = {}
     for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
         component_bits = bits if own_bits is None else own_bits
@@ -137,14 +139,6 @@ def custom(own: Recipe) -> Choice:
     return choose
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes, from a number or a text such as "3.2GB" (decimal) or "3GiB" (binary)."""
-    try:
-        return parse_memory(size)
-    except RequestError:
-        raise RequestError(f"target size must be like 3.2GB or 900MB, got {size!r}") from None
-
-
 def within(target: int, source: Source, group_size: int | None, dtype: str) -> Choice:
     """The bits of each layer that keep the folder's tensors within target bytes at the least expected error.
 
@@ -152,7 +146,7 @@ def within(target: int, source: Source, group_size: int | None, dtype: str) -> C
     to the layer that gains most by the byte. Layers may stay dense, where the size allows.
     """
     group_size = default_quantization(4, group_size).group_size
-    item_bytes = 4 if dtype == "float32" else 2
+    item_bytes = ITEM_BYTES[SPELLED[dtype]]
     spent = 0
     ladders = {}
     for component in source.components.values():
@@ -191,7 +185,7 @@ def _ladder(component: SourceComponent, tensor: Tensor, group_size: int, dtype: 
     importance = TEXT_ENCODER_IMPORTANCE
     if component.name == "transformer":
         importance = IMPORTANCE[KIND.match(tensor.name)[1]]
-    item_bytes = 4 if dtype == "float32" else 2
+    item_bytes = ITEM_BYTES[SPELLED[dtype]]
     height, width = tensor.shape
     starts = {run * max(0, height - SAMPLED_ROWS) // max(1, SAMPLED_RUNS - 1) for run in range(SAMPLED_RUNS)}
     rows = mx.concatenate([tensor.read(start, min(height, start + SAMPLED_ROWS)) for start in sorted(starts)])

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
+from ..dtypes import SPELLED
 from ..quantization import Quantization
 from ..weights.names import COMFYUI_PREFIXES, comfyui_name
 from .choose import Choice
@@ -24,10 +25,9 @@ from .writer import Slot, header, render_json
 if TYPE_CHECKING:
     from .calibrate import Calibration
 
-SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtypes to convert to, in safetensors' spelling
 SHARD_BYTES = 512 * 10**6
 CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the work on each column is worth while for many rows only
-FORMATS = ("mlx", "diffusers", "comfyui")
+TARGETS = ("mlx", "diffusers", "comfyui")
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 

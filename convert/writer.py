@@ -21,6 +21,7 @@ import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from ..atomic import sync
+from ..dtypes import ITEM_BYTES
 from ..errors import CheckpointError, LockedError, OutputError, RequestError, ZImageError
 from ..weights.manifest import MANIFEST, sha256
 from .disk import drop_cache, sync_folder
@@ -28,7 +29,6 @@ from .disk import drop_cache, sync_folder
 if TYPE_CHECKING:
     from .plan import Shard, Task
 
-ITEM_BYTES = {"F32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1}
 JOB, JOURNAL = ".job.json", ".journal"  # in a partial folder: what is being made, and its finished shards
 
 

@@ -6,26 +6,25 @@ memory that were measured as MLX's peaks.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import prod
 
 import mlx.core as mx
 
 from .dtypes import STORED
-from .errors import MemoryBudgetError, RequestError
+from .errors import MemoryBudgetError
 from .headroom import SIDE, TOKENS
 from .machine import backend
 from .models.layers import vae_dtype
 from .models.transformer import MAX_TOKENS, PAD_MULTIPLE, PATCH, TURNED
 from .models.vae import CPU_STRIP, VAEConfig
 from .request import SIZE_MULTIPLE
+from .sizes import tell
 from .weights.blocks import READS_AHEAD
 from .weights.checkpoint import READERS, Checkpoint, Component
 
-UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 LARGEST = 2**30  # elements: MLX's CUDA kernels fail on more, so larger pictures are decoded by strips
 
 
@@ -130,16 +129,6 @@ class Plan:
     @property
     def room(self) -> int:
         return max(self.rooms.values())
-
-
-def parse_memory(text: str | int) -> int:
-    """ "6GB", "800 MB", "4GiB" or a number of bytes."""
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", str(text), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise RequestError(f"memory must be a size such as 6GB or 800MB, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def measure(component: Component, blocks: list[str], dtype: mx.Dtype, without: str = "") -> Network:
@@ -315,9 +304,3 @@ def _stream(network: Network, room: int) -> tuple[frozenset[str], int]:
         kept.append(name)
         held += size
     return frozenset(network.blocks).difference(kept), held
-
-
-def tell(nbytes: int) -> str:
-    """Bytes for people, in two or three digits, rounded up: the answer is a budget that works."""
-    unit, name = (10**9, "GB") if nbytes >= 10**9 else (10**6, "MB")
-    return f"{ceil(100 * nbytes / unit) / 100:g} {name}"

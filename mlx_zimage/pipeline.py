@@ -16,7 +16,7 @@ from .dtypes import FLOATS
 from .errors import NumericsError, RequestError
 from .images.codec import to_pil, to_uint8
 from .machine import default_dtype, machine_budget, wired
-from .memory import Plan, Planner, parse_memory
+from .memory import Plan, Planner
 from .models.layers import result, sum_dtype, vae_dtype
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer, times_of
@@ -24,6 +24,7 @@ from .models.vae import VAE
 from .noise import initial_noise
 from .request import GenerateRequest
 from .sampling import Step, denoise, guide
+from .sizes import parse_memory
 from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
 from .weights.blocks import Source
 from .weights.checkpoint import Checkpoint, open_checkpoint

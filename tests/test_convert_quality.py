@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_zimage.convert import choose, convert
-from mlx_zimage.convert.choose import parse_size
+from mlx_zimage.convert.choose import quantizations
 from mlx_zimage.convert.pack import pack, pack_codes, unpack
 from mlx_zimage.errors import RequestError
 from mlx_zimage.quantization import MODES, Quantization
@@ -149,9 +149,9 @@ def test_every_layer_that_is_quantized_has_an_importance():
 def test_sizes_are_read_as_people_write_them(text, wanted):
     if wanted is None:
         with pytest.raises(RequestError, match=r"target size must be like 3\.2GB"):
-            parse_size(text)
+            quantizations(None, target_size=text)
     else:
-        assert parse_size(text) == wanted
+        assert quantizations(None, target_size=text).target == wanted
 
 
 @pytest.mark.parametrize(

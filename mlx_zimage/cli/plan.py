@@ -27,8 +27,8 @@ def plan(model, width, height, images, tokens, steps, dtype, memory, keep):
 
     Reads configs and headers only.
     """
-    from ..memory import tell
     from ..pipeline import ZImagePipeline
+    from ..sizes import tell
 
     for name, value in (("width", width), ("height", height)):
         if value is not None:

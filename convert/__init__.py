@@ -12,9 +12,10 @@ from pathlib import Path
 
 from ..dtypes import FLOATS
 from ..errors import RequestError
+from ..weights.manifest import CONVERSION
 from .choose import Recipe, quantizations
 from .plan import TARGETS, Plan, describe, fingerprint, plan_comfyui, plan_folder
-from .sources import CONVERSION, Source, open_source
+from .sources import Source, open_source
 from .writer import OutputFolder, check_absent, check_outside, render_json
 
 __all__ = ["Progress", "convert", "convert_steps"]

@@ -22,10 +22,11 @@ from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
 from ..weights.checkpoint import open_checkpoint
+from ..weights.manifest import CONVERSION
 from .calibrate import open_pipeline
 from .official import REPOSITORY
 from .rows import Tensor, read_rows
-from .sources import CONVERSION, Source, open_folder, open_source
+from .sources import Source, open_folder, open_source
 from .writer import add_files, render_json
 
 QUALITY, CARD = "quality.json", "README.md"

@@ -12,12 +12,12 @@ from ..errors import CheckpointError, ModelNotFoundError, RequestError
 from ..models import NETWORKS
 from ..weights.checkpoint import Component, read_json
 from ..weights.hub import resolve
+from ..weights.manifest import CONVERSION
 from . import official
 from .files import is_mflux, open_file, open_mflux, refuse_pickles
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
 from .writer import render_json
 
-CONVERSION = "conversion.json"  # in a folder of ours: what it was made from, and how
 TOKENIZER = "tokenizer/tokenizer.json"
 # Beside the weights, what a model folder is made of.
 SMALL_FILES = [

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 from filelock import FileLock, Timeout
 
-from ..atomic import sync
+from .. import atomic
 from ..dtypes import ITEM_BYTES
-from ..errors import CheckpointError, LockedError, OutputError, RequestError, ZImageError
-from ..weights.manifest import MANIFEST, sha256
+from ..errors import LockedError, OutputError, RequestError, ZImageError
+from ..weights.manifest import MANIFEST, parse_manifest, read_manifest, render_manifest, sha256
 from .disk import drop_cache, sync_folder
 
 if TYPE_CHECKING:
@@ -62,10 +62,6 @@ def render_json(content: dict) -> bytes:
     return (json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def render_manifest(sums: dict[str, str]) -> bytes:
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
-
-
 class OutputFile:
     """A file written from front to back, on the disk (not in a cache of it) once closed; sha256 of what it holds."""
 
@@ -90,7 +86,7 @@ class OutputFile:
     def __exit__(self, kind, *_):
         try:
             if kind is None:
-                sync(self._fd)
+                atomic.sync(self._fd)
                 drop_cache(self._fd)
         finally:
             os.close(self._fd)
@@ -176,7 +172,7 @@ class OutputFolder:
         self._sums[shard.name] = file.sha256
         with (self.folder / JOURNAL).open("ab", buffering=0) as journal:
             journal.write(render_manifest({shard.name: file.sha256}))
-            sync(journal.fileno())
+            atomic.sync(journal.fileno())
 
     def _acquire(self) -> None:
         file = Path(self._lock.lock_file)
@@ -192,7 +188,7 @@ class OutputFolder:
         if _read(self.folder / JOB) != self._job:
             shutil.rmtree(self.folder, ignore_errors=True)
         lines = _read(self.folder / JOURNAL).decode(errors="replace").split("\n")[:-1]
-        self._finished = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        self._finished = parse_manifest(lines)
         kept = sum(path.stat().st_size for name in self._finished if (path := self.folder / name).is_file())
         check_space(self.dest, self._nbytes - kept)
         if not self._finished:
@@ -225,41 +221,16 @@ class OutputFolder:
         return OutputError(f"{self.dest} could not be written: {error.strerror or error}")
 
 
-def read_manifest(folder: Path) -> dict[str, str]:
-    """File -> sha256 in hexadecimal, from a folder's manifest."""
-    path = folder / MANIFEST
-    try:
-        content = path.read_bytes()
-        lines = content.decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot be read ({error}); convert again") from error
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if render_manifest(sums) != content:
-        raise CheckpointError("is damaged; convert again")
-    return sums
-
-
 def add_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write small files into a finished folder, and into its manifest; each appears whole."""
-    sums = read_manifest(folder)
+    own = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    sums = read_manifest(folder) | own
     try:
-        for name, content in files.items():
-            sums[name] = _replace(folder / name, content)
-        _replace(folder / MANIFEST, render_manifest(sums))
+        for name, content in (files | {MANIFEST: render_manifest(sums)}).items():
+            atomic.write(folder / name, lambda file, content=content: file.write_bytes(content))
         sync_folder(folder)
     except OSError as error:
         raise OutputError(f"{folder} could not be written: {error.strerror or error}") from error
-
-
-def _replace(path: Path, content: bytes) -> str:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with OutputFile(partial) as file:
-            file.write(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return file.sha256
 
 
 def check_absent(dest: Path) -> None:

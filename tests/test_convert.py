@@ -17,14 +17,13 @@ from mlx_zimage import ZImagePipeline
 from mlx_zimage.cli import main
 from mlx_zimage.convert import convert, convert_steps, plan, rows
 from mlx_zimage.convert.choose import quantizations
-from mlx_zimage.convert.sources import CONVERSION
 from mlx_zimage.convert.writer import OutputFolder
 from mlx_zimage.errors import CheckpointError, NumericsError, OutputError, RequestError
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.quantization import MODES, Quantization
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.hub import POCKET
-from mlx_zimage.weights.manifest import MANIFEST
+from mlx_zimage.weights.manifest import CONVERSION, MANIFEST
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 

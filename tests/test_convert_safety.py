@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from mlx_zimage.convert import convert, convert_steps, plan
-from mlx_zimage.convert.verify import read_manifest, verify, verify_steps
+from mlx_zimage.convert.verify import verify, verify_steps
 from mlx_zimage.errors import LockedError, OutputError, RequestError
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.hub import POCKET
+from mlx_zimage.weights.manifest import read_manifest
 
 
 def run(program, *args):

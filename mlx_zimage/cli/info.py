@@ -13,8 +13,6 @@ from ..errors import ModelNotFoundError
 from ..sizes import size
 from .output import printable
 
-CONVERSION = "conversion.json"  # what the converter tells of itself
-
 
 @click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info picture.png")
 @click.argument("source")
@@ -54,6 +52,7 @@ def describe(source: str) -> dict:
     """What `info` tells of a model, ready for JSON."""
     from ..images.metadata import fingerprint
     from ..weights.checkpoint import open_checkpoint, read_json
+    from ..weights.manifest import CONVERSION
 
     checkpoint = open_checkpoint(source)
     conversion = checkpoint.folder / CONVERSION

@@ -19,12 +19,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .. import __version__, atomic
+from ..errors import CheckpointError
 from .checkpoint import Component
-from .manifest import MANIFEST, sha256
+from .manifest import MANIFEST, read_manifest, sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
-# Nothing else is ever removed from the folder, which anyone may have named. A dot begins a file being written.
-OWN = re.compile(r"([0-9a-f]{64}|\.mlx-zimage-[0-9a-f]{16})\.(safetensors|sum)")
+# Nothing else is ever removed from the folder, which anyone may have named.
+OWN = re.compile(rf"([0-9a-f]{{64}}|{re.escape(atomic.ASIDE)}[0-9a-f]{{16}})\.(safetensors|sum)")
 FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
 
@@ -133,10 +134,9 @@ def _manifest(model: Path, files: Sequence[Path]) -> str | None:
     """The SHA-256 of these files, a line each, by the model's manifest; None where it does not vouch for them all."""
     try:
         written = _newest((model / MANIFEST).stat())
-        lines = (model / MANIFEST).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        sums = read_manifest(model)
+    except (OSError, CheckpointError):
         return None
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     names = [file.relative_to(model).as_posix() for file in files]
     if any(name not in sums for name in names) or any(placed(file) > written for file in files):
         return None

@@ -21,7 +21,7 @@ from ..errors import RequestError
 from ..quantization import MODES, Quantization, default_quantization
 from ..sizes import parse_bytes
 from ..weights.quantize import recipe
-from .pack import pack, unpack
+from .rounding import dequantize_rows, quantize_rows
 from .rows import SourceComponent, Tensor
 from .sources import Source
 
@@ -197,7 +197,7 @@ def _ladder(component: SourceComponent, tensor: Tensor, group_size: int, dtype: 
         if bits < LEAST_BITS:
             continue
         q = Quantization(bits, group_size)
-        error = mx.square(unpack(pack(rows, q), q) - exact).sum().item() / power
+        error = mx.square(dequantize_rows(quantize_rows(rows, q), q) - exact).sum().item() / power
         nbytes = height * (width * bits // 8 + 2 * item_bytes * (width // group_size))
         ladder.append((q, nbytes, importance * error))
     return [*ladder, (None, dense, 0.0)]

@@ -24,10 +24,11 @@ from ..request import GenerateRequest
 from ..weights.checkpoint import open_checkpoint
 from ..weights.manifest import CONVERSION
 from .calibrate import open_pipeline
+from .disk import render_json
 from .official import REPOSITORY
 from .rows import Tensor, read_rows
 from .sources import Source, open_folder, open_source
-from .writer import add_files, render_json
+from .writer import add_files
 
 QUALITY, CARD = "quality.json", "README.md"
 STEPS = 8

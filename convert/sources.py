@@ -14,9 +14,9 @@ from ..weights.checkpoint import Component, read_json
 from ..weights.hub import resolve
 from ..weights.manifest import CONVERSION
 from . import official
+from .disk import render_json
 from .files import is_mflux, open_file, open_mflux, refuse_pickles
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
-from .writer import render_json
 
 TOKENIZER = "tokenizer/tokenizer.json"
 # Beside the weights, what a model folder is made of.

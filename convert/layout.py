@@ -161,7 +161,7 @@ def describe_job(source: Source, layout: Layout) -> dict:
         headers.update(header(shard.slots, shard.form))
     stats = [(str(path.resolve()), path.stat()) for path in source.weights]
     return {
-        "mlx": mx.__version__,
+        "mlx": mx.__version__,  # type: ignore[attr-defined]  # MLX's stubs leave it out
         "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in layout.files.items()},
         "layout": headers.hexdigest(),

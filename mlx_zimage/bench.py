@@ -34,7 +34,7 @@ from .pipeline import ZImagePipeline
 from .quantization import Quantization, default_quantization
 from .scheduler import sigmas
 from .weights.blocks import Source
-from .weights.quantize import recipe
+from .weights.quantize import tensor_quantization
 
 # Architectures that random weights can be given: the real one, and one that a laptop's CPU runs in seconds.
 SIZES = {
@@ -72,7 +72,9 @@ class RandomComponent:
     def __init__(self, name: str, config, quantization: Quantization | None = None):
         self.config = config
         self.shapes = config.shapes()
-        recipes = {weight: recipe(name, weight, shape, quantization) for weight, shape in self.shapes.items()}
+        recipes = {
+            weight: tensor_quantization(name, weight, shape, quantization) for weight, shape in self.shapes.items()
+        }
         self.quantizations = {weight.removesuffix(".weight"): q for weight, q in recipes.items() if q}
 
     def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream=None):

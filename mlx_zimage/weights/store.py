@@ -34,10 +34,10 @@ FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 class Store:
     """What networks that compute in dtype on this machine made of given keys. folder None keeps nothing."""
 
-    def __init__(self, dtype: mx.Dtype, folder: Path | None, limit: int = LIMIT):
+    def __init__(self, dtype: mx.Dtype, folder: Path | None):
         self.dtype = dtype
         self.folder = folder
-        self.limit = limit
+        self.limit = LIMIT
         self._sums: dict[Component, str] = {}
 
     def get(

@@ -66,7 +66,7 @@ def lay_out_folder(
         shards += own
         if form == "mlx" or len(own) > 1:
             files[f"{component.name}/{stem}.safetensors.index.json"] = render_json(_index(own, component.parameters))
-        files[f"{component.name}/config.json"] = render_json(written_config(component.config, dtype, tasks))
+        files[f"{component.name}/config.json"] = render_json(_written_config(component.config, dtype, tasks))
     return Layout(shards, files)
 
 
@@ -126,7 +126,7 @@ def _index(shards: Sequence[Shard], parameters: int) -> dict:
     }
 
 
-def written_config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> dict:
+def _written_config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> dict:
     """The source's config.json made true of what is written: its dtype, and mlx-lm's quantization block twice.
 
     The block is what most quantized layers share; the others follow under their names.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from ..dtypes import ITEM_BYTES
 from ..errors import ModelNotFoundError, OutputError
 from ..models import NETWORKS
 from ..quantization import Quantization
@@ -183,8 +184,9 @@ def weights_bytes(configs: dict, bits: int | None) -> int:
 def _tensor_bytes(component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None) -> int:
     q = tensor_quantization(component, name, shape, quantization)
     if q is None:
-        return 2 * prod(shape)
-    return sum((4 if part == name else 2) * prod(packed) for part, packed in q.packed(name, shape).items())
+        return ITEM_BYTES["BF16"] * prod(shape)
+    parts = q.packed(name, shape).items()
+    return sum(ITEM_BYTES["U32" if part == name else "BF16"] * prod(packed) for part, packed in parts)
 
 
 def disks(plan: FirstRun) -> list[Disk]:

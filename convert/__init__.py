@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..dtypes import FLOATS
 from ..errors import RequestError
+from ..weights.manifest import CONVERSION
 from .choose import Recipe, quantizations
-from .plan import FORMATS, SPELLED, Plan, describe, fingerprint, plan_comfyui, plan_folder
-from .sources import CONVERSION, Source, open_source
-from .writer import OutputFolder, check_absent, check_outside, render_json
+from .disk import render_json
+from .layout import TARGETS, Layout, describe_conversion, describe_job, lay_out_comfyui, lay_out_folder
+from .sources import Source, open_source
+from .writer import OutputFolder, check_absent, check_outside
 
 __all__ = ["Progress", "convert", "convert_steps"]
 
@@ -83,10 +86,10 @@ def convert_steps(
     any failure; after a kill or a crash the same call goes on from the finished shards. SHA256SUMS in the folder has
     the checksum of every other file. Options and sources are checked by the call itself, before the loop begins.
     """
-    if dtype not in SPELLED:
-        raise RequestError(f"dtype must be one of {', '.join(SPELLED)}, got {dtype!r}")
-    if format not in FORMATS:
-        raise RequestError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if dtype not in FLOATS:
+        raise RequestError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
+    if format not in TARGETS:
+        raise RequestError(f"format must be one of {', '.join(TARGETS)}, got {format!r}")
     wanted = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
     if (search or calibrate) and not wanted.is_affine:
         raise RequestError("search and calibrate are for the mode affine, with bits or a target size")
@@ -98,28 +101,28 @@ def convert_steps(
     others = [Path(other).expanduser() for other in (text_encoder, vae, tokenizer, base) if other is not None]
     for folder in (opened.at, *filter(Path.is_dir, others)):
         check_outside(dest, folder)
-    calibration = None
+    factor_of = None
     if calibrate:
-        from .calibrate import Calibration
+        from .calibrate import Calibration  # only here: it needs all that an image needs
 
-        calibration = Calibration(source, memory)
+        factor_of = Calibration(source, memory).factor
     if format == "comfyui":
-        plan = plan_comfyui(opened, dtype, dest.name)
+        layout = lay_out_comfyui(opened, dtype, dest.name)
     else:
         how = {"search": search or calibrate} | ({"calibrated": True} if calibrate else {})
-        told = describe(opened, dtype, wanted.to_dict() | how)
-        small = opened.files | {CONVERSION: render_json(told)}
+        conversion = describe_conversion(opened, dtype, wanted.to_dict() | how)
+        small = opened.files | {CONVERSION: render_json(conversion)}
         choice = wanted.choice(opened, dtype)
-        plan = plan_folder(opened, dtype, choice, format, small, search or calibrate, calibration)
-    return _write(opened, plan, dest, dtype)
+        layout = lay_out_folder(opened, dtype, choice, format, small, search or calibrate, factor_of)
+    return _write(opened, layout, dest, dtype)
 
 
-def _write(source: Source, plan: Plan, dest: Path, dtype: str) -> Iterator[Progress]:
+def _write(source: Source, layout: Layout, dest: Path, dtype: str) -> Iterator[Progress]:
     done = 0
-    with OutputFolder(dest, fingerprint(source, plan), plan.nbytes, plan.single) as folder:
-        for shard in plan.shards:
+    with OutputFolder(dest, describe_job(source, layout), layout.nbytes, layout.single) as folder:
+        for shard in layout.shards:
             for task in folder.write_shard(shard, dtype):
                 done += sum(tensor.nbytes for tensor in task.tensors)
                 yield Progress(task.component, task.tensors[0].name, done, source.nbytes)
-        for name, content in plan.files.items():
+        for name, content in layout.files.items():
             folder.write(name, content)

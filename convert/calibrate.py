@@ -1,7 +1,7 @@
 """What goes into each matrix of the transformer while it draws: where an error of a weight matters, and how much.
 
 What counts is not a matrix but its products. With M the second moments of its inputs and L the Cholesky factor of M,
-the products' mean squared error is the square of (error of the weights) times L. pack.py keeps that small.
+the products' mean squared error is the square of (error of the weights) times L. rounding.py keeps that small.
 """
 
 from __future__ import annotations

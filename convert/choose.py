@@ -16,11 +16,12 @@ from math import prod
 
 import mlx.core as mx
 
+from ..dtypes import ITEM_BYTES, SPELLED
 from ..errors import RequestError
-from ..memory import parse_memory
 from ..quantization import MODES, Quantization, default_quantization
-from ..weights.quantize import recipe
-from .pack import pack, unpack
+from ..sizes import parse_bytes
+from ..weights.quantize import tensor_quantization
+from .rounding import dequantize_rows, quantize_rows
 from .rows import SourceComponent, Tensor
 from .sources import Source
 
@@ -37,6 +38,7 @@ LEAST_BITS = 3  # 2 bits leave an error of 0.4 of the weights
 
 Recipe = Callable[[str, str, tuple[int, ...]], Quantization | None]
 Choice = Callable[[str, Tensor], Quantization | None]
+Rung = tuple[Quantization | None, int, float]  # its bytes, and the weighted square of its relative error
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def quantizations(
             raise RequestError("a target size chooses each layer's bits itself, with the mode affine; leave the others")
         if some_bits:
             raise RequestError("a target size and bits were given; leave one of them out")
-        return Wanted({}, group_size, recipe, parse_size(target_size))
+        target = parse_bytes(target_size, "target size must be like 3.2GB or 900MB")
+        return Wanted({}, group_size, recipe, target)
     chosen = {}
     for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
         component_bits = bits if own_bits is None else own_bits
@@ -109,20 +112,27 @@ def quantizations(
 
 
 def uniform(networks: dict[str, Quantization | None]) -> Choice:
-    return lambda component, tensor: recipe(component, tensor.name, tensor.shape, networks.get(component))
+    return lambda component, tensor: tensor_quantization(component, tensor.name, tensor.shape, networks.get(component))
 
 
 def mixed(networks: dict[str, Quantization | None]) -> Choice:
     """Like uniform, with more bits for the transformer's value and output matrices."""
 
     def choose(component: str, tensor: Tensor) -> Quantization | None:
-        q = recipe(component, tensor.name, tensor.shape, networks.get(component))
+        q = tensor_quantization(component, tensor.name, tensor.shape, networks.get(component))
         if q is None or component != "transformer":
             return q
-        step = BITS.index(q.bits) + RAISED.get(KIND.match(tensor.name)[1], 0)
+        step = BITS.index(q.bits) + RAISED.get(_kind(tensor.name), 0)
         return Quantization(BITS[min(step, len(BITS) - 1)], q.group_size)
 
     return choose
+
+
+def _kind(name: str) -> str:
+    """Of a matrix of the transformer's blocks, as IMPORTANCE names it."""
+    found = KIND.match(name)
+    assert found, f"{name} is in no block of the transformer"
+    return found[1]
 
 
 def custom(own: Recipe) -> Choice:
@@ -130,19 +140,11 @@ def custom(own: Recipe) -> Choice:
 
     def choose(component: str, tensor: Tensor) -> Quantization | None:
         q = own(component, tensor.name, tensor.shape)
-        if q and recipe(component, tensor.name, tensor.shape, q) is None:
+        if q and tensor_quantization(component, tensor.name, tensor.shape, q) is None:
             raise RequestError(f"{component} {tensor.name} cannot be quantized; the recipe must leave it dense")
         return q
 
     return choose
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes, from a number or a text such as "3.2GB" (decimal) or "3GiB" (binary)."""
-    try:
-        return parse_memory(size)
-    except RequestError:
-        raise RequestError(f"target size must be like 3.2GB or 900MB, got {size!r}") from None
 
 
 def within(target: int, source: Source, group_size: int | None, dtype: str) -> Choice:
@@ -152,13 +154,16 @@ def within(target: int, source: Source, group_size: int | None, dtype: str) -> C
     to the layer that gains most by the byte. Layers may stay dense, where the size allows.
     """
     group_size = default_quantization(4, group_size).group_size
-    item_bytes = 4 if dtype == "float32" else 2
+    item_bytes = ITEM_BYTES[SPELLED[dtype]]
     spent = 0
     ladders = {}
     for component in source.components.values():
         for tensor in component.tensors:
             dense = prod(tensor.shape) * item_bytes
-            if recipe(component.name, tensor.name, tensor.shape, Quantization(LEAST_BITS, group_size)) is None:
+            if (
+                tensor_quantization(component.name, tensor.name, tensor.shape, Quantization(LEAST_BITS, group_size))
+                is None
+            ):
                 spent += dense
                 continue
             ladder = _ladder(component, tensor, group_size, dtype, dense)
@@ -186,30 +191,30 @@ def within(target: int, source: Source, group_size: int | None, dtype: str) -> C
     return lambda component, tensor: chosen.get((component, tensor.name))
 
 
-def _ladder(component: SourceComponent, tensor: Tensor, group_size: int, dtype: str, dense: int) -> list:
-    """(quantization, bytes, weighted squared error) of a layer, from the fewest bits up to dense."""
+def _ladder(component: SourceComponent, tensor: Tensor, group_size: int, dtype: str, dense: int) -> list[Rung]:
+    """The rungs of a layer, from the fewest bits up to dense."""
     importance = TEXT_ENCODER_IMPORTANCE
     if component.name == "transformer":
-        importance = IMPORTANCE[KIND.match(tensor.name)[1]]
-    item_bytes = 4 if dtype == "float32" else 2
+        importance = IMPORTANCE[_kind(tensor.name)]
+    item_bytes = ITEM_BYTES[SPELLED[dtype]]
     height, width = tensor.shape
     starts = {run * max(0, height - SAMPLED_ROWS) // max(1, SAMPLED_RUNS - 1) for run in range(SAMPLED_RUNS)}
     rows = mx.concatenate([tensor.read(start, min(height, start + SAMPLED_ROWS)) for start in sorted(starts)])
     rows = rows.astype(getattr(mx, dtype))
     exact = rows.astype(mx.float32)
-    power = mx.square(exact).sum().item() or 1.0
-    ladder = []
+    power = float(mx.square(exact).sum()) or 1.0
+    ladder: list[Rung] = []
     for bits in BITS:
         if bits < LEAST_BITS:
             continue
         q = Quantization(bits, group_size)
-        error = mx.square(unpack(pack(rows, q), q) - exact).sum().item() / power
+        error = float(mx.square(dequantize_rows(quantize_rows(rows, q), q) - exact).sum()) / power
         nbytes = height * (width * bits // 8 + 2 * item_bytes * (width // group_size))
         ladder.append((q, nbytes, importance * error))
     return [*ladder, (None, dense, 0.0)]
 
 
-def _gain(ladder: list, i: int) -> float:
+def _gain(ladder: list[Rung], i: int) -> float:
     """Minus the error saved by each byte that the next step costs."""
     (_, before, error), (_, after, less) = ladder[i], ladder[i + 1]
     return (less - error) / (after - before)

@@ -1,4 +1,4 @@
-"""Files read and written past the system's cache, and writes that last.
+"""Bytes of files: read and written past the system's cache, and written to last.
 
 A model is larger than many a machine's memory and passes once. Left in the cache it pushes out all else, and that
 took longer than reading it: 11.5 GB at 0.3 GB/s instead of 1.2, on the virtual machine where this was measured.
@@ -6,11 +6,15 @@ took longer than reading it: 11.5 GB at 0.3 GB/s instead of 1.2, on the virtual 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
+from ..atomic import sync
 from ..errors import CheckpointError
 
 
@@ -22,7 +26,7 @@ def read_bytes(file: Path, offset: int, count: int) -> np.ndarray:
         with file.open("rb", buffering=0) as stream:
             stream.seek(offset)
             got = 0
-            while got < count and (more := stream.readinto(memoryview(content)[got:])):
+            while got < count and (more := stream.readinto(content[got:].data)):
                 got += more
             drop_cache(stream.fileno(), offset, count)
     except OSError as error:
@@ -30,6 +34,40 @@ def read_bytes(file: Path, offset: int, count: int) -> np.ndarray:
     if got != count:
         raise CheckpointError(f"{file} became shorter while it was read")
     return content
+
+
+class OutputFile:
+    """A file written from front to back, on the disk (not in a cache of it) once closed; sha256 of what it holds."""
+
+    def __init__(self, path: Path):
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        self._hash.update(view)
+        self.size += len(view)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def write_array(self, array: mx.array) -> None:
+        self.write(np.array(array.reshape(-1).view(mx.uint8), copy=False).data)
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                sync(self._fd)
+                drop_cache(self._fd)
+        finally:
+            os.close(self._fd)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
 
 
 def drop_cache(fd: int, offset: int = 0, count: int = 0) -> None:
@@ -44,3 +82,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def render_json(content: dict) -> bytes:
+    """A JSON file: equal contents give equal bytes."""
+    return (json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -33,9 +33,9 @@ def open_file(file: Path, configs: Mapping[str, dict]) -> dict[str, SourceCompon
     """The networks in a single file, whose configs are given since a bare file has none."""
     _refuse_pickle(file)
     if _start(file).startswith(gguf.MAGIC):
-        tensors = {name: _gguf_tensor(file, tensor) for name, tensor in gguf.read_header(file).items()}
+        tensors = {name: _gguf_tensor(file, tensor) for name, tensor in gguf.read_tensors(file).items()}
     else:
-        tensors = unpack(read_header(file), str(file))
+        tensors = stored_weights(read_header(file), str(file))
     return assemble(tensors, configs, str(file))
 
 
@@ -75,22 +75,22 @@ def is_mflux(folder: Path) -> bool:
 
 def open_mflux(folder: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
     """The networks in a folder that `mflux-save` wrote, quantized or not."""
-    components = {}
+    components: dict[str, SourceComponent] = {}
     for name in NETWORKS:
         entries = {key: entry for file in find_shards(folder / name) for key, entry in read_header(file).items()}
-        tensors = unpack(entries, str(folder / name))
+        tensors = stored_weights(entries, str(folder / name))
         components |= assemble(tensors, configs, str(folder / name), channels_last=True)
     return components
 
 
 def _gguf_tensor(file: Path, stored: gguf.GGUFTensor) -> Tensor:
     def read(start: int, stop: int) -> mx.array:
-        return mx.array(gguf.read_rows(file, stored, start, stop))
+        return mx.array(gguf.read_floats(file, stored, start, stop))
 
     return Tensor(stored.name, stored.shape, stored.nbytes, read)
 
 
-def unpack(entries: dict[str, Entry], label: str) -> dict[str, Tensor]:
+def stored_weights(entries: dict[str, Entry], label: str) -> dict[str, Tensor]:
     """The weights among stored tensors, each with what belongs to it: scales, packing."""
     tensors = {}
     for name, entry in entries.items():
@@ -206,18 +206,18 @@ def _check(name: str, config: dict, found: dict[str, Tensor], label: str, channe
 
     missing = [key for key in wanted if key not in found and not unused(key)]
     extra = [key for key in found if key not in wanted and not unused(key)]
-    fitted = {key: fit(found[key], shape, channels_last) for key, shape in wanted.items() if key in found}
-    misshapen = [f"{key} is {found[key].shape}, wanted {wanted[key]}" for key, tensor in fitted.items() if not tensor]
+    shaped = {key: reshaped(found[key], shape, channels_last) for key, shape in wanted.items() if key in found}
+    misshapen = [f"{key} is {found[key].shape}, wanted {wanted[key]}" for key, tensor in shaped.items() if not tensor]
     for fault, keys in (("missing", missing), ("unexpected", extra), ("of another shape", misshapen)):
         if keys:
             raise CheckpointError(
                 f"{label}: of the {name}'s {len(wanted)} weights, {len(keys)} are {fault}: {_some(keys)}"
             )
-    fitted |= {key: tensor for key, tensor in found.items() if key not in wanted}
-    return SourceComponent(name, config, list(fitted.values()))
+    tensors = [tensor for tensor in shaped.values() if tensor]
+    return SourceComponent(name, config, tensors + [tensor for key, tensor in found.items() if key not in wanted])
 
 
-def fit(tensor: Tensor, shape: tuple[int, ...], channels_last: bool = False) -> Tensor | None:
+def reshaped(tensor: Tensor, shape: tuple[int, ...], channels_last: bool = False) -> Tensor | None:
     """The tensor in the wanted shape, where only its layout or axes of length 1 differ; None if it is another."""
     if channels_last and len(shape) == 4:
         out, width, height, depth = tensor.shape if len(tensor.shape) == 4 else (0, 0, 0, 0)

@@ -30,13 +30,13 @@ MOST_AXES = 4
 class Kind:
     """A way to store numbers: so many of them in a block of so many bytes, and the way back.
 
-    unpack takes blocks (n, block_bytes) uint8 and gives (n, values) float32.
+    decode takes blocks (n, block_bytes) uint8 and gives (n, values) float32.
     """
 
     name: str
     values: int
     block_bytes: int
-    unpack: Callable[[np.ndarray], np.ndarray]
+    decode: Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class GGUFTensor:
         return prod(self.shape) // self.kind.values * self.kind.block_bytes
 
 
-def read_header(file: Path) -> dict[str, GGUFTensor]:
+def read_tensors(file: Path) -> dict[str, GGUFTensor]:
     """The tensors of a GGUF file by name, checked to lie inside it."""
     size = file.stat().st_size
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -63,7 +63,7 @@ def read_header(file: Path) -> dict[str, GGUFTensor]:
             raise CheckpointError(f"{file} is not a whole GGUF file ({error}); fetch it again") from error
 
 
-def read_rows(file: Path, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
+def read_floats(file: Path, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of a tensor's first axis, float32."""
     kind = tensor.kind
     row_values = prod(tensor.shape[1:])
@@ -71,7 +71,7 @@ def read_rows(file: Path, tensor: GGUFTensor, start: int, stop: int) -> np.ndarr
     blocks = (last - first) // kind.values
     offset = tensor.offset + first // kind.values * kind.block_bytes
     raw = read_bytes(file, offset, blocks * kind.block_bytes)
-    values = kind.unpack(raw.reshape(blocks, kind.block_bytes))
+    values = kind.decode(raw.reshape(blocks, kind.block_bytes))
     return values.reshape(stop - start, *tensor.shape[1:])
 
 

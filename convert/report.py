@@ -22,11 +22,13 @@ from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
 from ..weights.checkpoint import open_checkpoint
+from ..weights.manifest import CONVERSION
 from .calibrate import open_pipeline
+from .disk import render_json
 from .official import REPOSITORY
 from .rows import Tensor, read_rows
-from .sources import CONVERSION, Source, open_folder, open_source
-from .writer import add_files, render_json
+from .sources import Source, open_folder, open_source
+from .writer import add_files
 
 QUALITY, CARD = "quality.json", "README.md"
 STEPS = 8
@@ -75,9 +77,9 @@ def report_steps(
     packed = []
     for component in open_checkpoint(folder).components:
         names = {f"{layer}.weight" for layer in component.quantizations}
-        exact = {tensor.name: tensor for tensor in theirs.components[component.name].tensors}
+        sources = {tensor.name: tensor for tensor in theirs.components[component.name].tensors}
         own = ours.components[component.name].tensors
-        packed += [(component.name, t, exact[t.name]) for t in own if t.name in names and t.name in exact]
+        packed += [(component.name, t, sources[t.name]) for t in own if t.name in names and t.name in sources]
     total = len(packed) + 2 * len(prompts)
     layers = {}
     for i, (name, tensor, exact) in enumerate(packed, 1):
@@ -130,8 +132,8 @@ def weight_error(tensor: Tensor, exact: Tensor) -> float:
     """The root mean square of what a tensor is off, as a part of that of the exact one."""
     error = power = 0.0
     for a, b in zip(read_rows(tensor, "float32"), read_rows(exact, "float32"), strict=True):
-        error += mx.square(a - b).sum().item()
-        power += mx.square(b).sum().item()
+        error += float(mx.square(a - b).sum())
+        power += float(mx.square(b).sum())
     return sqrt(error / power) if power else 0.0
 
 
@@ -167,19 +169,20 @@ def compare(pipe: ZImagePipeline, request: GenerateRequest, wanted: tuple[list[m
 
 
 def _relative(x: mx.array, exact: mx.array) -> float:
-    return sqrt((mx.square(x - exact).mean() / mx.square(exact).mean()).item())
+    return sqrt(float(mx.square(x - exact).mean() / mx.square(exact).mean()))
 
 
 def _cosine(a: mx.array, b: mx.array) -> float:
-    return ((a * b).sum() / mx.sqrt(mx.square(a).sum() * mx.square(b).sum())).item()
+    return float((a * b).sum() / mx.sqrt(mx.square(a).sum() * mx.square(b).sum()))
 
 
 def model_card(conversion: dict, quality: dict | None = None) -> str:
     """README.md as the Hugging Face hub reads it, with the table of quality where it was measured."""
-    told, origins = conversion, []
-    while told:
-        origins.append(told["source"])
-        told = told.get("before")
+    step: dict | None = conversion
+    origins: list[str] = []
+    while step:
+        origins.append(step["source"])
+        step = step.get("before")
     bases = [origin for origin in origins if "/" in origin]  # ids on the hub; files and folders tell no path
     lines = ["---", "library_name: mlx", "pipeline_tag: text-to-image"]
     lines += [f"base_model: {bases[0]}"] if bases else []

@@ -18,6 +18,7 @@ from ..errors import NumericsError
 from ..quantization import Quantization
 from ..weights.checkpoint import Entry
 from .disk import read_bytes
+from .rounding import dequantize_rows
 
 CHUNK_BYTES = 2 * 2**20  # of float32, at a time; more would not stay in a processor's cache
 # The exponent's bits, which are all set in NaN and infinity and in no finite number.
@@ -88,17 +89,11 @@ def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
 
 def packed_rows(entries: dict[str, Entry], q: Quantization) -> Callable[[int, int], mx.array]:
     """A reader of a quantized weight, from its parts `weight`, `scales` and, when affine, `biases`: float32."""
-    parts = {part: stored_rows(entry) for part, entry in entries.items()}
+    names = ("weight", "scales", "biases") if q.mode == "affine" else ("weight", "scales")
+    parts = [stored_rows(entries[name]) for name in names]
 
     def read(start: int, stop: int) -> mx.array:
-        weight, scales = parts["weight"](start, stop), parts["scales"](start, stop)
-        biases = None
-        if q.mode == "affine":
-            # in float32, so that the one rounding is the one to the target's dtype
-            scales, biases = scales.astype(mx.float32), parts["biases"](start, stop).astype(mx.float32)
-        return mx.dequantize(
-            weight, scales, biases, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32
-        )
+        return dequantize_rows([part(start, stop) for part in parts], q)
 
     return read
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, ModelNotFoundError, RequestError
 from ..models import NETWORKS
 from ..weights.checkpoint import Component, read_json
 from ..weights.hub import resolve
+from ..weights.manifest import CONVERSION
 from . import official
+from .disk import render_json
 from .files import is_mflux, open_file, open_mflux, refuse_pickles
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
-from .writer import render_json
 
-CONVERSION = "conversion.json"  # in a folder of ours: what it was made from, and how
 TOKENIZER = "tokenizer/tokenizer.json"
 # Beside the weights, what a model folder is made of.
 SMALL_FILES = [
@@ -37,7 +37,7 @@ class Source:
 
     origin is its name, without the folders of this machine; at is its file or folder; components are by name; weights
     are the files that the tensors lie in; files are contents to copy, by their path in the folder to be written;
-    conversion tells how our converter made it, if it did.
+    conversion tells how our converter made it, and is empty if it did not.
     """
 
     origin: str
@@ -45,7 +45,7 @@ class Source:
     components: dict[str, SourceComponent]
     weights: list[Path]
     files: dict[str, bytes]
-    conversion: dict | None = None
+    conversion: dict = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +80,10 @@ def open_source(
     missing = [name for name in NETWORKS if name not in opened.components]
     if missing or TOKENIZER not in opened.files:
         opened = borrow(opened, missing, base)
-    small = {"model_index.json": official.MODEL_INDEX, "scheduler/scheduler_config.json": official.SCHEDULER}
+    small: dict[str, dict] = {
+        "model_index.json": official.MODEL_INDEX,
+        "scheduler/scheduler_config.json": official.SCHEDULER,
+    }
     files = {name: render_json(content) for name, content in small.items()} | opened.files
     text, wanted = (
         NETWORKS[name].from_dict(opened.components[name].config) for name in ("text_encoder", "transformer")
@@ -127,7 +130,7 @@ def open_folder(folder: Path, origin: str, names: Iterable[str]) -> Source:
         {component.name: _component(component) for component in components},
         sorted({entry.file for component in components for entry in component.entries.values()}),
         small_files(folder),
-        read_json(conversion) if conversion.is_file() else None,
+        read_json(conversion) if conversion.is_file() else {},
     )
 
 

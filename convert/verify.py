@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import atomic
 from ..errors import CheckpointError, NumericsError
 from ..models import NETWORKS
 from ..weights.checkpoint import open_checkpoint
 from ..weights.hub import resolve
-from ..weights.manifest import MANIFEST, sha256
-from . import writer
+from ..weights.manifest import MANIFEST, read_manifest, sha256
 from .rows import Tensor, read_rows
-from .sources import CONVERSION, open_folder
+from .sources import open_folder
 
 # What the loader reads; a file of this kind that the manifest does not list could change the model.
 READ_BY_US = (".json", ".safetensors", ".txt", ".jinja")
@@ -59,7 +59,8 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
     if sums:
         names = (path.relative_to(folder).as_posix() for path in sizes)
         for name in names:
-            if name not in sums and name != MANIFEST and name.endswith(READ_BY_US):
+            # What a killed process was writing is not read by anything.
+            if name not in sums and name.endswith(READ_BY_US) and not name.startswith(atomic.ASIDE):
                 yield Checked(name, f"is not in {MANIFEST}; it was added later", done, total)
     if not whole:
         return
@@ -74,13 +75,6 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
         for tensor in component.tensors:
             done += tensor.nbytes
             yield Checked(f"{component.name} {tensor.name}", _values_fault(tensor), done, total)
-
-
-def read_manifest(folder: Path) -> dict[str, str]:
-    """File -> sha256 in hexadecimal, from the folder's manifest; empty if it is not a folder of ours."""
-    if not (folder / MANIFEST).exists() and not (folder / CONVERSION).exists():
-        return {}
-    return writer.read_manifest(folder)
 
 
 def _file_fault(path: Path, digest: str) -> str | None:

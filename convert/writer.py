@@ -8,96 +8,21 @@ beside the destination, where the same command finds them again.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import mlx.core as mx
 from filelock import FileLock, Timeout
 
-from ..atomic import sync
-from ..errors import CheckpointError, LockedError, OutputError, RequestError, ZImageError
-from ..weights.manifest import MANIFEST, sha256
-from .disk import drop_cache, sync_folder
+from .. import atomic
+from ..errors import LockedError, OutputError, RequestError, ZImageError
+from ..weights.manifest import MANIFEST, parse_manifest, read_manifest, render_manifest, sha256
+from .disk import OutputFile, render_json, sync_folder
+from .shards import Shard, Task, header
 
-if TYPE_CHECKING:
-    from .plan import Shard, Task
-
-ITEM_BYTES = {"F32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1}
 JOB, JOURNAL = ".job.json", ".journal"  # in a partial folder: what is being made, and its finished shards
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of one array in a shard; dtype in safetensors' spelling."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return ITEM_BYTES[self.dtype] * prod(self.shape)
-
-
-def header(slots: Iterable[Slot], form: str = "mlx") -> bytes:
-    """A safetensors header, with its length in front and padded to 8 bytes as the format's own writer does."""
-    fields: dict = {"__metadata__": {"format": form}}
-    offset = 0
-    for slot in slots:
-        end = offset + slot.nbytes
-        fields[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def render_json(content: dict) -> bytes:
-    return (json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def render_manifest(sums: dict[str, str]) -> bytes:
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
-
-
-class OutputFile:
-    """A file written from front to back, on the disk (not in a cache of it) once closed; sha256 of what it holds."""
-
-    def __init__(self, path: Path):
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    def write(self, content: bytes | memoryview) -> None:
-        view = memoryview(content)
-        self._hash.update(view)
-        self.size += len(view)
-        while view:
-            view = view[os.write(self._fd, view) :]
-
-    def write_array(self, array: mx.array) -> None:
-        self.write(memoryview(array.reshape(-1).view(mx.uint8)))
-
-    def __enter__(self) -> OutputFile:
-        return self
-
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                sync(self._fd)
-                drop_cache(self._fd)
-        finally:
-            os.close(self._fd)
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
 
 
 class OutputFolder:
@@ -176,7 +101,7 @@ class OutputFolder:
         self._sums[shard.name] = file.sha256
         with (self.folder / JOURNAL).open("ab", buffering=0) as journal:
             journal.write(render_manifest({shard.name: file.sha256}))
-            sync(journal.fileno())
+            atomic.sync(journal.fileno())
 
     def _acquire(self) -> None:
         file = Path(self._lock.lock_file)
@@ -192,9 +117,9 @@ class OutputFolder:
         if _read(self.folder / JOB) != self._job:
             shutil.rmtree(self.folder, ignore_errors=True)
         lines = _read(self.folder / JOURNAL).decode(errors="replace").split("\n")[:-1]
-        self._finished = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        self._finished = parse_manifest(lines)
         kept = sum(path.stat().st_size for name in self._finished if (path := self.folder / name).is_file())
-        check_space(self.dest, self._nbytes - kept)
+        check_disk(self.dest, self._nbytes - kept)
         if not self._finished:
             self.folder.mkdir(exist_ok=True)
             (self.folder / JOB).write_bytes(self._job)
@@ -225,41 +150,16 @@ class OutputFolder:
         return OutputError(f"{self.dest} could not be written: {error.strerror or error}")
 
 
-def read_manifest(folder: Path) -> dict[str, str]:
-    """File -> sha256 in hexadecimal, from a folder's manifest."""
-    path = folder / MANIFEST
-    try:
-        content = path.read_bytes()
-        lines = content.decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot be read ({error}); convert again") from error
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if render_manifest(sums) != content:
-        raise CheckpointError("is damaged; convert again")
-    return sums
-
-
 def add_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write small files into a finished folder, and into its manifest; each appears whole."""
-    sums = read_manifest(folder)
+    own = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    sums = read_manifest(folder) | own
     try:
-        for name, content in files.items():
-            sums[name] = _replace(folder / name, content)
-        _replace(folder / MANIFEST, render_manifest(sums))
+        for name, content in (files | {MANIFEST: render_manifest(sums)}).items():
+            atomic.write(folder / name, partial(Path.write_bytes, data=content))
         sync_folder(folder)
     except OSError as error:
         raise OutputError(f"{folder} could not be written: {error.strerror or error}") from error
-
-
-def _replace(path: Path, content: bytes) -> str:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with OutputFile(partial) as file:
-            file.write(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return file.sha256
 
 
 def check_absent(dest: Path) -> None:
@@ -273,7 +173,7 @@ def check_outside(dest: Path, source: Path) -> None:
         raise RequestError(f"{dest} lies inside the source {source}; give a folder outside it")
 
 
-def check_space(dest: Path, nbytes: int) -> None:
+def check_disk(dest: Path, nbytes: int) -> None:
     """Refuse work whose result does not fit on dest's disk."""
     free = shutil.disk_usage(dest.parent).free
     if nbytes > free:

@@ -21,7 +21,7 @@ from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.quantization import MODES, Quantization
 from mlx_zimage.weights.hub import POCKET
-from mlx_zimage.weights.quantize import recipe
+from mlx_zimage.weights.quantize import tensor_quantization
 
 SHARD_BYTES = 2 * 10**9  # the published shards are 10 GB, which few machines could hold here
 COMPONENTS = {  # component -> (architecture, dtype as published, name of the files)
@@ -59,7 +59,10 @@ def write_component(
     weight_map, shard = {}, {}
     names = list(shapes)
     for name in names:
-        weight, q = random_weight(name, shapes[name], dtype), recipe(component, name, shapes[name], quantization)
+        weight, q = (
+            random_weight(name, shapes[name], dtype),
+            tensor_quantization(component, name, shapes[name], quantization),
+        )
         shard |= pack(name, weight, q) if q else {name: weight}
         mx.eval(shard)
         if name == names[-1] or sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:

@@ -20,8 +20,8 @@ import numpy as np
 from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.convert import convert, report
 from mlx_zimage.convert.choose import quantizations
-from mlx_zimage.convert.pack import pack, unpack
-from mlx_zimage.convert.plan import plan_folder
+from mlx_zimage.convert.layout import lay_out_folder
+from mlx_zimage.convert.rounding import dequantize_rows, quantize_rows
 from mlx_zimage.convert.sources import open_source
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
@@ -90,7 +90,7 @@ def compare_weights(model: str, ways: list[str]) -> None:
             continue  # it makes the weights' error larger, and that of their products smaller
         search = options.pop("search", False)
         choose = quantizations(options.pop("bits", None), **options).choice(source, "bfloat16")
-        nbytes = plan_folder(source, "bfloat16", choose, "mlx", {}).nbytes
+        nbytes = lay_out_folder(source, "bfloat16", choose, "mlx", {}).nbytes
         size = size or nbytes
         errors = []
         for component in source.components.values():
@@ -99,7 +99,7 @@ def compare_weights(model: str, ways: list[str]) -> None:
                 if q:
                     rows = [tensor.read(start, start + 8) for start in (0, tensor.shape[0] // 2)]
                     exact = mx.concatenate(rows).astype(mx.bfloat16)
-                    off = unpack(pack(exact, q, search), q) - exact
+                    off = dequantize_rows(quantize_rows(exact, q, search), q) - exact
                     errors.append((mx.square(off).sum() / mx.square(exact.astype(mx.float32)).sum()).sqrt().item())
         print(f"| {way} | {nbytes / 1e6:.2f} | {np.mean(errors):.4f} |", flush=True)
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+ASIDE = ".mlx-zimage-"  # begins the name of a file being written; a killed process leaves it so
 
 
 def write(path: Path, save: Callable[[Path], object], overwrite: bool = True, lasting: bool = True) -> Path:
@@ -15,7 +19,7 @@ def write(path: Path, save: Callable[[Path], object], overwrite: bool = True, la
     Where path exists, the first free one of path-1, path-2, ... is taken, unless overwrite is set. lasting waits until
     the file is on the disk. Whatever fails leaves nothing behind, and raises OSError or what save raised.
     """
-    aside = path.with_name(f".mlx-zimage-{secrets.token_hex(8)}{path.suffix}")
+    aside = path.with_name(f"{ASIDE}{secrets.token_hex(8)}{path.suffix}")
     try:
         create(aside)
         save(aside)
@@ -55,10 +59,11 @@ def sync(file: Path | int) -> None:
         finally:
             os.close(fd)
         return
-    try:
-        # On macOS fsync stops at the drive's cache; this goes through it.
+    if sys.platform == "darwin":
         import fcntl
 
-        fcntl.fcntl(file, fcntl.F_FULLFSYNC)
-    except (ImportError, AttributeError, OSError):
-        os.fsync(file)
+        # There fsync stops at the drive's cache; this goes through it, where the disk knows it.
+        with suppress(OSError):
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)

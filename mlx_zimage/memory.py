@@ -6,28 +6,25 @@ tensors' sizes and the request alone, and from the measured bounds on working me
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import prod
 
 import mlx.core as mx
 
 from .bounds import FLOAT32_STRIPS, LARGEST, bounds
 from .dtypes import STORED
-from .errors import MemoryBudgetError, RequestError
+from .errors import MemoryBudgetError
 from .headroom import SIDE, TOKENS
 from .machine import backend
 from .models.layers import vae_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
 from .models.vae import CPU_STRIP, VAEConfig
 from .request import SIZE_MULTIPLE
+from .sizes import tell
 from .weights.blocks import READS_AHEAD
 from .weights.checkpoint import READERS, Checkpoint, Component
-
-UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-
 
 # ---- what is to be done, and the plan for it
 
@@ -365,22 +362,3 @@ def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
 def largest_strip(config: VAEConfig, width: int, height: int) -> int | None:
     """The strip_bytes that decode an image of width x height pixels fastest, memory aside."""
     return None if decodes_whole(config, width, height) else max(filter(None, FLOAT32_STRIPS))
-
-
-# ---- sizes for people
-
-
-def parse_memory(text: str | int) -> int:
-    """ "6GB", "800 MB", "4GiB" or a number of bytes."""
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", str(text), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise RequestError(f"memory must be a size such as 6GB or 800MB, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def tell(nbytes: int) -> str:
-    """Bytes for people, in two or three digits, rounded up: the answer is a budget that works."""
-    unit, name = (10**9, "GB") if nbytes >= 10**9 else (10**6, "MB")
-    return f"{ceil(100 * nbytes / unit) / 100:g} {name}"

@@ -17,7 +17,7 @@ from .errors import NumericsError, RequestError
 from .images.codec import to_pil, to_uint8
 from .inputs import Inputs
 from .machine import default_dtype, machine_budget
-from .memory import Plan, Planner, parse_memory
+from .memory import Plan, Planner
 from .models.layers import result
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
@@ -25,6 +25,7 @@ from .models.vae import VAE
 from .networks import Networks, Phase
 from .request import GenerateRequest
 from .sampling import Step
+from .sizes import parse_memory
 from .variants import Variant
 from .weights.checkpoint import Checkpoint, open_checkpoint
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import mlx_zimage.convert as converter
-from mlx_zimage.convert import plan
+from mlx_zimage.convert import layout
 
 CHANGES = ("write", "fsync", "replace", "mkdir", "unlink", "rmdir")
 
@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def main(source: str, folder: Path, step: int) -> None:
-    plan.SHARD_BYTES = 60_000
+    layout.SHARD_BYTES = 60_000
     assert convert_in_child(source, folder / "whole") == 0
     wanted, dest, last = content(folder / "whole"), folder / "out", 1
     while convert_in_child(source, dest, last) == -signal.SIGKILL:

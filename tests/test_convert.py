@@ -15,16 +15,15 @@ from tiny import TRANSFORMER, save_component, weights, write_checkpoint
 
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.cli import main
-from mlx_zimage.convert import convert, convert_steps, plan, rows
+from mlx_zimage.convert import convert, convert_steps, layout, rows
 from mlx_zimage.convert.choose import quantizations
-from mlx_zimage.convert.sources import CONVERSION
 from mlx_zimage.convert.writer import OutputFolder
 from mlx_zimage.errors import CheckpointError, NumericsError, OutputError, RequestError
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.quantization import MODES, Quantization
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.hub import POCKET
-from mlx_zimage.weights.manifest import MANIFEST
+from mlx_zimage.weights.manifest import CONVERSION, MANIFEST
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 
@@ -137,7 +136,7 @@ def test_config_carries_the_block_of_mlx_lm_and_the_right_dtype(tmp_path):
 
 
 def test_index_names_every_tensor_in_shards_of_bounded_size(official, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 40_000)
     out = convert(official, tmp_path / "out") / "transformer"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = sorted(out.glob("*.safetensors"))

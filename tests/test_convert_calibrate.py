@@ -13,8 +13,8 @@ import pytest
 from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.convert import calibrate, convert
 from mlx_zimage.convert.calibrate import Calibration, cholesky, moments
-from mlx_zimage.convert.pack import pack, unpack
 from mlx_zimage.convert.report import compare, draw
+from mlx_zimage.convert.rounding import dequantize_rows, quantize_rows
 from mlx_zimage.errors import RequestError
 from mlx_zimage.models.layers import linear
 from mlx_zimage.models.transformer import Transformer
@@ -70,15 +70,15 @@ def test_fed_back_rounding_keeps_products_better_than_the_best_scales(bits, grou
     inputs += 0.3 * rng.standard_normal((400, 256), np.float32)
     factor = cholesky(inputs.T @ inputs / len(inputs))
     errors = []
-    for packed in (pack(weight, q, search=True), pack(weight, q, factor=factor)):
-        error = np.array(unpack(packed, q) - weight.astype(mx.float32))
+    for packed in (quantize_rows(weight, q, search=True), quantize_rows(weight, q, factor=factor)):
+        error = np.array(dequantize_rows(packed, q) - weight.astype(mx.float32))
         errors.append(np.square(error @ inputs.T).mean())
     assert errors[1] < 0.6 * errors[0]
 
 
 def test_without_correlations_nothing_is_fed_back():
     q, weight = Quantization(4), mx.random.normal((8, 128), key=mx.random.key(3)).astype(mx.bfloat16)
-    plain, fed = pack(weight, q, search=True), pack(weight, q, factor=np.eye(128, dtype=np.float32))
+    plain, fed = quantize_rows(weight, q, search=True), quantize_rows(weight, q, factor=np.eye(128, dtype=np.float32))
     assert all(mx.array_equal(a, b) for a, b in zip(plain, fed, strict=True))
 
 
@@ -132,8 +132,8 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_killed_calibrated_conversion_goes_on_to_the_same_bytes(tmp_path):
     program = (
-        "import os, sys\nfrom mlx_zimage.convert import calibrate, convert_steps, plan\n"
-        "plan.SHARD_BYTES, calibrate.PROMPTS, calibrate.LARGEST, calibrate.STEPS = 600_000, ('a ring',), 48, 2\n"
+        "import os, sys\nfrom mlx_zimage.convert import calibrate, convert_steps, layout\n"
+        "layout.SHARD_BYTES, calibrate.PROMPTS, calibrate.LARGEST, calibrate.STEPS = 600_000, ('a ring',), 48, 2\n"
         "for i, _ in enumerate(convert_steps('pocket', sys.argv[1], bits=4, calibrate=True)):\n"
         "    if i == int(sys.argv[2]): os.kill(os.getpid(), 9)\n"
     )

@@ -377,10 +377,10 @@ def test_blocks_unpack_as_the_gguf_package_unpacks_them(number):
 
 def test_rows_of_a_gguf_tensor_are_read_alone(tmp_path):
     file = save_gguf(tmp_path / "dit.gguf", pocket("transformer"), "Q5_1")
-    tensor = gguf.read_header(file)["layers.0.feed_forward.w2.weight"]
+    tensor = gguf.read_tensors(file)["layers.0.feed_forward.w2.weight"]
     assert tensor.shape == (192, 512)
-    whole = gguf.read_rows(file, tensor, 0, 192)
-    assert np.array_equal(gguf.read_rows(file, tensor, 17, 40), whole[17:40])
+    whole = gguf.read_floats(file, tensor, 0, 192)
+    assert np.array_equal(gguf.read_floats(file, tensor, 17, 40), whole[17:40])
 
 
 def test_damaged_gguf_headers_are_refused(tmp_path):
@@ -396,7 +396,7 @@ def test_damaged_gguf_headers_are_refused(tmp_path):
     for fault, damaged in cases.items():
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=rf"is not a whole GGUF file \(.*{fault}"):
-            gguf.read_header(file)
+            gguf.read_tensors(file)
 
 
 def test_a_gguf_type_that_is_not_known_is_refused_by_name(tmp_path):

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_zimage.convert import convert, plan
+from mlx_zimage.convert import convert, layout
 from mlx_zimage.convert.sources import open_source
 from mlx_zimage.convert.verify import verify
 from mlx_zimage.errors import RequestError
@@ -63,7 +63,7 @@ def test_a_diffusers_folder_has_the_files_that_diffusers_looks_for(tmp_path, mon
     assert not list(out.rglob("*.index.json"))
     assert_equal(out, "pocket")
     assert not verify(out)
-    monkeypatch.setattr(plan, "SHARD_BYTES", 4_000_000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 4_000_000)
     out = convert("pocket", tmp_path / "sharded", format="diffusers")
     index = json.loads((out / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == sorted(p.name for p in out.glob("transformer/*.safetensors"))
@@ -82,7 +82,7 @@ def test_a_quantized_folder_of_ours_goes_back_dense(tmp_path):
 def test_diffusers_loads_what_is_written_for_it(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    monkeypatch.setattr(plan, "SHARD_BYTES", 4_000_000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 4_000_000)
     out = convert("pocket", tmp_path / "out", format="diffusers")
     theirs = diffusers.ZImagePipeline.from_pretrained(out)
     for component in NETWORKS:

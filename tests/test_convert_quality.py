@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mlx_zimage.convert import choose, convert
-from mlx_zimage.convert.choose import parse_size
-from mlx_zimage.convert.pack import pack, pack_codes, unpack
+from mlx_zimage.convert.choose import quantizations
+from mlx_zimage.convert.rounding import dequantize_rows, pack_codes, quantize_rows
 from mlx_zimage.errors import RequestError
 from mlx_zimage.quantization import MODES, Quantization
 from mlx_zimage.weights.checkpoint import open_checkpoint
@@ -40,7 +40,7 @@ def weight():
 
 
 def squared_error(weight, q, search):
-    return mx.square(unpack(pack(weight, q, search), q) - weight.astype(mx.float32))
+    return mx.square(dequantize_rows(quantize_rows(weight, q, search), q) - weight.astype(mx.float32))
 
 
 @pytest.mark.parametrize("bits", AFFINE_BITS)
@@ -65,7 +65,7 @@ def test_searching_keeps_what_the_grid_holds_exactly():
     q = Quantization(4)
     grid = mx.arange(16).astype(mx.float32)
     rows = mx.concatenate([grid] * 4 + [mx.zeros(64), mx.full(64, 3.0)]).reshape(1, 192).astype(mx.bfloat16)
-    assert mx.array_equal(unpack(pack(rows, q, search=True), q), rows.astype(mx.float32))
+    assert mx.array_equal(dequantize_rows(quantize_rows(rows, q, search=True), q), rows.astype(mx.float32))
 
 
 def test_a_folder_with_searched_scales_has_the_same_layout_and_less_error(tmp_path):
@@ -80,7 +80,7 @@ def test_a_folder_with_searched_scales_has_the_same_layout_and_less_error(tmp_pa
 
     def error(part):
         packed = [part.read(f"{layer}.{name}", mx.bfloat16) for name in ("weight", "scales", "biases")]
-        return mx.square(unpack(packed, Quantization(4)) - exact).sum().item()
+        return mx.square(dequantize_rows(packed, Quantization(4)) - exact).sum().item()
 
     assert error(b) < 0.93 * error(a)
 
@@ -149,9 +149,9 @@ def test_every_layer_that_is_quantized_has_an_importance():
 def test_sizes_are_read_as_people_write_them(text, wanted):
     if wanted is None:
         with pytest.raises(RequestError, match=r"target size must be like 3\.2GB"):
-            parse_size(text)
+            quantizations(None, target_size=text)
     else:
-        assert parse_size(text) == wanted
+        assert quantizations(None, target_size=text).target == wanted
 
 
 @pytest.mark.parametrize(

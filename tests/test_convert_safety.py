@@ -11,11 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_zimage.convert import convert, convert_steps, plan
-from mlx_zimage.convert.verify import read_manifest, verify, verify_steps
+from mlx_zimage.convert import convert, convert_steps, layout, shards
+from mlx_zimage.convert.verify import verify, verify_steps
 from mlx_zimage.errors import LockedError, OutputError, RequestError
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.hub import POCKET
+from mlx_zimage.weights.manifest import read_manifest
 
 
 def run(program, *args):
@@ -40,14 +41,16 @@ def test_a_kill_at_any_moment_leaves_nothing_or_all_and_the_next_run_succeeds(ti
 
 
 def test_the_next_run_goes_on_from_the_finished_shards(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 60_000)
     wanted = everything(convert(tiny_folder, tmp_path / "whole"))
     partial = abandoned(tiny_folder, tmp_path / "out", after=60)
     finished = {path for path in partial.rglob("*.safetensors") if path.name in (partial / ".journal").read_text()}
     assert len(finished) > 2
     inodes = {path.relative_to(partial): path.stat().st_ino for path in finished}
     read = []
-    monkeypatch.setattr(plan, "read_rows", lambda *args, read_rows=plan.read_rows: read.append(1) or read_rows(*args))
+    monkeypatch.setattr(
+        shards, "read_rows", lambda *args, read_rows=shards.read_rows: read.append(1) or read_rows(*args)
+    )
     out = convert(tiny_folder, tmp_path / "out")
     assert everything(out) == wanted
     assert {name: (out / name).stat().st_ino for name in inodes} == inodes
@@ -55,7 +58,7 @@ def test_the_next_run_goes_on_from_the_finished_shards(tiny_folder, tmp_path, mo
 
 
 def test_a_damaged_finished_shard_is_written_again(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 60_000)
     wanted = everything(convert(tiny_folder, tmp_path / "whole"))
     partial = abandoned(tiny_folder, tmp_path / "out", after=60)
     flip(sorted(partial.rglob("*.safetensors"))[0], -1)
@@ -64,7 +67,7 @@ def test_a_damaged_finished_shard_is_written_again(tiny_folder, tmp_path, monkey
 
 @pytest.mark.parametrize("change", ["options", "source"])
 def test_another_job_does_not_go_on_from_what_a_killed_one_left(tiny_folder, tmp_path, change, monkeypatch):
-    monkeypatch.setattr(plan, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 60_000)
     source = shutil.copytree(tiny_folder, tmp_path / "source")
     abandoned(source, tmp_path / "out", after=60)
     if change == "source":
@@ -78,7 +81,7 @@ def test_another_job_does_not_go_on_from_what_a_killed_one_left(tiny_folder, tmp
 def abandoned(source, dest, after):
     """What a conversion leaves when it is killed after so many tensors: its hidden folder."""
     program = (
-        "import os, sys\nfrom mlx_zimage.convert import convert_steps, plan\nplan.SHARD_BYTES = 60_000\n"
+        "import os, sys\nfrom mlx_zimage.convert import convert_steps, layout\nlayout.SHARD_BYTES = 60_000\n"
         "for i, _ in enumerate(convert_steps(sys.argv[1], sys.argv[2])):\n"
         f"    if i == {after}: os.kill(os.getpid(), 9)\n"
     )

@@ -38,7 +38,7 @@ class Prompts:
         self.store.put([self.encoder], ids, embeddings)
 
     def path(self, ids: tuple[int, ...]) -> Path:
-        return self.store._path([self.encoder], ids)
+        return self.store._path(self.folder, [self.encoder], ids)
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from mlx.utils import tree_flatten
 from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, bounds
 from mlx_zimage.cli import main
 from mlx_zimage.machine import backend
-from mlx_zimage.memory import Planner, Workload, parse_memory
+from mlx_zimage.memory import Planner, Workload
 from mlx_zimage.models.layers import sum_dtype
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.sampling import Step
+from mlx_zimage.sizes import parse_memory
 from mlx_zimage.weights.blocks import READS_AHEAD, Blocks
 from mlx_zimage.weights.checkpoint import READERS, Component, open_checkpoint
 

@@ -8,7 +8,7 @@ from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.quantization import MODES, Quantization, default_quantization
-from mlx_zimage.weights.quantize import recipe
+from mlx_zimage.weights.quantize import tensor_quantization
 
 ALL = [Quantization(b, g, mode) for mode, (bits, groups) in MODES.items() for b in bits for g in groups]
 
@@ -63,14 +63,14 @@ def test_what_mlx_has_not_is_refused(arguments, message):
 )
 def test_the_recipe_takes_the_matrices_of_the_blocks_and_nothing_else(component, config, count, share):
     shapes = config.shapes()
-    chosen = [name for name, shape in shapes.items() if recipe(component, name, shape, Quantization(4))]
+    chosen = [name for name, shape in shapes.items() if tensor_quantization(component, name, shape, Quantization(4))]
     assert len(chosen) == count
     sizes = {name: shape[0] * (shape[1] if len(shape) > 1 else 1) for name, shape in shapes.items()}
     assert sum(sizes[name] for name in chosen) >= share * sum(sizes.values())
     assert all(len(shapes[name]) == 2 for name in chosen)
-    assert not any(recipe(component, name, shape, None) for name, shape in shapes.items())
+    assert not any(tensor_quantization(component, name, shape, None) for name, shape in shapes.items())
 
 
 def test_a_group_that_does_not_divide_the_width_is_refused_by_name():
     with pytest.raises(RequestError, match=r"to_q\.weight is 192 wide, which groups of 128 do not"):
-        recipe("transformer", "layers.0.attention.to_q.weight", (192, 192), Quantization(4, 128))
+        tensor_quantization("transformer", "layers.0.attention.to_q.weight", (192, 192), Quantization(4, 128))

@@ -244,7 +244,7 @@ def generate(
     from ..images.codec import check_latents_size, read_latents
     from ..images.files import check_output, make_folder
     from ..images.metadata import fingerprint, read_origin
-    from ..memory import parse_memory
+    from ..sizes import parse_memory
 
     old = read_origin(from_picture) if from_picture else None
     latents = read_latents(latents_file) if latents_file else None

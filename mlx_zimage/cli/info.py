@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
+from ..dtypes import STORED
 from ..errors import ModelNotFoundError
-from .output import DTYPE_NAMES, printable, size
-
-CONVERSION = "conversion.json"  # what the converter tells of itself
+from ..sizes import size
+from .output import printable
 
 
 @click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info picture.png")
@@ -52,6 +52,7 @@ def describe(source: str) -> dict:
     """What `info` tells of a model, ready for JSON."""
     from ..images.metadata import fingerprint
     from ..weights.checkpoint import open_checkpoint, read_json
+    from ..weights.manifest import CONVERSION
 
     checkpoint = open_checkpoint(source)
     conversion = checkpoint.folder / CONVERSION
@@ -85,4 +86,4 @@ def _stored_as(component) -> list[str]:
     kinds = [f"{q.bits}-bit {q.mode} in groups of {q.group_size} ({count} layers)" for q, count in packed.most_common()]
     helpers = {f"{layer}.{part}" for layer in component.quantizations for part in ("weight", "scales", "biases")}
     dense = {entry.dtype for name, entry in component.entries.items() if name not in helpers}
-    return kinds + sorted(DTYPE_NAMES.get(dtype, dtype) for dtype in dense)
+    return kinds + sorted(STORED.get(dtype, dtype) for dtype in dense)

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from ..errors import ModelNotFoundError
-from .output import hub_bars, progress_bar, say, size
+from ..sizes import size
+from .output import hub_bars, progress_bar, say
 
 DEFAULT_MODEL = "Tongyi-MAI/Z-Image-Turbo"
 

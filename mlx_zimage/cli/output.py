@@ -9,8 +9,6 @@ from pathlib import Path
 
 import click
 
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
 
 def print_path(path: Path) -> None:
     """On stdout, alone on its line, byte for byte: file names need not be valid text."""
@@ -65,7 +63,3 @@ def show_picture(path: Path) -> None:
         say("NO_COLOR is set; no picture is shown.")
     else:
         say("This terminal shows no pictures; iTerm2, WezTerm, kitty and Ghostty do.")
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

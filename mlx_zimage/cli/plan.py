@@ -27,8 +27,9 @@ def plan(model, width, height, images, tokens, steps, dtype, memory, keep):
 
     Reads configs and headers only.
     """
-    from ..memory import Workload, tell
+    from ..memory import Workload
     from ..pipeline import ZImagePipeline
+    from ..sizes import tell
 
     for name, value in (("width", width), ("height", height)):
         if value is not None:

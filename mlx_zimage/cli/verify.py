@@ -16,8 +16,9 @@ def verify(folder, quiet):
     case, so a diffusers folder can be verified too, though a changed weight is then found only if it is not finite.
     Exits with 4 if anything is wrong.
     """
-    from ..convert.verify import read_manifest, verify_steps
+    from ..convert.verify import verify_steps
     from ..weights.hub import resolve
+    from ..weights.manifest import read_manifest
 
     folder = resolve(folder)
     faults = 0

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from ..dtypes import ITEM_BYTES
 from ..errors import ModelNotFoundError, OutputError
 from ..models import NETWORKS
 from ..quantization import Quantization
 from . import store as embeddings
 from .checkpoint import read_json
 from .hub import NEEDED_FILES, POCKET, resolve
-from .quantize import recipe
+from .quantize import tensor_quantization
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
 EMBEDDINGS = "embeddings"
@@ -101,8 +102,7 @@ def models() -> Iterator[Model]:
                 yield Model(repository.repo_id, "hub", revision.snapshot_path, repository.size_on_disk)
                 break
     folder = embeddings_folder()
-    kept = sum(file.stat().st_size for file in embeddings.files(folder)) if folder else 0
-    if kept:
+    if folder and (kept := sum(file.stat().st_size for file in embeddings.files(folder))):
         yield Model(EMBEDDINGS, "prompts", folder, kept)
 
 
@@ -153,7 +153,7 @@ def plan_first_run(repository: str, budget: int) -> FirstRun:
     stem = repository.rpartition("/")[2]
     return FirstRun(
         repository,
-        sum(file.file_size for file in files if file.will_download),
+        sum(file.file_size or 0 for file in files if file.will_download),
         bits,
         sizes[bits],
         Path(HF_HUB_CACHE),
@@ -182,10 +182,11 @@ def weights_bytes(configs: dict, bits: int | None) -> int:
 
 
 def _tensor_bytes(component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None) -> int:
-    q = recipe(component, name, shape, quantization)
+    q = tensor_quantization(component, name, shape, quantization)
     if q is None:
-        return 2 * prod(shape)
-    return sum((4 if part == name else 2) * prod(packed) for part, packed in q.packed(name, shape).items())
+        return ITEM_BYTES["BF16"] * prod(shape)
+    parts = q.packed(name, shape).items()
+    return sum(ITEM_BYTES["U32" if part == name else "BF16"] * prod(packed) for part, packed in parts)
 
 
 def disks(plan: FirstRun) -> list[Disk]:

@@ -1,11 +1,18 @@
-"""SHA256SUMS: the checksums of a folder that the converter wrote, as `sha256sum -c` reads them."""
+"""What the converter leaves in a folder beside the model: SHA256SUMS, its manifest, and conversion.json, its origin.
+
+The manifest has the checksum of every other file, as `sha256sum -c` reads it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import CheckpointError
+
 MANIFEST = "SHA256SUMS"
+CONVERSION = "conversion.json"  # what the folder was made from, and how
 
 
 def sha256(file: Path) -> str:
@@ -15,3 +22,26 @@ def sha256(file: Path) -> str:
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def render_manifest(sums: dict[str, str]) -> bytes:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
+
+
+def parse_manifest(lines: Iterable[str]) -> dict[str, str]:
+    """File -> sha256 in hexadecimal. What is no line of a manifest gives an entry that no file has."""
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """File -> sha256 in hexadecimal, from a folder's manifest; empty if our converter did not write the folder."""
+    if not (folder / MANIFEST).exists() and not (folder / CONVERSION).exists():
+        return {}
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        sums = parse_manifest(content.decode().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot be read ({error}); convert again") from error
+    if render_manifest(sums) != content:
+        raise CheckpointError("is damaged; convert again")
+    return sums

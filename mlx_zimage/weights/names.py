@@ -7,7 +7,11 @@ what another has made; so a file that mixes spellings is read like any other.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+
+# What a name begins with, and what stands there instead.
+Row = tuple[str, str | Callable[[re.Match[str]], str]]
 
 # In front of a network's own names in an all-in-one checkpoint.
 PREFIXES = {
@@ -30,7 +34,7 @@ OWN = {
 # Not weights of these networks: buffers that they compute themselves, ComfyUI's marks, a norm that no block uses.
 DROPPED = re.compile(r"norm_final\.weight|rotary_emb\.inv_freq|rope_embedder\.freqs_cis\..*|scaled_fp8|logit_scale")
 
-RENAMED = {
+RENAMED: dict[str, list[Row]] = {
     "transformer": [
         # ComfyUI and the original code
         (r"x_embedder\.", "all_x_embedder.2-1."),
@@ -74,7 +78,7 @@ RENAMED = {
     ],
 }
 # Back to ComfyUI's names; the VAE's are LDM's.
-TO_COMFYUI = {
+TO_COMFYUI: dict[str, list[Row]] = {
     "transformer": [
         (r"all_x_embedder\.2-1\.", "x_embedder."),
         (r"all_final_layer\.2-1\.", "final_layer."),
@@ -101,10 +105,6 @@ COMFYUI_PREFIXES = {
     "text_encoder": "text_encoders.qwen3_4b.transformer.",
     "vae": "vae.",
 }
-RENAMED, TO_COMFYUI = (
-    {name: [(re.compile(pattern), new) for pattern, new in rows] for name, rows in table.items()}
-    for table in (RENAMED, TO_COMFYUI)
-)
 FUSED = re.compile(r"(.*\.attention)\.qkv\.(.*)")
 
 
@@ -137,9 +137,9 @@ def comfyui_name(component: str, name: str) -> str:
     return _rename(name, TO_COMFYUI[component])
 
 
-def _rename(name: str, table: list) -> str:
+def _rename(name: str, table: list[Row]) -> str:
     for pattern, new in table:
-        name = pattern.sub(new, name, count=1) if pattern.match(name) else name
+        name = re.sub(rf"\A{pattern}", new, name)
     return name
 
 

@@ -1,4 +1,4 @@
-"""Which layers are quantized: the recipe of the converter and of random weights."""
+"""Which layers are quantized, by the converter and in random weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ QUANTIZED = {
 }
 
 
-def recipe(component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None):
-    """The Quantization of one tensor, or None where it stays dense."""
+def tensor_quantization(
+    component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None
+) -> Quantization | None:
+    """That of one tensor, where its network's is given; None where it stays dense."""
     pattern = QUANTIZED.get(component)
     if quantization is None or pattern is None or not pattern.fullmatch(name):
         return None

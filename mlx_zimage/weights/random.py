@@ -13,7 +13,7 @@ from ..models.layers import pack
 from ..models.runner import Tree
 from ..quantization import Quantization
 from .checkpoint import with_packing
-from .quantize import recipe
+from .quantize import tensor_quantization
 
 
 class RandomWeights:
@@ -22,8 +22,10 @@ class RandomWeights:
     def __init__(self, name: str, config: Any, quantization: Quantization | None = None):
         self.config = config
         self.shapes: dict[str, tuple[int, ...]] = config.shapes()
-        recipes = {weight: recipe(name, weight, shape, quantization) for weight, shape in self.shapes.items()}
-        self.quantizations = {weight.removesuffix(".weight"): q for weight, q in recipes.items() if q}
+        chosen = {
+            weight: tensor_quantization(name, weight, shape, quantization) for weight, shape in self.shapes.items()
+        }
+        self.quantizations = {weight.removesuffix(".weight"): q for weight, q in chosen.items() if q}
 
     def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None) -> Tree:
         if prefix in self.shapes:

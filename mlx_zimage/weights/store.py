@@ -10,31 +10,34 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .. import __version__, atomic
+from ..errors import CheckpointError
 from .checkpoint import Component
-from .manifest import MANIFEST, sha256
+from .manifest import MANIFEST, read_manifest, sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
-# Nothing else is ever removed from the folder, which anyone may have named. A dot begins a file being written.
-OWN = re.compile(r"([0-9a-f]{64}|\.mlx-zimage-[0-9a-f]{16})\.(safetensors|sum)")
+# Nothing else is ever removed from the folder, which anyone may have named.
+OWN = re.compile(rf"([0-9a-f]{{64}}|{re.escape(atomic.ASIDE)}[0-9a-f]{{16}})\.(safetensors|sum)")
+Loaded = tuple[dict[str, mx.array], dict[str, str]]  # arrays and metadata, by mx.load
 FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
 
 class Store:
     """What networks that compute in dtype on this machine made of given keys. folder None keeps nothing."""
 
-    def __init__(self, dtype: mx.Dtype, folder: Path | None, limit: int = LIMIT):
+    def __init__(self, dtype: mx.Dtype, folder: Path | None):
         self.dtype = dtype
         self.folder = folder
-        self.limit = limit
+        self.limit = LIMIT
         self._sums: dict[Component, str] = {}
 
     def get(
@@ -44,10 +47,10 @@ class Store:
         if self.folder is None:
             return None
         try:
-            path = self._path(networks, key)
+            path = self._path(self.folder, networks, key)
             with safe_open(path, framework="numpy"):  # mx.load does not notice every damage
                 pass
-            stored, metadata = mx.load(str(path), return_metadata=True)
+            stored, metadata = cast(Loaded, mx.load(str(path), return_metadata=True))
             found = stored["array"]
             if (found.shape, found.dtype) != (shape, dtype) or metadata["sha256"] != digest(found):
                 return None
@@ -61,30 +64,30 @@ class Store:
         if self.folder is None:
             return
         with suppress(*FAULTS):
-            path = self._path(networks, key)
+            path = self._path(self.folder, networks, key)
             metadata = {"format": "mlx", "sha256": digest(array)}
             _write(path, lambda file: mx.save_safetensors(str(file), {"array": array}, metadata))
-            self._forget()
+            self._forget(self.folder)
 
-    def _path(self, networks: Sequence[Component], key: Sequence[object]) -> Path:
-        words = [*map(self._sum, networks), self._maker, *map(str, key)]
-        return self.folder / f"{hashlib.sha256(' '.join(words).encode()).hexdigest()}.safetensors"
+    def _path(self, folder: Path, networks: Sequence[Component], key: Sequence[object]) -> Path:
+        words = [*(self._sum(folder, network) for network in networks), self._maker, *map(str, key)]
+        return folder / f"{hashlib.sha256(' '.join(words).encode()).hexdigest()}.safetensors"
 
-    def _sum(self, network: Component) -> str:
+    def _sum(self, folder: Path, network: Component) -> str:
         if network not in self._sums:
-            self._sums[network] = checksum(network, self.folder)
+            self._sums[network] = checksum(network, folder)
         return self._sums[network]
 
     @property
     def _maker(self) -> str:
         device = mx.device_info()
         chip = f"{device.get('device_name')} {device.get('architecture')}"
-        versions = f"mlx {mx.__version__} mlx-zimage {__version__}"
-        return f"{self.dtype} {versions} {mx.default_device()} {chip}"
+        mlx = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs leave it out
+        return f"{self.dtype} mlx {mlx} mlx-zimage {__version__} {mx.default_device()} {chip}"
 
-    def _forget(self) -> None:
+    def _forget(self, folder: Path) -> None:
         total = 0
-        newest_first = sorted(files(self.folder), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        newest_first = sorted(files(folder), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for file in newest_first:
             total += file.stat().st_size
             if total > self.limit:
@@ -105,7 +108,7 @@ def remove(folder: Path) -> None:
 
 
 def digest(array: mx.array) -> str:
-    return hashlib.sha256(np.array(array.view(mx.uint8))).hexdigest()
+    return hashlib.sha256(np.array(array.view(mx.uint8)).data).hexdigest()
 
 
 def checksum(component: Component, folder: Path) -> str:
@@ -133,10 +136,9 @@ def _manifest(model: Path, files: Sequence[Path]) -> str | None:
     """The SHA-256 of these files, a line each, by the model's manifest; None where it does not vouch for them all."""
     try:
         written = _newest((model / MANIFEST).stat())
-        lines = (model / MANIFEST).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        sums = read_manifest(model)
+    except (OSError, CheckpointError):
         return None
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     names = [file.relative_to(model).as_posix() for file in files]
     if any(name not in sums for name in names) or any(placed(file) > written for file in files):
         return None
@@ -158,6 +160,6 @@ def _sha256(file: Path) -> str:
     return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else sha256(file)
 
 
-def _write(path: Path, save) -> None:
+def _write(path: Path, save: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # they tell what was drawn
     atomic.write(path, save, lasting=False)

@@ -4,85 +4,32 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from .. import __version__
+from ..dtypes import SPELLED
 from ..quantization import Quantization
 from ..weights.names import COMFYUI_PREFIXES, comfyui_name
 from .choose import Choice
-from .pack import pack
-from .rows import Tensor, read_rows
+from .disk import render_json
+from .rows import Tensor
+from .shards import Shard, Slot, Task, header
 from .sources import Source
-from .writer import Slot, header, render_json
 
-if TYPE_CHECKING:
-    from .calibrate import Calibration
-
-SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtypes to convert to, in safetensors' spelling
 SHARD_BYTES = 512 * 10**6
-CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the work on each column is worth while for many rows only
-FORMATS = ("mlx", "diffusers", "comfyui")
+TARGETS = ("mlx", "diffusers", "comfyui")  # what convert calls the format
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
-
-@dataclass(frozen=True)
-class Task:
-    """The arrays that tensors become: one tensor dense or packed, or several stacked.
-
-    search says that a packed one's scales are searched for, which takes longer; factor gives what pack.py wants to know
-    of its inputs.
-    """
-
-    component: str
-    tensors: tuple[Tensor, ...]
-    slots: tuple[Slot, ...]
-    quantization: Quantization | None = None
-    search: bool = False
-    factor: Callable[[], np.ndarray] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(slot.nbytes for slot in self.slots)
-
-    def arrays(self, dtype: str) -> Iterator[mx.array]:
-        """The content of the slots in their order, a few rows at a time."""
-        q, helpers = self.quantization, []
-        factor = self.factor() if self.factor else None
-        chunk = None if factor is None else CALIBRATED_BYTES
-        for tensor in self.tensors:
-            for rows in read_rows(tensor, dtype, chunk):
-                if q is None:
-                    yield rows
-                    continue
-                packed, *others = pack(rows, q, self.search, factor)
-                mx.eval(packed, others)
-                yield packed
-                helpers.append(others)
-        for pieces in zip(*helpers, strict=True):
-            yield mx.concatenate(pieces)
+Factors = Callable[[str], np.ndarray]  # of a weight's name, see Task.factor
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A safetensors file to write; form is what its metadata calls its format."""
-
-    name: str
-    tasks: list[Task]
-    form: str
-
-    @property
-    def slots(self) -> list[Slot]:
-        return [slot for task in self.tasks for slot in task.slots]
-
-
-@dataclass(frozen=True)
-class Plan:
+class Layout:
     """Everything a conversion writes: shards, and the contents of small files. single is set if it is one file."""
 
     shards: list[Shard]
@@ -91,22 +38,25 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        return sum(slot.nbytes for shard in self.shards for slot in shard.slots)
+        return sum(shard.nbytes for shard in self.shards)
 
 
-def plan_folder(
+def lay_out_folder(
     source: Source,
     dtype: str,
     choose: Choice,
     form: str,
     small: dict[str, bytes],
     search: bool = False,
-    calibration: Calibration | None = None,
-) -> Plan:
-    """A folder of ours ("mlx") or of diffusers ("diffusers"), whose files small come along; see Task for the rest."""
+    factor_of: Factors | None = None,
+) -> Layout:
+    """A folder of ours ("mlx") or of diffusers ("diffusers"), whose files small come along; see Task for search.
+
+    factor_of gives the factor of each of the transformer's quantized weights.
+    """
     shards, files = [], dict(small)
     for component in source.components.values():
-        known = calibration if component.name == "transformer" else None
+        known = factor_of if component.name == "transformer" else None
         tasks = [
             _task(component.name, tensor, dtype, choose(component.name, tensor), search, known)
             for tensor in component.tensors
@@ -116,11 +66,11 @@ def plan_folder(
         shards += own
         if form == "mlx" or len(own) > 1:
             files[f"{component.name}/{stem}.safetensors.index.json"] = render_json(_index(own, component.parameters))
-        files[f"{component.name}/config.json"] = render_json(config(component.config, dtype, tasks))
-    return Plan(shards, files)
+        files[f"{component.name}/config.json"] = render_json(_written_config(component.config, dtype, tasks))
+    return Layout(shards, files)
 
 
-def plan_comfyui(source: Source, dtype: str, name: str) -> Plan:
+def lay_out_comfyui(source: Source, dtype: str, name: str) -> Layout:
     """One file with all three networks, in ComfyUI's names."""
     tasks = []
     for component in source.components.values():
@@ -134,11 +84,11 @@ def plan_comfyui(source: Source, dtype: str, name: str) -> Plan:
                 shape = (*shape, 1, 1)  # LDM has convolutions there
             slot = Slot(COMFYUI_PREFIXES[component.name] + own, SPELLED[dtype], shape)
             tasks.append(Task(component.name, tuple(tensors), (slot,)))
-    return Plan([Shard(name, tasks, "pt")], single=True)
+    return Layout([Shard(name, tasks, "pt")], single=True)
 
 
 def _task(
-    component: str, tensor: Tensor, dtype: str, q: Quantization | None, search: bool, calibration: Calibration | None
+    component: str, tensor: Tensor, dtype: str, q: Quantization | None, search: bool, factor_of: Factors | None
 ) -> Task:
     spelled = SPELLED[dtype]
     if q is None:
@@ -146,7 +96,7 @@ def _task(
     weight, *helpers = q.packed(tensor.name, tensor.shape).items()
     helper_dtype = spelled if q.mode == "affine" else "U8"
     slots = (Slot(weight[0], "U32", weight[1]), *(Slot(name, helper_dtype, shape) for name, shape in helpers))
-    factor = partial(calibration.factor, tensor.name) if calibration else None
+    factor = partial(factor_of, tensor.name) if factor_of else None
     return Task(component, (tensor,), slots, q, search, factor)
 
 
@@ -169,14 +119,14 @@ def _shards(tasks: Sequence[Task], stem: str, form: str) -> list[Shard]:
 def _index(shards: Sequence[Shard], parameters: int) -> dict:
     """The content of an index file, as mlx-lm writes it."""
     weight_map = {slot.name: shard.name.rpartition("/")[2] for shard in shards for slot in shard.slots}
-    total = sum(slot.nbytes for shard in shards for slot in shard.slots)
+    total = sum(shard.nbytes for shard in shards)
     return {
         "metadata": {"total_size": total, "total_parameters": parameters},
         "weight_map": dict(sorted(weight_map.items())),
     }
 
 
-def config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> dict:
+def _written_config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> dict:
     """The source's config.json made true of what is written: its dtype, and mlx-lm's quantization block twice.
 
     The block is what most quantized layers share; the others follow under their names.
@@ -193,22 +143,26 @@ def config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> dict:
     return changed
 
 
-def describe(source: Source, dtype: str, quantization: dict) -> dict:
-    """What is told about a conversion in the folder it made; `before` tells of the source's own conversion."""
-    told = {"converter": f"mlx-zimage {__version__}", "source": source.origin, "dtype": dtype}
-    told["quantization"] = quantization
-    return told | ({"before": source.conversion} if source.conversion else {})
+def describe_conversion(source: Source, dtype: str, quantization: dict) -> dict:
+    """The content of conversion.json in the folder to be written; `before` is that of the source."""
+    conversion = {
+        "converter": f"mlx-zimage {__version__}",
+        "source": source.origin,
+        "dtype": dtype,
+        "quantization": quantization,
+    }
+    return conversion | ({"before": source.conversion} if source.conversion else {})
 
 
-def fingerprint(source: Source, plan: Plan) -> dict:
-    """What tells one conversion from another: the source's files and all that will be written."""
-    layout = hashlib.sha256()
-    for shard in plan.shards:
-        layout.update(header(shard.slots, shard.form))
+def describe_job(source: Source, layout: Layout) -> dict:
+    """What sets one conversion apart from another: the source's files and all that will be written."""
+    headers = hashlib.sha256()
+    for shard in layout.shards:
+        headers.update(header(shard.slots, shard.form))
     stats = [(str(path.resolve()), path.stat()) for path in source.weights]
     return {
-        "mlx": mx.__version__,
+        "mlx": mx.__version__,  # type: ignore[attr-defined]  # MLX's stubs leave it out
         "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()},
-        "layout": layout.hexdigest(),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in layout.files.items()},
+        "layout": headers.hexdigest(),
     }

@@ -17,7 +17,9 @@ FITS = 2  # least-squares fits of each
 SEARCHED_VALUES = 2**20  # at a time
 
 
-def pack(rows: mx.array, q: Quantization, search: bool = False, factor: np.ndarray | None = None) -> list[mx.array]:
+def quantize_rows(
+    rows: mx.array, q: Quantization, search: bool = False, factor: np.ndarray | None = None
+) -> list[mx.array]:
     """Packed weight, scales and, when affine, biases of rows (n, width) in the dtype that the scales shall have.
 
     factor is what calibrate.py knows of the layer's inputs; with it the products are near, not only the weights.
@@ -28,15 +30,16 @@ def pack(rows: mx.array, q: Quantization, search: bool = False, factor: np.ndarr
         return _fed_back(rows, q, factor)
     step = max(1, SEARCHED_VALUES // rows.shape[-1])
     pieces = [_search(rows[i : i + step], q) for i in range(0, rows.shape[0], step)]
-    return [mx.concatenate(parts) for parts in zip(*pieces, strict=True)]
+    return [mx.concatenate(list(parts)) for parts in zip(*pieces, strict=True)]
 
 
-def unpack(packed: list[mx.array], q: Quantization) -> mx.array:
+def dequantize_rows(packed: list[mx.array], q: Quantization) -> mx.array:
     """The rows that packed arrays stand for, float32."""
-    weight, *helpers = packed
-    if q.mode == "affine":
-        helpers = [part.astype(mx.float32) for part in helpers]
-    return mx.dequantize(weight, *helpers, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32)
+    weight, scales, *rest = packed
+    biases = None
+    if q.mode == "affine":  # in float32, so that the only rounding is that of what the rows are made into
+        scales, biases = scales.astype(mx.float32), rest[0].astype(mx.float32)
+    return mx.dequantize(weight, scales, biases, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32)
 
 
 def _search(rows: mx.array, q: Quantization) -> list[mx.array]:
@@ -74,18 +77,17 @@ def _fit(
     for part in PARTS_OF_RANGE:
         span = (high - low) * part
         grids.append((span / top, (low + high - span) / 2))
-    best = None
+    best: tuple[mx.array, ...] = ()
     for scale, bias in grids:
         for fit in range(FITS + 1):
             scale, bias = (a.astype(dtype).astype(mx.float32) for a in (scale, bias))
             codes = mx.clip(mx.round((x - bias) / mx.where(scale == 0, 1, scale)), 0, top)
             error = mean_of(mx.square(x - codes * scale - bias))
-            found = error, codes, scale, bias
-            if best is None:
-                best = found
-            else:
+            found: tuple[mx.array, ...] = (error, codes, scale, bias)
+            if best:
                 better = error < best[0]
-                best = tuple(mx.where(better, new, old) for new, old in zip(found, best, strict=True))
+                found = tuple(mx.where(better, new, old) for new, old in zip(found, best, strict=True))
+            best = found
             if fit < FITS:
                 center = mean_of(codes)
                 variance = mean_of(mx.square(codes - center))
@@ -93,7 +95,8 @@ def _fit(
                 scale = mx.where(variance == 0, scale, covariance / mx.where(variance == 0, 1, variance))
                 bias = mx.where(variance == 0, bias, mean - scale * center)
         mx.eval(best)
-    return best[1:]
+    _, codes, scale, bias = best
+    return codes, scale, bias
 
 
 def _fed_back(rows: mx.array, q: Quantization, factor: np.ndarray) -> list[mx.array]:

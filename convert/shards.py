@@ -1,0 +1,100 @@
+"""Safetensors files to be written: their header, and the arrays that follow it, computed as they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import mlx.core as mx
+import numpy as np
+
+from ..dtypes import ITEM_BYTES
+from ..quantization import Quantization
+from .rounding import quantize_rows
+from .rows import Tensor, read_rows
+
+CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the work on each column is worth while for many rows only
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one array in a shard; dtype in safetensors' spelling."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The arrays that tensors become: one tensor dense or packed, or several stacked.
+
+    search says that a packed one's scales are searched for, which takes longer; factor gives what rounding.py wants to
+    know of its inputs.
+    """
+
+    component: str
+    tensors: tuple[Tensor, ...]
+    slots: tuple[Slot, ...]
+    quantization: Quantization | None = None
+    search: bool = False
+    factor: Callable[[], np.ndarray] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self.slots)
+
+    def arrays(self, dtype: str) -> Iterator[mx.array]:
+        """The content of the slots in their order, a few rows at a time."""
+        q = self.quantization
+        helpers: list[list[mx.array]] = []
+        factor = self.factor() if self.factor else None
+        chunk = None if factor is None else CALIBRATED_BYTES
+        for tensor in self.tensors:
+            for rows in read_rows(tensor, dtype, chunk):
+                if q is None:
+                    yield rows
+                    continue
+                packed, *others = quantize_rows(rows, q, self.search, factor)
+                mx.eval(packed, others)
+                yield packed
+                helpers.append(others)
+        for pieces in zip(*helpers, strict=True):
+            yield mx.concatenate(list(pieces))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file to write; form is what its metadata calls its format."""
+
+    name: str
+    tasks: list[Task]
+    form: str
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [slot for task in self.tasks for slot in task.slots]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays; the header comes on top."""
+        return sum(task.nbytes for task in self.tasks)
+
+
+def header(slots: Iterable[Slot], form: str) -> bytes:
+    """A safetensors header, with its length in front and padded to 8 bytes as the format's own writer does."""
+    fields: dict = {"__metadata__": {"format": form}}
+    offset = 0
+    for slot in slots:
+        end = offset + slot.nbytes
+        fields[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

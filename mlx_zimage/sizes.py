@@ -1,0 +1,36 @@
+"""Numbers of bytes, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+from math import ceil
+
+from .errors import RequestError
+
+UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_memory(text: str | int) -> int:
+    """ "6GB", "800 MB", "4GiB" or a number of bytes."""
+    return parse_bytes(text, "memory must be a size such as 6GB or 800MB")
+
+
+def parse_bytes(text: str | int, wanted: str) -> int:
+    """Bytes from a number of them, or from a text with a unit, decimal (GB) or binary (GiB); wanted begins an error."""
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", str(text), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise RequestError(f"{wanted}, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, in two decimals."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+def tell(nbytes: int) -> str:
+    """Bytes for people, in two or three digits, rounded up: the answer is a budget that works."""
+    unit, name = (10**9, "GB") if nbytes >= 10**9 else (10**6, "MB")
+    return f"{ceil(100 * nbytes / unit) / 100:g} {name}"

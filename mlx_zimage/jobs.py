@@ -36,7 +36,7 @@ class Job:
 
     def request(self, side: int) -> GenerateRequest:
         """The request for a model that draws side x side pixels by default."""
-        width, height = fit(self.ratio, side) if self.ratio else (side, side)
+        width, height = size_of_ratio(self.ratio, side) if self.ratio else (side, side)
         return GenerateRequest(**{"width": width, "height": height, **self.values})
 
     def path(self, request: GenerateRequest) -> Path:
@@ -87,10 +87,10 @@ def parse_size(text: str) -> tuple[dict, tuple[int, int] | None]:
     return {}, (width, height)
 
 
-def fit(ratio: tuple[int, int], side: int) -> tuple[int, int]:
+def size_of_ratio(ratio: tuple[int, int], side: int) -> tuple[int, int]:
     """Width and height of that ratio with about side x side pixels, to the nearest multiples of 16."""
-    width, height = (side * sqrt(a / b) for a, b in (ratio, ratio[::-1]))
-    return tuple(max(1, round(length / SIZE_MULTIPLE)) * SIZE_MULTIPLE for length in (width, height))
+    width, height = (max(1, round(side * sqrt(a / b) / SIZE_MULTIPLE)) * SIZE_MULTIPLE for a, b in (ratio, ratio[::-1]))
+    return width, height
 
 
 def read_prompts(text: str, name: str) -> list[dict]:

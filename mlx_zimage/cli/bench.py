@@ -36,7 +36,7 @@ def bench(model, architecture, size, repeat, file, **case):
     """
     from ..bench import Case, bench, table
     from ..errors import RequestError
-    from ..images.files import check_folder, write
+    from ..images.files import check_folder, write_file
     from ..jobs import parse_size
     from ..request import check_size
 
@@ -56,5 +56,5 @@ def bench(model, architecture, size, repeat, file, **case):
     report = bench(model, architecture or "full", Case(**sides, **case), repeat)
     text = json.dumps(report)
     if to_file:
-        write(f"{text}\n".encode(), file, overwrite=True)
+        write_file(f"{text}\n".encode(), file, overwrite=True)
     click.echo(text if to_stdout else table(report))

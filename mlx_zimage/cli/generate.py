@@ -269,7 +269,7 @@ def generate(
     memory = None if memory is None else parse_memory(memory)
     model = model or _model_of(old, from_picture, yes, quiet)
 
-    from ..images.preview import fit
+    from ..images.preview import colours_of
     from ..pipeline import ZImagePipeline
     from .watch import Watch
 
@@ -288,7 +288,7 @@ def generate(
         pipeline.plan(job.request(pipeline.sample_size))  # what does not fit is refused before any work
     written = set()
     terminal = None if quiet else graphics()
-    colours = fit(pipeline.vae) if preview or preview_dir else None
+    colours = colours_of(pipeline.vae) if preview or preview_dir else None
     for job in jobs:
         _check_battery(battery_limit)
         request = job.request(pipeline.sample_size)

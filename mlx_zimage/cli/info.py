@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
+from ..dtypes import STORED
 from ..errors import ModelNotFoundError
-from .output import DTYPE_NAMES, printable, size
+from .output import printable, size
 
 CONVERSION = "conversion.json"  # what the converter tells of itself
 
@@ -85,4 +86,4 @@ def _stored_as(component) -> list[str]:
     kinds = [f"{q.bits}-bit {q.mode} in groups of {q.group_size} ({count} layers)" for q, count in packed.most_common()]
     helpers = {f"{layer}.{part}" for layer in component.quantizations for part in ("weight", "scales", "biases")}
     dense = {entry.dtype for name, entry in component.entries.items() if name not in helpers}
-    return kinds + sorted(DTYPE_NAMES.get(dtype, dtype) for dtype in dense)
+    return kinds + sorted(STORED[dtype] for dtype in dense)

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import click
 
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
 
 def print_path(path: Path) -> None:
     """On stdout, alone on its line, byte for byte: file names need not be valid text."""
@@ -44,8 +42,8 @@ def hub_bars(shown: bool) -> None:
 
 
 def graphics() -> str | None:
-    """How the terminal on stderr shows pictures, if there is one and it can; see `preview.protocol`."""
-    from ..images.preview import protocol
+    """How the terminal on stderr shows pictures, if there is one and it can; see `terminal.protocol`."""
+    from ..images.terminal import protocol
 
     return protocol(os.environ) if sys.stderr and sys.stderr.isatty() else None
 
@@ -53,7 +51,7 @@ def graphics() -> str | None:
 def show_picture(path: Path) -> None:
     """In the terminal, if stderr is one that can."""
     from ..images.codec import read_pixels, to_png
-    from ..images.preview import inline
+    from ..images.terminal import inline
 
     known = graphics()
     if known:

@@ -20,8 +20,8 @@ PHASES = {"scale": ("Fitting float16", "network"), "encode": ("Encoding", "layer
 class Watch:
     """Takes a request's events as they come: `with Watch(...) as watch: watch(event)`.
 
-    views, which may be added to, are shown each step as `colours` (see preview.fit) tell it, and the finished pictures.
-    The bars follow each other on one line: float16's scale where it has to be found, the prompt's encoding, the steps,
+    views, which may be added to, are shown each step as `colours` tell it (see preview.colours_of), and the finished
+    pictures. The bars follow each other on one line: float16's scale where it has to be found, the prompt's encoding, the steps,
     the decoding. That of the steps stays, if leave is set. Their clocks go on between events, which may be a minute
     apart.
     """

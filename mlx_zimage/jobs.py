@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from math import sqrt
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import RequestError
-from .request import MAX_PROMPT, SIZE_MULTIPLE, GenerateRequest
+from .request import LATENT_PIXELS, MAX_PROMPT, SIZE_MULTIPLE, GenerateRequest
 
 MAX_FILE = 50_000_000  # bytes of a file of prompts
 MAX_NAME = 200  # bytes of a file name's stem: 255 are allowed, some are for the ending and a counter
@@ -48,7 +49,9 @@ class Job:
         return self.output.with_name(_cut(stem, MAX_NAME) + self.output.suffix)
 
 
-def multiply(base: dict, prompts: Iterable[dict], seeds: Iterable[int], output: Path, ratio) -> Iterator[Job]:
+def multiply(
+    base: dict, prompts: Iterable[dict], seeds: Iterable[int], output: Path, ratio: tuple[int, int] | None
+) -> Iterator[Job]:
     """A Job for each seed of each prompt. A prompt's own values are stronger than the base's and the seeds'."""
     n = 0
     for own in prompts:
@@ -93,6 +96,12 @@ def size_of_ratio(ratio: tuple[int, int], side: int) -> tuple[int, int]:
     return width, height
 
 
+def fields_of_latents(shape: tuple[int, ...]) -> dict[str, int]:
+    """What a request must say to be drawn from latents of that shape, (B, C, h, w)."""
+    count, _, h, w = shape
+    return {"num_images": count, "width": w * LATENT_PIXELS, "height": h * LATENT_PIXELS}
+
+
 def read_prompts(text: str, name: str) -> list[dict]:
     """A prompt a line; empty lines and those that begin with # are passed over."""
     lines = [line.strip() for line in text.splitlines()]
@@ -125,14 +134,14 @@ def read_requests(text: str, name: str) -> list[dict]:
     return requests
 
 
-def _can_be_a_path(value) -> bool:
+def _can_be_a_path(value: object) -> bool:
     try:
         return isinstance(value, str) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
         return False
 
 
-def read_text(stream, name: str) -> str:
+def read_text(stream: BinaryIO, name: str) -> str:
     """The UTF-8 text of a binary stream."""
     content = stream.read(MAX_FILE + 1)
     if len(content) > MAX_FILE:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..atomic import claim
 from ..models.vae import VAE
+from ..request import LATENT_PIXELS, GenerateRequest
 from ..weights.blocks import Source
 from .codec import enlarge, to_png
 from .files import write_file
@@ -57,6 +58,12 @@ def sketch(latents: mx.array, colours: np.ndarray) -> np.ndarray:
     pixels = np.array(latents).reshape(-1, channels) @ colours[:-1] + colours[-1]
     pixels = np.clip((pixels / 2 + 0.5) * 255, 0, 255).round().astype(np.uint8)
     return pixels.reshape(B, h, w, 3).transpose(1, 0, 2, 3).reshape(h, B * w, 3)
+
+
+def blank(request: GenerateRequest) -> np.ndarray:
+    """The grey preview of a request before its first step."""
+    h, w = request.height // LATENT_PIXELS, request.num_images * request.width // LATENT_PIXELS
+    return np.full((h, w, 3), 128, np.uint8)
 
 
 # ---- where it is shown

@@ -1,0 +1,7 @@
+"""Moved to mlx_zimage.images.metadata."""
+
+from .moved import moved
+
+__getattr__ = moved(
+    __name__, {"images.metadata": ("Origin", "parameters", "save_options", "read_origin", "fingerprint", "AI_MADE")}
+)

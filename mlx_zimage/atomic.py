@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import secrets
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -55,10 +58,8 @@ def sync(file: Path | int) -> None:
         finally:
             os.close(fd)
         return
-    try:
-        # On macOS fsync stops at the drive's cache; this goes through it.
-        import fcntl
-
-        fcntl.fcntl(file, fcntl.F_FULLFSYNC)
-    except (ImportError, AttributeError, OSError):
-        os.fsync(file)
+    if sys.platform == "darwin":
+        with suppress(OSError):  # not every file system can
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # fsync stops at the drive's cache; this goes through it
+            return
+    os.fsync(file)

@@ -28,7 +28,7 @@ from ..quantization import MODES
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     help="Write the report as JSON; - is stdout.",
 )
-def bench(model, architecture, size, repeat, file, **case):
+def bench(model: str, architecture: str | None, size: str, repeat: int, file: Path | None, **case) -> None:
     """Time prompt encoding, the steps and decoding on this machine, beside a matrix product of the same width.
 
     Random weights of the real architecture take as long and as much memory as the trained ones. With a model on disk,
@@ -48,13 +48,12 @@ def bench(model, architecture, size, repeat, file, **case):
     for name, side in sides.items():
         check_size(name, side)
     to_stdout = file == Path("-")
-    to_file = file and not to_stdout
-    if to_file:
+    if file and not to_stdout:
         check_folder(file.parent)
         if file.exists() and not file.is_file():
             raise RequestError(f"{file} is no file that a report could replace; name another, or - for stdout")
     report = bench(model, architecture or "full", Case(**sides, **case), repeat)
     text = json.dumps(report)
-    if to_file:
+    if file and not to_stdout:
         write_file(f"{text}\n".encode(), file, overwrite=True)
     click.echo(text if to_stdout else table(report))

@@ -44,9 +44,10 @@ SECTIONS = {  # of the help text, with the names of their options
     "What to draw": ("prompt_option", "prompt_file", "requests_file", "from_picture", "size", "width", "height"),
     "Seeds": ("seeds", "count", "auto_seeds", "rng", "latents_file"),
     "How to draw": ("steps", "shift", "guidance_scale", "negative_prompt"),
-    "Model and machine": ("model", "yes", "dtype", "memory", "keep", "battery_limit"),
+    "Model and machine": ("source", "yes", "dtype", "memory", "keep", "battery_limit"),
     "Files": ("output", "overwrite", "metadata", "preview_dir"),
 }
+Size = tuple[dict, tuple[int, int] | None]  # as parse_size gives it
 ANY_SIDE = 1024  # stands in for the model's size until it is open, to check all values before that
 
 
@@ -86,7 +87,10 @@ class Generate(ForgivingCommand):
     help='JSON objects, one a line, such as {"prompt": "a cat", "seed": 1, "output": "cat.png"}; - is stdin.',
 )
 @click.option(
-    "-m", "--model", help=f"A model folder, a Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]"
+    "-m",
+    "--model",
+    "source",
+    help=f"A model folder, a Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
 @click.option(
     "-o",
@@ -191,10 +195,12 @@ class Generate(ForgivingCommand):
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per picture instead of its path.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no seeds on stderr; warnings and errors remain.")
 def generate(
-    prompt, prompt_option, prompt_file, requests_file, model, output, overwrite, size, seeds, count, auto_seeds,
-    latents_file, dtype, memory, keep, battery_limit, from_picture, metadata, preview, preview_dir, show, as_json,
-    quiet, yes, **values,
-):  # fmt: skip
+    prompt: str | None, prompt_option: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None,
+    source: str | None, output: Path, overwrite: bool, size: Size | None, seeds: tuple[str, ...], count: int,
+    auto_seeds: int | None, latents_file: Path | None, dtype: str | None, memory: str | None, keep: bool | None,
+    battery_limit: int | None, from_picture: Path | None, metadata: bool, preview: bool, preview_dir: Path | None,
+    show: bool, as_json: bool, quiet: bool, yes: bool, **values,
+) -> None:  # fmt: skip
     """Draw a picture of PROMPT, or several, and print their paths.
 
     All values are checked before the model is opened, which is once for all pictures. Where no model is on this
@@ -225,18 +231,18 @@ def generate(
             if not requests_file and not prompt_file:
                 raise
             raise RequestError(f"picture {job.n} of {len(jobs)}: {error}") from error
-        if latents is not None:
+        if latents_file and latents is not None:
             check_latents_size(latents_file, latents, request)
     if preview_dir:
         make_folder(preview_dir)
     if old:
         _check_latents_of(old, from_picture, digest(latents))
-    memory = None if memory is None else parse_memory(memory)
-    source = model or _model_of(old, from_picture, yes, quiet)
+    budget = None if memory is None else parse_memory(memory)
+    source = source or _model_of(old, from_picture, yes, quiet)
     if quiet and not Path(source).is_dir():
         hub_bars(False)
 
-    model = open_model(source, dtype or (old.dtype if old else None), memory, keep)
+    model = open_model(source, dtype or (old.dtype if old else None), budget, keep)
     if old and model.fingerprint != old.fingerprint:
         warnings.warn(f"{source} is not the model that drew {from_picture}; the picture will differ", stacklevel=1)
     side = model.pipeline.sample_size
@@ -282,7 +288,7 @@ def _prompts(
 
 
 def _base(
-    values: dict, size: tuple[dict, tuple[int, int] | None] | None, old: Origin | None, latents: np.ndarray | None
+    values: dict, size: Size | None, old: Origin | None, latents: np.ndarray | None
 ) -> tuple[dict, tuple[int, int] | None]:
     """The values that all pictures share, and their aspect if one was given."""
     base = old.request.to_dict() if old else {}
@@ -314,7 +320,7 @@ def _seeds(given: tuple[str, ...], count: int, auto_seeds: int | None, old: Orig
     return count_up(seeds, count)
 
 
-def _model_of(old: Origin | None, picture: Path, yes: bool, quiet: bool) -> str:
+def _model_of(old: Origin | None, picture: Path | None, yes: bool, quiet: bool) -> str:
     """The model to draw with where none was named. A picture may name one, but only a known one is trusted."""
     if old and old.model == "pocket":
         return "pocket"
@@ -332,7 +338,7 @@ def _check_battery(limit: int | None) -> None:
         raise ZImageError(f"the battery is at {charge}%, and --battery-limit is {limit}: no more pictures are drawn")
 
 
-def _check_latents_of(old: Origin, picture: Path, digest: str | None) -> None:
+def _check_latents_of(old: Origin, picture: Path | None, digest: str | None) -> None:
     if old.latents is None:
         return
     if digest is None:

@@ -6,8 +6,12 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def print_path(path: Path) -> None:
@@ -25,9 +29,9 @@ def say(message: str, quiet: bool = False) -> None:
         click.echo(message, err=True)
 
 
-def progress_bar(quiet: bool = False, **options):
+def progress_bar(quiet: bool = False, **options) -> tqdm:
     """A bar on stderr if a person watches: rate and time left are in it."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # here, as --help shows no bar: it takes as long to import as click
 
     hidden = True if quiet or sys.stderr is None else None  # None: no bar where stderr is no terminal
     return tqdm(disable=hidden, **options)

@@ -22,7 +22,17 @@ from .models import DEFAULT_MODEL
     help="Whether all of the model stays in memory, or each part goes when its work is done.  "
     "[default: it stays if it fits]",
 )
-def plan(model, width, height, images, tokens, steps, dtype, memory, keep):
+def plan(
+    model: str,
+    width: int | None,
+    height: int | None,
+    images: int,
+    tokens: int,
+    steps: int,
+    dtype: str | None,
+    memory: str | None,
+    keep: bool | None,
+) -> None:
     """Tell how MODEL would be run within a memory budget: what stays, what is read as needed, and each phase's bound.
 
     Reads configs and headers only.

@@ -1,11 +1,13 @@
 """Ctrl-C and SIGTERM: what is under way is undone, and a download is not waited for.
 
-Python's way is to raise in the main thread, and everything here undoes itself then. The hub's client does not: its
-threads finish the files they are at, of many gigabytes, before the exception goes on, and nothing ends a thread. So
-within the client the process ends, once the files that no later run could go on with are gone. A child process for the
-client would be ended more simply, but it would have to be handed what a program set up in this one (its HTTP client,
-its bars), to outlive no parent, and to be told apart from other processes that write to the same cache; and uploading,
-which is stopped here too, would need one of its own.
+A signal raises in the main thread, and all of ours is undone as the exception passes. The hub's client holds it up: it
+waits for its threads first, which finish the files they are at, of many gigabytes, and a thread cannot be ended from
+outside. So within the client a signal ends the process, once the partial files are gone that no later run could go on
+with.
+
+A child process for the client would be ended more simply. But it would not have what a program has set up in this one
+(the client's HTTP, its bars), would live on after a killed parent, and who removes its partial files could not tell
+them by name from another process's; and uploads, which are stopped here too, would need a child as well.
 """
 
 from __future__ import annotations

@@ -34,8 +34,7 @@ class Terminated(BaseException):
 def stoppable() -> Iterator[None]:
     """SIGTERM raises Terminated within, as Ctrl-C does KeyboardInterrupt, so that what is under way is undone.
 
-    Within the hub's client either one ends the process, since the client would first wait for the files under way, of
-    many gigabytes. Afterwards the signals mean what they meant.
+    Within the hub's client either one ends the process. Afterwards the signals mean what they meant.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -31,7 +31,7 @@ PROMPTS = (
     "close-up of a tabby cat with yellow eyes, shallow depth of field",
     "黑色背景上的三颗黄色星星，极简海报",
 )
-STEPS = 8
+STEPS: int | None = None  # those of the model
 LARGEST = 512  # pixels a side: a thousand tokens in each step of each prompt
 DAMPING = 0.01  # of the mean square input, for what these prompts do not show
 # The matrices of a block that share an input.
@@ -65,7 +65,8 @@ class Calibration:
         """L (in, in) float32, lower triangular, for a weight's name such as "layers.3.attention.to_q.weight"."""
         kind, i, layer = name.removesuffix(".weight").split(".", 2)
         if self._blocks is None:
-            self._blocks = moments(self._pipe, PROMPTS, min(LARGEST, self._pipe.sample_size), STEPS)
+            steps = STEPS or self._pipe.variant.steps
+            self._blocks = moments(self._pipe, PROMPTS, min(LARGEST, self._pipe.sample_size), steps)
         while self._block != f"{kind}.{i}":
             self._block, self._moments = next(self._blocks)
             self._last = "", np.empty(0)

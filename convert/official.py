@@ -1,6 +1,8 @@
 """The small files of Tongyi-MAI/Z-Image-Turbo, for checkpoints that come as bare weights. Data only."""
 
-REPOSITORY = "Tongyi-MAI/Z-Image-Turbo"
+from ..variants import TURBO
+
+REPOSITORY = TURBO.repository
 
 MODEL_INDEX = {
     "_class_name": "ZImagePipeline",
@@ -16,7 +18,7 @@ SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "_diffusers_version": "0.36.0.dev0",
     "num_train_timesteps": 1000,
-    "shift": 3.0,
+    "shift": TURBO.shift,
     "use_dynamic_shifting": False,
 }
 

@@ -31,7 +31,6 @@ from .sources import Source, open_folder, open_source
 from .writer import add_files
 
 QUALITY, CARD = "quality.json", "README.md"
-STEPS = 8
 PROMPTS = (
     "a red fox in the snow, soft morning light",
     "霓虹灯下的街道，写着「造相」",
@@ -62,7 +61,7 @@ def report_steps(
     *,
     prompts: Sequence[str] = PROMPTS,
     size: int | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
     dtype: str | None = None,
     memory: str | int | None = None,
 ) -> Iterator[Compared]:
@@ -99,7 +98,7 @@ def report_steps(
         yield Compared(request.prompt, i, total)
     quality = {
         "size": requests[0].width if requests else None,
-        "steps": steps,
+        "steps": requests[0].steps if requests else steps,
         "dtype": str(pipe.dtype).rpartition(".")[2],
         "weight_error": {"mean": float(np.mean(list(layers.values()) or [0.0])), "layers": layers},
         "pictures": pictures,
@@ -110,14 +109,15 @@ def report_steps(
 def check_source(source: str | Path, memory: str | int | None = None) -> None:
     """Refuse, before any work, a source that `report` could not draw with."""
     pipe = open_pipeline(source, memory=memory)
-    for request in _requests(pipe, PROMPTS, None, STEPS):
+    for request in _requests(pipe, PROMPTS):
         pipe.plan(request)
 
 
-def _requests(pipe: ZImagePipeline, prompts: Sequence[str], size: int | None, steps: int) -> list[GenerateRequest]:
-    size = size or pipe.sample_size
+def _requests(
+    pipe: ZImagePipeline, prompts: Sequence[str], size: int | None = None, steps: int | None = None
+) -> list[GenerateRequest]:
     return [
-        GenerateRequest(prompt=prompt, width=size, height=size, seed=seed, steps=steps)
+        pipe.complete(GenerateRequest(prompt=prompt, width=size, height=size, seed=seed, steps=steps))
         for seed, prompt in enumerate(prompts)
     ]
 

@@ -90,8 +90,8 @@ Converting
 More
 ----
 The folder examples/ of the source has five short programs, README.md the command line. Modules worth reading are
-pipeline (the story), sampling (the loop), scheduler (the sigmas) and image and metadata (pictures that remember how
-they were drawn).
+pipeline (the story), generate (a request to finished files), sampling (the loop), scheduler (the sigmas) and
+images.metadata (pictures that remember how they were drawn).
 """
 
 from __future__ import annotations

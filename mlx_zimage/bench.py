@@ -33,6 +33,7 @@ from .models.vae import VAE, VAEConfig
 from .pipeline import ZImagePipeline
 from .quantization import default_quantization
 from .scheduler import sigmas
+from .variants import TURBO
 from .weights.blocks import Blocks
 from .weights.random import RandomWeights
 
@@ -57,9 +58,9 @@ class Case:
     dtype None is the machine's own (see `pipeline.default_dtype`).
     """
 
-    width: int = 1024
-    height: int = 1024
-    steps: int = 8
+    width: int = TURBO.size
+    height: int = TURBO.size
+    steps: int = TURBO.steps
     caption_tokens: int = 96
     dtype: str | None = None
     bits: int | None = None

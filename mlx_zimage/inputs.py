@@ -55,6 +55,9 @@ class Inputs:
         return mx.array(check_latents(self.latents, shape))
 
 
+NONE = Inputs()  # of a request that needs none
+
+
 def check_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Initial latents from a caller, as float32, if they are numbers that fit (B, C, h, w) and are finite."""
     array = _real(latents, str(shape))

@@ -1,6 +1,6 @@
 """What one call of `mlx-zimage generate` draws: prompts, seeds and file names multiplied out. Knows no click, no MLX.
 
-A Job is a request whose size may still be open, since a model's own size is known only once it is open.
+A Job is a request whose size and other defaults may still be open, since a model's own are known only once it is open.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from math import sqrt
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import RequestError
-from .request import MAX_PROMPT, SIZE_MULTIPLE, GenerateRequest
+from .request import LATENT_PIXELS, MAX_PROMPT, SIZE_MULTIPLE, GenerateRequest
 
 MAX_FILE = 50_000_000  # bytes of a file of prompts
 MAX_NAME = 200  # bytes of a file name's stem: 255 are allowed, some are for the ending and a counter
@@ -34,10 +35,12 @@ class Job:
     n: int = 1
     ratio: tuple[int, int] | None = None
 
-    def request(self, side: int) -> GenerateRequest:
-        """The request for a model that draws side x side pixels by default."""
-        width, height = fit(self.ratio, side) if self.ratio else (side, side)
-        return GenerateRequest(**{"width": width, "height": height, **self.values})
+    def request(self, side: int | None = None, **defaults) -> GenerateRequest:
+        """The request for a model that draws side x side pixels and has these defaults; None while it is not open."""
+        if side:
+            width, height = size_of_ratio(self.ratio, side) if self.ratio else (side, side)
+            defaults |= {"width": width, "height": height}
+        return GenerateRequest(**{**defaults, **self.values})
 
     def path(self, request: GenerateRequest) -> Path:
         """The output's name with {seed}, {prompt} and so on filled in; other braces are left as they are."""
@@ -48,7 +51,9 @@ class Job:
         return self.output.with_name(_cut(stem, MAX_NAME) + self.output.suffix)
 
 
-def multiply(base: dict, prompts: Iterable[dict], seeds: Iterable[int], output: Path, ratio) -> Iterator[Job]:
+def multiply(
+    base: dict, prompts: Iterable[dict], seeds: Iterable[int], output: Path, ratio: tuple[int, int] | None
+) -> Iterator[Job]:
     """A Job for each seed of each prompt. A prompt's own values are stronger than the base's and the seeds'."""
     n = 0
     for own in prompts:
@@ -87,10 +92,16 @@ def parse_size(text: str) -> tuple[dict, tuple[int, int] | None]:
     return {}, (width, height)
 
 
-def fit(ratio: tuple[int, int], side: int) -> tuple[int, int]:
+def size_of_ratio(ratio: tuple[int, int], side: int) -> tuple[int, int]:
     """Width and height of that ratio with about side x side pixels, to the nearest multiples of 16."""
-    width, height = (side * sqrt(a / b) for a, b in (ratio, ratio[::-1]))
-    return tuple(max(1, round(length / SIZE_MULTIPLE)) * SIZE_MULTIPLE for length in (width, height))
+    width, height = (max(1, round(side * sqrt(a / b) / SIZE_MULTIPLE)) * SIZE_MULTIPLE for a, b in (ratio, ratio[::-1]))
+    return width, height
+
+
+def fields_of_latents(shape: tuple[int, ...]) -> dict[str, int]:
+    """What a request must say to be drawn from latents of that shape, (B, C, h, w)."""
+    count, _, h, w = shape
+    return {"num_images": count, "width": w * LATENT_PIXELS, "height": h * LATENT_PIXELS}
 
 
 def read_prompts(text: str, name: str) -> list[dict]:
@@ -125,14 +136,14 @@ def read_requests(text: str, name: str) -> list[dict]:
     return requests
 
 
-def _can_be_a_path(value) -> bool:
+def _can_be_a_path(value: object) -> bool:
     try:
         return isinstance(value, str) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
         return False
 
 
-def read_text(stream, name: str) -> str:
+def read_text(stream: BinaryIO, name: str) -> str:
     """The UTF-8 text of a binary stream."""
     content = stream.read(MAX_FILE + 1)
     if len(content) > MAX_FILE:

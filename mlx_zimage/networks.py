@@ -36,6 +36,7 @@ from .weights.checkpoint import Checkpoint
 from .weights.library import embeddings_folder
 from .weights.store import Store
 
+LITTLE = 2**18  # bytes of a strip, where the memory is not planned
 MAX_EMBEDDINGS = 32  # prompts remembered, of at most 5 MB each
 
 Ids = tuple[int, ...]
@@ -159,6 +160,14 @@ class Networks:
     def decode(self, latents: mx.array) -> Generator[Phase, None, mx.array]:
         """Clean latents (B, h, w, 16) to pixels (B, 8h, 8w, 3) float32, about [-1, 1]."""
         return (yield from phases("decode", self.vae.config.decoder_blocks, self.vae.decode_steps(latents)))
+
+    def encode_image(self, pixels: mx.array) -> mx.array:
+        """Pixels (B, H, W, 3) in [-1, 1] to latents (B, H / 8, W / 8, 16); none of the encoder's weights are kept."""
+        runner = Blocks(self.runners["vae"].weights, self.vae.runner.dtype)
+        latents = VAE(self.vae.config, runner, LITTLE).encode(pixels)
+        mx.eval(latents)
+        runner.release()
+        return latents
 
     def encode_prompt(self, ids: Ids) -> Generator[Phase, None, mx.array]:
         """The embeddings of one tokenized prompt, remembered ones if there are."""

@@ -240,12 +240,22 @@ class ZImagePipeline:
         """Clean latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
         return to_uint8(result(self.networks.decode(latents[None]))[0])
 
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (H, W, 3) in [-1, 1] to clean latents (H / 8, W / 8, 16) float32, in little memory."""
+        return np.array(self.networks.encode_image(mx.array(pixels)[None])[0])
+
     # ---- what it is made of
 
     @property
     def variant(self) -> Variant:
         """Which model of the family it is used as."""
         return self.checkpoint.variant
+
+    @property
+    def defaults(self) -> dict:
+        """What a request gets that leaves it open: the side of its picture, steps and guidance_scale."""
+        variant = self.variant
+        return {"side": self.sample_size, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
 
     @property
     def sample_size(self) -> int:

@@ -13,6 +13,7 @@ import sys
 import termios
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -353,7 +354,10 @@ def test_every_error_ends_with_its_exit_code_and_one_line(run, monkeypatch, erro
 
 
 def test_a_mistyped_command_or_option_is_a_usage_error(run):
-    assert run("genrate", PROMPT).exit_code == 2
+    result = run("genrate", PROMPT)
+    assert result.exit_code == 2
+    if hasattr(click.exceptions, "NoSuchCommand"):  # click 8.4
+        assert "Did you mean 'generate'?" in result.stderr
     result = run("generate", PROMPT, "--widht", "64")
     assert result.exit_code == 2
     assert "--width" in result.stderr
@@ -361,11 +365,24 @@ def test_a_mistyped_command_or_option_is_a_usage_error(run):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from click.testing import CliRunner; from mlx_zimage.cli import main\n"
-        "assert CliRunner().invoke(main, ['generate', '--help']).exit_code == 0\n"
-        "print(sorted({'mlx', 'numpy', 'PIL', 'tokenizers', 'safetensors', 'huggingface_hub'} & set(sys.modules)))"
+        "import sys; from click.testing import CliRunner; from mlx_zimage.cli import COMMANDS, main\n"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
+        "print(sorted(name for name in COMMANDS if f'mlx_zimage.cli.{name}' in sys.modules))\n"
+        "for name in COMMANDS:\n"
+        "    assert CliRunner().invoke(main, [name, '--help']).exit_code == 0\n"
+        "heavy = {'mlx', 'numpy', 'PIL', 'tokenizers', 'safetensors', 'huggingface_hub', 'tqdm'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n[]\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_list_of_commands_says_what_each_says_of_itself(name):
+    listed = cli.main.commands[name]
+    (called, command, _) = cli.main.resolve_command(click.Context(cli.main), [name])
+    assert called == name and command is not listed and command.params
+    for width in (20, 45, 80, 200):
+        assert listed.get_short_help_str(width) == command.get_short_help_str(width)
 
 
 def test_the_module_runs_as_a_program_with_separate_streams(tmp_path):

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mlx_zimage import cli
-from mlx_zimage.cli.generate import ELSEWHERE, join_seeds
+from mlx_zimage.cli.elsewhere import ELSEWHERE, join_seeds
 from mlx_zimage.images.files import save
 from mlx_zimage.images.metadata import Origin, read_origin
 from mlx_zimage.request import GenerateRequest

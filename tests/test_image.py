@@ -1,10 +1,15 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
+import mlx_zimage
 from mlx_zimage.errors import NumericsError, OutputError, RequestError
-from mlx_zimage.images.codec import read_latents, to_uint8
+from mlx_zimage.images.codec import to_uint8
 from mlx_zimage.images.files import check_output, save
 
 
@@ -49,9 +54,43 @@ def test_a_name_that_is_taken_is_counted_up_unless_overwriting(tmp_path, pixels)
     assert np.array_equal(Image.open(tmp_path / "a.png"), 255 - pixels)
 
 
-def test_a_picture_has_the_modes_of_any_new_file(tmp_path, pixels):
-    (tmp_path / "plain").touch()
-    assert save(pixels, tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+WHILE_SAVING = """
+import stat, sys, threading
+from pathlib import Path
+import numpy as np
+from mlx_zimage.images.files import save
+
+folder, pixels, over = Path(sys.argv[1]), np.zeros((16, 16, 3), np.uint8), threading.Event()
+images, others = set(), set()
+
+def create():
+    for i in range(10**9):
+        (folder / f"{i}.txt").touch()
+        others.add(stat.S_IMODE((folder / f"{i}.txt").stat().st_mode))
+        if over.is_set():
+            break
+
+thread = threading.Thread(target=create)
+thread.start()
+for ending in ("png", "jpg", "webp") * 10:
+    images.add(stat.S_IMODE(save(pixels, folder / f"a.{ending}").stat().st_mode))
+over.set()
+thread.join()
+print(*map(oct, images), *map(oct, others))
+"""
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, "0o644"), (0o077, "0o600"), (0o002, "0o664")])
+def test_pictures_and_other_threads_files_have_the_modes_of_any_new_file(tmp_path, umask, mode):
+    command = [sys.executable, "-c", WHILE_SAVING, str(tmp_path)]
+    result = subprocess.run(command, umask=umask, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{mode} {mode}\n"
+
+
+def test_the_umask_which_is_every_threads_is_never_changed():
+    package = Path(mlx_zimage.__file__).parent
+    files = [*package.rglob("*.py"), *(package / "convert").rglob("*.py")]
+    assert not [file for file in files if "umask(" in file.read_text(encoding="utf-8")]
 
 
 def test_a_failed_write_names_the_picture_and_leaves_nothing(tmp_path, pixels, monkeypatch):
@@ -78,34 +117,3 @@ def test_an_output_that_could_not_be_written_is_refused_before_work(tmp_path):
     ):
         with pytest.raises(RequestError, match=told):
             check_output(path)
-
-
-def test_latents_are_read_as_they_were_saved(tmp_path):
-    for dtype in ("float16", "float32", "float64"):
-        latents = np.random.default_rng(0).standard_normal((2, 16, 4, 6)).astype(dtype)
-        np.save(tmp_path / "a.npy", latents)
-        assert np.array_equal(read_latents(tmp_path / "a.npy"), latents)
-
-
-def test_a_pickle_in_a_latents_file_is_not_opened(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-
-    np.save(tmp_path / "a.npy", np.array([Trap()]), allow_pickle=True)
-    with pytest.raises(RequestError, match="npy file of numbers"):
-        read_latents(tmp_path / "a.npy")
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_cut_or_foreign_latents_are_refused(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((1, 16, 4, 4)))
-    whole = (tmp_path / "a.npy").read_bytes()
-    for content in (whole[:100], whole[:-1], b"", b"PK\x03\x04" + whole):
-        (tmp_path / "b.npy").write_bytes(content)
-        with pytest.raises(RequestError, match="npy file of numbers"):
-            read_latents(tmp_path / "b.npy")
-    for latents in (np.zeros((16, 4, 4)), np.zeros((1, 16, 4, 4), dtype=complex), np.array(["a"])):
-        np.save(tmp_path / "b.npy", latents)
-        with pytest.raises(RequestError, match="wanted numbers of shape"):
-            read_latents(tmp_path / "b.npy")

@@ -9,13 +9,13 @@ from mlx_zimage.errors import RequestError
 from mlx_zimage.jobs import (
     Job,
     count_up,
-    fit,
     multiply,
     parse_seeds,
     parse_size,
     read_prompts,
     read_requests,
     read_text,
+    size_of_ratio,
 )
 
 
@@ -44,7 +44,7 @@ def test_an_open_size_is_the_models():
 )
 def test_aspects_have_about_the_models_number_of_pixels(aspect, size):
     _, ratio = parse_size(aspect)
-    assert fit(ratio, 1024) == size
+    assert size_of_ratio(ratio, 1024) == size
     assert abs(size[0] * size[1] / 1024**2 - 1) < 0.02
 
 
@@ -82,7 +82,7 @@ def test_seeds_are_counted_up_from_each():
 )
 def test_names_are_filled_in_and_other_braces_kept(template, name):
     job = Job({"prompt": "a cat, it's: ../一只猫\n", "seed": 7, "width": 64, "height": 32}, Path("dir") / template, 3)
-    assert job.path(job.request(128)) == Path("dir") / name
+    assert job.path(job.request(128, steps=8)) == Path("dir") / name
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from PIL import Image
 
 from mlx_zimage.errors import RequestError
 from mlx_zimage.images.files import save
-from mlx_zimage.images.metadata import AI_MADE, Origin, fingerprint, parameters, read_origin
+from mlx_zimage.images.metadata import AI_MADE, Origin, parameters, read_origin
 from mlx_zimage.request import GenerateRequest
-from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.checkpoint import fingerprint, open_checkpoint
 
 ENDINGS = ["png", "jpg", "webp"]
 PIXELS = np.zeros((16, 16, 3), np.uint8)
@@ -19,13 +19,22 @@ PIXELS = np.zeros((16, 16, 3), np.uint8)
 
 @pytest.fixture
 def origin():
-    request = GenerateRequest("一只猫, 'a \"cat\" <&>'\n--zimage:", 640, 480, seed=2**64 - 1, shift=2.5)
-    return Origin(request, "my model", "0123456789", "bfloat16", index=2, latents="ab" * 32)
+    request = GenerateRequest(
+        "一只猫, 'a \"cat\" <&>'\n--zimage:", 640, 480, seed=2**64 - 1, shift=2.5, latents="ab" * 32
+    )
+    return Origin(request, "my model", "0123456789", "bfloat16", index=2)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_picture_gives_back_its_origin(tmp_path, origin, ending):
     assert read_origin(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) == origin
+
+
+def test_latents_are_named_where_older_readers_and_pictures_have_them(origin):
+    fields = json.loads(origin.to_json())
+    assert fields["latents"] == fields["request"]["latents"] == "ab" * 32
+    del fields["request"]["latents"]  # as before requests named them
+    assert Origin.from_json(json.dumps(fields)) == origin
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -52,7 +61,7 @@ def test_without_an_origin_a_picture_carries_pixels_only(tmp_path, ending):
 
 
 def test_parameters_read_as_a1111_writes_them(tmp_path):
-    request = GenerateRequest("a cat", 640, 480, seed=7, guidance_scale=1.5, negative_prompt="dog")
+    request = GenerateRequest("a cat", 640, 480, seed=7, steps=8, guidance_scale=1.5, negative_prompt="dog")
     origin = Origin(request, "z, image", "0123456789", "bfloat16", software="mlx-zimage 9")
     text = (
         "a cat\nNegative prompt: dog\nSteps: 8, Sampler: Euler, Schedule type: Simple, CFG scale: 2.5, Seed: 7, "

@@ -19,7 +19,8 @@ from PIL import Image
 from mlx_zimage import GenerateRequest, Step, ZImagePipeline, cli
 from mlx_zimage.cli.watch import Watch
 from mlx_zimage.images.codec import to_png
-from mlx_zimage.images.preview import CHUNK, Screen, Sheet, cells, fit, inline, protocol, sketch
+from mlx_zimage.images.preview import Screen, Sheet, colours_of, sketch
+from mlx_zimage.images.terminal import CHUNK, cells, inline, protocol
 from mlx_zimage.pipeline import Phase
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
@@ -87,7 +88,7 @@ def pocket():
 
 @pytest.fixture(scope="module")
 def colours(pocket):
-    return fit(pocket.vae)
+    return colours_of(pocket.encode_image)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,62 +1,62 @@
 """The command line: a command reads its options, makes one call and prints what came of it.
 
-Results go to stdout, everything else to stderr. Nothing heavy is imported before a command runs.
+Results go to stdout, everything else to stderr. A command's file is imported when the command is called, and what loads
+MLX, NumPy or PIL only when it runs: they take longer than all else that --help and completion do.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import logging
-import os
-import re
-import resource
-import signal
-import sys
-import threading
-import time
+import importlib
 import warnings
-from contextlib import contextmanager, suppress
+from typing import NoReturn, TextIO
 
 import click
 
 from .. import __version__
 from ..errors import OutputError, ZImageError
-from .bench import bench
-from .completion import completion
-from .convert import convert
-from .doctor import doctor
-from .generate import generate
-from .info import info
-from .models import models
-from .plan import plan
-from .verify import verify
+from .stop import Terminated, stoppable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Terminated(BaseException):
-    """SIGTERM came."""
+COMMANDS = {  # the file of each has a command of that name, whose help begins so
+    "bench": "Time prompt encoding, the steps and decoding on this machine, beside a matrix product of the same width.",
+    "completion": "Print the script that lets SHELL complete this program's commands and options, or install it.",
+    "convert": "Write SOURCE as an MLX model folder DEST and print its path.",
+    "doctor": "Tell whether this machine, its system, MLX build, memory and disk will do, and test MLX's arithmetic.",
+    "generate": "Draw a picture of PROMPT, or several, and print their paths.",
+    "info": "Tell what a model folder holds, or how a picture was drawn.",
+    "models": "List the models on this machine, or remove one.",
+    "plan": "Tell how MODEL would be run within a memory budget: what stays, what is read as needed, and each phase's "
+    "bound.",
+    "verify": "Check every byte of a model FOLDER and print what is wrong with it.",
+}
 
 
 class Commands(click.Group):
-    """Turns what the library raises, and signals, into one line on stderr and an exit code."""
+    """Loads the command that is called, and turns errors and signals into one line on stderr and an exit code.
 
-    def invoke(self, ctx: click.Context):
+    Its `commands` have a name and the first sentence of their help: all that a list of them needs.
+    """
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if command and name in COMMANDS:
+            command = getattr(importlib.import_module(f".{name}", __name__), name)
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> object:
         try:
             with warnings.catch_warnings(), stoppable():
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except ZImageError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = error.exit_code
-            raise failure from error
+            _fail(ctx, error, error.exit_code)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # whoever read the output has gone; click ends quietly
-            failure = click.ClickException(str(error))
-            failure.exit_code = OutputError.exit_code if error.errno in FULL else 1
-            raise failure from error
+            _fail(ctx, error, OutputError.exit_code if error.errno in FULL else 1)
         except (KeyboardInterrupt, Terminated, click.Abort) as stop:
             if isinstance(stop, click.Abort) and not isinstance(stop.__context__, KeyboardInterrupt):
                 raise  # the end of the input at a question
@@ -64,9 +64,13 @@ class Commands(click.Group):
             ctx.exit(143 if isinstance(stop, Terminated) else 130)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    commands=[click.Command(name, help=summary) for name, summary in COMMANDS.items()],
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="mlx-zimage")
-def main():
+def main() -> None:
     """Draw pictures from prompts with Z-Image-Turbo, through MLX.
 
     Results are printed on stdout, progress and messages on stderr. Exit codes: 0 done, 1 failed, 2 a value that
@@ -76,66 +80,20 @@ def main():
     """
 
 
-for command in (generate, convert, info, verify, models, plan, doctor, bench, completion):
-    main.add_command(command)
+def _fail(ctx: click.Context, error: Exception, code: int) -> NoReturn:
+    click.echo(f"Error: {error}", err=True)
+    ctx.exit(code)
 
 
-@contextmanager
-def stoppable():
-    """SIGTERM raises Terminated within, as Ctrl-C does KeyboardInterrupt, so that what is under way is undone.
-
-    Within the hub's client either one ends the process, since the client would first wait for the files under way, of
-    many gigabytes. Afterwards the signals mean what they meant.
-    """
-
-    def stop(number, frame):
-        while frame:
-            if frame.f_globals.get("__name__", "").startswith("huggingface_hub"):
-                with suppress(OSError):
-                    os.write(2, b"\nStopped.\n")
-                try:
-                    drop_downloads()
-                finally:
-                    os._exit(128 + number)
-            frame = frame.f_back
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, stop)
-    if before[signal.SIGINT] is not signal.SIG_IGN:  # as in the background of a shell
-        signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def drop_downloads() -> None:
-    """Remove the files that the hub's client is writing in this process, but for those that another could go on with.
-
-    Newer clients give each file of each process a name of its own: DIGEST.12345678.incomplete. The process cannot go on
-    afterwards: it can open no more files, nor log.
-    """
-    logging.disable()
-    highest = max(map(int, os.listdir("/dev/fd"))) + 100  # with what other threads open before the next line
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    for number in range(highest):
-        with suppress(OSError):
-            if sys.platform == "darwin":
-                path = os.fsdecode(fcntl.fcntl(number, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
-            else:
-                path = os.readlink(f"/dev/fd/{number}")
-            if re.search(r"\w\.[0-9a-f]{8}\.incomplete$", path):
-                os.unlink(path)
-    time.sleep(0.2)  # in which other threads rename what was whole, and closed
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None):
-    from tqdm import tqdm
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    from tqdm import tqdm  # as long to import as click
 
     with tqdm.external_write_mode():  # clears a running bar and draws it again
         click.echo(f"Warning: {message}", err=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ..quantization import MODES
+from ..variants import TURBO
 
 
 @click.command(epilog="Example: mlx-zimage bench --model z-image-4bit --json this-machine.json")
@@ -13,8 +14,8 @@ from ..quantization import MODES
     "--model", default="random", show_default=True, help="A model folder, an id, 'pocket', or random: no download."
 )
 @click.option("--architecture", type=click.Choice(["full", "small"]), help="Of random weights.  [default: full]")
-@click.option("--size", default="1024x1024", show_default=True, help="In pixels.")
-@click.option("--steps", type=click.IntRange(1, 1000), default=8, show_default=True)
+@click.option("--size", default=f"{TURBO.size}x{TURBO.size}", show_default=True, help="In pixels.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=TURBO.steps, show_default=True)
 @click.option("--tokens", "caption_tokens", type=click.IntRange(1, 512), default=96, show_default=True, help="Of text.")
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="To compute in.  [default: the machine's]"
@@ -28,7 +29,7 @@ from ..quantization import MODES
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     help="Write the report as JSON; - is stdout.",
 )
-def bench(model, architecture, size, repeat, file, **case):
+def bench(model: str, architecture: str | None, size: str, repeat: int, file: Path | None, **case) -> None:
     """Time prompt encoding, the steps and decoding on this machine, beside a matrix product of the same width.
 
     Random weights of the real architecture take as long and as much memory as the trained ones. With a model on disk,
@@ -36,7 +37,7 @@ def bench(model, architecture, size, repeat, file, **case):
     """
     from ..bench import Case, bench, table
     from ..errors import RequestError
-    from ..images.files import check_folder, write
+    from ..images.files import check_folder, write_file
     from ..jobs import parse_size
     from ..request import check_size
 
@@ -48,13 +49,12 @@ def bench(model, architecture, size, repeat, file, **case):
     for name, side in sides.items():
         check_size(name, side)
     to_stdout = file == Path("-")
-    to_file = file and not to_stdout
-    if to_file:
+    if file and not to_stdout:
         check_folder(file.parent)
         if file.exists() and not file.is_file():
             raise RequestError(f"{file} is no file that a report could replace; name another, or - for stdout")
     report = bench(model, architecture or "full", Case(**sides, **case), repeat)
     text = json.dumps(report)
-    if to_file:
-        write(f"{text}\n".encode(), file, overwrite=True)
+    if file and not to_stdout:
+        write_file(f"{text}\n".encode(), file, overwrite=True)
     click.echo(text if to_stdout else table(report))

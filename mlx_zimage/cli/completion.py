@@ -21,13 +21,15 @@ ZSH = "If it is not there yet, put `fpath+=~/.zfunc` before compinit in ~/.zshrc
 @click.argument("shell", type=click.Choice(list(FILES)))
 @click.option("--install", is_flag=True, help="Write it where SHELL finds it, and print that file's name.")
 @click.pass_context
-def completion(ctx, shell, install):
+def completion(ctx: click.Context, shell: str, install: bool) -> None:
     """Print the script that lets SHELL complete this program's commands and options, or install it.
 
     Without --install: add `eval "$(mlx-zimage completion bash)"` to ~/.bashrc, or the same with zsh to ~/.zshrc, after
     compinit; fish: mlx-zimage completion fish > ~/.config/fish/completions/mlx-zimage.fish
     """
-    script = get_completion_class(shell)(ctx.find_root().command, {}, PROGRAM, "_MLX_ZIMAGE_COMPLETE")
+    complete = get_completion_class(shell)
+    assert complete, shell  # FILES has none that click does not know
+    script = complete(ctx.find_root().command, {}, PROGRAM, "_MLX_ZIMAGE_COMPLETE")
     text = script.source_template % script.source_vars()
     if not install:
         click.echo(text)

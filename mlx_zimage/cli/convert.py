@@ -91,10 +91,10 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
                 bar.set_description(step.component, refresh=False)
                 bar.update(step.done_bytes - bar.n)
     if reported:
-        with progress_bar(quiet, desc="Comparing") as bar, closing(report_steps(dest, source, memory=memory)) as steps:
-            for step in steps:
-                bar.total = step.total
-                bar.update(step.done - bar.n)
+        with progress_bar(quiet, desc="Comparing") as bar, closing(report_steps(dest, source, memory=memory)) as parts:
+            for part in parts:
+                bar.total = part.total
+                bar.update(part.done - bar.n)
     if upload_repo:
         upload(dest, upload_repo)
     print_path(dest)

@@ -10,7 +10,7 @@ from ..errors import NumericsError
 
 @click.command(epilog="Example: mlx-zimage doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(as_json):
+def doctor(as_json: bool) -> None:
     """Tell whether this machine, its system, MLX build, memory and disk will do, and test MLX's arithmetic.
 
     "limits" beside one of them says what to expect; pictures are drawn all the same. The operations that the networks

@@ -1,50 +1,36 @@
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import secrets
-import sys
-import time
 import warnings
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from .. import battery
 from ..errors import RequestError, ZImageError
-from ..jobs import count_up, multiply, parse_seeds, parse_size, read_prompts, read_requests, read_text
-from ..request import LATENT_PIXELS, RNGS
+from ..jobs import (
+    count_up,
+    fields_of_latents,
+    multiply,
+    parse_seeds,
+    parse_size,
+    read_prompts,
+    read_requests,
+    read_text,
+)
+from ..request import RNGS
+from ..variants import VARIANTS
+from .elsewhere import ForgivingCommand
 from .models import DEFAULT_MODEL, first_run
 from .output import graphics, hub_bars, print_path, say, show_picture
 
-BY_BITS = "the model is converted once, as in `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
-BY_MEMORY = "--memory 6GB keeps to a budget, and chooses what to read as needed and how to decode"
-NO_LORA = "LoRAs are not applied; a checkpoint that has one merged into it can be converted"
-FROM_TEXT = "pictures are drawn from a prompt only"
-ELSEWHERE = {  # flags of mflux and others that have another name here
-    "--quantize": BY_BITS,
-    "--mlx-cache-limit-gb": BY_MEMORY,
-    "--vae-tiling": BY_MEMORY,
-    "--vae-tile-size": BY_MEMORY,
-    "--float32": "--dtype float32 computes in it",
-    "--compute-precision": "--dtype chooses bfloat16, float16 or float32",
-    "--image-count": "--count N draws N pictures",
-    "--num-images": "--count N draws N pictures",
-    "--batch-size": "--count N draws N pictures, one after the other",
-    "--num-inference-steps": "--steps says how often the transformer is called",
-    "--guidance-scale": "--guidance is its name here",
-    "--cfg": "--guidance is its name here, and counts from 0",
-    "--make-conf": "every picture carries its request, and `generate --from PICTURE` draws it again",
-    "--base-model": "--model takes a folder or an id, whose configs tell what it is",
-    "--scheduler": "--shift bends the schedule, and examples/custom_schedule.py draws by one of one's own",
-    "--lora": NO_LORA,
-    "--lora-paths": NO_LORA,
-    "--lora-scales": NO_LORA,
-    "--image": FROM_TEXT,
-    "--image-path": FROM_TEXT,
-    "--image-strength": FROM_TEXT,
-}
+if TYPE_CHECKING:
+    from ..images.metadata import Origin
+    from ..inputs import Inputs
+
 EXAMPLES = """\b
 Example: mlx-zimage generate "a lighthouse at dusk" --size 3:2 --seed 7 -o lighthouse.png
 Four seeds, named after them, the picture growing in the terminal:
@@ -58,56 +44,30 @@ SECTIONS = {  # of the help text, with the names of their options
     "What to draw": ("prompt_option", "prompt_file", "requests_file", "from_picture", "size", "width", "height"),
     "Seeds": ("seeds", "count", "auto_seeds", "rng", "latents_file"),
     "How to draw": ("steps", "shift", "guidance_scale", "negative_prompt"),
-    "Model and machine": ("model", "yes", "dtype", "memory", "keep", "battery_limit"),
+    "Model and machine": ("source", "variant", "yes", "dtype", "memory", "keep", "battery_limit"),
     "Files": ("output", "overwrite", "metadata", "preview_dir"),
 }
-ANY_SIDE = 1024  # stands in for the model's size until it is open, to check all values before that
+Size = tuple[dict, tuple[int, int] | None]  # as parse_size gives it
 
 
-def _parse(parse):
-    def callback(ctx, parameter, value):
+def _parse(parse: Callable[[str], Any]):
+    def callback(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:
         return None if value is None else parse(value)
 
     return callback
 
 
-class Generate(click.Command):
-    """Takes what other programs' users type: several values after one --seed, and a word on flags that are not here."""
+class Generate(ForgivingCommand):
+    """Its help has a section for each kind of option."""
 
-    def parse_args(self, ctx, args):
-        if any(word == "-q" and bits in ("3", "4", "5", "6", "8") for word, bits in pairwise(args)):
-            raise click.UsageError(f"-q is --quiet and takes no number: {BY_BITS}", ctx)
-        try:
-            return super().parse_args(ctx, join_seeds(args))
-        except click.NoSuchOption as error:
-            if error.option_name in ELSEWHERE:
-                raise click.UsageError(
-                    f"There is no {error.option_name}: {ELSEWHERE[error.option_name]}", ctx
-                ) from None
-            raise
-
-    def format_options(self, ctx, formatter):
-        records = {
-            option.name: option.get_help_record(ctx) for option in self.get_params(ctx) if option.opts[0][0] == "-"
-        }
-        for title, names in SECTIONS.items():
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
+        records = {option.name: option.get_help_record(ctx) for option in options}
+        sections = {title: [records.pop(name) for name in names] for title, names in SECTIONS.items()}
+        sections["On the screen"] = list(records.values())  # what is left: --help too
+        for title, rows in sections.items():
             with formatter.section(title):
-                formatter.write_dl([records.pop(name) for name in names])
-        with formatter.section("On the screen"):  # what is left: --help too
-            formatter.write_dl(list(records.values()))
-
-
-def join_seeds(args: list[str]) -> list[str]:
-    """--seed 1 2 3 as --seed 1,2,3."""
-    joined = []
-    for i, word in enumerate(args):
-        if word == "--":
-            return joined + args[i:]
-        if word.isdecimal() and joined[-2:-1] == ["--seed"]:
-            joined[-1] += f",{word}"
-        else:
-            joined.append(word)
-    return joined
+                formatter.write_dl([row for row in rows if row])
 
 
 @click.command(cls=Generate, epilog=EXAMPLES)
@@ -126,8 +86,12 @@ def join_seeds(args: list[str]) -> list[str]:
     help='JSON objects, one a line, such as {"prompt": "a cat", "seed": 1, "output": "cat.png"}; - is stdin.',
 )
 @click.option(
-    "-m", "--model", help=f"A model folder, a Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]"
+    "-m",
+    "--model",
+    "source",
+    help=f"A model folder, a Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
+@click.option("--variant", type=click.Choice(list(VARIANTS)), help="Which model it is.  [default: recognized]")
 @click.option(
     "-o",
     "--output",
@@ -146,7 +110,7 @@ def join_seeds(args: list[str]) -> list[str]:
 )
 @click.option("--width", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
 @click.option("--height", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
-@click.option("--steps", type=int, help="How often the transformer is called.  [default: 8]")
+@click.option("--steps", type=int, help="How often the transformer is called.  [default: the model's]")
 @click.option(
     "--seed",
     "seeds",
@@ -231,175 +195,83 @@ def join_seeds(args: list[str]) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per picture instead of its path.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no seeds on stderr; warnings and errors remain.")
 def generate(
-    prompt, prompt_option, prompt_file, requests_file, model, output, overwrite, size, seeds, count, auto_seeds,
-    latents_file, dtype, memory, keep, battery_limit, from_picture, metadata, preview, preview_dir, show, as_json,
-    quiet, yes, **values,
-):  # fmt: skip
+    prompt: str | None, prompt_option: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None,
+    source: str | None, variant: str | None, output: Path, overwrite: bool, size: Size | None,
+    seeds: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, dtype: str | None,
+    memory: str | None, keep: bool | None, battery_limit: int | None, from_picture: Path | None, metadata: bool,
+    preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool, **values,
+) -> None:  # fmt: skip
     """Draw a picture of PROMPT, or several, and print their paths.
 
     All values are checked before the model is opened, which is once for all pictures. Where no model is on this
     machine, the first call tells what it would fetch and convert, and asks. Ctrl-C stops within a step; pictures that
     are finished stay.
     """
-    from ..images.codec import check_latents_size, read_latents
+    # Here, so that --help and completion do not wait for MLX.
+    from ..generate import Files, Saved, open_model, run
     from ..images.files import check_output, make_folder
-    from ..images.metadata import fingerprint, read_origin
+    from ..images.metadata import read_origin
+    from ..images.preview import colours_of
+    from ..inputs import Inputs, check_latents_size, read_latents
     from ..sizes import parse_memory
+    from .watch import Watch, add_views
 
     old = read_origin(from_picture) if from_picture else None
-    latents = read_latents(latents_file) if latents_file else None
+    inputs = Inputs(read_latents(latents_file) if latents_file else None)
     if prompt is not None and prompt_option is not None:
         raise RequestError("the prompt is given twice, as the argument and as --prompt")
     prompts = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
-    base, ratio = _base(values, size, old, latents)
+    base, ratio = _base(values, size, old, inputs)
     jobs = list(multiply(base, prompts, _seeds(seeds, count, auto_seeds, old), output, ratio))
     for job in jobs:
         try:
-            request = job.request(ANY_SIDE)
+            request = job.request()
             check_output(job.path(request))
         except RequestError as error:
             if not requests_file and not prompt_file:
                 raise
             raise RequestError(f"picture {job.n} of {len(jobs)}: {error}") from error
-        if latents is not None:
-            check_latents_size(latents_file, latents, request)
+        if latents_file and request.width and request.height:
+            check_latents_size(latents_file, inputs.latents, request.width, request.height)
     if preview_dir:
         make_folder(preview_dir)
-    _check_latents_of(old, from_picture, latents)
-    memory = None if memory is None else parse_memory(memory)
-    model = model or _model_of(old, from_picture, yes, quiet)
-
-    from ..images.preview import fit
-    from ..pipeline import ZImagePipeline
-    from .watch import Watch
-
-    if quiet and not Path(model).is_dir():
+    if old:
+        _check_latents_of(old, from_picture, inputs.digest)
+    budget = None if memory is None else parse_memory(memory)
+    source = source or _model_of(old, from_picture, yes, quiet)
+    if quiet and not Path(source).is_dir():
         hub_bars(False)
-    dtype = dtype or (old.dtype if old else None)
-    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory, keep=keep)
-    maker = {
-        "model": Path(model).resolve().name if Path(model).is_dir() else model,
-        "fingerprint": fingerprint(pipeline.checkpoint),
-        "latents": _digest(latents),
-    }
-    if old and maker["fingerprint"] != old.fingerprint:
-        warnings.warn(f"{model} is not the model that drew {from_picture}; the picture will differ", stacklevel=1)
-    for job in jobs:
-        pipeline.plan(job.request(pipeline.sample_size))  # what does not fit is refused before any work
-    written = set()
+
+    model = open_model(source, dtype or (old.dtype if old else None), budget, keep, variant)
+    if old and model.fingerprint != old.fingerprint:
+        warnings.warn(f"{source} is not the model that drew {from_picture}; the picture will differ", stacklevel=1)
+    defaults = model.pipeline.defaults
+    requests = [model.pipeline.complete(job.request(**defaults)) for job in jobs]
+    for request in requests:
+        if latents_file:
+            check_latents_size(latents_file, inputs.latents, *request.extent[:2])
+        model.pipeline.plan(request)  # what does not fit is refused before any work
+    files = Files(overwrite, metadata)
     terminal = None if quiet else graphics()
-    colours = fit(pipeline.vae) if preview or preview_dir else None
-    for job in jobs:
+    in_place = preview and terminal  # the finished picture takes the preview's place
+    colours = colours_of(model.pipeline.encode_image) if preview or preview_dir else None
+    for job, request in zip(jobs, requests, strict=True):
         _check_battery(battery_limit)
-        request = job.request(pipeline.sample_size)
         path = job.path(request)
         say(f"Seed: {request.seed}" + (f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""), quiet)
-        with Watch(request.steps, quiet, not (preview and terminal), colours) as watch:
-            _add_views(watch, path, request, preview, preview_dir, terminal)
-            for saved, origin, clock in draw(
-                pipeline, request, latents, path, maker, metadata, overwrite, written, watch
-            ):
-                print_json(saved, origin, clock) if as_json else print_path(saved)
-                if show and not (preview and terminal):
-                    show_picture(saved)
+        with Watch(request.extent[2], quiet, not in_place, colours) as watch:
+            add_views(watch, path, request, preview, preview_dir, terminal)
+            for event in run(model, request, path, files, inputs):
+                watch(event)
+                if isinstance(event, Saved):
+                    click.echo(json.dumps(event.to_dict())) if as_json else print_path(event.path)
+                    if show and not in_place:
+                        show_picture(event.path)
 
 
-def draw(pipeline, request, latents, path, maker, metadata, overwrite, written, watch):
-    """Draw a request and save its pictures, yielding each one's path, Origin and Clock; watch sees every event.
-
-    written holds the paths of this call: they are not written over.
-    """
-    from ..images.files import save
-    from ..images.metadata import Origin
-    from ..pipeline import Generated, Phase
-    from ..sampling import Step
-
-    clock = Clock()
-    for event in pipeline.events(request, latents):
-        if isinstance(event, Phase) and event.name in clock.before:
-            clock.prepared(event.name)
-        elif isinstance(event, Step):
-            clock.step(event.index)
-        elif isinstance(event, Generated):
-            clock.decoded(event.plan.peak)
-            origin = Origin(request, index=event.index, dtype=event.dtype, **maker)
-            saved = save(event.pixels, path, overwrite and path not in written, origin if metadata else None)
-            written.add(saved)
-        watch(event)
-        if isinstance(event, Generated):
-            yield saved, origin, clock
-
-
-def _add_views(watch, path, request, preview, folder, terminal) -> None:
-    """Where a request's previews are shown."""
-    import numpy as np
-
-    from ..images.preview import Album, Screen, Sheet
-
-    if preview and terminal:
-        watch.views.append(Screen(sys.stderr.buffer, terminal))
-    elif preview:
-        sheet = Sheet(path.with_name(f"{path.stem}.preview.png"))
-        watch.views.append(sheet)
-        size = request.height // LATENT_PIXELS, request.num_images * request.width // LATENT_PIXELS
-        sheet(np.full((*size, 3), 128, np.uint8))  # grey, so that it may be opened at once
-        watch.say(f"Preview, until the picture is finished: {sheet.path}")
-    if folder:
-        watch.views.append(Album(folder, f"{path.stem}-{request.seed}"))
-
-
-class Clock:
-    """Seconds that one request takes, and the memory it needs at most, measured and predicted."""
-
-    def __init__(self):
-        import mlx.core as mx
-
-        mx.reset_peak_memory()
-        self.peak = mx.get_peak_memory
-        self.begin = self.last = time.perf_counter()
-        self.before = {"scale": 0.0, "encode": 0.0}  # the phases before the steps
-        self.steps: list[float] = []
-        self.decode = 0.0
-        self.predicted = 0
-
-    def prepared(self, phase: str):
-        self.before[phase] += self._lap()
-
-    def step(self, index: int):
-        del self.steps[index:]  # those of a picture that was begun again
-        self.steps.append(self._lap())
-
-    def decoded(self, predicted: int):
-        self.decode = self._lap()
-        self.predicted = predicted
-
-    def _lap(self) -> float:
-        now = time.perf_counter()
-        lap, self.last = now - self.last, now
-        return lap
-
-    def to_dict(self) -> dict:
-        """The first step's time has the reading of the transformer in it; encoding a known prompt takes none, nor does
-        finding float16's scale in any other dtype, or of a known model."""
-        first, *rest = self.steps
-        return {
-            "seconds": round(self.last - self.begin, 4),
-            **{f"{phase}_seconds": round(seconds, 4) for phase, seconds in self.before.items()},
-            "first_step_seconds": round(first, 4),
-            "step_seconds": round(sum(rest) / len(rest), 4) if rest else None,
-            "decode_seconds": round(self.decode, 4),
-            "peak_memory_gb": round(self.peak() / 1e9, 4),
-            "predicted_peak_memory_gb": round(self.predicted / 1e9, 4),
-        }
-
-
-def print_json(path: Path, origin, clock: Clock) -> None:
-    fields = json.loads(origin.to_json())
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    click.echo(json.dumps({"path": os.fspath(path), "sha256": sha256, **fields, **clock.to_dict()}))
-
-
-def _prompts(prompt, prompt_file, requests_file, old) -> list[dict]:
+def _prompts(
+    prompt: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None, old: Origin | None
+) -> list[dict]:
     """What to draw, one dict of values a picture; each is stronger than the options."""
     if prompt_file and (prompt is not None or requests_file):
         raise RequestError("a file of prompts stands alone: give no other prompt or requests with it")
@@ -417,7 +289,7 @@ def _prompts(prompt, prompt_file, requests_file, old) -> list[dict]:
     return [own]
 
 
-def _base(values, size, old, latents) -> tuple[dict, tuple[int, int] | None]:
+def _base(values: dict, size: Size | None, old: Origin | None, inputs: Inputs) -> tuple[dict, tuple[int, int] | None]:
     """The values that all pictures share, and their aspect if one was given."""
     base = old.request.to_dict() if old else {}
     sides, ratio = size or ({}, None)
@@ -426,19 +298,19 @@ def _base(values, size, old, latents) -> tuple[dict, tuple[int, int] | None]:
     if ratio:
         base = {name: value for name, value in base.items() if name not in ("width", "height")}
     base |= {name: value for name, value in {**values, **sides}.items() if value is not None}
-    if latents is not None:
-        count, _, h, w = latents.shape
-        own = {} if ratio else {"width": w * LATENT_PIXELS, "height": h * LATENT_PIXELS}
-        base = own | base | {"num_images": count}
+    base["latents"] = inputs.digest
+    if inputs.latents is not None:
+        known = fields_of_latents(inputs.latents.shape)
+        base = ({} if ratio else known) | base | {"num_images": known["num_images"]}
     return base, ratio
 
 
-def _read(stream) -> tuple[str, str]:
+def _read(stream: BinaryIO) -> tuple[str, str]:
     name = getattr(stream, "name", "stdin")
     return read_text(stream, name), name
 
 
-def _seeds(given, count, auto_seeds, old) -> list[int]:
+def _seeds(given: tuple[str, ...], count: int, auto_seeds: int | None, old: Origin | None) -> list[int]:
     if given and auto_seeds is not None:
         raise RequestError("--seed and --auto-seeds contradict each other; give one")
     if auto_seeds is not None and not 1 <= auto_seeds <= 100_000:
@@ -449,7 +321,7 @@ def _seeds(given, count, auto_seeds, old) -> list[int]:
     return count_up(seeds, count)
 
 
-def _model_of(old, picture, yes, quiet) -> str:
+def _model_of(old: Origin | None, picture: Path | None, yes: bool, quiet: bool) -> str:
     """The model to draw with where none was named. A picture may name one, but only a known one is trusted."""
     if old and old.model == "pocket":
         return "pocket"
@@ -462,21 +334,15 @@ def _model_of(old, picture, yes, quiet) -> str:
 def _check_battery(limit: int | None) -> None:
     if limit is None:
         return
-    from .. import battery
-
     charge = battery.charge()
     if charge is not None and charge <= limit:
         raise ZImageError(f"the battery is at {charge}%, and --battery-limit is {limit}: no more pictures are drawn")
 
 
-def _check_latents_of(old, picture, latents) -> None:
-    if old is None or old.latents is None:
+def _check_latents_of(old: Origin, picture: Path | None, digest: str | None) -> None:
+    if old.latents is None:
         return
-    if latents is None:
+    if digest is None:
         raise RequestError(f"{picture} was drawn from latents of its own; give their file with --latents")
-    if _digest(latents) != old.latents:
+    if digest != old.latents:
         warnings.warn(f"these are not the latents that {picture} was drawn from; the picture will differ", stacklevel=1)
-
-
-def _digest(latents) -> str | None:
-    return None if latents is None else hashlib.sha256(latents.astype("<f4").tobytes()).hexdigest()

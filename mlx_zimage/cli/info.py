@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,11 +14,14 @@ from ..errors import ModelNotFoundError
 from ..sizes import size
 from .output import printable
 
+if TYPE_CHECKING:
+    from ..weights.checkpoint import Component
+
 
 @click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info picture.png")
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(source, as_json):
+def info(source: str, as_json: bool) -> None:
     """Tell what a model folder holds, or how a picture was drawn.
 
     SOURCE is a model folder, 'pocket', or a picture that `generate` wrote. Of a model it tells what it was made from,
@@ -50,8 +54,7 @@ def info(source, as_json):
 
 def describe(source: str) -> dict:
     """What `info` tells of a model, ready for JSON."""
-    from ..images.metadata import fingerprint
-    from ..weights.checkpoint import open_checkpoint, read_json
+    from ..weights.checkpoint import fingerprint, open_checkpoint, read_json
     from ..weights.manifest import CONVERSION
 
     checkpoint = open_checkpoint(source)
@@ -65,7 +68,7 @@ def describe(source: str) -> dict:
     }
 
 
-def _network(component) -> dict:
+def _network(component: Component) -> dict:
     parameters = sum(prod(shape) for shape in component.config.shapes().values())
     return {
         "parameters": parameters,
@@ -80,7 +83,7 @@ def _origin(conversion: dict) -> str:
     return conversion["source"] + (f" (from {_origin(before)})" if before else "")
 
 
-def _stored_as(component) -> list[str]:
+def _stored_as(component: Component) -> list[str]:
     """The kinds of weights, such as "4-bit affine in groups of 64 (35 layers)" and "bfloat16"."""
     packed = Counter(component.quantizations.values())
     kinds = [f"{q.bits}-bit {q.mode} in groups of {q.group_size} ({count} layers)" for q, count in packed.most_common()]

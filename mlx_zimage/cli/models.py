@@ -3,20 +3,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import ModelNotFoundError
 from ..sizes import size
+from ..variants import TURBO
 from .output import hub_bars, progress_bar, say
 
-DEFAULT_MODEL = "Tongyi-MAI/Z-Image-Turbo"
+if TYPE_CHECKING:
+    from ..weights.library import Disk
+
+DEFAULT_MODEL = TURBO.repository
 
 
 @click.group(invoke_without_command=True, epilog="Example: mlx-zimage models; mlx-zimage models rm Z-Image-Turbo-4bit")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per model.")
 @click.pass_context
-def models(ctx, as_json):
+def models(ctx: click.Context, as_json: bool) -> None:
     """List the models on this machine, or remove one.
 
     Told are the tiny model of this package, the folders that first runs converted (in MLX_ZIMAGE_HOME, by default
@@ -37,7 +42,7 @@ def models(ctx, as_json):
 
 @models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
 @click.argument("name")
-def rm(name):
+def rm(name: str) -> None:
     """Remove NAME from the disk: a converted folder's name, an id in the Hugging Face cache, or "embeddings"."""
     from ..weights.library import remove
 
@@ -83,7 +88,7 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     return plan.dest
 
 
-def _afterwards(disk) -> str:
+def _afterwards(disk: Disk) -> str:
     """What is left of a disk after a first run; the download may be removed then."""
     if disk.left < 0:
         return "too few"

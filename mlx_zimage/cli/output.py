@@ -6,8 +6,12 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def print_path(path: Path) -> None:
@@ -25,9 +29,9 @@ def say(message: str, quiet: bool = False) -> None:
         click.echo(message, err=True)
 
 
-def progress_bar(quiet: bool = False, **options):
+def progress_bar(quiet: bool = False, **options) -> tqdm:
     """A bar on stderr if a person watches: rate and time left are in it."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # here, as --help shows no bar: it takes as long to import as click
 
     hidden = True if quiet or sys.stderr is None else None  # None: no bar where stderr is no terminal
     return tqdm(disable=hidden, **options)
@@ -42,8 +46,8 @@ def hub_bars(shown: bool) -> None:
 
 
 def graphics() -> str | None:
-    """How the terminal on stderr shows pictures, if there is one and it can; see `preview.protocol`."""
-    from ..images.preview import protocol
+    """How the terminal on stderr shows pictures, if there is one and it can; see `terminal.protocol`."""
+    from ..images.terminal import protocol
 
     return protocol(os.environ) if sys.stderr and sys.stderr.isatty() else None
 
@@ -51,7 +55,7 @@ def graphics() -> str | None:
 def show_picture(path: Path) -> None:
     """In the terminal, if stderr is one that can."""
     from ..images.codec import read_pixels, to_png
-    from ..images.preview import inline
+    from ..images.terminal import inline
 
     known = graphics()
     if known:

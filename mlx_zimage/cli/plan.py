@@ -3,11 +3,13 @@ from __future__ import annotations
 import click
 
 from ..request import check_size
+from ..variants import VARIANTS
 from .models import DEFAULT_MODEL
 
 
 @click.command(epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
 @click.argument("model", default=DEFAULT_MODEL)
+@click.option("--variant", type=click.Choice(list(VARIANTS)), help="Which model it is.  [default: recognized]")
 @click.option("--width", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
 @click.option("--height", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
@@ -22,7 +24,18 @@ from .models import DEFAULT_MODEL
     help="Whether all of the model stays in memory, or each part goes when its work is done.  "
     "[default: it stays if it fits]",
 )
-def plan(model, width, height, images, tokens, steps, dtype, memory, keep):
+def plan(
+    model: str,
+    variant: str | None,
+    width: int | None,
+    height: int | None,
+    images: int,
+    tokens: int,
+    steps: int | None,
+    dtype: str | None,
+    memory: str | None,
+    keep: bool | None,
+) -> None:
     """Tell how MODEL would be run within a memory budget: what stays, what is read as needed, and each phase's bound.
 
     Reads configs and headers only.
@@ -34,9 +47,10 @@ def plan(model, width, height, images, tokens, steps, dtype, memory, keep):
     for name, value in (("width", width), ("height", height)):
         if value is not None:
             check_size(name, value)
-    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory, keep=keep)
+    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory, keep=keep, variant=variant)
     width, height = width or pipeline.sample_size, height or pipeline.sample_size
-    work = Workload(width, height, images, tokens, steps or pipeline.variant.steps)
+    prompts = 2 if pipeline.variant.guidance_scale else 1
+    work = Workload(width, height, images, tokens, steps or pipeline.variant.steps, prompts)
     plan = pipeline.planner.plan(work, pipeline.budget, keep)
     click.echo(f"{images} of {width}x{height} in {tell(plan.budget)}")
     for phase, peak in plan.peaks.items():

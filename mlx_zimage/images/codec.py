@@ -9,8 +9,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..errors import NumericsError, RequestError
-from ..request import LATENT_PIXELS, GenerateRequest
+from ..errors import NumericsError
 from .metadata import Origin, save_options
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -46,33 +45,6 @@ def read_pixels(path: Path) -> np.ndarray:
     """A picture file's pixels, (H, W, 3) uint8."""
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
-
-
-def check_latents_size(path: Path, latents: np.ndarray, request: GenerateRequest) -> None:
-    """Refuse latents (B, C, h, w) that do not fit the size that a request names."""
-    h, w = latents.shape[2:]
-    if (w * LATENT_PIXELS, h * LATENT_PIXELS) != (request.width, request.height):
-        raise RequestError(
-            f"{path} holds latents of shape {latents.shape}, which are for {w * LATENT_PIXELS}x{h * LATENT_PIXELS} "
-            f"pixels, but {request.width}x{request.height} were asked for"
-        )
-
-
-def read_latents(path: Path) -> np.ndarray:
-    """Initial latents from a .npy file: (B, 16, height / 8, width / 8) numbers. Never unpickles."""
-    try:
-        with open(path, "rb") as stream:
-            latents = np.lib.format.read_array(stream, allow_pickle=False)
-    except FileNotFoundError:
-        raise RequestError(f"there is no latents file {path}; numpy.save writes one") from None
-    except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise RequestError(f"{path} is no .npy file of numbers ({error}); numpy.save writes one") from error
-    if latents.dtype.kind not in "fiu" or latents.ndim != 4 or not latents.size:
-        raise RequestError(
-            f"{path} holds {latents.dtype} of shape {latents.shape}; wanted numbers of shape "
-            f"(pictures, channels, height / 8, width / 8)"
-        )
-    return latents
 
 
 def encode(pixels: np.ndarray, ending: str, origin: Origin | None = None) -> bytes:

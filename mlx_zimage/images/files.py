@@ -47,10 +47,10 @@ def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin
 
     The picture carries its origin, or where that is None nothing but pixels.
     """
-    return write(encode(pixels, path.suffix, origin), path, overwrite)
+    return write_file(encode(pixels, path.suffix, origin), path, overwrite)
 
 
-def write(content: bytes | memoryview, path: Path, overwrite: bool = False, lasting: bool = True) -> Path:
+def write_file(content: bytes, path: Path, overwrite: bool = False, lasting: bool = True) -> Path:
     """Write a file that is whole or not there; returns its path, see atomic.write."""
     try:
         return atomic.write(path, lambda file: file.write_bytes(content), overwrite, lasting)

@@ -7,23 +7,18 @@ Nothing in it changes from run to run: the same request gives the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import re
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image, PngImagePlugin
 
 from .. import __version__
 from ..errors import RequestError
 from ..request import GenerateRequest
-
-if TYPE_CHECKING:
-    from ..weights.checkpoint import Checkpoint
 
 READABLE = ("PNG", "JPEG", "WEBP")
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -45,7 +40,7 @@ class Origin:
     """How a picture came to be. Holds no path: pictures are passed on.
 
     model is a name for people; fingerprint tells whether another model is the same. index counts a request's pictures
-    from 0. latents is the SHA-256 of the initial noise where it was not the seed's.
+    from 0.
     """
 
     request: GenerateRequest
@@ -53,22 +48,27 @@ class Origin:
     fingerprint: str
     dtype: str
     index: int = 0
-    latents: str | None = None
     software: str = f"mlx-zimage {__version__}"
 
+    @property
+    def latents(self) -> str | None:
+        """The SHA-256 of the initial noise where it was not the seed's."""
+        return self.request.latents
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)  # ASCII, so valid in XML whatever the prompt holds
+        # here, too, where they were before requests named them; ASCII, so valid in XML whatever the prompt holds
+        return json.dumps(asdict(self) | {"latents": self.latents}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Origin:
         """Read what anyone may have written: RequestError unless every value is one that could be drawn."""
         try:
             fields = json.loads(text)
-            request = GenerateRequest.from_dict(fields.pop("request"))
+            request = GenerateRequest.from_dict({"latents": fields.pop("latents", None), **fields.pop("request")})
             origin = cls(request, **fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RequestError(f"its description is not one of this program's ({error})") from error
-        texts = (origin.model, origin.fingerprint, origin.dtype, origin.software, origin.latents or "")
+        texts = (origin.model, origin.fingerprint, origin.dtype, origin.software)
         if not all(isinstance(value, str) and value.isprintable() and len(value) < 300 for value in texts):
             raise RequestError("its description is not one of this program's (a name is no plain text)")
         if isinstance(origin.index, bool) or not isinstance(origin.index, int):
@@ -144,22 +144,3 @@ def read_origin(path: Path) -> Origin:
         return Origin.from_json(html.unescape(found[1].decode("ascii", "replace")))
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from error
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Ten hexadecimal digits that tell one model's weights from another's, wherever they lie.
-
-    Reads each safetensors header and 64 samples of 4 KB, spread evenly: milliseconds, where a checksum of a full-size
-    model takes a minute. Damage to single bytes is for `mlx-zimage verify` to find.
-    """
-    files = {entry.file for component in checkpoint.components for entry in component.entries.values()}
-    sha = hashlib.sha256()
-    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-            sha.update(stream.read(header))
-            for i in range(64):
-                stream.seek(8 + header + (size - 8 - header) * i // 64)
-                sha.update(stream.read(4096))
-    return sha.hexdigest()[:10]

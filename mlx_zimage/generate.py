@@ -1,0 +1,179 @@
+"""A request to finished files: the clock, the origin and the saving around what the pipeline yields.
+
+`run` yields what happens in the order in which it happens: the pipeline's Phases and Steps, and each picture once its
+file is there. `events` is the same without files; `images.codec.encode` makes bytes of what it yields. Whoever holds
+the loop owns progress and previews, and leaving it stops the work. Nothing is printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .images.files import save
+from .images.metadata import Origin
+from .inputs import NONE, Inputs
+from .pipeline import Generated, Phase, ZImagePipeline
+from .request import GenerateRequest
+from .sampling import Step
+from .weights.checkpoint import fingerprint
+
+
+@dataclass(frozen=True)
+class Model:
+    """An open model, and what its pictures say of it: a name for people, and the fingerprint of its weights."""
+
+    pipeline: ZImagePipeline
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a request took up to one of its pictures: seconds, and bytes of memory at most, measured and predicted.
+
+    The first step's time has the reading of the transformer in it; encoding a known prompt takes none, nor does finding
+    float16's scale in any other dtype, or of a known model.
+    """
+
+    elapsed_s: float
+    scale_s: float
+    encode_s: float
+    steps_s: tuple[float, ...]
+    decode_s: float
+    peak: int
+    predicted_peak: int
+
+    def to_dict(self) -> dict:
+        """Rounded, ready for JSON; memory in GB."""
+        first, *rest = self.steps_s
+        return {
+            "seconds": round(self.elapsed_s, 4),
+            "scale_seconds": round(self.scale_s, 4),
+            "encode_seconds": round(self.encode_s, 4),
+            "first_step_seconds": round(first, 4),
+            "step_seconds": round(sum(rest) / len(rest), 4) if rest else None,
+            "decode_seconds": round(self.decode_s, 4),
+            "peak_memory_gb": round(self.peak / 1e9, 4),
+            "predicted_peak_memory_gb": round(self.predicted_peak / 1e9, 4),
+        }
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One picture: pixels (H, W, 3) uint8, how it came to be, and what that took."""
+
+    pixels: np.ndarray
+    origin: Origin
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Saved(Finished):
+    """One picture in its file."""
+
+    path: Path
+
+    def to_dict(self) -> dict:
+        """Its file with the checksum, its origin and its cost, ready for JSON."""
+        sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        origin = json.loads(self.origin.to_json())
+        return {"path": os.fspath(self.path), "sha256": sha256, **origin, **self.cost.to_dict()}
+
+
+class Files:
+    """The files of one call: with overwrite, older files are written over, but none that the call itself wrote."""
+
+    def __init__(self, overwrite: bool = False, metadata: bool = True):
+        self.overwrite = overwrite
+        self.metadata = metadata
+        self.written: set[Path] = set()
+
+    def save(self, picture: Finished, path: Path) -> Path:
+        """Write a picture, with its origin unless metadata is off; returns the path it was written to."""
+        overwrite = self.overwrite and path not in self.written
+        saved = save(picture.pixels, path, overwrite, picture.origin if self.metadata else None)
+        self.written.add(saved)
+        return saved
+
+
+class Clock:
+    """Measures one request, from when it is made: takes the pipeline's events as they come."""
+
+    def __init__(self) -> None:
+        mx.reset_peak_memory()
+        self.begin = self.last = time.perf_counter()
+        self.before = {"scale": 0.0, "encode": 0.0}  # the phases before the steps
+        self.steps: list[float] = []
+
+    def phase(self, phase: Phase) -> None:
+        if phase.name in self.before:
+            self.before[phase.name] += self._lap()
+
+    def step(self, step: Step) -> None:
+        del self.steps[step.index :]  # those of a picture that was begun again
+        self.steps.append(self._lap())
+
+    def cost(self, picture: Generated) -> Cost:
+        decode, before = self._lap(), self.before
+        return Cost(
+            elapsed_s=self.last - self.begin,
+            scale_s=before["scale"],
+            encode_s=before["encode"],
+            steps_s=tuple(self.steps),
+            decode_s=decode,
+            peak=mx.get_peak_memory(),
+            predicted_peak=picture.plan.peak,
+        )
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        lap, self.last = now - self.last, now
+        return lap
+
+
+def open_model(
+    source: str,
+    dtype: str | None = None,
+    memory: str | int | None = None,
+    keep: bool | None = None,
+    variant: str | None = None,
+) -> Model:
+    """Open a model to generate with; see `ZImagePipeline.from_pretrained`."""
+    pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant)
+    name = Path(source).resolve().name if Path(source).is_dir() else source  # no path: pictures are passed on
+    return Model(pipeline, name, fingerprint(pipeline.checkpoint))
+
+
+def events(model: Model, request: GenerateRequest, inputs: Inputs = NONE) -> Iterator[Phase | Step | Finished]:
+    """Generate a request: the pipeline's Phases and Steps, and each picture with its origin and cost."""
+    clock = Clock()
+    for event in model.pipeline.events(request, inputs):
+        if isinstance(event, Generated):
+            origin = Origin(event.request, model.name, model.fingerprint, event.dtype, event.index)
+            yield Finished(event.pixels, origin, clock.cost(event))
+        elif isinstance(event, Step):
+            clock.step(event)
+            yield event
+        else:
+            clock.phase(event)
+            yield event
+
+
+def run(
+    model: Model, request: GenerateRequest, path: Path, files: Files, inputs: Inputs = NONE
+) -> Iterator[Phase | Step | Saved]:
+    """Generate a request and save its pictures as path; where that is taken, as path-1, path-2, ..."""
+    for event in events(model, request, inputs):
+        if isinstance(event, Finished):
+            yield Saved(event.pixels, event.origin, event.cost, files.save(event, path))
+        else:
+            yield event

@@ -1,0 +1,77 @@
+"""From a request to finished files, without the command line."""
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mlx_zimage import GenerateRequest, Step
+from mlx_zimage.generate import Files, Finished, Saved, events, open_model, run
+from mlx_zimage.images.codec import encode
+from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.inputs import Inputs
+from mlx_zimage.pipeline import Phase
+
+REQUEST = GenerateRequest("a red circle", width=32, height=32, seed=1, steps=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return open_model("pocket")
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp"])
+def test_a_server_sends_the_bytes_that_a_file_would_hold(model, tmp_path, ending):
+    (*_, sent), (*_, saved) = events(model, REQUEST), run(model, REQUEST, tmp_path / f"a{ending}", Files())
+    assert encode(sent.pixels, ending, sent.origin) == saved.path.read_bytes()
+
+
+def test_what_happens_comes_in_order_and_files_are_there_once_told(model, tmp_path):
+    request = GenerateRequest("two green squares", width=32, height=32, seed=1, steps=2, num_images=2)
+    told = []
+    for event in run(model, request, tmp_path / "a.png", Files()):
+        told.append(event.name if isinstance(event, Phase) else type(event))
+        assert len(list(tmp_path.iterdir())) == told.count(Saved)
+    assert [name for i, name in enumerate(told) if name not in told[i - 1 : i]] == [
+        "encode", Step, "decode", Saved, "decode", Saved,
+    ]  # fmt: skip
+    assert told.count(Step) == 2
+
+
+def test_a_saved_picture_tells_its_origin_and_its_cost(model, tmp_path):
+    latents = np.random.default_rng(0).standard_normal((1, 16, 4, 4))
+    inputs = Inputs(latents)
+    (*_, saved) = run(model, REQUEST, tmp_path / "a.png", Files(), inputs)
+    assert read_origin(saved.path) == saved.origin
+    named = replace(REQUEST, latents=inputs.digest)
+    assert (saved.origin.request, saved.origin.model, saved.origin.latents) == (named, "pocket", inputs.digest)
+    assert len(saved.cost.steps_s) == 2
+    parts = saved.cost.scale_s, saved.cost.encode_s, *saved.cost.steps_s, saved.cost.decode_s
+    assert sum(parts) == pytest.approx(saved.cost.elapsed_s)
+    told = saved.to_dict()
+    assert (told["path"], told["request"]) == (str(saved.path), named.to_dict())
+    assert told["sha256"] == hashlib.sha256(saved.path.read_bytes()).hexdigest()
+
+
+def test_files_of_one_call_are_not_written_over_by_it(model, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"older")
+    files = Files(overwrite=True)
+    (*_, image) = events(model, REQUEST)
+    assert [files.save(image, tmp_path / "a.png").name for _ in range(3)] == ["a.png", "a-1.png", "a-2.png"]
+    assert Files(overwrite=True).save(image, tmp_path / "a.png").name == "a.png"
+
+
+def test_leaving_the_loop_leaves_no_file(model, tmp_path):
+    for event in run(model, REQUEST, tmp_path / "a.png", Files()):
+        assert not isinstance(event, Finished)
+        if isinstance(event, Step):
+            break
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generating_needs_no_command_line():
+    code = "import sys, mlx_zimage.generate; print(sorted({'click', 'tqdm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,89 @@
+"""The arrays beside a request: read, checked, and named by digest."""
+
+import hashlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline
+from mlx_zimage.inputs import NONE, Inputs, read_latents
+
+REQUEST = GenerateRequest("a red circle", width=32, height=48, seed=1, steps=1)
+LATENTS = np.random.default_rng(0).standard_normal((1, 16, 6, 4))
+
+
+def test_latents_are_read_as_they_were_saved(tmp_path):
+    for dtype in ("float16", "float32", "float64"):
+        latents = np.random.default_rng(0).standard_normal((2, 16, 4, 6)).astype(dtype)
+        np.save(tmp_path / "a.npy", latents)
+        assert np.array_equal(read_latents(tmp_path / "a.npy"), latents)
+
+
+def test_a_pickle_in_a_latents_file_is_not_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    np.save(tmp_path / "a.npy", np.array([Trap()]), allow_pickle=True)
+    with pytest.raises(RequestError, match="npy file of numbers"):
+        read_latents(tmp_path / "a.npy")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_cut_or_foreign_latents_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((1, 16, 4, 4)))
+    whole = (tmp_path / "a.npy").read_bytes()
+    for content in (whole[:100], whole[:-1], b"", b"PK\x03\x04" + whole):
+        (tmp_path / "b.npy").write_bytes(content)
+        with pytest.raises(RequestError, match="npy file of numbers"):
+            read_latents(tmp_path / "b.npy")
+    for latents in (np.zeros((16, 4, 4)), np.zeros((1, 16, 4, 4), dtype=complex), np.array(["a"])):
+        np.save(tmp_path / "b.npy", latents)
+        with pytest.raises(RequestError, match="wanted numbers of shape"):
+            read_latents(tmp_path / "b.npy")
+
+
+def test_a_digest_is_that_of_the_numbers_whatever_holds_them():
+    wanted = hashlib.sha256(LATENTS.astype("<f4").tobytes()).hexdigest()
+    for same in (LATENTS, LATENTS.astype(">f4"), mx.array(LATENTS.astype(np.float32)), LATENTS.tolist()):
+        assert Inputs(same).digest == wanted
+    assert Inputs(LATENTS + 1).digest != wanted
+    assert NONE.digest is None
+
+
+def test_a_request_takes_the_digest_of_its_inputs_and_refuses_others():
+    inputs = Inputs(LATENTS)
+    named = inputs.named_by(REQUEST)
+    assert named.latents == inputs.digest
+    assert inputs.named_by(named) == named
+    assert NONE.named_by(REQUEST) == REQUEST
+    with pytest.raises(RequestError, match=f"names latents of SHA-256 {inputs.digest}; none were given"):
+        NONE.named_by(named)
+    with pytest.raises(RequestError, match="; those that were given have "):
+        Inputs(LATENTS + 1).named_by(named)
+    with pytest.raises(RequestError, match="latents must be the SHA-256 of an array"):
+        GenerateRequest("a", seed=1, latents="../secret")
+
+
+def test_a_pipeline_names_latents_and_asks_for_them_again(pipe):
+    *_, image = pipe.stream(REQUEST, LATENTS)
+    assert image.request.latents == Inputs(LATENTS).digest
+    *_, again = pipe.stream(image.request, Inputs(LATENTS))
+    assert np.array_equal(again.pixels, image.pixels)
+    with pytest.raises(RequestError, match="none were given"):
+        next(pipe.stream(image.request))
+
+
+def test_size_and_steps_may_be_open_until_a_model_gives_its_own():
+    pocket = ZImagePipeline.from_pretrained("pocket")
+    open_ended = GenerateRequest("a red circle", seed=1)
+    assert (open_ended.width, open_ended.height, open_ended.steps) == (None, None, None)
+    with pytest.raises(RequestError, match="no size or steps yet"):
+        _ = open_ended.extent
+    assert pocket.complete(open_ended).extent == (128, 128, 8)
+    own = GenerateRequest("a red circle", 64, seed=1, steps=3)
+    assert pocket.complete(own).extent == (64, 128, 3)
+    assert pocket.plan(open_ended) == pocket.plan(pocket.complete(open_ended))
+    with pytest.raises(RequestError, match="seed must be a whole number, got None"):
+        GenerateRequest("a red circle")

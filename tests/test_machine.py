@@ -1,0 +1,99 @@
+"""What a process takes of this machine, and gives back."""
+
+import os
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+
+from mlx_zimage import GenerateRequest, ZImagePipeline, machine
+from mlx_zimage.machine import SHARE, Limits, cgroup_limits, machine_budget
+
+REQUEST = GenerateRequest("a red circle", 16, 16, seed=1, steps=2)
+
+
+def cache_limit() -> int:
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit)
+    return limit
+
+
+def group(folder, name: str, limit: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"{limit}\n")
+
+
+def test_limits_of_control_groups_are_found_at_every_level(tmp_path):
+    membership, root = tmp_path / "cgroup", tmp_path / "fs"
+    membership.write_text("0::/user.slice/job.scope\n")
+    group(root / "user.slice/job.scope", "memory.max", "max")
+    group(root / "user.slice", "memory.max", "3000000")
+    assert list(cgroup_limits(membership, root)) == [3000000]
+    group(root, "memory.max", "2000000")  # as within a container, whose own group stands at the top
+    assert sorted(cgroup_limits(membership, root)) == [2000000, 3000000]
+
+
+def test_limits_of_the_older_version_are_found(tmp_path):
+    membership, root = tmp_path / "cgroup", tmp_path / "fs"
+    membership.write_text("9:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n")
+    group(root / "memory/docker/1", "memory.limit_in_bytes", "1000000")
+    group(root / "cpu,cpuacct/docker/1", "memory.limit_in_bytes", "7")
+    assert list(cgroup_limits(membership, root)) == [1000000]
+
+
+def test_where_there_are_no_control_groups_nothing_is_found(tmp_path):
+    assert list(cgroup_limits(tmp_path / "cgroup", tmp_path)) == []
+
+
+def test_the_budget_is_a_share_of_what_the_process_may_have(monkeypatch, on_cpu):
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "cpu"})
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(machine, "cgroup_limits", lambda: iter([10**20, 10**9]))
+    assert machine_budget() == int(SHARE * 10**9)
+    monkeypatch.setattr(machine, "cgroup_limits", lambda: iter([2**63]))
+    assert machine_budget() == int(SHARE * memory)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 5, "memory_size": 9})
+    assert machine_budget() == 5, "a GPU's own recommendation"
+
+
+def test_a_request_gives_the_cache_limit_back_however_it_ends():
+    before = cache_limit()
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory="60MB")
+    for event in pipe.stream(REQUEST):
+        during = cache_limit()
+        assert 0 <= during < 60 * 10**6
+        if event.index == 1:
+            break
+    assert cache_limit() == before
+    with pytest.raises(ZeroDivisionError):
+        for _ in pipe.stream(REQUEST):
+            _ = 1 / 0
+    assert cache_limit() == before
+
+
+def test_limits_that_overlap_in_any_order_give_back_what_was_before_them():
+    before = cache_limit()
+    first, second = Limits(10**6), Limits(2 * 10**6)
+    first.__enter__()
+    second.__enter__()
+    assert cache_limit() == 2 * 10**6
+    first.__exit__()
+    assert cache_limit() == 2 * 10**6
+    second.set_cache(3 * 10**6)
+    assert cache_limit() == 3 * 10**6
+    second.__exit__()
+    assert cache_limit() == before
+    with Limits():
+        assert cache_limit() == before, "none was asked for"
+
+
+def test_cuda_keeps_freed_memory_while_limits_are_entered(monkeypatch):
+    calls = []
+    monkeypatch.setattr(machine, "backend", lambda: "cuda")
+    library = SimpleNamespace(mallopt=lambda *option: calls.append(option), malloc_trim=lambda n: calls.append("trim"))
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: library)
+    with Limits():
+        assert calls == [(machine.M_ARENA_MAX, 1), (machine.M_MMAP_MAX, 0), (machine.M_TRIM_THRESHOLD, 2**31 - 1)]
+        with Limits():
+            assert len(calls) == 3
+    assert calls[3:] == [*machine.ALLOCATOR_DEFAULTS.items(), "trim"]

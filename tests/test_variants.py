@@ -1,0 +1,48 @@
+"""Which model of the family a folder holds, and what a request then gets."""
+
+import json
+
+import pytest
+
+from mlx_zimage import RequestError, ZImagePipeline
+from mlx_zimage.convert import official
+from mlx_zimage.variants import BASE, TURBO, VARIANTS, recognize
+from mlx_zimage.weights.checkpoint import open_checkpoint
+
+
+def shift(folder, value: float) -> None:
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(official.SCHEDULER | {"shift": value}))
+
+
+def test_a_folder_is_told_by_its_shift(folder):
+    assert open_checkpoint(folder).variant == TURBO
+    shift(folder, 6.0)
+    assert open_checkpoint(folder).variant == BASE
+    shift(folder, 4.5)
+    assert open_checkpoint(folder).variant == TURBO, "of a model trained further"
+
+
+def test_what_the_converter_recorded_is_stronger_than_the_shift(folder):
+    told = {"source": "my-folder", "before": {"source": BASE.repository}}
+    (folder / "conversion.json").write_text(json.dumps(told))
+    assert open_checkpoint(folder).variant == BASE
+    assert recognize(6.0, ["elsewhere", TURBO.repository, BASE.repository]) == TURBO, "the newest that is known"
+
+
+def test_a_named_variant_is_stronger_than_both(folder):
+    shift(folder, 6.0)
+    assert ZImagePipeline.from_pretrained(folder, variant="turbo").variant == TURBO
+    with pytest.raises(RequestError, match="variant must be one of turbo, base, got 'omni'"):
+        open_checkpoint(folder, "omni")
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
+def test_a_pipeline_gives_the_defaults_of_its_variant(folder, watch, variant):
+    from mlx_zimage.models.transformer import Transformer
+
+    pipe = ZImagePipeline.from_pretrained(folder, dtype="float32", variant=variant.name)
+    calls = watch(Transformer, "finish")
+    out = pipe("a red fox", width=16, height=16, seed=1, output_type="latent")
+    assert out.images.shape == (1, 16, 2, 2)
+    assert len(calls) == variant.steps * (2 if variant.guidance_scale else 1)
+    assert bool(variant.guidance_scale) == variant.takes_guidance

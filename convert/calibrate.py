@@ -58,7 +58,8 @@ class Calibration:
         dtype = "float32" if default_dtype() == "float32" else "bfloat16"
         self._pipe = open_pipeline(source, dtype, memory)
         self._blocks: Iterator[tuple[str, dict[str, mx.array]]] | None = None
-        self._block, self._moments = "", {}
+        self._block = ""
+        self._moments: dict[str, mx.array] = {}
         self._last: tuple[str, np.ndarray] = "", np.empty(0)
 
     def factor(self, name: str) -> np.ndarray:
@@ -112,9 +113,8 @@ def moments(
         latents.append(stops[:-1])
         captions.append(network.caption_stream(pipe.encode(prompt)))
     # one network that watches its products, and whose blocks are read once for all that goes through them
-    watched = Transformer(
-        config, Blocks(network.runner.weights, network.runner.dtype, config.blocks), seen.product, compile=False
-    )
+    runner = Blocks(pipe.networks.runners["transformer"].weights, network.runner.dtype, streamed=config.blocks)
+    watched = Transformer(config, runner, seen.product, compile=False)
     modulations, _ = network.modulate(times[:-1])
     images, tokens = [], 0
     for stops, caption in zip(latents, captions, strict=True):
@@ -128,8 +128,7 @@ def moments(
     ends = watched.run(config.refiners, captions)
     joined = []
     for i, (image, (_, modulation, tables)) in enumerate(zip(refined, images, strict=True)):
-        caption = replace(tables, embedded=ends[i // steps].x)
-        joined.append(watched.join(image, caption, modulation, tokens))
+        joined.append(watched.join(image, replace(tables, embedded=ends[i // steps].x), modulation, tokens))
     images.clear()
     yield from _walk(watched, config.modulated[config.n_refiner_layers :], joined, seen)
     yield from _walk(watched, config.refiners, captions, seen)

@@ -201,11 +201,8 @@ def _check(name: str, config: dict, found: dict[str, Tensor], label: str, channe
     architecture = NETWORKS[name].from_dict(config)
     wanted = architecture.shapes()
 
-    def unused(tensor: str) -> bool:
-        return name == "text_encoder" and architecture.unused(tensor)
-
-    missing = [key for key in wanted if key not in found and not unused(key)]
-    extra = [key for key in found if key not in wanted and not unused(key)]
+    missing = [key for key in wanted if key not in found and not architecture.unused(key)]
+    extra = [key for key in found if key not in wanted and not architecture.unused(key)]
     shaped = {key: reshaped(found[key], shape, channels_last) for key, shape in wanted.items() if key in found}
     misshapen = [f"{key} is {found[key].shape}, wanted {wanted[key]}" for key, tensor in shaped.items() if not tensor]
     for fault, keys in (("missing", missing), ("unexpected", extra), ("of another shape", misshapen)):

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import mlx.core as mx
 import numpy as np
 
 from .. import __version__
 from ..dtypes import SPELLED
+from ..machine import mlx_version
 from ..quantization import Quantization
 from ..weights.names import COMFYUI_PREFIXES, comfyui_name
 from .choose import Choice
@@ -161,7 +161,7 @@ def describe_job(source: Source, layout: Layout) -> dict:
         headers.update(header(shard.slots, shard.form))
     stats = [(str(path.resolve()), path.stat()) for path in source.weights]
     return {
-        "mlx": mx.__version__,  # type: ignore[attr-defined]  # MLX's stubs leave it out
+        "mlx": mlx_version(),
         "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in layout.files.items()},
         "layout": headers.hexdigest(),

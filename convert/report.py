@@ -140,21 +140,23 @@ def weight_error(tensor: Tensor, exact: Tensor) -> float:
 def draw(pipe: ZImagePipeline, request: GenerateRequest) -> tuple[list[mx.array], np.ndarray]:
     """The latents (1, h, w, 16) before and after each step, and the pixels."""
     vae = pipe.checkpoint.vae.config
-    h, w = request.height // vae.scale, request.width // vae.scale
+    width, height, steps = request.extent
+    h, w = height // vae.scale, width // vae.scale
     noise = initial_noise(request.seed, (1, vae.latent_channels, h, w))
     stops = {0: noise.transpose(0, 2, 3, 1)} | {step.index + 1: step.latents for step in pipe.denoise(request, noise)}
-    return list(stops.values()), pipe.decode(stops[request.steps][0])
+    return list(stops.values()), pipe.decode(stops[steps][0])
 
 
 def compare(pipe: ZImagePipeline, request: GenerateRequest, wanted: tuple[list[mx.array], np.ndarray]) -> dict:
     """How far a pipeline's picture of a request is from what another drew, and its velocity at each of its steps."""
     stops, pixels = wanted
+    steps = request.extent[2]
     (*_, last), own_pixels = draw(pipe, request)
     _, h, w, _ = last.shape
-    sigmas = pipe.checkpoint.scheduler.sigmas(request.steps, (h // PATCH) * (w // PATCH))
+    sigmas = pipe.checkpoint.scheduler.sigmas(steps, (h // PATCH) * (w // PATCH))
     velocity = pipe.transformer.velocity(pipe.encode(request.prompt), sigmas[:-1], h, w)
     errors = []
-    for i in range(request.steps):
+    for i in range(steps):
         exact = (stops[i + 1] - stops[i]) / float(sigmas[i + 1] - sigmas[i])
         errors.append(_relative(velocity(stops[i], i), exact))
     if not pipe.plan(request).keep:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError, RequestError
 from ..models import NETWORKS
@@ -85,13 +86,14 @@ def open_source(
         "scheduler/scheduler_config.json": official.SCHEDULER,
     }
     files = {name: render_json(content) for name, content in small.items()} | opened.files
-    text, wanted = (
-        NETWORKS[name].from_dict(opened.components[name].config) for name in ("text_encoder", "transformer")
-    )
-    if text.hidden_size != wanted.cap_feat_dim:
+    architectures: dict[str, Any] = {
+        name: NETWORKS[name].from_dict(opened.components[name].config) for name in ("text_encoder", "transformer")
+    }
+    text, wanted = architectures["text_encoder"].hidden_size, architectures["transformer"].cap_feat_dim
+    if text != wanted:
         raise CheckpointError(
-            f"the text encoder gives {text.hidden_size} features a token, the transformer takes "
-            f"{wanted.cap_feat_dim}; they belong to different models"
+            f"the text encoder gives {text} features a token, the transformer takes {wanted}; they belong to different "
+            f"models"
         )
     return replace(opened, components={name: opened.components[name] for name in NETWORKS}, files=files)
 

@@ -20,11 +20,10 @@ from functools import partial
 from tempfile import TemporaryDirectory
 
 import mlx.core as mx
-import numpy as np
 
 from . import __version__
 from .errors import RequestError, ZImageError
-from .machine import default_dtype, unpack_from
+from .machine import Limits, default_dtype, mlx_version, unpack_from
 from .memory import Workload, largest_strip
 from .models.layers import linear, vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
@@ -67,21 +66,25 @@ class Case:
     mode: str | None = None
 
 
-def random_networks(case: Case, size: str) -> tuple[TextEncoder, Transformer, VAE]:
+def random_networks(case: Case, size: str) -> tuple[dict[str, Blocks], TextEncoder, Transformer, VAE]:
+    """Networks of random weights, and what runs their blocks."""
     transformer, text_encoder, vae = SIZES[size]
     quantization = None
     if (case.bits, case.mode) != (None, None):
         quantization = default_quantization(case.bits, mode=case.mode or "affine")
     dtype = getattr(mx, case.dtype or default_dtype())
 
-    def runner(name: str, config, dtype: mx.Dtype) -> Blocks:
-        return Blocks(RandomWeights(name, config, quantization), dtype)
-
+    runners = {
+        "text_encoder": Blocks(RandomWeights("text_encoder", text_encoder, quantization), dtype),
+        "transformer": Blocks(RandomWeights("transformer", transformer, quantization), dtype),
+        "vae": Blocks(RandomWeights("vae", vae), vae_dtype(dtype)),
+    }
     product = partial(linear, unpack_from=unpack_from())
     return (
-        TextEncoder(text_encoder, runner("text_encoder", text_encoder, dtype), product),
-        Transformer(transformer, runner("transformer", transformer, dtype), product),
-        VAE(vae, runner("vae", vae, vae_dtype(dtype))),
+        runners,
+        TextEncoder(text_encoder, runners["text_encoder"], product),
+        Transformer(transformer, runners["transformer"], product),
+        VAE(vae, runners["vae"]),
     )
 
 
@@ -166,9 +169,10 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
     (those of most layers), and the report also has the seconds from the start of a new process to the end of its first
     step.
     """
-    case, cold_start = replace(case, dtype=case.dtype or default_dtype()), None
+    dtype_name, cold_start = case.dtype or default_dtype(), None
+    case = replace(case, dtype=dtype_name)
     if model == "random":
-        text_encoder, transformer, vae = random_networks(case, size)
+        runners, text_encoder, transformer, vae = random_networks(case, size)
     else:
         if (case.bits, case.mode) != (None, None):
             asked = f"bits={case.bits} and mode={case.mode}"
@@ -176,34 +180,35 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
         pipe = ZImagePipeline.from_pretrained(model, dtype=case.dtype)
         work = Workload(case.width, case.height, 1, case.caption_tokens, case.steps)
         pipe.planner.plan(work, pipe.budget)  # or refuse
-        text_encoder, transformer, vae = pipe.text_encoder, pipe.transformer, pipe.vae
+        runners, text_encoder = pipe.networks.runners, pipe.text_encoder
+        transformer, vae = pipe.transformer, pipe.vae
         cold_start = time_first_step(model, case)
-    components = text_encoder.runner.weights, transformer.runner.weights
-    packed = Counter(q for component in components for q in component.quantizations.values())
+    packed = Counter(q for runner in runners.values() for q in runner.weights.quantizations.values())
     for q, _ in packed.most_common(1):
         case = replace(case, bits=q.bits, mode=q.mode)
-    dtype, config = getattr(mx, case.dtype), transformer.config
+    dtype, config = getattr(mx, dtype_name), transformer.config
     h, w = case.height // vae.config.scale, case.width // vae.config.scale
     tokens = (h // PATCH) * (w // PATCH)
-    ids = np.arange(case.caption_tokens) % text_encoder.config.vocab_size
+    ids = [i % text_encoder.config.vocab_size for i in range(case.caption_tokens)]
     noise = mx.random.normal((1, h, w, config.in_channels))
 
-    encode = timed(lambda: text_encoder(ids), repeat)
-    cap_feats = text_encoder(ids)
-    text_encoder.runner.release()
-    schedule = sigmas(case.steps)
+    with Limits():
+        encode = timed(lambda: text_encoder(ids), repeat)
+        cap_feats = text_encoder(ids)
+        runners["text_encoder"].release()
+        schedule = sigmas(case.steps)
 
-    def steps() -> mx.array:
-        velocity, latents = transformer.velocity(cap_feats, schedule[:-1], h, w), noise
-        for i in range(case.steps):
-            latents = latents + float(schedule[i + 1] - schedule[i]) * velocity(latents, i)
-            mx.eval(latents)
-        return latents
+        def steps() -> mx.array:
+            velocity, latents = transformer.velocity(cap_feats, schedule[:-1], h, w), noise
+            for i in range(case.steps):
+                latents = latents + float(schedule[i + 1] - schedule[i]) * velocity(latents, i)
+                mx.eval(latents)
+            return latents
 
-    denoise = timed(steps, repeat)
-    transformer.runner.release()
-    vae.strip_bytes = largest_strip(vae.config, case.width, case.height)
-    decode = timed(lambda: vae.decode(noise), repeat)
+        denoise = timed(steps, repeat)
+        runners["transformer"].release()
+        vae.strip_bytes = largest_strip(vae.config, case.width, case.height)
+        decode = timed(lambda: vae.decode(noise), repeat)
     rate = matmul_rate(tokens, dtype, config.dim, config.ffn_dim)
     flops = case.steps * step_flops(config, tokens, case.caption_tokens)
     achieved = flops / denoise["median_s"]
@@ -229,7 +234,7 @@ def describe_machine() -> dict:
         "device": device.get("device_name") or platform.processor() or platform.machine(),
         "backend": "metal" if mx.metal.is_available() else str(mx.default_device()),
         "system": platform.platform(),
-        "mlx": mx.__version__,
+        "mlx": mlx_version(),
         "mlx_zimage": __version__,
         "python": platform.python_version(),
     }

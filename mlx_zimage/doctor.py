@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
-from .machine import machine_budget, unpack_from
+from .machine import machine_budget, mlx_version, unpack_from
 from .models import NETWORKS
 from .models.layers import linear
 from .models.transformer import norm_and_rotate
@@ -199,7 +199,7 @@ def machine() -> dict[str, str]:
     device = mx.device_info()
     facts = {
         "mlx-zimage": __version__,
-        "MLX": mx.__version__,
+        "MLX": mlx_version(),
         "Python": platform.python_version(),
         "system": f"macOS {platform.mac_ver()[0]}" if platform.mac_ver()[0] else platform.platform(),
         "device": f"{device.get('device_name', platform.machine())} ({mx.default_device().type.name})",

@@ -47,6 +47,10 @@ def default_dtype() -> str:
     return "float16" if emulates else "bfloat16"
 
 
+def mlx_version() -> str:
+    return mx.__version__  # type: ignore[attr-defined]  # MLX's stubs leave it out
+
+
 def unpack_from() -> int:
     """The rule above for this backend, or what the environment variable MLX_ZIMAGE_UNPACK_FROM says."""
     given = os.environ.get("MLX_ZIMAGE_UNPACK_FROM", "")
@@ -62,7 +66,7 @@ def machine_budget() -> int:
     recommended = device.get("max_recommended_working_set_size")
     if recommended:
         return int(recommended)
-    of_gpu = device.get("total_memory") or device.get("memory_size")
+    of_gpu = int(device.get("total_memory") or device.get("memory_size") or 0)
     if of_gpu:
         return int(SHARE * of_gpu)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -150,7 +154,7 @@ def wired(nbytes: int) -> Iterator[None]:
     if not mx.metal.is_available():
         yield
         return
-    before = mx.set_wired_limit(min(nbytes, mx.device_info()["max_recommended_working_set_size"]))
+    before = mx.set_wired_limit(min(nbytes, int(mx.device_info()["max_recommended_working_set_size"])))
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
+import numpy as np
 
 from . import headroom
 from .errors import NumericsError
@@ -137,7 +138,9 @@ class Networks:
                     self._release(*self.runners)
                 self._limits = None
 
-    def encode(self, prompts: Sequence[Ids], sigmas: Sequence[float]) -> Generator[Phase, None, list[mx.array]]:
+    def encode(
+        self, prompts: Sequence[Ids], sigmas: Sequence[float] | np.ndarray
+    ) -> Generator[Phase, None, list[mx.array]]:
         """The embeddings (L, cap_feat_dim) of tokenized prompts, before steps along the sigmas."""
         yield from self._scale()
         self.transformer.forget_schedule_but(times_of(sigmas[:-1]))
@@ -148,7 +151,11 @@ class Networks:
         return embeddings
 
     def denoise(
-        self, embeddings: Sequence[mx.array], noise: mx.array, sigmas: Sequence[float], guidance_scale: float
+        self,
+        embeddings: Sequence[mx.array],
+        noise: mx.array,
+        sigmas: Sequence[float] | np.ndarray,
+        guidance_scale: float,
     ) -> Iterator[Step]:
         """The Steps from noise (B, h, w, 16) down the sigmas; the second of two prompts is what to steer away from."""
         _, h, w, _ = noise.shape
@@ -201,7 +208,7 @@ class Networks:
         """In float16, give the networks the factors that this checkpoint needs: remembered ones, or found now."""
         if self._scaled:
             return
-        networks = self.text_encoder, self.transformer
+        networks: list[TextEncoder | Transformer] = [self.text_encoder, self.transformer]
         components = [self.checkpoint.text_encoder, self.checkpoint.transformer]
         ids = self.tokenize(headroom.SAMPLE.prompt)[: headroom.TOKENS]
         made = components, ("factors", headroom.SIDE, *ids)
@@ -209,7 +216,7 @@ class Networks:
         if factors is None:
             factors = mx.array((yield from self._find_factors(ids)))
             self._store.put(*made, factors)
-        for network, component, factor in zip(networks, components, factors.tolist(), strict=True):
+        for network, component, factor in zip(networks, components, np.array(factors).tolist(), strict=True):
             if not factor:
                 raise NumericsError(
                     f"float16 cannot hold the numbers of the {component.name}, even made "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from . import scheduler
 from .errors import NumericsError
@@ -33,7 +34,7 @@ class Step:
     clean: mx.array
 
 
-def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float]) -> Iterator[Step]:
+def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.ndarray) -> Iterator[Step]:
     """Walk latents (B, h, w, C) float32 down the sigmas, yielding each Step once it is computed."""
     steps = len(sigmas) - 1
     for i in range(steps):

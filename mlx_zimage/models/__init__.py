@@ -5,9 +5,14 @@ folder loads as it is, a streamed block and a resident one take the same path, a
 linear layer is simply one that has `scales` beside its `weight`.
 """
 
+from .runner import NetworkConfig
 from .text_encoder import TextEncoderConfig
 from .transformer import TransformerConfig
 from .vae import VAEConfig
 
 # The folders of a model, each with the dataclass of its config.json.
-NETWORKS = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
+NETWORKS: dict[str, type[NetworkConfig]] = {
+    "transformer": TransformerConfig,
+    "text_encoder": TextEncoderConfig,
+    "vae": VAEConfig,
+}

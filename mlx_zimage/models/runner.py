@@ -9,9 +9,11 @@ the same functions on the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import mlx.core as mx
+
+from ..quantization import Quantization
 
 # Dicts and lists of arrays, nested by the parts of their names: `tree["attention"]["to_q"]["weight"]`. A quantized
 # layer has `scales`, where it is affine `biases`, and its `packing` beside its weight. What is asked for by its whole
@@ -19,18 +21,45 @@ import mlx.core as mx
 Tree = Any
 
 
+Where = mx.Stream | mx.ThreadLocalStream | None  # something happens; None is where MLX does by default
+
+
+class NetworkConfig(Protocol):
+    """What a network's config.json says, as the dataclass of its architecture."""
+
+    @classmethod
+    def from_dict(cls, config: dict) -> Self:
+        """Read it; CheckpointError for what is not implemented."""
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks that can be read one by one, in the order they run."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the checkpoint."""
+
+    def sanitize(self, name: str, array: mx.array) -> mx.array:
+        """A tensor (or a part of a packed one) as computed with: the same numbers in another layout."""
+
+    def unused(self, name: str) -> bool:
+        """Whether a tensor cannot influence what the network gives, and may be absent."""
+
+
 class Weights(Protocol):
     """One network's weights, by the checkpoint's names: those on disk, random ones, or an overlay of either."""
 
     @property
-    def config(self) -> Any:
-        """The dataclass of the network's config.json."""
+    def config(self) -> NetworkConfig: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name and shape of every weight, quantized ones as if they were dense."""
 
-    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None) -> Tree:
+    @property
+    def quantizations(self) -> Mapping[str, Quantization]:
+        """How each quantized layer is packed, by its name without ".weight"."""
+
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Tree:
         """The tree under `prefix`, lazy, floating arrays in dtype; without the part of it that begins so.
 
         stream is where the reading happens.
@@ -99,7 +128,7 @@ class PlainRunner:
         return self.tree(prefix, dtype)
 
     def rows(self, name: str, ids: Sequence[int]) -> mx.array:
-        return self.tree(name)[mx.array(ids)]
+        return self.tree(name)[mx.array(list(ids))]
 
     def computed(self, *arrays: mx.array) -> None:
         pass

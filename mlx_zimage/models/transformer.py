@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -107,6 +108,9 @@ class TransformerConfig:
             shapes |= _linear(f"{block}.adaLN_modulation.0", 4 * d, t)
         return shapes
 
+    def unused(self, name: str) -> bool:
+        return False
+
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor (or a part of a packed one) as computed with.
 
@@ -132,11 +136,11 @@ def rope_table(positions: np.ndarray, axes_dims: Sequence[int], theta: float) ->
     positions is (L, 3) integers: frame, row, column. Angles are formed in float64 and rounded once,
     as in diffusers' RopeEmbedder.
     """
-    angles = [
+    by_axis = [
         positions[:, axis, None] / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
         for axis, dim in enumerate(axes_dims)
     ]
-    angles = np.concatenate(angles, axis=-1).astype(np.float32)
+    angles = np.concatenate(by_axis, axis=-1).astype(np.float32)
     return mx.array(np.cos(angles)), mx.array(np.sin(angles))
 
 
@@ -255,7 +259,7 @@ def time_embedding(times: Sequence[float], weights: Tree, t_scale: float) -> mx.
     """Sinusoids of the times (N,), cosines first, through a two-layer MLP: (N, time_dim), float32."""
     half = TIME_FREQUENCIES // 2
     frequencies = mx.exp(-math.log(10000) * mx.arange(half, dtype=mx.float32) / half)
-    angles = (mx.array(times, dtype=mx.float32) * t_scale)[:, None] * frequencies
+    angles = (mx.array(list(times), dtype=mx.float32) * t_scale)[:, None] * frequencies
     x = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
     hidden = linear(x, weights["mlp"][0])
     return linear(silu(hidden), weights["mlp"][2])
@@ -301,7 +305,7 @@ def rope(config: TransformerConfig, caption_length: int, h: int, w: int) -> tupl
     return rope_table(positions(caption_length, h, w), config.axes_dims, config.rope_theta)
 
 
-def times_of(sigmas: Sequence[float]) -> list[float]:
+def times_of(sigmas: Sequence[float] | np.ndarray) -> list[float]:
     """The times 1 - sigma as diffusers computes them, in float32."""
     return [float((1000 - np.float32(sigma) * np.float32(1000)) / np.float32(1000)) for sigma in sigmas]
 
@@ -332,6 +336,10 @@ def modulate(
 
 
 # ---- the network
+
+
+def as_it_is(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    return function
 
 
 def unchanged(x: mx.array, i: int) -> mx.array:
@@ -409,11 +417,10 @@ class Transformer:
     @factor.setter
     def factor(self, factor: float) -> None:
         self._factor = factor
-        known = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
-        self._attend = partial(attend, heads=self.config.n_heads, gather=self.gather, **known)
-        self._feed = partial(feed, **known)
-        if self.compile:
-            self._attend, self._feed = compiled(self._attend), compiled(self._feed)
+        wrap = compiled if self.compile else as_it_is
+        known: dict[str, Any] = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
+        self._attend = wrap(partial(attend, heads=self.config.n_heads, gather=self.gather, **known))
+        self._feed = wrap(partial(feed, **known))
 
     def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:
         """What the network takes from the times; see the function `modulate`. The last schedule's is remembered."""
@@ -481,14 +488,14 @@ class Transformer:
         return unpatchify(x.astype(mx.float32), h, w)
 
     def velocity(
-        self, cap_feats: mx.array, sigmas: Sequence[float], h: int, w: int
+        self, cap_feats: mx.array, sigmas: Sequence[float] | np.ndarray, h: int, w: int
     ) -> Callable[[mx.array, int], mx.array]:
         """`velocities` for one prompt."""
         velocities = self.velocities([cap_feats], sigmas, h, w)
         return lambda latents, i: velocities(latents, i)[0]
 
     def velocities(
-        self, prompts: Sequence[mx.array], sigmas: Sequence[float], h: int, w: int
+        self, prompts: Sequence[mx.array], sigmas: Sequence[float] | np.ndarray, h: int, w: int
     ) -> Callable[[mx.array, int], list[mx.array]]:
         """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[i], float32, for each prompt.
 

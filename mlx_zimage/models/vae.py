@@ -89,6 +89,9 @@ class VAEConfig:
             **_conv("decoder.conv_out", 3, widths[0]),
         }
 
+    def unused(self, name: str) -> bool:
+        return False
+
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor as computed with: convolutions from PyTorch's layout (out, in, h, w) to MLX's (out, h, w, in)."""
         return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
@@ -122,7 +125,7 @@ def _mid_block(name: str, dim: int) -> dict:
 
 
 def _levels(name: str, sampler: str, in_dim: int, widths: tuple[int, ...], depth: int) -> dict:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for level, width in enumerate(widths):
         for i in range(depth):
             shapes |= _resnet(f"{name}.{level}.resnets.{i}", in_dim, width)
@@ -212,7 +215,7 @@ class Strips:
         else:
             rows = [made for _, made in self.each(x, partial(row_moments, groups=groups))]
         # a row's are the same in every strip, and so are the picture's
-        means, variances = (mx.concatenate(part, axis=1) for part in zip(*rows, strict=True))
+        means, variances = (mx.concatenate(list(part), axis=1) for part in zip(*rows, strict=True))
         mean = means.mean(axis=1, keepdims=True)
         return mean, (variances + mx.square(means - mean)).mean(axis=1, keepdims=True)
 
@@ -386,15 +389,15 @@ def mid_block(x: Rows, weights: Tree, groups: int, strips: Strips) -> Rows:
 
 def encoder(x: mx.array, weights: Tree, groups: int, strips: Strips) -> mx.array:
     """Pixels (B, H, W, 3) in [-1, 1] to mean and log variance (B, H/8, W/8, 2 * 16)."""
-    x = conv(Rows.of(x), weights["conv_in"])
+    h = conv(Rows.of(x), weights["conv_in"])
     for level in weights["down_blocks"]:
         for block in level["resnets"]:
-            x = resnet(x, block, groups, strips)
+            h = resnet(h, block, groups, strips)
         if "downsamplers" in level:
-            x = strips.hold(downsample(x, level["downsamplers"][0]))
-    x = mid_block(x, weights["mid_block"], groups, strips)
-    x = conv(group_norm(x, weights["conv_norm_out"], groups, strips, affine_silu), weights["conv_out"])
-    return x.get(0, x.height)
+            h = strips.hold(downsample(h, level["downsamplers"][0]))
+    h = mid_block(h, weights["mid_block"], groups, strips)
+    h = conv(group_norm(h, weights["conv_norm_out"], groups, strips, affine_silu), weights["conv_out"])
+    return h.get(0, h.height)
 
 
 def decoder(z: mx.array, weights: Tree, groups: int, strips: Strips) -> Generator[int, None, mx.array]:

@@ -19,14 +19,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from .. import variants
 from ..dtypes import STORED
 from ..errors import CheckpointError, RequestError
 from ..models import NETWORKS
-from ..models.runner import Tree
+from ..models.runner import Tree, Where
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
 from ..variants import Variant
@@ -157,19 +157,16 @@ class Component:
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that must be here, quantized layers in their packed form."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in self.config.shapes().items():
             q = self.quantizations.get(name.removesuffix(".weight"))
             shapes |= q.packed(name, shape) if q else {name: shape}
         return shapes
 
-    def _unused(self, name: str) -> bool:
-        return self.name == "text_encoder" and self.config.unused(name)
-
     def _check(self):
         expected = self.expected()
-        missing = [name for name in expected if name not in self.entries and not self._unused(name)]
-        extra = [name for name in self.entries if name not in expected and not self._unused(name)]
+        missing = [name for name in expected if name not in self.entries and not self.config.unused(name)]
+        extra = [name for name in self.entries if name not in expected and not self.config.unused(name)]
         misshapen = [
             f"{name} is {self.entries[name].shape}, wanted {shape}"
             for name, shape in expected.items()
@@ -206,7 +203,7 @@ class Component:
         """Name and shape of every weight of the architecture, quantized ones as if they were dense."""
         return self.config.shapes()
 
-    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None) -> Tree:
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Tree:
         """The tree of arrays under `prefix`, lazy, floating ones in dtype; see `models.runner.Weights`."""
         start = len(prefix) + 1
         # In one order, however shards cut a block: compiled functions take trees in another order for other ones.
@@ -214,7 +211,7 @@ class Component:
         if without:
             names = [name for name in names if not name.startswith(without, start)]
         files = {self.entries[name].file for name in names or [prefix]}
-        loaded = {file: mx.load(str(file), stream=stream) for file in files}
+        loaded: dict[Path, Any] = {file: mx.load(str(file), stream=stream) for file in files}
 
         def array(name: str) -> mx.array:
             entry = self.entries[name]
@@ -237,8 +234,7 @@ class Component:
 
         def read(prefix: str) -> Tree:
             tree = self.read(prefix, dtype, without)
-            for _, array in tree_flatten(tree):
-                mx.eval(array)  # one by one: what a tensor is made of goes before the next is read
+            tree_map(mx.eval, tree)  # one by one: what a tensor is made of goes before the next is read
             return tree
 
         # Its threads end here: one in which MLX's CUDA build works to a process's end may abort it (MLX 4506).

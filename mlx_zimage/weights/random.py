@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..models.layers import pack
-from ..models.runner import Tree
+from ..models.runner import NetworkConfig, Tree, Where
 from ..quantization import Quantization
 from .checkpoint import with_packing
 from .quantize import tensor_quantization
@@ -19,7 +18,7 @@ from .quantize import tensor_quantization
 class RandomWeights:
     """The `Weights` of a network that was never trained: arrays of its names and shapes, made when read."""
 
-    def __init__(self, name: str, config: Any, quantization: Quantization | None = None):
+    def __init__(self, name: str, config: NetworkConfig, quantization: Quantization | None = None):
         self.config = config
         self.shapes: dict[str, tuple[int, ...]] = config.shapes()
         chosen = {
@@ -27,7 +26,7 @@ class RandomWeights:
         }
         self.quantizations = {weight.removesuffix(".weight"): q for weight, q in chosen.items() if q}
 
-    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: mx.Stream | None = None) -> Tree:
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Tree:
         if prefix in self.shapes:
             return self._weight(prefix, dtype)
         start = len(prefix) + 1

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import __version__, atomic
 from ..errors import CheckpointError
+from ..machine import mlx_version
 from .checkpoint import Component
 from .manifest import MANIFEST, read_manifest, sha256
 
@@ -82,8 +83,7 @@ class Store:
     def _maker(self) -> str:
         device = mx.device_info()
         chip = f"{device.get('device_name')} {device.get('architecture')}"
-        mlx = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs leave it out
-        return f"{self.dtype} mlx {mlx} mlx-zimage {__version__} {mx.default_device()} {chip}"
+        return f"{self.dtype} mlx {mlx_version()} mlx-zimage {__version__} {mx.default_device()} {chip}"
 
     def _forget(self, folder: Path) -> None:
         total = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import RequestError
 from .noise import initial_noise
-from .request import LATENT_PIXELS, GenerateRequest
+from .request import LATENT_PIXELS
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +30,6 @@ class Inputs:
         """Inputs as they are, None as none, and an array as latents."""
         return value if isinstance(value, Inputs) else cls(latents=value)
 
-    def checked(self, shape: tuple[int, ...]) -> Inputs:
-        """The same as float32, if they are numbers that fit (B, C, h, w) and are finite; else RequestError."""
-        return self if self.latents is None else Inputs(check_latents(self.latents, shape))
-
     @cached_property
     def digest(self) -> str | None:
         """The SHA-256 of the latents as float32, by which a request names them; None without."""
@@ -41,17 +37,16 @@ class Inputs:
             return None
         return hashlib.sha256(_real(self.latents, "any shape").astype("<f4").tobytes()).hexdigest()
 
-    def named_by(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with the digest of these arrays; RequestError if it names others."""
-        if request.latents not in (None, self.digest):
+    def check_named(self, latents: str | None) -> None:
+        """Refuse a request that names other latents than these by its digest."""
+        if latents not in (None, self.digest):
             found = "none were given" if self.latents is None else f"those that were given have {self.digest}"
-            raise RequestError(f"the request names latents of SHA-256 {request.latents}; {found}")
-        return replace(request, latents=self.digest)
+            raise RequestError(f"the request names latents of SHA-256 {latents}; {found}")
 
-    def noise(self, request: GenerateRequest, shape: tuple[int, int, int, int]) -> mx.array:
-        """What the request begins with, (B, C, h, w) float32: the latents, or the noise of its seed."""
+    def noise(self, shape: tuple[int, int, int, int], seed: int, rng: str) -> mx.array:
+        """What a request begins with, (B, C, h, w) float32: the latents, or the noise of its seed."""
         if self.latents is None:
-            return initial_noise(request.seed, shape, request.rng)
+            return initial_noise(seed, shape, rng)
         return mx.array(check_latents(self.latents, shape))
 
 

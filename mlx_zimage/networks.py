@@ -29,7 +29,6 @@ from .models.text_encoder import TextEncoder
 from .models.transformer import Transformer, times_of
 from .models.vae import VAE
 from .noise import initial_noise
-from .request import GenerateRequest
 from .sampling import Step, denoise, guide
 from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
 from .weights.blocks import Blocks
@@ -104,15 +103,8 @@ class Networks:
             )
         return tuple(ids[:MAX_TOKENS])
 
-    def prompts(self, request: GenerateRequest) -> list[Ids]:
-        """The ids of the prompts that a request needs."""
-        prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 0 else [])
-        return [self.tokenize(prompt) for prompt in prompts]
-
-    def plan(self, request: GenerateRequest, prompts: Sequence[Ids], keep: bool | None = None) -> Plan:
-        """What will be in memory when, for a request and its tokenized prompts; MemoryBudgetError if it cannot fit."""
-        width, height, steps = request.extent
-        work = Workload(width, height, request.num_images, max(map(len, prompts)), steps, len(prompts))
+    def plan(self, work: Workload, keep: bool | None = None) -> Plan:
+        """What will be in memory when, for a workload within the budget; MemoryBudgetError if it cannot fit."""
         return self.planner.plan(work, self.budget, keep)
 
     # ---- a request
@@ -201,7 +193,8 @@ class Networks:
         Reads the transformer, too, and raises MemoryBudgetError where no image can be drawn.
         """
         if not self._scaled:
-            with self.running(self.plan(headroom.SAMPLE, [ids], keep)):
+            work = Workload(headroom.SIDE, headroom.SIDE, images=1, tokens=len(ids), steps=1)
+            with self.running(self.plan(work, keep)):
                 result(self._scale())
 
     def _scale(self) -> Generator[Phase, None, None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .errors import NumericsError, RequestError
 from .images.codec import to_pil, to_uint8
 from .inputs import Inputs
 from .machine import default_dtype, machine_budget
-from .memory import Plan, Planner
+from .memory import Plan, Planner, Workload
 from .models.layers import result
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
@@ -191,10 +191,11 @@ class ZImagePipeline:
         scale, channels = self.checkpoint.vae.config.scale, self.checkpoint.vae.config.latent_channels
         h, w = height // scale, width // scale
         sigmas = self.checkpoint.scheduler.sigmas(steps, (h // PATCH) * (w // PATCH), request.shift)
-        prompts = self.networks.prompts(request)
-        plan = self.networks.plan(request, prompts, self.keep)
-        noise = inputs.noise(request, (request.num_images, channels, h, w)).transpose(0, 2, 3, 1)
-        request = inputs.named_by(request)
+        prompts = self._tokenize(request)
+        plan = self._plan(request, prompts)
+        noise = inputs.noise((request.num_images, channels, h, w), request.seed, request.rng).transpose(0, 2, 3, 1)
+        inputs.check_named(request.latents)
+        request = replace(request, latents=inputs.digest)
         mx.eval(noise)  # whoever takes the next event may do so in another thread
         with self.networks.running(plan) as networks:
             try:
@@ -215,12 +216,24 @@ class ZImagePipeline:
 
     def complete(self, request: GenerateRequest) -> GenerateRequest:
         """The request with the model's own size and steps where it leaves them open."""
-        return request.completed(self.sample_size, self.variant.steps)
+        own = {"width": self.sample_size, "height": self.sample_size, "steps": self.variant.steps}
+        missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
+        return replace(request, **missing)
 
     def plan(self, request: GenerateRequest) -> Plan:
         """What of the model will be in memory when, for this request within the pipeline's budget."""
         request = self.complete(request)
-        return self.networks.plan(request, self.networks.prompts(request), self.keep)
+        return self._plan(request, self._tokenize(request))
+
+    def _tokenize(self, request: GenerateRequest) -> list[tuple[int, ...]]:
+        """The ids of the prompts that a request needs."""
+        prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 0 else [])
+        return [self.tokenize(prompt) for prompt in prompts]
+
+    def _plan(self, request: GenerateRequest, prompts: list[tuple[int, ...]]) -> Plan:
+        width, height, steps = request.extent
+        work = Workload(width, height, request.num_images, max(map(len, prompts)), steps, len(prompts))
+        return self.networks.plan(work, self.keep)
 
     def tokenize(self, prompt: str) -> tuple[int, ...]:
         """The prompt's ids, template included: at most 512, and a warning where that cuts it."""

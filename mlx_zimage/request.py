@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from numbers import Integral, Real
 from typing import Any
@@ -31,7 +31,7 @@ class GenerateRequest:
     transformer. guidance_scale counts as diffusers does, and 0 is off. shift bends the schedule towards noise; None is
     the model's own. num_images pictures are drawn at once from one seed. latents is the SHA-256 of the initial noise
     where it is not the seed's: see `mlx_zimage.inputs`. width, height and steps may be None until a model gives its
-    own, as `completed` does.
+    own, as a pipeline's `complete` does.
     """
 
     prompt: str
@@ -71,14 +71,6 @@ class GenerateRequest:
             value = getattr(self, field.name)
             if isinstance(value, Real) and type(value) not in (int, float):
                 object.__setattr__(self, field.name, int(value) if isinstance(value, Integral) else float(value))
-
-    def completed(self, side: int, steps: int) -> GenerateRequest:
-        """The request with what a model gives where it is unset: side x side pixels, and its number of steps."""
-        width, height, steps = (
-            value if given is None else given
-            for given, value in ((self.width, side), (self.height, side), (self.steps, steps))
-        )
-        return replace(self, width=width, height=height, steps=steps)
 
     @property
     def extent(self) -> tuple[int, int, int]:

@@ -52,16 +52,15 @@ def test_a_digest_is_that_of_the_numbers_whatever_holds_them():
     assert NONE.digest is None
 
 
-def test_a_request_takes_the_digest_of_its_inputs_and_refuses_others():
+def test_a_request_that_names_other_latents_is_refused():
     inputs = Inputs(LATENTS)
-    named = inputs.named_by(REQUEST)
-    assert named.latents == inputs.digest
-    assert inputs.named_by(named) == named
-    assert NONE.named_by(REQUEST) == REQUEST
+    for named in (None, inputs.digest):
+        inputs.check_named(named)
+    NONE.check_named(None)
     with pytest.raises(RequestError, match=f"names latents of SHA-256 {inputs.digest}; none were given"):
-        NONE.named_by(named)
+        NONE.check_named(inputs.digest)
     with pytest.raises(RequestError, match="; those that were given have "):
-        Inputs(LATENTS + 1).named_by(named)
+        Inputs(LATENTS + 1).check_named(inputs.digest)
     with pytest.raises(RequestError, match="latents must be the SHA-256 of an array"):
         GenerateRequest("a", seed=1, latents="../secret")
 

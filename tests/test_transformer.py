@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,7 +9,15 @@ from compare import TOLERANCE, relative_error
 from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import linear, rms_norm
-from mlx_zimage.models.transformer import Transformer, TransformerConfig, patchify, positions, rope_table, unpatchify
+from mlx_zimage.models.transformer import (
+    Stream,
+    Transformer,
+    TransformerConfig,
+    patchify,
+    positions,
+    rope_table,
+    unpatchify,
+)
 from mlx_zimage.weights.blocks import Blocks
 
 
@@ -152,3 +162,44 @@ def test_rotation_keeps_lengths_and_sees_only_distances(pipe):
 def test_what_is_not_implemented_is_refused(change):
     with pytest.raises(CheckpointError, match=next(iter(change))):
         TransformerConfig.from_dict(tiny.TRANSFORMER | change)
+
+
+def stream_of(network: Transformer, length: int, blocks: int) -> Stream:
+    """Random tokens before so many blocks, with tables of their positions."""
+    config = network.config
+    x = mx.array(tiny.randn(0, "stream.x", 1, length, config.dim))
+    modulation = mx.array(tiny.randn(0, "stream.modulation", blocks, 4, config.dim))
+    return Stream(x, modulation, *rope_table(positions(0, 2, 2 * length)[:length], config.axes_dims, config.rope_theta))
+
+
+def test_a_hint_is_added_after_its_block_and_goes_on_from_there(pipe):
+    network = pipe.transformer
+    plain = stream_of(network, 32, 3)
+    hint = mx.array(tiny.randn(0, "hint", *plain.x.shape))
+    hinted = replace(plain, hint=lambda x, i: x + 0.5 * hint if i == 1 else x)
+    (found,) = network.run(["layers.0", "layers.1", "layers.2"], [hinted])
+    (before,) = network.run(["layers.0", "layers.1"], [replace(plain, modulation=plain.modulation[:2])])
+    rest = replace(plain, x=before.x + 0.5 * hint, modulation=plain.modulation[2:])
+    (wanted,) = network.run(["layers.2"], [rest])
+    assert mx.array_equal(found.x, wanted.x)
+    assert not mx.array_equal(found.x, network.run(["layers.0", "layers.1", "layers.2"], [plain])[0].x)
+
+
+def test_shares_of_the_rows_that_gather_keys_and_values_are_the_whole(pipe):
+    """As several machines would: each has some rows, and attends to all."""
+    network = pipe.transformer
+    whole = stream_of(network, 64, 1)
+    bounds = [(0, 40), (40, 64)]
+    shares = [replace(whole, x=whole.x[:, a:b], cos=whole.cos[a:b], sin=whole.sin[a:b]) for a, b in bounds]
+    theirs: list[tuple[mx.array, mx.array]] = []
+
+    def run(share: Stream, gather) -> mx.array:
+        machine = Transformer(network.config, network.runner, gather=gather)
+        return machine.run(["layers.0"], [share])[0].x
+
+    for share in shares:  # what each would send
+        run(share, lambda k, v: theirs.append((k, v)) or (k, v))
+    everything = tuple(mx.concatenate(list(parts), axis=1) for parts in zip(*theirs, strict=True))
+    found = mx.concatenate([run(share, lambda k, v: everything) for share in shares], axis=1)
+    # float32: products of fewer rows may be added in another order
+    assert relative_error(found, network.run(["layers.0"], [whole])[0].x) < 1e-6

@@ -211,7 +211,7 @@ def generate(
     from ..generate import Files, Saved, open_model, run
     from ..images.files import check_output, make_folder
     from ..images.metadata import read_origin
-    from ..images.preview import colours_of
+    from ..images.preview import blank, colours_of
     from ..inputs import Inputs, check_latents_size, read_latents
     from ..sizes import parse_memory
     from .watch import Watch, add_views
@@ -259,8 +259,10 @@ def generate(
         _check_battery(battery_limit)
         path = job.path(request)
         say(f"Seed: {request.seed}" + (f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""), quiet)
-        with Watch(request.extent[2], quiet, not in_place, colours) as watch:
-            add_views(watch, path, request, preview, preview_dir, terminal)
+        width, height, steps = request.extent
+        grey = blank(width, height, request.num_images)
+        with Watch(steps, quiet, not in_place, colours) as watch:
+            add_views(watch, path, f"{path.stem}-{request.seed}", grey, preview, preview_dir, terminal)
             for event in run(model, request, path, files, inputs):
                 watch(event)
                 if isinstance(event, Saved):

@@ -11,9 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..generate import Finished
-from ..images.preview import Album, Screen, Sheet, View, blank, sketch
+from ..images.preview import Album, Screen, Sheet, View, sketch
 from ..pipeline import Phase
-from ..request import GenerateRequest
 from ..sampling import Step
 from .output import progress_bar, say
 
@@ -101,15 +100,18 @@ class Watch:
 
 
 def add_views(
-    watch: Watch, path: Path, request: GenerateRequest, preview: bool, folder: Path | None, terminal: str | None
+    watch: Watch, path: Path, name: str, grey: np.ndarray, preview: bool, folder: Path | None, terminal: str | None
 ) -> None:
-    """Show a request's previews in a terminal that understands `terminal`, else in a file; and in a folder."""
+    """Show previews in a terminal that understands `terminal`, else in a file beside path; and by name in a folder.
+
+    grey is what the file holds before the first step.
+    """
     if preview and terminal:
         watch.views.append(Screen(sys.stderr.buffer, terminal))
     elif preview:
         sheet = Sheet(path.with_name(f"{path.stem}.preview.png"))
         watch.views.append(sheet)
-        sheet(blank(request))  # so that it may be opened at once
+        sheet(grey)  # so that it may be opened at once
         watch.say(f"Preview, until the picture is finished: {sheet.path}")
     if folder:
-        watch.views.append(Album(folder, f"{path.stem}-{request.seed}"))
+        watch.views.append(Album(folder, name))

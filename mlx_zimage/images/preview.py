@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..atomic import claim
-from ..request import LATENT_PIXELS, GenerateRequest
+from ..request import LATENT_PIXELS
 from .codec import enlarge, to_png
 from .files import write_file
 from .terminal import cells, inline, terminal_size
@@ -57,11 +57,9 @@ def sketch(latents: mx.array, colours: np.ndarray) -> np.ndarray:
     return pixels.reshape(B, h, w, 3).transpose(1, 0, 2, 3).reshape(h, B * w, 3)
 
 
-def blank(request: GenerateRequest) -> np.ndarray:
-    """The grey preview of a request before its first step."""
-    width, height, _ = request.extent
-    h, w = height // LATENT_PIXELS, request.num_images * width // LATENT_PIXELS
-    return np.full((h, w, 3), 128, np.uint8)
+def blank(width: int, height: int, images: int) -> np.ndarray:
+    """The grey preview of images of width x height pixels before the first step."""
+    return np.full((height // LATENT_PIXELS, images * width // LATENT_PIXELS, 3), 128, np.uint8)
 
 
 # ---- where it is shown

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from mlx_zimage.convert import convert
 from PIL import Image
+
+from mlx_zimage.convert import convert
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -41,8 +41,8 @@ def test_the_first_command_installs_and_draws_and_the_second_installs_and_tests(
     assert re.fullmatch(r"python3 .*/pip install \. && .*/mlx-zimage generate .* --model pocket .*\n", first)
     assert second.strip().endswith(".venv/bin/pytest")
     # .ci/run takes them from this page, by their place
-    assert "readme_block 1" in (ROOT / ".ci/run").read_text()
-    assert "readme_block 2" in (ROOT / ".ci/run").read_text()
+    assert "readme_block sh 1" in (ROOT / ".ci/run").read_text()
+    assert "readme_block sh 2" in (ROOT / ".ci/run").read_text()
 
 
 def test_the_commands_work_as_they_stand(tmp_path):

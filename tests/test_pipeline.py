@@ -306,7 +306,7 @@ def test_a_pipeline_made_in_one_thread_draws_in_another(memory):
 def test_each_event_may_be_taken_in_another_thread(memory, dtype):
     """As web frameworks take them from a generator."""
     pipe = ZImagePipeline.from_pretrained("pocket", dtype=dtype, memory=memory)
-    request = GenerateRequest("a red circle", 48, 48, seed=1, steps=2, num_images=2)
+    request = GenerateRequest("a red circle", 32, 32, seed=1, steps=2, num_images=2)
 
     def taken() -> list:
         events, found = pipe.events(request), []

@@ -52,6 +52,7 @@ def test_batch(run):
     assert colour("sheet.png", 5, 5)[2] > 150 > 60 > colour("sheet.png", 5, 250).max(), "blue above, black below"
 
 
+@pytest.mark.slow
 def test_progress(run):
     lines = run("progress.py").splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == [f"step {i} of 8" for i in range(1, 9)]

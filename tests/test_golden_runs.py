@@ -32,8 +32,11 @@ def digests() -> dict[str, dict[str, str]] | None:
     return KNOWN["digests"].get(runs.arithmetic())
 
 
-# The packed models, but one, and what is drawn in another way by other cases too: together half of the time.
-SLOW = re.compile(r"pocket-(mxfp8|4bit [bf]\w+16)|pocket wide streamed|80 images|(three images|guided) (kept|staged)")
+# The packed models, but one, and what other cases draw in another way or with another model: two thirds of the time.
+SLOW = re.compile(
+    r"pocket-(mxfp8|4bit [bf]\w+16|8bit|3bit|mxfp4|nvfp4)|pocket [bf]\w+16 (kept|staged)|pocket wide streamed"
+    r"|80 images|(three images|guided) (kept|staged)"
+)
 CASES = [pytest.param(name, marks=pytest.mark.slow if SLOW.search(name) else (), id=name) for name in runs.CASES]
 
 

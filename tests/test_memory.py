@@ -112,7 +112,7 @@ def test_a_streamed_picture_has_the_bits_of_a_resident_one(planner):
 
 def test_a_picture_decoded_by_strips_is_the_same_but_for_the_products_last_bits(on_cpu):
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
-    latents = mx.random.normal((8, 12, 16), key=mx.random.key(5))
+    latents = mx.random.normal((6, 8, 16), key=mx.random.key(5))
     whole = pipe.decode(latents)
     for strip_bytes in (2**18, 2**16, 2**14):
         pipe.vae.strip_bytes = strip_bytes

@@ -99,7 +99,7 @@ def test_moments_of_strips_are_those_of_the_whole():
         assert np.abs(np.array(moment).reshape(2, 4) - expected).max() < 5e-5, name
 
 
-@pytest.mark.parametrize("strip_bytes", [2**15, 2**13])
+@pytest.mark.parametrize("strip_bytes", [2**15, pytest.param(2**13, marks=pytest.mark.slow)])
 def test_pictures_of_a_batch_are_encoded_and_decoded_by_strips(source, strip_bytes):
     mx.random.seed(5)
     pixels = mx.tanh(mx.random.normal((3, 24, 40, 3)))

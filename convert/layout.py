@@ -10,10 +10,10 @@ from functools import partial
 
 import numpy as np
 
-from .. import __version__
 from ..dtypes import SPELLED
 from ..machine import mlx_version
 from ..quantization import Quantization
+from ..version import __version__
 from ..weights.names import COMFYUI_PREFIXES, comfyui_name
 from .choose import Choice
 from .disk import render_json

@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
-from . import __version__
 from .errors import RequestError, ZImageError
 from .machine import Limits, default_dtype, mlx_version, unpack_from
 from .memory import Workload, largest_strip
@@ -33,6 +32,7 @@ from .pipeline import ZImagePipeline
 from .quantization import default_quantization
 from .scheduler import sigmas
 from .variants import TURBO
+from .version import __version__
 from .weights.blocks import Blocks
 from .weights.random import RandomWeights
 

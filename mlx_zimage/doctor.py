@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from . import __version__
 from .machine import machine_budget, mlx_version, unpack_from
 from .models import NETWORKS
 from .models.layers import linear
 from .models.transformer import norm_and_rotate
 from .models.vae import Rows, conv
+from .version import __version__
 from .weights.library import CHOICES, DOWNLOAD, SHARE, choose_bits, home, weights_bytes
 
 # Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one

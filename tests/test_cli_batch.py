@@ -21,7 +21,8 @@ from mlx_zimage.images.metadata import Origin, read_origin
 from mlx_zimage.request import GenerateRequest
 
 PROMPT = "a red circle on a blue background"
-SMALL = ["--model", "pocket", "--steps", "1", "--width", "32", "--height", "32"]
+SIDES = ["--width", "32", "--height", "32"]
+SMALL = ["--model", "pocket", "--steps", "1", *SIDES]
 
 
 @pytest.fixture
@@ -120,9 +121,9 @@ def test_requests_come_as_json_lines_and_go_out_as_such(run):
         assert told["peak_memory_gb"] - others <= told["predicted_peak_memory_gb"] + 2e-4
 
 
-def test_an_aspect_has_about_as_many_pixels_as_the_model_draws(run):
-    assert run("generate", PROMPT, "-m", "pocket", "--steps", "1", "--size", "3:2").exit_code == 0
-    assert Image.open("image.png").size == (160, 112)
+def test_an_aspect_has_about_as_many_pixels_as_the_model_draws(run, small_pocket):
+    assert run("generate", PROMPT, "-m", small_pocket, "--steps", "1", "--size", "3:2").exit_code == 0
+    assert Image.open("image.png").size == (80, 48)
 
 
 @pytest.mark.parametrize(
@@ -230,9 +231,9 @@ def test_quiet_says_nothing_but_the_path(run):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path, number, code):
-    lines = '{"prompt": "a", "steps": 1}\n{"prompt": "b", "steps": 1000}\n'
+    lines = '{"prompt": "a", "steps": 1}\n{"prompt": "b", "width": 128, "height": 128, "steps": 300}\n'
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_zimage", "generate", "-m", "pocket", "--requests", "-", "--preview"],
+        [sys.executable, "-m", "mlx_zimage", "generate", "-m", "pocket", *SIDES, "--requests", "-", "--preview"],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -92,7 +92,7 @@ def test_a_later_block_may_be_the_first_asked_for(quick, tiny_folder):
 
 def test_a_calibrated_folder_is_as_large_and_nearer_in_its_velocity(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "LARGEST", 64)  # fewer tokens than features would tell too little
-    monkeypatch.setattr(calibrate, "STEPS", 4)
+    monkeypatch.setattr(calibrate, "STEPS", 2)
 
     def recipe(component, name, shape):
         chosen = re.fullmatch(r"layers\.[01]\.attention\.to_(v|out\.0)\.weight", name)

@@ -60,6 +60,7 @@ def test_a_broken_operation_is_found(monkeypatch, module, name, case, broken):
         return result * {"NaN": mx.nan, "zeros": 0.0, "scale": 1.01}[broken]
 
     monkeypatch.setattr(module, name, wrong)
+    monkeypatch.setattr(doctor, "CASES", {case: doctor.CASES[case]})
     assert f"{case} in float32" in {check.name for check in self_test() if not check.passed}
 
 

@@ -45,24 +45,28 @@ def test_one_picture(run):
     assert red > blue + 100
 
 
+@pytest.mark.slow
 def test_batch(run):
     assert run("batch.py") == "sheet.png\n"
     assert Image.open("sheet.png").size == (2 * 128, 2 * 128)
     assert colour("sheet.png", 5, 5)[2] > 150 > 60 > colour("sheet.png", 5, 250).max(), "blue above, black below"
 
 
+@pytest.mark.slow
 def test_progress(run):
     lines = run("progress.py").splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == [f"step {i} of 8" for i in range(1, 9)]
     assert lines[-1].startswith("picture (128, 128, 3) after")
 
 
+@pytest.mark.slow
 def test_custom_schedule(run):
     assert "sigmas 1.000, 0.924, 0.707, 0.383, 0.000\n" in run("custom_schedule.py")
     own, cosine = (np.asarray(Image.open(f"{name}.png"), dtype=int) for name in ("own", "cosine"))
     assert 0 < np.abs(own - cosine).mean() < 40  # of 255: the same scene, drawn a little differently
 
 
+@pytest.mark.slow
 def test_latents(run):
     assert run("latents.py").endswith("between-0.png\nbetween-1.png\nbetween-2.png\n")
     assert np.load("clean.npy").shape == (3, 16, 16, 16)
@@ -72,7 +76,7 @@ def test_latents(run):
 
 def test_peaks(run):
     pocket = str(EXAMPLES.parent / "mlx_zimage/pocket")
-    header, *rows = run("peaks.py", pocket, "32", "32:14MB").splitlines()
+    header, *rows = run("peaks.py", pocket, "32", "32:14MB", "--steps", "2").splitlines()
     kept, streamed = (row.split() for row in rows)
     assert "kept" in kept and "streamed" in streamed
     assert kept[-1] == streamed[-1], "the same latents"

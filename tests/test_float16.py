@@ -151,7 +151,7 @@ def test_finding_the_scale_keeps_what_the_request_may_keep(tiny_folder, keep):
         assert [bool(runner._kept) for runner in runners] == [keep, keep]
 
 
-@pytest.mark.parametrize("size", [16, 64, 128])
+@pytest.mark.parametrize("size", [16, 64, pytest.param(128, marks=pytest.mark.slow)])
 def test_finding_the_scale_fits_the_least_budget_that_is_accepted(size):
     asked, pipe = request(width=size, height=size, steps=8), ZImagePipeline.from_pretrained("pocket", dtype="float16")
     pipe.budget = accepted = smallest(pipe.planner, size, size, len(pipe.tokenize(asked.prompt)))

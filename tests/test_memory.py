@@ -60,24 +60,36 @@ def smallest(planner: Planner, width: int = 128, height: int = 128, tokens: int 
     return high
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("memory", "values"),
     [
         ("1GB", {}),
-        ("40MB", {}),
-        ("25MB", {}),
-        ("1GB", {"width": 192, "height": 128}),
-        ("40MB", {"width": 192, "height": 128}),
-        ("100MB", {"num_images": 2}),
-        ("30MB", {"num_images": 2}),
-        ("100MB", {"prompt": "a star " * 80}),
-        ("60MB", {"steps": 100, "width": 16, "height": 16}),
-        ("35MB", {"width": 2048, "height": 16}),
-        ("22MB", {"width": 1008, "height": 16}),
-        ("14MB", {"width": 16, "height": 1008}),
-        ("19MB", {"dtype": "bfloat16"}),
-        ("15MB", {"dtype": "bfloat16", "width": 512, "height": 16}),
-        ("45MB", {"dtype": "bfloat16", "width": 256}),
+        slow("40MB", {}),
+        slow("25MB", {}),
+        ("20MB", {"width": 64, "height": 64}),
+        slow("1GB", {"width": 192, "height": 128}),
+        slow("40MB", {"width": 192, "height": 128}),
+        ("15MB", {"width": 96, "height": 64}),
+        slow("100MB", {"num_images": 2}),
+        slow("30MB", {"num_images": 2}),
+        ("40MB", {"num_images": 2, "width": 64, "height": 64}),
+        ("12MB", {"num_images": 2, "width": 48, "height": 48}),
+        ("100MB", {"prompt": "a star " * 80, "width": 16, "height": 16}),
+        slow("60MB", {"steps": 100, "width": 16, "height": 16}),
+        ("30MB", {"steps": 20, "width": 16, "height": 16}),
+        slow("35MB", {"width": 2048, "height": 16}),
+        slow("22MB", {"width": 1008, "height": 16}),
+        slow("14MB", {"width": 16, "height": 1008}),
+        ("13MB", {"width": 256, "height": 16}),
+        ("13MB", {"width": 16, "height": 512}),
+        slow("19MB", {"dtype": "bfloat16"}),
+        ("11MB", {"dtype": "bfloat16", "width": 64, "height": 64}),
+        slow("15MB", {"dtype": "bfloat16", "width": 512, "height": 16}),
+        slow("45MB", {"dtype": "bfloat16", "width": 256}),
     ],
 )
 def test_the_measured_peak_stays_within_the_plan_and_the_budget(memory, values):
@@ -99,13 +111,13 @@ def test_a_streamed_picture_has_the_bits_of_a_resident_one(planner):
     assert_hardly_differ(pixels, streamed_pixels)
 
 
-@pytest.mark.parametrize("strip_bytes", [2**20, 2**18, 2**16])
-def test_a_picture_decoded_by_strips_is_the_same_but_for_the_products_last_bits(on_cpu, strip_bytes):
+def test_a_picture_decoded_by_strips_is_the_same_but_for_the_products_last_bits(on_cpu):
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
-    latents = mx.random.normal((24, 40, 16), key=mx.random.key(5))
+    latents = mx.random.normal((6, 8, 16), key=mx.random.key(5))
     whole = pipe.decode(latents)
-    pipe.vae.strip_bytes = strip_bytes
-    assert_hardly_differ(whole, pipe.decode(latents))
+    for strip_bytes in (2**18, 2**16, 2**14):
+        pipe.vae.strip_bytes = strip_bytes
+        assert_hardly_differ(whole, pipe.decode(latents))
 
 
 def assert_hardly_differ(pixels: np.ndarray, others: np.ndarray) -> None:
@@ -159,27 +171,29 @@ def test_encoding_waits_for_each_layer_where_memory_is_scarce(keep, lean, planne
     assert waits == [lean or not keep]
 
 
-def test_remembered_prompts_stay_within_the_budget():
+def test_remembered_prompts_stay_within_the_budget(planner):
     settings = {"width": 16, "height": 16, "steps": 1}
-    budget = 25 * 10**6
+    requests = [request(prompt=f"{n}" + " star" * 50, **settings) for n in range(12)]
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
+    tokens = max(len(pipe.tokenize(one.prompt)) for one in requests)
+    budget = smallest(planner, 16, 16, tokens) + 5 * tokens * pipe.transformer.config.cap_feat_dim * 4
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=budget)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for n in range(40):
-        last = request(prompt=f"{n}" + " star" * 450, **settings)
-        list(pipe.denoise(last))
-    assert 1 < len(pipe.networks._embeddings) < 32, "as many as there is room for"
+    for one in requests:
+        list(pipe.denoise(one))
+    assert 1 < len(pipe.networks._embeddings) < len(requests), "as many as there is room for"
     assert mx.get_peak_memory() - before <= budget
-    assert pipe.networks._remembered <= budget - pipe.plan(last).room
+    assert pipe.networks._remembered <= budget - pipe.plan(requests[-1]).room
 
 
 def test_a_schedule_is_forgotten_with_a_staged_model():
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=False)
     before = mx.get_active_memory()
-    list(pipe.denoise(request(width=16, height=16, steps=500)))
+    list(pipe.denoise(request(width=16, height=16, steps=30)))
     mx.clear_cache()
-    assert mx.get_active_memory() - before < pipe.planner.modulations(500) / 10
+    assert mx.get_active_memory() - before < pipe.planner.modulations(30) / 20
 
 
 def test_one_schedule_is_remembered_at_a_time():
@@ -293,9 +307,10 @@ def test_a_backend_that_cannot_read_ahead_holds_one_block_and_draws_the_same(on_
 
 @pytest.mark.parametrize("room", ["all", "some"])
 def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_caller(room, planner, monkeypatch):
-    expected, *_ = draw("1GB")
+    size = {"width": 48, "height": 48}
+    expected, *_ = draw("1GB", **size)
     monkeypatch.setitem(READS_AHEAD, backend(), False)
-    budget = 10**9 if room == "all" else smallest(planner) * 12 // 10
+    budget = 10**9 if room == "all" else smallest(planner, 48, 48) * 14 // 10
     read, threads = Component.read, {}
 
     def noted(self, prefix, *args, **kwargs):
@@ -303,13 +318,12 @@ def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_calle
         return read(self, prefix, *args, **kwargs)
 
     monkeypatch.setattr(Component, "read", noted)
-    latents, _, measured, planned = draw(budget)
+    latents, _, measured, planned = draw(budget, **size)
     assert np.array_equal(latents, expected)
     assert measured <= planned
     blocks = set(planner.footprints["transformer"].blocks)
-    streamed = (
-        blocks & ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=budget).plan(request()).streamed
-    )
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=budget)
+    streamed = blocks & pipe.plan(request(**size)).streamed
     assert (0 < len(streamed) < len(blocks)) == (room == "some") and (not streamed) == (room == "all")
     for block in blocks - streamed:
         (thread,) = threads["transformer", block]  # once, however many steps
@@ -319,9 +333,10 @@ def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_calle
 
 
 def test_what_a_reading_thread_meets_reaches_the_caller_and_is_not_kept(monkeypatch):
+    small = request(width=48, height=48)
     monkeypatch.setitem(READS_AHEAD, backend(), False)
     pipe = ZImagePipeline.from_pretrained("pocket", memory="1GB")
-    expected = list(pipe.stream(request()))[-1].pixels
+    expected = list(pipe.stream(small))[-1].pixels
     pipe = ZImagePipeline.from_pretrained("pocket", memory="1GB")
     read, failing = Component.read, ["layers.3"]
 
@@ -333,8 +348,8 @@ def test_what_a_reading_thread_meets_reaches_the_caller_and_is_not_kept(monkeypa
 
     monkeypatch.setattr(Component, "read", fails_once)
     with pytest.raises(OSError, match="the disk is gone"):
-        list(pipe.stream(request()))
-    assert np.array_equal(list(pipe.stream(request()))[-1].pixels, expected)
+        list(pipe.stream(small))
+    assert np.array_equal(list(pipe.stream(small))[-1].pixels, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

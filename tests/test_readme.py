@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from mlx_zimage.convert import convert
+import pytest
 from PIL import Image
+
+from mlx_zimage.convert import convert
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,13 +22,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def offline(block: str) -> str:
+def offline(block: str, model: str | Path = "pocket") -> str:
     """The pocket model stands in for the published one, which is 33 GB, and for random weights of its size."""
     stand_ins = {
-        "Tongyi-MAI/Z-Image-Turbo": "pocket",
+        "--model pocket": f"--model {model}",
+        "Tongyi-MAI/Z-Image-Turbo": str(model),
         "mlx-zimage bench": "mlx-zimage bench --model pocket --size 32x32 --steps 1 --tokens 8 --repeat 1",
-        "python examples/full_size.py": "mlx-zimage convert pocket",  # test_examples.py runs it
-        "python examples/peaks.py": f"{sys.executable} {ROOT}/examples/peaks.py",
+        "python examples/full_size.py": f"mlx-zimage convert {model}",  # test_examples.py runs it
+        "python examples/peaks.py": f"{sys.executable} {ROOT}/examples/peaks.py --steps 2",
         " 1024 1024:1GB 2048:2.5GB": " 32 32:1GB 48:2.5GB",
     }
     for text, stand_in in stand_ins.items():
@@ -40,17 +43,19 @@ def test_the_first_command_installs_and_draws_and_the_second_installs_and_tests(
     assert re.fullmatch(r"python3 .*/pip install \. && .*/mlx-zimage generate .* --model pocket .*\n", first)
     assert second.strip().endswith(".venv/bin/pytest")
     # .ci/run takes them from this page, by their place
-    assert "readme_block 1" in (ROOT / ".ci/run").read_text()
-    assert "readme_block 2" in (ROOT / ".ci/run").read_text()
+    assert "readme_block sh 1" in (ROOT / ".ci/run").read_text()
+    assert "readme_block sh 2" in (ROOT / ".ci/run").read_text()
 
 
-def test_the_commands_work_as_they_stand(tmp_path):
+@pytest.mark.parametrize("size", ["64x64", pytest.param("its own", marks=pytest.mark.slow)])
+def test_the_commands_work_as_they_stand(tmp_path, small_pocket, size):
+    model, side = (small_pocket, 64) if size == "64x64" else ("pocket", 128)
     command = tmp_path / "bin/mlx-zimage"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mlx_zimage "$@"\n')
     command.chmod(0o755)
     # as after a first run, which test_first_run.py runs
-    convert("pocket", tmp_path / "home/Z-Image-Turbo-bf16")
+    convert(model, tmp_path / "home/Z-Image-Turbo-bf16")
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "MLX_ZIMAGE_HOME": str(tmp_path / "home")}
     stdout = ""
@@ -58,16 +63,16 @@ def test_the_commands_work_as_they_stand(tmp_path):
         if ".venv" in block:
             continue
         result = subprocess.run(
-            ["sh", "-eu", "-c", offline(block)], cwd=tmp_path, env=environment, capture_output=True, text=True
+            ["sh", "-eu", "-c", offline(block, model)], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert result.returncode == 0, f"{block}\n{result.stderr}"
         stdout += result.stdout
     assert "4-bit affine" in stdout
     assert "budget      networks predicted measured" in stdout
     assert "z-image-4bit is whole (every checksum)" in stdout
-    assert Image.open(tmp_path / "lighthouse.png").size == (128, 128)
-    assert Image.open(tmp_path / "image.png").size == Image.open(tmp_path / "again.png").size == (128, 128)
-    assert Image.open(tmp_path / "image-1.png").size == (160, 112)
+    assert Image.open(tmp_path / "lighthouse.png").size == (side, side)
+    assert Image.open(tmp_path / "image.png").size == Image.open(tmp_path / "again.png").size == (side, side)
+    assert Image.open(tmp_path / "image-1.png").size == ((160, 112) if side == 128 else (80, 48))
     assert len(list(tmp_path.glob("two-green-squares-on-a-white-background-*.webp"))) == 2
 
 

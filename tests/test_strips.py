@@ -25,7 +25,7 @@ def peak_of(compute) -> tuple[mx.array, int]:
 
 
 @pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
-@pytest.mark.parametrize("size", [(8, 12), (7, 4)])
+@pytest.mark.parametrize("size", [(4, 8), (7, 4)])
 def test_decoding_by_strips_equals_decoding_whole(runner, strip_bytes, size):
     mx.random.seed(1)
     latents = mx.random.normal((1, *size, 16))
@@ -46,7 +46,7 @@ def test_encoding_by_strips_equals_encoding_whole(runner, strip_bytes):
 
 
 def test_strips_need_a_fraction_of_the_memory(runner):
-    latents = mx.random.normal((1, 16, 16, 16))
+    latents = mx.random.normal((1, 12, 8, 16))
     runner.tree("decoder")
     _, whole = peak_of(lambda: VAE(runner.weights.config, runner).decode(latents))
     _, strips = peak_of(lambda: VAE(runner.weights.config, runner, 2**15).decode(latents))
@@ -99,10 +99,10 @@ def test_moments_of_strips_are_those_of_the_whole():
         assert np.abs(np.array(moment).reshape(2, 4) - expected).max() < 5e-5, name
 
 
-@pytest.mark.parametrize("strip_bytes", [2**15, 2**13])
+@pytest.mark.parametrize("strip_bytes", [2**15, pytest.param(2**13, marks=pytest.mark.slow)])
 def test_pictures_of_a_batch_are_encoded_and_decoded_by_strips(runner, strip_bytes):
     mx.random.seed(5)
-    pixels = mx.tanh(mx.random.normal((3, 40, 56, 3)))
+    pixels = mx.tanh(mx.random.normal((3, 24, 40, 3)))
     whole, strips = (VAE(runner.weights.config, runner, size) for size in (None, strip_bytes))
     latents = whole.encode(pixels)
     # as above

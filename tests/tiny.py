@@ -17,9 +17,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_zimage.convert import official
 
 from mlx_zimage import ZImagePipeline
+from mlx_zimage.convert import official
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig

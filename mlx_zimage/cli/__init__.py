@@ -13,8 +13,8 @@ from typing import NoReturn, TextIO
 
 import click
 
-from .. import __version__
 from ..errors import OutputError, ZImageError
+from ..version import __version__
 from .stop import Terminated, stoppable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

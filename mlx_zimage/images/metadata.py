@@ -16,9 +16,9 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from .. import __version__
 from ..errors import RequestError
 from ..request import GenerateRequest
+from ..version import __version__
 
 READABLE = ("PNG", "JPEG", "WEBP")
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"

@@ -19,9 +19,10 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .. import __version__, atomic
+from .. import atomic
 from ..errors import CheckpointError
 from ..machine import mlx_version
+from ..version import __version__
 from .checkpoint import Component
 from .manifest import MANIFEST, read_manifest, sha256
 

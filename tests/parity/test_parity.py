@@ -125,6 +125,7 @@ def test_names_and_shapes_of_the_real_models_are_those_of_diffusers(torch):
     for component, model in models.items():
         # tied weights have one name here
         wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        wanted.pop("lm_head.weight", None)  # transformers 5.0 ties it to the embeddings only when weights are loaded
         assert test_shapes.CONFIGS[component].shapes() == wanted
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .images.files import save
+from .images.codec import encode
+from .images.files import write_file
 from .images.metadata import Origin
 from .inputs import NONE, Inputs
 from .pipeline import Generated, Phase, ZImagePipeline
@@ -100,7 +101,8 @@ class Files:
     def save(self, picture: Finished, path: Path) -> Path:
         """Write a picture, with its origin unless metadata is off; returns the path it was written to."""
         overwrite = self.overwrite and path not in self.written
-        saved = save(picture.pixels, path, overwrite, picture.origin if self.metadata else None)
+        content = encode(picture.pixels, path.suffix, picture.origin if self.metadata else None)
+        saved = write_file(content, path, overwrite)
         self.written.add(saved)
         return saved
 

@@ -195,7 +195,8 @@ class ZImagePipeline:
         plan = self._plan(request, prompts)
         noise = inputs.noise((request.num_images, channels, h, w), request.seed, request.rng).transpose(0, 2, 3, 1)
         inputs.check_named(request.latents)
-        request = replace(request, latents=inputs.digest)
+        if inputs.digest != request.latents:
+            request = replace(request, latents=inputs.digest)
         mx.eval(noise)  # whoever takes the next event may do so in another thread
         with self.networks.running(plan) as networks:
             try:
@@ -218,7 +219,7 @@ class ZImagePipeline:
         """The request with the model's own size and steps where it leaves them open."""
         own = {"width": self.sample_size, "height": self.sample_size, "steps": self.variant.steps}
         missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
-        return replace(request, **missing)
+        return replace(request, **missing) if missing else request
 
     def plan(self, request: GenerateRequest) -> Plan:
         """What of the model will be in memory when, for this request within the pipeline's budget."""

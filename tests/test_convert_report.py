@@ -169,7 +169,9 @@ def test_the_hub_is_given_the_whole_folder(folders):
         program = "import sys; from mlx_zimage.convert.report import check_upload, upload\n"
         program += "check_upload(sys.argv[2]); upload(*sys.argv[1:])"
         command = [sys.executable, "-c", program, folders[3], hub.name]
-        done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "0", **variables}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env={**os.environ, "HF_HUB_OFFLINE": "0", **variables}, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
     assert ("POST", "/api/repos/create", None) in hub.seen
     paths = [path for path in folders[3].rglob("*") if path.is_file()]

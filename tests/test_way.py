@@ -1,0 +1,94 @@
+"""A request's way from the command line to the saved file, traced: CONTRIBUTING.md tells it, and what it was before."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from click.testing import CliRunner
+
+import mlx_zimage
+from mlx_zimage.cli import main
+from mlx_zimage.generate import Saved
+from mlx_zimage.images.metadata import Origin
+from mlx_zimage.request import GenerateRequest
+
+PACKAGE = Path(mlx_zimage.__file__).parent
+
+
+class Trace:
+    """Which file of the package calls which, from when it is entered; and who is handed the request."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.handed: list[tuple[str, str]] = []
+        self._frames: set[FrameType] = set()  # a generator's is called whenever it goes on
+
+    def __enter__(self) -> "Trace":
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sys.setprofile(None)
+
+    def _see(self, frame: FrameType, event: str, _) -> None:
+        file = self._file(frame)
+        if event != "call" or file is None or frame in self._frames:
+            return
+        self._frames.add(frame)
+        back = frame.f_back
+        while back and self._file(back) is None:
+            back = back.f_back
+        caller = back and self._file(back)
+        if caller == file:
+            return
+        self.calls.append((caller, file))
+        code = frame.f_code
+        given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]]
+        if any(isinstance(value, (GenerateRequest, Origin, Saved)) for value in given):
+            self.handed.append((caller, file))
+
+    def _file(self, frame: FrameType) -> str | None:
+        path = frame.f_code.co_filename
+        return path.removeprefix(f"{PACKAGE}/") if path.startswith(f"{PACKAGE}/") else None
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> Trace:
+    """One image of the pocket model, from when its request is ready until its path is printed."""
+    seen = Trace()
+    file = tmp_path_factory.mktemp("way") / "a.png"
+    with pytest.MonkeyPatch.context() as patch:
+        run = importlib.import_module("mlx_zimage.generate").run
+
+        def traced(*args, **options):
+            with seen:
+                yield from run(*args, **options)
+
+        patch.setattr("mlx_zimage.generate.run", traced)
+        options = ["--model", "pocket", "--size", "32x32", "--steps", "1", "--seed", "1", "-o", str(file), "-q"]
+        result = CliRunner().invoke(main, ["generate", "a red circle", *options], catch_exceptions=False)
+    assert result.exit_code == 0 and file.is_file()
+    return seen
+
+
+def test_a_request_is_handed_from_file_to_file_and_never_back(trace):
+    own = {"request.py", "cli/watch.py"}  # its own methods, and what shows the finished image
+    assert [pair for pair in trace.handed if not own & set(pair)] == [
+        ("cli/generate.py", "generate.py"),
+        ("generate.py", "pipeline.py"),
+        ("generate.py", "images/codec.py"),
+        ("images/codec.py", "images/metadata.py"),
+    ]
+
+
+def test_the_pipeline_has_one_door_to_the_networks(trace):
+    doors = {callee for caller, callee in trace.calls if caller == "pipeline.py"}
+    values = {"request.py", "inputs.py", "scheduler.py", "weights/checkpoint.py", "models/vae.py"}  # configs, too
+    assert doors - values == {"networks.py", "images/codec.py"}
+
+
+def test_the_files_that_an_image_takes_are_those_that_were_counted(trace):
+    entered = {file for pair in trace.calls for file in pair if file and not file.startswith("cli/")}
+    assert len(entered) <= 22, sorted(entered)

@@ -32,7 +32,7 @@ PROMPTS = (
     "黑色背景上的三颗黄色星星，极简海报",
 )
 STEPS: int | None = None  # those of the model
-LARGEST = 512  # pixels a side: a thousand tokens in each step of each prompt
+MAX_SIDE = 512  # pixels a side: a thousand tokens in each step of each prompt
 DAMPING = 0.01  # of the mean square input, for what these prompts do not show
 # The matrices of a block that share an input.
 INPUTS = {
@@ -67,7 +67,7 @@ class Calibration:
         kind, i, layer = name.removesuffix(".weight").split(".", 2)
         if self._blocks is None:
             steps = STEPS or self._pipe.variant.steps
-            self._blocks = moments(self._pipe, PROMPTS, min(LARGEST, self._pipe.sample_size), steps)
+            self._blocks = moments(self._pipe, PROMPTS, min(MAX_SIDE, self._pipe.sample_size), steps)
         while self._block != f"{kind}.{i}":
             self._block, self._moments = next(self._blocks)
             self._last = "", np.empty(0)

@@ -105,6 +105,7 @@ _HOME = {
     "ZImagePipeline": "pipeline",
     "Generated": "pipeline",
     "GenerateRequest": "request",
+    "Inputs": "inputs",
     "Step": "sampling",
     "PromptTruncated": "tokenizer",
     "ZImageError": "errors",
@@ -120,6 +121,7 @@ __all__ = [
     "CheckpointError",
     "GenerateRequest",
     "Generated",
+    "Inputs",
     "LockedError",
     "MemoryBudgetError",
     "ModelNotFoundError",
@@ -144,6 +146,7 @@ if TYPE_CHECKING:
         RequestError,
         ZImageError,
     )
+    from .inputs import Inputs
     from .pipeline import Generated, ZImagePipeline
     from .request import GenerateRequest
     from .sampling import Step

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .machine import backend
 
-LARGEST = 2**30  # elements: MLX's CUDA kernels fail on more, so larger pictures are decoded by strips
+LARGEST_WHOLE = 2**30  # elements: MLX's CUDA kernels fail on more, so larger pictures are decoded by strips
 
 
 @dataclass(frozen=True)

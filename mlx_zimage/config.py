@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from .errors import CheckpointError
 
-KINDS = {
+KIND_NAMES = {
     bool: "true or false",
     int: "a positive whole number",
     float: "a positive number",
@@ -28,7 +28,9 @@ def read_config(cls, values: dict, network: str, fixed: dict):
     for field in fields(cls):
         value = values.get(field.name, field.default)
         if not _is_kind(value, field.default):
-            raise CheckpointError(f"{network} config: {field.name} must be {KINDS[type(field.default)]}, got {value!r}")
+            raise CheckpointError(
+                f"{network} config: {field.name} must be {KIND_NAMES[type(field.default)]}, got {value!r}"
+            )
         known[field.name] = tuple(value) if isinstance(field.default, tuple) else value
     return cls(**known)
 

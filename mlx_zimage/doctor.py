@@ -22,7 +22,7 @@ from .models.layers import linear
 from .models.transformer import norm_and_rotate
 from .models.vae import Rows, conv
 from .version import __version__
-from .weights.library import CHOICES, DOWNLOAD, SHARE, choose_bits, home, weights_bytes
+from .weights.library import CHOICES, DOWNLOAD, WEIGHTS_SHARE, choose_bits, home, weights_bytes
 
 # Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one
 # rounding errs by 2**-9, a result of rounded operands and output by a few of them. float16 keeps three bits more.
@@ -52,13 +52,13 @@ def self_test(large: bool | None = None) -> Iterator[Check]:
     for dtype, limit in LIMITS.items():
         for name, case in CASES.items():
             begin = time.perf_counter()
-            found, expected = case(Inputs(getattr(mx, dtype)), large)
+            found, expected = case(Samples(getattr(mx, dtype)), large)
             found = np.array(found.astype(mx.float32), dtype=np.float64)
             error = float(np.abs(found - expected).max() / np.abs(expected).max())
             yield Check(f"{name} in {dtype}", error, limit, time.perf_counter() - begin)
 
 
-class Inputs:
+class Samples:
     """Standard normal arrays, the same on every machine, in MLX's dtype and, with that rounding, in float64."""
 
     def __init__(self, dtype: mx.Dtype):
@@ -70,20 +70,20 @@ class Inputs:
         return array, np.array(array.astype(mx.float32), dtype=np.float64)
 
 
-def matmul(inputs: Inputs, large: bool):
+def matmul(samples: Samples, large: bool):
     # The feed-forward's second product has the longest sums of the transformer.
     rows, width, out = (2048, 10240, 3840) if large else (64, 1024, 96)
-    x, x64 = inputs(rows, width)
-    w, w64 = inputs(out, width)
+    x, x64 = samples(rows, width)
+    w, w64 = samples(out, width)
     return x @ w.T, _product(x64, w64)
 
 
 def quantized(bits: int, rows: int) -> Callable:
-    def case(inputs: Inputs, large: bool):
+    def case(samples: Samples, large: bool):
         width, out = (3840, 3840) if large else (256, 96)
-        x, x64 = inputs(rows if large else rows // 32, width)
-        weight, scales, biases = mx.quantize(inputs(out, width)[0], group_size=64, bits=bits)
-        dense = unpack(np.array(weight), bits).reshape(out, -1, 64)
+        x, x64 = samples(rows if large else rows // 32, width)
+        weight, scales, biases = mx.quantize(samples(out, width)[0], group_size=64, bits=bits)
+        dense = integers(np.array(weight), bits).reshape(out, -1, 64)
         scales64, biases64 = (
             np.array(part.astype(mx.float32), dtype=np.float64)[..., None] for part in (scales, biases)
         )
@@ -95,43 +95,43 @@ def quantized(bits: int, rows: int) -> Callable:
     return case
 
 
-def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+def integers(words: np.ndarray, bits: int) -> np.ndarray:
     """The integers of `bits` bits (a power of two) that each uint32 holds, lowest bits first."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     return ((words[..., None] >> shifts) & (2**bits - 1)).reshape(*words.shape[:-1], -1).astype(np.float64)
 
 
-def attention(inputs: Inputs, large: bool):
+def attention(samples: Samples, large: bool):
     heads, length, dim = (30, 1088, 128) if large else (4, 96, 128)
-    (q, q64), (k, k64), (v, v64) = (inputs(1, heads, length, dim) for _ in range(3))
+    (q, q64), (k, k64), (v, v64) = (samples(1, heads, length, dim) for _ in range(3))
     scores = q64 @ k64.swapaxes(-1, -2) / np.sqrt(dim)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = weights / weights.sum(-1, keepdims=True) @ v64
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5), expected
 
 
-def convolution(inputs: Inputs, large: bool):
+def convolution(samples: Samples, large: bool):
     side, channels = (64, 512) if large else (16, 32)
-    x, x64 = inputs(1, side, side, channels)
-    w, w64 = inputs(channels, 3, 3, channels)
+    x, x64 = samples(1, side, side, channels)
+    w, w64 = samples(channels, 3, 3, channels)
     padded = np.pad(x64, ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = [padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
     expected = _product(np.concatenate(windows, axis=-1), w64.reshape(channels, -1))
     return conv(Rows.of(x), {"weight": w, "bias": mx.zeros(channels, x.dtype)}).get(0, side), expected
 
 
-def norm(inputs: Inputs, large: bool):
-    x, x64 = inputs(64, 3840 if large else 256)
-    w, w64 = inputs(x.shape[-1])
+def norm(samples: Samples, large: bool):
+    x, x64 = samples(64, 3840 if large else 256)
+    w, w64 = samples(x.shape[-1])
     expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * w64
     return mx.fast.rms_norm(x, w, 1e-5), expected
 
 
-def norm_and_rotation(inputs: Inputs, large: bool):
+def norm_and_rotation(samples: Samples, large: bool):
     length, heads, dim = (1088, 30, 128) if large else (96, 4, 128)
-    x, x64 = inputs(1, length, heads, dim)
-    w, w64 = inputs(dim)
-    angles = inputs.generator.standard_normal((length, dim // 2))
+    x, x64 = samples(1, length, heads, dim)
+    w, w64 = samples(dim)
+    angles = samples.generator.standard_normal((length, dim // 2))
     left, right = np.split(x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * w64, 2, axis=-1)
     turned = (left + 1j * right) * np.exp(1j * angles)[:, None]
     table = (mx.array(part.astype(np.float32)) for part in (np.cos(angles), np.sin(angles)))
@@ -183,7 +183,7 @@ def judge(system: str, macos: str, cpu: str, has_gpu: bool, budget: int, free: i
     sizes = {bits: weights_bytes(configs, bits) for bits in CHOICES}
     bits = choose_bits(sizes, budget)
     kind = "bfloat16" if bits is None else f"{bits} bits"
-    stays = sizes[bits] <= SHARE * budget
+    stays = sizes[bits] <= WEIGHTS_SHARE * budget
     how = "stays in it" if stays else "is read from disk as needed, which is slower"
     needed = DOWNLOAD + sizes[bits]
     return [

@@ -29,7 +29,7 @@ from .weights.checkpoint import fingerprint
 
 
 @dataclass(frozen=True)
-class Model:
+class OpenModel:
     """An open model, and what its pictures say of it: a name for people, and the fingerprint of its weights."""
 
     pipeline: ZImagePipeline
@@ -148,14 +148,14 @@ def open_model(
     memory: str | int | None = None,
     keep: bool | None = None,
     variant: str | None = None,
-) -> Model:
+) -> OpenModel:
     """Open a model to generate with; see `ZImagePipeline.from_pretrained`."""
     pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant)
     name = Path(source).resolve().name if Path(source).is_dir() else source  # no path: pictures are passed on
-    return Model(pipeline, name, fingerprint(pipeline.checkpoint))
+    return OpenModel(pipeline, name, fingerprint(pipeline.checkpoint))
 
 
-def events(model: Model, request: GenerateRequest, inputs: Inputs = NONE) -> Iterator[Phase | Step | Finished]:
+def events(model: OpenModel, request: GenerateRequest, inputs: Inputs = NONE) -> Iterator[Phase | Step | Finished]:
     """Generate a request: the pipeline's Phases and Steps, and each picture with its origin and cost."""
     clock = Clock()
     for event in model.pipeline.events(request, inputs):
@@ -171,7 +171,7 @@ def events(model: Model, request: GenerateRequest, inputs: Inputs = NONE) -> Ite
 
 
 def run(
-    model: Model, request: GenerateRequest, path: Path, files: Files, inputs: Inputs = NONE
+    model: OpenModel, request: GenerateRequest, path: Path, files: Files, inputs: Inputs = NONE
 ) -> Iterator[Phase | Step | Saved]:
     """Generate a request and save its pictures as path; where that is taken, as path-1, path-2, ..."""
     for event in events(model, request, inputs):

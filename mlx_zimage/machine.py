@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-SHARE = 0.6  # of the memory, where the system does not recommend a share itself
+MEMORY_SHARE = 0.6  # of the memory, where the system does not recommend a share itself
 # From how many rows of input on a packed weight is unpacked for the dense product; below, it is multiplied as it is.
 # Measured: on the CPU unpacking always wins. So it does on CUDA (H200) from 256 rows on, 2.5 times at 4192; below, the
 # packed product saves a few ms a prompt, and costs half a minute of compiling kernels. Not measured by us: on Metal,
@@ -68,9 +68,9 @@ def machine_budget() -> int:
         return int(recommended)
     of_gpu = int(device.get("total_memory") or device.get("memory_size") or 0)
     if of_gpu:
-        return int(SHARE * of_gpu)
+        return int(MEMORY_SHARE * of_gpu)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(SHARE * min([total, *cgroup_limits()]))
+    return int(MEMORY_SHARE * min([total, *cgroup_limits()]))
 
 
 def cgroup_limits(membership: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> Iterator[int]:

@@ -13,7 +13,7 @@ from math import prod
 
 import mlx.core as mx
 
-from .bounds import FLOAT32_STRIPS, LARGEST, bounds
+from .bounds import FLOAT32_STRIPS, LARGEST_WHOLE, bounds
 from .dtypes import STORED
 from .errors import MemoryBudgetError
 from .headroom import SIDE, TOKENS
@@ -356,7 +356,7 @@ class Planner:
 
 def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
     """Whether an image of width x height pixels may be decoded without strips, memory aside."""
-    return backend() == "cpu" or width * height * config.block_out_channels[1] < LARGEST
+    return backend() == "cpu" or width * height * config.block_out_channels[1] < LARGEST_WHOLE
 
 
 def largest_strip(config: VAEConfig, width: int, height: int) -> int | None:

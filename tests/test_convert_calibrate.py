@@ -28,7 +28,7 @@ PROMPT, SIZE, STEPS = "a red circle", 48, 2
 def quick(monkeypatch):
     """Calibration on one small picture."""
     monkeypatch.setattr(calibrate, "PROMPTS", (PROMPT,))
-    monkeypatch.setattr(calibrate, "LARGEST", SIZE)
+    monkeypatch.setattr(calibrate, "MAX_SIDE", SIZE)
     monkeypatch.setattr(calibrate, "STEPS", STEPS)
 
 
@@ -91,7 +91,7 @@ def test_a_later_block_may_be_the_first_asked_for(quick, tiny_folder):
 
 
 def test_a_calibrated_folder_is_as_large_and_nearer_in_its_velocity(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "LARGEST", 64)  # fewer tokens than features would tell too little
+    monkeypatch.setattr(calibrate, "MAX_SIDE", 64)  # fewer tokens than features would tell too little
     monkeypatch.setattr(calibrate, "STEPS", 2)
 
     def recipe(component, name, shape):
@@ -133,7 +133,7 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path):
 def test_a_killed_calibrated_conversion_goes_on_to_the_same_bytes(tmp_path):
     program = (
         "import os, sys\nfrom mlx_zimage.convert import calibrate, convert_steps, layout\n"
-        "layout.SHARD_BYTES, calibrate.PROMPTS, calibrate.LARGEST, calibrate.STEPS = 600_000, ('a ring',), 48, 2\n"
+        "layout.SHARD_BYTES, calibrate.PROMPTS, calibrate.MAX_SIDE, calibrate.STEPS = 600_000, ('a ring',), 48, 2\n"
         "for i, _ in enumerate(convert_steps('pocket', sys.argv[1], bits=4, calibrate=True)):\n"
         "    if i == int(sys.argv[2]): os.kill(os.getpid(), 9)\n"
     )

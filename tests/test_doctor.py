@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from mlx_zimage import doctor
-from mlx_zimage.doctor import self_test, unpack
+from mlx_zimage.doctor import integers, self_test
 from mlx_zimage.machine import backend
 
 
@@ -34,7 +34,7 @@ def test_packed_weights_are_read_as_mlx_packs_them(bits):
     weight = mx.random.normal((8, 128), key=mx.random.key(0))
     packed, scales, biases = mx.quantize(weight, group_size=64, bits=bits)
     expected = np.array(mx.dequantize(packed, scales, biases, group_size=64, bits=bits))
-    unpacked = unpack(np.array(packed), bits).reshape(8, 2, 64) * np.array(scales)[..., None]
+    unpacked = integers(np.array(packed), bits).reshape(8, 2, 64) * np.array(scales)[..., None]
     # float32, |values| < 4: the product and the sum are rounded once each
     assert np.abs((unpacked + np.array(biases)[..., None]).reshape(8, 128) - expected).max() < 1e-6
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_zimage import GenerateRequest, ZImagePipeline, machine
-from mlx_zimage.machine import SHARE, Limits, cgroup_limits, machine_budget
+from mlx_zimage.machine import MEMORY_SHARE, Limits, cgroup_limits, machine_budget
 
 REQUEST = GenerateRequest("a red circle", 16, 16, seed=1, steps=2)
 
@@ -49,9 +49,9 @@ def test_the_budget_is_a_share_of_what_the_process_may_have(monkeypatch, on_cpu)
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "cpu"})
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setattr(machine, "cgroup_limits", lambda: iter([10**20, 10**9]))
-    assert machine_budget() == int(SHARE * 10**9)
+    assert machine_budget() == int(MEMORY_SHARE * 10**9)
     monkeypatch.setattr(machine, "cgroup_limits", lambda: iter([2**63]))
-    assert machine_budget() == int(SHARE * memory)
+    assert machine_budget() == int(MEMORY_SHARE * memory)
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 5, "memory_size": 9})
     assert machine_budget() == 5, "a GPU's own recommendation"
 

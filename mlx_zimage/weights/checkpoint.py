@@ -34,7 +34,7 @@ from .hub import resolve
 from .manifest import CONVERSION
 
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
-FLOATS = ("F32", "F16", "BF16")  # spellings
+FLOAT_SPELLINGS = ("F32", "F16", "BF16")
 PIPELINE_CLASS = "ZImagePipeline"
 SHOWN = 5  # names listed in an error
 
@@ -181,7 +181,7 @@ class Component:
             ("missing", missing),
             ("unexpected", extra),
             ("of another shape than config.json says", misshapen),
-            (f"of a dtype other than {', '.join(FLOATS)}", unknown),
+            (f"of a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown),
         ):
             if names:
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -192,7 +192,7 @@ class Component:
 
     def _dtypes(self, name: str) -> Collection[str]:
         # only a quantized layer may hold integers
-        return STORED if name.rpartition(".")[0] in self.quantizations else FLOATS
+        return STORED if name.rpartition(".")[0] in self.quantizations else FLOAT_SPELLINGS
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from ..errors import ModelNotFoundError
 from ..models import NETWORKS
 
 POCKET = Path(__file__).parents[1] / "pocket"
-REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What from_pretrained and convert need of a repository: no pictures, no second copies in other formats.
 NEEDED_FILES = [
     "model_index.json",
@@ -40,7 +40,7 @@ def resolve(source: str | Path, needed: Sequence[str] = NEEDED_FILES) -> Path:
         return folder
     if is_file:
         raise ModelNotFoundError(f"{source} is a file; a model is a folder with model_index.json")
-    if not REPOSITORY.fullmatch(str(source)):
+    if not REPOSITORY_ID.fullmatch(str(source)):
         raise ModelNotFoundError(
             f"no model folder at {source}; give a folder, a Hugging Face id such as "
             f"Tongyi-MAI/Z-Image-Turbo, or 'pocket'"

@@ -25,7 +25,7 @@ from .quantize import tensor_quantization
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
 EMBEDDINGS = "embeddings"
 DOWNLOAD = 33 * 10**9  # bytes of the published model, as far as it is known before the hub is asked
-SHARE = 0.9  # of a machine's budget for weights; the rest is for the work
+WEIGHTS_SHARE = 0.9  # of a machine's budget for weights; the rest is for the work
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def plan_first_run(repository: str, budget: int) -> FirstRun:
 
 def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
     """The best choice whose weights stay in memory, else the smallest, of which blocks will be read as needed."""
-    return next((bits for bits in CHOICES if sizes[bits] <= SHARE * budget), CHOICES[-1])
+    return next((bits for bits in CHOICES if sizes[bits] <= WEIGHTS_SHARE * budget), CHOICES[-1])
 
 
 def converted_bytes(folder: Path, bits: int | None) -> int:

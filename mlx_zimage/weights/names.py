@@ -20,7 +20,7 @@ PREFIXES = {
     "vae": re.compile(r"first_stage_model\.|vae\."),
 }
 # What the names of a network begin with, without prefix; the first network that fits has the tensor.
-OWN = {
+OWN_NAMES = {
     "text_encoder": re.compile(
         r"(model\.)?(layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm)\.|embed_tokens\.|norm\.weight)"
         r"|lm_head\.|blk\.\d+\.|token_embd\.|output(_norm)?\.weight|rotary_emb\."
@@ -148,4 +148,4 @@ def _split(name: str) -> tuple[str | None, str]:
     for component, prefix in PREFIXES.items():
         if found := prefix.match(name):
             return component, name[found.end() :]
-    return next((component for component, own in OWN.items() if own.match(name)), None), name
+    return next((component for component, own in OWN_NAMES.items() if own.match(name)), None), name

@@ -28,7 +28,7 @@ from .manifest import MANIFEST, read_manifest, sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
 # Nothing else is ever removed from the folder, which anyone may have named.
-OWN = re.compile(rf"([0-9a-f]{{64}}|{re.escape(atomic.ASIDE)}[0-9a-f]{{16}})\.(safetensors|sum)")
+OWN_FILES = re.compile(rf"([0-9a-f]{{64}}|{re.escape(atomic.ASIDE)}[0-9a-f]{{16}})\.(safetensors|sum)")
 Loaded = tuple[dict[str, mx.array], dict[str, str]]  # arrays and metadata, by mx.load
 FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
@@ -97,7 +97,7 @@ class Store:
 
 def files(folder: Path) -> Iterator[Path]:
     """The files of this module in a folder, which need not exist."""
-    return (path for path in folder.glob("*") if OWN.fullmatch(path.name)) if folder.is_dir() else iter(())
+    return (path for path in folder.glob("*") if OWN_FILES.fullmatch(path.name)) if folder.is_dir() else iter(())
 
 
 def remove(folder: Path) -> None:

@@ -173,7 +173,7 @@ def test_encoding_waits_for_each_layer_where_memory_is_scarce(keep, lean, planne
 
 def test_remembered_prompts_stay_within_the_budget(planner):
     settings = {"width": 16, "height": 16, "steps": 1}
-    requests = [request(prompt=f"{n}" + " star" * 50, **settings) for n in range(16)]
+    requests = [request(prompt=f"{n}" + " star" * 100, **settings) for n in range(12)]
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
     tokens = max(len(pipe.tokenize(one.prompt)) for one in requests)
     budget = smallest(planner, 16, 16, tokens) + 5 * tokens * pipe.transformer.config.cap_feat_dim * 4

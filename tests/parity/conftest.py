@@ -11,8 +11,9 @@ import tiny
 
 sys.path.insert(0, str(tiny.GOLDEN))
 
-# A new one each run; MLX_ZIMAGE_PARITY_SEED repeats one that failed.
-SEED = int(os.environ.get("MLX_ZIMAGE_PARITY_SEED", random.randrange(10**6)))
+# A new one each run, the same in all its processes; MLX_ZIMAGE_PARITY_SEED repeats one that failed.
+RUN = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
+SEED = int(os.environ.get("MLX_ZIMAGE_PARITY_SEED", RUN.randrange(10**6)))
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def convert_steps(
     text_encoder_bits and transformer_bits stand in for bits in that network; 0 or 16 leaves it dense.
 
     recipe "mixed" gives the transformer's most sensitive matrices more bits than the rest; a function of component,
-    name and shape gives each tensor its quantize.Quantization, or None to leave it dense. target_size ("3.2GB", or
+    name and shape gives each tensor its quantization.Quantization, or None to leave it dense. target_size ("3.2GB", or
     bytes) gives each layer the bits that are best within that size, tokenizer and configs aside.
 
     search fits the scales of "affine" by least squares, which is slower and nearer to the source. calibrate does that

@@ -21,6 +21,7 @@ from ..models.transformer import Caption, Stream, Transformer
 from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
+from ..variants import TURBO
 from ..weights.blocks import Blocks
 
 PROMPTS = (
@@ -31,7 +32,7 @@ PROMPTS = (
     "close-up of a tabby cat with yellow eyes, shallow depth of field",
     "黑色背景上的三颗黄色星星，极简海报",
 )
-STEPS: int | None = None  # those of the model
+STEPS = TURBO.steps  # whatever the model's: all steps of all prompts are in memory at once
 MAX_SIDE = 512  # pixels a side: a thousand tokens in each step of each prompt
 DAMPING = 0.01  # of the mean square input, for what these prompts do not show
 # The matrices of a block that share an input.
@@ -66,8 +67,7 @@ class Calibration:
         """L (in, in) float32, lower triangular, for a weight's name such as "layers.3.attention.to_q.weight"."""
         kind, i, layer = name.removesuffix(".weight").split(".", 2)
         if self._blocks is None:
-            steps = STEPS or self._pipe.variant.steps
-            self._blocks = moments(self._pipe, PROMPTS, min(MAX_SIDE, self._pipe.sample_size), steps)
+            self._blocks = moments(self._pipe, PROMPTS, min(MAX_SIDE, self._pipe.sample_size), STEPS)
         while self._block != f"{kind}.{i}":
             self._block, self._moments = next(self._blocks)
             self._last = "", np.empty(0)
@@ -122,7 +122,7 @@ def moments(
         for stop, modulation in zip(stops, modulations, strict=True):
             x, tokens = network.begin(stop)
             mx.eval(x)
-            images.append((network.image_stream(x, modulation, tables), modulation, tables))
+            images.append((network.image_stream(x, tables, modulation), modulation, tables))
     pipe.networks.release()
     refined = yield from _walk(watched, config.modulated[: config.n_refiner_layers], [i for i, *_ in images], seen)
     ends = watched.run(config.refiners, captions)
@@ -177,7 +177,7 @@ def _walk(
         mx.eval(stream.x, seen.sums)
         return stream
 
-    walk = network.runner.walk(blocks, streams, apply, without="adaLN_modulation")
+    walk = network.runner.walk(blocks, streams, apply, network.config.read_once)
     while True:
         seen.forget()
         try:

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import mlx.core as mx
 
 from .errors import RequestError, ZImageError
-from .machine import Limits, default_dtype, mlx_version, unpack_from
+from .machine import default_dtype, kept_allocations, mlx_version, unpack_from
 from .memory import Workload, largest_strip
 from .models.layers import linear, vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
@@ -54,7 +54,7 @@ CHAIN = 32  # products that are timed together
 class Case:
     """What is timed: sizes in pixels, the prompt in tokens, weights of `bits` in `mode` (of neither: dense).
 
-    dtype None is the machine's own (see `pipeline.default_dtype`).
+    dtype None is the machine's own (see `machine.default_dtype`).
     """
 
     width: int = TURBO.size
@@ -192,7 +192,7 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
     ids = [i % text_encoder.config.vocab_size for i in range(case.caption_tokens)]
     noise = mx.random.normal((1, h, w, config.in_channels))
 
-    with Limits():
+    with kept_allocations():
         encode = timed(lambda: text_encoder(ids), repeat)
         cap_feats = text_encoder(ids)
         runners["text_encoder"].release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,15 @@ class Inputs:
     latents: Any = None
 
     @classmethod
-    def of(cls, value: Any) -> Inputs:
-        """Inputs as they are, None as none, and an array as latents."""
+    def of(cls, value: Any, latents: Any = None) -> Inputs:
+        """Inputs as they are, None as none, and an array as latents; latents are given by their older name."""
+        if latents is not None:
+            warnings.warn(
+                "latents= is now inputs=, which takes latents as they are; the old name goes with the next release",
+                DeprecationWarning,
+                stacklevel=4,
+            )
+            value = latents
         return value if isinstance(value, Inputs) else cls(latents=value)
 
     @cached_property

@@ -1,7 +1,7 @@
 """What this machine is, and the limits that this process takes on it.
 
-The only place that touches what a whole process shares: MLX's limits and the C library's allocator. Whoever enters
-`Limits` gets what was there before back when it is left.
+The only place that touches what a whole process shares: MLX's limits and the C library's allocator. Each is taken for
+the length of a `with`, and what was there before comes back.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
-from typing import ClassVar
+from threading import RLock
 
 import mlx.core as mx
 
@@ -102,47 +101,72 @@ def cgroup_limits(membership: Path = Path("/proc/self/cgroup"), root: Path = CGR
 # ---- limits that are taken, and given back
 
 
-class Limits:
-    """MLX's limits and the allocator while it is entered; what was there before comes back when it is left.
+class Shared:
+    """A limit of the whole process, which several may ask for at once, as pipelines in two threads do.
 
-    Several may be entered at once, as by pipelines in two threads: the last one's limits hold.
+    Whoever asked last has it; once all have left, it is what it was before the first.
     """
 
-    _entered: ClassVar[list[Limits]] = []
-    _before: ClassVar[int] = 0  # of the first one entered
-    _lock: ClassVar[Lock] = Lock()
+    def __init__(self, put: Callable[[int], int]):
+        """put sets the limit and returns the one before."""
+        self._put = put
+        self._asked: list[list[int]] = []
+        self._before = 0
+        # re-entered where a generator that was let go is finalized in the middle, which leaves its limits
+        self._lock = RLock()
 
-    def __init__(self, cache: int | None = None):
-        """cache is how many bytes of freed memory MLX may hold on to; None leaves that as it is."""
-        self._cache = None if cache is None else max(0, cache)
+    @contextmanager
+    def asked(self, nbytes: int) -> Iterator[Callable[[int], None]]:
+        """The limit while within; what it yields changes it."""
+        mine = [max(0, nbytes)]
 
-    def __enter__(self) -> Limits:
+        def change(nbytes: int) -> None:
+            with self._lock:
+                mine[0] = max(0, nbytes)
+                self._put(self._asked[-1][0])
+
         with self._lock:
-            before = mx.set_cache_limit(0)
-            if not self._entered:
-                type(self)._before = before
-                if backend() == "cuda":
-                    keep_freed_memory()
-            self._entered.append(self)
-            self._apply()
-        return self
+            first = not self._asked
+            self._asked.append(mine)
+            before = self._put(self._asked[-1][0])
+            if first:
+                self._before = before
+        try:
+            yield change
+        finally:
+            with self._lock:
+                self._asked = [other for other in self._asked if other is not mine]
+                self._put(self._asked[-1][0] if self._asked else self._before)
 
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._entered.remove(self)
-            self._apply()
-            if not self._entered and backend() == "cuda":
-                give_freed_memory_back()
 
-    def set_cache(self, nbytes: int) -> None:
-        """Let MLX hold on to another number of bytes of freed memory."""
-        with self._lock:
-            self._cache = max(0, nbytes)
-            self._apply()
+# looked up when they are called, since tests stand in for them
+_cache = Shared(lambda nbytes: mx.set_cache_limit(nbytes))
+_wired = Shared(lambda nbytes: mx.set_wired_limit(nbytes))
 
-    def _apply(self) -> None:
-        asked = [limits._cache for limits in self._entered if limits._cache is not None]
-        mx.set_cache_limit(asked[-1] if asked else self._before)
+
+def _keep_freed(keep: int) -> int:
+    keep_freed_memory() if keep else give_freed_memory_back()
+    return False  # before the first who asked
+
+
+_freed = Shared(_keep_freed)
+
+
+@contextmanager
+def limits(cache: int) -> Iterator[Callable[[int], None]]:
+    """Have MLX hold on to at most `cache` bytes of freed memory, which what this yields changes; then as before."""
+    with kept_allocations(), _cache.asked(cache) as change:
+        yield change
+
+
+@contextmanager
+def kept_allocations() -> Iterator[None]:
+    """On CUDA, have the C library keep what is freed for the next tensor that is read; then as before."""
+    if backend() != "cuda":
+        yield
+        return
+    with _freed.asked(True):
+        yield
 
 
 @contextmanager
@@ -154,12 +178,11 @@ def wired(nbytes: int) -> Iterator[None]:
     if not mx.metal.is_available():
         yield
         return
-    before = mx.set_wired_limit(min(nbytes, int(mx.device_info()["max_recommended_working_set_size"])))
-    try:
-        yield
-    finally:
-        mx.synchronize()  # nothing may still be running on what is let go
-        mx.set_wired_limit(before)
+    with _wired.asked(min(nbytes, int(mx.device_info()["max_recommended_working_set_size"]))):
+        try:
+            yield
+        finally:
+            mx.synchronize()  # nothing may still be running on what is let go
 
 
 def keep_freed_memory() -> None:

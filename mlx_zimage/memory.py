@@ -220,9 +220,9 @@ def _stream(network: Footprint, room: int) -> tuple[frozenset[str], int]:
 # ---- this model's stages
 
 
-def measure(component: Component, dtype: mx.Dtype, without: str = "") -> Footprint:
-    """The sizes of a network that computes in dtype; tensors beginning with `without` in a block are not counted."""
-    blocks = component.config.blocks
+def measure(component: Component, dtype: mx.Dtype) -> Footprint:
+    """The sizes of a network that computes in dtype, without what is not in memory while it runs."""
+    blocks, without = component.config.blocks, component.config.read_once
     sizes, dense, stored = (dict.fromkeys(blocks, 0) for _ in range(3))
     rest = largest = 0
     shapes = component.shapes
@@ -231,7 +231,7 @@ def measure(component: Component, dtype: mx.Dtype, without: str = "") -> Footpri
         nbytes = entry.nbytes if packed else prod(entry.shape) * dtype.size
         block = _block_of(name, sizes)
         if block is None:
-            rest += nbytes
+            rest += nbytes * component.config.stays(name)
         elif not (without and name.startswith(f"{block}.{without}")):
             sizes[block] += nbytes
             cast = not packed and getattr(mx, STORED[entry.dtype]) != dtype
@@ -241,7 +241,7 @@ def measure(component: Component, dtype: mx.Dtype, without: str = "") -> Footpri
             if entry.dtype == "U32":
                 dense[block] += prod(shapes[name]) * dtype.size
     at_once = 0 if READS_AHEAD[backend()] else READERS * largest
-    return Footprint(sizes, rest, max(dense.values(), default=0), max(*stored.values(), at_once))
+    return Footprint(sizes, rest, max(dense.values(), default=0), max([*stored.values(), at_once]))
 
 
 def _block_of(name: str, blocks: Mapping[str, int]) -> str | None:
@@ -258,16 +258,9 @@ class Planner:
         self.dtype = dtype
         self.bounds = bounds(dtype)
         self.vae_dtype = vae_dtype(dtype)
-        decoder = sum(
-            prod(entry.shape) * self.vae_dtype.size
-            for name, entry in checkpoint.vae.entries.items()
-            if name.startswith("decoder.")
-        )
         self.footprints = {
-            # its rest is the embedding, of which only rows are read, and an unused layer
-            "text_encoder": replace(measure(checkpoint.text_encoder, dtype), rest=0),
-            "transformer": measure(checkpoint.transformer, dtype, without="adaLN_modulation"),
-            "vae": Footprint({}, decoder),
+            name: measure(component, self.vae_dtype if name == "vae" else dtype)
+            for name, component in checkpoint.networks.items()
         }
 
     def plan(self, work: Workload, budget: int, keep: bool | None = None) -> Plan:

@@ -12,7 +12,7 @@ were encoded before are remembered, here as far as the budget has room and on di
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ import numpy as np
 
 from . import headroom
 from .errors import NumericsError
-from .machine import Limits, unpack_from, wired
+from .machine import limits, unpack_from, wired
 from .memory import Plan, Planner, Workload
 from .models.layers import linear, result, sum_dtype, vae_dtype
 from .models.text_encoder import TextEncoder
@@ -87,7 +87,7 @@ class Networks:
         self._store = Store(dtype, embeddings_folder())
         self._embeddings: dict[Ids, mx.array] = {}
         self._plan: Plan | None = None
-        self._limits: Limits | None = None
+        self._limit_cache: Callable[[int], None] | None = None
         self._scaled = dtype != mx.float16
 
     # ---- before work
@@ -122,13 +122,13 @@ class Networks:
         self.transformer.lean = plan.lean
         self.vae.strip_bytes = plan.strip_bytes
         self._forget_embeddings()
-        with Limits(cache=self._spare - self._remembered) as self._limits:
+        with limits(self._spare - self._remembered) as self._limit_cache:
             try:
                 yield self
             finally:
                 if not plan.keep:
                     self._release(*self.runners)
-                self._limits = None
+                self._limit_cache = None
 
     def encode(
         self, prompts: Sequence[Ids], sigmas: Sequence[float] | np.ndarray
@@ -267,8 +267,8 @@ class Networks:
         """Keep what prompts gave as far as the budget has room for it, the last used first."""
         while len(self._embeddings) > MAX_EMBEDDINGS or self._remembered > self._spare:
             del self._embeddings[next(iter(self._embeddings))]
-        if self._limits:
-            self._limits.set_cache(self._spare - self._remembered)  # what MLX keeps of freed memory counts too
+        if self._limit_cache:
+            self._limit_cache(self._spare - self._remembered)  # what MLX keeps of freed memory counts too
 
     def _resident(self) -> int:
         """Bytes of the weights that stay in memory through all steps."""

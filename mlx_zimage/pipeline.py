@@ -149,27 +149,29 @@ class ZImagePipeline:
 
     # ---- from a request to pictures
 
-    def stream(self, request: GenerateRequest, inputs: Any = None) -> Iterator[Step | Generated]:
+    def stream(
+        self, request: GenerateRequest, inputs: Any = None, *, latents: Any = None
+    ) -> Iterator[Step | Generated]:
         """Draw a request, yielding each denoising Step, then each picture. Leaving the loop stops the work.
 
         inputs are the arrays that it is made from (see `Inputs`), or latents (B, 16, height / 8, width / 8) alone: the
         initial noise in place of the seed's. If float16 overflows, the Steps begin again from the first.
         """
-        for event in self.events(request, inputs):
+        for event in self.events(request, Inputs.of(inputs, latents)):
             if not isinstance(event, Phase):
                 yield event
 
-    def denoise(self, request: GenerateRequest, inputs: Any = None) -> Iterator[Step]:
+    def denoise(self, request: GenerateRequest, inputs: Any = None, *, latents: Any = None) -> Iterator[Step]:
         """The Steps of a request, from its noise (or the given latents) to clean latents (B, h, w, 16)."""
-        for event in self.events(request, inputs, decode=False):
+        for event in self.events(request, Inputs.of(inputs, latents), decode=False):
             if isinstance(event, Step):
                 yield event
 
     def events(
-        self, request: GenerateRequest, inputs: Any = None, decode: bool = True
+        self, request: GenerateRequest, inputs: Any = None, decode: bool = True, *, latents: Any = None
     ) -> Iterator[Phase | Step | Generated]:
         """stream, with the Phases before and after the steps: what a progress bar wants to know."""
-        request, inputs = self.complete(request), Inputs.of(inputs)
+        request, inputs = self.complete(request), Inputs.of(inputs, latents)
         try:
             yield from self._events(request, inputs, decode)
             return

@@ -19,7 +19,7 @@ MAX_STEPS = 1000
 MAX_NUMBER = 1000  # of shift and guidance, which are of the order of 1 to 10
 RNGS = ("torch", "mlx")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-REQUIRED: Any = None  # the default of a field that must be given, after others that need not
+REQUIRED: Any = object()  # the default of a field that must be given, after others that need not
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class GenerateRequest:
     latents: str | None = None
 
     def __post_init__(self):
+        if self.seed is REQUIRED:
+            raise TypeError("GenerateRequest.__init__() missing 1 required positional argument: 'seed'")
         check_prompt(self.prompt, "prompt")
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; describe the picture in a few words")

@@ -36,7 +36,7 @@ def test_each_part_runs_as_often_as_it_must(fresh, watch, guidance_scale, prompt
     calls = {
         "tokenized": (watch(Tokenizer, "encode"), prompts),
         "layers of the encoder": (watch(text_encoder, "layer"), prompts * LAYERS),
-        "captions refined": (watch(Transformer, "embed_caption"), prompts),
+        "captions refined": (watch(Transformer, "caption_stream"), prompts),
         "schedules": (watch(transformer, "time_embedding"), 1),
         "evaluations": (watch(Transformer, "finish"), prompts * STEPS),
     }
@@ -167,7 +167,5 @@ def test_a_streamed_block_is_read_once_a_step_for_all_that_need_it(fresh, monkey
     _, steps, _ = reads(fresh, asked, bytes_read)
     network = fresh.checkpoint.transformer
     again = nbytes(network, *MODULATED, without="adaLN_modulation")
-    # the context refiners are read for each prompt, which are encoded once a request
-    refiners = nbytes(network, "context_refiner.0", "context_refiner.1")
-    assert steps == [sum(entry.nbytes for entry in network.entries.values()) + refiners, *[again] * (STEPS - 1)]
+    assert steps == [sum(entry.nbytes for entry in network.entries.values()), *[again] * (STEPS - 1)]
     assert len(fed) == 2 * len(BLOCKS[:2]) + STEPS * 2 * images * len(MODULATED)

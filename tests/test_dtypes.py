@@ -62,9 +62,9 @@ def products(monkeypatch):
 def run_transformer(pipe, latents: mx.array) -> mx.array:
     """One call for latents (B, h, w, 16), from the caption's embedding on."""
     network = pipe.transformer
-    caption = network.caption(mx.ones((20, network.config.cap_feat_dim)), *latents.shape[1:3])
+    captions = network.captions([mx.ones((20, network.config.cap_feat_dim))], *latents.shape[1:3])
     blocks, final = mx.ones((5, 4, network.config.dim), pipe.dtype), mx.ones(network.config.dim, pipe.dtype)
-    return network(latents, [caption], blocks, final)[0]
+    return network(latents, captions, blocks, final)[0]
 
 
 def test_the_transformer_multiplies_in_its_dtype(typed_pipe, products):

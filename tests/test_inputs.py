@@ -84,5 +84,18 @@ def test_size_and_steps_may_be_open_until_a_model_gives_its_own():
     own = GenerateRequest("a red circle", 64, seed=1, steps=3)
     assert pocket.complete(own).extent == (64, 128, 3)
     assert pocket.plan(open_ended) == pocket.plan(pocket.complete(open_ended))
-    with pytest.raises(RequestError, match="seed must be a whole number, got None"):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'seed'"):
         GenerateRequest("a red circle")
+    with pytest.raises(RequestError, match=r"not a whole request: .* 'seed'"):
+        GenerateRequest.from_dict({"prompt": "a red circle"})
+
+
+def test_the_older_name_of_inputs_is_taken_with_a_warning(pipe):
+    *_, image = pipe.stream(REQUEST, LATENTS)
+    for take in (pipe.stream, pipe.events):
+        with pytest.warns(DeprecationWarning, match="latents= is now inputs="):
+            *_, same = take(REQUEST, latents=LATENTS)
+        assert np.array_equal(same.pixels, image.pixels)
+    with pytest.warns(DeprecationWarning, match="latents= is now inputs="):
+        *_, last = pipe.denoise(REQUEST, latents=LATENTS)
+    assert last.index == 0

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_zimage import GenerateRequest, ZImagePipeline, machine
-from mlx_zimage.machine import MEMORY_SHARE, Limits, cgroup_limits, machine_budget
+from mlx_zimage.machine import MEMORY_SHARE, Shared, cgroup_limits, limits, machine_budget, wired
 
 REQUEST = GenerateRequest("a red circle", 16, 16, seed=1, steps=2)
 
@@ -73,27 +73,70 @@ def test_a_request_gives_the_cache_limit_back_however_it_ends():
 
 def test_limits_that_overlap_in_any_order_give_back_what_was_before_them():
     before = cache_limit()
-    first, second = Limits(10**6), Limits(2 * 10**6)
+    first, second = limits(10**6), limits(2 * 10**6)
+    first.__enter__()
+    change = second.__enter__()
+    assert cache_limit() == 2 * 10**6
+    first.__exit__(None, None, None)
+    assert cache_limit() == 2 * 10**6
+    change(3 * 10**6)
+    assert cache_limit() == 3 * 10**6
+    second.__exit__(None, None, None)
+    assert cache_limit() == before
+
+
+def test_wired_limits_that_overlap_give_back_what_was_before_them(monkeypatch):
+    limit = [7]
+
+    def set_limit(nbytes: int) -> int:
+        before, limit[0] = limit[0], nbytes
+        return before
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**9})
+    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    first, second = wired(100), wired(200)
     first.__enter__()
     second.__enter__()
-    assert cache_limit() == 2 * 10**6
-    first.__exit__()
-    assert cache_limit() == 2 * 10**6
-    second.set_cache(3 * 10**6)
-    assert cache_limit() == 3 * 10**6
-    second.__exit__()
-    assert cache_limit() == before
-    with Limits():
-        assert cache_limit() == before, "none was asked for"
+    first.__exit__(None, None, None)
+    assert limit == [200], "of the one that still runs"
+    second.__exit__(None, None, None)
+    assert limit == [7]
 
 
-def test_cuda_keeps_freed_memory_while_limits_are_entered(monkeypatch):
+def test_a_generator_that_is_finalized_while_another_asks_does_not_stop_it():
+    """As by Python's collector, which may run anywhere."""
+    limit, doomed = [7], []
+
+    def put(nbytes: int) -> int:
+        while doomed:
+            doomed.pop().close()
+        before, limit[0] = limit[0], nbytes
+        return before
+
+    shared = Shared(put)
+
+    def holder():
+        with shared.asked(1):
+            yield
+
+    doomed_one = holder()
+    next(doomed_one)
+    doomed.append(doomed_one)
+    with shared.asked(2):
+        assert limit == [2]
+    assert limit == [7]
+
+
+def test_cuda_keeps_freed_memory_while_a_request_runs(monkeypatch):
     calls = []
     monkeypatch.setattr(machine, "backend", lambda: "cuda")
     library = SimpleNamespace(mallopt=lambda *option: calls.append(option), malloc_trim=lambda n: calls.append("trim"))
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: library)
-    with Limits():
-        assert calls == [(machine.M_ARENA_MAX, 1), (machine.M_MMAP_MAX, 0), (machine.M_TRIM_THRESHOLD, 2**31 - 1)]
-        with Limits():
-            assert len(calls) == 3
-    assert calls[3:] == [*machine.ALLOCATOR_DEFAULTS.items(), "trim"]
+    keep = [(machine.M_ARENA_MAX, 1), (machine.M_MMAP_MAX, 0), (machine.M_TRIM_THRESHOLD, 2**31 - 1)]
+    with limits(10**9):
+        assert calls == keep
+        with limits(10**9):
+            pass
+        assert "trim" not in calls
+    assert calls[-4:] == [*machine.ALLOCATOR_DEFAULTS.items(), "trim"]

@@ -31,7 +31,7 @@ def run_batch(network: Transformer, latents: np.ndarray, caption: np.ndarray, ti
     """The same for latents (B, 16, h, w) that share a caption and a time."""
     _, _, h, w = latents.shape
     modulation, final_scale = network.modulate([time])
-    captions = [network.caption(mx.array(caption), h, w)]
+    captions = network.captions([mx.array(caption)], h, w)
     (out,) = network(mx.array(latents).transpose(0, 2, 3, 1), captions, modulation[0], final_scale[0])
     return out.transpose(0, 3, 1, 2)
 

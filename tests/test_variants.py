@@ -29,9 +29,19 @@ def test_what_the_converter_recorded_is_stronger_than_the_shift(folder):
     assert recognize(6.0, ["elsewhere", TURBO.repository, BASE.repository]) == TURBO, "the newest that is known"
 
 
+def test_a_damaged_record_tells_nothing(folder):
+    (folder / "conversion.json").write_text("{broken")
+    assert open_checkpoint(folder).variant == TURBO
+
+
 def test_a_named_variant_is_stronger_than_both(folder):
     shift(folder, 6.0)
-    assert ZImagePipeline.from_pretrained(folder, variant="turbo").variant == TURBO
+    turbo = ZImagePipeline.from_pretrained(folder, variant="turbo")
+    assert (turbo.variant, turbo.checkpoint.scheduler.shift) == (TURBO, TURBO.shift), "as is its schedule"
+    shift(folder, 4.5)
+    assert open_checkpoint(folder, "base").scheduler.shift == BASE.shift
+    shift(folder, 6.0)
+    assert open_checkpoint(folder, "base").scheduler.shift == 6.0
     with pytest.raises(RequestError, match="variant must be one of turbo, base, got 'omni'"):
         open_checkpoint(folder, "omni")
 

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import click
 
+from ..dtypes import FLOATS
+from ..errors import RequestError
+from ..jobs import parse_size
 from ..quantization import MODES
+from ..request import check_size
 from ..variants import TURBO
 
 
@@ -17,9 +21,7 @@ from ..variants import TURBO
 @click.option("--size", default=f"{TURBO.size}x{TURBO.size}", show_default=True, help="In pixels.")
 @click.option("--steps", type=click.IntRange(1, 1000), default=TURBO.steps, show_default=True)
 @click.option("--tokens", "caption_tokens", type=click.IntRange(1, 512), default=96, show_default=True, help="Of text.")
-@click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="To compute in.  [default: the machine's]"
-)
+@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help="To compute in.  [default: the machine's]")
 @click.option("--q-bits", "bits", type=int, help="Of random weights.  [default: not quantized]")
 @click.option("--q-mode", "mode", type=click.Choice(list(MODES)), help="Of random weights.  [default: affine]")
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs; their median is told.")
@@ -36,10 +38,7 @@ def bench(model: str, architecture: str | None, size: str, repeat: int, file: Pa
     the time from the start of a process to its first step is told too.
     """
     from ..bench import Case, bench, table
-    from ..errors import RequestError
     from ..images.files import check_folder, write_file
-    from ..jobs import parse_size
-    from ..request import check_size
 
     if model != "random" and architecture:
         raise RequestError(f"--architecture {architecture} is for random weights, {model} has its own; leave it out")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from .. import battery
+from ..dtypes import FLOATS
 from ..errors import RequestError, ZImageError
 from ..jobs import (
     count_up,
@@ -22,6 +23,7 @@ from ..jobs import (
     read_text,
 )
 from ..request import RNGS
+from ..sizes import parse_memory
 from ..variants import VARIANTS
 from .elsewhere import ForgivingCommand
 from .models import DEFAULT_MODEL, first_run
@@ -132,12 +134,12 @@ class Generate(ForgivingCommand):
     type=click.Choice(RNGS),
     help="Whose noise a seed gives: PyTorch's, as in diffusers and ComfyUI, or MLX's own.  [default: torch]",
 )
-@click.option("--shift", type=float, help="Bends the schedule towards noise.  [default: the model's, 3.0]")
-@click.option("--guidance", "guidance_scale", type=float, help="0 is off; Turbo needs 0.  [default: 0]")
+@click.option("--shift", type=float, help="Bends the schedule towards noise.  [default: the model's]")
+@click.option("--guidance", "guidance_scale", type=float, help="0 is off; Turbo needs 0.  [default: the model's]")
 @click.option("--negative-prompt", help="What to steer away from; used when guidance is above 0.")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(sorted(FLOATS)),
     help="What to compute in.  [default: bfloat16 on a GPU, float16 on M1 and M2, float32 on a CPU]",
 )
 @click.option(
@@ -213,7 +215,6 @@ def generate(
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
     from ..inputs import Inputs, check_latents_size, read_latents
-    from ..sizes import parse_memory
     from .watch import Watch, add_views
 
     old = read_origin(from_picture) if from_picture else None
@@ -227,6 +228,7 @@ def generate(
         try:
             request = job.request()
             check_output(job.path(request))
+            inputs.check_named(request.latents)
         except RequestError as error:
             if not requests_file and not prompt_file:
                 raise

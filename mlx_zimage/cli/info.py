@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +31,7 @@ def info(source: str, as_json: bool) -> None:
         from ..images.metadata import parameters, read_origin
 
         origin = read_origin(path)
-        click.echo(json.dumps(asdict(origin)) if as_json else printable(parameters(origin)))
+        click.echo(origin.to_json() if as_json else printable(parameters(origin)))
         return
     if source != "pocket" and not path.is_dir():
         raise ModelNotFoundError(f"there is no model folder and no picture {source}")
@@ -62,6 +61,7 @@ def describe(source: str) -> dict:
     return {
         "folder": str(checkpoint.folder),
         "conversion": read_json(conversion) if conversion.is_file() else None,
+        "variant": checkpoint.variant.name,
         "sample_size": checkpoint.vae.config.sample_size,
         "fingerprint": fingerprint(checkpoint),
         "networks": {component.name: _network(component) for component in checkpoint.components},

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import click
 
+from ..dtypes import FLOATS
 from ..request import check_size
+from ..sizes import tell
 from ..variants import VARIANTS
 from .models import DEFAULT_MODEL
 
@@ -15,7 +17,7 @@ from .models import DEFAULT_MODEL
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Of the prompt.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="[default: the model's]")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in.")
+@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help="What to compute in.")
 @click.option("--memory", metavar="SIZE", help="Such as 6GB.  [default: what suits this machine]")
 @click.option(
     "--keep/--stage",
@@ -42,7 +44,6 @@ def plan(
     """
     from ..memory import Workload
     from ..pipeline import ZImagePipeline
-    from ..sizes import tell
 
     for name, value in (("width", width), ("height", height)):
         if value is not None:

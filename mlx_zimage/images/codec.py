@@ -1,4 +1,4 @@
-"""Pixels in and out of files, and latents in. With metadata.py the only place that knows PIL."""
+"""Pixels to the bytes of image files, and back. With metadata.py the only place that knows PIL."""
 
 from __future__ import annotations
 

@@ -56,8 +56,9 @@ class Origin:
         return self.request.latents
 
     def to_json(self) -> str:
-        # here, too, where they were before requests named them; ASCII, so valid in XML whatever the prompt holds
-        return json.dumps(asdict(self) | {"latents": self.latents}, sort_keys=True)
+        fields = asdict(self)
+        fields["latents"] = fields["request"].pop("latents")  # where older versions have them
+        return json.dumps(fields, sort_keys=True)  # ASCII, so valid in XML whatever the prompt holds
 
     @classmethod
     def from_json(cls, text: str) -> Origin:

@@ -16,3 +16,4 @@ NETWORKS: dict[str, type[NetworkConfig]] = {
     "text_encoder": TextEncoderConfig,
     "vae": VAEConfig,
 }
+OPTIONAL: frozenset[str] = frozenset()  # those that a model may lack

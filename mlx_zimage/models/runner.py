@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from ..quantization import Quantization
 
@@ -21,7 +22,8 @@ from ..quantization import Quantization
 Tree = Any
 
 
-Where = mx.Stream | mx.ThreadLocalStream | None  # something happens; None is where MLX does by default
+# Where arrays are computed; None is where MLX does by default.
+Where = mx.Stream | mx.ThreadLocalStream | None
 
 
 class NetworkConfig(Protocol):
@@ -41,8 +43,18 @@ class NetworkConfig(Protocol):
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor (or a part of a packed one) as computed with: the same numbers in another layout."""
 
+    @property
+    def read_once(self) -> str:
+        """What the names of those tensors of a block begin with that are needed before the blocks run, and not then."""
+
     def unused(self, name: str) -> bool:
         """Whether a tensor cannot influence what the network gives, and may be absent."""
+
+    def stays(self, name: str) -> bool:
+        """Whether a tensor outside the blocks is in memory while they run."""
+
+    def named(self, name: str) -> str:
+        """A stored tensor's name as the architecture has it."""
 
 
 class Weights(Protocol):
@@ -122,13 +134,13 @@ class PlainRunner:
         found = self.weights
         for part in prefix.split("."):
             found = found[int(part) if isinstance(found, list) else part]
-        return found
+        return found if dtype is None else tree_map(lambda array: array.astype(dtype), found)
 
     def once(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
         return self.tree(prefix, dtype)
 
     def rows(self, name: str, ids: Sequence[int]) -> mx.array:
-        return self.tree(name)[mx.array(list(ids))]
+        return self.tree(name, self.dtype)[mx.array(list(ids))]
 
     def computed(self, *arrays: mx.array) -> None:
         pass

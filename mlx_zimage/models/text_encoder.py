@@ -86,6 +86,17 @@ class TextEncoderConfig:
         """A tensor as computed with: as it is."""
         return array
 
+    @property
+    def read_once(self) -> str:
+        return ""
+
+    def stays(self, name: str) -> bool:
+        return False  # beside its layers there is the embedding, of which only rows are read
+
+    def named(self, name: str) -> str:
+        # saving transformers' Qwen3Model instead of Qwen3ForCausalLM drops the prefix
+        return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
     def unused(self, name: str) -> bool:
         """Whether the tensor cannot influence hidden_states[-2], and may be absent."""
         last = f"model.layers.{self.num_hidden_layers - 1}."

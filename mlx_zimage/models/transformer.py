@@ -75,6 +75,10 @@ class TransformerConfig:
         return self.refiners + self.modulated
 
     @property
+    def read_once(self) -> str:
+        return "adaLN_modulation"  # for a whole schedule, see `modulate`
+
+    @property
     def modulated(self) -> list[str]:
         """Names of the blocks that see the time, in the order they run."""
         refiners = [f"noise_refiner.{i}" for i in range(self.n_refiner_layers)]
@@ -110,6 +114,12 @@ class TransformerConfig:
 
     def unused(self, name: str) -> bool:
         return False
+
+    def stays(self, name: str) -> bool:
+        return True
+
+    def named(self, name: str) -> str:
+        return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor (or a part of a packed one) as computed with.
@@ -342,6 +352,9 @@ def as_it_is(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return function
 
 
+Hint = Callable[[mx.array, int], mx.array]
+
+
 def unchanged(x: mx.array, i: int) -> mx.array:
     return x
 
@@ -350,9 +363,9 @@ def unchanged(x: mx.array, i: int) -> mx.array:
 class Stream:
     """Tokens on their way through blocks, and all else that goes into each block; a block gives the next Stream.
 
-    x is (B, L, dim); modulation (blocks, 4, dim) has the scales and gates of the blocks it will pass; cos, sin (L,
-    head / 2) are the rotary tables of its rows. Of the last block only the first `rows` rows are wanted. hint(x, i)
-    is x with what is to be added to it after block i, such as a ControlNet's.
+    x is (B, L, dim); modulation (blocks, 4, dim) has the scales and gates of the blocks it passes in a walk, of those
+    and no others; cos, sin (L, head / 2) are the rotary tables of its rows. Of the last block only the first `rows` rows
+    are wanted. hint(x, i) is x with what is to be added to it after block i, such as a ControlNet's.
     """
 
     x: mx.array
@@ -360,7 +373,7 @@ class Stream:
     cos: mx.array
     sin: mx.array
     rows: int | None = None
-    hint: Callable[[mx.array, int], mx.array] = unchanged
+    hint: Hint = unchanged
 
 
 def in_turns(stream: Stream) -> Iterator[Stream]:
@@ -455,31 +468,30 @@ class Transformer:
         ones = mx.ones((len(self.config.refiners), 4, self.config.dim), dtype=self.runner.dtype)
         return Stream(x, ones, *self.rope(x.shape[1], 0, 0))
 
-    def embed_caption(self, cap_feats: mx.array) -> mx.array:
-        """Embed, pad and refine the text encoder's output (L, cap_feat_dim): (1, L', dim), from the prompt alone."""
-        return self.run(self.config.refiners, [self.caption_stream(cap_feats)])[0].x
+    def embed_captions(self, prompts: Sequence[mx.array]) -> list[mx.array]:
+        """Embed, pad and refine the text encoder's outputs (L, cap_feat_dim): (1, L', dim) each, by itself."""
+        return [stream.x for stream in self.run(self.config.refiners, [self.caption_stream(x) for x in prompts])]
 
-    def caption(self, cap_feats: mx.array, h: int, w: int) -> Caption:
-        """The text encoder's output (L, cap_feat_dim) for an image of h x w latent pixels."""
-        embedded = self.embed_caption(cap_feats)
-        return Caption(embedded, *self.rope(embedded.shape[1], h, w))
+    def captions(self, prompts: Sequence[mx.array], h: int, w: int) -> list[Caption]:
+        """The text encoder's outputs (L, cap_feat_dim) for an image of h x w latent pixels."""
+        return [Caption(x, *self.rope(x.shape[1], h, w)) for x in self.embed_captions(prompts)]
 
     def begin(self, latents: mx.array) -> tuple[mx.array, int]:
         """Latents (B, h, w, C) as tokens (B, L, dim), embedded and padded; and how many of them are the image's."""
         x = self.product(patchify(latents.astype(self.runner.dtype)), self.runner.tree("all_x_embedder.2-1"))
         return pad_tokens(x.astype(self.sums), self.runner.tree("x_pad_token")), x.shape[1]
 
-    def image_stream(self, x: mx.array, modulation: mx.array, caption: Caption) -> Stream:
+    def image_stream(self, x: mx.array, caption: Caption, modulation: mx.array, hint: Hint = unchanged) -> Stream:
         """Embedded tokens of images (B, L, dim), before the refiners of images."""
         length, refiners = x.shape[1], self.config.n_refiner_layers
-        return Stream(x, modulation[:refiners], caption.cos[:length], caption.sin[:length])
+        return Stream(x, modulation[:refiners], caption.cos[:length], caption.sin[:length], hint=hint)
 
-    def join(self, image: Stream, caption: Caption, modulation: mx.array, rows: int) -> Stream:
+    def join(self, image: Stream, caption: Caption, modulation: mx.array, rows: int, hint: Hint = unchanged) -> Stream:
         """Refined images with their caption, before the layers; of the last, only the images' rows are used."""
         B, refiners = image.x.shape[0], self.config.n_refiner_layers
         embedded = mx.broadcast_to(caption.embedded, (B, *caption.embedded.shape[1:]))
         x = mx.concatenate([image.x, embedded], axis=1)
-        return Stream(x, modulation[refiners:], caption.cos, caption.sin, rows)
+        return Stream(x, modulation[refiners:], caption.cos, caption.sin, rows, hint)
 
     def finish(self, x: mx.array, final_scale: mx.array, h: int, w: int) -> mx.array:
         """Tokens of images (B, L, dim) after the last layer to data minus noise (B, h, w, C) float32."""
@@ -502,7 +514,7 @@ class Transformer:
         prompts are the text encoder's outputs (L, cap_feat_dim). Everything that does not depend on the latents is
         computed here, once; each block is read once for all prompts and images.
         """
-        captions = [self.caption(cap_feats, h, w) for cap_feats in prompts]
+        captions = self.captions(prompts, h, w)
         modulations, final_scales = self.modulate(times_of(sigmas))
 
         def velocities(latents: mx.array, i: int) -> list[mx.array]:
@@ -512,19 +524,25 @@ class Transformer:
         return velocities
 
     def __call__(
-        self, latents: mx.array, captions: Sequence[Caption], modulation: mx.array, final_scale: mx.array
+        self,
+        latents: mx.array,
+        captions: Sequence[Caption],
+        modulation: mx.array,
+        final_scale: mx.array,
+        hints: tuple[Hint, Hint] = (unchanged, unchanged),
     ) -> list[mx.array]:
         """Data minus noise (B, h, w, C) float32, for latents (B, h, w, C), with each of the captions.
 
-        modulation (blocks, 4, dim) and final_scale (dim,) are one time's part of `modulate`.
+        modulation (blocks, 4, dim) and final_scale (dim,) are one time's part of `modulate`. hints are added after
+        the refiners of images, and after the layers: see `Stream`.
         """
         _, h, w, _ = latents.shape
         x, tokens = self.begin(latents)
-        streams = [self.image_stream(x, modulation, caption) for caption in captions]
+        streams = [self.image_stream(x, caption, modulation, hints[0]) for caption in captions]
         del x
         names, refiners = self.config.modulated, self.config.n_refiner_layers
         streams = self.run(names[:refiners], streams)
-        streams = [self.join(*pair, modulation, tokens) for pair in zip(streams, captions, strict=True)]
+        streams = [self.join(*pair, modulation, tokens, hints[1]) for pair in zip(streams, captions, strict=True)]
         streams = self.run(names[refiners:], streams)
         return [self.finish(stream.x, final_scale, h, w) for stream in streams]
 
@@ -532,7 +550,8 @@ class Transformer:
         """Streams after the named blocks. Their images take turns, of as many as TOKENS_AT_ONCE allows."""
         turns = [list(in_turns(stream)) for stream in streams]
         flat = [turn for stream in turns for turn in stream]
-        walk = self.runner.walk(blocks, flat, self.apply, without="adaLN_modulation", wait=self.lean)
+        wait = self.lean or len(flat) > len(streams)  # what takes turns is large
+        walk = self.runner.walk(blocks, flat, self.apply, without=self.config.read_once, wait=wait)
         ended = iter(result(walk))
         parts = [[next(ended) for _ in stream] for stream in turns]
         return [

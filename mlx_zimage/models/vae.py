@@ -89,8 +89,18 @@ class VAEConfig:
             **_conv("decoder.conv_out", 3, widths[0]),
         }
 
+    @property
+    def read_once(self) -> str:
+        return ""
+
     def unused(self, name: str) -> bool:
         return False
+
+    def stays(self, name: str) -> bool:
+        return name.startswith("decoder.")  # the encoder goes when it has done
+
+    def named(self, name: str) -> str:
+        return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor as computed with: convolutions from PyTorch's layout (out, in, h, w) to MLX's (out, h, w, in)."""

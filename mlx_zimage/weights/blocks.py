@@ -59,7 +59,7 @@ class Blocks:
         """
         wait = wait or mx.default_device() == mx.cpu
         streams = list(streams)
-        *_, last = range(len(streams))
+        last = len(streams) - 1
         before = streams[last].x
         if self._disk is None:
             self._keep(blocks, without, before)

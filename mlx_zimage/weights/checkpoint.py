@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from .. import variants
 from ..dtypes import STORED
 from ..errors import CheckpointError, RequestError
-from ..models import NETWORKS
+from ..models import NETWORKS, OPTIONAL
 from ..models.runner import Tree, Where
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
@@ -135,8 +135,7 @@ class Component:
                         f"{self.folder}: {key} is both in {self.entries[key].file.name} and {file.name}"
                     )
                 self.entries[key] = entry
-        if name == "text_encoder":
-            self.entries = {_with_model_prefix(key): entry for key, entry in self.entries.items()}
+        self.entries = {self.config.named(key): entry for key, entry in self.entries.items()}
         self._check()
 
     @cached_property
@@ -299,9 +298,11 @@ def open_checkpoint(source: str | Path, variant: str | None = None) -> Checkpoin
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind != PIPELINE_CLASS:
         raise CheckpointError(f"{folder / 'model_index.json'} tells of a {kind}, a {PIPELINE_CLASS} was wanted")
-    networks = {name: Component(folder, name) for name in NETWORKS}
+    networks = {name: Component(folder, name) for name in NETWORKS if name not in OPTIONAL or (folder / name).is_dir()}
     scheduler = _read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json")
     known = variants.named(variant) if variant else variants.recognize(scheduler.shift, origins(folder))
+    if variant and variants.recognize(scheduler.shift, []) != known:  # then the schedule is another's, too
+        scheduler = replace(scheduler, shift=known.shift)
     checkpoint = Checkpoint(folder, networks, scheduler, known)
     if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; fetch the model again")
@@ -316,7 +317,10 @@ def open_checkpoint(source: str | Path, variant: str | None = None) -> Checkpoin
 
 def origins(folder: Path) -> list[str]:
     """What a folder was converted from, by what our converter recorded: newest first, none if it was not."""
-    told = read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else None
+    try:
+        told: object = read_json(folder / CONVERSION)
+    except CheckpointError:  # there is none, or it is damaged: `verify` tells
+        return []
     found = []
     while isinstance(told, dict):
         found.append(str(told.get("source")))
@@ -348,8 +352,3 @@ def _read_config(cls, file: Path):
         return cls.from_dict(read_json(file))
     except CheckpointError as error:
         raise error if str(file) in str(error) else CheckpointError(f"{file}: {error}") from error
-
-
-def _with_model_prefix(name: str) -> str:
-    # saving transformers' Qwen3Model instead of Qwen3ForCausalLM drops the prefix
-    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"

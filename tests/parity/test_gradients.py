@@ -56,7 +56,7 @@ def test_gradients_of_the_whole_transformer_are_those_of_torch(golden, torch, mo
     def loss(tree, latents, caption) -> mx.array:
         network = Transformer(CONFIG, PlainRunner(tree))
         modulations, finals = network.modulate([time])
-        captions = [network.caption(caption, *latents.shape[1:3])]
+        captions = network.captions([caption], *latents.shape[1:3])
         (out,) = network(latents, captions, row(modulations, 0), row(finals, 0))
         return (out[0].transpose(2, 0, 1) * mx.array(probe)).sum()
 

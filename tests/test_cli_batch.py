@@ -121,9 +121,11 @@ def test_requests_come_as_json_lines_and_go_out_as_such(run):
         assert told["peak_memory_gb"] - others <= told["predicted_peak_memory_gb"] + 2e-4
 
 
-def test_an_aspect_has_about_as_many_pixels_as_the_model_draws(run, small_pocket):
-    assert run("generate", PROMPT, "-m", small_pocket, "--steps", "1", "--size", "3:2").exit_code == 0
-    assert Image.open("image.png").size == (80, 48)
+@pytest.mark.parametrize(("side", "size"), [(64, (80, 48)), pytest.param(128, (160, 112), marks=pytest.mark.slow)])
+def test_an_aspect_has_about_as_many_pixels_as_the_model_draws(run, small_pocket, side, size):
+    model = small_pocket if side == 64 else "pocket"
+    assert run("generate", PROMPT, "-m", model, "--steps", "1", "--size", "3:2").exit_code == 0
+    assert Image.open("image.png").size == size
 
 
 @pytest.mark.parametrize(
@@ -229,11 +231,19 @@ def test_quiet_says_nothing_but_the_path(run):
     assert (result.stdout, result.stderr) == ("image.png\n", "")
 
 
+@pytest.mark.parametrize(
+    ("sides", "second"),
+    [
+        (SIDES, '"width": 128, "height": 128, "steps": 300'),
+        pytest.param([], '"steps": 1000', marks=pytest.mark.slow),
+    ],
+    ids=["a small first", "of the model's size"],
+)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path, number, code):
-    lines = '{"prompt": "a", "steps": 1}\n{"prompt": "b", "width": 128, "height": 128, "steps": 300}\n'
+def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path, number, code, sides, second):
+    lines = f'{{"prompt": "a", "steps": 1}}\n{{"prompt": "b", {second}}}\n'
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_zimage", "generate", "-m", "pocket", *SIDES, "--requests", "-", "--preview"],
+        [sys.executable, "-m", "mlx_zimage", "generate", "-m", "pocket", *sides, "--requests", "-", "--preview"],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

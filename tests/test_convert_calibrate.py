@@ -90,9 +90,10 @@ def test_a_later_block_may_be_the_first_asked_for(quick, tiny_folder):
     assert np.array_equal(factors[0], np.tril(factors[0]))
 
 
-def test_a_calibrated_folder_is_as_large_and_nearer_in_its_velocity(quick, tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_calibrated_folder_is_as_large_and_nearer_in_its_velocity(quick, tmp_path, monkeypatch, steps):
     monkeypatch.setattr(calibrate, "MAX_SIDE", 64)  # fewer tokens than features would tell too little
-    monkeypatch.setattr(calibrate, "STEPS", 2)
+    monkeypatch.setattr(calibrate, "STEPS", steps)
 
     def recipe(component, name, shape):
         chosen = re.fullmatch(r"layers\.[01]\.attention\.to_(v|out\.0)\.weight", name)

@@ -74,9 +74,10 @@ def test_latents(run):
     assert red > blue + 100, "yellow behind"
 
 
-def test_peaks(run):
+@pytest.mark.parametrize("steps", [["--steps", "2"], pytest.param([], marks=pytest.mark.slow)], ids=["2", "default"])
+def test_peaks(run, steps):
     pocket = str(EXAMPLES.parent / "mlx_zimage/pocket")
-    header, *rows = run("peaks.py", pocket, "32", "32:14MB", "--steps", "2").splitlines()
+    header, *rows = run("peaks.py", pocket, "32", "32:14MB", *steps).splitlines()
     kept, streamed = (row.split() for row in rows)
     assert "kept" in kept and "streamed" in streamed
     assert kept[-1] == streamed[-1], "the same latents"

@@ -302,18 +302,20 @@ def test_a_pipeline_made_in_one_thread_draws_in_another(memory):
 
 
 @pytest.mark.parametrize(
-    ("memory", "dtype"),
+    ("memory", "dtype", "side"),
     [
-        pytest.param("1GB", "float32", id="kept-float32"),
-        pytest.param("13MB", "float32", id="streamed-float32", marks=pytest.mark.slow),
-        pytest.param("1GB", "float16", id="kept-float16", marks=pytest.mark.slow),
-        pytest.param("13MB", "float16", id="streamed-float16"),
+        pytest.param("1GB", "float32", 32, id="kept-float32-32"),
+        pytest.param("13MB", "float16", 32, id="streamed-float16-32"),
+        pytest.param("1GB", "float32", 48, id="kept-float32-48", marks=pytest.mark.slow),
+        pytest.param("13MB", "float32", 48, id="streamed-float32-48", marks=pytest.mark.slow),
+        pytest.param("1GB", "float16", 48, id="kept-float16-48", marks=pytest.mark.slow),
+        pytest.param("13MB", "float16", 48, id="streamed-float16-48", marks=pytest.mark.slow),
     ],
 )
-def test_each_event_may_be_taken_in_another_thread(memory, dtype):
+def test_each_event_may_be_taken_in_another_thread(memory, dtype, side):
     """As web frameworks take them from a generator."""
     pipe = ZImagePipeline.from_pretrained("pocket", dtype=dtype, memory=memory)
-    request = GenerateRequest("a red circle", 32, 32, seed=1, steps=2, num_images=2)
+    request = GenerateRequest("a red circle", side, side, seed=1, steps=2, num_images=2)
 
     def taken() -> list:
         events, found = pipe.events(request), []

@@ -364,8 +364,8 @@ class Stream:
     """Tokens on their way through blocks, and all else that goes into each block; a block gives the next Stream.
 
     x is (B, L, dim); modulation (blocks, 4, dim) has the scales and gates of the blocks it passes in a walk, of those
-    and no others; cos, sin (L, head / 2) are the rotary tables of its rows. Of the last block only the first `rows` rows
-    are wanted. hint(x, i) is x with what is to be added to it after block i, such as a ControlNet's.
+    and no others; cos, sin (L, head / 2) are the rotary tables of its rows. Of the last block only the first `rows`
+    rows are wanted. hint(x, i) is x with what is to be added to it after block i, such as a ControlNet's.
     """
 
     x: mx.array

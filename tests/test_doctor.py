@@ -70,5 +70,5 @@ def test_a_broken_operation_is_found(monkeypatch, module, name, case, broken, al
 @pytest.mark.parametrize("name", ["attention", "convolution", "RMS norm"])  # a product takes a CPU minutes
 @pytest.mark.slow
 def test_the_large_shapes_pass_too(name):
-    found, expected = doctor.CASES[name](doctor.Inputs(mx.float32), large=True)
+    found, expected = doctor.CASES[name](doctor.Samples(mx.float32), large=True)
     assert np.abs(np.array(found) - expected).max() / np.abs(expected).max() < 1e-5

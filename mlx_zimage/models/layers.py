@@ -1,4 +1,4 @@
-"""What the networks share: a linear layer (dense or quantized), RMSNorm, SiLU, and compiling for a GPU."""
+"""Code shared by the networks: a linear layer (dense or quantized), RMSNorm, SiLU, and compilation for a GPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ T = TypeVar("T")
 
 
 def linear(x: mx.array, weights: Tree, unpack_from: int = 0) -> mx.array:
-    """x (..., in) times weights["weight"] (out, in), plus weights["bias"] (out,) where there is one.
+    """x (..., in) times the transpose of weights["weight"] (out, in), plus weights["bias"] (out,) if there is one.
 
-    A quantized layer has `scales` (and `biases` when affine) beside its packed `weight`, and how it is packed. From
-    unpack_from rows of input on it is unpacked for the dense product; with fewer it is multiplied as it is.
+    A quantized layer has `scales` (and `biases` if affine) and `packing`, the arguments it was quantized with, next to
+    its packed `weight`. With at least unpack_from rows of input, it is dequantized for a dense product; with fewer, it
+    is multiplied in packed form.
     """
     weight = weights["weight"]
     if "packing" in weights:
@@ -34,18 +35,18 @@ def linear(x: mx.array, weights: Tree, unpack_from: int = 0) -> mx.array:
     return mx.matmul(x, weight.T)
 
 
-# What multiplies an input by a layer's weights: `linear`, with what it was handed.
+# Multiplies an input by a layer's weights: `linear`, or a function that stands in for it.
 Product = Callable[[mx.array, Tree], mx.array]
 
 
 def pack(name: str, weight: mx.array, q: Quantization) -> dict[str, mx.array]:
-    """The tensors that stand for the dense weight `name` (out, in), rounded as MLX does."""
+    """Quantize the dense weight `name` (out, in) with MLX; returns the packed tensors by name."""
     parts = mx.quantize(weight, group_size=q.group_size, bits=q.bits, mode=q.mode)
     return dict(zip(q.packed(name, weight.shape), parts, strict=True))
 
 
 def dequantize(weights: Tree, dtype: mx.Dtype) -> mx.array:
-    """The dense (out, in) weight of a quantized layer, in dtype."""
+    """A quantized layer's weight as a dense (out, in) array in dtype."""
     weight, scales, biases, packing = (weights.get(name) for name in ("weight", "scales", "biases", "packing"))
     if backend() == "cuda" and (packing["mode"], packing["bits"]) == ("affine", 8):
         return unpack(weight, scales, biases).astype(dtype)
@@ -53,24 +54,25 @@ def dequantize(weights: Tree, dtype: mx.Dtype) -> mx.array:
 
 
 def rms_norm(x: mx.array, weights: Tree, eps: float) -> mx.array:
-    """x / rms(x) * weight over the last axis, in the weight's dtype; the mean square is formed in float32."""
+    """x / rms(x) * weight over the last axis, in the weight's dtype; the mean square is computed in float32."""
     return mx.fast.rms_norm(x, weights["weight"], eps).astype(weights["weight"].dtype)
 
 
 def sum_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """In what a network that computes in dtype adds up its blocks: real sums pass float16's range."""
+    """The dtype of the residual stream when computing in dtype: with trained weights it exceeds float16's range."""
     return mx.float32 if dtype == mx.float16 else dtype
 
 
 def vae_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """In what the VAE of a model that computes in dtype does: nothing would keep it in float16's range, and on a CPU
-    float32 is faster and takes less memory."""
+    """The VAE's compute dtype when the model computes in dtype: nothing would keep the VAE in float16's range, and on
+    a CPU float32 is faster and takes less memory."""
     return mx.float32 if backend() == "cpu" else sum_dtype(dtype)
 
 
 def margin(dtype: mx.Dtype) -> float:
-    """What to make products in dtype smaller by, at least. In float16, those of any model get 256 times its range, and
-    of numbers from 0.02 up every bit is kept; `mlx_zimage.headroom` finds out whether a checkpoint needs more."""
+    """The default factor by which products in dtype are scaled down. In float16 it is 2**-8, which gives every model
+    256 times the range and keeps every bit of values of 0.02 and above; `mlx_zimage.headroom` finds out whether a
+    checkpoint needs more."""
     return 2.0**-8 if dtype == mx.float16 else 1.0
 
 
@@ -80,18 +82,18 @@ def scaled(x: mx.array, factor: float) -> mx.array:
 
 def silu(x: mx.array) -> mx.array:
     if backend() == "cpu" and x.dtype == mx.float32:
-        return x / (1 + mx.exp(-x))  # a third less time than MLX's sigmoid takes there
+        return x / (1 + mx.exp(-x))  # takes a third less time on a CPU than MLX's sigmoid
     return x * mx.sigmoid(x)
 
 
 def settle(*arrays: mx.array) -> None:
-    """Compute arrays, and have the memory of all that led to them given back before this returns."""
+    """Evaluate arrays, and wait until the memory of the intermediates is free."""
     mx.eval(*arrays)
     mx.synchronize()
 
 
 def result(steps: Generator[object, None, T]) -> T:
-    """What a generator returns, run to its end."""
+    """Run a generator to its end, and return its return value."""
     while True:
         try:
             next(steps)
@@ -100,7 +102,7 @@ def result(steps: Generator[object, None, T]) -> T:
 
 
 def compiled(function: Callable) -> Callable:
-    """The function compiled where MLX runs on a GPU. On the CPU that takes a C++ compiler, and gains nothing."""
+    """Compile the function if MLX runs on a GPU. On a CPU, compiling needs a C++ compiler and gains nothing."""
     fast = mx.compile(function)
 
     @wraps(function)
@@ -112,10 +114,10 @@ def compiled(function: Callable) -> Callable:
 
 @compiled
 def unpack(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-    """mx.dequantize of affine groups of 8 bits, to the same bits, in the dtype of scales.
+    """mx.dequantize for 8-bit affine groups, bit for bit, in the dtype of scales.
 
-    Compiled, it is one pass over memory: a (10240, 3840) weight takes 60 us on an H100, with MLX's own kernel 140. Of
-    4 bits that kernel takes 85, and arithmetic as long.
+    Compiled, it is one pass over memory: a (10240, 3840) weight takes 60 us on an H100, and 140 with MLX's own kernel.
+    For 4 bits that kernel takes 85, and plain arithmetic is no faster.
     """
     numbers = packed.view(mx.uint8).reshape(*scales.shape, -1).astype(scales.dtype)
     return (numbers * scales[..., None] + biases[..., None]).reshape(len(packed), -1)

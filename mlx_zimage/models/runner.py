@@ -1,8 +1,8 @@
-"""What networks ask of their weights, and of whatever runs their blocks.
+"""The interfaces between networks, their weights, and whatever runs their blocks.
 
-A network is given a `Runner`: it hands out trees of weights in one dtype, and sends tokens through blocks. The one of
-`mlx_zimage.weights.blocks` keeps blocks in memory or reads them from disk as they are needed, and computes as it goes.
-`PlainRunner` does neither: it has all weights and leaves everything lazy, so that gradients pass through it. Both run
+A network is given a `Runner`, which hands out trees of weights in one dtype and sends tokens through blocks.
+`mlx_zimage.weights.blocks.Blocks` keeps blocks in memory or streams them from disk, and evaluates as it goes.
+`PlainRunner` does neither: it holds all weights and leaves everything lazy, so that gradients pass through it. Both run
 the same functions on the same numbers.
 """
 
@@ -17,21 +17,21 @@ from mlx.utils import tree_map
 from ..quantization import Quantization
 
 # Dicts and lists of arrays, nested by the parts of their names: `tree["attention"]["to_q"]["weight"]`. A quantized
-# layer has `scales`, where it is affine `biases`, and its `packing` beside its weight. What is asked for by its whole
-# name is the array itself.
+# layer has `scales`, `biases` if it is affine, and `packing` next to its weight. The tree under a tensor's full name is
+# the array itself.
 Tree = Any
 
 
-# Where arrays are computed; None is where MLX does by default.
+# The stream on which arrays are computed; None is MLX's default.
 Where = mx.Stream | mx.ThreadLocalStream | None
 
 
 class NetworkConfig(Protocol):
-    """What a network's config.json says, as the dataclass of its architecture."""
+    """A network's config.json, as the dataclass of its architecture."""
 
     @classmethod
     def from_dict(cls, config: dict) -> Self:
-        """Read it; CheckpointError for what is not implemented."""
+        """Read config.json; CheckpointError if it asks for something that is not implemented."""
 
     @property
     def blocks(self) -> list[str]:
@@ -41,51 +41,51 @@ class NetworkConfig(Protocol):
         """Name and shape of every tensor of the checkpoint."""
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
-        """A tensor (or a part of a packed one) as computed with: the same numbers in another layout."""
+        """A tensor (or one part of a quantized one) in the layout used for computing: the same numbers, rearranged."""
 
     @property
     def read_once(self) -> str:
-        """What the names of those tensors of a block begin with that are needed before the blocks run, and not then."""
+        """Prefix of the tensors in a block that are needed only before the blocks run; empty if there are none."""
 
     def unused(self, name: str) -> bool:
-        """Whether a tensor cannot influence what the network gives, and may be absent."""
+        """Whether a tensor cannot affect the output, and may be missing."""
 
     def stays(self, name: str) -> bool:
-        """Whether a tensor outside the blocks is in memory while they run."""
+        """Whether a tensor outside the blocks stays in memory while they run."""
 
     def named(self, name: str) -> str:
-        """A stored tensor's name as the architecture has it."""
+        """The architecture's name for a stored tensor."""
 
 
 class Weights(Protocol):
-    """One network's weights, by the checkpoint's names: those on disk, random ones, or an overlay of either."""
+    """One network's weights, by the checkpoint's names: from disk, random, or an overlay of either."""
 
     @property
     def config(self) -> NetworkConfig: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name and shape of every weight, quantized ones as if they were dense."""
+        """Name and dense shape of every weight, quantized or not."""
 
     @property
     def quantizations(self) -> Mapping[str, Quantization]:
-        """How each quantized layer is packed, by its name without ".weight"."""
+        """The quantization of each quantized layer, by its name without ".weight"."""
 
     def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Tree:
-        """The tree under `prefix`, lazy, floating arrays in dtype; without the part of it that begins so.
+        """The tree under `prefix`, lazy, with floating-point arrays in dtype.
 
-        stream is where the reading happens.
+        Tensors whose name after the prefix starts with `without` are left out. stream does the reading.
         """
 
     def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
-        """The tree of each prefix in turn, computed."""
+        """The tree under each prefix in turn, evaluated."""
 
     def rows(self, name: str, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """Rows of a table, (len(ids), width) in dtype, read without the rest of it."""
+        """The rows `ids` of a table, (len(ids), width) in dtype; only these rows are read."""
 
 
 class Tokens(Protocol):
-    """What goes through blocks: its tokens x, and whatever else a block wants to know."""
+    """What goes through blocks: tokens x, and anything else a block needs."""
 
     @property
     def x(self) -> mx.array: ...
@@ -102,29 +102,29 @@ class Runner(Protocol):
     def dtype(self) -> mx.Dtype: ...
 
     def tree(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
-        """The weights under a name, kept for the next call."""
+        """The weights under a name, kept in memory for the next call."""
 
     def once(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
         """The weights under a name, lazy and not kept."""
 
     def rows(self, name: str, ids: Sequence[int]) -> mx.array:
-        """Rows of a table."""
+        """The rows `ids` of a table."""
 
     def computed(self, *arrays: mx.array) -> None:
-        """Called where what led to arrays should be let go, as far as the runner computes at all."""
+        """Evaluate arrays, so that their inputs can be freed; a runner that leaves everything lazy does nothing."""
 
     def walk(
         self, blocks: Sequence[str], streams: Sequence[S], apply: Apply[S], without: str = "", wait: bool = False
     ) -> Generator[int, None, list[S]]:
-        """Send streams through the named blocks: stream = apply(stream, weights, index), all streams block by block.
+        """Send all streams through the named blocks, block by block: stream = apply(stream, weights, index).
 
-        Yields how many blocks are done, and returns the streams. `without` names a part of the blocks that is not
-        needed; wait asks for as little memory as can be.
+        Yields the number of blocks done, and returns the streams. Tensors of a block whose names start with `without`
+        are not read; wait trades speed for the least memory.
         """
 
 
 class PlainRunner:
-    """Runs blocks over a tree of weights that is all in memory, and computes nothing: mx.grad passes through it."""
+    """Runs blocks over a tree of weights that is all in memory, and evaluates nothing: mx.grad passes through it."""
 
     def __init__(self, weights: Tree, dtype: mx.Dtype = mx.float32):
         self.weights = weights

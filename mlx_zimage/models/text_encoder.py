@@ -1,7 +1,7 @@
 """The Qwen3 text encoder: token ids to the hidden states that Z-Image was trained on.
 
-Source: transformers models/qwen3/modeling_qwen3.py. Z-Image takes `hidden_states[-2]`, the output of the last
-layer but one without the final norm, so the last layer and `model.norm` are never read.
+Source: transformers models/qwen3/modeling_qwen3.py. Z-Image uses `hidden_states[-2]`, the output of the
+second-to-last layer without the final norm, so the last layer and `model.norm` are never read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TextEncoderConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> TextEncoderConfig:
-        """Read text_encoder/config.json in the spelling of transformers 4 or 5; refuse what is not implemented."""
+        """Read text_encoder/config.json as written by transformers 4 or 5; refuse what is not implemented."""
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise CheckpointError(f"text encoder config: rope_parameters must be an object, got {rope!r}")
@@ -46,8 +46,9 @@ class TextEncoderConfig:
         read = read_config(cls, flat, "text encoder", fixed)
         if read.num_attention_heads % read.num_key_value_heads or read.num_hidden_layers < 2:
             raise CheckpointError(
-                f"text encoder config: {read.num_attention_heads} heads cannot share {read.num_key_value_heads} "
-                f"key heads, or {read.num_hidden_layers} layers are fewer than 2"
+                f"text encoder config: expected num_attention_heads to be a multiple of num_key_value_heads and at "
+                f"least 2 layers, got {read.num_attention_heads} and {read.num_key_value_heads} heads and "
+                f"{read.num_hidden_layers} layers"
             )
         return read
 
@@ -57,7 +58,7 @@ class TextEncoderConfig:
 
     @property
     def blocks(self) -> list[str]:
-        """Names of the layers that are run, in order."""
+        """Names of the layers in the order they run; the last one never runs."""
         return [f"model.layers.{i}" for i in range(self.used_layers)]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -83,7 +84,7 @@ class TextEncoderConfig:
         return shapes
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
-        """A tensor as computed with: as it is."""
+        """The tensor itself: stored and computed in the same layout."""
         return array
 
     @property
@@ -91,20 +92,20 @@ class TextEncoderConfig:
         return ""
 
     def stays(self, name: str) -> bool:
-        return False  # beside its layers there is the embedding, of which only rows are read
+        return False  # outside the layers there is only the embedding, and only single rows of it are read
 
     def named(self, name: str) -> str:
         # saving transformers' Qwen3Model instead of Qwen3ForCausalLM drops the prefix
         return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
     def unused(self, name: str) -> bool:
-        """Whether the tensor cannot influence hidden_states[-2], and may be absent."""
+        """Whether a tensor cannot affect hidden_states[-2], and may be missing."""
         last = f"model.layers.{self.num_hidden_layers - 1}."
         return name in ("model.norm.weight", "lm_head.weight") or name.startswith(last)
 
 
 def attention(x: mx.array, weights: Tree, config: TextEncoderConfig, product: Product = linear) -> mx.array:
-    """Causal grouped-query attention of x (1, L, hidden) with RMS-normed, rotated queries and keys."""
+    """Causal grouped-query attention on x (1, L, hidden) with RMS-normed, rotated queries and keys."""
     B, L, _ = x.shape
 
     def heads(name: str) -> mx.array:
@@ -120,7 +121,7 @@ def attention(x: mx.array, weights: Tree, config: TextEncoderConfig, product: Pr
 
 
 def mlp(x: mx.array, weights: Tree, factor: float = 1.0, product: Product = linear) -> mx.array:
-    """SwiGLU, times `factor` before a product is formed of the two."""
+    """SwiGLU; the `up` half is multiplied by `factor` before the two halves are multiplied."""
     gate = product(x, weights["gate_proj"])
     return product(silu(gate) * scaled(product(x, weights["up_proj"]), factor), weights["down_proj"])
 
@@ -128,11 +129,11 @@ def mlp(x: mx.array, weights: Tree, factor: float = 1.0, product: Product = line
 def layer(
     x: mx.array, weights: Tree, config: TextEncoderConfig, factor: float = 1.0, product: Product = linear
 ) -> mx.array:
-    """One layer on x (1, L, hidden); its feed-forward's products are formed `factor` times as large."""
+    """One layer on x (1, L, hidden); products in the feed-forward are scaled by `factor`."""
     h = rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
     x = x + attention(h, weights["self_attn"], config, product)
     h = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
-    # what the factor kept in range is made whole again in x's dtype
+    # undo the factor in x's dtype, which has the range
     return x + scaled(mlp(h, weights["mlp"], factor, product).astype(x.dtype), 1 / factor)
 
 
@@ -144,10 +145,10 @@ class Hidden:
 
 
 class TextEncoder:
-    """The network over a `Runner` of its weights, which also says what it computes in.
+    """The network, with its weights and compute dtype from a `Runner`.
 
-    product multiplies by the layers' matrices. lean gives memory back after each layer, for some milliseconds a prompt;
-    the numbers are the same. factor is a power of two that keeps products in float16's range (see
+    product multiplies by the layers' matrices. lean frees memory after each layer, which costs a few milliseconds per
+    prompt; the numbers are the same. factor is a power of two that keeps products in float16's range (see
     `mlx_zimage.headroom`).
     """
 
@@ -161,13 +162,13 @@ class TextEncoder:
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """hidden_states[-2] of one prompt's ids (L,): (L, hidden_size), in the compute dtype, or float32 for float16.
 
-        Only true tokens are run: under causal attention, padding on the right cannot change them. Only their rows
-        of the embedding (0.8 GB of the full model) are read.
+        Padding is left out: under causal attention, padding on the right cannot change the tokens before it. Only the
+        prompt's rows of the embedding (0.8 GB in the full model) are read.
         """
         return result(self.steps(ids))
 
     def steps(self, ids: Sequence[int]) -> Generator[int, None, mx.array]:
-        """The same, yielding after each layer how many are done."""
+        """The same, yielding the number of layers done after each one."""
         x = self.runner.rows("model.embed_tokens.weight", ids)[None].astype(sum_dtype(self.runner.dtype))
         (hidden,) = yield from self.runner.walk(self.config.blocks, [Hidden(x)], self._apply, wait=self.lean)
         return hidden.x[0]

@@ -1,8 +1,8 @@
 """The S3-DiT transformer of Z-Image: a single stream of image and caption tokens through modulated blocks.
 
-Source: diffusers models/transformers/transformer_z_image.py; its outputs are matched in float32.
-Image tokens are processed alone by `noise_refiner`, caption tokens alone by `context_refiner`, then both
-together, image first, by `layers`. The network predicts data minus noise at the time t = 1 - sigma.
+Source: diffusers models/transformers/transformer_z_image.py, whose outputs it matches in float32.
+`noise_refiner` processes the image tokens alone, `context_refiner` the caption tokens alone, and `layers` both
+together, image first. The network predicts data minus noise at time t = 1 - sigma.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..errors import CheckpointError
 from .layers import Product, compiled, linear, margin, result, rms_norm, scaled, settle, silu, sum_dtype
 from .runner import Runner, Tree
 
-PATCH = 2  # latent pixels per token side
+PATCH = 2  # a token covers PATCH x PATCH latent pixels
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
-TOKENS_AT_ONCE = 4608  # of several pictures at a time: more only costs memory, since so many rows keep any GPU busy
+TOKENS_AT_ONCE = 4608  # limit for a batch of images: this many rows keep any GPU busy, and more only cost memory
 ADALN_WIDTH = 256
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
@@ -51,7 +51,7 @@ class TransformerConfig:
         read = read_config(cls, config, "transformer", fixed)
         if sum(read.axes_dims) * read.n_heads != read.dim:
             raise CheckpointError(
-                f"transformer config: axes_dims {list(read.axes_dims)} must add up to the width of a head, "
+                f"transformer config: axes_dims {list(read.axes_dims)} must add up to the head dimension, "
                 f"dim / n_heads = {read.dim / read.n_heads:g}"
             )
         return read
@@ -66,7 +66,7 @@ class TransformerConfig:
 
     @property
     def refiners(self) -> list[str]:
-        """Names of the blocks that see the caption alone, and no time."""
+        """Names of the blocks that see only the caption, and not the time."""
         return [f"context_refiner.{i}" for i in range(self.n_refiner_layers)]
 
     @property
@@ -76,7 +76,7 @@ class TransformerConfig:
 
     @property
     def read_once(self) -> str:
-        return "adaLN_modulation"  # for a whole schedule, see `modulate`
+        return "adaLN_modulation"  # for the whole schedule at once: see `modulate`
 
     @property
     def modulated(self) -> list[str]:
@@ -122,10 +122,10 @@ class TransformerConfig:
         return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
-        """A tensor (or a part of a packed one) as computed with.
+        """A tensor (or one part of a quantized one) in the layout used for computing.
 
-        The checkpoint turns adjacent features of queries and keys, `rotate` the halves of a head, which GPUs do
-        faster. Both rows are ordered alike, so their products are the same.
+        The checkpoint rotates adjacent features of queries and keys; `rotate` rotates the two halves of a head, which
+        is faster on GPUs. The rows of both are reordered in the same way, so that their products stay the same.
         """
         if not TURNED.search(name):
             return array
@@ -143,7 +143,7 @@ def _linear(name: str, out_dim: int, in_dim: int) -> dict[str, tuple[int, ...]]:
 def rope_table(positions: np.ndarray, axes_dims: Sequence[int], theta: float) -> tuple[mx.array, mx.array]:
     """cos, sin of the rotary angles: each (L, sum(axes_dims) / 2), float32.
 
-    positions is (L, 3) integers: frame, row, column. Angles are formed in float64 and rounded once,
+    positions is (L, 3) integers: frame, row, column. Angles are computed in float64 and rounded once,
     as in diffusers' RopeEmbedder.
     """
     by_axis = [
@@ -155,28 +155,28 @@ def rope_table(positions: np.ndarray, axes_dims: Sequence[int], theta: float) ->
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turn the pairs (x[i], x[D / 2 + i]) of x (B, L, H, D) by the angles of cos, sin (L, D / 2); returns x's dtype.
+    """Rotate the pairs (x[i], x[D / 2 + i]) of x (B, L, H, D) by the angles in cos, sin (L, D / 2); returns x's dtype.
 
-    In float32, and elementwise over views of x, so that compiled code passes over it once.
+    Computed in float32, elementwise over views of x, so that compiled code makes a single pass over it.
     """
     halves = x.reshape(*x.shape[:-1], 2, -1)
     cos, sin = cos[:, None, None], mx.stack([-sin, sin], axis=1)[:, None]
-    turned = halves.astype(mx.float32) * cos + halves[..., ::-1, :].astype(mx.float32) * sin
-    return turned.astype(x.dtype).reshape(x.shape)
+    rotated = halves.astype(mx.float32) * cos + halves[..., ::-1, :].astype(mx.float32) * sin
+    return rotated.astype(x.dtype).reshape(x.shape)
 
 
 def norm_and_rotate(x: mx.array, weights: Tree, cos: mx.array, sin: mx.array) -> mx.array:
-    """RMSNorm of the heads of x (B, L, H, D), turned by the angles of cos, sin (L, D / 2)."""
-    # diffusers fixes this eps, whatever norm_eps the config names
+    """RMSNorm of the heads of x (B, L, H, D), rotated by the angles in cos, sin (L, D / 2)."""
+    # diffusers hard-codes this eps, whatever the config's norm_eps is
     return rotate(rms_norm(x, weights, 1e-5), cos, sin)
 
 
-# What brings the keys and values (B, L, H, D) together that a machine's queries attend to.
+# Collects all keys and values (B, L, H, D) that this machine's queries attend to.
 Gather = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
 def own(k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-    """One machine has them all."""
+    """The `Gather` of a single machine, which already has them all."""
     return k, v
 
 
@@ -191,9 +191,9 @@ def attention(
     product: Product = linear,
     gather: Gather = own,
 ) -> mx.array:
-    """Self-attention of x (B, L, dim) with RMS-normed, rotated queries and keys; of its first `rows` rows alone.
+    """Self-attention on x (B, L, dim) with RMS-normed, rotated queries and keys; output for the first `rows` rows only.
 
-    No mask: pads attend too. The result is `factor` times the attention, before its last product is formed.
+    There is no mask: padding attends and is attended to. Values are multiplied by `factor` before the last product.
     """
     B, _, D = x.shape
     q, k, v = (
@@ -208,14 +208,14 @@ def attention(
 
 
 def feed_forward(x: mx.array, weights: Tree, factor: float = 1.0, product: Product = linear) -> mx.array:
-    """SwiGLU: w2(silu(w1 x) * w3 x), times `factor` before a product is formed of the two."""
+    """SwiGLU: w2(silu(w1 x) * w3 x); w3 x is multiplied by `factor` before the two halves are multiplied."""
     gate = product(x, weights["w1"])
     return product(silu(gate) * scaled(product(x, weights["w3"]), factor), weights["w2"])
 
 
-# A block is two pure functions of its weights, so that one trace of each serves all blocks, and so that memory can be
-# given back between them. modulation is (4, dim): scale and gate of the attention, then of the feed-forward. Products
-# are formed `factor` times as large, which the norm that follows takes back.
+# A block is two pure functions of its weights, so that one compiled trace of each serves all blocks, and memory can be
+# freed between the two. modulation is (4, dim): scale and gate of the attention, then of the feed-forward. Products
+# are scaled by `factor`, which the norm that follows cancels.
 
 
 def attend(
@@ -232,7 +232,7 @@ def attend(
     product: Product = linear,
     gather: Gather = own,
 ) -> mx.array:
-    """The first half of a block on x (B, L, dim), for its first `rows` rows."""
+    """The attention half of a block on x (B, L, dim); output for the first `rows` rows."""
     scale, gate = row(modulation, 0), row(modulation, 1)
     h = modulated_norm(x, weights["attention_norm1"], scale, eps)
     h = attention(h, weights["attention"], cos, sin, heads, rows, factor, product, gather)
@@ -248,7 +248,7 @@ def feed(
     factor: float = 1.0,
     product: Product = linear,
 ) -> mx.array:
-    """The second half of a block on x (B, L, dim)."""
+    """The feed-forward half of a block on x (B, L, dim)."""
     scale, gate = row(modulation, 2), row(modulation, 3)
     h = modulated_norm(x, weights["ffn_norm1"], scale, eps)
     h = feed_forward(h, weights["feed_forward"], factor, product)
@@ -256,12 +256,12 @@ def feed(
 
 
 def row(x: mx.array, i: int) -> mx.array:
-    """x[i], as a view: MLX's own x[i] is a kernel and a copy."""
+    """x[i] as a view: MLX's own x[i] launches a kernel and copies."""
     return x[i : i + 1].reshape(x.shape[1:])
 
 
 def modulated_norm(x: mx.array, weights: Tree, factor: mx.array, eps: float) -> mx.array:
-    """RMSNorm times factor (dim,), in its dtype and in one pass: the factor is taken into the norm's weight."""
+    """RMSNorm times factor (dim,), in factor's dtype and in one pass: the factor is folded into the norm's weight."""
     return mx.fast.rms_norm(x, weights["weight"] * factor, eps).astype(factor.dtype)
 
 
@@ -297,9 +297,10 @@ def pad_tokens(x: mx.array, pad: mx.array) -> mx.array:
 
 
 def positions(caption_length: int, h: int, w: int) -> np.ndarray:
-    """(frame, row, column) of every token, image first: (L, 3). Sizes are latent pixels; caption_length is padded.
+    """(frame, row, column) of every token, image first: (L, 3).
 
-    Caption tokens, pads included, count frames from 1; the image lies in the frame after them; its pads are at 0.
+    h and w are in latent pixels; caption_length includes padding. Caption tokens, padding included, are frames 1, 2,
+    3 and so on; the image is in the frame after the last of them; the image's padding is at (0, 0, 0).
     """
     rows, columns = h // PATCH, w // PATCH
     image = np.zeros((rows * columns + -(rows * columns) % PAD_MULTIPLE, 3), dtype=np.int64)
@@ -323,11 +324,11 @@ def times_of(sigmas: Sequence[float] | np.ndarray) -> list[float]:
 def modulate(
     config: TransformerConfig, runner: Runner, times: Sequence[float], product: Product = linear
 ) -> tuple[mx.array, mx.array]:
-    """What the network takes from the times (N,) = 1 - sigma, for a whole schedule at once.
+    """Everything that depends on the times (N,) = 1 - sigma, for a whole schedule at once.
 
-    Returns scales and gates of the modulated blocks (N, blocks, 4, dim), and the scale of the final layer
+    Returns the scales and gates of the modulated blocks (N, blocks, 4, dim), and the scale of the final layer
     (N, dim), in the compute dtype. The sinusoids and their MLP stay in float32. The adaLN weights, 2% of the
-    network, are dropped again.
+    network, are not kept in memory.
     """
     N, D, dtype = len(times), config.dim, runner.dtype
     embedding = time_embedding(times, runner.once("t_embedder", mx.float32), config.t_scale)
@@ -337,7 +338,7 @@ def modulate(
     parts = []
     for name in config.modulated:
         x = product(embedding, runner.once(f"{name}.adaLN_modulation")[0]).reshape(N, 4, D)
-        # the order in the checkpoint is scale_msa, gate_msa, scale_mlp, gate_mlp; even ones are scales
+        # the checkpoint's order is scale_msa, gate_msa, scale_mlp, gate_mlp; the even ones are scales
         parts.append(mx.stack([1 + x[:, 0], mx.tanh(x[:, 1]), 1 + x[:, 2], mx.tanh(x[:, 3])], axis=1))
         runner.computed(parts[-1])
     blocks = mx.stack(parts, axis=1)
@@ -361,11 +362,11 @@ def unchanged(x: mx.array, i: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokens on their way through blocks, and all else that goes into each block; a block gives the next Stream.
+    """Tokens on their way through blocks, and everything else a block takes; each block returns the next Stream.
 
-    x is (B, L, dim); modulation (blocks, 4, dim) has the scales and gates of the blocks it passes in a walk, of those
-    and no others; cos, sin (L, head / 2) are the rotary tables of its rows. Of the last block only the first `rows`
-    rows are wanted. hint(x, i) is x with what is to be added to it after block i, such as a ControlNet's.
+    x is (B, L, dim); modulation (blocks, 4, dim) has the scales and gates of exactly the blocks that this walk runs;
+    cos, sin (L, head / 2) are the rotary tables of its rows. Only the first `rows` rows of the last block's output are
+    computed. hint(x, i) adds to x whatever belongs after block i, such as a ControlNet's output.
     """
 
     x: mx.array
@@ -377,7 +378,7 @@ class Stream:
 
 
 def in_turns(stream: Stream) -> Iterator[Stream]:
-    """A stream in parts of as many images as TOKENS_AT_ONCE allows."""
+    """Split a stream into batches of as many images as TOKENS_AT_ONCE allows."""
     B, L, _ = stream.x.shape
     together = max(1, TOKENS_AT_ONCE // L)
     for i in range(0, B, together):
@@ -386,7 +387,7 @@ def in_turns(stream: Stream) -> Iterator[Stream]:
 
 @dataclass(frozen=True)
 class Caption:
-    """What a prompt brings to a picture's size: its refined embeddings (1, L', dim), and the rotary tables of both."""
+    """A prompt at one image size: its refined embeddings (1, L', dim), and the rotary tables of image and caption."""
 
     embedded: mx.array
     cos: mx.array
@@ -394,12 +395,12 @@ class Caption:
 
 
 class Transformer:
-    """The network over a `Runner` of its weights, which also says what it computes in.
+    """The network, with its weights and compute dtype from a `Runner`.
 
-    product multiplies by the blocks' matrices, and gather brings keys and values together (see `attention`). lean gives
-    memory back in the middle of each block, for a little time; the numbers are the same. factor is a power of two that
-    keeps products in float16's range (see `mlx_zimage.headroom`). A product that does more than multiply, such as to
-    take notes, needs compile=False.
+    product multiplies by the blocks' matrices, and gather collects keys and values (see `attention`). lean frees memory
+    in the middle of each block, at a small cost in time; the numbers are the same. factor is a power of two that keeps
+    products in float16's range (see `mlx_zimage.headroom`). A product with side effects, such as recording its inputs,
+    needs compile=False.
     """
 
     def __init__(
@@ -418,8 +419,8 @@ class Transformer:
         self.compile = compile
         self.sums = sum_dtype(runner.dtype)
         self.lean = lean
-        self._schedule: tuple | None = None  # the last one's times, and what `modulate` made of them
-        # these do not know self: a cycle would keep the weights in memory until Python looks for cycles
+        self._schedule: tuple | None = None  # the last schedule's times, and `modulate`'s result for them
+        # no reference to self here: a cycle would keep the weights in memory until Python's garbage collector runs
         self._rope = lru_cache(maxsize=4)(partial(rope, config))
         self.factor = margin(runner.dtype)
 
@@ -431,24 +432,24 @@ class Transformer:
     def factor(self, factor: float) -> None:
         self._factor = factor
         wrap = compiled if self.compile else as_it_is
-        known: dict[str, Any] = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
-        self._attend = wrap(partial(attend, heads=self.config.n_heads, gather=self.gather, **known))
-        self._feed = wrap(partial(feed, **known))
+        shared: dict[str, Any] = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
+        self._attend = wrap(partial(attend, heads=self.config.n_heads, gather=self.gather, **shared))
+        self._feed = wrap(partial(feed, **shared))
 
     def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:
-        """What the network takes from the times; see the function `modulate`. The last schedule's is remembered."""
+        """Everything that depends on the times: see the function `modulate`. The last schedule's result is cached."""
         self.forget_schedule_but(times)
         if self._schedule is None:
             self._schedule = tuple(times), modulate(self.config, self.runner, times, self.product)
         return self._schedule[1]
 
     def forget_schedule_but(self, times: Sequence[float]) -> None:
-        """Give the remembered schedule's memory back, if it is another."""
+        """Free the cached schedule, unless it is the one for these times."""
         if self._schedule and self._schedule[0] != tuple(times):
             self._schedule = None
 
     def forget(self) -> None:
-        """Give the memory of what is remembered back: the schedule and rotary tables."""
+        """Free the cached schedule and rotary tables."""
         self._schedule = None
         self._rope.cache_clear()
 
@@ -456,20 +457,20 @@ class Transformer:
         """The rotary tables of an image of h x w latent pixels and its padded caption; see the function `rope`."""
         return self._rope(caption_length, h, w)
 
-    # A caption is embedded, then refined; an image is begun, refined, joined with its caption, and finished. Whoever
-    # wants to see between them, such as calibration, takes the same steps.
+    # A caption is embedded, then refined; an image is begun, refined, joined with its caption, and finished. Code that
+    # needs the values in between, such as calibration, calls the same methods.
 
     def caption_stream(self, cap_feats: mx.array) -> Stream:
-        """The text encoder's output (L, cap_feat_dim), embedded and padded, before the refiners of captions."""
+        """The text encoder's output (L, cap_feat_dim), embedded and padded, ready for the context refiner."""
         embedder = self.runner.tree("cap_embedder")
         x = rms_norm(cap_feats[None].astype(self.sums), embedder[0], self.config.norm_eps)
         x = pad_tokens(self.product(x, embedder[1]).astype(self.sums), self.runner.tree("cap_pad_token"))
-        # These blocks do not see the time: scales and gates of one are exact, and keep to the one trace.
+        # These blocks do not see the time. Multiplying by scales and gates of 1 is exact, and needs no second trace.
         ones = mx.ones((len(self.config.refiners), 4, self.config.dim), dtype=self.runner.dtype)
         return Stream(x, ones, *self.rope(x.shape[1], 0, 0))
 
     def embed_captions(self, prompts: Sequence[mx.array]) -> list[mx.array]:
-        """Embed, pad and refine the text encoder's outputs (L, cap_feat_dim): (1, L', dim) each, by itself."""
+        """Embed, pad and refine the text encoder's outputs (L, cap_feat_dim), each on its own: (1, L', dim) each."""
         return [stream.x for stream in self.run(self.config.refiners, [self.caption_stream(x) for x in prompts])]
 
     def captions(self, prompts: Sequence[mx.array], h: int, w: int) -> list[Caption]:
@@ -477,24 +478,24 @@ class Transformer:
         return [Caption(x, *self.rope(x.shape[1], h, w)) for x in self.embed_captions(prompts)]
 
     def begin(self, latents: mx.array) -> tuple[mx.array, int]:
-        """Latents (B, h, w, C) as tokens (B, L, dim), embedded and padded; and how many of them are the image's."""
+        """Latents (B, h, w, C) as embedded, padded tokens (B, L, dim), and the number of tokens before padding."""
         x = self.product(patchify(latents.astype(self.runner.dtype)), self.runner.tree("all_x_embedder.2-1"))
         return pad_tokens(x.astype(self.sums), self.runner.tree("x_pad_token")), x.shape[1]
 
     def image_stream(self, x: mx.array, caption: Caption, modulation: mx.array, hint: Hint = unchanged) -> Stream:
-        """Embedded tokens of images (B, L, dim), before the refiners of images."""
+        """Embedded image tokens (B, L, dim), ready for the noise refiner."""
         length, refiners = x.shape[1], self.config.n_refiner_layers
         return Stream(x, modulation[:refiners], caption.cos[:length], caption.sin[:length], hint=hint)
 
     def join(self, image: Stream, caption: Caption, modulation: mx.array, rows: int, hint: Hint = unchanged) -> Stream:
-        """Refined images with their caption, before the layers; of the last, only the images' rows are used."""
+        """Refined images with their caption, ready for the layers; only the images' rows leave the last layer."""
         B, refiners = image.x.shape[0], self.config.n_refiner_layers
         embedded = mx.broadcast_to(caption.embedded, (B, *caption.embedded.shape[1:]))
         x = mx.concatenate([image.x, embedded], axis=1)
         return Stream(x, modulation[refiners:], caption.cos, caption.sin, rows, hint)
 
     def finish(self, x: mx.array, final_scale: mx.array, h: int, w: int) -> mx.array:
-        """Tokens of images (B, L, dim) after the last layer to data minus noise (B, h, w, C) float32."""
+        """From image tokens (B, L, dim) after the last layer to data minus noise (B, h, w, C), float32."""
         x = mx.fast.layer_norm(x, None, None, 1e-6) * final_scale
         x = self.product(x.astype(self.runner.dtype), self.runner.tree("all_final_layer.2-1.linear"))
         return unpatchify(x.astype(mx.float32), h, w)
@@ -512,7 +513,7 @@ class Transformer:
         """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[i], float32, for each prompt.
 
         prompts are the text encoder's outputs (L, cap_feat_dim). Everything that does not depend on the latents is
-        computed here, once; each block is read once for all prompts and images.
+        computed here, once. Each call reads each block once for all prompts and images.
         """
         captions = self.captions(prompts, h, w)
         modulations, final_scales = self.modulate(times_of(sigmas))
@@ -531,10 +532,10 @@ class Transformer:
         final_scale: mx.array,
         hints: tuple[Hint, Hint] = (unchanged, unchanged),
     ) -> list[mx.array]:
-        """Data minus noise (B, h, w, C) float32, for latents (B, h, w, C), with each of the captions.
+        """Data minus noise (B, h, w, C) float32 for latents (B, h, w, C), once for each caption.
 
-        modulation (blocks, 4, dim) and final_scale (dim,) are one time's part of `modulate`. hints are added after
-        the refiners of images, and after the layers: see `Stream`.
+        modulation (blocks, 4, dim) and final_scale (dim,) are `modulate`'s results for one time. hints are added in
+        the noise refiner and in the layers: see `Stream`.
         """
         _, h, w, _ = latents.shape
         x, tokens = self.begin(latents)
@@ -547,10 +548,10 @@ class Transformer:
         return [self.finish(stream.x, final_scale, h, w) for stream in streams]
 
     def run(self, blocks: Sequence[str], streams: Sequence[Stream]) -> list[Stream]:
-        """Streams after the named blocks. Their images take turns, of as many as TOKENS_AT_ONCE allows."""
+        """Run streams through the named blocks, in batches of as many images as TOKENS_AT_ONCE allows."""
         turns = [list(in_turns(stream)) for stream in streams]
         flat = [turn for stream in turns for turn in stream]
-        wait = self.lean or len(flat) > len(streams)  # what takes turns is large
+        wait = self.lean or len(flat) > len(streams)  # whatever had to be split is large
         walk = self.runner.walk(blocks, flat, self.apply, without=self.config.read_once, wait=wait)
         ended = iter(result(walk))
         parts = [[next(ended) for _ in stream] for stream in turns]
@@ -560,7 +561,7 @@ class Transformer:
         ]
 
     def apply(self, stream: Stream, weights: Tree, i: int) -> Stream:
-        """A stream after block i of those it passes."""
+        """Run block i of this walk on a stream."""
         modulation = row(stream.modulation, i)
         rows = stream.rows if i == len(stream.modulation) - 1 else None
         x = self._attend(stream.x, weights, modulation, stream.cos, stream.sin, rows)

@@ -1,11 +1,11 @@
-"""The autoencoder of Z-Image (FLUX's AutoencoderKL): 16-channel latents at an eighth of the picture's size.
+"""The autoencoder of Z-Image (FLUX's AutoencoderKL): 16-channel latents at an eighth of the image's width and height.
 
 Source: diffusers models/autoencoders/{autoencoder_kl,vae}.py. Arrays are channels-last throughout.
 
-A full-size tensor inside the decoder outweighs the transformer, so layers work on `Rows`: a tensor known by a
-function that computes any of its rows. Convolutions ask for the rows around, normalisation sums its statistics over
-the whole picture first, and what does not fit is computed again instead of held. The result is that of the whole
-picture at once, without tiles and their seams; on a GPU with room enough, it is computed so.
+A full-size tensor inside the decoder can be larger than the transformer, so layers work on `Rows`: a tensor given by a
+function that computes any range of its rows. Convolutions ask for the neighbouring rows too, normalisation first sums
+its statistics over the whole image, and a tensor that does not fit is computed again instead of kept. The result is
+that of decoding the whole image at once, without tiles and their seams; a GPU with enough memory does just that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .layers import compiled, linear, result, settle, silu
 from .runner import Runner, Tree
 
 EPS = 1e-6
-CPU_STRIP = 2**22  # bytes of a tensor that a CPU works on at a time
+CPU_STRIP = 2**22  # bytes of a tensor per strip on a CPU
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,19 @@ class VAEConfig:
         read = read_config(cls, config, "VAE", fixed)
         if any(width % read.norm_num_groups for width in read.block_out_channels):
             raise CheckpointError(
-                f"VAE config: norm_num_groups {read.norm_num_groups} must divide every one of block_out_channels "
-                f"{list(read.block_out_channels)}"
+                f"VAE config: every one of block_out_channels {list(read.block_out_channels)} must be a multiple of "
+                f"norm_num_groups {read.norm_num_groups}"
             )
         return read
 
     @property
     def scale(self) -> int:
-        """Picture pixels per latent pixel."""
+        """Image pixels per latent pixel, along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def blocks(self) -> list[str]:
-        """None that could be read one by one."""
+        """Empty: no part is read one by one."""
         return []
 
     @property
@@ -74,7 +74,7 @@ class VAEConfig:
         return len(self.block_out_channels) * (self.layers_per_block + 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the checkpoint, convolutions as PyTorch stores them: (out, in, h, w)."""
+        """Name and shape of every tensor of the checkpoint; convolutions in PyTorch's layout, (out, in, h, w)."""
         widths, top = self.block_out_channels, self.block_out_channels[-1]
         return {
             **_conv("encoder.conv_in", widths[0], 3),
@@ -97,13 +97,13 @@ class VAEConfig:
         return False
 
     def stays(self, name: str) -> bool:
-        return name.startswith("decoder.")  # the encoder goes when it has done
+        return name.startswith("decoder.")  # the encoder is unloaded after use
 
     def named(self, name: str) -> str:
         return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
-        """A tensor as computed with: convolutions from PyTorch's layout (out, in, h, w) to MLX's (out, h, w, in)."""
+        """The tensor; a convolution goes from PyTorch's layout (out, in, h, w) to MLX's (out, h, w, in)."""
         return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
@@ -150,9 +150,9 @@ def _levels(name: str, sampler: str, in_dim: int, widths: tuple[int, ...], depth
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor (B, height, w, C) too large to hold, perhaps: `get(a, b)` computes its rows a to b - 1.
+    """A tensor (B, height, w, C) that may be too large to keep in memory: `get(a, b)` computes its rows a to b - 1.
 
-    forget(a) tells it that rows before a will not be asked for again.
+    forget(a) says that rows before a will not be asked for again.
     """
 
     height: int
@@ -164,15 +164,15 @@ class Rows:
         return cls(x.shape[1], lambda a, b: x[:, a:b])
 
     def map(self, function: Callable[[mx.array], mx.array]) -> Rows:
-        """The tensor whose pixels are `function` of this one's."""
+        """The tensor that `function`, applied pixel by pixel, makes of this one."""
         return Rows(self.height, lambda a, b: function(self.get(a, b)), self.forget)
 
 
 class Strips:
-    """How many rows are worked on at a time, and whether intermediate tensors are held or computed again.
+    """How many rows are computed at a time, and whether intermediate tensors are kept or computed again.
 
-    strip_bytes bounds one strip of one tensor. None holds every tensor, and works on whole pictures on a GPU; a CPU
-    gets strips that fit its caches all the same.
+    strip_bytes limits one strip of one tensor. None keeps every tensor, and computes whole images at once on a GPU;
+    on a CPU there are still strips, small enough for its caches.
     """
 
     def __init__(self, strip_bytes: int | None = None):
@@ -183,20 +183,20 @@ class Strips:
         """The strips of x, as (first row, end row)."""
         if self.strip_bytes is None:
             return [(0, x.height)]
-        row = x.get(0, 1)  # lazy: only its size is asked for
+        row = x.get(0, 1)  # lazy: only its size is needed
         count = min(x.height, -(-x.height * row.nbytes // self.strip_bytes))
         edges = [round(i * x.height / count) for i in range(count + 1)]
         return list(pairwise(edges))
 
     def each(self, x: Rows, function: Callable) -> Iterator[tuple[tuple[int, int], Any]]:
-        """The bounds of x's strips and the array, or arrays, that function makes of each, computed in turn."""
+        """The bounds of each strip of x, and the array or arrays that function makes of it, evaluated in turn."""
         for bound in self.bounds(x):
             made = function(x.get(*bound))
             settle(made)
             yield bound, made
 
     def hold(self, x: Rows) -> Rows:
-        """Compute x, strip by strip, and keep it. Rows that x's own inputs need no longer go."""
+        """Compute x strip by strip and keep it in memory. Rows of its inputs that are no longer needed are freed."""
         strips = {}
         for bound, strip in self.each(x, lambda rows: rows):
             strips[bound] = strip
@@ -215,7 +215,7 @@ class Strips:
         return Rows(x.height, get, forget)
 
     def hold_if_small(self, x: Rows) -> Rows:
-        """x held where it is one strip, or everything is; otherwise left to be computed whenever it is asked for."""
+        """Keep x in memory if it fits in one strip, or if everything is kept; otherwise compute it on each request."""
         return self.hold(x) if self.holds or len(self.bounds(x)) == 1 else x
 
     def moments(self, x: Rows, groups: int) -> tuple[mx.array, mx.array]:
@@ -224,7 +224,7 @@ class Strips:
             rows = [row_moments(x.get(0, x.height), groups)]
         else:
             rows = [made for _, made in self.each(x, partial(row_moments, groups=groups))]
-        # a row's are the same in every strip, and so are the picture's
+        # a row's moments do not depend on the strip it is in, so neither do the image's
         means, variances = (mx.concatenate(list(part), axis=1) for part in zip(*rows, strict=True))
         mean = means.mean(axis=1, keepdims=True)
         return mean, (variances + mx.square(means - mean)).mean(axis=1, keepdims=True)
@@ -241,8 +241,8 @@ def squared_distance(rows: mx.array, mean: mx.array) -> mx.array:
 def row_moments(rows: mx.array, groups: int) -> tuple[mx.array, mx.array]:
     """Mean and variance of each row of (B, h, w, C) over (w, C / groups): each (B, h, groups, 1) float32.
 
-    First of each channel by itself: GPUs are fast at many sums, slow at few long ones. Then Chan's combination of
-    variances, as in Strips.moments, too: no large numbers are subtracted.
+    Computed for each channel first, since GPUs are fast at many short sums and slow at a few long ones. Channels, and
+    rows in Strips.moments, are combined with Chan's formula for variances, which never subtracts large numbers.
     """
     B, h, _, _ = rows.shape
     means = rows.astype(mx.float32).mean(axis=2, keepdims=True)
@@ -268,7 +268,8 @@ def streams() -> list[mx.ThreadLocalStream]:
 
 
 def spread(function: Callable, rows: mx.array, *args: mx.array) -> mx.array:
-    """function of rows (B, h, w, C), in two halves at once: but for products, MLX's CPU build uses one core."""
+    """Apply function to both halves of rows (B, h, w, C) in parallel: MLX's CPU build is multi-threaded only in matrix
+    products."""
     parts = []
     for stream, part in zip(streams(), mx.split(rows, [rows.shape[1] // 2], axis=1), strict=True):
         with mx.stream(stream):
@@ -278,8 +279,8 @@ def spread(function: Callable, rows: mx.array, *args: mx.array) -> mx.array:
 
 def convolve(x: mx.array, weights: Tree, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
     if backend() == "metal":
-        # MLX's Winograd kernels for Metal are known to cost gigabytes of scratch and many times the rounding error;
-        # a flipped convolution is never sent to them.
+        # MLX's Winograd kernels for Metal are known to take gigabytes of scratch memory and to have many times the
+        # rounding error; a flipped convolution never uses them.
         flipped = weights["weight"][:, ::-1, ::-1, :]
         return mx.conv_general(x, flipped, stride=stride, padding=padding, flip=True) + weights["bias"]
     return mx.conv2d(x, weights["weight"], stride=stride, padding=padding) + weights["bias"]
@@ -288,14 +289,15 @@ def convolve(x: mx.array, weights: Tree, stride: int = 1, padding: tuple[int, in
 def sum_of_products(x: mx.array, kernels: mx.array, bias: mx.array, padding: tuple[int, int]) -> mx.array:
     """A 3x3 convolution as nine matrix products of shifted views of x; kernels are (3 * 3 * out, in).
 
-    For float32 on a CPU: MLX's own convolution copies every pixel's nine neighbours together there, which takes about
-    twice as long and nine times the memory. In 16 bits its CPU build is slow at products, and would round the sums.
+    For float32 on a CPU, where MLX's own convolution first copies each pixel's nine neighbours, which takes about
+    twice as long and nine times the memory. Not for 16 bits, where MLX's CPU build is slow at products and the sums
+    would be rounded.
     """
     above, left = padding
     x = mx.pad(x, [(0, 0), (above, above), (left, left), (0, 0)])
     B, h, w, C = x.shape
     pixels = x.reshape(B, h * w, C)
-    # Rows lie one after another with two pixels between them that belong to none; the last two would be outside of x.
+    # Each output row is followed by two pixels that belong to no row; the last two would lie outside x.
     count = (h - 2) * w - 2
     total = bias
     for i, kernel in enumerate(mx.split(kernels, 9)):
@@ -309,7 +311,7 @@ def conv(x: Rows, weights: Tree) -> Rows:
     """3x3 convolution, zero-padded by 1."""
     apply, weight = partial(convolve, weights=weights), weights["weight"]
     if backend() == "cpu" and weight.dtype == mx.float32:
-        # each of the nine in one piece, which saves the products a copy
+        # each of the nine kernels is contiguous, which saves a copy in the products
         kernels = weight.transpose(1, 2, 0, 3).reshape(-1, weight.shape[-1])
         apply = partial(sum_of_products, kernels=kernels, bias=weights["bias"])
 
@@ -341,7 +343,7 @@ def downsample(x: Rows, weights: Tree) -> Rows:
     """3x3 convolution of stride 2."""
 
     def get(a: int, b: int) -> mx.array:
-        # The original pads right and bottom only; symmetric padding would shift the picture by half a pixel.
+        # The original pads only right and bottom; symmetric padding would shift the image by half a pixel.
         end = min(2 * b + 1, x.height)
         rows = mx.pad(x.get(2 * a, end), [(0, 0), (0, 2 * b + 1 - end), (0, 1), (0, 0)])
         return convolve(rows, weights["conv"], stride=2)
@@ -350,10 +352,10 @@ def downsample(x: Rows, weights: Tree) -> Rows:
 
 
 def group_norm(x: Rows, weights: Tree, groups: int, strips: Strips, then: Callable = affine) -> Rows:
-    """Normalise over (h, w, C / groups) of the whole picture; statistics in float32, result in x's dtype."""
+    """Normalise over (h, w, C / groups) of the whole image; statistics in float32, result in x's dtype."""
     mean, variance = strips.moments(x, groups)
     width = weights["weight"].size // groups
-    # as one scale and one shift per channel, so that the picture is passed over once
+    # one scale and one shift per channel, so that one pass over the image is enough
     scale = mx.repeat(mx.rsqrt(variance + EPS), width, axis=3).flatten(2)[:, :, None] * weights["weight"]
     shift = weights["bias"] - mx.repeat(mean, width, axis=3).flatten(2)[:, :, None] * scale
     if backend() == "cpu":
@@ -364,12 +366,12 @@ def group_norm(x: Rows, weights: Tree, groups: int, strips: Strips, then: Callab
 def resnet(x: Rows, weights: Tree, groups: int, strips: Strips) -> Rows:
     x = strips.hold_if_small(x)
     h = conv(group_norm(x, weights["norm1"], groups, strips, affine_silu), weights["conv1"])
-    h = strips.hold_if_small(Rows(h.height, h.get))  # x is needed once more
+    h = strips.hold_if_small(Rows(h.height, h.get))  # without `forget`: x is needed again
     h = conv(group_norm(h, weights["norm2"], groups, strips, affine_silu), weights["conv2"])
     shortcut = x.map(lambda rows: convolve(rows, weights["conv_shortcut"])) if "conv_shortcut" in weights else x
 
     def forget(before: int) -> None:
-        shortcut.forget(before - 2)  # two convolutions reach two rows back; h counts them itself
+        shortcut.forget(before - 2)  # two convolutions reach two rows back; h.forget allows for that itself
         h.forget(before)
 
     total = Rows(x.height, lambda a, b: shortcut.get(a, b) + h.get(a, b), forget)
@@ -381,7 +383,8 @@ def attention(x: mx.array, weights: Tree, groups: int, strips: Strips) -> mx.arr
     B, h, w, C = x.shape
     y = group_norm(Rows.of(x), weights["group_norm"], groups, strips).get(0, h).reshape(B, 1, h * w, C)
     q, k, v = (linear(y, weights[name]) for name in ("to_q", "to_k", "to_v"))
-    # Queries do not see each other. No backend has a fused kernel for heads this wide, so their scores are in memory.
+    # Queries are independent, so they too go in strips: no backend has a fused kernel for heads this wide, and all
+    # scores of a strip are in memory.
     scores = Rows(h * w, lambda a, b: mx.broadcast_to(mx.zeros((), mx.float32), (B, b - a, 1, h * w)))
     parts = []
     for a, b in strips.bounds(scores):
@@ -413,7 +416,7 @@ def encoder(x: mx.array, weights: Tree, groups: int, strips: Strips) -> mx.array
 def decoder(z: mx.array, weights: Tree, groups: int, strips: Strips) -> Generator[int, None, mx.array]:
     """Unscaled latents (B, h, w, 16) to pixels (B, 8h, 8w, 3), nominally in [-1, 1].
 
-    Yields how many blocks are done, up to `decoder_blocks` of the config.
+    Yields the number of blocks done, up to the config's `decoder_blocks`.
     """
     x = mid_block(conv(Rows.of(z), weights["conv_in"]), weights["mid_block"], groups, strips)
     done = 0
@@ -430,9 +433,9 @@ def decoder(z: mx.array, weights: Tree, groups: int, strips: Strips) -> Generato
 
 
 class VAE:
-    """The autoencoder over a `Runner` of its weights, which also says what it computes in.
+    """The autoencoder, with its weights and compute dtype from a `Runner`.
 
-    strip_bytes bounds the working memory (see Strips); None is the fastest.
+    strip_bytes limits the working memory (see Strips); None is fastest.
     """
 
     def __init__(self, config: VAEConfig, runner: Runner, strip_bytes: int | None = None):
@@ -445,12 +448,12 @@ class VAE:
         return result(self.decode_steps(latents))
 
     def decode_steps(self, latents: mx.array) -> Generator[int, None, mx.array]:
-        """decode, yielding after each block how many are done."""
+        """`decode`, yielding the number of blocks done after each one."""
         z = latents.astype(mx.float32) / self.config.scaling_factor + self.config.shift_factor
         return (yield from decoder(*self._inputs(z, "decoder"))).astype(mx.float32)
 
     def encode(self, pixels: mx.array) -> mx.array:
-        """Pixels (B, H, W, 3) in [-1, 1] to the mean latents (B, H/8, W/8, 16) float32 that the transformer sees."""
+        """Pixels (B, H, W, 3) in [-1, 1] to mean latents (B, H/8, W/8, 16) float32, as the transformer sees them."""
         mean, _ = self.encode_moments(pixels)
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 

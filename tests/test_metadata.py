@@ -78,6 +78,29 @@ def test_parameters_read_as_a1111_writes_them(tmp_path):
         assert comment == b"UNICODE\0" + text.encode("utf-16-be")
 
 
+@pytest.mark.parametrize("prompt", ["a cat", "一只猫\nin two lines, \U0001f431"])
+@pytest.mark.parametrize("ending", ["jpg", "webp"])
+def test_the_user_comment_is_what_piexif_and_so_a1111_reads(tmp_path, origin, ending, prompt):
+    piexif, helper = pytest.importorskip("piexif"), pytest.importorskip("piexif.helper")
+    origin = replace(origin, request=replace(origin.request, prompt=prompt))
+    file = save(PIXELS, tmp_path / f"a.{ending}", origin=origin)
+    with Image.open(file) as image:
+        exif = piexif.load(image.info["exif"])
+    # as modules/images.py of A1111 does
+    assert helper.UserComment.load(exif["Exif"][piexif.ExifIFD.UserComment]) == parameters(origin)
+    assert piexif.load(str(file)) == exif
+    assert {tag: len(values or {}) for tag, values in exif.items() if values} == {"0th": 1, "Exif": 1}
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp"])
+def test_a_user_comment_of_type_byte_as_older_versions_wrote_it_is_no_obstacle(tmp_path, origin, ending):
+    file, old = save(PIXELS, tmp_path / f"a.{ending}", origin=origin), Image.Exif()
+    old.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + parameters(origin).encode("utf-16-be")
+    with Image.open(file) as image:
+        image.save(tmp_path / f"old.{ending}", xmp=image.info["xmp"], exif=old.tobytes())
+    assert read_origin(tmp_path / f"old.{ending}") == origin
+
+
 def test_the_longest_prompt_fits_but_into_a_jpeg_which_says_so(tmp_path, origin):
     origin = replace(origin, request=replace(origin.request, prompt="猫" * 32_000))
     for ending in ("png", "webp"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import struct
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedi
 NAMESPACE = "urn:mlx-zimage:1.0/"
 MAX_JSON = 1_000_000  # characters; a longest prompt takes a third of it
 MAX_JPEG = 64_000  # bytes; a JPEG segment holds 65,535
-USER_COMMENT = 0x9286
+EXIF_DIRECTORY, USER_COMMENT = 0x8769, 0x9286  # EXIF's tags, and its types
+LONG, UNDEFINED = 4, 7
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/"
@@ -114,12 +116,26 @@ def save_options(origin: Origin, format: str) -> dict:
         chunks.add_itxt("parameters", text) if not text.isascii() else chunks.add_text("parameters", text)
         chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
         return {"pnginfo": chunks}
-    exif = Image.Exif()
-    exif.get_ifd(0x8769)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
-    if format == "JPEG" and max(len(xmp), len(exif.tobytes())) > MAX_JPEG:
+    exif = _exif(text)
+    if format == "JPEG" and max(len(xmp), len(exif)) > MAX_JPEG:
         warnings.warn("the prompt is too long for what a JPEG can carry; choose .png to keep it", stacklevel=2)
         return {"xmp": _xmp(origin, "")}
-    return {"xmp": xmp, "exif": exif.tobytes()}
+    return {"xmp": xmp, "exif": exif}
+
+
+def _exif(text: str) -> bytes:
+    """EXIF with the text as its user comment, UTF-16 in the byte order of the whole.
+
+    EXIF 2.3 gives the comment type UNDEFINED. Pillow would write BYTE, at which piexif, and with it A1111, fails.
+    """
+    comment = b"UNICODE\0" + text.encode("utf-16-be")
+
+    def directory(tag: int, kind: int, count: int, value: int) -> bytes:
+        return struct.pack(">HHHIII", 1, tag, kind, count, value, 0)
+
+    # Offsets count from "MM": the header has 8 bytes, each directory 18.
+    pointer = directory(EXIF_DIRECTORY, LONG, 1, 8 + 18)
+    return b"Exif\0\0MM\0*\0\0\0\x08" + pointer + directory(USER_COMMENT, UNDEFINED, len(comment), 8 + 36) + comment
 
 
 def _xmp(origin: Origin, attribute: str) -> bytes:

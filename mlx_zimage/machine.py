@@ -1,4 +1,4 @@
-"""What this machine is, and the limits that this process takes on it.
+"""What this machine is, how fast it multiplies, and the limits that this process takes on it.
 
 The only place that touches what a whole process shares: MLX's limits and the C library's allocator. Each is taken for
 the length of a `with`, and what was there before comes back.
@@ -7,14 +7,20 @@ the length of a `with`, and what was there before comes back.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from math import inf
 from pathlib import Path
 from threading import RLock
 
 import mlx.core as mx
+
+from . import atomic
+from .errors import ModelNotFoundError
 
 MEMORY_SHARE = 0.6  # of the memory, where the system does not recommend a share itself
 # From how many rows of input on a packed weight is unpacked for the dense product; below, it is multiplied as it is.
@@ -22,6 +28,19 @@ MEMORY_SHARE = 0.6  # of the memory, where the system does not recommend a share
 # packed product saves a few ms a prompt, and costs half a minute of compiling kernels. Not measured by us: on Metal,
 # reports of M1 to M4 agree that unpacking wins at a picture's thousands of rows, and say nothing of a prompt's.
 UNPACK_FROM = {"cpu": 0, "cuda": 0, "metal": 512}
+# Peak TFLOP/s of the smallest GPU sold as each generation's M, M Pro, M Max and M Ultra: cores * 128 multiply-adds *
+# clock. Later generations count as the last one here, and an M5 without its matrix units.
+TIERS = ("", "Pro", "Max", "Ultra")
+PEAK_TFLOPS = {
+    1: (2.3, 4.6, 7.9, 15.9),
+    2: (2.9, 5.7, 10.7, 21.5),
+    3: (2.8, 4.9, 10.6, 21.2),
+    4: (3.0, 6.0, 12.0, 24.0),
+}
+REACHED = 0.45  # of the peak, by large products: reports go from 0.43 (bfloat16 on an M1 Max) to 0.87 (an M3 Ultra)
+UNKNOWN_RATE = 5e11  # FLOP/s, of any other GPU that Metal drives, such as a virtual one
+KERNEL_S = 0.5  # seconds at the rate of products; attention and convolutions reach half of it, so a second in truth
+RATES = "product_rates.json"  # in home(): FLOP/s by a device's name
 # Options of glibc's mallopt, with the defaults that malloc.h names.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 ALLOCATOR_DEFAULTS = {M_ARENA_MAX: 0, M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 * 1024}
@@ -96,6 +115,61 @@ def cgroup_limits(membership: Path = Path("/proc/self/cgroup"), root: Path = CGR
                 continue
             if text.isdecimal():  # "max" is none
                 yield int(text)
+
+
+# ---- how fast it is
+
+
+def product_rate() -> float:
+    """FLOP per second of large matrix products on this GPU: as measured here, else by its name.
+
+    Infinite where nothing ends a kernel for taking long: on a CPU, and on CUDA before it is measured.
+    """
+    if backend() == "cpu":
+        return inf
+    name = str(mx.device_info().get("device_name"))
+    return _rates().get(name) or (rate_of(name) if backend() == "metal" else inf)
+
+
+def rate_of(name: str) -> float:
+    """FLOP per second of products on a Mac's GPU of this name, rather too low than too high."""
+    chip = re.match(r"Apple M(\d+)(?: (Pro|Max|Ultra))?\b", name)
+    if not chip:
+        return UNKNOWN_RATE
+    generation = min(int(chip[1]), max(PEAK_TFLOPS))
+    return REACHED * 1e12 * PEAK_TFLOPS[generation][TIERS.index(chip[2] or "")]
+
+
+def remember_product_rate(rate: float) -> None:
+    """Keep what was measured on this GPU, in FLOP per second; without a folder to keep it in, it is forgotten."""
+    known = _rates() | {str(mx.device_info().get("device_name")): float(rate)}
+    with suppress(OSError, ModelNotFoundError):
+        home().mkdir(parents=True, exist_ok=True)
+        atomic.write(home() / RATES, partial(Path.write_text, data=json.dumps(known)), lasting=False)
+
+
+def kernel_flops() -> float:
+    """The most that one kernel should compute: macOS ends what keeps a GPU for seconds."""
+    return KERNEL_S * product_rate()
+
+
+def _rates() -> dict[str, float]:
+    try:
+        known = json.loads((home() / RATES).read_text())
+        return {name: float(rate) for name, rate in known.items() if 0 < float(rate) < inf}
+    except (OSError, ValueError, TypeError, AttributeError, ModelNotFoundError):
+        return {}
+
+
+def home() -> Path:
+    """Where this program keeps what it makes for itself: converted models, and what it measured."""
+    given = os.environ.get("MLX_ZIMAGE_HOME")
+    try:
+        if given:
+            return Path(given).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-zimage"
+    except RuntimeError:  # nobody's home
+        raise ModelNotFoundError("there is no home folder to keep models in; set MLX_ZIMAGE_HOME to a folder") from None
 
 
 # ---- limits that are taken, and given back

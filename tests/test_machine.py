@@ -140,3 +140,51 @@ def test_cuda_keeps_freed_memory_while_a_request_runs(monkeypatch):
             pass
         assert "trim" not in calls
     assert calls[-4:] == [*machine.ALLOCATOR_DEFAULTS.items(), "trim"]
+
+
+def on_metal(monkeypatch, folder, name: str) -> None:
+    monkeypatch.setenv("MLX_ZIMAGE_HOME", str(folder))
+    monkeypatch.setattr(machine, "backend", lambda: "metal")
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": name})
+
+
+def test_a_cpu_may_take_as_long_as_it_likes(on_cpu):
+    assert machine.product_rate() == machine.kernel_flops() == float("inf")
+
+
+def test_the_rate_of_products_is_the_measured_one_else_that_of_the_chips_name(tmp_path, monkeypatch):
+    on_metal(monkeypatch, tmp_path / "new", "Apple M2 Max")
+    assert machine.product_rate() == machine.rate_of("Apple M2 Max") == pytest.approx(4.8e12, rel=0.01)
+    machine.remember_product_rate(9e12)
+    assert machine.product_rate() == 9e12 and machine.kernel_flops() == 4.5e12
+    on_metal(monkeypatch, tmp_path / "new", "Apple M1")
+    machine.remember_product_rate(2e12)
+    assert machine.product_rate() == 2e12
+    on_metal(monkeypatch, tmp_path / "new", "Apple M2 Max")
+    assert machine.product_rate() == 9e12, "each GPU has its own"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"Apple M1": "fast"}', '{"Apple M1": 0}', '{"Apple M1": [1]}'])
+def test_damaged_rates_are_as_good_as_none(tmp_path, monkeypatch, content):
+    on_metal(monkeypatch, tmp_path, "Apple M1")
+    (tmp_path / machine.RATES).write_text(content)
+    assert machine.product_rate() == machine.rate_of("Apple M1")
+
+
+def test_a_rate_is_forgotten_where_nothing_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    on_metal(monkeypatch, tmp_path / "file", "Apple M1")
+    machine.remember_product_rate(2e12)
+    assert machine.product_rate() == machine.rate_of("Apple M1")
+
+
+def test_chips_that_are_not_known_count_as_the_slowest_like_them():
+    assert machine.rate_of("Apple M9 Max") == machine.rate_of("Apple M4 Max")
+    slowest = machine.rate_of("Apple Paravirtual device")
+    assert slowest == machine.rate_of("Apple A18 Pro") < machine.rate_of("Apple M1") < machine.rate_of("Apple M1 Pro")
+
+
+def test_cuda_ends_no_kernel(tmp_path, monkeypatch):
+    on_metal(monkeypatch, tmp_path, "NVIDIA H100")
+    monkeypatch.setattr(machine, "backend", lambda: "cuda")
+    assert machine.product_rate() == float("inf")

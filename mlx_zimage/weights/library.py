@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..dtypes import ITEM_BYTES
 from ..errors import ModelNotFoundError, OutputError
+from ..machine import home
 from ..models import NETWORKS
 from ..quantization import Quantization
 from . import store as embeddings
@@ -64,17 +65,6 @@ class Disk:
     @property
     def left(self) -> int:
         return self.free - self.download - self.converted
-
-
-def home() -> Path:
-    """Where this program keeps the models that it converts for itself."""
-    given = os.environ.get("MLX_ZIMAGE_HOME")
-    try:
-        if given:
-            return Path(given).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-zimage"
-    except RuntimeError:  # nobody's home
-        raise ModelNotFoundError("there is no home folder to keep models in; set MLX_ZIMAGE_HOME to a folder") from None
 
 
 def embeddings_folder() -> Path | None:

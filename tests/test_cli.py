@@ -1,4 +1,4 @@
-"""The commands as a person meets them: exit codes, what lands on stdout and what on stderr, wrong inputs."""
+"""The commands as users see them: exit codes, stdout and stderr, invalid input."""
 
 import fcntl
 import json
@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch):
     return lambda *args: CliRunner().invoke(cli.main, [str(arg) for arg in args])
 
 
-def test_generate_prints_only_the_path_on_stdout_and_tells_the_seed_on_stderr(run, tmp_path):
+def test_generate_prints_only_the_path_on_stdout_and_the_seed_on_stderr(run, tmp_path):
     result = run("generate", PROMPT, *SMALL, "--seed", "7", "-o", "circle.png")
     assert (result.exit_code, result.stdout) == (0, "circle.png\n")
     assert "Seed: 7\n" in result.stderr
@@ -42,19 +42,19 @@ def test_generate_prints_only_the_path_on_stdout_and_tells_the_seed_on_stderr(ru
     assert [path.name for path in tmp_path.iterdir()] == ["circle.png"]
 
 
-def test_a_chosen_seed_is_told_and_draws_the_same_picture_again(run, tmp_path):
+def test_a_random_seed_is_printed_and_reproduces_the_image(run, tmp_path):
     first = run("generate", PROMPT, *SMALL, "-o", "first.png")
     (seed,) = re.findall(r"Seed: (\d+)", first.stderr)
     assert run("generate", PROMPT, *SMALL, "-o", "second.png", "--seed", seed).exit_code == 0
     assert np.array_equal(Image.open("first.png"), Image.open("second.png"))
 
 
-def test_the_default_size_is_the_models(run):
+def test_the_default_size_comes_from_the_model(run):
     assert run("generate", PROMPT, "-m", "pocket", "--steps", "1").stdout == "image.png\n"
     assert Image.open("image.png").size == (128, 128)
 
 
-def test_an_existing_picture_is_kept_unless_overwriting_is_asked_for(run, tmp_path):
+def test_an_existing_image_is_kept_unless_overwrite_is_given(run, tmp_path):
     (tmp_path / "image.png").write_bytes(b"mine")
     assert run("generate", PROMPT, *SMALL).stdout == "image-1.png\n"
     assert run("generate", PROMPT, *SMALL).stdout == "image-2.png\n"
@@ -63,7 +63,7 @@ def test_an_existing_picture_is_kept_unless_overwriting_is_asked_for(run, tmp_pa
     assert Image.open("image.png").size == (32, 32)
 
 
-def test_latents_of_the_seeds_noise_draw_the_seeds_picture(run):
+def test_the_noise_of_a_seed_as_latents_gives_the_image_of_that_seed(run):
     from mlx_zimage.noise import torch_randn
 
     np.save("noise.npy", torch_randn(5, (1, 16, 4, 4)))
@@ -72,14 +72,14 @@ def test_latents_of_the_seeds_noise_draw_the_seeds_picture(run):
     assert np.array_equal(Image.open("latents.png"), Image.open("seed.png"))
 
 
-def test_latents_of_two_pictures_draw_two(run):
+def test_latents_for_two_images_give_two_images(run):
     np.save("noise.npy", np.random.default_rng(0).standard_normal((2, 16, 4, 4)))
     result = run("generate", PROMPT, *SMALL, "--latents", "noise.npy")
     assert result.stdout == "image.png\nimage-1.png\n"
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (
             ["--width", "100"],
@@ -105,7 +105,7 @@ def test_latents_of_two_pictures_draw_two(run):
         (["--dtype", "int8"], "'int8' is not one of"),
     ],
 )
-def test_a_value_that_cannot_work_is_named_before_any_work(run, tmp_path, monkeypatch, args, told):
+def test_an_invalid_value_is_reported_before_any_work(run, tmp_path, monkeypatch, args, message):
     monkeypatch.setattr("mlx_zimage.pipeline.ZImagePipeline.encode", None)  # work would fail otherwise
     np.save(tmp_path / "flat.npy", np.zeros(16))
     np.save(tmp_path / "misfit.npy", np.zeros((1, 16, 16, 16)))
@@ -115,19 +115,19 @@ def test_a_value_that_cannot_work_is_named_before_any_work(run, tmp_path, monkey
     before = sorted(tmp_path.iterdir())
     result = run("generate", PROMPT, *SMALL, *args)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", "x" * 32_001, "\udcff"])
-def test_a_prompt_that_cannot_be_drawn_is_refused(run, prompt):
+def test_an_empty_overlong_or_undecodable_prompt_is_refused(run, prompt):
     result = run("generate", prompt, *SMALL)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "prompt" in result.stderr
 
 
-def test_values_are_checked_before_a_model_is_looked_for(run):
+def test_values_are_checked_before_the_model_is_looked_up(run):
     result = run("generate", PROMPT, "--model", "nobody/nothing", "--steps", "0")
     assert result.exit_code == 2
 
@@ -140,7 +140,7 @@ def test_a_missing_model_folder_exits_with_3(run):
     assert "no model folder at ./folder" in run("generate", PROMPT, "-m", "./folder").stderr
 
 
-def test_a_folder_without_its_weights_exits_with_4(run, tmp_path):
+def test_a_model_folder_with_missing_weights_exits_with_4(run, tmp_path):
     shutil.copytree(POCKET, tmp_path / "model")
     (tmp_path / "model/vae/diffusion_pytorch_model.safetensors").unlink()
     for command in (["generate", PROMPT, "-m", "model"], ["info", "model"]):
@@ -149,14 +149,14 @@ def test_a_folder_without_its_weights_exits_with_4(run, tmp_path):
         assert "vae" in result.stderr
 
 
-def test_a_too_long_prompt_is_drawn_with_one_warning_line(run):
+def test_a_prompt_that_gets_cut_off_causes_one_line_of_warning(run):
     result = run("generate", "a red circle " * 400, *SMALL)
     assert (result.exit_code, result.stdout) == (0, "image.png\n")
     assert result.stderr.count("Warning: the prompt has") == 1
     assert "site-packages" not in result.stderr
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes anywhere")
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root can write anywhere")
 def test_a_read_only_folder_is_refused_before_work(run, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     result = run("generate", PROMPT, *SMALL, "-o", "locked/a.png")
@@ -164,8 +164,8 @@ def test_a_read_only_folder_is_refused_before_work(run, tmp_path):
     assert "cannot be written to" in result.stderr
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux has a folder that even root cannot write to")
-def test_a_folder_that_takes_no_files_is_refused_before_work(run, monkeypatch):
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux has a folder that even root cannot write to")
+def test_a_folder_that_cannot_hold_files_is_refused_before_work(run, monkeypatch):
     result = run("generate", PROMPT, *SMALL, "-o", "/proc/a.png")
     assert (result.exit_code, result.stdout) == (6, "")
     assert "the folder /proc cannot be written to" in result.stderr and "Seed" not in result.stderr
@@ -178,19 +178,19 @@ def test_a_folder_that_takes_no_files_is_refused_before_work(run, monkeypatch):
     assert result.exit_code == 6 and "could not be written" in result.stderr
 
 
-def test_latents_alone_tell_the_size(run):
+def test_latents_alone_determine_the_size(run):
     np.save("noise.npy", np.zeros((1, 16, 4, 6), np.float32))
     assert run("generate", PROMPT, "--model", "pocket", "--steps", "1", "--latents", "noise.npy").exit_code == 0
     assert Image.open("image.png").size == (48, 32)
 
 
-def test_latents_that_do_not_fit_are_refused_before_a_model_is_looked_for(run):
+def test_latents_of_the_wrong_size_are_refused_before_the_model_is_looked_up(run):
     np.save("noise.npy", np.zeros((1, 16, 4, 6), np.float32))
     result = run("generate", PROMPT, "--latents", "noise.npy", "--width", "64")
     assert result.exit_code == 2 and "which are for 48x32 pixels" in result.stderr
 
 
-def test_a_full_disk_is_told_with_6_and_leaves_nothing(run, tmp_path, monkeypatch):
+def test_a_full_disk_exits_with_6_and_leaves_no_files(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -201,14 +201,14 @@ def test_a_full_disk_is_told_with_6_and_leaves_nothing(run, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_info_tells_networks_sizes_and_dtypes(run):
+def test_info_shows_networks_sizes_and_dtypes(run):
     result = run("info", "pocket")
     assert result.exit_code == 0
     assert re.search(r"transformer +[\d,]{9} +\d+\.\d\d MB +bfloat16", result.stdout)
-    assert "draws 128x128" in result.stdout
+    assert "default size: 128x128 pixels" in result.stdout
 
 
-def test_a_memory_budget_changes_no_pixel_and_too_small_a_one_exits_with_5(run):
+def test_a_memory_budget_changes_no_pixel_and_one_too_small_exits_with_5(run):
     run("generate", PROMPT, *SMALL, "--seed", "1", "-o", "free.png")
     assert run("generate", PROMPT, *SMALL, "--seed", "1", "-o", "tight.png", "--memory", "14MB").exit_code == 0
     assert np.array_equal(Image.open("free.png"), Image.open("tight.png"))
@@ -225,64 +225,64 @@ def test_bench_prints_a_table_or_json(run):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "told"),
+    ("options", "code", "message"),
     [
         (["--size", "17x32"], 2, "17"),
         (["--size", "3:2"], 2, "3:2"),
         (["--size", "small"], 2, "small"),
         (["--q-bits", "4"], 2, "bits=4 and mode=None are for random weights, pocket has its own"),
         (["--q-mode", "nvfp4"], 2, "mode=nvfp4"),
-        (["--architecture", "small"], 2, "--architecture small is for random weights, pocket has its own"),
+        (["--architecture", "small"], 2, "--architecture small only applies to random weights, and pocket has its own"),
     ],
 )
-def test_bench_refuses_before_it_works_and_keeps_an_older_report(run, options, code, told):
+def test_bench_refuses_invalid_options_and_keeps_an_older_report(run, options, code, message):
     Path("report.json").write_text("older")
     result = run("bench", "--model", "pocket", "--json", "report.json", *options)
-    assert result.exit_code == code and told in result.stderr
+    assert result.exit_code == code and message in result.stderr
     assert Path("report.json").read_text() == "older"
 
 
 @pytest.mark.parametrize(
-    ("file", "code", "told"),
+    ("file", "code", "message"),
     [
         ("nowhere/report.json", 6, "nowhere cannot be written to"),
-        ("/dev/null", 2, "/dev/null is no file that a report could replace"),
+        ("/dev/null", 2, "/dev/null is not a regular file"),
         (".", 2, "is a directory"),
     ],
 )
-def test_bench_refuses_a_report_that_it_could_not_write(run, file, code, told, monkeypatch):
+def test_bench_refuses_a_report_path_it_cannot_write(run, file, code, message, monkeypatch):
     monkeypatch.setattr("mlx_zimage.bench.bench", None)
     result = run("bench", "--model", "pocket", "--json", file)
-    assert result.exit_code == code and told in result.stderr
+    assert result.exit_code == code and message in result.stderr
 
 
 @pytest.mark.parametrize("options", [["--recipe", "mixed", "--q-bits", "4"], ["--target-size", "9MB", "--search"]])
-def test_convert_chooses_bits_by_layer(run, options):
+def test_convert_chooses_bits_per_layer(run, options):
     assert run("convert", "pocket", "chosen", *options).stdout == "chosen\n"
     assert len(set(re.findall(r"(\d)-bit affine", run("info", "chosen").stdout))) > 1
     assert run("generate", PROMPT, *SMALL, "-m", "chosen").exit_code == 0
 
 
-def test_convert_leads_back_to_one_file(run, tmp_path):
+def test_convert_writes_a_single_file_and_reads_it_back(run, tmp_path):
     assert run("convert", "pocket", "pocket.safetensors", "--format", "comfyui").stdout == "pocket.safetensors\n"
     result = run("convert", "pocket.safetensors", "again", "--base", "pocket")
     assert (result.exit_code, result.stdout) == (0, "again\n"), result.stderr
     assert run("verify", "again").exit_code == 0
 
 
-def test_convert_prints_the_folder_which_info_and_generate_read(run):
+def test_convert_prints_a_folder_that_info_and_generate_can_read(run):
     result = run("convert", "pocket", "small", "--q-bits", "8", "--text-encoder-q-bits", "4", "--q-group-size", "32")
     assert (result.exit_code, result.stdout) == (0, "small\n")
-    told = run("info", "small").stdout
-    assert re.search(r"transformer +[\d,]{9} .*8-bit affine in groups of 32 \(\d+ layers\), bfloat16", told)
-    assert re.search(r"text_encoder +[\d,]{7} .*4-bit affine in groups of 32 \(\d+ layers\), bfloat16", told)
-    assert re.search(r"vae +[\d,]{7,9} .* bfloat16", told)
+    shown = run("info", "small").stdout
+    assert re.search(r"transformer +[\d,]{9} .*8-bit affine in groups of 32 \(\d+ layers\), bfloat16", shown)
+    assert re.search(r"text_encoder +[\d,]{7} .*4-bit affine in groups of 32 \(\d+ layers\), bfloat16", shown)
+    assert re.search(r"vae +[\d,]{7,9} .* bfloat16", shown)
     result = run("generate", PROMPT, *SMALL, "--model", "small")
     assert (result.exit_code, result.stdout) == (0, "image.png\n")
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "told"),
+    ("args", "code", "message"),
     [
         (["nowhere", "dest"], 3, "nowhere"),
         (["pocket", "dest", "--q-bits", "7"], 2, "7"),
@@ -292,12 +292,12 @@ def test_convert_prints_the_folder_which_info_and_generate_read(run):
         (["broken", "dest"], 4, "broken"),
     ],
 )
-def test_a_conversion_that_cannot_work_leaves_nothing(run, tmp_path, args, code, told):
+def test_an_invalid_conversion_leaves_no_files(run, tmp_path, args, code, message):
     (tmp_path / "taken").mkdir()
     (tmp_path / "broken").mkdir()
     result = run("convert", *args)
     assert (result.exit_code, result.stdout) == (code, "")
-    assert told in result.stderr
+    assert message in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "taken"]
 
 
@@ -310,7 +310,7 @@ def test_every_command_has_help_with_an_example(run):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script_that_asks_the_program(run, shell):
+def test_completion_prints_a_script_that_queries_the_program(run, shell):
     result = run("completion", shell)
     assert result.exit_code == 0
     assert f"_MLX_ZIMAGE_COMPLETE={shell}_complete" in result.stdout
@@ -318,7 +318,7 @@ def test_completion_prints_a_script_that_asks_the_program(run, shell):
         assert subprocess.run([shell, "-n"], input=result.stdout.encode(), capture_output=True).returncode == 0
 
 
-def test_completion_is_installed_where_the_shell_looks(run, tmp_path, monkeypatch):
+def test_completion_is_installed_where_the_shell_looks_for_it(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     result = run("completion", "zsh", "--install")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/.zfunc/_mlx-zimage\n")
@@ -326,7 +326,7 @@ def test_completion_is_installed_where_the_shell_looks(run, tmp_path, monkeypatc
     assert "fpath+=~/.zfunc" in result.stderr
 
 
-def test_the_program_completes_commands_and_options():
+def test_commands_and_options_are_completed():
     def complete(words: str, index: int) -> str:
         environment = {
             **os.environ,
@@ -343,14 +343,14 @@ def test_the_program_completes_commands_and_options():
 
 
 @pytest.mark.parametrize("error", [errors.ZImageError, *errors.ZImageError.__subclasses__()])
-def test_every_error_ends_with_its_exit_code_and_one_line(run, monkeypatch, error):
+def test_every_error_exits_with_its_code_and_one_line(run, monkeypatch, error):
     def fail(_):
-        raise error("the thing is not what was wanted")
+        raise error("the thing is not as expected")
 
     monkeypatch.setattr("mlx_zimage.weights.checkpoint.open_checkpoint", fail)
     result = run("info", "pocket")
     assert (result.exit_code, result.stdout) == (error.exit_code, "")
-    assert result.stderr == "Error: the thing is not what was wanted\n"
+    assert result.stderr == "Error: the thing is not as expected\n"
 
 
 def test_a_mistyped_command_or_option_is_a_usage_error(run):
@@ -377,7 +377,7 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_the_list_of_commands_says_what_each_says_of_itself(name):
+def test_the_command_list_agrees_with_the_help_of_each_command(name):
     listed = cli.main.commands[name]
     (called, command, _) = cli.main.resolve_command(click.Context(cli.main), [name])
     assert called == name and command is not listed and command.params
@@ -388,10 +388,10 @@ def test_the_list_of_commands_says_what_each_says_of_itself(name):
 def test_the_module_runs_as_a_program_with_separate_streams(tmp_path):
     result = subprocess.run([*COMMAND, "generate", PROMPT, *SMALL, "--seed", "1"], cwd=tmp_path, capture_output=True)
     assert (result.returncode, result.stdout) == (0, b"image.png\n")
-    assert result.stderr == b"Seed: 1\n"  # no bar where nobody watches
+    assert result.stderr == b"Seed: 1\n"  # no bar without a terminal
 
 
-def test_a_terminal_sees_a_progress_bar(tmp_path):
+def test_a_terminal_shows_a_progress_bar(tmp_path):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     process = subprocess.Popen(
@@ -413,17 +413,17 @@ def read_pty(handle: int) -> bytes:
         return b""
 
 
-def heed_sigint():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+def restore_sigint():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it
 
 
-def test_ctrl_c_ends_with_130_and_leaves_no_file(tmp_path):
+def test_ctrl_c_exits_with_130_and_leaves_no_files(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "generate", PROMPT, "-m", "pocket", "--steps", "1000"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=heed_sigint,
+        preexec_fn=restore_sigint,
     )
     assert process.stderr.readline().startswith(b"Seed:")
     process.send_signal(signal.SIGINT)
@@ -433,9 +433,9 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_paths_that_are_no_valid_text_are_printed_byte_for_byte(tmp_path):
+def test_paths_that_are_not_valid_text_are_printed_byte_for_byte(tmp_path):
     if sys.platform == "darwin":
-        pytest.skip("APFS takes only valid UTF-8 names")
+        pytest.skip("APFS only allows valid UTF-8 names")
     name = b"caf\xe9.png"
     result = subprocess.run(
         [*COMMAND, "generate", PROMPT, *SMALL, "-o", name], cwd=tmp_path, capture_output=True, check=True

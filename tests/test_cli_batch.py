@@ -1,4 +1,4 @@
-"""Several pictures in one call, pictures that remember, and what programs read."""
+"""Several images in one call, images that store their request, and output for programs."""
 
 import gc
 import hashlib
@@ -36,7 +36,7 @@ def seeds(stdout: str) -> list[int]:
     return [read_origin(Path(line)).request.seed for line in stdout.splitlines()]
 
 
-def test_several_seeds_draw_a_picture_each(run):
+def test_several_seeds_give_one_image_each(run):
     result = run("generate", *SMALL, "--seed", "5,6", "--seed", "9", "2", PROMPT, "-o", "{seed}.png")
     assert result.stdout == "5.png\n6.png\n9.png\n2.png\n"
     assert "Seed: 6 (2 of 4)\n" in result.stderr
@@ -52,48 +52,48 @@ def test_several_seeds_draw_a_picture_each(run):
         (["--seed=1", "2"], ["--seed=1", "2"]),
     ],
 )
-def test_one_flag_takes_several_seeds(args, joined):
+def test_one_seed_flag_accepts_several_seeds(args, joined):
     assert join_seeds(args) == joined
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "hint"),
     [(["--quantize", "8"], "--q-bits"), (["-q", "8"], "-q is --quiet"), (["--vae-tiling"], "--memory 6GB")],
 )
-def test_a_flag_of_other_programs_is_answered_with_ours(run, args, told):
+def test_a_flag_of_another_program_is_answered_with_ours(run, args, hint):
     result = run("generate", PROMPT, *SMALL, *args)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert told in result.stderr
+    assert hint in result.stderr
 
 
-def test_no_flag_that_is_answered_with_another_is_taken(run):
+def test_no_unsupported_flag_is_accepted(run):
     for flag in ELSEWHERE:
         result = run("generate", PROMPT, *SMALL, flag, "1")
         assert (result.exit_code, result.stdout) == (2, "")
-        assert f"There is no {flag}: " in result.stderr
+        assert f"No such option: {flag}; " in result.stderr
 
 
-def test_count_goes_on_with_the_seeds_that_follow(run):
+def test_count_uses_consecutive_seeds(run):
     assert seeds(run("generate", PROMPT, *SMALL, "--seed", "5", "--count", "3").stdout) == [5, 6, 7]
 
 
-def test_auto_seeds_are_all_told(run):
+def test_auto_seeds_are_all_printed(run):
     result = run("generate", PROMPT, *SMALL, "--auto-seeds", "2")
     assert [f"Seed: {seed} ({i} of 2)" for i, seed in enumerate(seeds(result.stdout), 1)] == result.stderr.splitlines()
 
 
-def test_a_picture_of_a_batch_is_the_one_drawn_alone(run):
+def test_an_image_in_a_batch_equals_the_one_generated_alone(run):
     run("generate", PROMPT, *SMALL, "--seed", "1,2", "-o", "batch-{seed}.png")
     run("generate", PROMPT, *SMALL, "--seed", "2", "-o", "alone.png")
     assert Path("batch-2.png").read_bytes() == Path("alone.png").read_bytes()
 
 
-def test_overwriting_spares_the_pictures_of_the_same_call(run):
+def test_overwrite_keeps_the_images_of_the_same_call(run):
     Path("image.png").write_bytes(b"old")
     assert run("generate", PROMPT, *SMALL, "--count", "2", "--overwrite").stdout == "image.png\nimage-1.png\n"
 
 
-def test_prompts_come_from_a_file_or_from_stdin(run):
+def test_prompts_are_read_from_a_file_or_stdin(run):
     Path("prompts.txt").write_text("a red circle\n# not this\n\n一只猫\n", encoding="utf-8")
     result = run("generate", "--prompt-file", "prompts.txt", *SMALL, "-o", "{prompt}.png")
     assert result.stdout == "a-red-circle.png\n一只猫.png\n"
@@ -101,7 +101,7 @@ def test_prompts_come_from_a_file_or_from_stdin(run):
     assert result.stdout == "1.png\n2.png\n"
 
 
-def test_requests_come_as_json_lines_and_go_out_as_such(run):
+def test_requests_and_results_are_json_lines(run):
     gc.collect()
     others = mx.get_active_memory() / 1e9  # models of other tests
     lines = '{"prompt": "a", "seed": 1, "output": "a.jpg"}\n{"seed": 2, "width": 48}\n'
@@ -110,55 +110,55 @@ def test_requests_come_as_json_lines_and_go_out_as_such(run):
     first, second = map(json.loads, result.stdout.splitlines())
     assert (first["path"], first["request"]["prompt"], first["request"]["seed"]) == ("a.jpg", "a", 1)
     assert (second["path"], second["request"]["prompt"], second["request"]["width"]) == ("image.png", PROMPT, 48)
-    for told in (first, second):
-        assert told["sha256"] == hashlib.sha256(Path(told["path"]).read_bytes()).hexdigest()
-        assert (told["model"], told["dtype"]) == ("pocket", "float32")
+    for saved in (first, second):
+        assert saved["sha256"] == hashlib.sha256(Path(saved["path"]).read_bytes()).hexdigest()
+        assert (saved["model"], saved["dtype"]) == ("pocket", "float32")
         # each is rounded to 0.0001 s
-        parts = told["encode_seconds"], told["first_step_seconds"], told["decode_seconds"]
-        assert min(parts) > 0 and sum(parts) <= told["seconds"] + 2e-4
-        assert told["scale_seconds"] == 0, "that is float16's"
-        assert 0 < told["peak_memory_gb"] < 2
-        assert told["peak_memory_gb"] - others <= told["predicted_peak_memory_gb"] + 2e-4
+        parts = saved["encode_seconds"], saved["first_step_seconds"], saved["decode_seconds"]
+        assert min(parts) > 0 and sum(parts) <= saved["seconds"] + 2e-4
+        assert saved["scale_seconds"] == 0, "only float16 needs a scale"
+        assert 0 < saved["peak_memory_gb"] < 2
+        assert saved["peak_memory_gb"] - others <= saved["predicted_peak_memory_gb"] + 2e-4
 
 
 @pytest.mark.parametrize(("side", "size"), [(64, (80, 48)), pytest.param(128, (160, 112), marks=pytest.mark.slow)])
-def test_an_aspect_has_about_as_many_pixels_as_the_model_draws(run, small_pocket, side, size):
+def test_an_aspect_ratio_keeps_about_the_models_pixel_count(run, small_pocket, side, size):
     model = small_pocket if side == 64 else "pocket"
     assert run("generate", PROMPT, "-m", model, "--steps", "1", "--size", "3:2").exit_code == 0
     assert Image.open("image.png").size == size
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ([], "Missing argument 'PROMPT'"),
         ([PROMPT, "--prompt", "again"], "given twice"),
-        ([PROMPT, "--prompt-file", "prompts.txt"], "stands alone"),
+        ([PROMPT, "--prompt-file", "prompts.txt"], "--prompt-file cannot be combined"),
         (["--requests", "requests.jsonl"], "each object needs a prompt"),
-        ([PROMPT, "--requests", "bad.jsonl"], "picture 2 of 2: width must be a multiple of 16 pixels from 16 to 8192"),
+        ([PROMPT, "--requests", "bad.jsonl"], "image 2 of 2: width must be a multiple of 16 pixels from 16 to 8192"),
         ([PROMPT, "--prompt-file", "none.txt"], "none.txt"),
         ([PROMPT, "--seed", "1-5"], "seeds are whole numbers"),
-        ([PROMPT, "--seed", "1", "--auto-seeds", "2"], "contradict"),
-        ([PROMPT, "--size", "3:2"], "contradict"),
+        ([PROMPT, "--seed", "1", "--auto-seeds", "2"], "--seed cannot be combined"),
+        ([PROMPT, "--size", "3:2"], "--size cannot be combined"),
         ([PROMPT, "--count", "0"], "count must be"),
         ([PROMPT, "--seed", str(2**64 - 1), "--count", "2"], "seed must be from 0"),
         (["--from", "prompts.txt"], "no PNG, JPEG or WebP picture"),
         (["--from", "none.png"], "there is no picture none.png"),
     ],
 )
-def test_contradictions_and_gaps_are_told_before_any_work(run, tmp_path, args, told):
+def test_conflicting_or_missing_values_are_reported_before_any_work(run, tmp_path, args, message):
     Path("prompts.txt").write_text("a\n")
     Path("requests.jsonl").write_text('{"seed": 1}\n')
     Path("bad.jsonl").write_text('{"seed": 1}\n{"width": 50}\n')
     before = sorted(tmp_path.iterdir())
     result = run("generate", *args, *SMALL)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert told in result.stderr
+    assert message in result.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-def test_a_picture_draws_itself_again_to_the_same_bytes(run, ending):
+def test_an_image_can_be_generated_again_from_itself_to_the_same_bytes(run, ending):
     options = ["--shift", "2.5", "--dtype", "bfloat16", "--rng", "mlx", "--guidance", "1", "--negative-prompt", "blue"]
     assert run("generate", PROMPT, *SMALL, *options, "-o", f"old.{ending}").exit_code == 0
     result = run("generate", "--from", f"old.{ending}", "-o", f"new.{ending}")
@@ -166,28 +166,28 @@ def test_a_picture_draws_itself_again_to_the_same_bytes(run, ending):
     assert Path(f"new.{ending}").read_bytes() == Path(f"old.{ending}").read_bytes()
 
 
-def test_options_change_what_a_picture_began(run):
+def test_options_override_the_request_stored_in_an_image(run):
     run("generate", PROMPT, *SMALL, "--seed", "1", "-o", "old.png")
     assert run("generate", "a star", "--from", "old.png", "--seed", "7", "--size", "48x32").exit_code == 0
     old, new = (read_origin(Path(name)).request for name in ("old.png", "image.png"))
     assert (new.prompt, new.seed, new.width, new.steps) == ("a star", 7, 48, old.steps)
 
 
-def test_info_prints_what_a_picture_remembers(run):
+def test_info_prints_the_request_stored_in_an_image(run):
     run("generate", PROMPT, *SMALL, "--seed", "1")
     assert run("info", "image.png").stdout.startswith(f"{PROMPT}\nSteps: 1, Sampler: Euler, ")
     assert json.loads(run("info", "image.png", "--json").stdout)["request"]["seed"] == 1
     assert json.loads(run("info", "pocket", "--json").stdout)["networks"]["vae"]["parameters"] > 500_000
 
 
-def test_info_writes_out_what_a_terminal_would_obey(tmp_path):
+def test_info_escapes_control_characters(tmp_path):
     request = GenerateRequest("a\x1b]0;b\a cat\x9b2J\t\n猫", 16, 16, seed=1, steps=8)
     save(np.zeros((16, 16, 3), np.uint8), tmp_path / "a.png", origin=Origin(request, "m", "f", "float32"))
     result = CliRunner().invoke(cli.main, ["info", str(tmp_path / "a.png")], color=True)  # as on a terminal
     assert result.stdout.startswith("a\\x1b]0;b\\x07 cat\\x9b2J\\t\n猫\nSteps: 8")
 
 
-def test_no_metadata_leaves_nothing(run):
+def test_no_metadata_stores_nothing_in_the_image(run):
     run("generate", PROMPT, *SMALL, "--no-metadata")
     content = Path("image.png").read_bytes()
     assert not any(word in content for word in (b"tEXt", b"iTXt", b"zTXt", b"eXIf", b"zimage", PROMPT.encode()))
@@ -196,37 +196,37 @@ def test_no_metadata_leaves_nothing(run):
     assert "does not tell how it was made" in result.stderr
 
 
-def test_a_picture_holds_the_models_name_and_no_path(run, tmp_path):
+def test_an_image_stores_the_name_of_the_model_but_no_path(run, tmp_path):
     run("convert", "pocket", "folder/small", "--q-bits", "4")
     run("generate", PROMPT, *SMALL, "-m", tmp_path / "folder/small")
     assert read_origin(Path("image.png")).model == "small"
     assert str(tmp_path).encode() not in Path("image.png").read_bytes()
 
 
-def test_a_picture_does_not_choose_an_unknown_model(run):
+def test_an_image_cannot_select_an_unknown_model(run):
     run("convert", "pocket", "small", "--q-bits", "4")
     run("generate", PROMPT, *SMALL, "-m", "small", "-o", "old.png")
     result = run("generate", "--from", "old.png")
     assert result.exit_code == 2
-    assert "was drawn with the model 'small'; say where it is with --model" in result.stderr
+    assert "was generated with the model 'small'; pass its folder or id with --model" in result.stderr
     result = run("generate", "--from", "old.png", "-m", "pocket")
     assert result.exit_code == 0
-    assert "Warning: pocket is not the model that drew old.png" in result.stderr
+    assert "Warning: pocket is not the model that generated old.png" in result.stderr
 
 
-def test_a_picture_from_latents_asks_for_them_again(run):
+def test_an_image_made_from_latents_needs_them_again(run):
     for i in range(2):
         np.save(f"{i}.npy", np.random.default_rng(i).standard_normal((1, 16, 4, 4)))
     run("generate", PROMPT, *SMALL, "--latents", "0.npy", "-o", "old.png")
     result = run("generate", "--from", "old.png")
     assert result.exit_code == 2
-    assert "give their file with --latents" in result.stderr
+    assert "pass that file with --latents" in result.stderr
     assert run("generate", "--from", "old.png", "--latents", "0.npy").stderr.count("Warning") == 0
     assert Path("image.png").read_bytes() == Path("old.png").read_bytes()
     assert "these are not the latents" in run("generate", "--from", "old.png", "--latents", "1.npy").stderr
 
 
-def test_quiet_says_nothing_but_the_path(run):
+def test_quiet_prints_only_the_path(run):
     result = run("generate", PROMPT, *SMALL, "-q", "--no-exif")
     assert (result.stdout, result.stderr) == ("image.png\n", "")
 
@@ -237,10 +237,10 @@ def test_quiet_says_nothing_but_the_path(run):
         (SIDES, '"width": 128, "height": 128, "steps": 300'),
         pytest.param([], '"steps": 1000', marks=pytest.mark.slow),
     ],
-    ids=["a small first", "of the model's size"],
+    ids=["small", "default size"],
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path, number, code, sides, second):
+def test_an_interrupted_batch_keeps_only_its_finished_images(tmp_path, number, code, sides, second):
     lines = f'{{"prompt": "a", "steps": 1}}\n{{"prompt": "b", {second}}}\n'
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_zimage", "generate", "-m", "pocket", *sides, "--requests", "-", "--preview"],
@@ -248,15 +248,15 @@ def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # what a shell starts in the background ignores Ctrl-C
+        # background jobs of a shell ignore Ctrl-C
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdin.write(lines.encode())
     process.stdin.close()
     process.stdin = None
     assert process.stdout.readline() == b"image.png\n"
-    told = b"".join(process.stderr.readline() for _ in range(4))
-    assert b"(2 of 2)\nPreview, until the picture is finished: image.preview.png\n" in told
+    messages = b"".join(process.stderr.readline() for _ in range(4))
+    assert b"(2 of 2)\nPreview until the image is finished: image.preview.png\n" in messages
     assert Image.open(tmp_path / "image.preview.png").size == (32, 32)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
@@ -265,11 +265,11 @@ def test_a_stopped_batch_keeps_its_finished_pictures_and_no_other_file(tmp_path,
     Image.open(tmp_path / "image.png").load()
 
 
-def test_a_stopped_conversion_leaves_no_folder(tmp_path):
+def test_an_interrupted_conversion_leaves_no_folder(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_CONVERT], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert process.stderr.readline() == b"begun\n"
+    assert process.stderr.readline() == b"started\n"
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (143, b"Stopped.\n")
@@ -285,7 +285,7 @@ fast = convert.convert_steps
 def slow(*args, **options):
     for step in fast(*args, **options):
         yield step
-        print("begun", file=sys.stderr, flush=True)
+        print("started", file=sys.stderr, flush=True)
         time.sleep(60)
 
 convert.convert_steps = slow
@@ -293,19 +293,19 @@ cli.main(["convert", "pocket", "dest"])
 """
 
 
-def test_a_command_leaves_sigterm_as_it_was(run):
+def test_a_command_restores_the_sigterm_handler(run):
     before = signal.getsignal(signal.SIGTERM)
     assert run("info", "pocket").exit_code == 0
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_closed_pipe_ends_quietly(tmp_path):
+def test_a_closed_pipe_causes_no_error_message(tmp_path):
     command = f'"{sys.executable}" -m mlx_zimage generate a {" ".join(SMALL)} --count 3 -q | true'
     result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True)
     assert result.stderr == b""
 
 
-def test_a_closed_stderr_is_no_fault(run, monkeypatch):
+def test_generate_works_with_stderr_closed(run, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     options = {"model": "pocket", "steps": "1", "size": "32x32"}
     cli.main(["generate", "a", "--preview", *(f"--{k}={v}" for k, v in options.items())], standalone_mode=False)

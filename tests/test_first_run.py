@@ -1,4 +1,4 @@
-"""From nothing to a picture, against a server on this machine that speaks the hub's protocol."""
+"""First runs, from no model to an image, against a local server that speaks the Hugging Face protocol."""
 
 import json
 import os
@@ -25,14 +25,14 @@ from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.library import Disk, FirstRun, check_space, choose_bits, disks
 
-DISK = r"disk: +([\d.]+) GB are free, ([\d.]+) GB afterwards; ([\d.]+) GB once the download is removed\n"
+DISK = r"disk: +([\d.]+) GB free now, ([\d.]+) GB afterwards, ([\d.]+) GB once the download is deleted\n"
 PROGRAM = """
 import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 from mlx_zimage.cli import main
 main()
 """
-DRAW = ["generate", "a red circle", "--steps", "1", "--width", "32", "--height", "32", "--seed", "1"]
+GENERATE = ["generate", "a red circle", "--steps", "1", "--width", "32", "--height", "32", "--seed", "1"]
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def hub(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, hub):
-    """Run mlx-zimage in a process whose home, caches and hub are of this test."""
+    """Run mlx-zimage in a process with a home, caches and a hub of its own."""
     work = tmp_path / "work"
     work.mkdir()
 
@@ -70,24 +70,24 @@ def run(tmp_path, hub):
     return run
 
 
-def test_the_first_run_tells_fetches_converts_and_draws_and_later_runs_need_no_network(run, hub):
-    result = run(*DRAW, "--yes")
+def test_a_first_run_downloads_converts_and_generates_and_later_runs_need_no_network(run, hub):
+    result = run(*GENERATE, "--yes")
     assert (result.returncode, result.stdout) == (0, "image.png\n"), result.stderr
-    assert "No model is here yet. Tongyi-MAI/Z-Image-Turbo would be" in result.stderr
-    assert re.search(r"fetched: +1\d\.\d\d MB into .*/home/\.cache/huggingface/hub\n", result.stderr), result.stderr
-    assert f"into {run.home / 'Z-Image-Turbo-bf16'},\n" in result.stderr
-    assert "in bfloat16, which suits the" in result.stderr
+    assert "No model on this machine yet. To set up Tongyi-MAI/Z-Image-Turbo:\n" in result.stderr
+    assert re.search(r"download: +1\d\.\d\d MB to .*/home/\.cache/huggingface/hub\n", result.stderr), result.stderr
+    assert f"to {run.home / 'Z-Image-Turbo-bf16'},\n" in result.stderr
+    assert "bfloat16, chosen for a memory budget of" in result.stderr
     free, left, later = map(float, re.search(DISK, result.stderr).groups())
-    # in GB, rounded to 0.01; the download and the converted model are of 14 MB each
+    # in GB, rounded to 0.01; the download and the converted model take 14 MB each
     assert free >= later >= left > 0 and free - left < 0.06
-    assert "this gives its room back:\n  mlx-zimage models rm Tongyi-MAI/Z-Image-Turbo\n" in result.stderr
-    assert "Fetching" not in result.stderr and "%" not in result.stderr, "no bars where nobody watches"
+    assert "to delete it:\n  mlx-zimage models rm Tongyi-MAI/Z-Image-Turbo\n" in result.stderr
+    assert "Fetching" not in result.stderr and "%" not in result.stderr, "no progress bars without a terminal"
     assert Image.open(run.work / "image.png").size == (32, 32)
     assert read_origin(run.work / "image.png").model == "Z-Image-Turbo-bf16"
-    assert not any("large.png" in path for _, path, _ in hub.seen), "only needed files are fetched"
+    assert not any("large.png" in path for _, path, _ in hub.seen), "only the needed files are downloaded"
 
     hub.seen.clear()
-    result = run(*DRAW)
+    result = run(*GENERATE)
     assert (result.returncode, result.stdout) == (0, "image-1.png\n"), result.stderr
     assert (run.work / "image-1.png").read_bytes() == (run.work / "image.png").read_bytes()
     assert hub.seen == []
@@ -98,47 +98,47 @@ def test_the_first_run_tells_fetches_converts_and_draws_and_later_runs_need_no_n
     assert {json.loads(line)["kind"] for line in run("models", "--json").stdout.splitlines()} == {
         "package", "converted", "hub",
     }  # fmt: skip
-    assert re.fullmatch(r"1\d\.\d\d MB are free again\n", run("models", "rm", "Z-Image-Turbo-bf16").stdout)
+    assert re.fullmatch(r"Freed 1\d\.\d\d MB\n", run("models", "rm", "Z-Image-Turbo-bf16").stdout)
     assert run("models", "rm", DEFAULT_MODEL).returncode == 0
     assert run("models").stdout.endswith("package   pocket\n")
     assert run("models", "rm", "Z-Image-Turbo-bf16").returncode == 3
 
 
-def test_without_a_terminal_nothing_is_fetched_unasked(run, hub):
-    result = run(*DRAW)
+def test_nothing_is_downloaded_unasked_without_a_terminal(run, hub):
+    result = run(*GENERATE)
     assert (result.returncode, result.stdout) == (3, "")
-    assert "no model is here yet; --yes fetches Tongyi-MAI/Z-Image-Turbo (about 33 GB) and converts it" in result.stderr
+    assert "no model on this machine yet; --yes downloads Tongyi-MAI/Z-Image-Turbo (about 33 GB)" in result.stderr
     assert hub.seen == []
 
 
 @pytest.mark.parametrize(("answer", "code"), [(b"n\n", 3), (b"\n", 0)])
-def test_a_terminal_is_asked(run, answer, code):
+def test_a_first_run_on_a_terminal_asks(run, answer, code):
     master, slave = pty.openpty()
     try:
         os.write(master, answer)
-        result = run(*DRAW, stdin=slave)
+        result = run(*GENERATE, stdin=slave)
         assert result.returncode == code, result.stderr
-        assert "Go on? [Y/n]" in result.stderr
-        assert ("nothing was fetched" in result.stderr) == bool(code)
+        assert "Continue? [Y/n]" in result.stderr
+        assert ("nothing was downloaded" in result.stderr) == bool(code)
         assert (run.work / "image.png").exists() == (not code)
     finally:
         os.close(master)
         os.close(slave)
 
 
-def test_a_closed_stdin_is_not_asked(run, hub):
-    result = run(*DRAW, program=f"import sys; sys.stdin = None\n{PROGRAM}")
+def test_a_first_run_with_stdin_closed_does_not_ask(run, hub):
+    result = run(*GENERATE, program=f"import sys; sys.stdin = None\n{PROGRAM}")
     assert (result.returncode, result.stdout) == (3, "")
-    assert "--yes fetches" in result.stderr and hub.seen == []
+    assert "--yes downloads" in result.stderr and hub.seen == []
 
 
-def test_ctrl_c_at_the_question_ends_with_130(run):
+def test_ctrl_c_at_the_prompt_exits_with_130(run):
     master, slave = pty.openpty()
-    process = run(*DRAW, stdin=slave, start=subprocess.Popen)
-    while "fetches the rest" not in (line := process.stderr.readline()):
-        assert line, "it ended"
-    assert process.stderr.read(6) == "Go on?"
-    time.sleep(0.2)  # a signal just before a read is seen after it
+    process = run(*GENERATE, stdin=slave, start=subprocess.Popen)
+    while "download the rest" not in (line := process.stderr.readline()):
+        assert line, "the process exited"
+    assert process.stderr.read(9) == "Continue?"
+    time.sleep(0.2)  # a signal that arrives just before a read is only handled after it
     process.send_signal(signal.SIGINT)
     try:
         _, stderr = process.communicate(timeout=10)
@@ -150,76 +150,76 @@ def test_ctrl_c_at_the_question_ends_with_130(run):
     os.close(slave)
 
 
-def test_a_download_is_stopped_within_its_files(run, hub):
+def test_a_download_can_be_stopped_in_the_middle_of_a_file(run, hub):
     weights = "transformer/diffusion_pytorch_model.safetensors"
     hub.held = {weights}
-    process = run(*DRAW, "--model", DEFAULT_MODEL, start=subprocess.Popen)
+    process = run(*GENERATE, "--model", DEFAULT_MODEL, start=subprocess.Popen)
     end = time.monotonic() + 20
     while not any(method == "GET" and path.endswith(weights) for method, path, _ in hub.seen):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=20)  # the server sends no more, and the client would wait
+    stdout, stderr = process.communicate(timeout=20)  # the server stalls, so waiting for the client would time out
     assert (process.returncode, stdout, stderr) == (143, "", "\nStopped.\n")
     assert list(run.work.iterdir()) == []
     (blobs,) = run.home.with_name("huggingface").glob("hub/*/blobs")
-    # early clients go on with the file, whose name is the same in each process
+    # early clients give the file the same name in each process, and resume it
     assert not [path for path in blobs.glob("*.incomplete") if path.name.count(".") > 1]
 
 
-def test_values_are_checked_before_anything_is_fetched(run, hub):
-    assert run(*DRAW, "--yes", "--steps", "0").returncode == 2
+def test_values_are_checked_before_anything_is_downloaded(run, hub):
+    assert run(*GENERATE, "--yes", "--steps", "0").returncode == 2
     assert hub.seen == []
 
 
-def test_a_cut_download_goes_on_where_it_stopped(run, hub, tmp_path):
-    # in float32, since the hub's client writes 10 MB at a time
+def test_an_interrupted_download_resumes_where_it_stopped(run, hub, tmp_path):
+    # in float32, to be larger than the 10 MB that the Hugging Face client writes at a time
     convert("pocket", tmp_path / "large", dtype="float32")
     hub.serve(tmp_path / "large")
     weights = "transformer/model-00001-of-00001.safetensors"
     hub.cut[weights] = 15_000_000
-    result = run(*DRAW, "--yes")
-    if result.returncode == 3:  # early clients give up, and go on when they are called again
-        result = run(*DRAW, "--yes")
+    result = run(*GENERATE, "--yes")
+    if result.returncode == 3:  # early clients give up, and resume when run again
+        result = run(*GENERATE, "--yes")
     assert result.returncode == 0, result.stderr
-    asked = [sent for method, path, sent in hub.seen if method == "GET" and path.endswith(weights)]
-    assert asked[0] is None
-    assert [int(sent.removeprefix("bytes=").partition("-")[0]) > 10**7 for sent in asked[1:]] == [True]
-    (fetched,) = run.home.with_name("huggingface").rglob(f"snapshots/*/{weights}")
-    assert fetched.read_bytes() == (tmp_path / "large" / weights).read_bytes()
+    ranges = [sent for method, path, sent in hub.seen if method == "GET" and path.endswith(weights)]
+    assert ranges[0] is None
+    assert [int(sent.removeprefix("bytes=").partition("-")[0]) > 10**7 for sent in ranges[1:]] == [True]
+    (downloaded,) = run.home.with_name("huggingface").rglob(f"snapshots/*/{weights}")
+    assert downloaded.read_bytes() == (tmp_path / "large" / weights).read_bytes()
 
 
-def test_an_explicit_id_is_fetched_and_drawn_from_as_it_is(run):
-    result = run(*DRAW, "--model", DEFAULT_MODEL)
-    assert (result.stdout, result.stderr) == ("image.png\n", "Seed: 1\n"), "no bars where nobody watches"
-    result = run(*DRAW, "--model", DEFAULT_MODEL, HF_HUB_OFFLINE="1")
+def test_an_explicit_id_is_downloaded_and_used_without_conversion(run):
+    result = run(*GENERATE, "--model", DEFAULT_MODEL)
+    assert (result.stdout, result.stderr) == ("image.png\n", "Seed: 1\n"), "no progress bars without a terminal"
+    result = run(*GENERATE, "--model", DEFAULT_MODEL, HF_HUB_OFFLINE="1")
     assert (result.returncode, result.stdout) == (0, "image-1.png\n"), result.stderr
 
 
 @pytest.mark.parametrize("args", [["--yes"], ["--model", DEFAULT_MODEL]])
-def test_offline_is_told_with_3(run, args):
+def test_being_offline_exits_with_3(run, args):
     for variables in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-        result = run(*DRAW, *args, **variables)
+        result = run(*GENERATE, *args, **variables)
         assert (result.returncode, result.stdout) == (3, "")
         assert "the hub cannot be reached; check the network and HF_HUB_OFFLINE" in result.stderr
         assert "Traceback" not in result.stderr
 
 
-def test_a_missing_token_is_told_and_a_given_one_is_used(run, hub):
+def test_a_missing_token_is_reported_and_a_given_one_is_used(run, hub):
     hub.token = "hf_test"
-    result = run(*DRAW, "--yes")
+    result = run(*GENERATE, "--yes")
     assert (result.returncode, result.stdout) == (3, "")
     assert "did not give it" in result.stderr
-    assert run(*DRAW, "--yes", HF_TOKEN="hf_test").returncode == 0
+    assert run(*GENERATE, "--yes", HF_TOKEN="hf_test").returncode == 0
 
 
-def test_an_unknown_repository_is_told(run):
-    result = run(*DRAW, "--model", "nobody/nothing")
+def test_an_unknown_repository_is_reported(run):
+    result = run(*GENERATE, "--model", "nobody/nothing")
     assert (result.returncode, result.stdout) == (3, "")
     assert "nobody/nothing" in result.stderr
 
 
-def test_disks_without_room_are_refused_before_fetching(tmp_path, monkeypatch):
+def test_disks_without_room_are_refused_before_downloading(tmp_path, monkeypatch):
     plan = FirstRun("a/b", 33 * 10**9, 4, 7 * 10**9, tmp_path / "hub", tmp_path / "home/b-4bit")
     usage = type("usage", (), {"free": 40 * 10**9})
     monkeypatch.setattr(library.shutil, "disk_usage", lambda _: usage)
@@ -234,8 +234,8 @@ def test_disks_without_room_are_refused_before_fetching(tmp_path, monkeypatch):
         ]  # fmt: skip
 
 
-def test_a_disk_that_fills_up_is_told_with_6(run):
-    result = run(*DRAW, "--yes", program=FULL_DISK)
+def test_a_disk_that_fills_up_exits_with_6(run):
+    result = run(*GENERATE, "--yes", program=FULL_DISK)
     assert (result.returncode, result.stdout) == (6, ""), result.stderr
     assert "Traceback" not in result.stderr
     assert not list(run.home.glob("Z-Image*"))
@@ -251,12 +251,12 @@ main()
 
 
 @pytest.mark.parametrize(("budget_gb", "bits"), [(96, None), (24, None), (16, 8), (10.7, 6), (8, 4), (5, 4)])
-def test_the_bits_are_those_that_leave_room_in_memory(budget_gb, bits):
+def test_bits_are_chosen_to_leave_room_in_memory(budget_gb, bits):
     sizes = {None: 20_522_393_030, 8: 11_475_967_430, 6: 9_063_000_000, 4: 6_651_207_110}
     assert choose_bits(sizes, budget_gb * 10**9) == bits
 
 
-def test_without_a_home_a_folder_is_asked_for(monkeypatch):
+def test_without_a_home_the_user_is_asked_to_set_a_folder(monkeypatch):
     monkeypatch.delenv("MLX_ZIMAGE_EMBEDDINGS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name")
     for given in ("~nobody-of-this-name/models", ""):
@@ -271,7 +271,7 @@ def test_pocket_cannot_be_removed():
         library.remove("pocket")
 
 
-def test_the_size_that_is_told_is_the_size_that_is_written(tmp_path):
+def test_the_predicted_size_is_the_size_that_is_written(tmp_path):
     from mlx_zimage.convert import convert
 
     for bits in (None, 8, 4):

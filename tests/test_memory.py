@@ -445,12 +445,12 @@ def test_plan_tells_what_stays_and_what_is_read(planner):
     least = f"{smallest(planner, 48, 48, tokens=512) / 1e6 + 0.1:.1f}M"
     told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1GB"])
     assert told.exit_code == 0
-    assert "1 of 128x128 in 1 GB" in told.stdout and "networks     stay for the next picture" in told.stdout
+    assert "1 image of 128x128, memory budget 1 GB" in told.stdout and "kept in memory between images" in told.stdout
     told = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--width", "48", "--height", "48"])
-    assert re.search(r"transformer  \d blocks in memory, \d read when needed", told.stdout), told.stderr
+    assert re.search(r"transformer  \d blocks in memory, \d streamed from disk", told.stdout), told.stderr
     for option in ("--stage", "--low-ram"):
         told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1GB", option])
-        assert "networks     go when their part is done" in told.stdout
+        assert "networks     unloaded after use" in told.stdout
     told = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--keep"])
     assert (told.exit_code, told.stdout) == (5, "") and "do not keep the model" in told.stderr
     told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1MB"])

@@ -228,27 +228,27 @@ def test_a_terminal_sees_the_picture_grow_and_a_bar_for_each_phase(tmp_path):
     sizes = [Image.open(io.BytesIO(content)).size for _, content in pictures]
     assert sizes == [(4, 4)] * 3 + [(32, 32)], "a preview each step, and the finished picture once"
     assert len({keys for keys, _ in pictures}) == 1, "in one place"
-    for bar in (b"Encoding:   0%", b"Drawing:   0%", b"/step]", b"Decoding:   0%"):
+    for bar in (b"Encoding:   0%", b"Denoising:   0%", b"/step]", b"Decoding:   0%"):
         assert bar in seen
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
 def test_a_terminal_sees_that_the_scale_of_float16_is_found(tmp_path):
     _, seen = watched(tmp_path, "--steps", "1", "--dtype", "float16")
-    fitting, encoding = seen.index(b"Fitting float16:   0%"), seen.index(b"Encoding:   0%")
-    assert fitting < encoding < seen.rindex(b"Drawing: 100%")
+    fitting, encoding = seen.index(b"Calibrating float16:   0%"), seen.index(b"Encoding:   0%")
+    assert fitting < encoding < seen.rindex(b"Denoising: 100%")
 
 
 def test_steps_have_their_bar_whatever_was_given_up_before():
     with Watch(2, quiet=True, leave=False) as watch:
         watch(Phase("scale", 0, 2))
         watch(Step(0, 2, 0.5, None, None))
-        assert watch.name == "Drawing"
+        assert watch.name == "Denoising"
 
 
 def test_where_no_pictures_are_wanted_the_preview_is_a_file(tmp_path):
     _, seen = watched(tmp_path, "--steps", "1", "--preview", "--show", TERM_PROGRAM="WezTerm", NO_COLOR="1")
-    assert b"until the picture is finished: image.preview.png" in seen
+    assert b"until the image is finished: image.preview.png" in seen
     assert b"NO_COLOR is set" in seen
     assert b"1337" not in seen
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
@@ -269,4 +269,4 @@ def test_no_picture_is_sent_into_a_file_and_quiet_says_nothing(tmp_path, monkeyp
     assert (result.exit_code, result.stdout, result.stderr) == (0, "a.webp\n", "")
     assert sorted(str(path) for path in Path().rglob("*.*")) == ["a.webp", "kept/a-5-1.png", "kept/a-5-2.png"]
     result = CliRunner().invoke(cli.main, [*command, "--show", "--size", "32x32", "--steps", "1"])
-    assert "1337" not in result.stderr and "shows no pictures" in result.stderr
+    assert "1337" not in result.stderr and "cannot show images" in result.stderr

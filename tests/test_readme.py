@@ -73,7 +73,7 @@ def test_the_commands_work_as_they_stand(tmp_path, small_pocket, size):
         stdout += result.stdout
     assert "4-bit affine" in stdout
     assert "budget      networks predicted measured" in stdout
-    assert "z-image-4bit is whole (every checksum)" in stdout
+    assert "z-image-4bit is intact (all checksums match)" in stdout
     assert Image.open(tmp_path / "lighthouse.png").size == (side, side)
     assert Image.open(tmp_path / "image.png").size == Image.open(tmp_path / "again.png").size == (side, side)
     assert Image.open(tmp_path / "image-1.png").size == ((160, 112) if side == 128 else (80, 48))

@@ -1,7 +1,7 @@
-"""The command line: a command reads its options, makes one call and prints what came of it.
+"""The command line: a command reads its options, makes one call and prints the result.
 
-Results go to stdout, everything else to stderr. A command's file is imported when the command is called, and what loads
-MLX, NumPy or PIL only when it runs: they take longer than all else that --help and completion do.
+Results go to stdout, everything else to stderr. A command's module is imported when the command is called, and modules
+that load MLX, NumPy or PIL only when it runs: importing those takes longer than anything else --help and completion do.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from ..version import __version__
 from .stop import Terminated, stoppable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-COMMANDS = {  # the file of each has a command of that name, whose help begins so
-    "bench": "Time prompt encoding, the steps and decoding on this machine, beside a matrix product of the same width.",
-    "completion": "Print the script that lets SHELL complete this program's commands and options, or install it.",
-    "convert": "Write SOURCE as an MLX model folder DEST and print its path.",
-    "doctor": "Tell whether this machine, its system, MLX build, memory and disk will do, and test MLX's arithmetic.",
-    "generate": "Draw a picture of PROMPT, or several, and print their paths.",
-    "info": "Tell what a model folder holds, or how a picture was drawn.",
+COMMANDS = {  # each has a module of its name, holding a command of that name whose help starts with this sentence
+    "bench": "Time prompt encoding, denoising steps and decoding on this machine.",
+    "completion": "Print or install the completion script for SHELL.",
+    "convert": "Convert SOURCE to an MLX model folder DEST and print its path.",
+    "doctor": "Check this machine: system, MLX build, memory, disk and MLX's arithmetic.",
+    "generate": "Generate one or more images from PROMPT and print their paths.",
+    "info": "Show what a model folder contains, or how an image was generated.",
     "models": "List the models on this machine, or remove one.",
-    "plan": "Tell how MODEL would be run within a memory budget: what stays, what is read as needed, and each phase's "
-    "bound.",
-    "verify": "Check every byte of a model FOLDER and print what is wrong with it.",
+    "plan": "Show how MODEL would run within a memory budget, without loading it.",
+    "verify": "Check every byte of a model FOLDER and report any faults.",
 }
 
 
 class Commands(click.Group):
     """Loads the command that is called, and turns errors and signals into one line on stderr and an exit code.
 
-    Its `commands` have a name and the first sentence of their help: all that a list of them needs.
+    `commands` holds placeholders with a name and the first sentence of the help: all that listing them needs.
     """
 
     def resolve_command(
@@ -55,11 +54,11 @@ class Commands(click.Group):
             _fail(ctx, error, error.exit_code)
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # whoever read the output has gone; click ends quietly
+                raise  # the reader of our output is gone; click exits quietly
             _fail(ctx, error, OutputError.exit_code if error.errno in FULL else 1)
         except (KeyboardInterrupt, Terminated, click.Abort) as stop:
             if isinstance(stop, click.Abort) and not isinstance(stop.__context__, KeyboardInterrupt):
-                raise  # the end of the input at a question
+                raise  # end of input at a prompt
             click.echo("Stopped.", err=True)
             ctx.exit(143 if isinstance(stop, Terminated) else 130)
 
@@ -71,12 +70,11 @@ class Commands(click.Group):
 )
 @click.version_option(__version__, prog_name="mlx-zimage")
 def main() -> None:
-    """Draw pictures from prompts with Z-Image-Turbo, through MLX.
+    """Generate images from text with Z-Image-Turbo on MLX.
 
-    Results are printed on stdout, progress and messages on stderr. Exit codes: 0 done, 1 failed, 2 a value that
-    cannot work, 3 no such model, 4 damaged model files, 5 too little memory, 6 a result that cannot be written,
-    7 a folder that another process is writing, 8 numbers that are not finite or not right, 130 stopped by Ctrl-C,
-    143 by SIGTERM.
+    Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 other failure, 2 invalid
+    value, 3 model not found, 4 damaged model files, 5 not enough memory, 6 output cannot be written, 7 folder
+    locked by another process, 8 wrong or non-finite numbers, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
 
 
@@ -93,7 +91,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    from tqdm import tqdm  # as long to import as click
+    from tqdm import tqdm  # takes as long to import as click
 
-    with tqdm.external_write_mode():  # clears a running bar and draws it again
+    with tqdm.external_write_mode():  # clears a running bar and redraws it afterwards
         click.echo(f"Warning: {message}", err=True)

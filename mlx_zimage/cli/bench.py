@@ -15,33 +15,57 @@ from ..variants import TURBO
 
 @click.command(epilog="Example: mlx-zimage bench --model z-image-4bit --json this-machine.json")
 @click.option(
-    "--model", default="random", show_default=True, help="A model folder, an id, 'pocket', or random: no download."
+    "--model",
+    default="random",
+    show_default=True,
+    help="Model folder, Hugging Face id, 'pocket', or 'random' (no download).",
 )
-@click.option("--architecture", type=click.Choice(["full", "small"]), help="Of random weights.  [default: full]")
-@click.option("--size", default=f"{TURBO.size}x{TURBO.size}", show_default=True, help="In pixels.")
-@click.option("--steps", type=click.IntRange(1, 1000), default=TURBO.steps, show_default=True)
-@click.option("--tokens", "caption_tokens", type=click.IntRange(1, 512), default=96, show_default=True, help="Of text.")
-@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help="To compute in.  [default: the machine's]")
-@click.option("--q-bits", "bits", type=int, help="Of random weights.  [default: not quantized]")
-@click.option("--q-mode", "mode", type=click.Choice(list(MODES)), help="Of random weights.  [default: affine]")
-@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs; their median is told.")
+@click.option(
+    "--architecture", type=click.Choice(["full", "small"]), help="Architecture of random weights.  [default: full]"
+)
+@click.option("--size", default=f"{TURBO.size}x{TURBO.size}", show_default=True, help="Image size in pixels.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 1000),
+    default=TURBO.steps,
+    show_default=True,
+    help="Number of denoising steps.",
+)
+@click.option(
+    "--tokens",
+    "caption_tokens",
+    type=click.IntRange(1, 512),
+    default=96,
+    show_default=True,
+    help="Prompt length in tokens.",
+)
+@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help="Compute dtype.  [default: depends on the machine]")
+@click.option("--q-bits", "bits", type=int, help="Quantize random weights.  [default: no]")
+@click.option(
+    "--q-mode", "mode", type=click.Choice(list(MODES)), help="Quantization mode of random weights.  [default: affine]"
+)
+@click.option(
+    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Number of runs; the median is reported."
+)
 @click.option(
     "--json",
     "file",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    help="Write the report as JSON; - is stdout.",
+    help="Write the report to this file as JSON; - for stdout.",
 )
 def bench(model: str, architecture: str | None, size: str, repeat: int, file: Path | None, **case) -> None:
-    """Time prompt encoding, the steps and decoding on this machine, beside a matrix product of the same width.
+    """Time prompt encoding, denoising steps and decoding on this machine.
 
-    Random weights of the real architecture take as long and as much memory as the trained ones. With a model on disk,
-    the time from the start of a process to its first step is told too.
+    A matrix product of the same width is timed for comparison. Random weights of the real architecture take as much
+    time and memory as trained ones. For a model on disk, the time from process start to the first step is reported too.
     """
     from ..bench import Case, bench, table
     from ..images.files import check_folder, write_file
 
     if model != "random" and architecture:
-        raise RequestError(f"--architecture {architecture} is for random weights, {model} has its own; leave it out")
+        raise RequestError(
+            f"--architecture {architecture} only applies to random weights, and {model} has its own; leave it out"
+        )
     sides, ratio = parse_size(size)
     if ratio:
         raise RequestError(f"bench needs a size in pixels such as 1024x768, got {size!r}")
@@ -51,7 +75,9 @@ def bench(model: str, architecture: str | None, size: str, repeat: int, file: Pa
     if file and not to_stdout:
         check_folder(file.parent)
         if file.exists() and not file.is_file():
-            raise RequestError(f"{file} is no file that a report could replace; name another, or - for stdout")
+            raise RequestError(
+                f"{file} is not a regular file, so a report cannot replace it; name another file, or - for stdout"
+            )
     report = bench(model, architecture or "full", Case(**sides, **case), repeat)
     text = json.dumps(report)
     if file and not to_stdout:

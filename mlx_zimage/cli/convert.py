@@ -15,76 +15,88 @@ from .output import print_path, progress_bar, say
 @click.argument("source")
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4, 3 or 2.  [default: not quantized]")
-@click.option("--q-group-size", "group_size", type=int, help="Weights that share a scale.  [default: the mode's]")
-@click.option("--q-mode", "mode", type=click.Choice(list(MODES)), default="affine", show_default=True)
-@click.option("--transformer-q-bits", "transformer_bits", type=int, help="Bits of the transformer, where they differ.")
-@click.option("--text-encoder-q-bits", "text_encoder_bits", type=int, help="Bits of the text encoder, likewise.")
+@click.option(
+    "--q-group-size", "group_size", type=int, help="Number of weights that share a scale.  [default: the mode's]"
+)
+@click.option(
+    "--q-mode", "mode", type=click.Choice(list(MODES)), default="affine", show_default=True, help="Quantization mode."
+)
+@click.option(
+    "--transformer-q-bits", "transformer_bits", type=int, help="Bits for the transformer.  [default: --q-bits]"
+)
+@click.option(
+    "--text-encoder-q-bits", "text_encoder_bits", type=int, help="Bits for the text encoder.  [default: --q-bits]"
+)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "float16"]),
     default="bfloat16",
     show_default=True,
-    help="Of the weights that are not quantized.",
+    help="Dtype of the weights that are not quantized.",
 )
 @click.option(
     "--recipe",
     type=click.Choice(["uniform", "mixed"]),
     default="uniform",
     show_default=True,
-    help="mixed gives the transformer's most sensitive matrices more bits than the rest.",
+    help="'mixed' gives the transformer's most sensitive matrices more bits than the rest.",
 )
-@click.option("--target-size", metavar="SIZE", help="Such as 6GB: each layer gets the bits that are best within it.")
-@click.option("--search", is_flag=True, help="Fit the scales by least squares: slower, and nearer to the source.")
+@click.option(
+    "--target-size", metavar="SIZE", help="Choose the best bits for each layer that fit in SIZE, such as 6GB."
+)
+@click.option("--search", is_flag=True, help="Fit the scales by least squares: slower but more accurate.")
 @click.option(
     "--calibrate",
     is_flag=True,
-    help="Draw with SOURCE first and pack what its pictures need: much slower, and nearest.",
+    help="Generate images with SOURCE first, then quantize for what they need: much slower, most accurate.",
 )
-@click.option("--text-encoder", metavar="SOURCE", help="Where the text encoder comes from, if not from SOURCE.")
-@click.option("--vae", metavar="SOURCE", help="Where the VAE comes from, if not from SOURCE.")
-@click.option("--tokenizer", metavar="SOURCE", help="Where the tokenizer comes from, if not from SOURCE.")
-@click.option("--base", metavar="SOURCE", help=f"What gives all that is still missing.  [default: {DEFAULT_MODEL}]")
+@click.option("--text-encoder", metavar="SOURCE", help="Take the text encoder from here instead of SOURCE.")
+@click.option("--vae", metavar="SOURCE", help="Take the VAE from here instead of SOURCE.")
+@click.option("--tokenizer", metavar="SOURCE", help="Take the tokenizer from here instead of SOURCE.")
+@click.option("--base", metavar="SOURCE", help=f"Take any other missing parts from here.  [default: {DEFAULT_MODEL}]")
 @click.option(
     "--format",
     type=click.Choice(["mlx", "diffusers", "comfyui"]),
     default="mlx",
     show_default=True,
-    help="mlx is a folder for this program; diffusers (a folder) and comfyui (one file) lead back.",
+    help="Output format: mlx (a folder for this program), diffusers (a folder) or comfyui (a single file).",
 )
 @click.option(
     "--report",
     "reported",
     is_flag=True,
-    help="Compare DEST with SOURCE, by layer and by pictures, and write it into DEST.",
+    help="Compare DEST with SOURCE, by layer and by generated images, and save the report in DEST.",
 )
-@click.option("--memory", metavar="SIZE", help="What drawing for --calibrate and --report may use, such as 12GB.")
-@click.option("--upload-repo", metavar="ID", help="Send DEST, with a model card, to this repository of the hub.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, only the folder's path.")
+@click.option("--memory", metavar="SIZE", help="Memory budget for --calibrate and --report, such as 12GB.")
+@click.option("--upload-repo", metavar="ID", help="Upload DEST and a model card to this Hugging Face repository.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress, only the path of DEST.")
 def convert(source, dest, reported, upload_repo, quiet, **options):
-    """Write SOURCE as an MLX model folder DEST and print its path.
+    """Convert SOURCE to an MLX model folder DEST and print its path.
 
-    SOURCE is a diffusers folder, a Hugging Face id, 'pocket', a folder of this program's or of mflux, or a safetensors
-    or GGUF file. It is converted tensor by tensor, in little memory. The layers that quantization hurts, and the VAE,
-    stay in --dtype. A conversion that was killed goes on where it was when the same command is given again.
+    SOURCE is a Hugging Face id, 'pocket', a folder written by diffusers, mflux or this program, or a safetensors or
+    GGUF file. Tensors are converted one at a time, which takes little memory. The VAE and the layers that quantization
+    hurts most are kept in --dtype. To resume an interrupted conversion, run the same command again.
     """
     from ..convert import convert_steps
     from ..convert.report import check_source, check_upload, report_steps, upload
 
     memory = options["memory"]
     if (reported or upload_repo) and options["format"] != "mlx":
-        raise RequestError(f"--report and --upload-repo are for folders of this program's, not {options['format']}")
+        raise RequestError(f"--report and --upload-repo need --format mlx, got {options['format']}")
     if memory and not (reported or options["calibrate"]):
-        raise RequestError("--memory is for --calibrate and --report; a conversion needs little")
+        raise RequestError(
+            "--memory only applies to --calibrate and --report; leave it out, converting alone takes little memory"
+        )
     given = [f"--{name.replace('_', '-')}" for name in ("text_encoder", "vae", "tokenizer", "base") if options[name]]
     if reported and given:
-        raise RequestError(f"--report compares with SOURCE alone; leave {' and '.join(given)} out")
+        raise RequestError(f"--report compares with SOURCE alone; leave out {' and '.join(given)}")
     if upload_repo:
         check_upload(upload_repo)
     with closing(convert_steps(source, dest, **options)) as steps:
         if reported:
             check_source(source, memory)
         if options["calibrate"]:
-            say("Drawing with the source to calibrate; the conversion follows.", quiet)
+            say("Generating images with SOURCE to calibrate; conversion starts afterwards.", quiet)
         with progress_bar(quiet, unit="B", unit_scale=True) as bar:
             for step in steps:
                 bar.total = step.total_bytes

@@ -27,7 +27,7 @@ from ..sizes import parse_memory
 from ..variants import VARIANTS
 from .elsewhere import ForgivingCommand
 from .models import DEFAULT_MODEL, first_run
-from .output import graphics, hub_bars, print_path, say, show_picture
+from .output import graphics, hub_bars, print_path, say, show_image
 
 if TYPE_CHECKING:
     from ..images.metadata import Origin
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Example: mlx-zimage generate "a lighthouse at dusk" --size 3:2 --seed 7 -o lighthouse.png
-Four seeds, named after them, the picture growing in the terminal:
+Four seeds, one file each, with a live preview in the terminal:
     mlx-zimage generate "a lighthouse at dusk" --seed 1 2 3 4 -o "{prompt}-{seed}.webp" --preview
-The same picture with another seed:
+The same image with another seed:
     mlx-zimage generate --from lighthouse.png --seed 8
-A prompt a line; an object a picture for the next program:
+One prompt per line in, one JSON object per image out:
     mlx-zimage generate --prompt-file prompts.txt --json -q | jq -r .path
 """
 SECTIONS = {  # of the help text, with the names of their options
-    "What to draw": ("prompt_option", "prompt_file", "requests_file", "from_picture", "size", "width", "height"),
+    "Image": ("prompt_option", "prompt_file", "requests_file", "from_image", "size", "width", "height"),
     "Seeds": ("seeds", "count", "auto_seeds", "rng", "latents_file"),
-    "How to draw": ("steps", "shift", "guidance_scale", "negative_prompt"),
-    "Model and machine": ("source", "variant", "yes", "dtype", "memory", "keep", "battery_limit"),
-    "Files": ("output", "overwrite", "metadata", "preview_dir"),
+    "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt"),
+    "Model and memory": ("source", "variant", "yes", "dtype", "memory", "keep", "battery_limit"),
+    "Output": ("output", "overwrite", "metadata", "preview_dir"),
 }
-Size = tuple[dict, tuple[int, int] | None]  # as parse_size gives it
+Size = tuple[dict, tuple[int, int] | None]  # returned by parse_size
 
 
 def _parse(parse: Callable[[str], Any]):
@@ -60,13 +60,13 @@ def _parse(parse: Callable[[str], Any]):
 
 
 class Generate(ForgivingCommand):
-    """Its help has a section for each kind of option."""
+    """Groups the options in its help into sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
         records = {option.name: option.get_help_record(ctx) for option in options}
         sections = {title: [records.pop(name) for name in names] for title, names in SECTIONS.items()}
-        sections["On the screen"] = list(records.values())  # what is left: --help too
+        sections["Display"] = list(records.values())  # the rest, including --help
         for title, rows in sections.items():
             with formatter.section(title):
                 formatter.write_dl([row for row in rows if row])
@@ -74,86 +74,91 @@ class Generate(ForgivingCommand):
 
 @click.command(cls=Generate, epilog=EXAMPLES)
 @click.argument("prompt", required=False)
-@click.option("--prompt", "prompt_option", metavar="PROMPT", help="The same as the argument PROMPT.")
+@click.option("--prompt", "prompt_option", metavar="PROMPT", help="Same as the argument PROMPT.")
 @click.option(
     "--prompt-file",
     type=click.File("rb"),
-    help="Prompts, one a line; - is stdin. Lines that begin with # are passed over.",
+    help="Read prompts from a file, one per line; - for stdin. Lines starting with # are ignored.",
 )
 @click.option(
     "--requests",
     "requests_file",
     metavar="FILE.jsonl",
     type=click.File("rb"),
-    help='JSON objects, one a line, such as {"prompt": "a cat", "seed": 1, "output": "cat.png"}; - is stdin.',
+    help='Read JSON objects, one per line, such as {"prompt": "a cat", "seed": 1, "output": "cat.png"}; - for stdin.',
 )
 @click.option(
     "-m",
     "--model",
     "source",
-    help=f"A model folder, a Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
+    help=f"Model folder, Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
-@click.option("--variant", type=click.Choice(list(VARIANTS)), help="Which model it is.  [default: recognized]")
+@click.option("--variant", type=click.Choice(list(VARIANTS)), help="Model variant.  [default: detected from the model]")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     default=Path("image.png"),
     show_default=True,
-    help="The picture's file: .png, .jpg or .webp. {prompt}, {seed}, {n}, {width}, {height} and {steps} are filled in. "
-    "If the file exists, NAME-1, NAME-2, ... is written.",
+    help="Output file: .png, .jpg or .webp. {prompt}, {seed}, {n}, {width}, {height} and {steps} are filled in. "
+    "If the file exists, NAME-1, NAME-2, ... is used.",
 )
-@click.option("--overwrite", is_flag=True, help="Write over files that exist.")
+@click.option("--overwrite", is_flag=True, help="Overwrite existing files.")
 @click.option(
     "--size",
     callback=_parse(parse_size),
     metavar="W:H|WxH",
-    help="An aspect such as 3:2, with about as many pixels as the model's own size, or pixels such as 1280x720.",
+    help="Aspect ratio such as 3:2, at about the model's default pixel count, or pixels such as 1280x720.",
 )
-@click.option("--width", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
-@click.option("--height", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
-@click.option("--steps", type=int, help="How often the transformer is called.  [default: the model's]")
+@click.option("--width", type=int, help="Width in pixels, a multiple of 16.  [default: the model's]")
+@click.option("--height", type=int, help="Height in pixels, a multiple of 16.  [default: the model's]")
+@click.option("--steps", type=int, help="Number of denoising steps.  [default: the model's]")
 @click.option(
     "--seed",
     "seeds",
     multiple=True,
     metavar="N...",
-    help="The same seed draws the same picture; several draw one each: 1 2 3 or 1,2,3.  [default: chosen, and told]",
+    help="Random seed; give several for one image each: 1 2 3 or 1,2,3.  [default: random; printed]",
 )
-@click.option("--count", type=int, default=1, help="Pictures per seed: its own and those of the seeds that follow it.")
-@click.option("--auto-seeds", type=int, metavar="N", help="Pictures of N seeds chosen at random.")
+@click.option("--count", type=int, default=1, metavar="N", help="Generate N images per seed, from SEED, SEED+1, ...")
+@click.option("--auto-seeds", type=int, metavar="N", help="Generate N images with random seeds.")
 @click.option(
     "--latents",
     "latents_file",
     metavar="FILE.npy",
     type=click.Path(path_type=Path),
-    help="The initial noise itself, (pictures, 16, height/8, width/8), in place of the seed's.",
+    help="Use this array of shape (images, 16, height/8, width/8) as initial noise instead of the seed's.",
 )
 @click.option(
     "--rng",
     type=click.Choice(RNGS),
-    help="Whose noise a seed gives: PyTorch's, as in diffusers and ComfyUI, or MLX's own.  [default: torch]",
+    help="Noise generator: torch matches diffusers and ComfyUI seeds, mlx is MLX's own.  [default: torch]",
 )
-@click.option("--shift", type=float, help="Bends the schedule towards noise.  [default: the model's]")
-@click.option("--guidance", "guidance_scale", type=float, help="0 is off; Turbo needs 0.  [default: the model's]")
-@click.option("--negative-prompt", help="What to steer away from; used when guidance is above 0.")
+@click.option(
+    "--shift", type=float, help="Timestep shift: higher spends more steps at high noise.  [default: the model's]"
+)
+@click.option(
+    "--guidance",
+    "guidance_scale",
+    type=float,
+    help="Guidance scale; 0 is off, as Turbo needs.  [default: the model's]",
+)
+@click.option("--negative-prompt", help="What to avoid in the image; only used with guidance above 0.")
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),
-    help="What to compute in.  [default: bfloat16 on a GPU, float16 on M1 and M2, float32 on a CPU]",
+    help="Compute dtype.  [default: bfloat16 on a GPU, float16 on M1 and M2, float32 on a CPU]",
 )
 @click.option(
     "--memory",
     metavar="SIZE",
-    help="What may be used, such as 6GB; what does not fit is read from disk as needed.  [default: what suits this "
-    "machine]",
+    help="Memory budget, such as 6GB; what does not fit is streamed from disk.  [default: set for this machine]",
 )
 @click.option(
     "--keep/--stage",
     " /--low-ram",
     default=None,
-    help="Whether all of the model stays in memory between pictures, or each part goes when its work is done.  "
-    "[default: it stays if it fits]",
+    help="Keep the whole model in memory between images, or unload each network after use.  [default: keep if it fits]",
 )
 @click.option(
     "-B",
@@ -161,55 +166,55 @@ class Generate(ForgivingCommand):
     "--battery-percentage-stop-limit",
     type=click.IntRange(1, 99),
     metavar="PERCENT",
-    help="On a battery that is no fuller, stop before the next picture.",
+    help="Stop before the next image at or below PERCENT charge.",
 )
 @click.option(
     "--from",
     "-C",
     "--config-from-metadata",
     "--config-from-conf",
-    "from_picture",
-    metavar="PICTURE",
+    "from_image",
+    metavar="IMAGE",
     type=click.Path(path_type=Path),
-    help="Begin with the request that PICTURE carries; other options change it.",
+    help="Start from the request stored in IMAGE; other options override it.",
 )
 @click.option(
     "--metadata/--no-metadata",
     " /--no-exif",
     default=True,
-    help="Whether pictures carry their request.  [default: yes]",
+    help="Store the request in the image.  [default: yes]",
 )
-@click.option("-y", "--yes", is_flag=True, help="Where no model is here yet, fetch and convert it without asking.")
+@click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
 @click.option(
     "--preview",
     is_flag=True,
-    help="Show the picture growing: in the terminal, if it is iTerm2, WezTerm, kitty or Ghostty, in the place that the "
-    "finished picture then takes; elsewhere in the file NAME.preview.png, which goes when the picture is finished.",
+    help="Show a preview after each step: inline in iTerm2, WezTerm, kitty and Ghostty, elsewhere in NAME.preview.png, "
+    "which is deleted when the image is finished.",
 )
 @click.option(
     "--preview-dir",
     "--stepwise-image-output-dir",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="Keep the preview of each step there, as NAME-SEED-1.png and so on.",
+    help="Save the preview of each step in FOLDER as NAME-SEED-1.png, ...",
 )
-@click.option("--show", is_flag=True, help="Show pictures in the terminal: iTerm2, WezTerm, kitty, Ghostty.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per picture instead of its path.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no seeds on stderr; warnings and errors remain.")
+@click.option("--show", is_flag=True, help="Show images in the terminal (iTerm2, WezTerm, kitty, Ghostty).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image instead of its path.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no seeds, only warnings and errors.")
 def generate(
     prompt: str | None, prompt_option: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None,
     source: str | None, variant: str | None, output: Path, overwrite: bool, size: Size | None,
     seeds: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, dtype: str | None,
-    memory: str | None, keep: bool | None, battery_limit: int | None, from_picture: Path | None, metadata: bool,
+    memory: str | None, keep: bool | None, battery_limit: int | None, from_image: Path | None, metadata: bool,
     preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool, **values,
 ) -> None:  # fmt: skip
-    """Draw a picture of PROMPT, or several, and print their paths.
+    """Generate one or more images from PROMPT and print their paths.
 
-    All values are checked before the model is opened, which is once for all pictures. Where no model is on this
-    machine, the first call tells what it would fetch and convert, and asks. Ctrl-C stops within a step; pictures that
-    are finished stay.
+    All values are checked before the model is loaded, once for all images. If the default model is not on this machine,
+    the first run shows what it would download and convert, and asks. Ctrl-C stops within a step; finished images are
+    kept.
     """
-    # Here, so that --help and completion do not wait for MLX.
+    # Imported here so that --help and completion do not wait for MLX.
     from ..generate import Files, Saved, open_model, run
     from ..images.files import check_output, make_folder
     from ..images.metadata import read_origin
@@ -217,10 +222,10 @@ def generate(
     from ..inputs import Inputs, check_latents_size, read_latents
     from .watch import Watch, add_views
 
-    old = read_origin(from_picture) if from_picture else None
+    old = read_origin(from_image) if from_image else None
     inputs = Inputs(read_latents(latents_file) if latents_file else None)
     if prompt is not None and prompt_option is not None:
-        raise RequestError("the prompt is given twice, as the argument and as --prompt")
+        raise RequestError("the prompt was given twice, as an argument and with --prompt; give one")
     prompts = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
     base, ratio = _base(values, size, old, inputs)
     jobs = list(multiply(base, prompts, _seeds(seeds, count, auto_seeds, old), output, ratio))
@@ -232,30 +237,30 @@ def generate(
         except RequestError as error:
             if not requests_file and not prompt_file:
                 raise
-            raise RequestError(f"picture {job.n} of {len(jobs)}: {error}") from error
+            raise RequestError(f"image {job.n} of {len(jobs)}: {error}") from error
         if latents_file and request.width and request.height:
             check_latents_size(latents_file, inputs.latents, request.width, request.height)
     if preview_dir:
         make_folder(preview_dir)
     if old:
-        _check_latents_of(old, from_picture, inputs.digest)
+        _check_old_latents(old, from_image, inputs.digest)
     budget = None if memory is None else parse_memory(memory)
-    source = source or _model_of(old, from_picture, yes, quiet)
+    source = source or _default_model(old, from_image, yes, quiet)
     if quiet and not Path(source).is_dir():
         hub_bars(False)
 
     model = open_model(source, dtype or (old.dtype if old else None), budget, keep, variant)
     if old and model.fingerprint != old.fingerprint:
-        warnings.warn(f"{source} is not the model that drew {from_picture}; the picture will differ", stacklevel=1)
+        warnings.warn(f"{source} is not the model that generated {from_image}; the image will differ", stacklevel=1)
     defaults = model.pipeline.defaults
     requests = [model.pipeline.complete(job.request(**defaults)) for job in jobs]
     for request in requests:
         if latents_file:
             check_latents_size(latents_file, inputs.latents, *request.extent[:2])
-        model.pipeline.plan(request)  # what does not fit is refused before any work
+        model.pipeline.plan(request)  # refuses what does not fit, before any work
     files = Files(overwrite, metadata)
     terminal = None if quiet else graphics()
-    in_place = preview and terminal  # the finished picture takes the preview's place
+    in_place = preview and terminal  # the finished image replaces the preview
     colours = colours_of(model.pipeline.encode_image) if preview or preview_dir else None
     for job, request in zip(jobs, requests, strict=True):
         _check_battery(battery_limit)
@@ -270,15 +275,15 @@ def generate(
                 if isinstance(event, Saved):
                     click.echo(json.dumps(event.to_dict())) if as_json else print_path(event.path)
                     if show and not in_place:
-                        show_picture(event.path)
+                        show_image(event.path)
 
 
 def _prompts(
     prompt: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None, old: Origin | None
 ) -> list[dict]:
-    """What to draw, one dict of values a picture; each is stronger than the options."""
+    """One dict of values per image; they take precedence over the options."""
     if prompt_file and (prompt is not None or requests_file):
-        raise RequestError("a file of prompts stands alone: give no other prompt or requests with it")
+        raise RequestError("--prompt-file cannot be combined with another prompt or --requests; give one")
     if prompt_file:
         return read_prompts(*_read(prompt_file))
     own = {} if prompt is None else {"prompt": prompt}
@@ -286,7 +291,7 @@ def _prompts(
         text, name = _read(requests_file)
         requests = [own | request for request in read_requests(text, name)]
         if not old and not all("prompt" in request for request in requests):
-            raise RequestError(f"{name}: each object needs a prompt, or give one for all")
+            raise RequestError(f"{name}: each object needs a prompt; add them, or give one for all as PROMPT")
         return requests
     if not own and not old:
         raise click.UsageError("Missing argument 'PROMPT'; or give --prompt-file, --requests or --from.")
@@ -294,11 +299,11 @@ def _prompts(
 
 
 def _base(values: dict, size: Size | None, old: Origin | None, inputs: Inputs) -> tuple[dict, tuple[int, int] | None]:
-    """The values that all pictures share, and their aspect if one was given."""
+    """The values that all images share, and their aspect ratio if one was given."""
     base = old.request.to_dict() if old else {}
     sides, ratio = size or ({}, None)
     if size and (values["width"] or values["height"]):
-        raise RequestError("--size and --width or --height contradict each other; give one")
+        raise RequestError("--size cannot be combined with --width or --height; give one")
     if ratio:
         base = {name: value for name, value in base.items() if name not in ("width", "height")}
     base |= {name: value for name, value in {**values, **sides}.items() if value is not None}
@@ -316,22 +321,22 @@ def _read(stream: BinaryIO) -> tuple[str, str]:
 
 def _seeds(given: tuple[str, ...], count: int, auto_seeds: int | None, old: Origin | None) -> list[int]:
     if given and auto_seeds is not None:
-        raise RequestError("--seed and --auto-seeds contradict each other; give one")
+        raise RequestError("--seed cannot be combined with --auto-seeds; give one")
     if auto_seeds is not None and not 1 <= auto_seeds <= 100_000:
-        raise RequestError(f"auto-seeds must be from 1 to 100000, got {auto_seeds}")
+        raise RequestError(f"--auto-seeds must be from 1 to 100000, got {auto_seeds}")
     seeds = [seed for text in given for seed in parse_seeds(text)]
     if not seeds:
         seeds = [old.request.seed] if old and not auto_seeds else [secrets.randbits(32) for _ in range(auto_seeds or 1)]
     return count_up(seeds, count)
 
 
-def _model_of(old: Origin | None, picture: Path | None, yes: bool, quiet: bool) -> str:
-    """The model to draw with where none was named. A picture may name one, but only a known one is trusted."""
+def _default_model(old: Origin | None, image: Path | None, yes: bool, quiet: bool) -> str:
+    """The model to use when none was given. An image names its model, but only a known one is trusted."""
     if old and old.model == "pocket":
         return "pocket"
     stem = DEFAULT_MODEL.rpartition("/")[2]
     if old and old.model != DEFAULT_MODEL and not old.model.startswith(f"{stem}-"):
-        raise RequestError(f"{picture} was drawn with the model {old.model!r}; say where it is with --model")
+        raise RequestError(f"{image} was generated with the model {old.model!r}; pass its folder or id with --model")
     return str(first_run(DEFAULT_MODEL, yes, quiet))
 
 
@@ -340,13 +345,15 @@ def _check_battery(limit: int | None) -> None:
         return
     charge = battery.charge()
     if charge is not None and charge <= limit:
-        raise ZImageError(f"the battery is at {charge}%, and --battery-limit is {limit}: no more pictures are drawn")
+        raise ZImageError(
+            f"stopped: the battery is at {charge}%, and --battery-limit is {limit}; charge it or lower the limit"
+        )
 
 
-def _check_latents_of(old: Origin, picture: Path | None, digest: str | None) -> None:
+def _check_old_latents(old: Origin, image: Path | None, digest: str | None) -> None:
     if old.latents is None:
         return
     if digest is None:
-        raise RequestError(f"{picture} was drawn from latents of its own; give their file with --latents")
+        raise RequestError(f"{image} was generated from a latents file; pass that file with --latents")
     if digest != old.latents:
-        warnings.warn(f"these are not the latents that {picture} was drawn from; the picture will differ", stacklevel=1)
+        warnings.warn(f"these are not the latents that {image} was generated from; the image will differ", stacklevel=1)

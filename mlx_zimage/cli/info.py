@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from ..weights.checkpoint import Component
 
 
-@click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info picture.png")
+@click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info image.png")
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(source: str, as_json: bool) -> None:
-    """Tell what a model folder holds, or how a picture was drawn.
+    """Show what a model folder contains, or how an image was generated.
 
-    SOURCE is a model folder, 'pocket', or a picture that `generate` wrote. Of a model it tells what it was made from,
-    its networks, their sizes and how they are stored; of a picture, all that `generate --from` needs to draw it again.
+    SOURCE is a model folder, 'pocket', or an image written by `generate`. For a model: what it was converted from, and
+    its networks, their sizes and how they are stored. For an image: everything that `generate --from` needs to generate
+    it again.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -34,7 +35,9 @@ def info(source: str, as_json: bool) -> None:
         click.echo(origin.to_json() if as_json else printable(parameters(origin)))
         return
     if source != "pocket" and not path.is_dir():
-        raise ModelNotFoundError(f"there is no model folder and no picture {source}")
+        raise ModelNotFoundError(
+            f"no model folder or image at {source}; `mlx-zimage models` lists the models on this machine"
+        )
     model = describe(source)
     if as_json:
         click.echo(json.dumps(model))
@@ -45,14 +48,14 @@ def info(source: str, as_json: bool) -> None:
     click.echo(f"{'':14}{'parameters':>16}{'on disk':>12}  stored as")
     for name, network in model["networks"].items():
         nbytes, kinds = size(network["bytes"]), ", ".join(network["stored_as"])
-        bits = f": {network['bits_per_weight']:.2f} bits a weight" if len(network["stored_as"]) > 1 else ""
+        bits = f": {network['bits_per_weight']:.2f} bits per weight" if len(network["stored_as"]) > 1 else ""
         click.echo(f"{name:14}{network['parameters']:16,}{nbytes:>12}  {kinds}{bits}")
     side = model["sample_size"]
-    click.echo(f"draws {side}x{side} pixels unless told otherwise")
+    click.echo(f"default size: {side}x{side} pixels")
 
 
 def describe(source: str) -> dict:
-    """What `info` tells of a model, ready for JSON."""
+    """What `info` shows about a model, ready for JSON."""
     from ..weights.checkpoint import fingerprint, open_checkpoint, read_json
     from ..weights.manifest import CONVERSION
 

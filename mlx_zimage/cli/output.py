@@ -1,4 +1,4 @@
-"""What commands share in printing."""
+"""Printing, shared by the commands."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def print_path(path: Path) -> None:
-    """On stdout, alone on its line, byte for byte: file names need not be valid text."""
+    """Print a path on stdout, on its own line, byte for byte: file names need not be valid text."""
     click.echo(os.fsencode(path))
 
 
 def printable(text: str) -> str:
-    """Lines of a stranger's text, with control characters, which a terminal would obey, written as in Python."""
+    """Untrusted text with its control characters, which a terminal would obey, escaped as in Python."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
@@ -30,15 +30,15 @@ def say(message: str, quiet: bool = False) -> None:
 
 
 def progress_bar(quiet: bool = False, **options) -> tqdm:
-    """A bar on stderr if a person watches: rate and time left are in it."""
-    from tqdm import tqdm  # here, as --help shows no bar: it takes as long to import as click
+    """A progress bar on stderr, if that is a terminal, with rate and time left."""
+    from tqdm import tqdm  # takes as long to import as click, and --help needs no bar
 
-    hidden = True if quiet or sys.stderr is None else None  # None: no bar where stderr is no terminal
+    hidden = True if quiet or sys.stderr is None else None  # None: hidden unless stderr is a terminal
     return tqdm(disable=hidden, **options)
 
 
 def hub_bars(shown: bool) -> None:
-    """Whether the Hugging Face client shows bars on a terminal, where its user's environment leaves it open."""
+    """Show or hide the Hugging Face client's progress bars, unless HF_HUB_DISABLE_PROGRESS_BARS is set."""
     from huggingface_hub import constants, utils
 
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
@@ -46,24 +46,24 @@ def hub_bars(shown: bool) -> None:
 
 
 def graphics() -> str | None:
-    """How the terminal on stderr shows pictures, if there is one and it can; see `terminal.protocol`."""
+    """The image protocol of the terminal on stderr, or None; see `terminal.protocol`."""
     from ..images.terminal import protocol
 
     return protocol(os.environ) if sys.stderr and sys.stderr.isatty() else None
 
 
-def show_picture(path: Path) -> None:
-    """In the terminal, if stderr is one that can."""
+def show_image(path: Path) -> None:
+    """Show an image inline if stderr is a terminal that supports it."""
     from ..images.codec import read_pixels, to_png
     from ..images.terminal import inline
 
-    known = graphics()
-    if known:
-        plain = known == "iterm" or path.suffix.lower() == ".png"
+    protocol = graphics()
+    if protocol:
+        plain = protocol == "iterm" or path.suffix.lower() == ".png"
         content = path.read_bytes() if plain else to_png(read_pixels(path))
-        sys.stderr.buffer.write(inline(content, known) + b"\n")
+        sys.stderr.buffer.write(inline(content, protocol) + b"\n")
         sys.stderr.buffer.flush()
     elif os.environ.get("NO_COLOR"):
-        say("NO_COLOR is set; no picture is shown.")
+        say("NO_COLOR is set; not showing images.")
     else:
-        say("This terminal shows no pictures; iTerm2, WezTerm, kitty and Ghostty do.")
+        say("This terminal cannot show images; use iTerm2, WezTerm, kitty or Ghostty.")

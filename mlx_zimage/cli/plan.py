@@ -11,20 +11,23 @@ from .models import DEFAULT_MODEL
 
 @click.command(epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--variant", type=click.Choice(list(VARIANTS)), help="Which model it is.  [default: recognized]")
-@click.option("--width", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
-@click.option("--height", type=int, help="In pixels, a multiple of 16.  [default: the model's]")
-@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
-@click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Of the prompt.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="[default: the model's]")
-@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help="What to compute in.")
-@click.option("--memory", metavar="SIZE", help="Such as 6GB.  [default: what suits this machine]")
+@click.option("--variant", type=click.Choice(list(VARIANTS)), help="Model variant.  [default: detected from the model]")
+@click.option("--width", type=int, help="Width in pixels, a multiple of 16.  [default: the model's]")
+@click.option("--height", type=int, help="Height in pixels, a multiple of 16.  [default: the model's]")
+@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images per batch.")
+@click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Prompt length in tokens.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Number of denoising steps.  [default: the model's]")
+@click.option(
+    "--dtype",
+    type=click.Choice(sorted(FLOATS)),
+    help="Compute dtype.  [default: bfloat16 on a GPU, float16 on M1 and M2, float32 on a CPU]",
+)
+@click.option("--memory", metavar="SIZE", help="Memory budget, such as 6GB.  [default: set for this machine]")
 @click.option(
     "--keep/--stage",
     " /--low-ram",
     default=None,
-    help="Whether all of the model stays in memory, or each part goes when its work is done.  "
-    "[default: it stays if it fits]",
+    help="Keep the whole model in memory between images, or unload each network after use.  [default: keep if it fits]",
 )
 def plan(
     model: str,
@@ -38,9 +41,10 @@ def plan(
     memory: str | None,
     keep: bool | None,
 ) -> None:
-    """Tell how MODEL would be run within a memory budget: what stays, what is read as needed, and each phase's bound.
+    """Show how MODEL would run within a memory budget, without loading it.
 
-    Reads configs and headers only.
+    Prints the peak memory of each phase, and which blocks stay in memory and which are streamed from disk. Only configs
+    and weight headers are read.
     """
     from ..memory import Workload
     from ..pipeline import ZImagePipeline
@@ -53,13 +57,13 @@ def plan(
     prompts = 2 if pipeline.variant.guidance_scale else 1
     work = Workload(width, height, images, tokens, steps or pipeline.variant.steps, prompts)
     plan = pipeline.planner.plan(work, pipeline.budget, keep)
-    click.echo(f"{images} of {width}x{height} in {tell(plan.budget)}")
+    click.echo(f"{images} image{'s' if images > 1 else ''} of {width}x{height}, memory budget {tell(plan.budget)}")
     for phase, peak in plan.peaks.items():
         click.echo(f"{phase:13}about {tell(peak)}, at most {tell(plan.rooms[phase])}")
-    click.echo(f"networks     {'stay for the next picture' if plan.keep else 'go when their part is done'}")
+    click.echo(f"networks     {'kept in memory between images' if plan.keep else 'unloaded after use'}")
     footprints = pipeline.planner.footprints
     for name, network in (("encoder", footprints["text_encoder"]), ("transformer", footprints["transformer"])):
         streamed = len(plan.streamed & network.blocks.keys())
-        click.echo(f"{name:13}{len(network.blocks) - streamed} blocks in memory, {streamed} read when needed")
-    strips = "whole" if plan.strip_bytes is None else f"by strips of {plan.strip_bytes / 1e6:.2g} MB"
+        click.echo(f"{name:13}{len(network.blocks) - streamed} blocks in memory, {streamed} streamed from disk")
+    strips = "in one piece" if plan.strip_bytes is None else f"in strips of {plan.strip_bytes / 1e6:.2g} MB"
     click.echo(f"decoding     {strips}")

@@ -1,13 +1,14 @@
-"""Ctrl-C and SIGTERM: what is under way is undone, and a download is not waited for.
+"""Ctrl-C and SIGTERM: clean up unfinished work, and do not wait for a download.
 
-A signal raises in the main thread, and all of ours is undone as the exception passes. The hub's client holds it up: it
-waits for its threads first, which finish the files they are at, of many gigabytes, and a thread cannot be ended from
-outside. So within the client a signal ends the process, once the partial files are gone that no later run could go on
-with.
+A signal raises an exception in the main thread, and our code cleans up as it propagates. The Hugging Face client would
+delay this: it first waits for its threads to finish the files they are downloading, which can be many gigabytes, and a
+thread cannot be killed from outside. So inside the client a signal exits the process, after deleting the partial files
+that no later run could resume.
 
-A child process for the client would be ended more simply. But it would not have what a program has set up in this one
-(the client's HTTP, its bars), would live on after a killed parent, and who removes its partial files could not tell
-them by name from another process's; and uploads, which are stopped here too, would need a child as well.
+Running the client in a child process would make stopping it simpler. But the child would not share what the program has
+configured in this process (HTTP settings, progress bars), would outlive a killed parent, and its partial files could
+not be distinguished by name from those of other processes; uploads, which are stopped here too, would need a child as
+well.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from types import FrameType
 
 
 class Terminated(BaseException):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM raises Terminated within, as Ctrl-C does KeyboardInterrupt, so that what is under way is undone.
+    """Within this context SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt, so that cleanup code runs.
 
-    Within the hub's client either one ends the process. Afterwards the signals mean what they meant.
+    Inside the Hugging Face client either signal exits the process. The previous handlers are restored at the end.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -54,7 +55,7 @@ def stoppable() -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, stop)
-    if before[signal.SIGINT] is not signal.SIG_IGN:  # as in the background of a shell
+    if before[signal.SIGINT] is not signal.SIG_IGN:  # ignored in a background job of a shell
         signal.signal(signal.SIGINT, stop)
     try:
         yield
@@ -64,13 +65,14 @@ def stoppable() -> Iterator[None]:
 
 
 def drop_downloads() -> None:
-    """Remove the files that the hub's client is writing in this process, but for those that another could go on with.
+    """Delete the partial files that the Hugging Face client is writing in this process, except resumable ones.
 
-    Newer clients give each file of each process a name of its own: DIGEST.12345678.incomplete. The process cannot go on
-    afterwards: it can open no more files, nor log.
+    Newer clients give each file a name that is unique to the process: DIGEST.12345678.incomplete. The process must exit
+    afterwards: it can no longer open files or log.
     """
     logging.disable()
-    highest = max(map(int, os.listdir("/dev/fd"))) + 100  # with what other threads open before the next line
+    # The margin is for files that other threads open before the next line.
+    highest = max(map(int, os.listdir("/dev/fd"))) + 100
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     for number in range(highest):
         with suppress(OSError):
@@ -80,4 +82,4 @@ def drop_downloads() -> None:
                 path = os.readlink(f"/dev/fd/{number}")
             if re.search(r"\w\.[0-9a-f]{8}\.incomplete$", path):
                 os.unlink(path)
-    time.sleep(0.2)  # in which other threads rename what was whole, and closed
+    time.sleep(0.2)  # lets other threads rename files that are complete and closed

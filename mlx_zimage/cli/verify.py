@@ -8,13 +8,13 @@ from .output import progress_bar
 
 @click.command(epilog="Example: mlx-zimage verify z-image-4bit")
 @click.argument("folder")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 def verify(folder: str, quiet: bool) -> None:
-    """Check every byte of a model FOLDER and print what is wrong with it.
+    """Check every byte of a model FOLDER and report any faults.
 
-    Files are compared with the checksums that `convert` wrote; headers, names, shapes and values are checked in any
-    case, so a diffusers folder can be verified too, though a changed weight is then found only if it is not finite.
-    Exits with 4 if anything is wrong.
+    Files are compared with the checksums written by `convert`. Headers, names, shapes and values are always checked,
+    so a diffusers folder can be verified too, but without checksums a changed weight is only found if it is not finite.
+    The exit code is 4 if anything is wrong.
     """
     from ..convert.verify import verify_steps
     from ..weights.hub import resolve
@@ -31,6 +31,8 @@ def verify(folder: str, quiet: bool) -> None:
                 with bar.external_write_mode():
                     click.echo(f"{step.name}: {step.fault}")
     if faults:
-        raise CheckpointError(f"{path} is damaged: {faults} fault{'s' if faults > 1 else ''} found")
-    checked = "every checksum" if read_manifest(path) else "headers and values; it has no checksums"
-    click.echo(f"{path} is whole ({checked})")
+        raise CheckpointError(
+            f"{path} is damaged: {faults} fault{'s' if faults > 1 else ''} found; download or convert it again"
+        )
+    checked = "all checksums match" if read_manifest(path) else "headers and values only; no checksums to compare with"
+    click.echo(f"{path} is intact ({checked})")

@@ -1,4 +1,4 @@
-"""What a person sees of a request while it is drawn: a bar for each phase, and the picture growing."""
+"""What the user sees while an image is generated: a progress bar per phase, and previews."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..sampling import Step
 from .output import progress_bar, say
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-PHASES = {"scale": ("Fitting float16", "network"), "encode": ("Encoding", "layer"), "decode": ("Decoding", "block")}
+PHASES = {"scale": ("Calibrating float16", "network"), "encode": ("Encoding", "layer"), "decode": ("Decoding", "block")}
 
 
 class Watch:
-    """Takes a request's events as they come: `with Watch(...) as watch: watch(event)`.
+    """Shows a request's events as they arrive: `with Watch(...) as watch: watch(event)`.
 
-    views, which may be added to, are shown each step as `colours` tell it (see preview.colours_of), and the finished
-    pictures. The bars follow each other on one line: float16's scale where it has to be found, the prompt's encoding,
-    the steps, the decoding. That of the steps stays, if leave is set. Their clocks go on between events, which may be a
-    minute apart.
+    `views`, to which the caller may add, receive a preview of each step, made with `colours` (see preview.colours_of),
+    and the finished images. The bars replace each other on one line: finding float16's scale if it is not cached,
+    encoding the prompt, denoising, decoding. The denoising bar stays on screen if `leave` is set. Elapsed times keep
+    ticking between events, which may be a minute apart.
     """
 
     def __init__(self, steps: int, quiet: bool, leave: bool, colours: np.ndarray | None = None):
@@ -35,7 +35,7 @@ class Watch:
         self.over = threading.Event()
 
     def __enter__(self) -> Watch:
-        self._open("Drawing", self.steps, "step")
+        self._open("Denoising", self.steps, "step")
         if not self.bar.disable:
             threading.Thread(target=self._tick, daemon=True).start()
         return self
@@ -44,8 +44,8 @@ class Watch:
         if isinstance(event, Phase):
             self._phase(event)
         elif isinstance(event, Step):
-            if self.name != "Drawing" or event.index < self.bar.n:  # begun again, in another dtype
-                self._next("Drawing", self.steps, "step")
+            if self.name != "Denoising" or event.index < self.bar.n:  # restarted in another dtype
+                self._next("Denoising", self.steps, "step")
             self.bar.update()
             if self.colours is not None:
                 preview = sketch(event.clean, self.colours)
@@ -55,7 +55,7 @@ class Watch:
             self._show(lambda view: view.finish(event.pixels))
 
     def say(self, message: str) -> None:
-        """On a line of its own, above the bar."""
+        """Print a message on its own line, above the bar."""
         with tqdm.external_write_mode(file=sys.stderr):
             say(message, self.quiet)
 
@@ -77,19 +77,19 @@ class Watch:
             name, unit = PHASES[phase.name]
             self._next(name, phase.total, unit)
         if phase.done == phase.total and phase.name != "decode":
-            self._next("Drawing", self.steps, "step")
+            self._next("Denoising", self.steps, "step")
 
     def _next(self, name: str, total: int, unit: str) -> None:
         self._close()
         self._open(name, total, unit)
 
     def _open(self, name: str, total: int, unit: str) -> None:
-        self.name, leave = name, self.leave and name == "Drawing"
+        self.name, leave = name, self.leave and name == "Denoising"
         self.bar = progress_bar(self.quiet, desc=name, total=total, unit=unit, leave=leave, bar_format=BAR)
 
     def _close(self) -> None:
-        """A bar that is not full goes in any case."""
-        with tqdm.get_lock():  # a tick finds it open or closed
+        """Close the bar; an incomplete one is always removed."""
+        with tqdm.get_lock():  # so that a tick never sees it half closed
             self.bar.leave = self.bar.leave and self.bar.n == self.bar.total
             self.bar.close()
 
@@ -102,16 +102,17 @@ class Watch:
 def add_views(
     watch: Watch, path: Path, name: str, grey: np.ndarray, preview: bool, folder: Path | None, terminal: str | None
 ) -> None:
-    """Show previews in a terminal that understands `terminal`, else in a file beside path; and by name in a folder.
+    """Add the requested previews to watch.
 
-    grey is what the file holds before the first step.
+    The preview is shown in the terminal, with the protocol `terminal`, or else written next to path; grey is what that
+    file contains before the first step. In folder, each step has a file of its own, named after `name`.
     """
     if preview and terminal:
         watch.views.append(Screen(sys.stderr.buffer, terminal))
     elif preview:
         sheet = Sheet(path.with_name(f"{path.stem}.preview.png"))
         watch.views.append(sheet)
-        sheet(grey)  # so that it may be opened at once
-        watch.say(f"Preview, until the picture is finished: {sheet.path}")
+        sheet(grey)  # so that it can be opened right away
+        watch.say(f"Preview until the image is finished: {sheet.path}")
     if folder:
         watch.views.append(Album(folder, name))

@@ -294,7 +294,7 @@ def test_a_pickle_beside_whole_weights_is_left_alone(tmp_path):
     assert_same(open_source(folder), "vae")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         open_source(folder)
 
 

@@ -71,5 +71,5 @@ def test_the_recipe_takes_the_matrices_of_the_blocks_and_nothing_else(component,
 
 
 def test_a_group_that_does_not_divide_the_width_is_refused_by_name():
-    with pytest.raises(RequestError, match=r"to_q\.weight is 192 wide, which groups of 128 do not"):
+    with pytest.raises(RequestError, match=r"to_q\.weight is 192 wide, which is not a multiple of the group size 128"):
         tensor_quantization("transformer", "layers.0.attention.to_q.weight", (192, 192), Quantization(4, 128))

@@ -192,7 +192,7 @@ def test_unexpected_weights_are_named(folder, component):
 
 
 @pytest.mark.parametrize(
-    ("component", "name", "shape", "wanted"),
+    ("component", "name", "shape", "expected"),
     [
         ("transformer", "layers.1.attention.to_q.weight", (48, 40), (48, 48)),
         ("transformer", "x_pad_token", (48,), (1, 48)),
@@ -200,11 +200,11 @@ def test_unexpected_weights_are_named(folder, component):
         ("vae", "decoder.conv_in.weight", (24, 3, 3, 16), (24, 16, 3, 3)),
     ],
 )
-def test_misshapen_weights_are_named_with_both_shapes(folder, component, name, shape, wanted):
+def test_misshapen_weights_are_named_with_both_shapes(folder, component, name, shape, expected):
     rewrite(folder, component, lambda arrays: arrays | {name: np.zeros(shape, np.float32)})
     message = refusal(folder)
-    assert "weights are of another shape than config.json says" in message
-    assert f"{name} is {shape}, wanted {wanted}" in message
+    assert "weights are of a different shape than config.json says" in message
+    assert f"{name} is {shape}, expected {expected}" in message
 
 
 @pytest.mark.parametrize("dtype", ["F64", "I64", "F8_E4M3", "U32"])
@@ -272,21 +272,21 @@ def test_a_damaged_file_is_named_before_it_is_read(folder, change):
     file = vae_file(folder)
     file.write_bytes(change(file.read_bytes()))
     message = refusal(folder)
-    assert f"{file} is not a whole safetensors file" in message
-    assert "fetch it again" in message
+    assert f"{file} is not a complete safetensors file" in message
+    assert "download it again" in message
 
 
 def test_a_damaged_shard_is_named(folder):
     file = folder / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert f"{file} is not a whole safetensors file" in refusal(folder)
+    assert f"{file} is not a complete safetensors file" in refusal(folder)
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
 def test_a_missing_shard_is_named(folder, component):
     file = sorted((folder / component).glob("*.safetensors"))[1]
     file.unlink()
-    assert f"{file} is missing, though its index names it" in refusal(folder)
+    assert f"{file} is missing, but the index lists it" in refusal(folder)
 
 
 def test_an_index_without_one_of_the_shards_leaves_its_weights_missing(folder):
@@ -332,7 +332,7 @@ def test_an_index_may_name_only_files_beside_it(folder, name):
     content = json.loads(index.read_text())
     content["weight_map"]["x_pad_token"] = name
     index.write_text(json.dumps(content))
-    assert f"{index} names {name!r}; shards must lie beside it" in refusal(folder)
+    assert f"{index} lists {name!r}; shards must be in the same folder" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}', "\x00"])
@@ -345,12 +345,12 @@ def test_a_damaged_index_is_named(folder, content):
 def test_two_indexes_are_refused(folder):
     index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     shutil.copy(index, index.with_name("model.safetensors.index.json"))
-    assert "has 2 indexes" in refusal(folder)
+    assert "has 2 index files" in refusal(folder)
 
 
 def test_two_files_without_an_index_are_refused(folder):
     shutil.copy(vae_file(folder), folder / "vae" / "other.safetensors")
-    assert "2 safetensors files and no index" in refusal(folder)
+    assert "2 safetensors files but no index" in refusal(folder)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -392,7 +392,7 @@ def test_a_missing_folder_is_told_with_what_may_be_given(source):
 
 
 def test_a_file_is_no_model(folder):
-    with pytest.raises(ModelNotFoundError, match=r"^\S+ is a file; a model is a folder"):
+    with pytest.raises(ModelNotFoundError, match=r"^\S+ is a file; expected a folder"):
         resolve(vae_file(folder))
 
 
@@ -467,7 +467,7 @@ def test_a_cached_repository_opens_offline(hub_cache, variable):
 def test_a_repository_that_is_not_cached_is_told_offline(hub_cache):
     result = open_elsewhere("someone/else", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(hub_cache))
     assert result.returncode == 3
-    assert result.stdout.startswith("ModelNotFoundError: someone/else is no local folder")
+    assert result.stdout.startswith("ModelNotFoundError: someone/else is not a local folder")
     assert "HF_HUB_OFFLINE" in result.stdout
 
 
@@ -475,7 +475,7 @@ def test_a_hub_that_cannot_be_reached_is_told(hub_cache):
     # nothing listens on port 9
     result = open_elsewhere("someone/else", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(hub_cache))
     assert result.returncode == 3, result.stderr
-    assert result.stdout.startswith("ModelNotFoundError: someone/else is no local folder")
+    assert result.stdout.startswith("ModelNotFoundError: someone/else is not a local folder")
 
 
 @pytest.fixture
@@ -544,7 +544,7 @@ def test_a_repository_that_the_hub_refuses_is_told_with_its_reason(hub, tmp_path
     _, endpoint = hub
     result = open_elsewhere("someone/tiny", HF_ENDPOINT=endpoint, HF_TOKEN="hf_wrong", HF_HOME=str(tmp_path))
     assert result.returncode == 3, result.stderr
-    assert result.stdout.startswith("ModelNotFoundError: someone/tiny is no local folder, and the Hugging Face hub did")
+    assert result.stdout.startswith("ModelNotFoundError: someone/tiny is not a local folder, and downloading it")
     assert "401" in result.stdout
 
 
@@ -553,7 +553,7 @@ def test_a_half_fetched_repository_is_told_by_its_missing_shard(hub_cache):
     shard.unlink()
     result = open_elsewhere("someone/tiny", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(hub_cache))
     assert result.returncode == 4
-    assert f"{shard} is missing, though its index names it; fetch the model again" in result.stdout
+    assert f"{shard} is missing, but the index lists it; download the model again" in result.stdout
 
 
 def test_a_header_tells_where_each_tensor_lies(folder):

@@ -1,4 +1,4 @@
-"""From a name to checked weights, and what is kept of them: in memory, and on this machine."""
+"""From a model's name to checked weights: finding, opening, reading, caching."""
 
 from ..moved import moved
 

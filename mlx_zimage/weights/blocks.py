@@ -1,4 +1,4 @@
-"""Blocks of a network in memory: kept from one call to the next, or read from disk each time they are needed."""
+"""The blocks of a network: kept in memory between calls, or streamed from disk each time they are needed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ..machine import backend
 from ..models.layers import settle
 from ..models.runner import Apply, S, Tree, Weights
 
-# Whether a block is read while the one before is computed, by a thread of its own. MLX's CUDA build cannot: there a GPU
-# that waits for such a thread may wait for ever. Its own reading keeps the calling thread, a hundred times as long as
-# the GPU needs for a block; to begin before the GPU has done would only cost the memory of another block. There,
-# what is kept is read before anything else, by `Weights.read_all`.
+# Whether a separate thread reads a block while the previous one is computed. MLX's CUDA build cannot do this: a GPU
+# that waits for such a thread may wait forever. There, a read holds up the calling thread for a hundred times as long
+# as the GPU computes a block, so starting early would gain nothing and cost the memory of another block. Instead,
+# blocks that stay in memory are read before all others, by `Weights.read_all`.
 READS_AHEAD = {"cpu": True, "metal": True, "cuda": False}
 
 
 class Blocks:
-    """The `Runner` of a network within a plan of memory. Keeps what it read but for the blocks named in `streamed`.
+    """The `Runner` of a network: keeps what it reads in memory, except for the blocks named in `streamed`.
 
-    Those are read from disk each time they are needed, one ahead of the computation (see READS_AHEAD). Either way the
-    same function runs on the same numbers, so the results are the same bits.
+    Those are read from disk each time they are needed, one block ahead of the computation (see READS_AHEAD). Either way
+    the same function runs on the same numbers, so the results are identical bit for bit.
     """
 
     def __init__(self, weights: Weights, dtype: mx.Dtype, streamed: Collection[str] = ()):
@@ -35,7 +35,7 @@ class Blocks:
         key = prefix, dtype
         if key not in self._kept:
             tree = self.once(prefix, dtype)
-            mx.eval(tree)  # before it is kept: what is lazy belongs to this thread
+            mx.eval(tree)  # lazy arrays could be evaluated only in this thread
             self._kept[key] = tree
         return self._kept[key]
 
@@ -53,9 +53,9 @@ class Blocks:
     ) -> Generator[int, None, list[S]]:
         """See `Runner.walk`; each block is read once for all streams.
 
-        A GPU is given each stream's block while it still computes the one before, so that it never waits; no more than
-        those two blocks' intermediates are alive, and beside what is kept two blocks' weights, one where nothing is
-        read ahead. `wait` holds one block's intermediates only, and so does reading.
+        The next block is queued while a GPU still computes the previous one, so that it never waits. At most these two
+        blocks' intermediates are alive, and, apart from the weights kept in memory, those of two blocks (one if nothing
+        is read ahead). With `wait`, and whenever a block is read, only one block's intermediates are alive.
         """
         wait = wait or mx.default_device() == mx.cpu
         streams = list(streams)
@@ -80,11 +80,11 @@ class Blocks:
         return streams
 
     def _start(self, block: str, without: str, x: mx.array) -> Tree:
-        """The weights of a block, from what is kept or on their way from the disk while x is computed."""
+        """The weights of a block, from memory, or being read from disk while x is computed."""
         if block in self._kept:
             return self._kept[block]
         weights = self.weights.read(block, self.dtype, without=without, stream=self._disk)
-        # A GPU would wait for the reading anyway, and so what led to x need not stay until it has its next block.
+        # The GPU has to wait for the read anyway, so x's intermediates can be freed before its next block is queued.
         if self._disk is None:
             settle(x)
             mx.async_eval(weights)
@@ -96,13 +96,13 @@ class Blocks:
         return weights
 
     def _keep(self, blocks: Sequence[str], without: str, x: mx.array) -> None:
-        """Read those of the blocks that are to be kept and are not yet, all at once after x is computed."""
-        wanted = [block for block in blocks if block not in self._kept and block not in self.streamed]
-        if wanted:
+        """Once x is computed, read all blocks that should be kept in memory and are not there yet."""
+        missing = [block for block in blocks if block not in self._kept and block not in self.streamed]
+        if missing:
             settle(x)
-            self._kept.update(zip(wanted, self.weights.read_all(wanted, self.dtype, without), strict=True))
+            self._kept.update(zip(missing, self.weights.read_all(missing, self.dtype, without), strict=True))
 
     def release(self) -> None:
-        """Forget everything kept, and give its memory back."""
+        """Unload everything and free its memory."""
         self._kept.clear()
         mx.clear_cache()

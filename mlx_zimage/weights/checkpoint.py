@@ -1,7 +1,7 @@
-"""From a name to checked weights: find the folder, read the headers, hand out lazy arrays.
+"""From a model's name to checked weights: find the folder, read the headers, hand out lazy arrays.
 
-A model is a diffusers folder, as published or as our converter writes it. Opening it reads configs and headers
-only, and compares every name and shape with the architecture; tensor data is read when a network asks for it.
+A model is a diffusers folder, as published or as our converter writes it. Opening it reads only configs and headers,
+and checks every name and shape against the architecture; tensor data is read when a network asks for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .manifest import CONVERSION
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 FLOAT_SPELLINGS = ("F32", "F16", "BF16")
 PIPELINE_CLASS = "ZImagePipeline"
-SHOWN = 5  # names listed in an error
+SHOWN = 5  # number of names an error lists
 
 
 def read_json(path: Path) -> dict:
@@ -47,15 +47,15 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, an object was wanted")
+        raise CheckpointError(f"{path}: expected a JSON object but got a {type(content).__name__}; download it again")
     return content
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies on disk; name, shape and dtype as stored."""
+    """Where one tensor is on disk; name, shape and dtype as stored."""
 
     file: Path
     name: str
@@ -68,20 +68,20 @@ class Entry:
 def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file."""
     if file.exists() and not os.access(file, os.R_OK):
-        raise CheckpointError(f"{file} cannot be read: its permissions do not let you")
+        raise CheckpointError(f"{file} cannot be read: permission denied; check its permissions")
     try:
-        # mx.load accepts overlapping, negative and trailing data; safetensors' own reader refuses them
+        # mx.load accepts overlapping, negative and trailing data ranges; safetensors' own reader refuses them
         with safe_open(file, framework="numpy"):
             pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing, though its index names it; fetch the model again") from None
+        raise CheckpointError(f"{file} is missing, but the index lists it; download the model again") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is not a whole safetensors file ({error}); it may be cut off, a Git LFS pointer or an HTML "
-            f"page: fetch it again"
+            f"{file} is not a complete safetensors file ({error}); it may be truncated, a Git LFS pointer or an HTML "
+            f"page: download it again"
         ) from error
     header.pop("__metadata__", None)
     entries = {}
@@ -92,39 +92,45 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The safetensors files of a component: those its index names, or its one file."""
+    """The safetensors files of a component: those its index lists, or its only one."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
-        raise CheckpointError(f"{folder} has {len(indexes)} indexes ({indexes[0].name}, {indexes[1].name}); keep one")
+        raise CheckpointError(
+            f"{folder} has {len(indexes)} index files ({indexes[0].name}, {indexes[1].name}); keep only one"
+        )
     if indexes:
         weight_map = read_json(indexes[0]).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{indexes[0]} has no weight_map; fetch it again")
+            raise CheckpointError(f"{indexes[0]} has no weight_map; download it again")
         for name in weight_map.values():
             if not isinstance(name, str) or not SHARD.fullmatch(name):
-                raise CheckpointError(f"{indexes[0]} names {name!r}; shards must lie beside it")
+                raise CheckpointError(f"{indexes[0]} lists {name!r}; shards must be in the same folder")
         return [folder / name for name in sorted(set(weight_map.values()))]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return files
     if not files:
-        raise CheckpointError(f"{folder} has no safetensors file; other formats must be converted first")
-    raise CheckpointError(f"{folder} has {len(files)} safetensors files and no index to say which belong together")
+        raise CheckpointError(
+            f"{folder} has no safetensors file; convert other formats with `mlx-zimage convert` first"
+        )
+    raise CheckpointError(
+        f"{folder} has {len(files)} safetensors files but no index that lists them; download the model again"
+    )
 
 
-# Threads of `read_all`. Reading with MLX's CUDA build, each takes a tensor from the disk's cache, then copies it to the
-# GPU, both at 5 GB/s. Measured on an H100, in all: one 2 to 4 GB/s, two 4 to 6, four 5 to 8, eight no more.
+# Number of threads in `read_all`. With MLX's CUDA build, each one reads a tensor from the page cache, then copies it to
+# the GPU, both at 5 GB/s. Total measured on an H100: one thread 2 to 4 GB/s, two 4 to 6, four 5 to 8, eight no faster.
 READERS = 4
 
 
 class Component:
-    """One network's folder: its config and its tensors on disk, compared with the architecture."""
+    """One network's folder: its config and its tensors on disk, checked against the architecture."""
 
     def __init__(self, folder: Path, name: str):
         self.folder = folder / name
         self.name = name
         if not self.folder.is_dir():
-            raise CheckpointError(f"{folder} has no folder {name}/; is it a whole diffusers folder?")
+            raise CheckpointError(f"{folder} has no folder {name}/; is it a complete diffusers folder?")
         self.raw_config = read_json(self.folder / "config.json")
         self.config = _read_config(NETWORKS[name], self.folder / "config.json")
         self.entries: dict[str, Entry] = {}
@@ -132,7 +138,7 @@ class Component:
             for key, entry in read_header(file).items():
                 if key in self.entries:
                     raise CheckpointError(
-                        f"{self.folder}: {key} is both in {self.entries[key].file.name} and {file.name}"
+                        f"{self.folder}: {key} is in both {self.entries[key].file.name} and {file.name}"
                     )
                 self.entries[key] = entry
         self.entries = {self.config.named(key): entry for key, entry in self.entries.items()}
@@ -140,7 +146,7 @@ class Component:
 
     @cached_property
     def quantizations(self) -> dict[str, Quantization]:
-        """How each quantized layer is packed, from mlx-lm's block in config.json; keyed by the layer's path."""
+        """Each quantized layer's quantization, from mlx-lm's block in config.json; keyed by the layer's path."""
         block = self.raw_config.get("quantization")
         if not block:
             return {}
@@ -149,13 +155,14 @@ class Component:
             return {layer: Quantization.from_dict(block.get(layer) or block) for layer in layers}
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{self.folder / 'config.json'}: quantization is not mlx-lm's block of bits and group_size ({error})"
+                f'{self.folder / "config.json"}: "quantization" is not a block of bits and group_size as mlx-lm '
+                f"writes it ({error})"
             ) from error
         except RequestError as error:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
 
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that must be here, quantized layers in their packed form."""
+        """Name and shape of every tensor that must be present, quantized layers in packed form."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in self.config.shapes().items():
             q = self.quantizations.get(name.removesuffix(".weight"))
@@ -167,7 +174,7 @@ class Component:
         missing = [name for name in expected if name not in self.entries and not self.config.unused(name)]
         extra = [name for name in self.entries if name not in expected and not self.config.unused(name)]
         misshapen = [
-            f"{name} is {self.entries[name].shape}, wanted {shape}"
+            f"{name} is {self.entries[name].shape}, expected {shape}"
             for name, shape in expected.items()
             if name in self.entries and self.entries[name].shape != shape
         ]
@@ -179,7 +186,7 @@ class Component:
         for fault, names in (
             ("missing", missing),
             ("unexpected", extra),
-            ("of another shape than config.json says", misshapen),
+            ("of a different shape than config.json says", misshapen),
             (f"of a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown),
         ):
             if names:
@@ -190,7 +197,7 @@ class Component:
                 )
 
     def _dtypes(self, name: str) -> Collection[str]:
-        # only a quantized layer may hold integers
+        # only quantized layers may contain integers
         return STORED if name.rpartition(".")[0] in self.quantizations else FLOAT_SPELLINGS
 
     @property
@@ -199,13 +206,13 @@ class Component:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight of the architecture, quantized ones as if they were dense."""
+        """Name and dense shape of every weight of the architecture, quantized or not."""
         return self.config.shapes()
 
     def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Tree:
-        """The tree of arrays under `prefix`, lazy, floating ones in dtype; see `models.runner.Weights`."""
+        """The tree of arrays under `prefix`, lazy, floating-point ones in dtype; see `models.runner.Weights`."""
         start = len(prefix) + 1
-        # In one order, however shards cut a block: compiled functions take trees in another order for other ones.
+        # Sorted, however a block is split over shards: a compiled function is traced again for another order.
         names = sorted(name for name in self.entries if name.startswith(f"{prefix}."))
         if without:
             names = [name for name in names if not name.startswith(without, start)]
@@ -224,24 +231,24 @@ class Component:
         return tree_unflatten(with_packing({name[start:]: array(name) for name in names}, self._packings(prefix)))
 
     def _packings(self, prefix: str) -> dict[str, Quantization]:
-        """How the quantized layers under a prefix are packed, by the rest of their names."""
+        """The quantizations of the layers under a prefix, by the rest of their names."""
         start = len(prefix) + 1
         return {layer[start:]: q for layer, q in self.quantizations.items() if layer.startswith(f"{prefix}.")}
 
     def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
-        """The tree of each of the prefixes in turn, as `read` gives it, but computed, by READERS threads."""
+        """The tree under each prefix in turn, as `read` returns it, but evaluated, by READERS threads."""
 
         def read(prefix: str) -> Tree:
             tree = self.read(prefix, dtype, without)
-            tree_map(mx.eval, tree)  # one by one: what a tensor is made of goes before the next is read
+            tree_map(mx.eval, tree)  # one by one, so that a tensor's intermediates are freed before the next is read
             return tree
 
-        # Its threads end here: one in which MLX's CUDA build works to a process's end may abort it (MLX 4506).
+        # The threads must end here: one that still works in MLX's CUDA build at exit may abort the process (MLX 4506).
         with ThreadPoolExecutor(READERS, "mlx-zimage-reader") as readers:
             yield from readers.map(read, prefixes)
 
     def rows(self, name: str, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """Single rows of a dense table, (len(ids), width) in dtype, read without the rest of it."""
+        """The rows `ids` of a dense table, (len(ids), width) in dtype; only these rows are read."""
         entry = self.entries[name]
         stored = np.memmap(entry.file, mode="r", offset=entry.offset, dtype=np.uint8, shape=(entry.nbytes,))
         picked = stored.reshape(entry.shape[0], -1)[np.asarray(ids)]
@@ -249,7 +256,7 @@ class Component:
 
 
 def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quantization]) -> list[tuple[str, Any]]:
-    """The leaves of a tree, each quantized layer's with how it is packed, as MLX's functions take it."""
+    """The leaves of a tree, with each quantized layer's packing as keyword arguments for MLX's functions."""
     leaves: list[tuple[str, Any]] = list(arrays.items())
     for layer, q in quantizations.items():
         if f"{layer}.scales" in arrays:
@@ -259,7 +266,7 @@ def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quanti
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened model folder: its checked networks by name, the scheduler's config, and which variant it is."""
+    """An opened model folder: its checked networks by name, the scheduler's config, and its variant."""
 
     folder: Path
     networks: Mapping[str, Component]
@@ -288,51 +295,53 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path, variant: str | None = None) -> Checkpoint:
-    """Find a model and compare it with the architecture. Reads configs and headers, no tensor data.
+    """Find a model and check it against the architecture. Reads configs and headers, but no tensor data.
 
-    variant names the row of `variants` that it is used as; by default it is recognized.
+    variant names the row of `variants` to use it as; by default it is recognized.
     """
     folder = resolve(source)
     if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} has no model_index.json; a model is a diffusers folder")
+        raise CheckpointError(f"{folder} has no model_index.json; expected a diffusers folder")
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind != PIPELINE_CLASS:
-        raise CheckpointError(f"{folder / 'model_index.json'} tells of a {kind}, a {PIPELINE_CLASS} was wanted")
+        raise CheckpointError(
+            f"{folder / 'model_index.json'} declares {kind or 'no pipeline'}; expected {PIPELINE_CLASS}"
+        )
     networks = {name: Component(folder, name) for name in NETWORKS if name not in OPTIONAL or (folder / name).is_dir()}
     scheduler = _read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json")
     known = variants.named(variant) if variant else variants.recognize(scheduler.shift, origins(folder))
-    if variant and variants.recognize(scheduler.shift, []) != known:  # then the schedule is another's, too
+    if variant and variants.recognize(scheduler.shift, []) != known:  # then its schedule is a different one, too
         scheduler = replace(scheduler, shift=known.shift)
     checkpoint = Checkpoint(folder, networks, scheduler, known)
     if not checkpoint.tokenizer_file.is_file():
-        raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; fetch the model again")
-    text, wanted = checkpoint.text_encoder.config.hidden_size, checkpoint.transformer.config.cap_feat_dim
-    if text != wanted:
+        raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; download the model again")
+    text, expected = checkpoint.text_encoder.config.hidden_size, checkpoint.transformer.config.cap_feat_dim
+    if text != expected:
         raise CheckpointError(
-            f"{folder}: the text encoder gives {text} features a token, the transformer takes {wanted}; "
+            f"{folder}: the text encoder outputs {text} features per token, but the transformer expects {expected}; "
             f"they belong to different models"
         )
     return checkpoint
 
 
 def origins(folder: Path) -> list[str]:
-    """What a folder was converted from, by what our converter recorded: newest first, none if it was not."""
+    """The sources a folder was converted from, as our converter recorded them: newest first, empty if it was not."""
     try:
-        told: object = read_json(folder / CONVERSION)
-    except CheckpointError:  # there is none, or it is damaged: `verify` tells
+        record: object = read_json(folder / CONVERSION)
+    except CheckpointError:  # there is none, or it is damaged, which `verify` reports
         return []
     found = []
-    while isinstance(told, dict):
-        found.append(str(told.get("source")))
-        told = told.get("before")
+    while isinstance(record, dict):
+        found.append(str(record.get("source")))
+        record = record.get("before")
     return found
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Ten hexadecimal digits that tell one model's weights from another's, wherever they lie.
+    """Ten hexadecimal digits that identify a model's weights, wherever they are stored.
 
-    Reads each safetensors header and 64 samples of 4 KB, spread evenly: milliseconds, where a checksum of a full-size
-    model takes a minute. Damage to single bytes is for `mlx-zimage verify` to find.
+    Reads each safetensors header and 64 evenly spaced samples of 4 KB per file, which takes milliseconds; a checksum of
+    a full-size model takes a minute. It may miss damage to single bytes, which `mlx-zimage verify` finds.
     """
     files = {entry.file for component in checkpoint.components for entry in component.entries.values()}
     sha = hashlib.sha256()

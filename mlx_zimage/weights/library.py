@@ -1,7 +1,7 @@
-"""The models on this machine: our converted folders, what the Hugging Face cache holds, and how the first one comes.
+"""The models on this machine: converted folders, the Hugging Face cache, and how the first model is set up.
 
-Converted models that the program makes for itself lie in one folder, MLX_ZIMAGE_HOME or ~/.cache/mlx-zimage; the
-hub's downloads stay in the hub's own cache. What was kept of prompts is told and removed like a model.
+Models that the program converts for itself are in one folder, MLX_ZIMAGE_HOME or ~/.cache/mlx-zimage; downloads stay in
+the Hugging Face cache. Cached prompt embeddings are listed and removed like a model.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .quantize import tensor_quantization
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
 EMBEDDINGS = "embeddings"
-DOWNLOAD = 33 * 10**9  # bytes of the published model, as far as it is known before the hub is asked
-WEIGHTS_SHARE = 0.9  # of a machine's budget for weights; the rest is for the work
+DOWNLOAD = 33 * 10**9  # bytes of the published model, used until the hub reports its size
+WEIGHTS_SHARE = 0.9  # share of a machine's memory budget for weights; the rest is working memory
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on this disk; kind is "package", "converted" or "hub", and name is what --model takes.
+    """A model on this disk; kind is "package", "converted" or "hub", and name is a value for --model.
 
-    The embeddings of prompts are listed beside them, of kind "prompts".
+    Cached prompt embeddings are listed too, with kind "prompts".
     """
 
     name: str
@@ -44,7 +44,7 @@ class Model:
 
 @dataclass(frozen=True)
 class FirstRun:
-    """What fetching and converting a model will take. bits None is bfloat16."""
+    """What downloading and converting a model will take. bits None is bfloat16."""
 
     repository: str
     download_bytes: int
@@ -56,7 +56,7 @@ class FirstRun:
 
 @dataclass(frozen=True)
 class Disk:
-    """What a first run takes of one disk, in bytes: free before, taken by the download and the converted model."""
+    """What a first run needs on one disk, in bytes: free before, for the download, and for the converted model."""
 
     free: int
     download: int = 0
@@ -68,20 +68,20 @@ class Disk:
 
 
 def embeddings_folder() -> Path | None:
-    """Where embeddings of prompts are kept: MLX_ZIMAGE_EMBEDDINGS, or a folder in home(); None if that says "off"."""
+    """The cache of prompt embeddings: MLX_ZIMAGE_EMBEDDINGS, or a folder in home(); None if the variable is "off"."""
     given = os.environ.get("MLX_ZIMAGE_EMBEDDINGS")
     if given == "off":
         return None
     try:
         return Path(given).expanduser() if given else home() / EMBEDDINGS
-    except (RuntimeError, ModelNotFoundError):  # nobody's home
+    except (RuntimeError, ModelNotFoundError):  # the user has no home folder
         return None
 
 
 def models() -> Iterator[Model]:
-    """Every model that --model could take: the package's, converted ones, and the hub cache's diffusers folders.
+    """Every model on this machine that --model accepts: pocket, converted models, diffusers folders in the hub's cache.
 
-    Last, what is kept of prompts, if anything is.
+    Cached prompt embeddings come last, if there are any.
     """
     yield Model("pocket", "package", POCKET, _nbytes(POCKET))
     for path in _converted():
@@ -97,16 +97,16 @@ def models() -> Iterator[Model]:
 
 
 def converted(repository: str) -> Path | None:
-    """The newest folder that was converted from repository by a first run, if any."""
+    """The newest folder that a first run converted from repository, if any."""
     stem = repository.rpartition("/")[2]
     found = [path for path in _converted() if path.name.rpartition("-")[0] == stem]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def remove(name: str) -> int:
-    """Take a converted model, a repository of the hub's cache, or what is kept of prompts off the disk.
+    """Remove a converted model, a repository in the hub's cache, or the cached prompt embeddings from disk.
 
-    Returns the bytes that are free again.
+    Returns the number of bytes freed.
     """
     for model in models():
         if name == model.name and model.kind == "prompts":
@@ -124,14 +124,14 @@ def remove(name: str) -> int:
             plan.execute()
             return plan.expected_freed_size
     if name == "pocket":
-        raise ModelNotFoundError("pocket is a part of the package; uninstall mlx-zimage to remove it")
-    raise ModelNotFoundError(f"there is no model {name!r} to remove; `mlx-zimage models` lists them")
+        raise ModelNotFoundError("pocket is part of the package; uninstall mlx-zimage to remove it")
+    raise ModelNotFoundError(f"no model {name!r} to remove; `mlx-zimage models` lists what is there")
 
 
 def plan_first_run(repository: str, budget: int) -> FirstRun:
-    """What it takes to have a repository here, in the bits that fit into a budget of memory in bytes.
+    """Plan the download and conversion of a repository, with the bits that fit a memory budget in bytes.
 
-    Asks the hub for sizes and fetches the configs; raises ModelNotFoundError where it cannot be reached.
+    Asks the hub for sizes and downloads the configs; raises ModelNotFoundError if the hub cannot be reached.
     """
     configs = resolve(repository, [f"{name}/config.json" for name in NETWORKS])
     sizes = {bits: converted_bytes(configs, bits) for bits in CHOICES}
@@ -152,12 +152,12 @@ def plan_first_run(repository: str, budget: int) -> FirstRun:
 
 
 def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
-    """The best choice whose weights stay in memory, else the smallest, of which blocks will be read as needed."""
+    """The most bits whose weights all stay in memory; otherwise the fewest, with blocks streamed from disk."""
     return next((bits for bits in CHOICES if sizes[bits] <= WEIGHTS_SHARE * budget), CHOICES[-1])
 
 
 def converted_bytes(folder: Path, bits: int | None) -> int:
-    """The bytes of all weights of a model, known from its configs, once converted; bits None is bfloat16."""
+    """The size of a converted model's weights in bytes, from its configs; bits None is bfloat16."""
     configs = {name: config.from_dict(read_json(folder / name / "config.json")) for name, config in NETWORKS.items()}
     return weights_bytes(configs, bits)
 
@@ -180,7 +180,7 @@ def _tensor_bytes(component: str, name: str, shape: tuple[int, ...], quantizatio
 
 
 def disks(plan: FirstRun) -> list[Disk]:
-    """The disks that a first run writes to: one, or the download's and the converted model's."""
+    """The disks a first run writes to: one, or one for the download and one for the converted model."""
     found: dict[int, Disk] = {}
     for place, field, nbytes in (
         (plan.cache, "download", plan.download_bytes),
@@ -194,12 +194,13 @@ def disks(plan: FirstRun) -> list[Disk]:
 
 
 def check_space(disks: list[Disk]) -> None:
-    """Refuse before anything is fetched what the disks cannot take."""
+    """Refuse, before anything is downloaded, a first run that does not fit on the disks."""
     for disk in disks:
         if disk.left < 0:
             raise OutputError(
-                f"{(disk.free - disk.left) / 1e9:.1f} GB are needed and {disk.free / 1e9:.1f} GB are free; make room, "
-                f"or set HF_HOME (the download) or MLX_ZIMAGE_HOME (the converted model) to another disk"
+                f"{(disk.free - disk.left) / 1e9:.1f} GB of disk space are needed, but only {disk.free / 1e9:.1f} GB "
+                f"are free; free some space, or point HF_HOME (the download) or MLX_ZIMAGE_HOME (the converted model) "
+                f"to another disk"
             )
 
 

@@ -1,6 +1,6 @@
-"""What the converter leaves in a folder beside the model: SHA256SUMS, its manifest, and conversion.json, its origin.
+"""The two records the converter writes next to a model: SHA256SUMS, the manifest, and conversion.json, the origin.
 
-The manifest has the checksum of every other file, as `sha256sum -c` reads it.
+The manifest lists the checksum of every other file, in the format of `sha256sum -c`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def render_manifest(sums: dict[str, str]) -> bytes:
 
 
 def parse_manifest(lines: Iterable[str]) -> dict[str, str]:
-    """File -> sha256 in hexadecimal. What is no line of a manifest gives an entry that no file has."""
+    """File -> sha256 in hexadecimal. A malformed line gives an entry that matches no file."""
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 

@@ -1,7 +1,7 @@
-"""Foreign names of Z-Image's tensors -> diffusers' names: ComfyUI's, LDM's, GGUF's (llama.cpp) and mflux's.
+"""Names of Z-Image's tensors in ComfyUI, LDM, GGUF (llama.cpp) and mflux files -> diffusers' names.
 
-Each spelling is a table of anchored patterns. They can be tried one after the other on any name, since none matches
-what another has made; so a file that mixes spellings is read like any other.
+Each naming scheme is a table of anchored patterns. They can all be tried in turn on any name, since none matches the
+result of another; so a file that mixes schemes is read like any other.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# What a name begins with, and what stands there instead.
+# A pattern for the beginning of a name, and its replacement.
 Row = tuple[str, str | Callable[[re.Match[str]], str]]
 
-# In front of a network's own names in an all-in-one checkpoint.
+# The prefix of each network's names in an all-in-one checkpoint.
 PREFIXES = {
     "transformer": re.compile(r"(model\.)?diffusion_model\."),
     "text_encoder": re.compile(r"text_encoders\.[^.]+\.(transformer\.)?|cond_stage_model\.([^.]+\.)?transformer\."),
     "vae": re.compile(r"first_stage_model\.|vae\."),
 }
-# What the names of a network begin with, without prefix; the first network that fits has the tensor.
+# How each network's names begin when they have no prefix; the first network that matches owns the tensor.
 OWN_NAMES = {
     "text_encoder": re.compile(
         r"(model\.)?(layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm)\.|embed_tokens\.|norm\.weight)"
@@ -31,7 +31,7 @@ OWN_NAMES = {
     ),
     "vae": re.compile(r"(encoder|decoder)\."),
 }
-# Not weights of these networks: buffers that they compute themselves, ComfyUI's marks, a norm that no block uses.
+# Not weights of these networks: buffers that they compute themselves, ComfyUI's markers, a norm that no block uses.
 DROPPED = re.compile(r"norm_final\.weight|rotary_emb\.inv_freq|rope_embedder\.freqs_cis\..*|scaled_fp8|logit_scale")
 
 RENAMED: dict[str, list[Row]] = {
@@ -61,7 +61,7 @@ RENAMED: dict[str, list[Row]] = {
         (r"(layers|embed_tokens|norm)\.", r"model.\1."),
     ],
     "vae": [
-        # LDM: the levels of the decoder are counted from the other end
+        # LDM, which numbers the decoder's levels from the other end
         (r"(.*)\.nin_shortcut\.", r"\1.conv_shortcut."),
         (r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
         (r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
@@ -77,7 +77,7 @@ RENAMED: dict[str, list[Row]] = {
         (r"(encoder|decoder)\.conv_norm_out\.norm\.", r"\1.conv_norm_out."),
     ],
 }
-# Back to ComfyUI's names; the VAE's are LDM's.
+# Back to ComfyUI's names; the VAE's are those of LDM.
 TO_COMFYUI: dict[str, list[Row]] = {
     "transformer": [
         (r"all_x_embedder\.2-1\.", "x_embedder."),
@@ -110,7 +110,7 @@ FUSED = re.compile(r"(.*\.attention)\.qkv\.(.*)")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stored tensor belongs: part `part` of `parts` equal pieces of its rows is that tensor of a network."""
+    """A tensor of a network inside a stored tensor: piece `part` when the rows are cut into `parts` equal pieces."""
 
     component: str
     name: str
@@ -119,7 +119,7 @@ class Place:
 
 
 def places(name: str) -> list[Place] | None:
-    """The tensors that a stored tensor holds: several if it is fused, none if it is no weight; None if unknown."""
+    """The tensors that a stored tensor holds: several if it is fused, none if it is not a weight; None if unknown."""
     component, own = _split(name)
     if DROPPED.fullmatch(own):
         return []
@@ -133,7 +133,7 @@ def places(name: str) -> list[Place] | None:
 
 
 def comfyui_name(component: str, name: str) -> str:
-    """The name, without prefix, of a tensor of diffusers in ComfyUI; queries, keys and values share one."""
+    """ComfyUI's name, without prefix, for a diffusers tensor; queries, keys and values share one."""
     return _rename(name, TO_COMFYUI[component])
 
 
@@ -144,7 +144,7 @@ def _rename(name: str, table: list[Row]) -> str:
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """The network that a name belongs to, and the name without the prefix."""
+    """The network that a name belongs to, and the name without its prefix."""
     for component, prefix in PREFIXES.items():
         if found := prefix.match(name):
             return component, name[found.end() :]

@@ -7,7 +7,7 @@ import re
 from ..errors import RequestError
 from ..quantization import Quantization
 
-# The attention and feed-forward matrices of the blocks hold 98% of the parameters. All else (pads, norms,
+# The blocks' attention and feed-forward matrices hold 98% of the parameters. Everything else (padding, norms,
 # embedders, adaLN, final layer, the whole VAE) is small or sensitive, and stays in high precision.
 QUANTIZED = {
     "transformer": re.compile(
@@ -21,13 +21,13 @@ QUANTIZED = {
 def tensor_quantization(
     component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None
 ) -> Quantization | None:
-    """That of one tensor, where its network's is given; None where it stays dense."""
+    """The quantization of one tensor, given its network's; None if it stays dense."""
     pattern = QUANTIZED.get(component)
     if quantization is None or pattern is None or not pattern.fullmatch(name):
         return None
     if shape[-1] % quantization.group_size:
         raise RequestError(
-            f"{component} {name} is {shape[-1]} wide, which groups of {quantization.group_size} do not divide; "
-            f"choose a smaller group size"
+            f"{component} {name} is {shape[-1]} wide, which is not a multiple of the group size "
+            f"{quantization.group_size}; choose a smaller group size"
         )
     return quantization

@@ -1,4 +1,4 @@
-"""Random weights of an architecture: time and memory do not depend on the values, so that no checkpoint is needed."""
+"""Random weights for an architecture, to measure time and memory without a checkpoint: they do not depend on values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .quantize import tensor_quantization
 
 
 class RandomWeights:
-    """The `Weights` of a network that was never trained: arrays of its names and shapes, made when read."""
+    """The `Weights` of an untrained network: arrays of the right names and shapes, generated when read."""
 
     def __init__(self, name: str, config: NetworkConfig, quantization: Quantization | None = None):
         self.config = config
@@ -41,7 +41,7 @@ class RandomWeights:
                 packed[layer[start:]] = q
             else:
                 arrays[name] = weight
-        mx.eval(arrays)  # else the values would be made anew whenever they are used
+        mx.eval(arrays)  # otherwise the values would be generated again at every use
         return tree_unflatten(with_packing({name[start:]: array for name, array in arrays.items()}, packed))
 
     def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:

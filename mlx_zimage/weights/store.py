@@ -1,8 +1,8 @@
-"""What networks made, kept on disk; embeddings of prompts above all: one drawn before needs no text encoder.
+"""A cache on disk of what networks computed, above all prompt embeddings: a cached prompt needs no text encoder.
 
-One safetensors file an array, named by everything its bits depend on: for embeddings the token ids, the encoder's
-checksum, what it computes in, this package's and MLX's version, and the device. A picture drawn from it is the picture
-drawn without. Whatever goes wrong with these files costs time, never a picture.
+One safetensors file per array, named after everything its bits depend on: for embeddings the token ids, the encoder's
+checksum and compute dtype, the versions of this package and MLX, and the device. The image is the same with and without
+the cache. If anything goes wrong with these files, it costs time, never an image.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .checkpoint import Component
 from .manifest import MANIFEST, read_manifest, sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
-# Nothing else is ever removed from the folder, which anyone may have named.
+# Nothing else is ever removed from the folder, which the user may have chosen.
 OWN_FILES = re.compile(rf"([0-9a-f]{{64}}|{re.escape(atomic.ASIDE)}[0-9a-f]{{16}})\.(safetensors|sum)")
 Loaded = tuple[dict[str, mx.array], dict[str, str]]  # arrays and metadata, by mx.load
 FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
 
 class Store:
-    """What networks that compute in dtype on this machine made of given keys. folder None keeps nothing."""
+    """The results of networks that compute in dtype on this machine, by key. folder None caches nothing."""
 
     def __init__(self, dtype: mx.Dtype, folder: Path | None):
         self.dtype = dtype
@@ -45,24 +45,24 @@ class Store:
     def get(
         self, networks: Sequence[Component], key: Sequence[object], shape: tuple[int, ...], dtype: mx.Dtype
     ) -> mx.array | None:
-        """The array that the networks made of a key, if it is here and whole."""
+        """The array that the networks computed for a key, if it is cached and intact."""
         if self.folder is None:
             return None
         try:
             path = self._path(self.folder, networks, key)
-            with safe_open(path, framework="numpy"):  # mx.load does not notice every damage
+            with safe_open(path, framework="numpy"):  # mx.load does not notice all damage
                 pass
             stored, metadata = cast(Loaded, mx.load(str(path), return_metadata=True))
             found = stored["array"]
             if (found.shape, found.dtype) != (shape, dtype) or metadata["sha256"] != digest(found):
                 return None
-            os.utime(path)  # the least recently used go first
+            os.utime(path)  # the least recently used are removed first
             return found
         except (*FAULTS, KeyError):
             return None
 
     def put(self, networks: Sequence[Component], key: Sequence[object], array: mx.array) -> None:
-        """Keep what the networks made of a key, in place of the least recently used where the limit is reached."""
+        """Cache what the networks computed for a key; beyond the limit, the least recently used files are removed."""
         if self.folder is None:
             return
         with suppress(*FAULTS):
@@ -96,12 +96,12 @@ class Store:
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """The files of this module in a folder, which need not exist."""
+    """This module's files in a folder, which need not exist."""
     return (path for path in folder.glob("*") if OWN_FILES.fullmatch(path.name)) if folder.is_dir() else iter(())
 
 
 def remove(folder: Path) -> None:
-    """Take the files of this module out of a folder, and the folder if nothing else is there."""
+    """Remove this module's files from a folder, and the folder itself if nothing else is in it."""
     for path in files(folder):
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -115,14 +115,14 @@ def digest(array: mx.array) -> str:
 def checksum(component: Component, folder: Path) -> str:
     """One SHA-256 of a network's config and weights.
 
-    Taken from the converter's manifest, if no file came here after it; else from the files, and then remembered in
-    `folder` for as long as they keep their places, sizes and times: a full-size encoder takes seconds to read.
+    Taken from the converter's manifest if no file is newer than it; otherwise from the files, and then cached in
+    `folder` while their paths, sizes and times stay the same: a full-size encoder takes seconds to read.
     """
     parts = sorted({component.folder / "config.json", *(entry.file for entry in component.entries.values())})
     sums = _manifest(component.folder.parent, parts)
     if sums is None:
-        known = "\n".join(f"{file.resolve()} {file.stat().st_size} {placed(file)}" for file in parts)
-        memo = folder / f"{hashlib.sha256(os.fsencode(known)).hexdigest()}.sum"
+        state = "\n".join(f"{file.resolve()} {file.stat().st_size} {placed(file)}" for file in parts)
+        memo = folder / f"{hashlib.sha256(os.fsencode(state)).hexdigest()}.sum"
         try:
             sums = memo.read_text()
             os.utime(memo)
@@ -134,7 +134,7 @@ def checksum(component: Component, folder: Path) -> str:
 
 
 def _manifest(model: Path, files: Sequence[Path]) -> str | None:
-    """The SHA-256 of these files, a line each, by the model's manifest; None where it does not vouch for them all."""
+    """The SHA-256 of these files from the model's manifest, one per line; None if it does not cover them all."""
     try:
         written = _newest((model / MANIFEST).stat())
         sums = read_manifest(model)
@@ -147,12 +147,12 @@ def _manifest(model: Path, files: Sequence[Path]) -> str | None:
 
 
 def placed(file: Path) -> int:
-    """When a file was written, copied, moved or linked to its place, or its folder was, in ns."""
+    """When a file or its folder was last written, copied, moved or linked to its place, in ns."""
     return max(_newest(state) for path in (file, file.parent) for state in (path.stat(), path.lstat()))
 
 
 def _newest(state: os.stat_result) -> int:
-    return max(state.st_mtime_ns, state.st_ctime_ns)  # copies may keep the first
+    return max(state.st_mtime_ns, state.st_ctime_ns)  # copying may preserve the mtime
 
 
 def _sha256(file: Path) -> str:
@@ -162,5 +162,5 @@ def _sha256(file: Path) -> str:
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # they tell what was drawn
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # private: they reveal the prompts
     atomic.write(path, save, lasting=False)

@@ -91,8 +91,8 @@ def test_latents_for_two_images_give_two_images(run):
         (["--seed", str(2**64)], "seed must be from 0 to 2**64 - 1"),
         (["--shift", "nan"], "shift must be from 0.01 to 1000, got nan"),
         (["--guidance", "-1"], "guidance_scale must be"),
-        (["-o", "picture.bmp"], "must end in .png"),
-        (["-o", "nowhere/picture.png"], "there is no folder nowhere"),
+        (["-o", "image.bmp"], "must end in .png"),
+        (["-o", "nowhere/image.png"], "no folder nowhere"),
         (["-o", "."], "is a folder"),
         (["--latents", "none.npy"], "there is no latents file none.npy"),
         (["--latents", "pickled.npy"], "is no .npy file of numbers"),
@@ -161,16 +161,16 @@ def test_a_read_only_folder_is_refused_before_work(run, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     result = run("generate", PROMPT, *SMALL, "-o", "locked/a.png")
     assert result.exit_code == 6
-    assert "cannot be written to" in result.stderr
+    assert "cannot write to the folder locked" in result.stderr
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux has a folder that even root cannot write to")
 def test_a_folder_that_cannot_hold_files_is_refused_before_work(run, monkeypatch):
     result = run("generate", PROMPT, *SMALL, "-o", "/proc/a.png")
     assert (result.exit_code, result.stdout) == (6, "")
-    assert "the folder /proc cannot be written to" in result.stderr and "Seed" not in result.stderr
+    assert "cannot write to the folder /proc" in result.stderr and "Seed" not in result.stderr
     result = run("generate", PROMPT, *SMALL, "--preview-dir", "/proc/previews")
-    assert result.exit_code == 6 and "/proc/previews could not be made" in result.stderr
+    assert result.exit_code == 6 and "could not create the folder /proc/previews" in result.stderr
     monkeypatch.setenv("HOME", "/proc")
     result = run("completion", "bash", "--install")
     assert result.exit_code == 6 and "/proc/.local" in result.stderr
@@ -197,7 +197,7 @@ def test_a_full_disk_exits_with_6_and_leaves_no_files(run, tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     result = run("generate", PROMPT, *SMALL)
     assert (result.exit_code, result.stdout) == (6, "")
-    assert "image.png could not be written: No space left on device" in result.stderr
+    assert "could not write image.png: No space left on device" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -245,7 +245,7 @@ def test_bench_refuses_invalid_options_and_keeps_an_older_report(run, options, c
 @pytest.mark.parametrize(
     ("file", "code", "message"),
     [
-        ("nowhere/report.json", 6, "nowhere cannot be written to"),
+        ("nowhere/report.json", 6, "cannot write to the folder nowhere"),
         ("/dev/null", 2, "/dev/null is not a regular file"),
         (".", 2, "is a directory"),
     ],

@@ -26,11 +26,11 @@ def origin():
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_picture_gives_back_its_origin(tmp_path, origin, ending):
+def test_the_origin_of_an_image_is_read_back(tmp_path, origin, ending):
     assert read_origin(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) == origin
 
 
-def test_latents_are_named_where_older_versions_have_them(origin):
+def test_latents_are_stored_where_older_versions_expect_them(origin):
     fields = json.loads(origin.to_json())
     assert fields["latents"] == "ab" * 32 and "latents" not in fields["request"]
     assert Origin.from_json(json.dumps(fields)) == origin
@@ -43,23 +43,23 @@ def test_the_same_origin_gives_the_same_bytes(tmp_path, origin, ending):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_xmp_is_well_formed_and_says_that_a_model_made_the_picture(tmp_path, origin, ending):
-    with Image.open(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) as picture:
-        xmp = picture.info["xmp"].rstrip(b"\0")
+def test_xmp_is_well_formed_and_declares_that_a_model_made_the_image(tmp_path, origin, ending):
+    with Image.open(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) as image:
+        xmp = image.info["xmp"].rstrip(b"\0")
     (description,) = ElementTree.fromstring(xmp).iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
     assert description.get("{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType") == AI_MADE
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_without_an_origin_a_picture_carries_pixels_only(tmp_path, ending):
-    with Image.open(save(PIXELS, tmp_path / f"a.{ending}")) as picture:
-        picture.load()
-        assert not {"xmp", "exif", "parameters", "comment", "XML:com.adobe.xmp"} & picture.info.keys()
-    with pytest.raises(RequestError, match="does not tell how it was made"):
+def test_an_image_without_an_origin_contains_only_pixels(tmp_path, ending):
+    with Image.open(save(PIXELS, tmp_path / f"a.{ending}")) as image:
+        image.load()
+        assert not {"xmp", "exif", "parameters", "comment", "XML:com.adobe.xmp"} & image.info.keys()
+    with pytest.raises(RequestError, match="contains no mlx-zimage metadata"):
         read_origin(tmp_path / f"a.{ending}")
 
 
-def test_parameters_read_as_a1111_writes_them(tmp_path):
+def test_parameters_are_in_the_format_of_a1111(tmp_path):
     request = GenerateRequest("a cat", 640, 480, seed=7, steps=8, guidance_scale=1.5, negative_prompt="dog")
     origin = Origin(request, "z, image", "0123456789", "bfloat16", software="mlx-zimage 9")
     text = (
@@ -70,11 +70,11 @@ def test_parameters_read_as_a1111_writes_them(tmp_path):
     # A1111's own pattern for the last line, modules/infotext_utils.py
     pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', text.splitlines()[-1])
     assert dict(pairs)["Seed"] == "7"
-    with Image.open(save(PIXELS, tmp_path / "a.png", origin=origin)) as picture:
-        assert picture.text["parameters"] == text
+    with Image.open(save(PIXELS, tmp_path / "a.png", origin=origin)) as image:
+        assert image.text["parameters"] == text
     for ending in ("jpg", "webp"):
-        with Image.open(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) as picture:
-            comment = picture.getexif().get_ifd(0x8769)[0x9286]
+        with Image.open(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) as image:
+            comment = image.getexif().get_ifd(0x8769)[0x9286]
         assert comment == b"UNICODE\0" + text.encode("utf-16-be")
 
 
@@ -101,11 +101,11 @@ def test_a_user_comment_of_type_byte_as_older_versions_wrote_it_is_no_obstacle(t
     assert read_origin(tmp_path / f"old.{ending}") == origin
 
 
-def test_the_longest_prompt_fits_but_into_a_jpeg_which_says_so(tmp_path, origin):
+def test_the_longest_prompt_fits_in_png_and_webp_and_a_jpeg_warns(tmp_path, origin):
     origin = replace(origin, request=replace(origin.request, prompt="猫" * 32_000))
     for ending in ("png", "webp"):
         assert read_origin(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) == origin
-    with pytest.warns(UserWarning, match="too long for what a JPEG can carry"):
+    with pytest.warns(UserWarning, match="too long to store in a JPEG"):
         save(PIXELS, tmp_path / "a.jpg", origin=origin)
     assert AI_MADE.encode() in (tmp_path / "a.jpg").read_bytes()
 
@@ -113,7 +113,7 @@ def test_the_longest_prompt_fits_but_into_a_jpeg_which_says_so(tmp_path, origin)
 @pytest.mark.parametrize(
     "text", ["a\0b", "\x1b[2J", "￾", "]]>", "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")]
 )
-def test_odd_characters_come_back(tmp_path, origin, text):
+def test_unusual_characters_are_read_back(tmp_path, origin, text):
     origin = replace(origin, request=replace(origin.request, prompt=text))
     for ending in ENDINGS:
         assert read_origin(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) == origin
@@ -123,7 +123,7 @@ def forged(origin, **changes) -> str:
     return json.dumps({**asdict(origin), **changes})
 
 
-def test_foreign_or_forged_descriptions_are_refused(origin):
+def test_foreign_or_forged_metadata_is_refused(origin):
     bad_request = {**asdict(origin.request), "width": 17}
     for text in (
         "", "[]", "{}", "null", "[" * 100_000, '{"request": 1}',
@@ -139,18 +139,18 @@ def test_foreign_or_forged_descriptions_are_refused(origin):
             Origin.from_json(text)
 
 
-def test_what_is_no_picture_is_refused(tmp_path, origin):
+def test_a_file_that_is_not_an_image_is_refused(tmp_path, origin):
     whole = save(PIXELS, tmp_path / "a.png", origin=origin).read_bytes()
     Image.fromarray(PIXELS).save(tmp_path / "a.bmp")
     for content in (b"", b"text", whole[:20], (tmp_path / "a.bmp").read_bytes()):
         (tmp_path / "b.png").write_bytes(content)
         with pytest.raises(RequestError, match=r"b\.png"):
             read_origin(tmp_path / "b.png")
-    with pytest.raises(RequestError, match="there is no picture"):
+    with pytest.raises(RequestError, match="no image at"):
         read_origin(tmp_path / "none.png")
 
 
-def test_a_fingerprint_tells_weights_from_others_wherever_they_lie(tmp_path):
+def test_a_fingerprint_depends_on_the_weights_but_not_on_their_location(tmp_path):
     import shutil
 
     from mlx_zimage.weights.hub import POCKET

@@ -269,7 +269,7 @@ def test_damaged_weights_stop_the_run_and_draw_nothing(tmp_path):
 
 
 def test_a_damaged_vae_draws_nothing(pipe):
-    with pytest.raises(NumericsError, match="decoded picture is not finite"):
+    with pytest.raises(NumericsError, match="decoded image has values that are not finite"):
         pipe.decode(mx.full((2, 2, 16), float("nan")))
 
 

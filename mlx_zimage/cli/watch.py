@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..generate import Finished
-from ..images.preview import Album, Screen, Sheet, View, sketch
+from ..images.preview import FileView, FolderView, TerminalView, View, sketch
 from ..pipeline import Phase
 from ..sampling import Step
 from .output import progress_bar, say
@@ -108,11 +108,11 @@ def add_views(
     file contains before the first step. In folder, each step has a file of its own, named after `name`.
     """
     if preview and terminal:
-        watch.views.append(Screen(sys.stderr.buffer, terminal))
+        watch.views.append(TerminalView(sys.stderr.buffer, terminal))
     elif preview:
-        sheet = Sheet(path.with_name(f"{path.stem}.preview.png"))
-        watch.views.append(sheet)
-        sheet(grey)  # so that it can be opened right away
-        watch.say(f"Preview until the image is finished: {sheet.path}")
+        file = FileView(path.with_name(f"{path.stem}.preview.png"))
+        watch.views.append(file)
+        file(grey)  # so that it can be opened right away
+        watch.say(f"Preview until the image is finished: {file.path}")
     if folder:
-        watch.views.append(Album(folder, name))
+        watch.views.append(FolderView(folder, name))

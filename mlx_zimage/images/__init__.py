@@ -1,1 +1,1 @@
-"""Pixels to files and back, what an image file says of its making, and the preview."""
+"""Reading and writing image files, the metadata in them, and previews."""

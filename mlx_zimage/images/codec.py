@@ -1,4 +1,4 @@
-"""Pixels to the bytes of image files, and back. With metadata.py the only place that knows PIL."""
+"""Encode pixels as image files, and decode them. Only this module and metadata.py use PIL."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def to_uint8(pixels: mx.array) -> np.ndarray:
-    """Decoded pixels (H, W, 3), nominally in [-1, 1], to uint8 as diffusers rounds them."""
+    """Decoded pixels (H, W, 3), nominally in [-1, 1], to uint8, rounded as in diffusers."""
     if not mx.isfinite(pixels).all().item():
-        raise NumericsError("the decoded picture is not finite; nothing was drawn. Try dtype float32")
+        raise NumericsError("the decoded image has values that are not finite, so it was not saved; try dtype float32")
     unit = np.clip(np.array(pixels, dtype=np.float32) / 2 + 0.5, 0, 1)
     return (unit * 255).round().astype(np.uint8)
 
@@ -29,28 +29,28 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
 
 
 def to_png(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 as the content of a PNG file, made quickly rather than small."""
+    """(H, W, 3) uint8 as the content of a PNG file, compressed for speed rather than size."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
 
 
 def enlarge(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """(H, W, 3) uint8, so many times as high and wide, without steps."""
+    """(H, W, 3) uint8, enlarged by an integer factor with bicubic interpolation."""
     height, width, _ = pixels.shape
     return np.asarray(Image.fromarray(pixels).resize((factor * width, factor * height), Image.Resampling.BICUBIC))
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """A picture file's pixels, (H, W, 3) uint8."""
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    """The pixels of an image file, (H, W, 3) uint8."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def encode(pixels: np.ndarray, ending: str, origin: Origin | None = None) -> bytes:
-    """(H, W, 3) uint8 as the content of a file whose name has that ending, such as ".png".
+    """(H, W, 3) uint8 as the content of an image file; ending is its suffix, such as ".png".
 
-    The picture carries its origin, or where that is None nothing but pixels.
+    The origin is stored in the file; if it is None, the file contains only pixels.
     """
     kind = FORMATS[ending.lower()]
     options = {} if kind == "PNG" else {"quality": 95}

@@ -1,4 +1,4 @@
-"""Files of images: refused before work if they could not be written, claimed, and whole or not there."""
+"""Writing image files: paths are checked before any work, and a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from .metadata import Origin
 
 
 def check_output(path: Path) -> None:
-    """Refuse, before any work, a picture file that could not be written."""
+    """Raise, before any work, if an image could not be written to path."""
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name a file in it, such as {path / 'image.png'}")
     if path.suffix.lower() not in FORMATS:
-        raise RequestError(f"the picture's name must end in {', '.join(FORMATS)}, got {path.name!r}")
+        raise RequestError(f"the image file name must end in {', '.join(FORMATS)}, got {path.name!r}")
     if not path.parent.is_dir():
-        raise RequestError(f"there is no folder {path.parent} for {path.name}; make it first")
+        raise RequestError(f"no folder {path.parent} to write {path.name} to; create it first")
     check_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for pictures, if it is not there, or refuse before any work."""
+    """Create a folder for images if it does not exist. Raises if it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"the folder {folder} could not be made: {error.strerror}") from error
+        raise OutputError(f"could not create the folder {folder}: {error.strerror}") from error
     check_folder(folder)
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse, before any work, a folder that cannot be written to."""
+    """Raise, before any work, if a folder cannot be written to."""
     try:
         with tempfile.TemporaryFile(dir=folder):
-            pass  # permission bits do not tell of a read-only or special file system; this does
+            pass  # unlike permission bits, this also detects read-only and special file systems
     except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be written to ({error.strerror}); choose another") from error
+        raise OutputError(f"cannot write to the folder {folder} ({error.strerror}); choose another") from error
 
 
 def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin | None = None) -> Path:
-    """Write (H, W, 3) uint8 in the format that path's ending names; returns the path it was written to.
+    """Write (H, W, 3) uint8 in the format given by the suffix of path; returns the path written, see atomic.write.
 
-    The picture carries its origin, or where that is None nothing but pixels.
+    The origin is stored in the file; if it is None, the file contains only pixels.
     """
     return write_file(encode(pixels, path.suffix, origin), path, overwrite)
 
 
 def write_file(content: bytes, path: Path, overwrite: bool = False, lasting: bool = True) -> Path:
-    """Write a file that is whole or not there; returns its path, see atomic.write."""
+    """Write a file completely or not at all; returns the path written, see atomic.write."""
     try:
         return atomic.write(path, lambda file: file.write_bytes(content), overwrite, lasting)
     except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}") from error
+        raise OutputError(f"could not write {path}: {error.strerror or error}") from error

@@ -1,8 +1,8 @@
-"""What a picture tells of its making: into and out of PNG, JPEG and WebP.
+"""How an image was generated, stored in and read from PNG, JPEG and WebP files.
 
-Every picture carries XMP with IPTC's digital source type (made by a trained model) and our own JSON, from which it can
-be drawn again; and, for other programs, A1111's `parameters` text: in PNG a text chunk, else EXIF's user comment.
-Nothing in it changes from run to run: the same request gives the same bytes.
+Every image contains XMP with IPTC's digital source type (made by a trained model) and our own JSON, from which it can
+be generated again; and, for other programs, A1111's `parameters` text: a text chunk in PNG, else EXIF's user comment.
+None of this varies between runs: the same request gives the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..version import __version__
 READABLE = ("PNG", "JPEG", "WEBP")
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 NAMESPACE = "urn:mlx-zimage:1.0/"
-MAX_JSON = 1_000_000  # characters; a longest prompt takes a third of it
+MAX_JSON = 1_000_000  # characters; the longest prompt takes a third of this
 MAX_JPEG = 64_000  # bytes; a JPEG segment holds 65,535
 EXIF_DIRECTORY, USER_COMMENT = 0x8769, 0x9286  # EXIF's tags, and its types
 LONG, UNDEFINED = 4, 7
@@ -39,10 +39,10 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 @dataclass(frozen=True)
 class Origin:
-    """How a picture came to be. Holds no path: pictures are passed on.
+    """How an image was generated. Contains no paths, since images are shared.
 
-    model is a name for people; fingerprint tells whether another model is the same. index counts a request's pictures
-    from 0.
+    model is a human-readable name; the fingerprint identifies its weights. index is the position of the image within
+    its request, from 0.
     """
 
     request: GenerateRequest
@@ -54,39 +54,39 @@ class Origin:
 
     @property
     def latents(self) -> str | None:
-        """The SHA-256 of the initial noise where it was not the seed's."""
+        """The SHA-256 of the initial noise if it was given, or None if it came from the seed."""
         return self.request.latents
 
     def to_json(self) -> str:
         fields = asdict(self)
-        fields["latents"] = fields["request"].pop("latents")  # where older versions have them
-        return json.dumps(fields, sort_keys=True)  # ASCII, so valid in XML whatever the prompt holds
+        fields["latents"] = fields["request"].pop("latents")  # where older versions expect it
+        return json.dumps(fields, sort_keys=True)  # ASCII, so valid in XML whatever is in the prompt
 
     @classmethod
     def from_json(cls, text: str) -> Origin:
-        """Read what anyone may have written: RequestError unless every value is one that could be drawn."""
+        """Parse untrusted JSON: RequestError unless every value is valid for generating an image."""
         try:
             fields = json.loads(text)
             request = GenerateRequest.from_dict({"latents": fields.pop("latents", None), **fields.pop("request")})
             origin = cls(request, **fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise RequestError(f"its description is not one of this program's ({error})") from error
+            raise RequestError(f"its metadata was not written by mlx-zimage ({error})") from error
         texts = (origin.model, origin.fingerprint, origin.dtype, origin.software)
         if not all(isinstance(value, str) and value.isprintable() and len(value) < 300 for value in texts):
-            raise RequestError("its description is not one of this program's (a name is no plain text)")
+            raise RequestError("its metadata was not written by mlx-zimage (a name is not plain text)")
         if isinstance(origin.index, bool) or not isinstance(origin.index, int):
-            raise RequestError("its description is not one of this program's (the index is no number)")
+            raise RequestError("its metadata was not written by mlx-zimage (index is not an integer)")
         return origin
 
 
 def parameters(origin: Origin) -> str:
-    """A1111's text: the prompt, the negative prompt, and a line of settings."""
+    """The text that A1111 writes: the prompt, the negative prompt, and a line of settings."""
     request = origin.request
     settings = {
         "Steps": request.steps,
         "Sampler": "Euler",
         "Schedule type": "Simple",
-        "CFG scale": f"{request.guidance_scale + 1:g}",  # 1 is off there
+        "CFG scale": f"{request.guidance_scale + 1:g}",  # where 1 is off
         "Shift": None if request.shift is None else f"{request.shift:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
@@ -108,7 +108,7 @@ def _quoted(value) -> str:
 
 
 def save_options(origin: Origin, format: str) -> dict:
-    """What Image.save takes to write the origin into a picture of format "PNG", "JPEG" or "WEBP"."""
+    """Arguments for Image.save to store the origin in a file of the given format: "PNG", "JPEG" or "WEBP"."""
     xmp = _xmp(origin, f'\n zimage:origin="{html.escape(origin.to_json())}"')
     text = parameters(origin)
     if format == "PNG":
@@ -118,7 +118,7 @@ def save_options(origin: Origin, format: str) -> dict:
         return {"pnginfo": chunks}
     exif = _exif(text)
     if format == "JPEG" and max(len(xmp), len(exif)) > MAX_JPEG:
-        warnings.warn("the prompt is too long for what a JPEG can carry; choose .png to keep it", stacklevel=2)
+        warnings.warn("the prompt is too long to store in a JPEG; use .png or .webp to keep it", stacklevel=2)
         return {"xmp": _xmp(origin, "")}
     return {"xmp": xmp, "exif": exif}
 
@@ -144,19 +144,21 @@ def _xmp(origin: Origin, attribute: str) -> bytes:
 
 
 def read_origin(path: Path) -> Origin:
-    """The origin that a picture carries. The file is not trusted: it is not decoded, and every value is checked."""
+    """The origin stored in an image. The file is not trusted: it is not decoded, and every value is checked."""
     try:
-        with Image.open(path, formats=READABLE) as picture:
-            xmp = picture.info.get("xmp") or b""
+        with Image.open(path, formats=READABLE) as image:
+            xmp = image.info.get("xmp") or b""
     except FileNotFoundError:
-        raise RequestError(f"there is no picture {path}") from None
+        raise RequestError(f"no image at {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path} is no PNG, JPEG or WebP picture ({error})") from error
+        raise RequestError(f"{path} is not a PNG, JPEG or WebP image ({error})") from error
     found = re.search(rb'\szimage:origin="([^"<]*)"', xmp)
     if not found or NAMESPACE.encode() not in xmp:
-        raise RequestError(f"{path} does not tell how it was made: mlx-zimage did not write it, or it was stripped")
+        raise RequestError(
+            f"{path} contains no mlx-zimage metadata: another program wrote it, or the metadata was removed"
+        )
     if len(found[1]) > MAX_JSON:
-        raise RequestError(f"{path}: its description is longer than any of this program's")
+        raise RequestError(f"{path}: its metadata was not written by mlx-zimage (longer than {MAX_JSON:,} characters)")
     try:
         return Origin.from_json(html.unescape(found[1].decode("ascii", "replace")))
     except RequestError as error:

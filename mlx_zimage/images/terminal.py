@@ -1,4 +1,4 @@
-"""Pictures in terminals: by iTerm2's protocol (WezTerm too) or by kitty's (Ghostty too)."""
+"""Images in terminals, with the protocol of iTerm2 (also WezTerm) or of kitty (also Ghostty)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import termios
 from collections.abc import Mapping
 from typing import BinaryIO
 
-CHUNK = 4096  # characters of base64 that kitty takes at a time
+CHUNK = 4096  # characters of base64 that kitty accepts at a time
 
 
 def protocol(environment: Mapping[str, str]) -> str | None:
-    """What the terminal of these environment variables understands: "iterm", "kitty" or None."""
+    """The image protocol of the terminal with these environment variables: "iterm", "kitty" or None."""
     term, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "").lower()
     if environment.get("NO_COLOR") or term == "dumb":
         return None
     if "TMUX" in environment or term.startswith(("screen", "tmux")):
-        return None  # a multiplexer swallows both
+        return None  # multiplexers swallow both protocols
     if {"KITTY_WINDOW_ID", "GHOSTTY_RESOURCES_DIR"} & environment.keys() or program == "ghostty":
         return "kitty"
     if term in ("xterm-kitty", "xterm-ghostty"):
-        return "kitty"  # the one variable that ssh passes on
+        return "kitty"  # the only variable that ssh passes on
     if "WEZTERM_PANE" in environment or program in ("iterm.app", "wezterm"):
         return "iterm"
     if environment.get("LC_TERMINAL", "").lower() == "iterm2":
@@ -31,15 +31,15 @@ def protocol(environment: Mapping[str, str]) -> str | None:
 
 
 def inline(content: bytes, protocol: str, columns: int = 0, rows: int = 0, id: int = 0) -> bytes:
-    """The bytes that show a file at the cursor, in so many columns and rows of text; 0 is its own size.
+    """The escape sequence that shows an image file at the cursor, scaled to columns x rows of text; 0 is its own size.
 
-    kitty shows PNG only. If rows are given, it leaves the cursor, and replaces the last picture of the same id.
+    kitty only accepts PNG. If rows is given, kitty does not move the cursor, and replaces any image with the same id.
     """
     text = base64.b64encode(content)
     if protocol == "iterm":
         place = f";width={columns};height={rows}" if rows else ""
         return f"\033]1337;File=inline=1;size={len(content)}{place}:".encode() + text + b"\a"
-    keys = "a=T,f=100,q=2," + (f"i={id},c={columns},r={rows},C=1," if rows else "")  # without an answer
+    keys = "a=T,f=100,q=2," + (f"i={id},c={columns},r={rows},C=1," if rows else "")  # q=2: no reply
     chunks = [text[i : i + CHUNK] for i in range(0, len(text), CHUNK)]
     pieces = []
     for i, chunk in enumerate(chunks):
@@ -49,10 +49,10 @@ def inline(content: bytes, protocol: str, columns: int = 0, rows: int = 0, id: i
 
 
 def terminal_size(stream: BinaryIO) -> tuple[int, int, float]:
-    """Columns and lines of the terminal of a stream, and the width of a column per height of a line."""
+    """Columns and lines of the terminal on a stream, and the aspect ratio of a cell, width / height."""
     try:
         sizes = fcntl.ioctl(stream.fileno(), termios.TIOCGWINSZ, bytes(8))
-    except OSError:  # no terminal
+    except OSError:  # not a terminal
         sizes = bytes(8)
     lines, columns, width, height = struct.unpack("4H", sizes)
     lines, columns = lines or 24, columns or 80
@@ -60,7 +60,7 @@ def terminal_size(stream: BinaryIO) -> tuple[int, int, float]:
 
 
 def cells(shape: tuple[int, ...], columns: int, rows: int, aspect: float) -> tuple[int, int]:
-    """The most columns and rows in which a picture (H, W, 3) keeps its shape; columns are `aspect` as wide as high."""
+    """The largest size in columns and rows that keeps the proportions of an image (H, W, 3); aspect is of a cell."""
     height, width = shape[:2]
     rows = max(1, min(rows, int(columns * aspect * height / width)))
     return max(1, min(columns, round(rows * width / height / aspect))), rows

@@ -116,7 +116,7 @@ class Networks:
         for runner in self.runners.values():
             runner.streamed = plan.streamed
         if not plan.keep:
-            self._release(*self.runners)
+            self.release()
         # where all stays and the steps need not be lean, they are given more room than encoding takes in any way
         self.text_encoder.lean = plan.lean or not plan.keep
         self.transformer.lean = plan.lean
@@ -127,7 +127,7 @@ class Networks:
                 yield self
             finally:
                 if not plan.keep:
-                    self._release(*self.runners)
+                    self.release()
                 self._limit_cache = None
 
     def encode(
@@ -240,15 +240,13 @@ class Networks:
 
     # ---- memory
 
-    def release(self) -> None:
-        """Let all networks go; what is needed is read again."""
-        self._release(*self.runners)
-
     def _end_stage(self, *names: str) -> None:
         if self._plan and not self._plan.keep:
-            self._release(*names)
+            self.release(*names)
 
-    def _release(self, *names: str) -> None:
+    def release(self, *names: str) -> None:
+        """Unload networks, all of them unless some are named; what is needed is read again."""
+        names = names or tuple(self.runners)
         if "transformer" in names:
             self.transformer.forget()
         for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .networks import Networks, Phase
 from .request import GenerateRequest
 from .sampling import Step
 from .sizes import parse_memory
+from .turns import Turns
 from .variants import Variant
 from .weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -67,6 +69,7 @@ class ZImagePipeline:
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int | None = None, keep: bool | None = None):
         self.checkpoint = checkpoint
         self.keep = keep
+        self.turns = Turns()
         self.networks = Networks(checkpoint, dtype, machine_budget() if budget is None else budget)
 
     @classmethod
@@ -172,6 +175,12 @@ class ZImagePipeline:
     ) -> Iterator[Phase | Step | Generated]:
         """stream, with the Phases before and after the steps: what a progress bar wants to know."""
         request, inputs = self.complete(request), Inputs.of(inputs, latents)
+        yield from self.turns.take(self._attempts(request, inputs, decode))
+
+    def _attempts(
+        self, request: GenerateRequest, inputs: Inputs, decode: bool
+    ) -> Generator[Phase | Step | Generated, None, None]:
+        """The events in the pipeline's dtype and, should float16 overflow, again in bfloat16."""
         try:
             yield from self._events(request, inputs, decode)
             return
@@ -249,16 +258,29 @@ class ZImagePipeline:
         and raises MemoryBudgetError where no picture can be drawn.
         """
         ids = self.tokenize(prompt)
-        self.networks.find_scale(ids, self.keep)
-        return result(self.networks.encode_prompt(ids))
+        with self._beside_requests("text_encoder"):
+            self.networks.find_scale(ids, self.keep)
+            return result(self.networks.encode_prompt(ids))
 
     def decode(self, latents: mx.array) -> np.ndarray:
         """Clean latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
-        return to_uint8(result(self.networks.decode(latents[None]))[0])
+        with self._beside_requests("vae"):
+            return to_uint8(result(self.networks.decode(latents[None]))[0])
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (H, W, 3) in [-1, 1] to clean latents (H / 8, W / 8, 16) float32, in little memory."""
-        return np.array(self.networks.encode_image(mx.array(pixels)[None])[0])
+        with self.turns.computing():
+            return np.array(self.networks.encode_image(mx.array(pixels)[None])[0])
+
+    @contextmanager
+    def _beside_requests(self, network: str) -> Iterator[None]:
+        """Use a network outside of a request, or between its events; keep=False unloads it again."""
+        with self.turns.computing():
+            try:
+                yield
+            finally:
+                if self.keep is False:
+                    self.networks.release(network)
 
     # ---- what it is made of
 

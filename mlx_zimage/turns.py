@@ -1,0 +1,91 @@
+"""Whose turn it is on a pipeline: one request at a time, in the process that opened it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock, RLock, get_ident
+from typing import Any, TypeVar
+
+from .errors import RequestError, ZImageError
+
+E = TypeVar("E")
+
+_process: int | None = None  # the first that used MLX through this package
+
+
+def check_process() -> None:
+    """Refuse to compute in a fork of the process that did before: MLX's threads are missing there, and it hangs."""
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    elif _process != os.getpid():
+        raise ZImageError(
+            f"this process ({os.getpid()}) was forked from one that uses MLX ({_process}), where MLX hangs; "
+            f"start workers with multiprocessing.get_context('spawn'), and open the pipeline in the worker"
+        )
+
+
+@dataclass(eq=False)
+class _Turn:
+    events: Generator
+    thread: int  # that last asked for an event
+
+
+class Turns:
+    """Lets one request at a time use the networks of a pipeline.
+
+    A request begun in another thread than the one in progress is refused. Begun in the same thread, it ends the one in
+    progress, which was left in the middle: going on with that raises RequestError.
+    """
+
+    def __init__(self) -> None:
+        check_process()
+        self._computing = RLock()
+        self._beginning = Lock()
+        self._turn: _Turn | None = None
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """One thread at a time; others wait. Held while an event is computed, not while the caller looks at it."""
+        check_process()
+        with self._computing:
+            yield
+
+    def take(self, events: Generator[E, Any, None]) -> Generator[E, Any, None]:
+        """The events of one request, while it is its turn. What is sent here is sent on to them."""
+        turn = self._begin(events)
+        answer = None
+        try:
+            while True:
+                with self.computing():
+                    if self._turn is not turn:
+                        raise RequestError(
+                            "a later request on this pipeline has ended this one; finish or close a stream "
+                            "before the next, or open a second pipeline"
+                        )
+                    turn.thread = get_ident()
+                    try:
+                        event = events.send(answer)
+                    except StopIteration:
+                        return
+                answer = yield event
+        finally:
+            events.close()
+            if self._turn is turn:
+                self._turn = None
+
+    def _begin(self, events: Generator) -> _Turn:
+        with self._beginning:
+            older, mine = self._turn, _Turn(events, get_ident())
+            if older and older.thread != mine.thread:
+                raise RequestError(
+                    "another thread is generating with this pipeline; put a threading.Lock around its requests, "
+                    "or open a pipeline for each thread"
+                )
+            self._turn = mine
+        if older:
+            older.events.close()  # gives its memory and limits back
+        return mine

@@ -114,11 +114,13 @@ _HOME = {
     "MemoryBudgetError": "errors",
     "ModelNotFoundError": "errors",
     "CheckpointError": "errors",
+    "DeviceError": "errors",
     "NumericsError": "errors",
     "OutputError": "errors",
 }
 __all__ = [
     "CheckpointError",
+    "DeviceError",
     "GenerateRequest",
     "Generated",
     "Inputs",
@@ -138,6 +140,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import (
         CheckpointError,
+        DeviceError,
         LockedError,
         MemoryBudgetError,
         ModelNotFoundError,

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import mlx.core as mx
 
 from .errors import RequestError, ZImageError
-from .machine import default_dtype, kept_allocations, mlx_version, unpack_from
+from .machine import backend, default_dtype, kept_allocations, mlx_version, unpack_from
 from .memory import Workload, largest_strip
 from .models.layers import linear, vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
@@ -232,7 +232,7 @@ def describe_machine() -> dict:
     device = mx.device_info()
     return {
         "device": device.get("device_name") or platform.processor() or platform.machine(),
-        "backend": "metal" if mx.metal.is_available() else str(mx.default_device()),
+        "backend": backend(),
         "system": platform.platform(),
         "mlx": mlx_version(),
         "mlx_zimage": __version__,

@@ -7,7 +7,8 @@
     ├── MemoryBudgetError     5   what was asked cannot be done in the memory allowed
     ├── OutputError           6   a result cannot be written: the disk is full, or the folder read-only
     ├── LockedError           7   another process is writing the same folder
-    └── NumericsError         8   the computation left the finite numbers
+    ├── NumericsError         8   the computation left the finite numbers
+    └── DeviceError           9   the GPU failed, or the system stopped its work
 
 A message names the thing, its value, what was wanted and the next move.
 """
@@ -67,3 +68,9 @@ class NumericsError(ZImageError, ArithmeticError):
     """The computation left the finite numbers."""
 
     exit_code = 8
+
+
+class DeviceError(ZImageError, RuntimeError):
+    """The GPU failed, or the system stopped its work."""
+
+    exit_code = 9

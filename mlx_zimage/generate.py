@@ -148,9 +148,10 @@ def open_model(
     memory: str | int | None = None,
     keep: bool | None = None,
     variant: str | None = None,
+    wired: bool = False,
 ) -> OpenModel:
     """Open a model to generate with; see `ZImagePipeline.from_pretrained`."""
-    pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant)
+    pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant, wired)
     name = Path(source).resolve().name if Path(source).is_dir() else source  # no path: pictures are passed on
     return OpenModel(pipeline, name, fingerprint(pipeline.checkpoint))
 

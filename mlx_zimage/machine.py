@@ -58,11 +58,18 @@ def backend() -> str:
 
 
 def default_dtype() -> str:
-    """What suits this machine: float32 on a CPU; on a GPU bfloat16, or float16 on M1 and M2, which emulate bfloat16."""
+    """What suits this machine: float32 on a CPU; on a GPU bfloat16, or float16 on M1 and M2, which emulate bfloat16,
+    and in virtual machines, whose GPU may lack it.
+    """
     if mx.default_device() != mx.gpu:
         return "float32"
-    emulates = re.match(r"Apple M[12]\b", str(mx.device_info().get("device_name")))
-    return "float16" if emulates else "bfloat16"
+    slow = re.match(r"Apple (M[12]\b|Paravirtual)", str(mx.device_info().get("device_name")))
+    return "float16" if slow else "bfloat16"
+
+
+def wide_dtype() -> str:
+    """What takes float16's place where that overflows: bfloat16, or float32 on a GPU without bfloat16."""
+    return "float32" if "Paravirtual" in str(mx.device_info().get("device_name")) else "bfloat16"
 
 
 def mlx_version() -> str:
@@ -247,12 +254,12 @@ def kept_allocations() -> Iterator[None]:
 def wired(nbytes: int) -> Iterator[None]:
     """Have macOS keep nbytes of what Metal holds in memory, against other programs' demands; then as before.
 
-    Only for weights that stay: with all of a process's memory wired, small Macs have been seen to freeze.
+    Only for weights that stay, and only where someone asks for it: macOS has been seen to panic under wired memory.
     """
-    if not mx.metal.is_available():
+    if backend() != "metal":
         yield
         return
-    with _wired.asked(min(nbytes, int(mx.device_info()["max_recommended_working_set_size"]))):
+    with _wired.asked(min(nbytes, int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]))):
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from . import headroom
 from .errors import NumericsError
+from .failures import explained
 from .machine import limits, unpack_from, wired
 from .memory import Plan, Planner, Workload
 from .models.layers import linear, result, sum_dtype, vae_dtype
@@ -67,12 +68,16 @@ def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Gene
 
 
 class Networks:
-    """Tokenizer, text encoder, transformer and VAE of a checkpoint, which compute in dtype within a budget of bytes."""
+    """Tokenizer, text encoder, transformer and VAE of a checkpoint, which compute in dtype within a budget of bytes.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int):
+    wired locks the weights that stay through all steps in physical memory on macOS (see `machine.wired`).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int, wired: bool = False):
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.budget = budget
+        self.wired = wired
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
         self.planner = Planner(checkpoint, dtype)
         product = partial(linear, unpack_from=unpack_from())
@@ -108,6 +113,13 @@ class Networks:
         return self.planner.plan(work, self.budget, keep)
 
     # ---- a request
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """What a GPU's failure within raises is explained, and the networks are as if they had just been opened.
+
+        MLX reports a failure at some later evaluation, so all that was computed before may be wrong: it is let go.
+        """
+        return explained(self._start_over)
 
     @contextmanager
     def running(self, plan: Plan) -> Iterator[Networks]:
@@ -151,7 +163,7 @@ class Networks:
     ) -> Iterator[Step]:
         """The Steps from noise (B, h, w, 16) down the sigmas; the second of two prompts is what to steer away from."""
         _, h, w, _ = noise.shape
-        with wired(self._resident()):
+        with wired(self._resident()) if self.wired else nullcontext():
             velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w)
             yield from denoise(guide(velocities, guidance_scale), noise, sigmas)
         self._end_stage("transformer")
@@ -239,6 +251,11 @@ class Networks:
             self._end_stage("text_encoder", "transformer")
 
     # ---- memory
+
+    def _start_over(self) -> None:
+        self._embeddings.clear()
+        self.release()
+        mx.synchronize()  # work queued behind the one that failed fails too, and is reported here
 
     def _end_stage(self, *names: str) -> None:
         if self._plan and not self._plan.keep:

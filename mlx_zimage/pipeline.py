@@ -15,9 +15,10 @@ import numpy as np
 
 from .dtypes import FLOATS
 from .errors import NumericsError, RequestError
+from .failures import explained
 from .images.codec import to_pil, to_uint8
 from .inputs import Inputs
-from .machine import default_dtype, machine_budget
+from .machine import default_dtype, machine_budget, wide_dtype
 from .memory import Plan, Planner, Workload
 from .models.layers import result
 from .models.text_encoder import TextEncoder
@@ -35,7 +36,7 @@ __all__ = ["Generated", "Overflow", "Phase", "PipelineOutput", "ZImagePipeline"]
 
 
 class Overflow(UserWarning):
-    """float16 could not hold the numbers of a picture, which is drawn in bfloat16 instead."""
+    """float16 could not hold the numbers of a picture, which is drawn in a wider dtype instead."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,18 @@ class PipelineOutput:
 class ZImagePipeline:
     """Z-Image's tokenizer, text encoder, transformer and VAE, opened from one folder."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int | None = None, keep: bool | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: mx.Dtype,
+        budget: int | None = None,
+        keep: bool | None = None,
+        wired: bool = False,
+    ):
         self.checkpoint = checkpoint
         self.keep = keep
         self.turns = Turns()
-        self.networks = Networks(checkpoint, dtype, machine_budget() if budget is None else budget)
+        self.networks = Networks(checkpoint, dtype, machine_budget() if budget is None else budget, wired)
 
     @classmethod
     def from_pretrained(
@@ -80,12 +88,13 @@ class ZImagePipeline:
         memory: str | int | None = None,
         keep: bool | None = None,
         variant: str | None = None,
+        wired: bool = False,
     ) -> ZImagePipeline:
         """Open a model: a folder (diffusers' or our converter's), a Hugging Face id, or "pocket".
 
         Reads and checks configs and headers; tensor data is read when first used. dtype is what the networks compute
         in, "bfloat16", "float16" or "float32"; see `default_dtype`. Where float16 overflows, in spite of all that is
-        done against it, the pipeline goes on in bfloat16, and says so.
+        done against it, the pipeline goes on in bfloat16 (float32 in virtual machines), and says so.
 
         memory is a budget such as "6GB", by default what the machine recommends. What does not fit beside the work is
         read from disk when it is needed: slower, but the same picture. A request that cannot fit is refused before
@@ -94,15 +103,19 @@ class ZImagePipeline:
 
         variant, "turbo" or "base", says which model of the family it is, where the folder would be taken for another.
 
+        wired=True locks the resident weights in physical memory on macOS while the steps run. Leave it off unless other
+        programs push the model out: kernel panics have been reported with wired memory.
+
         What the text encoder makes of a prompt is kept on disk, so that the same prompt needs no encoder again; see
         `mlx-zimage models --help`.
         """
-        if dtype is None:
-            dtype = default_dtype()
-        if not isinstance(dtype, str) or dtype not in FLOATS:
-            raise RequestError(f"dtype must be one of {', '.join(FLOATS)}, as text, got {dtype!r}")
-        budget = None if memory is None else parse_memory(memory)
-        return cls(open_checkpoint(source, variant), getattr(mx, dtype), budget, keep)
+        with explained():  # a Mac may have no GPU for this session
+            if dtype is None:
+                dtype = default_dtype()
+            if not isinstance(dtype, str) or dtype not in FLOATS:
+                raise RequestError(f"dtype must be one of {', '.join(FLOATS)}, as text, got {dtype!r}")
+            budget = None if memory is None else parse_memory(memory)
+            return cls(open_checkpoint(source, variant), getattr(mx, dtype), budget, keep, wired)
 
     def __call__(
         self,
@@ -182,18 +195,21 @@ class ZImagePipeline:
     ) -> Generator[Phase | Step | Generated, None, None]:
         """The events in the pipeline's dtype and, should float16 overflow, again in bfloat16."""
         try:
-            yield from self._events(request, inputs, decode)
+            with self.networks.guarded():
+                yield from self._events(request, inputs, decode)
             return
         except _Overflowed:
             pass
+        wide = wide_dtype()
         warnings.warn(
-            "float16 overflows with this model; the picture is drawn again from its first step, in bfloat16",
+            f"float16 overflows with this model; the picture is drawn again from its first step, in {wide}",
             Overflow,
             stacklevel=2,
         )
-        self.networks = Networks(self.checkpoint, mx.bfloat16, self.budget)
+        self.networks = Networks(self.checkpoint, getattr(mx, wide), self.budget, self.networks.wired)
         mx.clear_cache()
-        yield from self._events(request, inputs, decode)
+        with self.networks.guarded():
+            yield from self._events(request, inputs, decode)
 
     def _events(
         self, request: GenerateRequest, inputs: Inputs, decode: bool
@@ -269,13 +285,13 @@ class ZImagePipeline:
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (H, W, 3) in [-1, 1] to clean latents (H / 8, W / 8, 16) float32, in little memory."""
-        with self.turns.computing():
+        with self.turns.computing(), self.networks.guarded():
             return np.array(self.networks.encode_image(mx.array(pixels)[None])[0])
 
     @contextmanager
     def _beside_requests(self, network: str) -> Iterator[None]:
         """Use a network outside of a request, or between its events; keep=False unloads it again."""
-        with self.turns.computing():
+        with self.turns.computing(), self.networks.guarded():
             try:
                 yield
             finally:

@@ -239,7 +239,9 @@ def test_a_picture_that_overflows_is_drawn_again_in_bfloat16(folder, tmp_path, m
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
 
 
-def test_steps_begin_again_where_a_later_one_overflows(tiny_folder, monkeypatch):
+@pytest.mark.parametrize(("gpu", "wide"), [("Apple M1", "bfloat16"), ("Apple Paravirtual device", "float32")])
+def test_steps_begin_again_where_a_later_one_overflows(tiny_folder, monkeypatch, gpu, wide):
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"device_name": gpu})
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16")
     pipe.encode("")  # finds the scale
     call = transformer.Transformer.__call__
@@ -254,8 +256,8 @@ def test_steps_begin_again_where_a_later_one_overflows(tiny_folder, monkeypatch)
     with pytest.warns(Overflow):
         steps, _, picture = draw(pipe, request(steps=3))
     assert steps == [0, 0, 1, 2]
-    assert calls == [mx.float16] * 2 + [mx.bfloat16] * 3
-    assert picture.dtype == "bfloat16"
+    assert calls == [mx.float16] * 2 + [getattr(mx, wide)] * 3
+    assert picture.dtype == wide
 
 
 def test_damaged_weights_draw_nothing_in_bfloat16_either(folder):
@@ -298,6 +300,7 @@ def test_the_command_line_tells_in_what_a_picture_was_computed(folder, tmp_path,
         (mx.gpu, "Apple M2 Ultra", "float16"),
         (mx.gpu, "Apple M3 Max", "bfloat16"),
         (mx.gpu, "Apple M10", "bfloat16"),
+        (mx.gpu, "Apple Paravirtual device", "float16"),
         (mx.gpu, "NVIDIA H200", "bfloat16"),
         (mx.gpu, None, "bfloat16"),
     ],

@@ -92,8 +92,8 @@ def test_wired_limits_that_overlap_give_back_what_was_before_them(monkeypatch):
         before, limit[0] = limit[0], nbytes
         return before
 
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**9})
+    monkeypatch.setattr(machine, "backend", lambda: "metal")
+    monkeypatch.setattr(mx, "device_info", lambda device: {"max_recommended_working_set_size": 10**9})
     monkeypatch.setattr(mx, "set_wired_limit", set_limit)
     first, second = wired(100), wired(200)
     first.__enter__()
@@ -102,6 +102,33 @@ def test_wired_limits_that_overlap_give_back_what_was_before_them(monkeypatch):
     assert limit == [200], "of the one that still runs"
     second.__exit__(None, None, None)
     assert limit == [7]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_memory_is_wired_only_where_that_is_asked_for(monkeypatch, asked):
+    limits = []
+
+    def set_limit(nbytes: int) -> int:
+        limits.append(nbytes)
+        return 7
+
+    gpu = {"max_recommended_working_set_size": 10**9}
+    monkeypatch.setattr(machine, "backend", lambda: "metal")
+    monkeypatch.setattr(mx, "device_info", lambda device=mx.cpu: gpu if device == mx.gpu else {"device_name": "x"})
+    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", wired=asked)
+    list(pipe.stream(REQUEST))
+    assert limits == ([pipe.networks._resident(), 7] if asked else [])
+    assert not asked or limits[0] > 10**6
+
+
+def test_a_mac_that_computes_on_its_cpu_wires_nothing(monkeypatch, on_cpu):
+    """Metal is there all the same, and the default device's facts say nothing about working sets."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"device_name": "Apple M1", "architecture": "arm64"})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda nbytes: pytest.fail("wired"))
+    assert machine_budget() > 0
+    list(ZImagePipeline.from_pretrained("pocket", wired=True).stream(REQUEST))
 
 
 def test_a_generator_that_is_finalized_while_another_asks_does_not_stop_it():

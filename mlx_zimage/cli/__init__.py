@@ -14,6 +14,7 @@ from typing import NoReturn, TextIO
 import click
 
 from ..errors import OutputError, ZImageError
+from ..failures import explained
 from ..version import __version__
 from .stop import Terminated, stoppable
 
@@ -47,7 +48,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            with warnings.catch_warnings(), stoppable():
+            with warnings.catch_warnings(), stoppable(), explained():
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except ZImageError as error:
@@ -74,7 +75,8 @@ def main() -> None:
 
     Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 other failure, 2 invalid
     value, 3 model not found, 4 damaged model files, 5 not enough memory, 6 output cannot be written, 7 folder
-    locked by another process, 8 wrong or non-finite numbers, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+    locked by another process, 8 wrong or non-finite numbers, 9 GPU failure, 130 stopped by Ctrl-C, 143 stopped by
+    SIGTERM.
     """
 
 

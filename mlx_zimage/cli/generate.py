@@ -46,7 +46,7 @@ SECTIONS = {  # of the help text, with the names of their options
     "Image": ("prompt_option", "prompt_file", "requests_file", "from_image", "size", "width", "height"),
     "Seeds": ("seeds", "count", "auto_seeds", "rng", "latents_file"),
     "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt"),
-    "Model and memory": ("source", "variant", "yes", "dtype", "memory", "keep", "battery_limit"),
+    "Model and memory": ("source", "variant", "yes", "dtype", "memory", "keep", "wired", "battery_limit"),
     "Output": ("output", "overwrite", "metadata", "preview_dir"),
 }
 Size = tuple[dict, tuple[int, int] | None]  # returned by parse_size
@@ -161,6 +161,12 @@ class Generate(ForgivingCommand):
     help="Keep the whole model in memory between images, or unload each network after use.  [default: keep if it fits]",
 )
 @click.option(
+    "--wired",
+    is_flag=True,
+    help="Lock the resident weights in physical memory on macOS. Risky: kernel panics (the Mac restarts) have been "
+    "reported with wired memory; use it only if other programs push the model out.",
+)
+@click.option(
     "-B",
     "--battery-limit",
     "--battery-percentage-stop-limit",
@@ -205,8 +211,9 @@ def generate(
     prompt: str | None, prompt_option: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None,
     source: str | None, variant: str | None, output: Path, overwrite: bool, size: Size | None,
     seeds: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, dtype: str | None,
-    memory: str | None, keep: bool | None, battery_limit: int | None, from_image: Path | None, metadata: bool,
-    preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool, **values,
+    memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
+    metadata: bool, preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool,
+    **values,
 ) -> None:  # fmt: skip
     """Generate one or more images from PROMPT and print their paths.
 
@@ -249,7 +256,7 @@ def generate(
     if quiet and not Path(source).is_dir():
         hub_bars(False)
 
-    model = open_model(source, dtype or (old.dtype if old else None), budget, keep, variant)
+    model = open_model(source, dtype or (old.dtype if old else None), budget, keep, variant, wired)
     if old and model.fingerprint != old.fingerprint:
         warnings.warn(f"{source} is not the model that generated {from_image}; the image will differ", stacklevel=1)
     defaults = model.pipeline.defaults

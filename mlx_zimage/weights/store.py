@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import atomic
 from ..errors import CheckpointError
+from ..failures import explain
 from ..machine import mlx_version
 from ..version import __version__
 from .checkpoint import Component
@@ -58,18 +59,23 @@ class Store:
                 return None
             os.utime(path)  # the least recently used are removed first
             return found
-        except (*FAULTS, KeyError):
+        except (*FAULTS, KeyError) as error:
+            if explain(error):
+                raise  # the GPU's failure, not the file's
             return None
 
     def put(self, networks: Sequence[Component], key: Sequence[object], array: mx.array) -> None:
         """Cache what the networks computed for a key; beyond the limit, the least recently used files are removed."""
         if self.folder is None:
             return
-        with suppress(*FAULTS):
+        try:
             path = self._path(self.folder, networks, key)
             metadata = {"format": "mlx", "sha256": digest(array)}
             _write(path, lambda file: mx.save_safetensors(str(file), {"array": array}, metadata))
             self._forget(self.folder)
+        except FAULTS as error:
+            if explain(error):
+                raise  # as above
 
     def _path(self, folder: Path, networks: Sequence[Component], key: Sequence[object]) -> Path:
         words = [*(self._sum(folder, network) for network in networks), self._maker, *map(str, key)]

@@ -1,0 +1,172 @@
+"""A GPU that fails: what is said about it, where it is seen, and what a pipeline is good for afterwards."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from mlx.utils import tree_map
+
+from mlx_zimage import GenerateRequest, Step, ZImagePipeline, cli, errors, generate
+from mlx_zimage.failures import explain, explained
+
+REQUEST = GenerateRequest("a red circle", 32, 32, seed=1, steps=3)
+METAL = "[METAL] Command buffer execution failed: "
+# what MLX says, the exit code, and what the advice must name
+SAID = [
+    (f"{METAL}Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout).", 9, "slow disk"),
+    (f"{METAL}Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang).", 9, "slow disk"),
+    (
+        f"{METAL}Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity).",
+        9,
+        "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1",
+    ),
+    (f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory).", 5, "--memory"),
+    (
+        f"{METAL}Ignored (for causing prior/excessive GPU errors) "
+        "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored).",
+        9,
+        "start a new process",
+    ),
+    (
+        f"{METAL}Discarded (victim of GPU error/recovery) (00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim).",
+        9,
+        "run it again",
+    ),
+    (f"{METAL}Internal Error (0000010a:Internal Error).", 9, "doctor"),
+    (
+        "[metal::load_device] No Metal device available. This typically occurs in headless, sandboxed, or virtualized "
+        "macOS sessions where the GPU is not accessible.",
+        9,
+        "logged in at the Mac",
+    ),
+    (
+        "[metal::malloc] Attempting to allocate 15600000000 bytes which is greater than the maximum allowed buffer "
+        "size of 8589934592 bytes.",
+        5,
+        "smaller images",
+    ),
+    ("[metal::malloc] Resource limit (499000) exceeded.", 5, "--memory"),
+    ("[malloc] Unable to allocate 15600000000 bytes.", 5, "--memory"),
+    ("cudaMallocAsync(&data, size, stream) failed: out of memory", 5, "--memory"),
+    ("cudaGraphLaunch(graph, stream) failed: an illegal memory access was encountered", 9, "doctor"),
+]
+
+
+@pytest.fixture
+def pipe() -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained("pocket", dtype="float32")
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """fail(said, after=n) has the n-th evaluation from now raise what MLX says."""
+    evaluate, left = mx.eval, []
+
+    def fail(said: str, after: int = 0, then=lambda: None) -> None:
+        left[:] = [after]
+
+        def failing(*arrays):
+            if left and not left[0]:
+                left.clear()
+                then()
+                raise RuntimeError(said)
+            left[:] = [left[0] - 1] if left else []
+            return evaluate(*arrays)
+
+        monkeypatch.setattr(mx, "eval", failing)
+
+    return fail
+
+
+@pytest.mark.parametrize(("said", "code", "advice"), SAID)
+def test_a_failure_is_explained_to_python(pipe, fail, said, code, advice):
+    fail(said, after=5)
+    with pytest.raises(errors.ZImageError) as caught:
+        pipe("a red circle", 32, 32, num_inference_steps=1, seed=1)
+    assert caught.value.exit_code == code
+    assert advice in str(caught.value) and said in str(caught.value)
+    assert isinstance(caught.value, MemoryError if code == 5 else RuntimeError)
+    assert str(caught.value.__cause__) == said
+
+
+@pytest.mark.parametrize(("said", "code", "advice"), SAID)
+def test_a_failure_is_explained_on_the_command_line(fail, tmp_path, monkeypatch, said, code, advice):
+    monkeypatch.chdir(tmp_path)
+    fail(said, after=5)
+    args = ["generate", "a red circle", "-m", "pocket", "--steps", "2", "--size", "32x32"]
+    result = CliRunner().invoke(cli.main, args)
+    assert result.exit_code == code
+    assert result.stdout == "" and not list(tmp_path.iterdir())
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert advice in line and said in line
+
+
+@pytest.mark.parametrize(("said", "code", "advice"), SAID)
+def test_a_failure_ends_a_stream_of_events_after_those_that_were_whole(pipe, fail, said, code, advice):
+    seen = []
+    model = generate.OpenModel(pipe, "pocket", "")
+    with pytest.raises(errors.ZImageError) as caught:
+        for event in generate.events(model, REQUEST):
+            seen.append(event)
+            if isinstance(event, Step) and event.index == 1:
+                fail(said)
+    assert caught.value.exit_code == code and advice in str(caught.value)
+    assert [event.index for event in seen if isinstance(event, Step)] == [0, 1]
+
+
+@pytest.mark.parametrize("after", [1, 10, 40])
+@pytest.mark.parametrize("options", [{"keep": True}, {"keep": False}, {"memory": "60MB"}], ids=str)
+def test_after_a_failure_a_pipeline_generates_the_same_bits(fail, options, after):
+    """Even though nothing of what the GPU computed before can be trusted, whatever of it is kept."""
+    expected = list(ZImagePipeline.from_pretrained("pocket", dtype="float32", **options).stream(REQUEST))
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", **options)
+    list(pipe.stream(REQUEST))
+
+    def spoil() -> None:
+        networks = pipe.networks
+        for runner in networks.runners.values():
+            for name, tree in runner._kept.items():
+                runner._kept[name] = tree_map(lambda x: mx.full(x.shape, 9, x.dtype) if is_array(x) else x, tree)
+        for ids in networks._embeddings:
+            networks._embeddings[ids] = mx.zeros_like(networks._embeddings[ids])
+
+    fail(f"{METAL}Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout).", after, spoil)
+    with pytest.raises(errors.DeviceError):
+        for _ in pipe.stream(REQUEST):
+            pass
+    found = list(pipe.stream(REQUEST))
+    assert np.array_equal(found[-1].pixels, expected[-1].pixels)
+    assert [step.latents.tolist() for step in found[:-1]] == [step.latents.tolist() for step in expected[:-1]]
+
+
+def is_array(x: object) -> bool:
+    return isinstance(x, mx.array)
+
+
+def test_encoding_and_decoding_by_themselves_are_explained_too(pipe, fail):
+    for call in (
+        lambda: pipe.encode("a red circle"),
+        lambda: pipe.decode(mx.zeros((4, 4, 16))),
+        lambda: pipe.encode_image(np.zeros((32, 32, 3), np.float32)),
+    ):
+        fail(f"{METAL}Caused GPU Timeout Error.")
+        with pytest.raises(errors.DeviceError):
+            call()
+        call()
+
+
+def test_a_session_without_a_gpu_is_explained_when_a_model_is_opened(monkeypatch):
+    def device_info(*_):
+        raise RuntimeError("[metal::load_device] No Metal device available. This typically occurs in ...")
+
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx, "device_info", device_info)
+    with pytest.raises(errors.DeviceError, match="logged in at the Mac"):
+        ZImagePipeline.from_pretrained("pocket")
+
+
+def test_errors_that_are_no_failure_of_a_gpu_are_left_alone():
+    for error in (RuntimeError("generator raised StopIteration"), ValueError("out of memory"), errors.DeviceError("x")):
+        assert explain(error) is None
+    with pytest.raises(RuntimeError, match="cannot schedule"), explained():
+        raise RuntimeError("cannot schedule new futures after shutdown")

@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from tempfile import TemporaryDirectory
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ import mlx.core as mx
 from .errors import RequestError, ZImageError
 from .machine import backend, default_dtype, kept_allocations, mlx_version, unpack_from
 from .memory import Workload, largest_strip
-from .models.layers import linear, vae_dtype
+from .models.layers import product_from, vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
 from .models.vae import VAE, VAEConfig
@@ -79,7 +78,7 @@ def random_networks(case: Case, size: str) -> tuple[dict[str, Blocks], TextEncod
         "transformer": Blocks(RandomWeights("transformer", transformer, quantization), dtype),
         "vae": Blocks(RandomWeights("vae", vae), vae_dtype(dtype)),
     }
-    product = partial(linear, unpack_from=unpack_from())
+    product = product_from(unpack_from())
     return (
         runners,
         TextEncoder(text_encoder, runners["text_encoder"], product),

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +24,7 @@ from .errors import NumericsError
 from .failures import explained
 from .machine import limits, unpack_from, wired
 from .memory import Plan, Planner, Workload
-from .models.layers import linear, result, sum_dtype, vae_dtype
+from .models.layers import product_from, result, sum_dtype, vae_dtype
 from .models.text_encoder import TextEncoder
 from .models.transformer import Transformer, times_of
 from .models.vae import VAE
@@ -80,7 +79,7 @@ class Networks:
         self.wired = wired
         self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
         self.planner = Planner(checkpoint, dtype)
-        product = partial(linear, unpack_from=unpack_from())
+        product = product_from(unpack_from())
         self.runners = {
             name: Blocks(component, vae_dtype(dtype) if name == "vae" else dtype)
             for name, component in checkpoint.networks.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from functools import wraps
+from functools import partial, wraps
 from typing import TypeVar
 
 import mlx.core as mx
@@ -37,6 +37,11 @@ def linear(x: mx.array, weights: Tree, unpack_from: int = 0) -> mx.array:
 
 # Multiplies an input by a layer's weights: `linear`, or a function that stands in for it.
 Product = Callable[[mx.array, Tree], mx.array]
+
+
+def product_from(unpack_from: int) -> Product:
+    """`linear` with this threshold. Without one it is `linear` itself: 245 calls of a partial are 1% of a prompt."""
+    return partial(linear, unpack_from=unpack_from) if unpack_from else linear
 
 
 def pack(name: str, weight: mx.array, q: Quantization) -> dict[str, mx.array]:

@@ -30,7 +30,7 @@ from .models.transformer import Transformer, times_of
 from .models.vae import VAE
 from .noise import initial_noise
 from .sampling import Step, denoise, guide
-from .tokenizer import MAX_TOKENS, PromptTruncated, Tokenizer
+from .tokenizer import MAX_TOKENS, PromptTruncated
 from .weights.blocks import Blocks
 from .weights.checkpoint import Checkpoint
 from .weights.library import embeddings_folder
@@ -77,7 +77,7 @@ class Networks:
         self.dtype = dtype
         self.budget = budget
         self.wired = wired
-        self.tokenizer = Tokenizer(checkpoint.tokenizer_file)
+        self.tokenizer = checkpoint.open_tokenizer()
         self.planner = Planner(checkpoint, dtype)
         product = product_from(unpack_from())
         self.runners = {

@@ -101,7 +101,8 @@ class ZImagePipeline:
         any weight is read. keep=True keeps all networks for the next request, keep=False lets each go when its part
         of a request is done; by default they are kept where all fit at once.
 
-        variant, "turbo" or "base", says which model of the family it is, where the folder would be taken for another.
+        variant, "turbo" or "base", says which model of the family it is, where the folder would be taken for another;
+        any other, such as "fp16", which of a network's files are read, as in diffusers.
 
         wired=True locks the resident weights in physical memory on macOS while the steps run. Leave it off unless other
         programs push the model out: kernel panics have been reported with wired memory.

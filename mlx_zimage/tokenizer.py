@@ -16,16 +16,23 @@ class PromptTruncated(UserWarning):
 
 
 class Tokenizer:
-    def __init__(self, file: Path):
+    """A tokenizer.json; content is that of the file, if it has been read."""
+
+    def __init__(self, file: Path, content: bytes | None = None):
         # imported late: `mlx-zimage info` does without it
         from tokenizers import Tokenizer as Backend
 
         try:
-            self._backend = Backend.from_file(str(file))
+            self._backend = Backend.from_buffer(content) if content is not None else Backend.from_file(str(file))
         except Exception as error:  # the Rust library raises bare Exception
             raise CheckpointError(f"{file} is no tokenizer ({error}); fetch it again") from error
         self._backend.no_padding()
         self._backend.no_truncation()
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, including added ones."""
+        return self._backend.get_vocab_size()
 
     def encode(self, prompt: str) -> list[int]:
         """All ids of the prompt in its template, before any cut."""

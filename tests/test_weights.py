@@ -19,7 +19,7 @@ import tiny
 from compare import refusal, relative_error
 from tiny import CONFIGS
 
-from mlx_zimage import ModelNotFoundError, ZImagePipeline
+from mlx_zimage import CheckpointError, ModelNotFoundError, RequestError, ZImagePipeline
 from mlx_zimage.weights.checkpoint import open_checkpoint, read_header
 from mlx_zimage.weights.hub import NEEDED_FILES, POCKET, resolve
 
@@ -587,3 +587,161 @@ print(resident() - before > 2**27)
     for way, stays in (("keep", "True"), ("default", "False")):
         result = subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == stays, way
+
+
+# ---- files beside the model, and files of which one is to be chosen
+
+
+APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(64)
+
+
+def litter(folder: Path) -> None:
+    """What macOS leaves on a disk without extended attributes, and other systems anywhere, beside every file."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(APPLE_DOUBLE)
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._.DS_Store", ".hidden.safetensors"):
+            (place / name).write_bytes(APPLE_DOUBLE)
+        (place / ".cache" / "huggingface").mkdir(parents=True)
+        (place / ".cache" / "huggingface" / "model.safetensors").write_bytes(b"")
+
+
+def test_hidden_files_are_not_the_model(folder):
+    before = draw(folder)
+    litter(folder)
+    assert np.array_equal(draw(folder), before)
+
+
+def as_variant(
+    folder: Path, component: str, variant: str, shards: int, legacy: bool = False, keep: bool = True
+) -> None:
+    """Add a component's weights plus 1 under a variant's names, beside or in place of what is there."""
+    arrays = {name: x + 1 for name, x in tiny.weights(0, component, CONFIGS[component]).items()}
+    aside = folder.parent / f"aside-{component}"
+    tiny.save_component(aside, component, arrays, CONFIGS[component], shards=shards)
+    if not keep:
+        for file in (folder / component).glob("*.safetensors*"):
+            file.unlink()
+    stem = tiny.FILE_STEM[component]
+    for file in aside.glob("*.safetensors"):
+        part = file.stem.removeprefix(stem)
+        name = f"{stem}{part}.{variant}.safetensors" if legacy else f"{stem}.{variant}{part}.safetensors"
+        file.rename(folder / component / name)
+    for file in aside.glob("*.index.json"):
+        index = json.loads(file.read_text())
+        for name, shard in index["weight_map"].items():
+            part = Path(shard).stem.removeprefix(stem)
+            index["weight_map"][name] = (
+                f"{stem}{part}.{variant}.safetensors" if legacy else f"{stem}.{variant}{part}.safetensors"
+            )
+        name = f"{stem}.safetensors.{variant}.index.json" if legacy else f"{stem}.safetensors.index.{variant}.json"
+        (folder / component / name).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["today's names", "former names"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_files_without_a_variant_come_first_and_a_variant_where_it_is_named(folder, component, shards, legacy):
+    as_variant(folder, component, "fp16", shards, legacy)
+    name, exact = next(iter(tiny.weights(0, component, CONFIGS[component]).items()))
+    for variant, added in ((None, 0), ("fp16", 1), ("turbo", 0)):
+        part = getattr(open_checkpoint(folder, variant), component)
+        assert {"fp16" in entry.file.name for entry in part.entries.values()} == {bool(added)}
+        stored = part.config.sanitize(name, mx.array(exact + added))
+        assert np.allclose(part.read(name, mx.float32), stored, rtol=2**-8)  # bfloat16, in part
+
+
+def test_a_variant_is_named_only_where_there_is_a_choice(folder):
+    as_variant(folder, "vae", "fp16", 1, keep=False)
+    assert open_checkpoint(folder).vae.entries["decoder.conv_in.bias"].file.name.endswith(".fp16.safetensors")
+    as_variant(folder, "vae", "bf16", 1)
+    assert "has only the file variants bf16 and fp16, got None; choose one with --variant" in refusal(folder)
+    assert open_checkpoint(folder, "bf16").vae.entries["decoder.conv_in.bias"].file.name.endswith(".bf16.safetensors")
+    with pytest.raises(
+        RequestError, match=r"one of turbo, base or a file variant of .*, which has bf16, fp16; got 'fp8'"
+    ):
+        open_checkpoint(folder, "fp8")
+
+
+def test_an_index_left_from_other_files_gives_way_to_one_whole_file(folder):
+    before = draw(folder)
+    arrays = tiny.weights(0, "transformer", CONFIGS["transformer"])
+    for shard in (folder / "transformer").glob("*-of-*.safetensors"):
+        shard.unlink()
+    tiny.save_component(folder / "transformer", "transformer", arrays, CONFIGS["transformer"])
+    assert np.array_equal(draw(folder), before)
+    arrays.pop("x_pad_token")
+    tiny.save_component(folder / "transformer", "transformer", arrays, CONFIGS["transformer"])
+    message = refusal(folder)
+    assert "1 of 116 weights are missing: x_pad_token; diffusion_pytorch_model.safetensors.index.json lists " in message
+    assert "-00003-of-00003.safetensors, missing here: download them, or delete it" in message
+
+
+def test_parts_that_say_how_many_they_are_need_no_index(folder):
+    before = draw(folder)
+    for index in folder.rglob("*.index.json"):
+        index.unlink()
+    assert np.array_equal(draw(folder), before)
+    next((folder / "transformer").glob("*-00002-of-*")).unlink()
+    assert "has 2 of 3 parts, such as diffusion_pytorch_model-00001-of-00003.safetensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("use", ["", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint"])
+def test_the_pipelines_that_use_the_same_networks_are_read(folder, use):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": f"ZImage{use}Pipeline"}))
+    assert open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("LoRA", ["diffusion_model.layers.0.attention.to_q.lora_A.weight"]),
+        ("LoRA", ["lora_unet_layers_0_attention_to_q.lora_down.weight", "lora_unet_layers_0_attention_to_q.alpha"]),
+        ("LoRA", ["lycoris_layers_0_attention_to_q.lokr_w1", "lycoris_layers_0_attention_to_q.lokr_w2"]),
+        ("ControlNet", ["control_layers.0.attention.to_q.weight", "control_all_x_embedder.2-1.weight"]),
+    ],
+)
+def test_a_lora_or_controlnet_in_place_of_a_model_is_named(tmp_path, folder, kind, names):
+    tensors = {name: mx.zeros((4, 4)) for name in names}
+    mx.save_safetensors(str(tmp_path / "pytorch_lora_weights.safetensors"), tensors)
+    assert f"has no model_index.json: it is a {kind}; expected a diffusers folder" in refusal(tmp_path)
+    shutil.rmtree(folder / "transformer")
+    tiny.save_component(folder / "transformer", "transformer", tensors, CONFIGS["transformer"])
+    assert refusal(folder).endswith(f"; the file is a {kind}, not a model")
+
+
+def test_what_no_network_reads_is_passed_over_in_a_folder_too(folder):
+    before = draw(folder)
+    extra = {"norm_final.weight": np.ones(48, np.float32)}
+    rewrite(folder, "transformer", lambda arrays: arrays | extra)
+    assert np.array_equal(draw(folder), before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_a_packed_embedding_are_those_of_the_table(tmp_path, bits):
+    """mlx-lm packs the embedding too, and a head if there is one."""
+    folder = shutil.copytree(POCKET, tmp_path / "model")
+    file, config = folder / "text_encoder" / "model.safetensors", folder / "text_encoder" / "config.json"
+    arrays = mx.load(str(file))
+    table = arrays["model.embed_tokens.weight"]
+    packed = mx.quantize(table, group_size=64, bits=bits)
+    for layer in ("model.embed_tokens", "lm_head"):
+        arrays |= {f"{layer}.{part}": x for part, x in zip(("weight", "scales", "biases"), packed, strict=True)}
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), arrays)
+    block = {"quantization": {"group_size": 64, "bits": bits}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | block))
+    part, ids = open_checkpoint(folder).text_encoder, [3, 0, 3, table.shape[0] - 1]
+    for dtype in (mx.float32, mx.bfloat16):
+        wanted = mx.dequantize(packed[0], *(x.astype(dtype) for x in packed[1:]), group_size=64, bits=bits)
+        got = part.rows("model.embed_tokens.weight", ids, dtype)
+        assert got.dtype == dtype and mx.array_equal(got, wanted[mx.array(ids)])
+    assert np.isfinite(draw(folder)).all()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_text_encoder_is_refused_when_opened(folder):
+    shutil.copy(POCKET / "tokenizer" / "tokenizer.json", folder / "tokenizer" / "tokenizer.json")
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json has \d+ tokens, but the text encoder has 512; they belong to"
+    ):
+        ZImagePipeline.from_pretrained(folder)

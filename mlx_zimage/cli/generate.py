@@ -24,7 +24,6 @@ from ..jobs import (
 )
 from ..request import RNGS
 from ..sizes import parse_memory
-from ..variants import VARIANTS
 from .elsewhere import ForgivingCommand
 from .models import DEFAULT_MODEL, first_run
 from .output import graphics, hub_bars, print_path, say, show_image
@@ -93,7 +92,11 @@ class Generate(ForgivingCommand):
     "source",
     help=f"Model folder, Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
-@click.option("--variant", type=click.Choice(list(VARIANTS)), help="Model variant.  [default: detected from the model]")
+@click.option(
+    "--variant",
+    metavar="NAME",
+    help="turbo or base, if the model is taken for the other; or the variant of its files, such as fp16.",
+)
 @click.option(
     "-o",
     "--output",

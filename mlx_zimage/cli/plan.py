@@ -5,13 +5,16 @@ import click
 from ..dtypes import FLOATS
 from ..request import check_size
 from ..sizes import tell
-from ..variants import VARIANTS
 from .models import DEFAULT_MODEL
 
 
 @click.command(epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--variant", type=click.Choice(list(VARIANTS)), help="Model variant.  [default: detected from the model]")
+@click.option(
+    "--variant",
+    metavar="NAME",
+    help="turbo or base, if the model is taken for the other; or the variant of its files, such as fp16.",
+)
 @click.option("--width", type=int, help="Width in pixels, a multiple of 16.  [default: the model's]")
 @click.option("--height", type=int, help="Height in pixels, a multiple of 16.  [default: the model's]")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images per batch.")

@@ -29,13 +29,22 @@ from ..models import NETWORKS, OPTIONAL
 from ..models.runner import Tree, Where
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
+from ..tokenizer import Tokenizer
 from ..variants import Variant
 from .hub import resolve
+from .listing import INDEX, choose_files, variant_of, visible, weight_variants
 from .manifest import CONVERSION
+from .names import DROPPED, foreign_kind
 
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 FLOAT_SPELLINGS = ("F32", "F16", "BF16")
 PIPELINE_CLASS = "ZImagePipeline"
+# The pipelines that use the same networks. A ControlNet beside them is not read.
+PIPELINE_CLASSES = (
+    PIPELINE_CLASS,
+    *(f"ZImage{use}Pipeline" for use in ("Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")),
+)
+FP8 = ("F8_E4M3", "F8_E5M2")
 SHOWN = 5  # number of names an error lists
 
 
@@ -91,31 +100,38 @@ def read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """The safetensors files of a component: those its index lists, or its only one."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indexes) > 1:
-        raise CheckpointError(
-            f"{folder} has {len(indexes)} index files ({indexes[0].name}, {indexes[1].name}); keep only one"
-        )
-    if indexes:
-        weight_map = read_json(indexes[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{indexes[0]} has no weight_map; download it again")
-        for name in weight_map.values():
-            if not isinstance(name, str) or not SHARD.fullmatch(name):
-                raise CheckpointError(f"{indexes[0]} lists {name!r}; shards must be in the same folder")
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return files
-    if not files:
-        raise CheckpointError(
-            f"{folder} has no safetensors file; convert other formats with `mlx-zimage convert` first"
-        )
-    raise CheckpointError(
-        f"{folder} has {len(files)} safetensors files but no index that lists them; download the model again"
-    )
+def find_shards(folder: Path, names: Iterable[str] | None = None, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a component, in a variant such as "fp16" if it has it; see listing.choose_files.
+
+    names are the files in the folder, by default those on this disk.
+    """
+    if names is None:
+        names = [path.name for path in visible(folder) if path.is_file()]
+    files = choose_files(names, variant, lambda index: read_weight_map(folder / index), folder)
+    return [folder / name for name in files]
+
+
+def read_entries(folder: Path, variant: str | None = None) -> dict[str, Entry]:
+    """The tensors in a component's files, except those that no network uses."""
+    entries: dict[str, Entry] = {}
+    for file in find_shards(folder, variant=variant):
+        for key, entry in read_header(file).items():
+            if key in entries:
+                raise CheckpointError(f"{folder}: {key} is in both {entries[key].file.name} and {file.name}")
+            if not DROPPED.fullmatch(key):
+                entries[key] = entry
+    return entries
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The weight_map of an index: tensor name -> file name."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise CheckpointError(f"{index} lists {name!r}; shards must be in the same folder")
+    return weight_map
 
 
 # Number of threads in `read_all`. With MLX's CUDA build, each one reads a tensor from the page cache, then copies it to
@@ -126,21 +142,14 @@ READERS = 4
 class Component:
     """One network's folder: its config and its tensors on disk, checked against the architecture."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, variant: str | None = None):
         self.folder = folder / name
         self.name = name
         if not self.folder.is_dir():
             raise CheckpointError(f"{folder} has no folder {name}/; is it a complete diffusers folder?")
         self.raw_config = read_json(self.folder / "config.json")
         self.config = _read_config(NETWORKS[name], self.folder / "config.json")
-        self.entries: dict[str, Entry] = {}
-        for file in find_shards(self.folder):
-            for key, entry in read_header(file).items():
-                if key in self.entries:
-                    raise CheckpointError(
-                        f"{self.folder}: {key} is in both {self.entries[key].file.name} and {file.name}"
-                    )
-                self.entries[key] = entry
+        self.entries = read_entries(self.folder, variant)
         self.entries = {self.config.named(key): entry for key, entry in self.entries.items()}
         self._check()
 
@@ -171,8 +180,8 @@ class Component:
 
     def _check(self):
         expected = self.expected()
-        missing = [name for name in expected if name not in self.entries and not self.config.unused(name)]
-        extra = [name for name in self.entries if name not in expected and not self.config.unused(name)]
+        missing = [name for name in expected if name not in self.entries and not self._unused(name)]
+        extra = [name for name in self.entries if name not in expected and not self._unused(name)]
         misshapen = [
             f"{name} is {self.entries[name].shape}, expected {shape}"
             for name, shape in expected.items()
@@ -193,8 +202,28 @@ class Component:
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
                 raise CheckpointError(
                     f"{self.folder}: {len(names)} of {len(expected)} weights are {fault}: "
-                    f"{', '.join(names[:SHOWN])}{more}"
+                    f"{', '.join(names[:SHOWN])}{more}{self._hint()}"
                 )
+
+    def _hint(self) -> str:
+        """The likely reason why weights do not fit: not a model, fp8, or an index for other files."""
+        if kind := foreign_kind(self.entries):
+            return f"; the file is a {kind}, not a model"
+        if any(entry.dtype in FP8 for entry in self.entries.values()):
+            return "; `mlx-zimage convert` reads fp8"
+        files = {entry.file.name for entry in self.entries.values()}
+        for index in visible(self.folder):
+            if INDEX.fullmatch(index.name) and variant_of(index.name) == variant_of(min(files)):
+                absent = sorted({*read_weight_map(index).values()} - files)
+                if absent:
+                    return (
+                        f"; {index.name} lists {', '.join(absent[:SHOWN])}, missing here: download them, or delete it"
+                    )
+        return ""
+
+    def _unused(self, name: str) -> bool:
+        layer, _, part = name.rpartition(".")
+        return self.config.unused(f"{layer}.weight" if part in ("scales", "biases") else name)
 
     def _dtypes(self, name: str) -> Collection[str]:
         # only quantized layers may contain integers
@@ -248,11 +277,21 @@ class Component:
             yield from readers.map(read, prefixes)
 
     def rows(self, name: str, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """The rows `ids` of a dense table, (len(ids), width) in dtype; only these rows are read."""
-        entry = self.entries[name]
-        stored = np.memmap(entry.file, mode="r", offset=entry.offset, dtype=np.uint8, shape=(entry.nbytes,))
-        picked = stored.reshape(entry.shape[0], -1)[np.asarray(ids)]
-        return mx.array(picked).view(getattr(mx, STORED[entry.dtype])).astype(dtype)
+        """The rows `ids` of a table, (len(ids), width) in dtype; only these rows are read."""
+
+        def stored(name: str) -> mx.array:
+            entry = self.entries[name]
+            content = np.memmap(entry.file, mode="r", offset=entry.offset, dtype=np.uint8, shape=(entry.nbytes,))
+            picked = mx.array(content.reshape(entry.shape[0], -1)[np.asarray(ids)])
+            picked = picked.view(getattr(mx, STORED[entry.dtype]))
+            return picked.astype(dtype) if mx.issubdtype(picked.dtype, mx.floating) else picked
+
+        layer = name.removesuffix(".weight")
+        if layer not in self.quantizations:
+            return stored(name)
+        q = self.quantizations[layer]
+        weight, scales, *biases = (stored(part) for part in q.packed(name, self.shapes[name]))
+        return mx.dequantize(weight, scales, biases[0] if biases else None, **q.to_dict()).astype(dtype)
 
 
 def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quantization]) -> list[tuple[str, Any]]:
@@ -277,6 +316,12 @@ class Checkpoint:
     def tokenizer_file(self) -> Path:
         return self.folder / "tokenizer" / "tokenizer.json"
 
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Reading it takes up to a second, so opening a checkpoint leaves it out."""
+        tokenizer = Tokenizer(self.tokenizer_file)
+        check_tokenizer(tokenizer, self.text_encoder.config.vocab_size, self.tokenizer_file)
+        return tokenizer
+
     @property
     def components(self) -> Iterable[Component]:
         return self.networks.values()
@@ -297,31 +342,81 @@ class Checkpoint:
 def open_checkpoint(source: str | Path, variant: str | None = None) -> Checkpoint:
     """Find a model and check it against the architecture. Reads configs and headers, but no tensor data.
 
-    variant names the row of `variants` to use it as; by default it is recognized.
+    variant names the row of `variants` to use it as; by default it is recognized. Any other name is a file variant:
+    "fp16" reads `model.fp16.safetensors` for each network that has it.
     """
+    files = variant if variant not in variants.VARIANTS else None
+    named = variants.named(variant) if variant and not files else None
     folder = resolve(source)
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} has no model_index.json; expected a diffusers folder")
-    kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind != PIPELINE_CLASS:
-        raise CheckpointError(
-            f"{folder / 'model_index.json'} declares {kind or 'no pipeline'}; expected {PIPELINE_CLASS}"
-        )
-    networks = {name: Component(folder, name) for name in NETWORKS if name not in OPTIONAL or (folder / name).is_dir()}
+    check_pipeline(folder)
+    check_variant(folder, files)
+    networks = {
+        name: Component(folder, name, files) for name in NETWORKS if name not in OPTIONAL or (folder / name).is_dir()
+    }
     scheduler = _read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json")
-    known = variants.named(variant) if variant else variants.recognize(scheduler.shift, origins(folder))
-    if variant and variants.recognize(scheduler.shift, []) != known:  # then its schedule is a different one, too
+    known = named or variants.recognize(scheduler.shift, origins(folder))
+    if named and variants.recognize(scheduler.shift, []) != known:  # then its schedule is a different one, too
         scheduler = replace(scheduler, shift=known.shift)
     checkpoint = Checkpoint(folder, networks, scheduler, known)
     if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; download the model again")
-    text, expected = checkpoint.text_encoder.config.hidden_size, checkpoint.transformer.config.cap_feat_dim
-    if text != expected:
+    check_widths({name: network.config for name, network in networks.items()}, folder)
+    return checkpoint
+
+
+# ---- checks on a model folder, shared with the converter
+
+
+def check_pipeline(folder: Path) -> None:
+    """Refuse a folder that does not contain a Z-Image pipeline, and say what it is instead."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has no model_index.json{_what(folder)}; expected a diffusers folder")
+    kind = read_json(index).get("_class_name")
+    if kind not in PIPELINE_CLASSES:
+        raise CheckpointError(f"{index} declares {kind or 'no pipeline'}; expected {PIPELINE_CLASS}")
+
+
+def _what(folder: Path) -> str:
+    """What a folder without model_index.json contains, if it is recognized."""
+    if (folder / "adapter_config.json").is_file():
+        return ": it is a LoRA"
+    try:
+        names = {name for file in visible(folder, "*.safetensors") for name in read_header(file)}
+    except CheckpointError:
+        return ""
+    kind = foreign_kind(names) if names else None
+    return f": it is a {kind}" if kind else ""
+
+
+def check_variant(folder: Path, variant: str | None) -> None:
+    """Refuse a file variant that no network has, instead of using the default files for all of them."""
+    held = {found for name in NETWORKS for found in weight_variants(path.name for path in visible(folder / name))}
+    if variant is not None and variant not in held:
+        others = ", ".join(sorted(held - {""})) or "none"
+        raise RequestError(
+            f"variant must be one of {', '.join(variants.VARIANTS)} or a file variant of {folder}, which has {others}; "
+            f"got {variant!r}"
+        )
+
+
+def check_widths(configs: Mapping[str, Any], label: object) -> None:
+    """Refuse networks that do not fit together."""
+    text, wanted = configs["text_encoder"].hidden_size, configs["transformer"].cap_feat_dim
+    if text != wanted:
         raise CheckpointError(
-            f"{folder}: the text encoder outputs {text} features per token, but the transformer expects {expected}; "
+            f"{label}: the text encoder outputs {text} features per token, but the transformer expects {wanted}; "
             f"they belong to different models"
         )
-    return checkpoint
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, label: object) -> None:
+    """Refuse a tokenizer with more tokens than the text encoder's embedding has rows."""
+    if tokenizer.size > vocab_size:
+        raise CheckpointError(
+            f"{label} has {tokenizer.size} tokens, but the text encoder has {vocab_size}; "
+            f"they belong to different models"
+        )
 
 
 def origins(folder: Path) -> list[str]:

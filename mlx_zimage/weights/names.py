@@ -7,7 +7,7 @@ result of another; so a file that mixes schemes is read like any other.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 # A pattern for the beginning of a name, and its replacement.
@@ -33,6 +33,12 @@ OWN_NAMES = {
 }
 # Not weights of these networks: buffers that they compute themselves, ComfyUI's markers, a norm that no block uses.
 DROPPED = re.compile(r"norm_final\.weight|rotary_emb\.inv_freq|rope_embedder\.freqs_cis\..*|scaled_fp8|logit_scale")
+
+# Names of tensors in a LoRA (in any trainer's spelling) and in a ControlNet.
+FOREIGN = {
+    "LoRA": re.compile(r"(^|[._])(lora|lokr|hada|oft|boft|dora)_|\.lora\.|\.(alpha|magnitude|diff|diff_b)$"),
+    "ControlNet": re.compile(r"(^|\.)control(net)?_"),
+}
 
 RENAMED: dict[str, list[Row]] = {
     "transformer": [
@@ -130,6 +136,12 @@ def places(name: str) -> list[Place] | None:
     if fused:
         return [Place(component, f"{fused[1]}.to_{x}.{fused[2]}", i, 3) for i, x in enumerate("qkv")]
     return [Place(component, own)]
+
+
+def foreign_kind(names: Collection[str]) -> str | None:
+    """What most of the names belong to if it is not a model: "LoRA" or "ControlNet"."""
+    most = len(names) // 2
+    return next((kind for kind, own in FOREIGN.items() if sum(bool(own.search(name)) for name in names) > most), None)
 
 
 def comfyui_name(component: str, name: str) -> str:

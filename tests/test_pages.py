@@ -1,0 +1,311 @@
+"""Every command and program on every page is run here, or parsed where it needs the real model or another machine."""
+
+import doctest
+import os
+import pydoc
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from math import ceil
+from pathlib import Path
+
+import click
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from mlx_zimage import cli
+from mlx_zimage.convert import convert
+from mlx_zimage.machine import default_dtype, machine_budget
+from mlx_zimage.memory import Planner, Workload
+from mlx_zimage.models import NETWORKS
+from mlx_zimage.variants import TURBO
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.library import CHOICES, DOWNLOAD, choose_bits, weights_bytes
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "convert/README.md"),
+    *sorted(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")),
+    "examples/pocket/README.md",
+]
+# What only another machine, or a long time, can do: the lines are parsed. .ci/run runs the installing.
+PARSED = re.compile(
+    r"git clone|\bpip\b|pytest|\.ci/|pre-commit|examples/pocket/|--upload-repo|--report|pipx|"
+    r"examples/(full_size|quality|sensitivity)\.py"  # test_examples.py and test_convert_quality.py have small ones
+)
+STAND_INS = {  # random weights of full size take minutes
+    "mlx-zimage bench --json": "mlx-zimage bench --model pocket --size 32x32 --steps 1 --tokens 8 --repeat 1 --json",
+    "python examples/peaks.py random-4bit 1024 1024:1GB 2048:2.5GB": f"{sys.executable} {ROOT}/examples/peaks.py "
+    "z-image-4bit 32 32:1GB 48:2.5GB --steps 2",
+}
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", read(page), re.MULTILINE | re.DOTALL)
+
+
+def lines(block: str) -> list[list[str]]:
+    """The words of each command of a block, a pipe's parts one by one."""
+    joined = block.replace("\\\n", " ")
+    commands = [part for line in joined.splitlines() for part in re.split(r" (?:&&|\|) ", line)]
+    return [words for command in commands if (words := shlex.split(command, comments=True))]
+
+
+def parse(words: list[str]) -> None:
+    """Fail where a command names a file, a command or an option that does not exist."""
+    program = words[0]
+    if program.endswith("mlx-zimage"):
+        name, command, rest = cli.main.resolve_command(click.Context(cli.main), words[1:])
+        while isinstance(command, click.Group) and rest:
+            name, command, rest = command.resolve_command(click.Context(command), rest)
+        command.make_parser(click.Context(command, info_name=name)).parse_args(rest)
+    elif program in ("python", ".venv/bin/python") and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file(), words
+    elif program.startswith(".ci/"):
+        assert (ROOT / program).is_file(), words
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Run blocks in an empty folder of an empty home, whose Hugging Face cache has a model as Z-Image-Turbo."""
+    command = tmp_path / "bin/mlx-zimage"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mlx_zimage "$@"\n')
+    command.chmod(0o755)
+    home, work = tmp_path / "home", tmp_path / "work"
+    work.mkdir()
+    repository = home / ".cache/huggingface/hub/models--Tongyi-MAI--Z-Image-Turbo"
+    revision = "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(revision)
+    unset = ("HF_", "HUGGING", "XDG_", "MLX_ZIMAGE")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(unset)},
+        "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+    def shell(block: str, model: Path) -> str:
+        if not (repository / "snapshots").exists():
+            shutil.copytree(model, repository / "snapshots" / revision)
+        for text, stand_in in STAND_INS.items():
+            block = block.replace(text, stand_in)
+        block = block.replace("--model pocket", f"--model {model}")
+        result = subprocess.run(["sh", "-eu", "-c", block], cwd=work, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{block}\n{result.stderr}"
+        return result.stdout
+
+    shell.home, shell.work = home, work
+    return shell
+
+
+# ---- README.md
+
+
+def test_the_second_block_installs_and_generates_and_the_third_installs_and_tests():
+    clone, first, second = blocks("README.md", "sh")[:3]
+    assert clone.startswith("git clone ")
+    assert re.fullmatch(r"python3 .*/pip install \. && .*/mlx-zimage generate .* --model pocket .*\n", first)
+    assert second.strip().endswith(".venv/bin/pytest")
+    # .ci/run takes them from this page, by their place
+    assert "page_block README.md sh 2" in read(".ci/run")
+    assert "page_block README.md sh 3" in read(".ci/run")
+
+
+def test_it_is_read_in_two_minutes():
+    assert len(read("README.md").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("size", ["64x64", pytest.param("its own", marks=pytest.mark.slow)])
+def test_its_commands_work_as_they_stand(shell, small_pocket, size):
+    model, side = (small_pocket, 64) if size == "64x64" else (ROOT / "mlx_zimage/pocket", 128)
+    # as after a first run, which test_first_run.py runs
+    converted = convert(model, shell.home / ".cache/mlx-zimage/Z-Image-Turbo-4bit", bits=4)
+    *before, uninstalling = [block for block in blocks("README.md", "sh") if not PARSED.search(block)]
+    for block in before:
+        shell(block, model)
+    images = {file.name: Image.open(file).size for file in shell.work.iterdir()}
+    wide = (160, 112) if side == 128 else (80, 48)
+    assert images == {
+        "image.png": (side, side),
+        "lighthouse.png": wide,
+        **{f"a-lighthouse-at-dusk-{seed}.webp": (side, side) for seed in (1, 2, 3)},
+        "image-1.png": (side, side),
+        "image-2.png": wide,
+    }
+    shell("mlx-zimage completion zsh --install; mlx-zimage completion bash --install", model)
+    listed = shell(uninstalling, model)
+    assert str(converted) in listed and "Tongyi-MAI/Z-Image-Turbo" in listed
+    left = [path for path in shell.home.rglob("*mlx*zimage*")] + [path for path in shell.home.rglob("*Z-Image*")]
+    assert not [path for path in left if ".locks" not in path.parts]
+
+
+def test_its_programs_work_as_they_stand(tmp_path):
+    printed = [run_python(block, tmp_path) for block in blocks("README.md", "python")]
+    generated = np.asarray(Image.open(tmp_path / "circle.png"), dtype=int)
+    assert generated[64, 80, 0] > generated[64, 80, 2] + 100, "a red circle"
+    assert generated[8, 8, 2] > generated[8, 8, 0] + 100, "on blue"
+    # on a GPU it is computed in another dtype
+    shown = np.asarray(Image.open(ROOT / "examples/pocket/circle.png"), dtype=int)
+    assert np.abs(generated - shown).mean() < 5, "the image on the page, which has the same prompt and seed"
+    assert "step 4 of 4, sigma 0.00\npixels (128, 128, 3)" in printed[1]
+
+
+def run_python(block: str, folder: Path) -> str:
+    result = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, f"{block}\n{result.stderr}"
+    return result.stdout
+
+
+CHIPS = ("Apple M1", "Apple M4")  # one computes in float16, the other in bfloat16
+
+
+def test_its_table_of_memory_is_what_the_planner_computes(mac, tmp_path):
+    sizes = {bits: weights_bytes({name: config() for name, config in NETWORKS.items()}, bits) for bits in CHOICES}
+    folders = {bits: tiny.write_headers(tmp_path / f"{bits}", bits) for bits in CHOICES}
+    work = Workload(TURBO.size, TURBO.size, images=1, tokens=512, steps=TURBO.steps)
+    rows = []
+    for gigabytes in (8, 16, 24, 32, 64):
+        plans = []
+        for chip in CHIPS:
+            mac(gigabytes, chip)
+            bits = choose_bits(sizes, machine_budget())
+            planner = Planner(open_checkpoint(folders[bits]), getattr(mx, default_dtype()))
+            plans.append(planner.plan(work, machine_budget()))
+        peak = max(plan.peak for plan in plans)
+        stays = "stays" if all(plan.keep for plan in plans) else "in turn"
+        assert not any(plan.streamed for plan in plans)
+        command = "mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image" + (f" --q-bits {bits}" if bits else "")
+        cells = [
+            f"{gigabytes} GB" + " and more" * (gigabytes == 64),
+            f"{bits or 16}",
+            f"{sizes[bits] / 1e9:.1f} GB",
+            f"{DOWNLOAD / 1e9:.0f} GB",
+            f"{ceil(peak / 1e8) / 10:.1f} GB",
+            stays,
+            f"`{command}`",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(rows)
+    assert re.search(r"^\| Memory .*\n\| --- .*\n((\|.*\n)+)", read("README.md"), re.MULTILINE)[1].strip() == table, (
+        table
+    )
+
+
+# ---- every page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_the_commands_and_programs_of_the_other_pages_work_as_they_stand(page, shell, small_pocket):
+    for block in blocks(page, "sh"):
+        if PARSED.search(block):
+            continue
+        shell(block, small_pocket)
+    for block in blocks(page, "python"):
+        run_python(block, shell.work)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_name_what_exists(page):
+    text = read(page)
+    for block in blocks(page, "sh"):
+        subprocess.run(["sh", "-n", "-c", block], check=True)
+        for words in lines(block):
+            parse(words)
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall(r"`(mlx-zimage [^`]+)`", prose):
+        parse(shlex.split(code))
+    # in a table of another program's flags, the first column is that program's
+    ours = re.sub(r"^\| `-.*? \| ", "", prose, flags=re.MULTILINE) if "mflux" in page else prose
+    programs = "".join(file.read_text(encoding="utf-8") for file in (ROOT / page).parent.glob("*.py"))
+    for flag in re.findall(r"(?<![\w`-])`(--[a-z][a-z-]*)[ `]", ours):
+        assert flag in FLAGS or f'"{flag}"' in programs, f"{page}: {flag}"
+
+
+def options(command: click.Command) -> set[str]:
+    subcommands = command.commands.values() if isinstance(command, click.Group) else ()
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*(options(each) for each in subcommands), {"--help"})
+
+
+def resolved(name: str) -> click.Command:
+    return cli.main.resolve_command(click.Context(cli.main), [name])[1]
+
+
+FLAGS = set().union(*(options(resolved(name)) for name in cli.COMMANDS))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if heading:
+            text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+            anchors = {
+                re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+                for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            }
+            assert heading in anchors, target
+
+
+def test_the_exit_codes_listed_are_those_of_the_errors():
+    from mlx_zimage import errors
+
+    codes = {error.exit_code for error in vars(errors).values() if isinstance(error, type)}
+    (sentence,) = re.findall(r"Exit codes: (.*?)\.\s", cli.main.help, re.DOTALL)
+    assert codes <= {int(code) for code in re.findall(r"\b(\d+)\s", sentence)}
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", read("examples/reference.md"), re.MULTILINE)}
+    assert listed == codes | {0, 130, 143}
+
+
+def test_the_reference_lists_every_environment_variable_that_is_read():
+    source = "".join(
+        file.read_text(encoding="utf-8")
+        for folder in ("mlx_zimage", "convert")
+        for file in (ROOT / folder).rglob("*.py")
+    )
+    ours = re.compile(r"\bMLX_ZIMAGE_[A-Z_]+")
+    assert set(ours.findall(source)) == set(ours.findall(read("examples/reference.md")))
+
+
+def test_the_reference_lists_every_key_of_the_json_of_an_image(tmp_path):
+    import json
+
+    options = "--model pocket --size 32x32 --steps 1 --seed 1 --json -q"
+    result = subprocess.run(
+        [sys.executable, "-m", "mlx_zimage", "generate", "a red circle", *options.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    section = read("examples/reference.md").split("## JSON\n")[1].split("\n## ")[0]
+    keys = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
+    assert keys == set(json.loads(result.stdout))
+
+
+def test_help_of_the_package_is_a_tutorial_that_works(tmp_path, monkeypatch):
+    import mlx_zimage
+
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(mlx_zimage, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0 and result.attempted > 10
+    assert Image.open("circle.png").size == (128, 128)
+    shown = pydoc.plain(pydoc.render_doc(mlx_zimage))
+    for name in mlx_zimage.__all__[:-1]:
+        first_line = vars(getattr(mlx_zimage, name))["__doc__"].splitlines()[0]
+        assert first_line.endswith((".", ":")) and f" |  {first_line}\n" in shown, name

@@ -1,7 +1,7 @@
-"""The converter: from a checkpoint to a folder of MLX weights, tensor by tensor.
+"""The converter: from a checkpoint to a folder of MLX weights, one tensor at a time.
 
-Every tensor keeps its diffusers name and layout. It is read a few rows at a time, cast to the target's dtype, packed
-if the recipe says so, and written; so a conversion needs 80 MB beside Python, whatever the model's size.
+Every tensor keeps its diffusers name and layout. It is read a few rows at a time, cast to the target dtype, quantized
+if the recipe says so, and written; so a conversion needs 80 MB on top of Python, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Progress", "convert", "convert_steps"]
 
 @dataclass(frozen=True)
 class Progress:
-    """A tensor has been converted: done_bytes of the source's total_bytes are behind us."""
+    """A tensor has been converted: done_bytes of the source's total_bytes are done."""
 
     component: str
     name: str
@@ -33,7 +33,7 @@ class Progress:
 
 
 def convert(source: str | Path, dest: str | Path, **options) -> Path:
-    """Write the model at source as the folder dest, and return its path. The options are those of `convert_steps`."""
+    """Convert the model at source to the folder dest and return its path. Options as for `convert_steps`."""
     for _ in convert_steps(source, dest, **options):
         pass
     return Path(dest).expanduser()
@@ -60,59 +60,59 @@ def convert_steps(
     calibrate: bool = False,
     memory: str | int | None = None,
 ) -> Iterator[Progress]:
-    """Write the model at source as the folder dest, which must not exist, yielding Progress after each tensor.
+    """Convert the model at source to the folder dest, which must not exist, yielding Progress after each tensor.
 
-    source is a diffusers folder, a Hugging Face id, "pocket", a folder of ours or of mflux, or a safetensors or GGUF
-    file. What it lacks comes from text_encoder, vae and tokenizer, else from base: see sources.open_source.
+    source is a Hugging Face id, "pocket", a folder written by diffusers, mflux or this package, or a safetensors or
+    GGUF file. Missing parts are taken from text_encoder, vae and tokenizer, else from base: see sources.open_source.
 
-    dtype ("bfloat16", "float32", "float16") is that of every tensor which is not quantized. The matrices of the
-    attention and feed-forward layers are quantized if bits are given, or a mode other than "affine": bits 2, 3, 4, 5,
-    6 or 8 in groups of 32, 64 (the default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" have one choice each.
-    text_encoder_bits and transformer_bits stand in for bits in that network; 0 or 16 leaves it dense.
+    dtype ("bfloat16", "float32", "float16") is the dtype of every tensor that is not quantized. The matrices of the
+    attention and feed-forward layers are quantized if bits or a mode other than "affine" is given: 2, 3, 4, 5, 6 or 8
+    bits in groups of 32, 64 (the default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" allow one choice each.
+    text_encoder_bits and transformer_bits override bits for that network; 0 or 16 leaves it dense.
 
     recipe "mixed" gives the transformer's most sensitive matrices more bits than the rest; a function of component,
-    name and shape gives each tensor its quantization.Quantization, or None to leave it dense. target_size ("3.2GB", or
-    bytes) gives each layer the bits that are best within that size, tokenizer and configs aside.
+    name and shape returns each tensor's quantization.Quantization, or None to leave it dense. target_size ("3.2GB", or
+    bytes) chooses the best bits for each layer within that size, which excludes tokenizer and configs.
 
-    search fits the scales of "affine" by least squares, which is slower and nearer to the source. calibrate does that
-    too, and draws a few pictures with the source, a model folder or id, to see what goes into each matrix of the
-    transformer; the matrices are then packed for products near the source's. For the real model that takes a few
-    gigabytes beside memory (as for ZImagePipeline.from_pretrained) and many times the time.
+    search fits the scales of "affine" by least squares, which is slower but more accurate. calibrate does this too, and
+    first generates a few images with the source, a model folder or id, to record the inputs of each matrix of the
+    transformer; the matrices are then quantized to preserve the products with those inputs. For the real model this
+    takes a few gigabytes on top of memory (as for ZImagePipeline.from_pretrained) and many times as long.
 
-    format "mlx" is a folder for this package. "diffusers" and "comfyui" lead back: a diffusers folder, or a single
-    safetensors file with all three networks; neither can be quantized.
+    format "mlx" is a folder for this package. "diffusers" is a diffusers folder and "comfyui" a single safetensors file
+    with all three networks; neither can be quantized.
 
-    The folder appears under its name only when it is whole. Leaving the loop stops the work and undoes it, and so does
-    any failure; after a kill or a crash the same call goes on from the finished shards. SHA256SUMS in the folder has
-    the checksum of every other file. Options and sources are checked by the call itself, before the loop begins.
+    The folder appears under its name only when complete. Leaving the loop stops the work and removes what was written,
+    and so does any failure; after a kill or a crash, the same call resumes from the finished shards. SHA256SUMS in the
+    folder lists the checksum of every other file. Options and sources are checked by the call itself, before the loop.
     """
     if dtype not in FLOATS:
         raise RequestError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
     if format not in TARGETS:
         raise RequestError(f"format must be one of {', '.join(TARGETS)}, got {format!r}")
-    wanted = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
-    if (search or calibrate) and not wanted.is_affine:
-        raise RequestError("search and calibrate are for the mode affine, with bits or a target size")
-    if format != "mlx" and wanted.quantizes:
-        raise RequestError(f"{format} cannot read MLX's quantized weights; leave the bits out")
+    plan = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
+    if (search or calibrate) and not plan.is_affine:
+        raise RequestError("search and calibrate need the mode affine, with bits or a target size")
+    if format != "mlx" and plan.quantizes:
+        raise RequestError(f"{format} cannot read MLX's quantized weights; leave out the quantization options")
     dest = Path(dest).expanduser()
-    check_absent(dest)  # before anything is fetched
+    check_absent(dest)  # before anything is downloaded
     opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base)
     others = [Path(other).expanduser() for other in (text_encoder, vae, tokenizer, base) if other is not None]
     for folder in (opened.at, *filter(Path.is_dir, others)):
         check_outside(dest, folder)
     factor_of = None
     if calibrate:
-        from .calibrate import Calibration  # only here: it needs all that an image needs
+        from .calibrate import Calibration  # imported only if needed: it loads everything that generates images
 
         factor_of = Calibration(source, memory).factor
     if format == "comfyui":
         layout = lay_out_comfyui(opened, dtype, dest.name)
     else:
-        how = {"search": search or calibrate} | ({"calibrated": True} if calibrate else {})
-        conversion = describe_conversion(opened, dtype, wanted.to_dict() | how)
+        extra = {"search": search or calibrate} | ({"calibrated": True} if calibrate else {})
+        conversion = describe_conversion(opened, dtype, plan.to_dict() | extra)
         small = opened.files | {CONVERSION: render_json(conversion)}
-        choice = wanted.choice(opened, dtype)
+        choice = plan.choice(opened, dtype)
         layout = lay_out_folder(opened, dtype, choice, format, small, search or calibrate, factor_of)
     return _write(opened, layout, dest, dtype)
 

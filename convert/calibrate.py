@@ -1,7 +1,7 @@
-"""What goes into each matrix of the transformer while it draws: where an error of a weight matters, and how much.
+"""Records the inputs of each matrix of the transformer during generation, which show where weight errors matter.
 
-What counts is not a matrix but its products. With M the second moments of its inputs and L the Cholesky factor of M,
-the products' mean squared error is the square of (error of the weights) times L. rounding.py keeps that small.
+What counts are not the weights of a matrix but its products. With M the second moments of the inputs and L the Cholesky
+factor of M, the mean squared error of the products is the square of (weight error) times L. rounding.py minimizes it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ PROMPTS = (
     "close-up of a tabby cat with yellow eyes, shallow depth of field",
     "黑色背景上的三颗黄色星星，极简海报",
 )
-STEPS = TURBO.steps  # whatever the model's: all steps of all prompts are in memory at once
-MAX_SIDE = 512  # pixels a side: a thousand tokens in each step of each prompt
-DAMPING = 0.01  # of the mean square input, for what these prompts do not show
+STEPS = TURBO.steps  # fixed for every model: all steps of all prompts are in memory at once
+MAX_SIDE = 512  # pixels per side: a thousand tokens in each step of each prompt
+DAMPING = 0.01  # as a fraction of the mean square input, for directions that these prompts do not cover
 # The matrices of a block that share an input.
 INPUTS = {
     "attention.to_q": "attention",
@@ -48,14 +48,14 @@ INPUTS = {
 
 
 class Calibration:
-    """Cholesky factors of the inputs' second moments. Nothing is drawn or read before the first is asked for.
+    """Cholesky factors of the inputs' second moments. Generation starts when the first factor is requested.
 
-    A block's are forgotten when another block's are asked for, and blocks have to come in the order of the checkpoint:
-    all of the real model's would be 20 GB.
+    Only the factors of one block are kept, and blocks must be requested in the order of the checkpoint: those of the
+    whole real model would take 20 GB.
     """
 
     def __init__(self, source: str | Path, memory: str | int | None = None):
-        # float16 would overflow in the squares
+        # in float16 the squares would overflow
         dtype = "float32" if default_dtype() == "float32" else "bfloat16"
         self._pipe = open_pipeline(source, dtype, memory)
         self._blocks: Iterator[tuple[str, dict[str, mx.array]]] | None = None
@@ -64,7 +64,7 @@ class Calibration:
         self._last: tuple[str, np.ndarray] = "", np.empty(0)
 
     def factor(self, name: str) -> np.ndarray:
-        """L (in, in) float32, lower triangular, for a weight's name such as "layers.3.attention.to_q.weight"."""
+        """L (in, in) float32, lower triangular, for a weight such as "layers.3.attention.to_q.weight"."""
         kind, i, layer = name.removesuffix(".weight").split(".", 2)
         if self._blocks is None:
             self._blocks = moments(self._pipe, PROMPTS, min(MAX_SIDE, self._pipe.sample_size), STEPS)
@@ -72,17 +72,17 @@ class Calibration:
             self._block, self._moments = next(self._blocks)
             self._last = "", np.empty(0)
         if self._last[0] != INPUTS[layer]:
-            self._last = "", np.empty(0)  # one at a time: the widest of the real model takes 420 MB
+            self._last = "", np.empty(0)  # frees it first: the widest of the real model takes 420 MB
             self._last = INPUTS[layer], cholesky(np.array(self._moments[INPUTS[layer]]))
         return self._last[1]
 
 
 def open_pipeline(source: str | Path, dtype: str | None = None, memory: str | int | None = None) -> ZImagePipeline:
-    """The source as a model that draws, which a single file is not."""
+    """A pipeline for the source, which must be a model folder or id rather than a single file."""
     if Path(source).expanduser().is_file():
         raise RequestError(
-            f"reports and calibration draw with the source, and {source} is a single file; convert it to a folder "
-            f"without quantizing, then convert that folder"
+            f"reports and calibration generate images with the source, but {source} is a single file; convert it to a "
+            f"folder without quantizing, then convert that folder"
         )
     return ZImagePipeline.from_pretrained(source, dtype, memory)
 
@@ -96,54 +96,56 @@ def cholesky(moment: np.ndarray) -> np.ndarray:
 def moments(
     pipe: ZImagePipeline, prompts: Sequence[str], size: int, steps: int
 ) -> Iterator[tuple[str, dict[str, mx.array]]]:
-    """Each block, in the checkpoint's order, with the mean of x x^T for each of the inputs x that INPUTS names.
+    """Yield each block, in checkpoint order, with the mean of x x^T for each of the inputs x named in INPUTS.
 
-    The prompts are drawn first; the blocks then run one by one, on all steps of all prompts.
+    Latents of all prompts are generated first; then the blocks run one by one, on all steps of all prompts.
     """
-    network, config, seen = pipe.transformer, pipe.transformer.config, Seen()
+    network, config, recorder = pipe.transformer, pipe.transformer.config, Recorder()
     side = size // pipe.checkpoint.vae.config.scale
     latents, captions = [], []
     for seed, prompt in enumerate(prompts):
         request = GenerateRequest(prompt=prompt, width=size, height=size, seed=seed, steps=steps)
         noise = initial_noise(seed, (1, config.in_channels, side, side))
-        times, stops = [0.0], [noise.transpose(0, 2, 3, 1)]
+        times, states = [0.0], [noise.transpose(0, 2, 3, 1)]
         for step in pipe.denoise(request, noise):
             times.append(1 - step.sigma)
-            stops.append(step.latents)
-        latents.append(stops[:-1])
+            states.append(step.latents)
+        latents.append(states[:-1])
         captions.append(network.caption_stream(pipe.encode(prompt)))
-    # one network that watches its products, and whose blocks are read once for all that goes through them
+    # a network that records its inputs, and reads each block once for all streams
     runner = Blocks(pipe.networks.runners["transformer"].weights, network.runner.dtype, streamed=config.blocks)
-    watched = Transformer(config, runner, seen.product, compile=False)
+    recording = Transformer(config, runner, recorder.product, compile=False)
     modulations, _ = network.modulate(times[:-1])
     images, tokens = [], 0
-    for stops, caption in zip(latents, captions, strict=True):
+    for states, caption in zip(latents, captions, strict=True):
         tables = Caption(caption.x, *network.rope(caption.x.shape[1], side, side))
-        for stop, modulation in zip(stops, modulations, strict=True):
-            x, tokens = network.begin(stop)
+        for state, modulation in zip(states, modulations, strict=True):
+            x, tokens = network.begin(state)
             mx.eval(x)
             images.append((network.image_stream(x, tables, modulation), modulation, tables))
     pipe.networks.release()
-    refined = yield from _walk(watched, config.modulated[: config.n_refiner_layers], [i for i, *_ in images], seen)
-    ends = watched.run(config.refiners, captions)
+    refined = yield from _walk(
+        recording, config.modulated[: config.n_refiner_layers], [i for i, *_ in images], recorder
+    )
+    ends = recording.run(config.refiners, captions)
     joined = []
     for i, (image, (_, modulation, tables)) in enumerate(zip(refined, images, strict=True)):
-        joined.append(watched.join(image, replace(tables, embedded=ends[i // steps].x), modulation, tokens))
+        joined.append(recording.join(image, replace(tables, embedded=ends[i // steps].x), modulation, tokens))
     images.clear()
-    yield from _walk(watched, config.modulated[config.n_refiner_layers :], joined, seen)
-    yield from _walk(watched, config.refiners, captions, seen)
+    yield from _walk(recording, config.modulated[config.n_refiner_layers :], joined, recorder)
+    yield from _walk(recording, config.refiners, captions, recorder)
 
 
-class Seen:
-    """The sums of x^T x, and the rows, of the inputs x that a block's products were given."""
+class Recorder:
+    """The sums of x^T x, and the numbers of rows, of the inputs x of a block's matrices."""
 
     def __init__(self) -> None:
         self.sums: dict[str, mx.array] = {}
         self.rows: dict[str, int] = {}
-        self.names: dict[int, str] = {}  # of the layers of the block that runs now, by their identity
+        self.names: dict[int, str] = {}  # of the layers of the block that is running, by id
 
     def product(self, x: mx.array, weights: Tree) -> mx.array:
-        """linear, which notes its input where the layer is the first of those that share it."""
+        """Like `linear`, but records the input, once for the layers that share it."""
         name = self.names.get(id(weights))
         if name:
             flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
@@ -152,9 +154,9 @@ class Seen:
         return linear(x, weights, unpack_from())
 
     def begin(self, block: Tree) -> None:
-        """Watch the layers of a block that is about to run."""
+        """Record the layers of a block that is about to run."""
         attention, feed_forward = block["attention"], block["feed_forward"]
-        # to_q is given some of the rows of the last block only, and the others of an input are given the same
+        # to_k, as in the last block to_q gets only some of the rows; other layers that share an input get the same rows
         layers = {"attention": attention["to_k"], "mixed": attention["to_out"][0]}
         layers |= {"feed_forward": feed_forward["w1"], "hidden": feed_forward["w2"]}
         self.names = {id(layer): name for name, layer in layers.items()}
@@ -162,26 +164,26 @@ class Seen:
     def means(self) -> dict[str, mx.array]:
         return {name: total / self.rows[name] for name, total in self.sums.items()}
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self.sums, self.rows, self.names = {}, {}, {}
 
 
 def _walk(
-    network: Transformer, blocks: Sequence[str], streams: Sequence[Stream], seen: Seen
+    network: Transformer, blocks: Sequence[str], streams: Sequence[Stream], recorder: Recorder
 ) -> Generator[tuple[str, dict[str, mx.array]], None, list[Stream]]:
-    """Run blocks over streams, yielding each block's name and moments before the next begins; returns the streams."""
+    """Run blocks over streams, yielding each block's name and moments before the next starts; returns the streams."""
 
     def apply(stream: Stream, weights: Tree, i: int) -> Stream:
-        seen.begin(weights)
+        recorder.begin(weights)
         stream = network.apply(stream, weights, i)
-        mx.eval(stream.x, seen.sums)
+        mx.eval(stream.x, recorder.sums)
         return stream
 
     walk = network.runner.walk(blocks, streams, apply, network.config.read_once)
     while True:
-        seen.forget()
+        recorder.reset()
         try:
             done = next(walk)
         except StopIteration as end:
             return end.value
-        yield blocks[done - 1], seen.means()
+        yield blocks[done - 1], recorder.means()

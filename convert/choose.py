@@ -1,9 +1,9 @@
-"""Which bits each layer gets: the same for all, more where it matters, or the best within a given size.
+"""Choosing the bits of each layer: the same for all, more where it matters, or the best within a given size.
 
-How much a layer matters was measured by packing one kind of layer at a time to 3 bits and comparing final latents, on
-two pocket checkpoints that were trained apart (examples/sensitivity.py). The squared error of the latents is the
-squared relative error of the weights times a factor of the kind; IMPORTANCE is that factor for one matrix, to_k = 1,
-as the geometric mean of the two checkpoints.
+How much a layer matters was measured by quantizing one kind of layer at a time to 3 bits and comparing the final
+latents, on two pocket checkpoints that were trained independently (examples/sensitivity.py). The squared error of the
+latents is the squared relative error of the weights times a factor per kind; IMPORTANCE is that factor for one matrix,
+relative to to_k, as the geometric mean over the two checkpoints.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from .rounding import dequantize_rows, quantize_rows
 from .rows import SourceComponent, Tensor
 from .sources import Source
 
-DENSE = (0, 16)  # bits that mean: not quantized
+DENSE = (0, 16)  # values of bits that mean "not quantized"
 BITS = MODES["affine"][0]
 RECIPES = ("uniform", "mixed")
-# The value and output matrices carry what attention moves; queries and keys only steer it, through a softmax.
-RAISED = {"to_v": 2, "to_out": 1}  # steps up in BITS, for `mixed`
+# Value and output matrices carry the content of attention; queries and keys only steer it, through a softmax.
+EXTRA_STEPS = {"to_v": 2, "to_out": 1}  # up in BITS, for `mixed`
 IMPORTANCE = {"to_q": 1.2, "to_k": 1.0, "to_v": 18.0, "to_out": 11.0, "w1": 9.0, "w2": 21.0, "w3": 13.0}
 TEXT_ENCODER_IMPORTANCE = 0.4
 KIND = re.compile(r".*\.(to_q|to_k|to_v|to_out|w1|w2|w3)\.")
-SAMPLED_RUNS, SAMPLED_ROWS = 4, 8  # rows that stand for a matrix: so many runs of so many
-LEAST_BITS = 3  # 2 bits leave an error of 0.4 of the weights
+SAMPLED_RUNS, SAMPLED_ROWS = 4, 8  # rows that represent a matrix: the number of runs, and of rows in each
+MIN_BITS = 3  # with 2 bits the relative error of the weights is 0.4
 
 Recipe = Callable[[str, str, tuple[int, ...]], Quantization | None]
 Choice = Callable[[str, Tensor], Quantization | None]
-Rung = tuple[Quantization | None, int, float]  # its bytes, and the weighted square of its relative error
+Rung = tuple[Quantization | None, int, float]  # with its bytes, and its squared relative error times importance
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the caller asked for: a quantization of each network, or a size in bytes, and the recipe."""
+class Plan:
+    """What the caller asked for: a quantization for each network, or a target size in bytes, and the recipe."""
 
     networks: dict[str, Quantization | None]
     group_size: int | None
@@ -56,7 +56,7 @@ class Wanted:
 
     @property
     def is_affine(self) -> bool:
-        """Whether something may be packed in the mode that has scales to search for."""
+        """Whether any layer may use the mode "affine", the only one whose scales can be searched."""
         affine = any(q and q.mode == "affine" for q in self.networks.values())
         return self.target is not None or callable(self.recipe) or affine
 
@@ -83,32 +83,38 @@ def quantizations(
     transformer_bits: int | None = None,
     recipe: str | Recipe = "uniform",
     target_size: int | str | None = None,
-) -> Wanted:
-    """How each network that can be quantized is to be, from convert's arguments."""
+) -> Plan:
+    """How to quantize each network, from the arguments of convert."""
     if not callable(recipe) and recipe not in RECIPES:
         raise RequestError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     some_bits = (bits, text_encoder_bits, transformer_bits) != (None, None, None)
     if callable(recipe) and (some_bits or mode != "affine" or group_size is not None or target_size is not None):
-        raise RequestError("a recipe of your own chooses bits, group and mode itself; leave the others out")
+        raise RequestError(
+            "a recipe function chooses bits, group size and mode itself; leave out the other quantization options"
+        )
     if target_size is not None:
         if recipe != "uniform" or mode != "affine":
-            raise RequestError("a target size chooses each layer's bits itself, with the mode affine; leave the others")
+            raise RequestError(
+                "a target size chooses the bits of each layer, in mode affine; leave out recipe and mode"
+            )
         if some_bits:
-            raise RequestError("a target size and bits were given; leave one of them out")
-        target = parse_bytes(target_size, "target size must be like 3.2GB or 900MB")
-        return Wanted({}, group_size, recipe, target)
+            raise RequestError("a target size and bits were both given; leave one of them out")
+        target = parse_bytes(target_size, "target size must be a size such as 3.2GB or 900MB")
+        return Plan({}, group_size, recipe, target)
     chosen = {}
     for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
         component_bits = bits if own_bits is None else own_bits
         dense = component_bits in DENSE or (component_bits is None and mode == "affine")
         chosen[component] = None if dense else default_quantization(component_bits, group_size, mode)
     if group_size is not None and not any(chosen.values()):
-        raise RequestError(f"a group size of {group_size} was given, but no bits; nothing would be quantized")
+        raise RequestError(
+            f"group size {group_size} was given without bits, so nothing would be quantized; give bits too"
+        )
     if recipe == "mixed" and not any(chosen.values()):
-        raise RequestError("the recipe mixed was given, but no bits; nothing would be quantized")
+        raise RequestError("recipe mixed was given without bits, so nothing would be quantized; give bits too")
     if recipe == "mixed" and mode != "affine":
-        raise RequestError("the recipe mixed is for the mode affine, the only one with several bits")
-    return Wanted(chosen, group_size, recipe, None)
+        raise RequestError(f"recipe mixed needs mode affine, the only one with a choice of bits, got {mode}")
+    return Plan(chosen, group_size, recipe, None)
 
 
 def uniform(networks: dict[str, Quantization | None]) -> Choice:
@@ -116,27 +122,27 @@ def uniform(networks: dict[str, Quantization | None]) -> Choice:
 
 
 def mixed(networks: dict[str, Quantization | None]) -> Choice:
-    """Like uniform, with more bits for the transformer's value and output matrices."""
+    """Like uniform, but with more bits for the transformer's value and output matrices."""
 
     def choose(component: str, tensor: Tensor) -> Quantization | None:
         q = tensor_quantization(component, tensor.name, tensor.shape, networks.get(component))
         if q is None or component != "transformer":
             return q
-        step = BITS.index(q.bits) + RAISED.get(_kind(tensor.name), 0)
+        step = BITS.index(q.bits) + EXTRA_STEPS.get(_kind(tensor.name), 0)
         return Quantization(BITS[min(step, len(BITS) - 1)], q.group_size)
 
     return choose
 
 
 def _kind(name: str) -> str:
-    """Of a matrix of the transformer's blocks, as IMPORTANCE names it."""
+    """The kind of a matrix in the transformer's blocks: a key of IMPORTANCE."""
     found = KIND.match(name)
-    assert found, f"{name} is in no block of the transformer"
+    assert found, f"{name} is not in a block of the transformer"
     return found[1]
 
 
 def custom(own: Recipe) -> Choice:
-    """A caller's recipe, within what the networks can run."""
+    """A recipe function, limited to what the networks can run."""
 
     def choose(component: str, tensor: Tensor) -> Quantization | None:
         q = own(component, tensor.name, tensor.shape)
@@ -148,10 +154,10 @@ def custom(own: Recipe) -> Choice:
 
 
 def within(target: int, source: Source, group_size: int | None, dtype: str) -> Choice:
-    """The bits of each layer that keep the folder's tensors within target bytes at the least expected error.
+    """The bits of each layer with the least expected error, such that all tensors fit in target bytes.
 
-    Each layer's error is measured on a sample of its rows for each number of bits; bits then go, one step at a time,
-    to the layer that gains most by the byte. Layers may stay dense, where the size allows.
+    The error of each layer is measured on a sample of its rows for each number of bits; then bits are added, one step
+    at a time, to the layer that gains most per byte. Layers may stay dense if the size allows.
     """
     group_size = default_quantization(4, group_size).group_size
     item_bytes = ITEM_BYTES[SPELLED[dtype]]
@@ -161,7 +167,7 @@ def within(target: int, source: Source, group_size: int | None, dtype: str) -> C
         for tensor in component.tensors:
             dense = prod(tensor.shape) * item_bytes
             if (
-                tensor_quantization(component.name, tensor.name, tensor.shape, Quantization(LEAST_BITS, group_size))
+                tensor_quantization(component.name, tensor.name, tensor.shape, Quantization(MIN_BITS, group_size))
                 is None
             ):
                 spent += dense
@@ -171,8 +177,8 @@ def within(target: int, source: Source, group_size: int | None, dtype: str) -> C
             spent += ladder[0][1]
     if spent > target:
         raise RequestError(
-            f"{target:,} bytes cannot be met: with {LEAST_BITS} bits in every layer that can be quantized the model "
-            f"has {spent:,}"
+            f"a target size of {target:,} bytes is too small: with {MIN_BITS} bits in every layer that can be "
+            f"quantized, the model takes {spent:,}; give at least that"
         )
     level = dict.fromkeys(ladders, 0)
     heap = [(_gain(ladder, 0), key) for key, ladder in ladders.items()]
@@ -192,7 +198,7 @@ def within(target: int, source: Source, group_size: int | None, dtype: str) -> C
 
 
 def _ladder(component: SourceComponent, tensor: Tensor, group_size: int, dtype: str, dense: int) -> list[Rung]:
-    """The rungs of a layer, from the fewest bits up to dense."""
+    """The options for a layer, from the fewest bits up to dense."""
     importance = TEXT_ENCODER_IMPORTANCE
     if component.name == "transformer":
         importance = IMPORTANCE[_kind(tensor.name)]
@@ -205,7 +211,7 @@ def _ladder(component: SourceComponent, tensor: Tensor, group_size: int, dtype: 
     power = float(mx.square(exact).sum()) or 1.0
     ladder: list[Rung] = []
     for bits in BITS:
-        if bits < LEAST_BITS:
+        if bits < MIN_BITS:
             continue
         q = Quantization(bits, group_size)
         error = float(mx.square(dequantize_rows(quantize_rows(rows, q), q) - exact).sum()) / power
@@ -215,6 +221,6 @@ def _ladder(component: SourceComponent, tensor: Tensor, group_size: int, dtype: 
 
 
 def _gain(ladder: list[Rung], i: int) -> float:
-    """Minus the error saved by each byte that the next step costs."""
+    """Minus the error saved per byte by the next step up."""
     (_, before, error), (_, after, less) = ladder[i], ladder[i + 1]
     return (less - error) / (after - before)

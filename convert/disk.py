@@ -1,7 +1,7 @@
-"""Bytes of files: read and written past the system's cache, and written to last.
+"""Reading and writing files without filling the system's file cache, and durable writes.
 
-A model is larger than many a machine's memory and passes once. Left in the cache it pushes out all else, and that
-took longer than reading it: 11.5 GB at 0.3 GB/s instead of 1.2, on the virtual machine where this was measured.
+A model is larger than the memory of many machines and is read only once. If cached, it evicts everything else, which
+also made reading slower: 11.5 GB at 0.3 GB/s instead of 1.2, on the virtual machine where this was measured.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..errors import CheckpointError
 
 
 def read_bytes(file: Path, offset: int, count: int) -> np.ndarray:
-    """Some bytes of a file, uint8."""
-    # Read, not mapped: touched pages of a mapped file count as resident until the system takes them back.
+    """count bytes of a file from offset, uint8."""
+    # Read rather than mapped: pages of a mapped file count as resident until the system reclaims them.
     content = np.empty(count, np.uint8)
     try:
         with file.open("rb", buffering=0) as stream:
@@ -30,14 +30,14 @@ def read_bytes(file: Path, offset: int, count: int) -> np.ndarray:
                 got += more
             drop_cache(stream.fileno(), offset, count)
     except OSError as error:
-        raise CheckpointError(f"{file} could not be read: {error.strerror or error}") from error
+        raise CheckpointError(f"could not read {file}: {error.strerror or error}") from error
     if got != count:
-        raise CheckpointError(f"{file} became shorter while it was read")
+        raise CheckpointError(f"{file} ended before byte {offset + count:,}; it was truncated while being read")
     return content
 
 
 class OutputFile:
-    """A file written from front to back, on the disk (not in a cache of it) once closed; sha256 of what it holds."""
+    """A file written sequentially and flushed to disk when closed; sha256 is the checksum of its content."""
 
     def __init__(self, path: Path):
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -71,7 +71,7 @@ class OutputFile:
 
 
 def drop_cache(fd: int, offset: int = 0, count: int = 0) -> None:
-    """Have the system forget what it keeps of some bytes of a file, by default of all; where it takes such advice."""
+    """Ask the system to drop a range of a file, by default all of it, from its cache, where that is supported."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
 
@@ -85,5 +85,5 @@ def sync_folder(folder: Path) -> None:
 
 
 def render_json(content: dict) -> bytes:
-    """A JSON file: equal contents give equal bytes."""
+    """The bytes of a JSON file: equal contents give equal bytes."""
     return (json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n").encode()

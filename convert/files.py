@@ -1,7 +1,7 @@
-"""Foreign checkpoints as sources: single safetensors and GGUF files, and the folders that mflux writes.
+"""Checkpoints in other formats: single safetensors and GGUF files, and folders written by mflux.
 
-A file's tensors are unpacked (fp8 with its scales, mflux's packed matrices), named as diffusers names them, cut where
-they are fused, and compared with the architecture.
+Tensors are unpacked (fp8 with its scales, mflux's quantized matrices), renamed to the diffusers names, split where they
+are fused, and checked against the architecture.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from . import gguf
 from .rows import FLOATING, SourceComponent, Tensor, packed_rows, stored_rows
 
 PICKLE = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# ComfyUI's scales beside an fp8 weight, in its older and its newer spelling, and what else it stores there.
+# ComfyUI's scale of an fp8 weight, in its older and newer spelling, and other tensors it stores next to the weight.
 SCALES = ("scale_weight", "weight_scale")
 MARKS = ("scale_input", "input_scale", "comfy_quant")
 COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
-MFLUX_GROUP = 64  # mflux has no other
+MFLUX_GROUP = 64  # the only one mflux supports
 
 
 def open_file(file: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
-    """The networks in a single file, whose configs are given since a bare file has none."""
+    """The networks in a single file; configs are passed in, as the file has none."""
     _refuse_pickle(file)
     if _start(file).startswith(gguf.MAGIC):
         tensors = {name: _gguf_tensor(file, tensor) for name, tensor in gguf.read_tensors(file).items()}
@@ -40,7 +40,10 @@ def open_file(file: Path, configs: Mapping[str, dict]) -> dict[str, SourceCompon
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Refuse a model folder in which a network, or all, has pickles for weights. Beside safetensors they do no harm."""
+    """Raise if any network in a model folder, or the whole model, has only pickles for weights.
+
+    Pickles next to safetensors are never opened, and allowed.
+    """
     for place in (folder, *(folder / name for name in NETWORKS)):
         files = sorted(path for path in place.glob("*") if path.is_file())
         if not any(path.suffix == ".safetensors" and not _start(path).startswith(PICKLE) for path in files):
@@ -51,13 +54,13 @@ def refuse_pickles(folder: Path) -> None:
 def _refuse_pickle(file: Path) -> None:
     if _start(file).startswith(PICKLE):
         raise CheckpointError(
-            f"{file} is a Python pickle, which can run code when it is opened; it was not opened. Get the model as "
+            f"{file} is a Python pickle, which can run code when opened, so it was not opened; download the model as "
             f"safetensors, or save its tensors with safetensors.torch.save_file in an environment you trust"
         )
 
 
 def _start(file: Path) -> bytes:
-    """The first bytes; none of a file that cannot be read, which its reader will tell."""
+    """The first bytes, or none if the file cannot be read, which its reader will report."""
     try:
         with file.open("rb") as stream:
             return stream.read(8)
@@ -74,7 +77,7 @@ def is_mflux(folder: Path) -> bool:
 
 
 def open_mflux(folder: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
-    """The networks in a folder that `mflux-save` wrote, quantized or not."""
+    """The networks in a folder written by `mflux-save`, quantized or not."""
     components: dict[str, SourceComponent] = {}
     for name in NETWORKS:
         entries = {key: entry for file in find_shards(folder / name) for key, entry in read_header(file).items()}
@@ -91,7 +94,7 @@ def _gguf_tensor(file: Path, stored: gguf.GGUFTensor) -> Tensor:
 
 
 def stored_weights(entries: dict[str, Entry], label: str) -> dict[str, Tensor]:
-    """The weights among stored tensors, each with what belongs to it: scales, packing."""
+    """The weights among stored tensors, with their scales applied and unpacked."""
     tensors = {}
     for name, entry in entries.items():
         layer, _, part = name.rpartition(".")
@@ -107,7 +110,7 @@ def stored_weights(entries: dict[str, Entry], label: str) -> dict[str, Tensor]:
             tensors[name] = _mflux_tensor(entries, layer, label)
         elif entry.dtype not in FLOATING:
             raise CheckpointError(
-                f"{label}: {name} is {entry.dtype}; known are {', '.join(FLOATING)}. Fetch the model in one of these"
+                f"{label}: {name} has dtype {entry.dtype}, expected {', '.join(FLOATING)}; download another version"
             )
         elif part == "weight" and scale:
             tensors[name] = _scaled_tensor(entry, scale, label)
@@ -120,18 +123,21 @@ def _check_comfy_format(mark: Entry, label: str) -> None:
     try:
         form = json.loads(bytes(stored_rows(mark)(0, mark.shape[0])))["format"]
     except (ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{label}: {mark.name} is not valid ({error}); fetch the file again") from error
+        raise CheckpointError(f"{label}: {mark.name} is not valid ({error}); download the file again") from error
     if form not in COMFY_FORMATS:
         raise CheckpointError(
-            f"{label}: {mark.name} says {form!r}; known are {', '.join(COMFY_FORMATS)}. Fetch another version"
+            f"{label}: {mark.name} declares {form!r}, expected {' or '.join(COMFY_FORMATS)}; download another version"
         )
 
 
 def _scaled_tensor(entry: Entry, scale: Entry, label: str) -> Tensor:
-    """An fp8 weight times its scale: one number, or one a row."""
+    """An fp8 weight times its scale, per tensor or per row."""
     rows = entry.shape[0]
     if scale.shape not in ((), (1,), (rows,), (rows, 1)):
-        raise CheckpointError(f"{label}: {scale.name} has shape {scale.shape}; one scale or one a row was wanted")
+        raise CheckpointError(
+            f"{label}: {scale.name} has shape {scale.shape}, expected one scale or one per row; "
+            f"download another version"
+        )
     weight = stored_rows(entry)
     whole = stored_rows(scale)(0, scale.shape[0] if scale.shape else 1).astype(mx.float32).reshape(-1)
 
@@ -148,22 +154,26 @@ def _mflux_tensor(entries: dict[str, Entry], layer: str, label: str) -> Tensor:
     width = scales.shape[-1] * MFLUX_GROUP
     bits = weight.shape[-1] * 32 // width if width else 0
     if biases is None or weight.dtype != "U32" or len(weight.shape) != 2:
-        raise CheckpointError(f"{label}: {layer} is not packed as mflux packs; convert from the original model")
+        raise CheckpointError(
+            f"{label}: {layer} is not quantized in the way of mflux; convert the original model instead"
+        )
     q = Quantization(bits, MFLUX_GROUP)
     shape = (weight.shape[0], width)
     parts = {"weight": weight, "scales": scales, "biases": biases}
-    wanted = q.packed(f"{layer}.weight", shape)
-    if any(entry.shape != wanted[f"{layer}.{part}"] for part, entry in parts.items()):
-        raise CheckpointError(f"{label}: {layer} is not packed in groups of {MFLUX_GROUP}; fetch it again")
+    expected = q.packed(f"{layer}.weight", shape)
+    if any(entry.shape != expected[f"{layer}.{part}"] for part, entry in parts.items()):
+        raise CheckpointError(
+            f"{label}: {layer} is not quantized in groups of {MFLUX_GROUP}; convert the original model instead"
+        )
     return Tensor(weight.name, shape, sum(entry.nbytes for entry in parts.values()), packed_rows(parts, q))
 
 
 def assemble(
     stored: Mapping[str, Tensor], configs: Mapping[str, dict], label: str, channels_last: bool = False
 ) -> dict[str, SourceComponent]:
-    """Sort stored tensors into networks, in diffusers' names and layout; refuse what is unknown, missing or misshapen.
+    """Sort stored tensors into networks, with diffusers names and layout; raise if any is unknown or missing.
 
-    channels_last says that convolutions are stored as MLX has them: (out, h, w, in).
+    channels_last means that convolutions are stored as in MLX: (out, h, w, in).
     """
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
@@ -174,19 +184,21 @@ def assemble(
         for place in held or ():
             own = found.setdefault(place.component, {})
             if place.name in own:
-                raise CheckpointError(f"{label}: {place.component} {place.name} is there twice, once as {name}")
+                raise CheckpointError(f"{label}: {place.component} {place.name} is stored twice, once as {name}")
             own[place.name] = _cut(tensor, place, label)
     if unknown:
-        raise CheckpointError(f"{label}: {_some(unknown)} belong to no network of Z-Image; is it another model?")
+        raise CheckpointError(f"{label}: not part of Z-Image: {_some(unknown)}; is this another model?")
     if not found:
-        raise CheckpointError(f"{label} holds no weights")
+        raise CheckpointError(f"{label} contains no weights; give a file with the weights of Z-Image")
     return {name: _check(name, configs[name], found[name], label, channels_last) for name in NETWORKS if name in found}
 
 
 def _cut(tensor: Tensor, place: Place, label: str) -> Tensor:
     rows, rest = divmod(tensor.shape[0] if tensor.shape else 0, place.parts)
     if rest:
-        raise CheckpointError(f"{label}: {tensor.name} of shape {tensor.shape} is not {place.parts} equal parts")
+        raise CheckpointError(
+            f"{label}: {tensor.name} of shape {tensor.shape} cannot be split into {place.parts} equal parts"
+        )
     first = place.part * rows
 
     def read(start: int, stop: int) -> mx.array:
@@ -199,23 +211,25 @@ def _cut(tensor: Tensor, place: Place, label: str) -> Tensor:
 
 def _check(name: str, config: dict, found: dict[str, Tensor], label: str, channels_last: bool) -> SourceComponent:
     architecture = NETWORKS[name].from_dict(config)
-    wanted = architecture.shapes()
+    expected = architecture.shapes()
 
-    missing = [key for key in wanted if key not in found and not architecture.unused(key)]
-    extra = [key for key in found if key not in wanted and not architecture.unused(key)]
-    shaped = {key: reshaped(found[key], shape, channels_last) for key, shape in wanted.items() if key in found}
-    misshapen = [f"{key} is {found[key].shape}, wanted {wanted[key]}" for key, tensor in shaped.items() if not tensor]
-    for fault, keys in (("missing", missing), ("unexpected", extra), ("of another shape", misshapen)):
+    missing = [key for key in expected if key not in found and not architecture.unused(key)]
+    extra = [key for key in found if key not in expected and not architecture.unused(key)]
+    shaped = {key: reshaped(found[key], shape, channels_last) for key, shape in expected.items() if key in found}
+    misshapen = [
+        f"{key} has shape {found[key].shape}, expected {expected[key]}" for key, tensor in shaped.items() if not tensor
+    ]
+    for fault, keys in (("missing", missing), ("unexpected", extra), ("of the wrong shape", misshapen)):
         if keys:
             raise CheckpointError(
-                f"{label}: of the {name}'s {len(wanted)} weights, {len(keys)} are {fault}: {_some(keys)}"
+                f"{label}: of the {name}'s {len(expected)} weights, {len(keys)} are {fault}: {_some(keys)}"
             )
     tensors = [tensor for tensor in shaped.values() if tensor]
-    return SourceComponent(name, config, tensors + [tensor for key, tensor in found.items() if key not in wanted])
+    return SourceComponent(name, config, tensors + [tensor for key, tensor in found.items() if key not in expected])
 
 
 def reshaped(tensor: Tensor, shape: tuple[int, ...], channels_last: bool = False) -> Tensor | None:
-    """The tensor in the wanted shape, where only its layout or axes of length 1 differ; None if it is another."""
+    """The tensor in the given shape, if only its layout or axes of length 1 differ; otherwise None."""
     if channels_last and len(shape) == 4:
         out, width, height, depth = tensor.shape if len(tensor.shape) == 4 else (0, 0, 0, 0)
         if (out, depth, width, height) != shape:

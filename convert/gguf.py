@@ -1,4 +1,4 @@
-"""GGUF files: the header, and the blocks of quantized rows back to numbers. Nothing here knows of Z-Image.
+"""GGUF files: parsing the header, and dequantizing rows. Nothing here is specific to Z-Image.
 
 Source: ggml's docs/gguf.md and ggml-quants.c. A row is a whole number of blocks; a block is a small record.
 """
@@ -19,18 +19,18 @@ from .disk import read_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-# what metadata values are made of: type number -> format of the struct module; 8 is text, 9 a list
+# types of metadata values: type number -> struct format; 8 is text, 9 a list
 SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9
-MOST_TENSORS = 100_000
-MOST_AXES = 4
+MAX_TENSORS = 100_000
+MAX_AXES = 4
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to store numbers: so many of them in a block of so many bytes, and the way back.
+    """A quantization type: the numbers of values and bytes per block, and how to decode blocks.
 
-    decode takes blocks (n, block_bytes) uint8 and gives (n, values) float32.
+    decode maps blocks (n, block_bytes) uint8 to (n, values) float32.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where a tensor lies in the file. shape is in row-major order, as everywhere but in GGUF itself."""
+    """The location of a tensor in the file. shape is in row-major order, unlike in GGUF itself."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,13 +54,13 @@ class GGUFTensor:
 
 
 def read_tensors(file: Path) -> dict[str, GGUFTensor]:
-    """The tensors of a GGUF file by name, checked to lie inside it."""
+    """The tensors of a GGUF file by name, checked to be inside it."""
     size = file.stat().st_size
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
             return _Header(content, size).tensors()
         except (struct.error, ValueError, IndexError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} is not a whole GGUF file ({error}); fetch it again") from error
+            raise CheckpointError(f"{file} is not a complete GGUF file ({error}); download it again") from error
 
 
 def read_floats(file: Path, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
@@ -81,13 +81,13 @@ class _Header:
 
     def tensors(self) -> dict[str, GGUFTensor]:
         if self.content[:4] != MAGIC:
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("it does not start with GGUF")
         self.at = 4
         version, tensor_count, pair_count = self.number("I"), self.number("Q"), self.number("Q")
         if version not in VERSIONS:
-            raise ValueError(f"version {version}, known are {VERSIONS}")
-        if max(tensor_count, pair_count) > MOST_TENSORS:
-            raise ValueError(f"{tensor_count} tensors and {pair_count} metadata are announced")
+            raise ValueError(f"version {version}, expected 2 or 3")
+        if max(tensor_count, pair_count) > MAX_TENSORS:
+            raise ValueError(f"its header declares {tensor_count} tensors and {pair_count} metadata values")
         alignment = 32
         for _ in range(pair_count):
             key, kind = self.text(), self.number("I")
@@ -95,31 +95,31 @@ class _Header:
             if key == "general.alignment":
                 alignment = value
         if not isinstance(alignment, int) or alignment <= 0:
-            raise ValueError(f"alignment {alignment}")
+            raise ValueError(f"alignment {alignment} is not a positive integer")
         found = [self.tensor() for _ in range(tensor_count)]
         base = self.at + -self.at % alignment
         tensors = {}
         for name, shape, number, offset in found:
             if number not in KINDS:
                 raise CheckpointError(
-                    f"GGUF tensor {name} is of type {number}, which is not one of "
-                    f"{', '.join(kind.name for kind in KINDS.values())}; fetch another quantization"
+                    f"GGUF tensor {name} has type {number}, expected one of "
+                    f"{', '.join(kind.name for kind in KINDS.values())}; download another quantization"
                 )
             tensor = GGUFTensor(name, shape, KINDS[number], base + offset)
             row = shape[-1] if shape else 1
             if not shape or min(shape) < 1 or row % tensor.kind.values:
-                raise ValueError(f"{name} of shape {shape} is no whole number of {tensor.kind.name} blocks")
+                raise ValueError(f"{name} of shape {shape} is not a whole number of {tensor.kind.name} blocks")
             if tensor.offset + tensor.nbytes > self.size:
                 raise ValueError(f"{name} ends at byte {tensor.offset + tensor.nbytes}, the file at {self.size}")
             if name in tensors:
-                raise ValueError(f"{name} is there twice")
+                raise ValueError(f"{name} is stored twice")
             tensors[name] = tensor
         return tensors
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, axes = self.text(), self.number("I")
-        if axes > MOST_AXES:
-            raise ValueError(f"{name} has {axes} axes")
+        if axes > MAX_AXES:
+            raise ValueError(f"{name} has {axes} axes, at most {MAX_AXES} are possible")
         shape = tuple(self.number("Q") for _ in range(axes))[::-1]
         return name, shape, self.number("I"), self.number("Q")
 
@@ -131,30 +131,30 @@ class _Header:
     def text(self) -> str:
         length = self.number("Q")
         if length > self.size - self.at:
-            raise ValueError(f"a text of {length} bytes at {self.at}")
+            raise ValueError(f"a string of {length} bytes at {self.at} exceeds the file")
         self.at += length
         return self.content[self.at - length : self.at].decode()
 
     def value(self, kind: int):
-        """A metadata value; of a list only that it is passed over."""
+        """Read a metadata value; lists are skipped and give None."""
         if kind == TEXT:
             return self.text()
         if kind != LIST:
             if kind not in SCALARS:
-                raise ValueError(f"metadata of type {kind}")
+                raise ValueError(f"unknown metadata type {kind}")
             return self.number(SCALARS[kind])
         item, count = self.number("I"), self.number("Q")
         if item in SCALARS:
             self.at += count * struct.calcsize(f"<{SCALARS[item]}")
             if self.at > self.size:
-                raise ValueError(f"a list of {count} items")
+                raise ValueError(f"a list of {count} items exceeds the file")
         else:
             for _ in range(count):
                 self.value(item)
         return None
 
 
-# ---- the way back, by kind; b is blocks (n, bytes)
+# ---- decoding, by kind; b is blocks (n, bytes)
 
 
 def _half(b: np.ndarray, at: int) -> np.ndarray:
@@ -209,7 +209,7 @@ def _q3_k(b):
     low = _shifted(packed[:, :8], (0, 4), 15, 8).reshape(-1, 16)
     top = _shifted(packed[:, 8:], (0, 2, 4, 6), 3, 4).reshape(-1, 16)
     scales = (low | (top << 4)).astype(np.int8) - 32
-    # a clear high bit means four less
+    # if the high bit is clear, 4 is subtracted
     less = (~_shifted(high, tuple(range(8)), 1) & 1).reshape(-1, 16, 16) << 2
     d = _half(b, 108) * scales
     return (d[:, :, None] * (q.astype(np.int8) - less.astype(np.int8))).reshape(-1, 256)

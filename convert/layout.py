@@ -1,4 +1,4 @@
-"""What a conversion is going to write: every array of every file, known before any tensor is read."""
+"""What a conversion will write: every array of every file, known before any tensor is read."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .shards import Shard, Slot, Task, header
 from .sources import Source
 
 SHARD_BYTES = 512 * 10**6
-TARGETS = ("mlx", "diffusers", "comfyui")  # what convert calls the format
+TARGETS = ("mlx", "diffusers", "comfyui")  # values of the option format
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
-Factors = Callable[[str], np.ndarray]  # of a weight's name, see Task.factor
+Factors = Callable[[str], np.ndarray]  # by weight name, see Task.factor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything a conversion writes: shards, and the contents of small files. single is set if it is one file."""
+    """Everything a conversion writes: shards, and the contents of small files. single means one file, no folder."""
 
     shards: list[Shard]
     files: dict[str, bytes] = field(default_factory=dict)
@@ -50,15 +50,15 @@ def lay_out_folder(
     search: bool = False,
     factor_of: Factors | None = None,
 ) -> Layout:
-    """A folder of ours ("mlx") or of diffusers ("diffusers"), whose files small come along; see Task for search.
+    """A folder in the format form, "mlx" or "diffusers", with the small files copied into it; see Task for search.
 
-    factor_of gives the factor of each of the transformer's quantized weights.
+    factor_of gives the factor for each quantized weight of the transformer.
     """
     shards, files = [], dict(small)
     for component in source.components.values():
-        known = factor_of if component.name == "transformer" else None
+        factors = factor_of if component.name == "transformer" else None
         tasks = [
-            _task(component.name, tensor, dtype, choose(component.name, tensor), search, known)
+            _task(component.name, tensor, dtype, choose(component.name, tensor), search, factors)
             for tensor in component.tensors
         ]
         stem = "model" if form == "mlx" else STEMS[component.name]
@@ -71,7 +71,7 @@ def lay_out_folder(
 
 
 def lay_out_comfyui(source: Source, dtype: str, name: str) -> Layout:
-    """One file with all three networks, in ComfyUI's names."""
+    """A single file with all three networks, with ComfyUI's names."""
     tasks = []
     for component in source.components.values():
         stacked: dict[str, list[Tensor]] = {}
@@ -81,7 +81,7 @@ def lay_out_comfyui(source: Source, dtype: str, name: str) -> Layout:
             first, *rest = (tensor.shape for tensor in tensors)
             shape = (first[0] + sum(other[0] for other in rest), *first[1:])
             if component.name == "vae" and ".mid.attn_1." in own and len(shape) == 2:
-                shape = (*shape, 1, 1)  # LDM has convolutions there
+                shape = (*shape, 1, 1)  # convolutions in LDM
             slot = Slot(COMFYUI_PREFIXES[component.name] + own, SPELLED[dtype], shape)
             tasks.append(Task(component.name, tuple(tensors), (slot,)))
     return Layout([Shard(name, tasks, "pt")], single=True)
@@ -101,7 +101,7 @@ def _task(
 
 
 def _shards(tasks: Sequence[Task], stem: str, form: str) -> list[Shard]:
-    """The tasks in files of at most SHARD_BYTES, but for a single task that is larger."""
+    """The tasks grouped into files of at most SHARD_BYTES, unless a single task is larger."""
     groups: list[list[Task]] = [[]]
     size = 0
     for task in tasks:
@@ -127,9 +127,9 @@ def _index(shards: Sequence[Shard], parameters: int) -> dict:
 
 
 def _written_config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> dict:
-    """The source's config.json made true of what is written: its dtype, and mlx-lm's quantization block twice.
+    """The source's config.json with the dtype that is written, and mlx-lm's quantization block under both its keys.
 
-    The block is what most quantized layers share; the others follow under their names.
+    The block contains what most quantized layers share, and the other layers by name.
     """
     changed = {key: value for key, value in source_config.items() if not key.startswith("quantization")}
     for key in ("dtype", "torch_dtype"):
@@ -144,7 +144,7 @@ def _written_config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> d
 
 
 def describe_conversion(source: Source, dtype: str, quantization: dict) -> dict:
-    """The content of conversion.json in the folder to be written; `before` is that of the source."""
+    """The content of conversion.json; `before` is the one of the source, if any."""
     conversion = {
         "converter": f"mlx-zimage {__version__}",
         "source": source.origin,
@@ -155,7 +155,7 @@ def describe_conversion(source: Source, dtype: str, quantization: dict) -> dict:
 
 
 def describe_job(source: Source, layout: Layout) -> dict:
-    """What sets one conversion apart from another: the source's files and all that will be written."""
+    """What identifies a conversion: the source's files and everything that will be written."""
     headers = hashlib.sha256()
     for shard in layout.shards:
         headers.update(header(shard.slots, shard.form))

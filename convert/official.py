@@ -1,4 +1,4 @@
-"""The small files of Tongyi-MAI/Z-Image-Turbo, for checkpoints that come as bare weights. Data only."""
+"""The small files of Tongyi-MAI/Z-Image-Turbo, for checkpoints that consist only of weights. Data only."""
 
 from ..variants import TURBO
 

@@ -1,7 +1,7 @@
-"""How near a converted model is to its source: by layer, by step, by picture; written into its folder.
+"""How close a converted model is to its source: by layer, by step and by image, saved in its folder.
 
-Pictures of two models part where a step goes another way, so a few of them say little. The velocity's error is taken
-at the source's own latents, step by step, and is a smooth measure.
+Images of two models diverge once a step differs, so comparing a few says little. The error of the velocity is measured
+at the source's latents, step by step, and varies smoothly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Compared:
-    """A layer or a picture has been compared: `done` of `total`."""
+    """A layer or an image has been compared: `done` of `total`."""
 
     name: str
     done: int
@@ -67,9 +67,9 @@ def report_steps(
 ) -> Iterator[Compared]:
     """Compare the model in folder with its source, a model folder or id, yielding Compared as it goes.
 
-    Each prompt is drawn by both, one model after the other, at size x size pixels from the seed that is its place in
-    the list. dtype and memory are those of ZImagePipeline.from_pretrained; a budget lets a model be read by blocks
-    that memory would not hold.
+    Both models generate an image of size x size pixels from each prompt, one model after the other; the seed is the
+    prompt's index. dtype and memory are those of ZImagePipeline.from_pretrained; with a memory budget, a model that
+    does not fit is streamed from disk.
     """
     folder = Path(folder).expanduser()
     ours, theirs = open_ours(folder), open_source(source)
@@ -86,28 +86,28 @@ def report_steps(
         yield Compared(tensor.name, i, total)
     pipe = open_pipeline(source, dtype, memory)
     requests = _requests(pipe, prompts, size, steps)
-    drawn = []
+    generated = []
     for i, request in enumerate(requests, len(packed) + 1):
-        drawn.append(draw(pipe, request))
+        generated.append(draw(pipe, request))
         yield Compared(request.prompt, i, total)
     del pipe  # one model at a time
     pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype, memory=memory)
-    pictures = []
-    for i, (request, wanted) in enumerate(zip(requests, drawn, strict=True), len(packed) + len(prompts) + 1):
-        pictures.append({"prompt": request.prompt, "seed": request.seed} | compare(pipe, request, wanted))
+    images = []
+    for i, (request, reference) in enumerate(zip(requests, generated, strict=True), len(packed) + len(prompts) + 1):
+        images.append({"prompt": request.prompt, "seed": request.seed} | compare(pipe, request, reference))
         yield Compared(request.prompt, i, total)
     quality = {
         "size": requests[0].width if requests else None,
         "steps": requests[0].steps if requests else steps,
         "dtype": str(pipe.dtype).rpartition(".")[2],
         "weight_error": {"mean": float(np.mean(list(layers.values()) or [0.0])), "layers": layers},
-        "pictures": pictures,
+        "pictures": images,
     }
     add_files(folder, {QUALITY: render_json(quality), CARD: model_card(ours.conversion, quality).encode()})
 
 
 def check_source(source: str | Path, memory: str | int | None = None) -> None:
-    """Refuse, before any work, a source that `report` could not draw with."""
+    """Raise, before any work, if `report` could not generate images with the source."""
     pipe = open_pipeline(source, memory=memory)
     for request in _requests(pipe, PROMPTS):
         pipe.plan(request)
@@ -124,12 +124,12 @@ def _requests(
 
 def open_ours(folder: Path) -> Source:
     if not (folder / CONVERSION).is_file():
-        raise CheckpointError(f"{folder} was not written by this converter; nothing would tell what it is")
+        raise CheckpointError(f"{folder} was not written by this converter: it has no {CONVERSION}; convert it first")
     return open_folder(folder, folder.name, NETWORKS)
 
 
 def weight_error(tensor: Tensor, exact: Tensor) -> float:
-    """The root mean square of what a tensor is off, as a part of that of the exact one."""
+    """The root mean square error of a tensor, relative to the root mean square of the exact one."""
     error = power = 0.0
     for a, b in zip(read_rows(tensor, "float32"), read_rows(exact, "float32"), strict=True):
         error += float(mx.square(a - b).sum())
@@ -143,13 +143,13 @@ def draw(pipe: ZImagePipeline, request: GenerateRequest) -> tuple[list[mx.array]
     width, height, steps = request.extent
     h, w = height // vae.scale, width // vae.scale
     noise = initial_noise(request.seed, (1, vae.latent_channels, h, w))
-    stops = {0: noise.transpose(0, 2, 3, 1)} | {step.index + 1: step.latents for step in pipe.denoise(request, noise)}
-    return list(stops.values()), pipe.decode(stops[steps][0])
+    states = {0: noise.transpose(0, 2, 3, 1)} | {step.index + 1: step.latents for step in pipe.denoise(request, noise)}
+    return list(states.values()), pipe.decode(states[steps][0])
 
 
-def compare(pipe: ZImagePipeline, request: GenerateRequest, wanted: tuple[list[mx.array], np.ndarray]) -> dict:
-    """How far a pipeline's picture of a request is from what another drew, and its velocity at each of its steps."""
-    stops, pixels = wanted
+def compare(pipe: ZImagePipeline, request: GenerateRequest, reference: tuple[list[mx.array], np.ndarray]) -> dict:
+    """Errors of a pipeline's image and of its velocity at each step, relative to what `draw` returned for another."""
+    states, pixels = reference
     steps = request.extent[2]
     (*_, last), own_pixels = draw(pipe, request)
     _, h, w, _ = last.shape
@@ -157,16 +157,16 @@ def compare(pipe: ZImagePipeline, request: GenerateRequest, wanted: tuple[list[m
     velocity = pipe.transformer.velocity(pipe.encode(request.prompt), sigmas[:-1], h, w)
     errors = []
     for i in range(steps):
-        exact = (stops[i + 1] - stops[i]) / float(sigmas[i + 1] - sigmas[i])
-        errors.append(_relative(velocity(stops[i], i), exact))
+        exact = (states[i + 1] - states[i]) / float(sigmas[i + 1] - sigmas[i])
+        errors.append(_relative(velocity(states[i], i), exact))
     if not pipe.plan(request).keep:
         pipe.networks.release()
-    off = float(np.square(own_pixels.astype(np.float32) - pixels).mean())
+    error = float(np.square(own_pixels.astype(np.float32) - pixels).mean())
     return {
         "velocity_error": errors,
-        "latent_error": _relative(last, stops[-1]),
-        "latent_cosine": _cosine(last, stops[-1]),
-        "psnr_db": 10 * log10(255**2 / off) if off else None,  # None: the same picture
+        "latent_error": _relative(last, states[-1]),
+        "latent_cosine": _cosine(last, states[-1]),
+        "psnr_db": 10 * log10(255**2 / error) if error else None,  # None: identical images
     }
 
 
@@ -179,13 +179,15 @@ def _cosine(a: mx.array, b: mx.array) -> float:
 
 
 def model_card(conversion: dict, quality: dict | None = None) -> str:
-    """README.md as the Hugging Face hub reads it, with the table of quality where it was measured."""
+    """README.md for Hugging Face, with a table of the quality if it was measured."""
     step: dict | None = conversion
     origins: list[str] = []
     while step:
         origins.append(step["source"])
         step = step.get("before")
-    bases = [origin for origin in origins if "/" in origin]  # ids on the hub; files and folders tell no path
+    bases = [
+        origin for origin in origins if "/" in origin
+    ]  # ids on Hugging Face; files and folders are named without their path
     lines = ["---", "library_name: mlx", "pipeline_tag: text-to-image"]
     lines += [f"base_model: {bases[0]}"] if bases else []
     lines += ["license: apache-2.0"] if REPOSITORY in origins else []
@@ -194,25 +196,25 @@ def model_card(conversion: dict, quality: dict | None = None) -> str:
     lines += ["    mlx-zimage generate 'a lighthouse at dusk' --model FOLDER", ""]
     if quality:
         mean = quality["weight_error"]["mean"]
-        lines += [f"Quantized weights are off by {mean:.4f} (relative root mean square, mean of the layers).", ""]
+        lines += [f"Error of quantized weights: {mean:.4f} (relative root mean square, mean over the layers).", ""]
     if quality and quality["pictures"]:
         lines += [
-            f"Pictures of {quality['size']}x{quality['size']} pixels, compared with the source's in "
-            f"{quality['steps']} steps; seeds are 0, 1, ... from the top.",
+            f"Images of {quality['size']}x{quality['size']} pixels in {quality['steps']} steps, compared with those of "
+            f"the source; the seeds are 0, 1, ... from the top.",
             "",
-            "| prompt | velocity error, mean of the steps | cosine of the final latents | PSNR of the picture |",
+            "| prompt | velocity error, mean over the steps | cosine of the final latents | PSNR of the image |",
             "|---|---|---|---|",
         ]
-        for picture in quality["pictures"]:
-            psnr = "the same" if picture["psnr_db"] is None else f"{picture['psnr_db']:.1f} dB"
-            prompt, error = picture["prompt"].replace("|", "\\|"), np.mean(picture["velocity_error"])
-            lines.append(f"| {prompt} | {error:.4f} | {picture['latent_cosine']:.5f} | {psnr} |")
+        for image in quality["pictures"]:
+            psnr = "identical" if image["psnr_db"] is None else f"{image['psnr_db']:.1f} dB"
+            prompt, error = image["prompt"].replace("|", "\\|"), np.mean(image["velocity_error"])
+            lines.append(f"| {prompt} | {error:.4f} | {image['latent_cosine']:.5f} | {psnr} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def check_upload(repository: str) -> None:
-    """Refuse, before any work, an upload that cannot succeed: a name that is none, no token, or one that is refused."""
+    """Raise, before any work, if an upload cannot succeed: an invalid name, or a missing or rejected token."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError, HTTPError
     from huggingface_hub.utils import validate_repo_id
@@ -220,19 +222,21 @@ def check_upload(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise RequestError(f"{repository!r} is no name of a repository: {_first_line(error)}") from error
+        raise RequestError(f"{repository!r} is not a repository name: {_first_line(error)}") from error
     if "/" not in repository:
-        raise RequestError(f"{repository!r} is no name of a repository; it is OWNER/NAME")
+        raise RequestError(f"{repository!r} is not a repository name; expected OWNER/NAME")
     if get_token() is None:
-        raise RequestError(f"uploading to {repository} needs a token of the hub; `hf auth login`, or set HF_TOKEN")
+        raise RequestError(
+            f"uploading to {repository} needs a Hugging Face token; run `hf auth login`, or set HF_TOKEN"
+        )
     try:
         HfApi().whoami()
     except HTTPError as error:
-        raise OutputError(f"the hub would not take an upload to {repository}: {_first_line(error)}") from error
+        raise OutputError(f"Hugging Face would reject an upload to {repository}: {_first_line(error)}") from error
 
 
 def upload(folder: str | Path, repository: str) -> None:
-    """Send a folder that the converter wrote to the Hugging Face hub, with a model card; the repository may exist."""
+    """Upload a folder written by the converter, with a model card, to Hugging Face; the repository may exist."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
 
@@ -246,8 +250,8 @@ def upload(folder: str | Path, repository: str) -> None:
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HFValidationError, HTTPError) as error:
         raise OutputError(
-            f"{folder} is whole, but could not be uploaded to {repository}: {_first_line(error)}; "
-            f"`hf upload {repository} {folder}` tries again"
+            f"{folder} is complete, but could not be uploaded to {repository}: {_first_line(error)}; "
+            f"to retry, run `hf upload {repository} {folder}`"
         ) from error
 
 

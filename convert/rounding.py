@@ -1,8 +1,8 @@
-"""Packing rows of a weight: as MLX does, or with each group's scale and bias searched for.
+"""Quantizing rows of a weight: as MLX does, or with a search for the scale and bias of each group.
 
-MLX spans a group's whole range. A grid that leaves out its ends and is then fitted by least squares is nearer to
-most values; and codes chosen for scale and bias as they are stored, rounded, undo that rounding's error. Where it is
-known what a layer is given, each column is rounded so that it undoes what the others do to the layer's products.
+MLX spans the whole range of a group. A grid that excludes the extremes and is then fitted by least squares is closer to
+most values; and choosing codes for the scale and bias as stored compensates for the rounding of those. If the inputs of
+a layer are known, each column is rounded to compensate for the errors of the others in the layer's products (GPTQ).
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ import numpy as np
 
 from ..quantization import Quantization
 
-PARTS_OF_RANGE = (1.0, 0.92, 0.84, 0.76)  # grids to begin with
-FITS = 2  # least-squares fits of each
+RANGE_FRACTIONS = (1.0, 0.92, 0.84, 0.76)  # of the initial grids
+FITS = 2  # least-squares fits of each grid
 SEARCHED_VALUES = 2**20  # at a time
 
 
 def quantize_rows(
     rows: mx.array, q: Quantization, search: bool = False, factor: np.ndarray | None = None
 ) -> list[mx.array]:
-    """Packed weight, scales and, when affine, biases of rows (n, width) in the dtype that the scales shall have.
+    """Packed weight, scales and, if affine, biases of rows (n, width), whose dtype the scales and biases get.
 
-    factor is what calibrate.py knows of the layer's inputs; with it the products are near, not only the weights.
+    factor describes the layer's inputs, see calibrate.py; it minimizes the error of products instead of weights.
     """
     if q.mode != "affine" or not (search or factor is not None):
         return list(mx.quantize(rows, group_size=q.group_size, bits=q.bits, mode=q.mode))
     if factor is not None:
-        return _fed_back(rows, q, factor)
+        return _gptq(rows, q, factor)
     step = max(1, SEARCHED_VALUES // rows.shape[-1])
     pieces = [_search(rows[i : i + step], q) for i in range(0, rows.shape[0], step)]
     return [mx.concatenate(list(parts)) for parts in zip(*pieces, strict=True)]
 
 
 def dequantize_rows(packed: list[mx.array], q: Quantization) -> mx.array:
-    """The rows that packed arrays stand for, float32."""
+    """The rows that packed arrays represent, float32."""
     weight, scales, *rest = packed
     biases = None
-    if q.mode == "affine":  # in float32, so that the only rounding is that of what the rows are made into
+    if q.mode == "affine":  # in float32, so that the caller's cast is the only rounding
         scales, biases = scales.astype(mx.float32), rest[0].astype(mx.float32)
     return mx.dequantize(weight, scales, biases, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32)
 
@@ -59,9 +59,9 @@ def _packed(codes: mx.array, scale: mx.array, bias: mx.array, shape: tuple, q: Q
 def _fit(
     x: mx.array, q: Quantization, dtype: mx.Dtype, share: mx.array | None = None
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes (n, group), scales and biases (n, 1), all float32 but rounded to dtype, nearest to groups x (n, group).
+    """Codes (n, group), scales and biases (n, 1) closest to groups x (n, group): float32, but rounded to dtype.
 
-    share (group,) says how much an error of each value counts; the same for all if it is left out.
+    share (group,) weights the squared error of each value; uniform by default.
     """
     top = 2**q.bits - 1
     share = mx.ones((q.group_size,)) if share is None else share / share.mean()
@@ -74,7 +74,7 @@ def _fit(
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
     _, scales, biases = mx.quantize(x.astype(dtype), group_size=q.group_size, bits=q.bits)
     grids = [(scales, biases)]
-    for part in PARTS_OF_RANGE:
+    for part in RANGE_FRACTIONS:
         span = (high - low) * part
         grids.append((span / top, (low + high - span) / 2))
     best: tuple[mx.array, ...] = ()
@@ -99,11 +99,11 @@ def _fit(
     return codes, scale, bias
 
 
-def _fed_back(rows: mx.array, q: Quantization, factor: np.ndarray) -> list[mx.array]:
-    """Packed so that (error of the rows) times factor, lower triangular (width, width), is small: GPTQ.
+def _gptq(rows: mx.array, q: Quantization, factor: np.ndarray) -> list[mx.array]:
+    """Quantize such that (error of the rows) times factor, lower triangular (width, width), is small: GPTQ.
 
-    Column j of that product holds the errors of columns j, j + 1, ... only. So from the last column to the first, each
-    takes its code for what makes its own sum vanish: its weight plus what the later errors brought in.
+    Column j of that product contains only the errors of columns j, j + 1, ... So from the last column to the first,
+    each is rounded from the value that would make its sum vanish: its weight plus the effect of the later errors.
     """
     exact = np.array(rows.astype(mx.float32))
     height, width = exact.shape
@@ -128,6 +128,6 @@ def _fed_back(rows: mx.array, q: Quantization, factor: np.ndarray) -> list[mx.ar
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """(n, width) codes below 2**bits -> (n, width * bits / 32) uint32: one stream of bits, the lowest first."""
+    """(n, width) codes below 2**bits -> (n, width * bits / 32) uint32: one stream of bits, lowest first."""
     single = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     return np.packbits(single.reshape(len(codes), -1), axis=1, bitorder="little").view(np.uint32)

@@ -1,7 +1,7 @@
 """Tensors that are read by rows.
 
-A Tensor is never read whole: `read(start, stop)` gives some rows of its first axis. So a source needs no more
-memory than the converter asks for, whatever the size of its tensors.
+A Tensor is never read as a whole: `read(start, stop)` returns some rows of its first axis. So memory depends on what
+the converter requests, not on the size of the tensors.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..weights.checkpoint import Entry
 from .disk import read_bytes
 from .rounding import dequantize_rows
 
-CHUNK_BYTES = 2 * 2**20  # of float32, at a time; more would not stay in a processor's cache
-# The exponent's bits, which are all set in NaN and infinity and in no finite number.
+CHUNK_BYTES = 2 * 2**20  # of float32, at a time; more would not fit in a processor's cache
+# The exponent bits, which are all set in NaN and infinity but not in any finite number.
 EXPONENT = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in diffusers' name, shape and layout. read(start, stop) gives rows of it, dense and floating."""
+    """A tensor with diffusers' name, shape and layout. read(start, stop) returns dense floating-point rows."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class SourceComponent:
 
 
 def _fp8_values(mantissa_bits: int, bias: int, infinite: bool) -> np.ndarray:
-    """The number that each byte stands for, float32: sign, exponent, mantissa."""
+    """The value of each byte, float32: sign, exponent, mantissa."""
     codes = np.arange(128)
     exponent, mantissa = codes >> mantissa_bits, codes & ((1 << mantissa_bits) - 1)
     normal = exponent > 0
@@ -74,7 +74,7 @@ FLOATING = ("F32", "F16", "BF16", *FP8)
 
 
 def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
-    """A reader of a safetensors tensor as it is stored; fp8 comes as float32."""
+    """A reader for the rows of a safetensors tensor as stored; fp8 is decoded to float32."""
     row_shape = entry.shape[1:]
     row_bytes = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
 
@@ -88,7 +88,7 @@ def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
 
 
 def packed_rows(entries: dict[str, Entry], q: Quantization) -> Callable[[int, int], mx.array]:
-    """A reader of a quantized weight, from its parts `weight`, `scales` and, when affine, `biases`: float32."""
+    """A reader for the rows of a quantized weight, given its `weight`, `scales` and, if affine, `biases`: float32."""
     names = ("weight", "scales", "biases") if q.mode == "affine" else ("weight", "scales")
     parts = [stored_rows(entries[name]) for name in names]
 
@@ -99,7 +99,7 @@ def packed_rows(entries: dict[str, Entry], q: Quantization) -> Callable[[int, in
 
 
 def read_rows(tensor: Tensor, dtype: str, chunk_bytes: int | None = None) -> Iterator[mx.array]:
-    """The rows of a tensor in dtype, some at a time. Refuses what is not finite."""
+    """The rows of a tensor in dtype, a few at a time. Raises NumericsError if a value is not finite."""
     target = getattr(mx, dtype)
     height = tensor.shape[0]
     step = max(1, (chunk_bytes or CHUNK_BYTES) // (4 * prod(tensor.shape[1:])))
@@ -108,8 +108,8 @@ def read_rows(tensor: Tensor, dtype: str, chunk_bytes: int | None = None) -> Ite
         rows = stored.astype(target)
         if not is_finite(rows):
             if is_finite(stored):
-                raise NumericsError(f"{tensor.name} has values beyond {dtype}; choose another dtype")
-            raise NumericsError(f"{tensor.name} of the source holds NaN or infinity; fetch the model again")
+                raise NumericsError(f"{tensor.name} has values out of range for {dtype}; choose another dtype")
+            raise NumericsError(f"{tensor.name} contains NaN or infinity; download the source model again")
         yield rows
 
 

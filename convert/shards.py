@@ -1,4 +1,4 @@
-"""Safetensors files to be written: their header, and the arrays that follow it, computed as they are asked for."""
+"""Safetensors files to write: the header, and the arrays after it, computed when they are needed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..quantization import Quantization
 from .rounding import quantize_rows
 from .rows import Tensor, read_rows
 
-CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the work on each column is worth while for many rows only
+CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the overhead per column only pays off for many rows
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one array in a shard; dtype in safetensors' spelling."""
+    """The entry of one array in a shard; dtype is spelled as in safetensors."""
 
     name: str
     dtype: str
@@ -33,10 +33,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Task:
-    """The arrays that tensors become: one tensor dense or packed, or several stacked.
+    """The arrays made from one tensor, dense or quantized, or from several, stacked.
 
-    search says that a packed one's scales are searched for, which takes longer; factor gives what rounding.py wants to
-    know of its inputs.
+    search means that the scales of a quantized tensor are searched for; factor returns the factor of its inputs, see
+    rounding.py.
     """
 
     component: str
@@ -51,7 +51,7 @@ class Task:
         return sum(slot.nbytes for slot in self.slots)
 
     def arrays(self, dtype: str) -> Iterator[mx.array]:
-        """The content of the slots in their order, a few rows at a time."""
+        """The content of the slots in order, a few rows at a time."""
         q = self.quantization
         helpers: list[list[mx.array]] = []
         factor = self.factor() if self.factor else None
@@ -71,7 +71,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file to write; form is what its metadata calls its format."""
+    """A safetensors file to write; form is the format declared in its metadata."""
 
     name: str
     tasks: list[Task]
@@ -83,12 +83,12 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Of its arrays; the header comes on top."""
+        """Size of the arrays, without the header."""
         return sum(task.nbytes for task in self.tasks)
 
 
 def header(slots: Iterable[Slot], form: str) -> bytes:
-    """A safetensors header, with its length in front and padded to 8 bytes as the format's own writer does."""
+    """A safetensors header, preceded by its length and padded to 8 bytes like the reference implementation does."""
     fields: dict = {"__metadata__": {"format": form}}
     offset = 0
     for slot in slots:

@@ -1,4 +1,4 @@
-"""What the converter reads: a checkpoint of any kind as three networks and the small files of a model folder."""
+"""What the converter reads: a checkpoint in any format, as three networks and the small files of a model folder."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .files import is_mflux, open_file, open_mflux, refuse_pickles
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
 
 TOKENIZER = "tokenizer/tokenizer.json"
-# Beside the weights, what a model folder is made of.
+# The files of a model folder other than weights.
 SMALL_FILES = [
     *("model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"),
     *(f"{component}/*.json" for component in NETWORKS),
 ]
-LARGEST_SMALL_FILE = 64 * 10**6
+MAX_SMALL_FILE = 64 * 10**6
 
 
 class BorrowedFromHub(UserWarning):
-    """Something that the source lacks comes from the official repository."""
+    """Something missing in the source is taken from the official repository."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source, or a part of one.
+    """An opened source, or part of one.
 
-    origin is its name, without the folders of this machine; at is its file or folder; components are by name; weights
-    are the files that the tensors lie in; files are contents to copy, by their path in the folder to be written;
-    conversion tells how our converter made it, and is empty if it did not.
+    origin is its name, without local folders; at is its file or folder; components are by name; weights are the files
+    that contain the tensors; files are contents to copy, by path in the folder to write; conversion describes how our
+    converter wrote it, and is empty otherwise.
     """
 
     origin: str
@@ -61,18 +61,18 @@ def open_source(
     tokenizer: str | Path | None = None,
     base: str | Path | None = None,
 ) -> Source:
-    """Open a whole model from a source and what it lacks from others. Reads configs and headers only.
+    """Open a complete model: the source, and its missing parts from elsewhere. Reads only configs and headers.
 
-    Each of source, text_encoder and vae is a model folder (diffusers', ours, mflux's), a Hugging Face id, "pocket",
-    or a safetensors or GGUF file; tokenizer is a model folder, an id, or a tokenizer's folder or file. base is the
-    diffusers folder or id that gives what none of them does, configs of bare files included; by default that is the
-    official model, whose configs are known here.
+    Each of source, text_encoder and vae is a model folder (written by diffusers, mflux or us), a Hugging Face id,
+    "pocket", or a safetensors or GGUF file; tokenizer is a model folder, an id, or the folder or file of a tokenizer.
+    base is a diffusers folder or id that provides anything still missing, including configs for single files; by
+    default that is the official model, whose configs are built in.
     """
     configs = official.CONFIGS if base is None else read_configs(resolve(base))
     opened = open_part(source, configs)
     if "transformer" not in opened.components:
-        held = " and ".join(opened.components)
-        raise RequestError(f"{source} holds no transformer, only {held}; give the transformer as the source")
+        found = " and ".join(opened.components)
+        raise RequestError(f"{source} contains no transformer, only {found}; give the transformer as the source")
     for name, other in (("text_encoder", text_encoder), ("vae", vae)):
         if other is not None:
             opened = take(opened, open_part(other, configs), name)
@@ -89,17 +89,17 @@ def open_source(
     architectures: dict[str, Any] = {
         name: NETWORKS[name].from_dict(opened.components[name].config) for name in ("text_encoder", "transformer")
     }
-    text, wanted = architectures["text_encoder"].hidden_size, architectures["transformer"].cap_feat_dim
-    if text != wanted:
+    features, expected = architectures["text_encoder"].hidden_size, architectures["transformer"].cap_feat_dim
+    if features != expected:
         raise CheckpointError(
-            f"the text encoder gives {text} features a token, the transformer takes {wanted}; they belong to different "
-            f"models"
+            f"the text encoder outputs {features} features per token, but the transformer expects {expected}; "
+            f"use parts of the same model"
         )
     return replace(opened, components={name: opened.components[name] for name in NETWORKS}, files=files)
 
 
 def open_part(source: str | Path, configs: dict[str, dict]) -> Source:
-    """Whatever networks and small files a source has."""
+    """The networks and small files that a source contains."""
     at = Path(source).expanduser()
     if at.is_file():
         return Source(at.name, at, open_file(at, configs), [at], {})
@@ -118,12 +118,12 @@ def _open_model(folder: Path, origin: str, configs: dict[str, dict]) -> Source:
         files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
         return Source(origin, folder, open_mflux(folder, configs), weights, files)
     if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} has no model_index.json; a model is a diffusers folder, or give its file")
+        raise CheckpointError(f"{folder} has no model_index.json; give a diffusers folder, or a single file")
     return open_folder(folder, origin, list(NETWORKS))
 
 
 def open_folder(folder: Path, origin: str, names: Iterable[str]) -> Source:
-    """The named networks of a diffusers folder, or one of ours, checked as the loader checks them."""
+    """The named networks of a folder written by diffusers or us, checked as in the loader."""
     components = [Component(folder, name) for name in names]
     conversion = folder / CONVERSION
     return Source(
@@ -139,8 +139,10 @@ def open_folder(folder: Path, origin: str, names: Iterable[str]) -> Source:
 def small_files(folder: Path) -> dict[str, bytes]:
     paths = [path for pattern in SMALL_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
     for path in paths:
-        if path.stat().st_size > LARGEST_SMALL_FILE:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; that is no config or tokenizer")
+        if path.stat().st_size > MAX_SMALL_FILE:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes; expected a config or tokenizer of up to {MAX_SMALL_FILE:,}"
+            )
     written = [f"{name}/config.json" for name in NETWORKS]
     contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     return {name: c for name, c in contents.items() if name not in written and not name.endswith(".index.json")}
@@ -155,14 +157,14 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
     if at.is_file():
         content = at.read_bytes()
         if not _is_tokenizer(content):
-            raise CheckpointError(f"{at} is no tokenizer.json; it is JSON with a model in it")
+            raise CheckpointError(f"{at} is not a tokenizer.json: expected JSON with the key model")
         return {TOKENIZER: content}
     if (at / "tokenizer.json").is_file():
         paths = [path for path in sorted(at.iterdir()) if path.suffix in (".json", ".txt", ".jinja")]
         return {f"tokenizer/{path.name}": path.read_bytes() for path in paths}
     files = {name: content for name, content in small_files(resolve(source)).items() if name.startswith("tokenizer/")}
     if TOKENIZER not in files:
-        raise RequestError(f"{source} holds no tokenizer.json")
+        raise RequestError(f"{source} contains no tokenizer.json; give a folder or file that does")
     return files
 
 
@@ -174,9 +176,11 @@ def _is_tokenizer(content: bytes) -> bool:
 
 
 def take(source: Source, other: Source, name: str) -> Source:
-    """The source with the named network of another."""
+    """The source with the named network taken from other."""
     if name not in other.components:
-        raise RequestError(f"{other.at} holds no {name}, only {' and '.join(other.components)}")
+        raise RequestError(
+            f"{other.at} contains no {name}, only {' and '.join(other.components)}; give a file or folder that does"
+        )
     own = {path: c for path, c in other.files.items() if path.startswith(f"{name}/")}
     kept = {path: c for path, c in source.files.items() if not path.startswith(f"{name}/")}
     return replace(
@@ -188,18 +192,18 @@ def take(source: Source, other: Source, name: str) -> Source:
 
 
 def borrow(source: Source, missing: list[str], base: str | Path | None) -> Source:
-    """The source with the networks and small files that it lacks, from base or from the official repository."""
-    wanted = missing + ([] if TOKENIZER in source.files else ["tokenizer"])
+    """The source with its missing networks and small files taken from base or the official repository."""
+    parts = missing + ([] if TOKENIZER in source.files else ["tokenizer"])
     if base is None:
         base = official.REPOSITORY
-        names = ", ".join(wanted)
-        warnings.warn(f"{source.origin} has no {names}: taken from {base}", BorrowedFromHub, stacklevel=2)
-        folder = resolve(base, ["model_index.json", "scheduler/*", *(f"{name}/*" for name in wanted)])
+        names = ", ".join(parts)
+        warnings.warn(f"{source.origin} contains no {names}; using {base} for that", BorrowedFromHub, stacklevel=2)
+        folder = resolve(base, ["model_index.json", "scheduler/*", *(f"{name}/*" for name in parts)])
     else:
         folder = resolve(base)
     other = open_folder(folder, str(base), missing)
     if TOKENIZER not in source.files and TOKENIZER not in other.files:
-        raise ModelNotFoundError(f"{source.origin} has no tokenizer, nor has {base}; name one")
+        raise ModelNotFoundError(f"neither {source.origin} nor {base} contains a tokenizer; give one with tokenizer")
     own = tuple(f"{name}/" for name in (*missing, "tokenizer", "scheduler"))
     files = {path: c for path, c in other.files.items() if path.startswith(own) or path == "model_index.json"}
     return replace(
@@ -212,7 +216,7 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
 
 def _component(component: Component) -> SourceComponent:
     entries = component.entries
-    # The architecture's order, whatever the source's: equal weights make equal files.
+    # In the order of the architecture, not of the source: equal weights give equal files.
     shapes = {name: shape for name, shape in component.config.shapes().items() if name in entries}
     helpers = {f"{layer}.{part}" for layer in component.quantizations for part in ("scales", "biases")}
     shapes |= {name: entry.shape for name, entry in entries.items() if name not in shapes and name not in helpers}

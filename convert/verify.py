@@ -1,4 +1,4 @@
-"""Whether a model folder is what its writer made: checksums, headers, names, shapes, and finite values."""
+"""Checking that a model folder is intact: checksums, headers, names, shapes, and finite values."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..weights.manifest import MANIFEST, read_manifest, sha256
 from .rows import Tensor, read_rows
 from .sources import open_folder
 
-# What the loader reads; a file of this kind that the manifest does not list could change the model.
-READ_BY_US = (".json", ".safetensors", ".txt", ".jinja")
+# Types of files that the loader reads: an extra one, not listed in the manifest, could change the model.
+LOADED = (".json", ".safetensors", ".txt", ".jinja")
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A file or a tensor has been looked at; fault says what is wrong with it, or is None."""
+    """A file or tensor has been checked; fault describes what is wrong with it, or is None."""
 
     name: str
     fault: str | None
@@ -30,15 +30,15 @@ class Checked:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """The faults of a model folder, none if it is whole. See verify_steps."""
+    """The faults of a model folder; empty if it is intact. See verify_steps."""
     return [f"{step.name}: {step.fault}" for step in verify_steps(folder) if step.fault]
 
 
 def verify_steps(folder: str | Path) -> Iterator[Checked]:
-    """Check a model folder (ours or diffusers', an id, "pocket"), yielding Checked for each file and tensor.
+    """Check a model (a folder written by us or diffusers, an id, "pocket"), yielding Checked per file and tensor.
 
-    Every file is compared with the folder's SHA256SUMS. A folder that our converter did not write has none: then
-    headers, names, shapes and values are all that is checked.
+    Every file is compared with the folder's SHA256SUMS. A folder not written by our converter has none; then only
+    headers, names, shapes and values are checked.
     """
     folder = resolve(folder)
     sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -49,20 +49,20 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
     except CheckpointError as error:
         yield Checked(MANIFEST, str(error), 0, total)
         return
-    whole = True
+    intact = True
     for name, digest in sums.items():
         path = folder / name
         done += sizes.get(path, 0)
         fault = _file_fault(path, digest)
-        whole = whole and not fault
+        intact = intact and not fault
         yield Checked(name, fault, done, total)
     if sums:
         names = (path.relative_to(folder).as_posix() for path in sizes)
         for name in names:
-            # What a killed process was writing is not read by anything.
-            if name not in sums and name.endswith(READ_BY_US) and not name.startswith(atomic.ASIDE):
-                yield Checked(name, f"is not in {MANIFEST}; it was added later", done, total)
-    if not whole:
+            # Nothing reads the temporary files of a killed process.
+            if name not in sums and name.endswith(LOADED) and not name.startswith(atomic.ASIDE):
+                yield Checked(name, f"is not listed in {MANIFEST}; it was added later, remove it", done, total)
+    if not intact:
         return
     done = total // 2
     try:
@@ -80,9 +80,9 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
 def _file_fault(path: Path, digest: str) -> str | None:
     try:
         found = sha256(path)
-    except (OSError, ValueError) as error:  # a damaged manifest can name anything
+    except (OSError, ValueError) as error:  # a damaged manifest can contain any name
         return f"cannot be read: {error}"
-    return None if found == digest else f"has sha256 {found}, its manifest says {digest}; convert or copy it again"
+    return None if found == digest else f"has sha256 {found}, expected {digest}; convert or copy it again"
 
 
 def _values_fault(tensor: Tensor) -> str | None:

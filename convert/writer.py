@@ -1,8 +1,8 @@
-"""What the converter writes: safetensors shards, their index, checksums, and a folder that appears when it is whole.
+"""Writing a converted model: safetensors shards, their index and checksums, in a folder that appears when complete.
 
-Names, shapes and dtypes are known before any tensor is read, so a shard's header is written first and its tensors
-follow as they come; no shard is ever held in memory. A killed run leaves its finished shards in a hidden folder
-beside the destination, where the same command finds them again.
+Names, shapes and dtypes are known before any tensor is read, so the header of a shard is written first and its tensors
+one by one after it; no shard is ever in memory as a whole. A killed run leaves its finished shards in a hidden folder
+next to the destination, from which the same command resumes.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ..weights.manifest import MANIFEST, parse_manifest, read_manifest, render_m
 from .disk import OutputFile, render_json, sync_folder
 from .shards import Shard, Task, header
 
-JOB, JOURNAL = ".job.json", ".journal"  # in a partial folder: what is being made, and its finished shards
+JOB, JOURNAL = ".job.json", ".journal"  # in a partial folder: the conversion it belongs to, and its finished shards
 
 
 class OutputFolder:
-    """dest in the making: entered, a hidden folder beside it; left, dest itself, or nothing if there was an error.
+    """Writes to a hidden folder next to dest, which becomes dest on exit, or is deleted if there was an error.
 
-    job describes what is made, down to the source's files. If a killed run left a hidden folder with an equal job,
-    its finished shards are kept. One process at a time can be at it; nbytes is how much it is going to write. If
-    single, dest becomes the one file written, which has dest's name.
+    job identifies the conversion, down to the source's files. If a killed run left a hidden folder with an equal job,
+    its finished shards are kept. Only one process at a time can write dest; nbytes is how much it will write. If
+    single, dest becomes the one file written, which has the same name as dest.
     """
 
     def __init__(self, dest: Path, job: dict, nbytes: int, single: bool = False):
@@ -70,7 +70,7 @@ class OutputFolder:
             raise self._explain(error) from error
 
     def keeps(self, name: str) -> bool:
-        """Whether an earlier run finished this file; its content is read and compared with its checksum."""
+        """Whether an earlier run finished this file, according to its checksum, which is computed again."""
         path = self.folder / name
         if name not in self._finished or not path.is_file() or sha256(path) != self._finished[name]:
             return False
@@ -85,19 +85,19 @@ class OutputFolder:
         self._sums[name] = file.sha256
 
     def write_shard(self, shard: Shard, dtype: str) -> Iterator[Task]:
-        """Write a shard, or keep what an earlier run made of it, yielding each task when it is done."""
+        """Write a shard, or keep the one of an earlier run, yielding each task when it is done."""
         if self.keeps(shard.name):
             yield from shard.tasks
             return
         (self.folder / shard.name).parent.mkdir(exist_ok=True)
         with OutputFile(self.folder / shard.name) as file:
             file.write(header(shard.slots, shard.form))
-            wanted = file.size + sum(slot.nbytes for slot in shard.slots)
+            expected = file.size + sum(slot.nbytes for slot in shard.slots)
             for task in shard.tasks:
                 for array in task.arrays(dtype):
                     file.write_array(array)
                 yield task
-            assert file.size == wanted, f"{shard.name} has {file.size} bytes, its header tells {wanted}"
+            assert file.size == expected, f"{shard.name} has {file.size} bytes, its header declares {expected}"
         self._sums[shard.name] = file.sha256
         with (self.folder / JOURNAL).open("ab", buffering=0) as journal:
             journal.write(render_manifest({shard.name: file.sha256}))
@@ -105,7 +105,7 @@ class OutputFolder:
 
     def _acquire(self) -> None:
         file = Path(self._lock.lock_file)
-        file.touch()  # where it cannot be made, the lock would only seem to be taken
+        file.touch()  # raises if it cannot be created; acquire would silently succeed
         try:
             self._lock.acquire()
         except Timeout:
@@ -113,7 +113,7 @@ class OutputFolder:
             raise LockedError(f"{self.dest} is being written by process {holder}; wait for it, or stop it") from None
 
     def _resume(self) -> None:
-        """Keep what a killed run finished of the same job, or begin anew; then see that the rest fits on the disk."""
+        """Keep the finished shards of a killed run of the same job, or start over; check that the rest fits on disk."""
         if _read(self.folder / JOB) != self._job:
             shutil.rmtree(self.folder, ignore_errors=True)
         lines = _read(self.folder / JOURNAL).decode(errors="replace").split("\n")[:-1]
@@ -147,11 +147,11 @@ class OutputFolder:
     def _explain(self, error: OSError) -> OSError:
         if isinstance(error, ZImageError):
             return error
-        return OutputError(f"{self.dest} could not be written: {error.strerror or error}")
+        return OutputError(f"could not write {self.dest}: {error.strerror or error}")
 
 
 def add_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write small files into a finished folder, and into its manifest; each appears whole."""
+    """Add small files to a finished folder and its manifest; each is written completely or not at all."""
     own = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     sums = read_manifest(folder) | own
     try:
@@ -159,28 +159,28 @@ def add_files(folder: Path, files: dict[str, bytes]) -> None:
             atomic.write(folder / name, partial(Path.write_bytes, data=content))
         sync_folder(folder)
     except OSError as error:
-        raise OutputError(f"{folder} could not be written: {error.strerror or error}") from error
+        raise OutputError(f"could not write {folder}: {error.strerror or error}") from error
 
 
 def check_absent(dest: Path) -> None:
     if os.path.lexists(dest):
-        raise RequestError(f"{dest} exists already; remove it, or give another name")
+        raise RequestError(f"{dest} already exists; remove it, or choose another name")
 
 
 def check_outside(dest: Path, source: Path) -> None:
-    """Refuse a destination in the source's folder."""
+    """Raise if dest is inside the folder of the source."""
     if source.resolve() in dest.resolve().parents:
-        raise RequestError(f"{dest} lies inside the source {source}; give a folder outside it")
+        raise RequestError(f"{dest} is inside the source {source}; choose a folder outside it")
 
 
 def check_disk(dest: Path, nbytes: int) -> None:
-    """Refuse work whose result does not fit on dest's disk."""
+    """Raise if nbytes do not fit on the disk of dest."""
     free = shutil.disk_usage(dest.parent).free
     if nbytes > free:
         unit, size = ("GB", 1e9) if nbytes >= 1e9 else ("MB", 1e6)
         raise OutputError(
-            f"{dest} needs {nbytes / size:.2f} {unit} more and its disk has {free / size:.2f} {unit} left; free some, "
-            f"choose another disk, or fewer bits"
+            f"{dest} needs {nbytes / size:.2f} {unit} more, but its disk has only {free / size:.2f} {unit} free; "
+            f"free up space, or choose another disk or fewer bits"
         )
 
 

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hugging Face hub's protocol as fetching and filling one takes."""
+"""A local server that implements enough of the Hugging Face protocol for downloads and uploads."""
 
 import base64
 import hashlib
@@ -13,9 +13,12 @@ COMMIT = "c" * 40
 
 
 class Hub:
-    """Serves a folder as the repository `name`. token: wanted of clients. cut: path -> bytes after which, once, the
-    connection is dropped. held: paths of which half is sent, and no more until the server ends. seen: (method, path,
-    Range) of every request. received: what was uploaded, by path."""
+    """Serves a folder as the repository `name`.
+
+    token: required from clients, if set. cut: path -> number of bytes after which the connection is dropped, once.
+    held: paths of which only half is sent until the server exits. seen: (method, path, Range) of every request.
+    received: uploaded contents, by path.
+    """
 
     def __init__(self, folder: Path, name: str):
         self.name = name
@@ -23,7 +26,7 @@ class Hub:
         self.token: str | None = None
         self.cut: dict[str, int] = {}
         self.held: set[str] = set()
-        self.over = threading.Event()
+        self.closing = threading.Event()
         self.seen: list[tuple[str, str, str | None]] = []
         self.received: dict[str, bytes] = {}
         hub = self
@@ -48,7 +51,7 @@ class Hub:
         return self
 
     def __exit__(self, *_):
-        self.over.set()
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -61,7 +64,7 @@ class Hub:
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             self.send(request, 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
         elif request.command == "POST":
-            self.take(request, path)
+            self.receive(request, path)
         elif path == "/api/whoami-v2":
             self.send_json(request, {"type": "user", "name": "me"})
         elif re.fullmatch(rf"/api/models/{self.name}(/revision/[\w.]+)?", path):
@@ -75,16 +78,16 @@ class Hub:
         else:
             self.send(request, 404, {"X-Error-Code": "RepoNotFound"})
 
-    def take(self, request, path: str) -> None:
-        """One step of an upload: the repository is made, each file asked about, all sent in one commit."""
+    def receive(self, request, path: str) -> None:
+        """One request of an upload: create the repository, announce the files, send them all in one commit."""
         body = request.rfile.read(int(request.headers["Content-Length"]))
         if path == "/api/repos/create":
             self.send_json(request, {"url": f"{self.endpoint}/{self.name}"})
         elif path == "/api/validate-yaml":
             self.send_json(request, {"errors": [], "warnings": []})
         elif path == f"/api/models/{self.name}/preupload/main":
-            asked = json.loads(body)["files"]
-            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+            announced = json.loads(body)["files"]
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in announced]
             self.send_json(request, {"files": modes})
         elif path == f"/api/models/{self.name}/commit/main":
             for line in map(json.loads, body.splitlines()):
@@ -125,10 +128,10 @@ class Hub:
         request.end_headers()
         if request.command != "HEAD":
             if held:
-                request.close_connection = True  # nothing is read from who has gone
+                request.close_connection = True  # the client may be gone; read nothing more from it
                 with suppress(OSError):
                     request.wfile.write(content[: len(content) // 2])
-                self.over.wait()
+                self.closing.wait()
                 return
             request.wfile.write(content[:cut])
             if cut is not None:

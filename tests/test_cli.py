@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_hold_files_is_refused_before_work(run, monkeypatch
     result = run("completion", "bash", "--install")
     assert result.exit_code == 6 and "/proc/.local" in result.stderr
     result = run("convert", "pocket", "/proc/pocket")
-    assert result.exit_code == 6 and "could not be written" in result.stderr
+    assert result.exit_code == 6 and "could not write /proc/pocket" in result.stderr
 
 
 def test_latents_alone_determine_the_size(run):

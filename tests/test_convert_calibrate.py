@@ -1,4 +1,4 @@
-"""What calibration sees is what the matrices are given, and packing by it keeps their products."""
+"""Calibration records the inputs of the matrices, and quantizing with it preserves their products."""
 
 import re
 import signal
@@ -26,43 +26,43 @@ PROMPT, SIZE, STEPS = "a red circle", 48, 2
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Calibration on one small picture."""
+    """Calibration with one small image."""
     monkeypatch.setattr(calibrate, "PROMPTS", (PROMPT,))
     monkeypatch.setattr(calibrate, "MAX_SIDE", SIZE)
     monkeypatch.setattr(calibrate, "STEPS", STEPS)
 
 
-def test_moments_are_those_of_what_the_matrices_are_given(pipe, monkeypatch):
-    given = {}
+def test_moments_are_those_of_the_inputs_of_the_matrices(pipe, monkeypatch):
+    inputs = {}
 
-    def watched(x, weights):
+    def recording(x, weights):
         flat = x.reshape(-1, x.shape[-1])
-        key = tuple(np.array(weights["weight"][0, :3]).tolist())  # random weights tell which matrix it is
-        total, rows = given.get(key, (0, 0))
-        given[key] = total + flat.T @ flat, rows + len(flat)
+        key = tuple(np.array(weights["weight"][0, :3]).tolist())  # random weights identify the matrix
+        total, rows = inputs.get(key, (0, 0))
+        inputs[key] = total + flat.T @ flat, rows + len(flat)
         return linear(x, weights)
 
     found = dict(moments(pipe, [PROMPT], SIZE, STEPS))
     request = GenerateRequest(prompt=PROMPT, width=SIZE, height=SIZE, seed=0, steps=STEPS)
     network = pipe.transformer
     with monkeypatch.context() as patched:
-        patched.setattr(pipe.networks, "transformer", Transformer(network.config, network.runner, watched))
+        patched.setattr(pipe.networks, "transformer", Transformer(network.config, network.runner, recording))
         list(pipe.denoise(request))
     config = pipe.transformer.config
     assert list(found) == [*config.modulated, *(f"context_refiner.{i}" for i in range(config.n_refiner_layers))]
     for block, parts in found.items():
         for layer, name in calibrate.INPUTS.items():
             weight = pipe.checkpoint.transformer.read(f"{block}.{layer}.weight", mx.float32)
-            total, rows = given[tuple(np.array(weight[0, :3]).tolist())]
-            wanted = np.array(total) / rows
+            total, rows = inputs[tuple(np.array(weight[0, :3]).tolist())]
+            expected = np.array(total) / rows
             if (block, layer) == (f"layers.{config.n_layers - 1}", "attention.to_q"):
-                continue  # only the image's rows are asked for; counted with those of keys and values
+                continue  # runs on the image's rows only; recorded together with keys and values
             # float32 sums of squares in another order
-            assert np.abs(np.array(parts[name]) - wanted).max() < 1e-5 * np.abs(wanted).max(), (block, layer)
+            assert np.abs(np.array(parts[name]) - expected).max() < 1e-5 * np.abs(expected).max(), (block, layer)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 32), (4, 64), (8, 128)])
-def test_fed_back_rounding_keeps_products_better_than_the_best_scales(bits, group_size):
+def test_gptq_preserves_products_better_than_searched_scales(bits, group_size):
     q = Quantization(bits, group_size)
     rng = np.random.default_rng(bits)
     weight = mx.array(rng.standard_normal((96, 256), np.float32)).astype(mx.bfloat16)
@@ -76,13 +76,16 @@ def test_fed_back_rounding_keeps_products_better_than_the_best_scales(bits, grou
     assert errors[1] < 0.6 * errors[0]
 
 
-def test_without_correlations_nothing_is_fed_back():
+def test_without_correlations_gptq_equals_searched_scales():
     q, weight = Quantization(4), mx.random.normal((8, 128), key=mx.random.key(3)).astype(mx.bfloat16)
-    plain, fed = quantize_rows(weight, q, search=True), quantize_rows(weight, q, factor=np.eye(128, dtype=np.float32))
-    assert all(mx.array_equal(a, b) for a, b in zip(plain, fed, strict=True))
+    searched, gptq = (
+        quantize_rows(weight, q, search=True),
+        quantize_rows(weight, q, factor=np.eye(128, dtype=np.float32)),
+    )
+    assert all(mx.array_equal(a, b) for a, b in zip(searched, gptq, strict=True))
 
 
-def test_a_later_block_may_be_the_first_asked_for(quick, tiny_folder):
+def test_the_first_request_can_be_for_a_later_block(quick, tiny_folder):
     names = [f"{block}.attention.to_out.0.weight" for block in ("noise_refiner.0", "layers.1", "context_refiner.1")]
     every, last = Calibration(tiny_folder), Calibration(tiny_folder)
     factors = [every.factor(name) for name in names]
@@ -91,8 +94,8 @@ def test_a_later_block_may_be_the_first_asked_for(quick, tiny_folder):
 
 
 @pytest.mark.parametrize("steps", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_calibrated_folder_is_as_large_and_nearer_in_its_velocity(quick, tmp_path, monkeypatch, steps):
-    monkeypatch.setattr(calibrate, "MAX_SIDE", 64)  # fewer tokens than features would tell too little
+def test_a_calibrated_folder_has_the_same_size_and_a_more_accurate_velocity(quick, tmp_path, monkeypatch, steps):
+    monkeypatch.setattr(calibrate, "MAX_SIDE", 64)  # with fewer tokens than features, the moments would be singular
     monkeypatch.setattr(calibrate, "STEPS", steps)
 
     def recipe(component, name, shape):
@@ -112,26 +115,26 @@ def test_a_calibrated_folder_is_as_large_and_nearer_in_its_velocity(quick, tmp_p
         for seed, prompt in enumerate(("two green squares", "一个蓝色的圆"))
     ]
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
-    drawn = [draw(pipe, request) for request in unseen]
+    generated = [draw(pipe, request) for request in unseen]
     errors = []
     for folder in (plain, calibrated):
         pipe = ZImagePipeline.from_pretrained(folder, dtype="float32")
-        errors.append([compare(pipe, *pair)["velocity_error"] for pair in zip(unseen, drawn, strict=True)])
+        errors.append([compare(pipe, *pair)["velocity_error"] for pair in zip(unseen, generated, strict=True)])
     assert np.mean(errors[1]) < 0.7 * np.mean(errors[0])
 
 
-def test_what_cannot_be_calibrated_is_refused(tmp_path):
+def test_options_that_calibration_does_not_support_are_refused(tmp_path):
     file = convert("pocket", tmp_path / "all.safetensors", format="comfyui")
-    with pytest.raises(RequestError, match=r"calibration draw with the source, and .* is a single file"):
+    with pytest.raises(RequestError, match=r"calibration generate images with the source, but .* is a single file"):
         convert(file, tmp_path / "out", bits=4, base="pocket", calibrate=True)
     for options in ({}, {"mode": "nvfp4"}):
-        for fault in ("search", "calibrate"):
-            with pytest.raises(RequestError, match="search and calibrate are for the mode affine"):
-                convert("pocket", tmp_path / "out", **options, **{fault: True})
+        for option in ("search", "calibrate"):
+            with pytest.raises(RequestError, match="search and calibrate need the mode affine"):
+                convert("pocket", tmp_path / "out", **options, **{option: True})
 
 
 @pytest.mark.slow
-def test_a_killed_calibrated_conversion_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_calibrated_conversion_resumes_to_the_same_bytes(tmp_path):
     program = (
         "import os, sys\nfrom mlx_zimage.convert import calibrate, convert_steps, layout\n"
         "layout.SHARD_BYTES, calibrate.PROMPTS, calibrate.MAX_SIDE, calibrate.STEPS = 600_000, ('a ring',), 48, 2\n"
@@ -153,7 +156,7 @@ def test_a_killed_calibrated_conversion_goes_on_to_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quality_example_finds_more_bits_nearer():
+def test_the_quality_example_finds_more_bits_more_accurate():
     script = Path(__file__).parents[1] / "examples" / "quality.py"
     small = ["--prompts", "1", "--seeds", "1", "--size", "64", "--steps", "2", "--ways", "4bit,target,8bit"]
     done = subprocess.run([sys.executable, script, *small], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of other kinds give the same weights as the diffusers folder that they were made from."""
+"""Checkpoints in other formats give the same weights as the diffusers folder they were made from."""
 
 import json
 import re
@@ -30,14 +30,14 @@ import mflux_folders
 
 
 def pocket(component):
-    """The pocket model's tensors by diffusers' names, as stored: bfloat16."""
+    """The pocket model's tensors by diffusers name, as stored: bfloat16."""
     entries = getattr(open_checkpoint("pocket"), component).entries
     loaded = {file: mx.load(str(file)) for file in {entry.file for entry in entries.values()}}
     return {name: loaded[entry.file][entry.name] for name, entry in entries.items()}
 
 
 def read(source, component):
-    """All tensors of a source's network, float32."""
+    """All tensors of a network in a source, float32."""
     return {
         tensor.name: np.array(tensor.read(0, tensor.shape[0]).astype(mx.float32))
         for tensor in source.components[component].tensors
@@ -45,17 +45,17 @@ def read(source, component):
 
 
 def assert_same(source, component, bound=0.0):
-    """Equal to the pocket model, but for an error of each row's largest value times bound."""
-    wanted, got = pocket(component), read(source, component)
+    """Equal to the pocket model, within bound times the largest value of each row."""
+    expected, got = pocket(component), read(source, component)
     assert list(got) == list(getattr(open_checkpoint("pocket"), component).config.shapes())
-    for name in wanted:
-        exact = np.array(wanted[name].astype(mx.float32))
+    for name in expected:
+        exact = np.array(expected[name].astype(mx.float32))
         assert got[name].shape == exact.shape, name
         allowed = bound * np.abs(exact).max(-1, keepdims=True)
         assert (np.abs(got[name] - exact) <= allowed).all(), name
 
 
-# ---- ComfyUI's and LDM's names, written here from their description, in the direction opposite to the converter's
+# ---- ComfyUI's and LDM's names, implemented here independently, in the opposite direction to the converter
 
 
 def comfy_transformer(tensors):
@@ -96,7 +96,7 @@ def save(path, tensors):
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    """ComfyUI's three files."""
+    """The three files that ComfyUI uses."""
     folder = tmp_path_factory.mktemp("split")
     save(folder / "dit.safetensors", comfy_transformer(pocket("transformer")))
     save(folder / "qwen.safetensors", pocket("text_encoder"))
@@ -104,7 +104,7 @@ def split(tmp_path_factory):
     return folder
 
 
-def test_three_comfyui_files_are_the_diffusers_folder(split, tmp_path):
+def test_three_comfyui_files_equal_the_diffusers_folder(split, tmp_path):
     parts = {"text_encoder": split / "qwen.safetensors", "vae": split / "ae.safetensors"}
     source = open_source(split / "dit.safetensors", **parts, base="pocket")
     for component in NETWORKS:
@@ -117,7 +117,7 @@ def test_three_comfyui_files_are_the_diffusers_folder(split, tmp_path):
 
 
 @pytest.mark.parametrize("network_prefix", ["model.diffusion_model.", "diffusion_model.", ""])
-def test_an_all_in_one_file_holds_everything(tmp_path, network_prefix):
+def test_an_all_in_one_file_contains_everything(tmp_path, network_prefix):
     tensors = {f"{network_prefix}{name}": array for name, array in comfy_transformer(pocket("transformer")).items()}
     tensors |= {f"text_encoders.qwen3_4b.transformer.{name}": a for name, a in pocket("text_encoder").items()}
     tensors |= {f"vae.{name}": array for name, array in ldm_vae(pocket("vae")).items()}
@@ -127,13 +127,13 @@ def test_an_all_in_one_file_holds_everything(tmp_path, network_prefix):
         assert_same(source, component)
 
 
-def test_a_single_file_may_keep_the_names_of_diffusers(tmp_path):
+def test_a_single_file_can_use_diffusers_names(tmp_path):
     tensors = {f"model.diffusion_model.{name}": array for name, array in pocket("transformer").items()}
     assert_same(open_source(save(tmp_path / "dit.safetensors", tensors), base="pocket"), "transformer")
 
 
 @pytest.mark.slow
-def test_diffusers_own_converter_agrees_about_comfyui_names(split):
+def test_the_converter_in_diffusers_agrees_about_comfyui_names(split):
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     torch = pytest.importorskip("torch")
 
@@ -155,7 +155,7 @@ def test_diffusers_own_converter_agrees_about_comfyui_names(split):
     ("component", "config"),
     [("transformer", TransformerConfig()), ("text_encoder", TextEncoderConfig()), ("vae", VAEConfig())],
 )
-def test_names_of_the_full_model_are_left_as_they_are(component, config):
+def test_diffusers_names_of_the_full_model_are_unchanged(component, config):
     for name in config.shapes():
         (place,) = places(name)
         assert (place.component, place.name, place.parts) == (component, name, 1)
@@ -164,7 +164,7 @@ def test_names_of_the_full_model_are_left_as_they_are(component, config):
 
 
 @pytest.mark.parametrize("component", NETWORKS)
-def test_the_configs_known_here_are_the_architectures_defaults(component):
+def test_the_built_in_configs_equal_the_architectures_defaults(component):
     architecture = NETWORKS[component]
     assert architecture.from_dict(official.CONFIGS[component]) == architecture()
 
@@ -174,7 +174,7 @@ def test_the_configs_known_here_are_the_architectures_defaults(component):
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float8_e4m3fn", 2.0**-4), ("float8_e5m2", 2.0**-3)])
 @pytest.mark.parametrize("spelling", ["plain", "scale_weight", "weight_scale", "weight_scale rows"])
-def test_fp8_as_torch_writes_it_gives_the_weights_back(tmp_path, dtype, bound, spelling):
+def test_fp8_weights_written_by_torch_are_read_back(tmp_path, dtype, bound, spelling):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
@@ -202,37 +202,48 @@ def test_fp8_as_torch_writes_it_gives_the_weights_back(tmp_path, dtype, bound, s
     source = open_source(tmp_path / "fp8.safetensors", base="pocket")
     got = read(source, "transformer")
     for i, x in enumerate("qkv"):
-        wanted = exact["layers.2.attention.qkv.weight"].float().chunk(3)[i].numpy()
-        assert np.array_equal(got[f"layers.2.attention.to_{x}.weight"], wanted)
+        expected = exact["layers.2.attention.qkv.weight"].float().chunk(3)[i].numpy()
+        assert np.array_equal(got[f"layers.2.attention.to_{x}.weight"], expected)
     assert np.array_equal(got["layers.0.feed_forward.w2.weight"], exact["layers.0.feed_forward.w2.weight"].numpy())
-    assert_same(source, "transformer", bound)  # half a unit of the mantissa's last place, or what fp8 cannot reach
+    assert_same(
+        source, "transformer", bound
+    )  # half a unit in the last place of the mantissa, or the loss where fp8 saturates
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2")])
-def test_every_fp8_byte_means_what_it_means_in_torch(name, dtype):
+def test_every_fp8_byte_has_the_same_value_as_in_torch(name, dtype):
     torch = pytest.importorskip("torch")
-    wanted = torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype)).float().numpy()
-    assert np.array_equal(FP8[name], wanted, equal_nan=True)
+    expected = torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype)).float().numpy()
+    assert np.array_equal(FP8[name], expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"layers.0.feed_forward.w1.comfy_quant": mx.array(list(b'{"format": "nvfp4"}'), mx.uint8)}, "says 'nvfp4'"),
+        (
+            {"layers.0.feed_forward.w1.comfy_quant": mx.array(list(b'{"format": "nvfp4"}'), mx.uint8)},
+            "declares 'nvfp4'",
+        ),
         ({"layers.0.feed_forward.w1.comfy_quant": mx.array(list(b"{}"), mx.uint8)}, "is not valid"),
-        ({"layers.0.feed_forward.w1.scale_weight": mx.ones((3, 4))}, r"has shape \(3, 4\); one scale or one a row"),
-        ({"layers.0.feed_forward.w1.weight": mx.ones((512, 192), mx.int8)}, "w1.weight is I8; known are F32"),
-        ({"double_blocks.0.img_attn.qkv.weight": mx.ones((3, 4))}, "belong to no network of Z-Image"),
+        (
+            {"layers.0.feed_forward.w1.scale_weight": mx.ones((3, 4))},
+            r"has shape \(3, 4\), expected one scale or one per row",
+        ),
+        (
+            {"layers.0.feed_forward.w1.weight": mx.ones((512, 192), mx.int8)},
+            "w1.weight has dtype I8, expected F32",
+        ),
+        ({"double_blocks.0.img_attn.qkv.weight": mx.ones((3, 4))}, "not part of Z-Image: double_blocks"),
         ({"layers.9.feed_forward.w1.weight": mx.ones((512, 192))}, "1 are unexpected: layers.9.feed_forward.w1"),
         (
             {"layers.0.feed_forward.w1.weight": mx.ones((512, 64))},
-            r"another shape: .* is \(512, 64\), wanted \(512, 192\)",
+            r"wrong shape: .* has shape \(512, 64\), expected \(512, 192\)",
         ),
-        ({"layers.0.attention.qkv.weight": mx.ones((577, 192))}, "is not 3 equal parts"),
-        ({"all_x_embedder.2-1.bias": mx.ones((192,))}, "all_x_embedder.2-1.bias is there twice"),
+        ({"layers.0.attention.qkv.weight": mx.ones((577, 192))}, "cannot be split into 3 equal parts"),
+        ({"all_x_embedder.2-1.bias": mx.ones((192,))}, "all_x_embedder.2-1.bias is stored twice"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(split, tmp_path, extra, message):
+def test_unknown_or_misshapen_tensors_are_refused_by_name(split, tmp_path, extra, message):
     tensors = mx.load(str(split / "dit.safetensors"))
     with pytest.raises(CheckpointError, match=message):
         open_source(save(tmp_path / "dit.safetensors", tensors | extra), base="pocket")
@@ -259,7 +270,7 @@ class Trap:
 
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
 @pytest.mark.parametrize("ending", ["ckpt", "pt", "bin", "safetensors"])
-def test_a_pickle_is_refused_by_what_it_holds_and_never_run(tmp_path, kind, ending):
+def test_a_pickle_is_recognized_by_its_content_and_never_run(tmp_path, kind, ending):
     import pickle
 
     file, trap = tmp_path / f"model.{ending}", tmp_path / "sprung"
@@ -273,7 +284,7 @@ def test_a_pickle_is_refused_by_what_it_holds_and_never_run(tmp_path, kind, endi
 
 
 @pytest.mark.parametrize("place", ["transformer/diffusion_pytorch_model.bin", "vae/model.safetensors", "model.ckpt"])
-def test_a_pickle_in_a_folder_is_refused_as_one(tmp_path, place):
+def test_a_pickle_in_a_folder_is_refused(tmp_path, place):
     import pickle
 
     folder = shutil.copytree(POCKET, tmp_path / "folder")
@@ -288,7 +299,7 @@ def test_a_pickle_in_a_folder_is_refused_as_one(tmp_path, place):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_pickle_beside_whole_weights_is_left_alone(tmp_path):
+def test_a_pickle_next_to_complete_weights_is_ignored(tmp_path):
     folder = shutil.copytree(POCKET, tmp_path / "folder")
     (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"PK\x03\x04")
     assert_same(open_source(folder), "vae")
@@ -302,7 +313,7 @@ def test_a_pickle_beside_whole_weights_is_left_alone(tmp_path):
 
 
 def llama_text_encoder(tensors):
-    """Qwen3 in llama.cpp's names."""
+    """Qwen3 with the names of llama.cpp."""
     parts = {
         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
         **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
@@ -318,7 +329,7 @@ def llama_text_encoder(tensors):
 
 
 def save_gguf(path, tensors, kind, architecture="lumina2"):
-    """With the gguf package; matrices in kind, the rest as ComfyUI-GGUF leaves it."""
+    """Write with the gguf package; matrices as kind, the rest as F32, as in ComfyUI-GGUF."""
     package = pytest.importorskip("gguf")
     writer = package.GGUFWriter(path, architecture)
     writer.add_array("some.list", ["one", "two"])
@@ -335,7 +346,7 @@ def save_gguf(path, tensors, kind, architecture="lumina2"):
     return path
 
 
-# Half a step of a block of 32, as a part of a row's largest value; the step of an _1 kind spans the block's range.
+# Half a step in a block of 32, relative to a row's largest value; for _1 kinds the steps span the block's range.
 STEPS = {
     "F32": 0,
     "BF16": 0,
@@ -349,7 +360,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_gguf_files_of_the_gguf_package_give_the_weights_back(tmp_path, kind):
+def test_files_written_by_the_gguf_package_are_read_back(tmp_path, kind):
     dit = save_gguf(tmp_path / "dit.gguf", comfy_transformer(pocket("transformer")), kind)
     qwen = save_gguf(tmp_path / "qwen.gguf", llama_text_encoder(pocket("text_encoder")), kind, "qwen3")
     source = open_source(dit, text_encoder=qwen, base="pocket")
@@ -358,24 +369,24 @@ def test_gguf_files_of_the_gguf_package_give_the_weights_back(tmp_path, kind):
     assert_same(source, "vae")
 
 
-def test_a_gguf_file_converts(tmp_path):
+def test_a_gguf_file_can_be_converted(tmp_path):
     dit = save_gguf(tmp_path / "dit.gguf", pocket("transformer"), "Q8_0")
     assert open_checkpoint(convert(dit, tmp_path / "out", bits=4, base="pocket"))
 
 
 @pytest.mark.parametrize("number", gguf.KINDS)
-def test_blocks_unpack_as_the_gguf_package_unpacks_them(number):
+def test_blocks_are_decoded_as_in_the_gguf_package(number):
     package = pytest.importorskip("gguf")
     kind, theirs = gguf.KINDS[number], package.GGMLQuantizationType(number)
     assert theirs.name == kind.name
     assert package.GGML_QUANT_SIZES[theirs] == (kind.values, kind.block_bytes)
     blocks = np.random.default_rng(number).integers(0, 256, (300, kind.block_bytes), dtype=np.uint8)
-    with np.errstate(all="ignore"):  # random bytes make infinite scales, too
-        wanted = package.quants.dequantize(blocks, theirs).reshape(300, kind.values)
-        assert np.array_equal(kind.decode(blocks), wanted, equal_nan=True)
+    with np.errstate(all="ignore"):  # random bytes include infinite scales
+        expected = package.quants.dequantize(blocks, theirs).reshape(300, kind.values)
+        assert np.array_equal(kind.decode(blocks), expected, equal_nan=True)
 
 
-def test_rows_of_a_gguf_tensor_are_read_alone(tmp_path):
+def test_a_range_of_rows_of_a_gguf_tensor_can_be_read(tmp_path):
     file = save_gguf(tmp_path / "dit.gguf", pocket("transformer"), "Q5_1")
     tensor = gguf.read_tensors(file)["layers.0.feed_forward.w2.weight"]
     assert tensor.shape == (192, 512)
@@ -390,16 +401,16 @@ def test_damaged_gguf_headers_are_refused(tmp_path):
         r"ends at byte \d+, the file at \d+": content[:-1],
         "requires a buffer": content[:20],
         "version 9": content[:4] + struct.pack("<I", 9) + content[8:],
-        "tensors and 3 metadata are announced": content[:8] + struct.pack("<Q", 2**60) + content[16:],
-        "a text of": content[:24] + struct.pack("<Q", 2**62) + content[32:],
+        "tensors and 3 metadata values": content[:8] + struct.pack("<Q", 2**60) + content[16:],
+        "a string of": content[:24] + struct.pack("<Q", 2**62) + content[32:],
     }
     for fault, damaged in cases.items():
         file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=rf"is not a whole GGUF file \(.*{fault}"):
+        with pytest.raises(CheckpointError, match=rf"is not a complete GGUF file \(.*{fault}"):
             gguf.read_tensors(file)
 
 
-def test_a_gguf_type_that_is_not_known_is_refused_by_name(tmp_path):
+def test_an_unknown_gguf_type_is_refused_by_name(tmp_path):
     package = pytest.importorskip("gguf")
     writer = package.GGUFWriter(tmp_path / "dit.gguf", "lumina2")
     used = package.GGMLQuantizationType.IQ4_NL
@@ -408,7 +419,7 @@ def test_a_gguf_type_that_is_not_known_is_refused_by_name(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="x_pad_token is of type 20, which is not one of F32"):
+    with pytest.raises(CheckpointError, match="x_pad_token has type 20, expected one of F32"):
         open_source(tmp_path / "dit.gguf", base="pocket")
 
 
@@ -417,7 +428,7 @@ def test_a_gguf_type_that_is_not_known_is_refused_by_name(tmp_path):
 
 @pytest.fixture(scope="module")
 def mflux(tmp_path_factory):
-    """The folders that mflux 0.24.0 saved with its own code: see golden/mflux_folders.py."""
+    """Folders saved by mflux 0.24.0 itself: see golden/mflux_folders.py."""
     folder = tmp_path_factory.mktemp("mflux")
     with zipfile.ZipFile(mflux_folders.ARCHIVE) as archive:
         archive.extractall(folder)
@@ -426,58 +437,58 @@ def mflux(tmp_path_factory):
 
 @pytest.fixture
 def mflux_configs(monkeypatch):
-    """As if the official model were as small as what mflux saved."""
+    """Pretends that the official model is as small as the folders saved by mflux."""
     monkeypatch.setattr(official, "CONFIGS", mflux_folders.CONFIGS)
 
 
 @pytest.mark.parametrize("bits", mflux_folders.BITS)
-def test_folders_that_mflux_saved_give_the_weights_back(mflux, mflux_configs, bits):
+def test_folders_saved_by_mflux_are_read_back(mflux, mflux_configs, bits):
     source = open_source(mflux / f"mflux-{bits or 'dense'}", tokenizer="pocket")
     for component in NETWORKS:
-        got, wanted = read(source, component), mflux_folders.weights(component)
-        assert list(got) == list(wanted)
-        for name, array in wanted.items():
+        got, expected = read(source, component), mflux_folders.weights(component)
+        assert list(got) == list(expected)
+        for name, array in expected.items():
             exact = mx.array(array)
             if bits and array.ndim == 2 and not name.endswith("pad_token"):
-                # mflux packs every matrix, embeddings and the VAE's included
+                # mflux quantizes every matrix, including embeddings and those of the VAE
                 packed = mx.quantize(exact.astype(mx.bfloat16), group_size=64, bits=bits)
                 packed = [packed[0], *(part.astype(mx.float32) for part in packed[1:])]
                 exact = mx.dequantize(*packed, group_size=64, bits=bits)
             assert np.array_equal(got[name], np.array(exact)), name
 
 
-def test_a_folder_of_mflux_converts(mflux, mflux_configs, tmp_path):
+def test_an_mflux_folder_can_be_converted(mflux, mflux_configs, tmp_path):
     out = convert(mflux / "mflux-8", tmp_path / "out", tokenizer="pocket")
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["shift"] == 3.0
     assert open_checkpoint(out)
 
 
-# ---- what a source lacks
+# ---- missing parts
 
 
-def test_what_is_missing_comes_from_the_hub_and_that_is_said(split, tmp_path, monkeypatch):
+def test_missing_parts_are_downloaded_with_a_warning(split, tmp_path, monkeypatch):
     import huggingface_hub
 
-    asked = []
+    downloads = []
 
     def snapshot_download(repository, allow_patterns, **_):
-        asked.append((repository, allow_patterns))
+        downloads.append((repository, allow_patterns))
         return POCKET
 
     configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in NETWORKS}
     monkeypatch.setattr(official, "CONFIGS", configs)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.warns(
-        BorrowedFromHub, match="dit.safetensors has no vae, tokenizer: taken from Tongyi-MAI/Z-Image-Turbo"
+        BorrowedFromHub, match="dit.safetensors contains no vae, tokenizer; using Tongyi-MAI/Z-Image-Turbo for that"
     ):
         source = open_source(split / "dit.safetensors", text_encoder=split / "qwen.safetensors")
-    assert asked == [("Tongyi-MAI/Z-Image-Turbo", ["model_index.json", "scheduler/*", "vae/*", "tokenizer/*"])]
+    assert downloads == [("Tongyi-MAI/Z-Image-Turbo", ["model_index.json", "scheduler/*", "vae/*", "tokenizer/*"])]
     assert_same(source, "vae")
     assert source.files["tokenizer/tokenizer.json"] == (POCKET / "tokenizer" / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("tokenizer", ["pocket", POCKET / "tokenizer", POCKET / "tokenizer" / "tokenizer.json"])
-def test_nothing_is_fetched_when_everything_is_given(split, monkeypatch, tokenizer):
+def test_nothing_is_downloaded_when_everything_is_given(split, monkeypatch, tokenizer):
     configs = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in NETWORKS}
     monkeypatch.setattr(official, "CONFIGS", configs)
     with warnings.catch_warnings():
@@ -489,7 +500,7 @@ def test_nothing_is_fetched_when_everything_is_given(split, monkeypatch, tokeniz
     assert "tokenizer/tokenizer.json" in source.files
 
 
-def test_a_network_of_a_folder_may_be_replaced(tiny_folder, split):
+def test_a_network_of_a_folder_can_be_replaced(tiny_folder, split):
     tensors = {name: array + 1 for name, array in pocket("vae").items()}
     save(split / "other.safetensors", tensors)
     source = open_source("pocket", vae=split / "other.safetensors", base="pocket")
@@ -498,16 +509,16 @@ def test_a_network_of_a_folder_may_be_replaced(tiny_folder, split):
     assert np.array_equal(read(source, "vae")[name], np.array(tensors[name].astype(mx.float32)))
 
 
-def test_parts_that_cannot_make_a_model_are_refused(split, tiny_folder):
-    with pytest.raises(RequestError, match="holds no transformer, only vae; give the transformer as the source"):
+def test_parts_that_do_not_form_a_model_are_refused(split, tiny_folder):
+    with pytest.raises(RequestError, match="contains no transformer, only vae; give the transformer as the source"):
         open_source(split / "ae.safetensors", base="pocket")
-    with pytest.raises(RequestError, match="holds no text_encoder, only vae"):
+    with pytest.raises(RequestError, match="contains no text_encoder, only vae"):
         open_source("pocket", text_encoder=split / "ae.safetensors", base="pocket")
-    with pytest.raises(CheckpointError, match="gives 40 features a token, the transformer takes 128"):
+    with pytest.raises(CheckpointError, match="outputs 40 features per token, but the transformer expects 128"):
         open_source("pocket", text_encoder=tiny_folder)
     with pytest.raises(CheckpointError, match="has no model_index"):
         open_source(split)
-    with pytest.raises(CheckpointError, match=r"ae.safetensors is no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"ae.safetensors is not a tokenizer\.json"):
         open_source("pocket", tokenizer=split / "ae.safetensors")
     with pytest.raises(ModelNotFoundError, match="no model folder at /no/such"):
         open_source("/no/such/file.safetensors")

@@ -1,4 +1,4 @@
-"""The way back: what the converter writes for diffusers and ComfyUI is what they read."""
+"""Exporting: diffusers and ComfyUI can read what the converter writes for them."""
 
 import json
 
@@ -34,25 +34,25 @@ def assert_equal(a, b):
     ("component", "config"),
     [("transformer", TransformerConfig()), ("text_encoder", TextEncoderConfig()), ("vae", VAEConfig())],
 )
-def test_comfyui_names_lead_back_to_those_of_diffusers(component, config):
+def test_comfyui_names_map_back_to_those_of_diffusers(component, config):
     fused = set()
     for name in config.shapes():
         there = comfyui_name(component, name)
         back = places(COMFYUI_PREFIXES[component] + there)
         assert (component, name) in {(place.component, place.name) for place in back}
         fused.add(there)
-    # 453 tensors are in the published transformer: 34 blocks with two tensors less
+    # the published transformer has 453 tensors: two fewer in each of 34 blocks
     assert len(fused) == {"transformer": 453, "text_encoder": 398, "vae": 244}[component]
 
 
-def test_a_comfyui_file_holds_the_whole_model(tmp_path):
+def test_a_comfyui_file_contains_the_whole_model(tmp_path):
     file = convert("pocket", tmp_path / "all.safetensors", format="comfyui")
     assert [path.name for path in tmp_path.iterdir()] == ["all.safetensors"]
     stored = mx.load(str(file))
     assert stored["model.diffusion_model.layers.0.attention.qkv.weight"].shape == (576, 192)
     assert stored["vae.decoder.mid.attn_1.q.weight"].ndim == 4
     assert_equal(file, "pocket")
-    with pytest.raises(RequestError, match="exists already"):
+    with pytest.raises(RequestError, match="already exists"):
         convert("pocket", file, format="comfyui")
 
 
@@ -71,7 +71,7 @@ def test_a_diffusers_folder_has_the_files_that_diffusers_looks_for(tmp_path, mon
     assert_equal(out, "pocket")
 
 
-def test_a_quantized_folder_of_ours_goes_back_dense(tmp_path):
+def test_a_quantized_folder_is_exported_dense(tmp_path):
     packed = convert("pocket", tmp_path / "packed", bits=4)
     out = convert(packed, tmp_path / "out", format="diffusers", dtype="float32")
     assert not any(part.quantizations for part in open_checkpoint(out).components)
@@ -79,7 +79,7 @@ def test_a_quantized_folder_of_ours_goes_back_dense(tmp_path):
 
 
 @pytest.mark.slow
-def test_diffusers_loads_what_is_written_for_it(tmp_path, monkeypatch):
+def test_diffusers_loads_an_exported_folder(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.setattr(layout, "SHARD_BYTES", 4_000_000)
@@ -93,7 +93,7 @@ def test_diffusers_loads_what_is_written_for_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["diffusers", "comfyui"])
-def test_quantization_is_refused_where_nobody_could_read_it(tmp_path, form):
+def test_quantization_is_refused_for_formats_that_cannot_store_it(tmp_path, form):
     with pytest.raises(RequestError, match=f"{form} cannot read MLX's quantized weights"):
         convert("pocket", tmp_path / "out", format=form, bits=4)
     with pytest.raises(RequestError, match="format must be one of mlx, diffusers, comfyui, got 'gguf'"):

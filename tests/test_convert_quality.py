@@ -1,4 +1,4 @@
-"""Where the bits go, and what searching for scales gains."""
+"""How bits are distributed over layers, and the gain from searching for scales."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def squared_error(weight, q, search):
 
 
 @pytest.mark.parametrize("bits", AFFINE_BITS)
-def test_codes_are_packed_as_mlx_packs_them(bits):
+def test_codes_are_packed_as_in_mlx(bits):
     q = Quantization(bits)
     weight, scales, biases = mx.quantize(mx.random.normal((16, 256)), bits=bits, group_size=64)
     codes = mx.dequantize(weight, mx.ones_like(scales), mx.zeros_like(biases), bits=bits, group_size=64)
@@ -53,15 +53,15 @@ def test_codes_are_packed_as_mlx_packs_them(bits):
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", AFFINE_BITS)
-def test_searched_scales_are_never_worse_and_mostly_better(weight, bits, group_size):
+def test_searched_scales_are_never_worse_and_usually_better(weight, bits, group_size):
     q = Quantization(bits, group_size)
     plain, searched = (squared_error(weight, q, search).reshape(-1, group_size).sum(-1) for search in (False, True))
-    # the plain scales are among those tried; their codes are chosen anew, for the scales as stored
+    # the plain scales are among the candidates; their codes are chosen again, for the scales as stored
     assert (searched <= plain * (1 + 1e-5) + 1e-12).all()
     assert searched.sum() < 0.93 * plain.sum()
 
 
-def test_searching_keeps_what_the_grid_holds_exactly():
+def test_searching_keeps_values_that_are_exactly_on_the_grid():
     q = Quantization(4)
     grid = mx.arange(16).astype(mx.float32)
     rows = mx.concatenate([grid] * 4 + [mx.zeros(64), mx.full(64, 3.0)]).reshape(1, 192).astype(mx.bfloat16)
@@ -88,10 +88,10 @@ def test_a_folder_with_searched_scales_has_the_same_layout_and_less_error(tmp_pa
 def test_mixed_gives_more_bits_to_values_and_outputs(tmp_path):
     out = convert("pocket", tmp_path / "out", bits=4, recipe="mixed")
     for (component, layer), bits in bits_of(out).items():
-        wanted = 4
+        expected = 4
         if component == "transformer":
-            wanted = 6 if layer.endswith("to_v") else 5 if layer.endswith("to_out.0") else 4
-        assert bits == wanted, layer
+            expected = 6 if layer.endswith("to_v") else 5 if layer.endswith("to_out.0") else 4
+        assert bits == expected, layer
     block = json.loads((out / "transformer" / "config.json").read_text())["quantization"]
     assert (block["bits"], block["group_size"], block["mode"]) == (4, 64, "affine")
     assert block["layers.0.attention.to_v"] == {"bits": 6, "group_size": 64, "mode": "affine"}
@@ -116,21 +116,21 @@ def test_a_recipe_is_a_function_of_component_name_and_shape(tmp_path):
     assert not out.text_encoder.quantizations
 
 
-@pytest.mark.parametrize("part", [0.56, 0.6, 0.7, 0.9])
-def test_a_target_size_is_used_and_never_passed(tmp_path, part):
-    target = int(part * nbytes("pocket"))
+@pytest.mark.parametrize("fraction", [0.56, 0.6, 0.7, 0.9])
+def test_a_target_size_is_used_up_and_never_exceeded(tmp_path, fraction):
+    target = int(fraction * nbytes("pocket"))
     out = convert("pocket", tmp_path / "out", target_size=target)
     assert 0.97 * target < nbytes(out) <= target
 
 
-def test_a_larger_target_never_takes_bits_away(tmp_path):
+def test_a_larger_target_never_reduces_the_bits_of_a_layer(tmp_path):
     targets = int(0.6 * nbytes("pocket")), int(0.75 * nbytes("pocket"))
     small, large = (convert("pocket", tmp_path / f"{n}", target_size=n) for n in targets)
-    least, most = bits_of(small), bits_of(large)
-    assert all(bits <= most.get(layer, 16) for layer, bits in least.items())
+    fewer, more = bits_of(small), bits_of(large)
+    assert all(bits <= more.get(layer, 16) for layer, bits in fewer.items())
 
 
-def test_a_target_of_the_whole_size_leaves_everything_dense(tmp_path):
+def test_a_target_of_the_full_size_leaves_everything_dense(tmp_path):
     out = convert("pocket", tmp_path / "out", target_size=nbytes("pocket"))
     assert not bits_of(out)
 
@@ -143,31 +143,31 @@ def test_every_layer_that_is_quantized_has_an_importance():
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [("3.2GB", 3_200_000_000), ("900 mb", 900_000_000), ("1GiB", 2**30), (12345, 12345), ("5e3", None), ("big", None)],
 )
-def test_sizes_are_read_as_people_write_them(text, wanted):
-    if wanted is None:
-        with pytest.raises(RequestError, match=r"target size must be like 3\.2GB"):
+def test_sizes_are_parsed_in_the_usual_spellings(text, expected):
+    if expected is None:
+        with pytest.raises(RequestError, match=r"target size must be a size such as 3\.2GB"):
             quantizations(None, target_size=text)
     else:
-        assert quantizations(None, target_size=text).target == wanted
+        assert quantizations(None, target_size=text).target == expected
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_size": "1MB"}, "cannot be met: with 3 bits in every layer"),
-        ({"target_size": "5MB", "bits": 4}, "a target size and bits were given"),
-        ({"target_size": "5MB", "mode": "mxfp4"}, "with the mode affine"),
+        ({"target_size": "1MB"}, "is too small: with 3 bits in every layer"),
+        ({"target_size": "5MB", "bits": 4}, "a target size and bits were both given"),
+        ({"target_size": "5MB", "mode": "mxfp4"}, "in mode affine"),
         ({"recipe": "best"}, "recipe must be one of uniform, mixed, got 'best'"),
-        ({"recipe": "mixed", "mode": "mxfp4"}, "mixed is for the mode affine"),
-        ({"recipe": "mixed"}, "the recipe mixed was given, but no bits"),
-        ({"recipe": lambda *_: None, "bits": 4}, "a recipe of your own chooses bits"),
+        ({"recipe": "mixed", "mode": "mxfp4"}, "mixed needs mode affine"),
+        ({"recipe": "mixed"}, "recipe mixed was given without bits"),
+        ({"recipe": lambda *_: None, "bits": 4}, "a recipe function chooses bits"),
         ({"recipe": lambda *_: Quantization(4)}, "transformer x_pad_token cannot be quantized"),
     ],
 )
-def test_choices_that_contradict_each_other_are_refused(tmp_path, options, message):
+def test_conflicting_options_are_refused(tmp_path, options, message):
     with pytest.raises(RequestError, match=message):
         convert("pocket", tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The report on a converted model is true of it."""
+"""The report on a converted model is accurate."""
 
 import json
 import os
@@ -35,16 +35,16 @@ def folders(tmp_path_factory):
     return {bits: convert("pocket", folder / str(bits), bits=bits) for bits in (3, 8)}
 
 
-def test_more_bits_are_nearer_by_every_measure(folders):
+def test_more_bits_are_closer_by_every_measure(folders):
     low, high = (report(folders[bits], "pocket", **OPTIONS) for bits in (3, 8))
     assert high["weight_error"]["mean"] < 0.1 * low["weight_error"]["mean"]
     (a,), (b,) = low["pictures"], high["pictures"]
-    assert all(more < less for more, less in zip(b["velocity_error"], a["velocity_error"], strict=True))
+    assert all(high < low for high, low in zip(b["velocity_error"], a["velocity_error"], strict=True))
     assert b["latent_cosine"] > a["latent_cosine"]
     assert b["psnr_db"] > a["psnr_db"] + 10
 
 
-def test_the_weight_error_is_that_of_the_layers(folders):
+def test_the_weight_error_is_reported_by_layer(folders):
     quality = report(folders[8], "pocket", **(OPTIONS | {"prompts": []}))
     quantized = {
         f"{part.name} {layer}.weight" for part in open_checkpoint(folders[8]).components for layer in part.quantizations
@@ -58,17 +58,17 @@ def test_the_weight_error_is_that_of_the_layers(folders):
     assert quality["weight_error"]["layers"][f"transformer {name}.weight"] == pytest.approx(error, rel=1e-4)
 
 
-def test_a_dense_copy_is_the_same(tmp_path):
+def test_a_dense_copy_is_reported_as_identical(tmp_path):
     out = convert("pocket", tmp_path / "out")
     quality = report(out, "pocket", **OPTIONS)
     assert quality["weight_error"]["layers"] == {}
-    (picture,) = quality["pictures"]
-    assert max(picture["velocity_error"]) < 1e-5  # theirs is taken from the difference of two steps
-    assert picture["latent_cosine"] == pytest.approx(1, abs=1e-6)
-    assert picture["psnr_db"] is None
+    (image,) = quality["pictures"]
+    assert max(image["velocity_error"]) < 1e-5  # the source's velocity is computed from the difference of two steps
+    assert image["latent_cosine"] == pytest.approx(1, abs=1e-6)
+    assert image["psnr_db"] is None
 
 
-def test_the_report_is_written_into_the_folder_and_its_manifest(folders):
+def test_the_report_is_added_to_the_folder_and_its_manifest(folders):
     quality = report(folders[8], "pocket", **OPTIONS)
     assert json.loads((folders[8] / "quality.json").read_text()) == quality
     card = (folders[8] / "README.md").read_text()
@@ -78,24 +78,24 @@ def test_the_report_is_written_into_the_folder_and_its_manifest(folders):
     assert not list(folders[8].glob(".*"))
 
 
-def test_a_folder_of_another_hand_is_left_alone(tmp_path):
+def test_a_folder_not_written_by_the_converter_is_refused(tmp_path):
     folder = shutil.copytree(open_checkpoint("pocket").folder, tmp_path / "pocket")
     with pytest.raises(CheckpointError, match="was not written by this converter"):
         report(folder, "pocket", **OPTIONS)
 
 
-def test_a_card_tells_what_the_model_was_made_from(tmp_path):
-    def told(source, before=None):
+def test_a_model_card_names_what_the_model_was_converted_from(tmp_path):
+    def card(source, before=None):
         conversion = {"converter": "mlx-zimage", "source": source, "dtype": "bfloat16"}
         conversion |= {"before": before} if before else {}
         return ModelCard(model_card(conversion)).data.to_dict()
 
-    always = {"library_name": "mlx", "pipeline_tag": "text-to-image", "tags": ["mlx"]}
-    assert told("folder") == always
-    assert told("some/model") == always | {"base_model": "some/model"}
+    common = {"library_name": "mlx", "pipeline_tag": "text-to-image", "tags": ["mlx"]}
+    assert card("folder") == common
+    assert card("some/model") == common | {"base_model": "some/model"}
     official = {"base_model": "Tongyi-MAI/Z-Image-Turbo", "license": "apache-2.0"}
-    assert told("Tongyi-MAI/Z-Image-Turbo") == always | official
-    assert told("bf16", {"source": "Tongyi-MAI/Z-Image-Turbo"}) == always | official
+    assert card("Tongyi-MAI/Z-Image-Turbo") == common | official
+    assert card("bf16", {"source": "Tongyi-MAI/Z-Image-Turbo"}) == common | official
 
 
 @pytest.fixture
@@ -106,11 +106,13 @@ def api(monkeypatch):
     return api
 
 
-def test_what_cannot_be_uploaded_is_told(folders, api):
+def test_a_failed_upload_is_reported(folders, api):
     with pytest.raises(CheckpointError, match="was not written by this converter"):
         upload(open_checkpoint("pocket").folder, "me/pocket")
     api.create_repo.side_effect = HFValidationError("no such name\nand more")
-    with pytest.raises(OutputError, match=r"could not be uploaded to me/pocket: no such name; `hf upload me/pocket"):
+    with pytest.raises(
+        OutputError, match=r"could not be uploaded to me/pocket: no such name; to retry, run `hf upload me/pocket"
+    ):
         upload(folders[8], "me/pocket")
 
 
@@ -132,22 +134,27 @@ def test_one_command_converts_reports_and_uploads(tmp_path, api, monkeypatch):
             ["--upload-repo", "me/x"],
             None,
             2,
-            "uploading to me/x needs a token of the hub; `hf auth login`, or set HF_TOKEN",
+            "uploading to me/x needs a Hugging Face token; run `hf auth login`, or set HF_TOKEN",
         ),
-        (["--upload-repo", "me x"], "hf", 2, "'me x' is no name of a repository"),
-        (["--upload-repo", "x"], "hf", 2, "'x' is no name of a repository; it is OWNER/NAME"),
-        (["--upload-repo", "me/x"], "refused", 6, "the hub would not take an upload to me/x: no"),
-        (["--upload-repo", "me/x", "--format", "comfyui"], "hf", 2, "are for folders of this program's, not comfyui"),
-        (["--report", "--vae", "pocket"], None, 2, "--report compares with SOURCE alone; leave --vae out"),
+        (["--upload-repo", "me x"], "hf", 2, "'me x' is not a repository name"),
+        (["--upload-repo", "x"], "hf", 2, "'x' is not a repository name; expected OWNER/NAME"),
+        (["--upload-repo", "me/x"], "rejected", 6, "Hugging Face would reject an upload to me/x: no"),
+        (
+            ["--upload-repo", "me/x", "--format", "comfyui"],
+            "hf",
+            2,
+            "--report and --upload-repo need --format mlx, got comfyui",
+        ),
+        (["--report", "--vae", "pocket"], None, 2, "--report compares with SOURCE alone; leave out --vae"),
         (["--report", "--memory", "1MB"], None, 5, "1 MB"),
-        (["--memory", "1GB"], None, 2, "--memory is for --calibrate and --report"),
+        (["--memory", "1GB"], None, 2, "--memory only applies to --calibrate and --report"),
     ],
 )
-def test_what_a_report_or_an_upload_lacks_is_told_before_any_work(
+def test_invalid_options_for_a_report_or_upload_are_refused_before_any_work(
     tmp_path, api, monkeypatch, options, token, code, message
 ):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
-    if token == "refused":
+    if token == "rejected":
         api.whoami.side_effect = HTTPError("no")
     result = CliRunner().invoke(main, ["convert", "pocket", str(tmp_path / "out"), "--q-bits", "4", *options])
     assert result.exit_code == code
@@ -155,14 +162,14 @@ def test_what_a_report_or_an_upload_lacks_is_told_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_report_needs_a_source_that_draws(tmp_path):
+def test_a_report_needs_a_source_that_can_generate_images(tmp_path):
     file = convert("pocket", tmp_path / "all.safetensors", format="comfyui")
-    with pytest.raises(RequestError, match=r"reports and calibration draw with the source, and .* is a single file"):
+    with pytest.raises(RequestError, match=r"calibration generate images with the source, but .* is a single file"):
         check_source(file)
 
 
-def test_the_hub_is_given_the_whole_folder(folders):
-    """Through the hub's own client, against a server that speaks its protocol."""
+def test_the_whole_folder_is_uploaded(folders):
+    """With the Hugging Face client, against a server that speaks its protocol."""
     with Hub(folders[3], "me/pocket-3bit") as hub:
         hub.token = "hf_test"
         variables = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -1,4 +1,4 @@
-"""The package as it is found: from a clone, and by its list of folders. .ci/run builds and installs it."""
+"""Finding the modules of the package, from a clone and from its metadata. .ci/run builds and installs it."""
 
 import subprocess
 import sys
@@ -8,15 +8,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_python_in_the_clone_finds_the_converter_of_the_clone():
-    # there `mlx_zimage` is the clone's folder, however it is installed, and only its link leads to convert/
+def test_python_started_in_the_clone_finds_the_converter_in_the_clone():
+    # there, `mlx_zimage` is the clone's folder, however the package is installed, and convert/ is reached by a symlink
     program = "import importlib.util as u; print(u.find_spec('mlx_zimage.convert').origin)"
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()) == ROOT / "mlx_zimage/convert/__init__.py"
     assert (ROOT / "mlx_zimage/convert").resolve() == ROOT / "convert"
 
 
-def test_every_folder_of_modules_is_packaged():
+def test_every_folder_with_modules_is_packaged():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     inside = {file.parent.relative_to(ROOT) for file in (ROOT / "mlx_zimage").rglob("*.py")}
     assert sorted(listed) == sorted({".".join(folder.parts) for folder in inside} | {"mlx_zimage.convert"})

@@ -1,8 +1,8 @@
-"""Z-Image-Turbo on Apple Silicon: text to pictures through MLX.
+"""Z-Image-Turbo on Apple Silicon: text to image with MLX.
 
-A first picture
----------------
-A pipeline is opened once and draws as often as it is called:
+A first image
+-------------
+Open a pipeline once, then call it as often as you like:
 
 >>> from mlx_zimage import ZImagePipeline
 >>> pipe = ZImagePipeline.from_pretrained("pocket")
@@ -11,16 +11,16 @@ A pipeline is opened once and draws as often as it is called:
 (128, 128)
 >>> out.images[0].save("circle.png")
 
-"pocket" is the tiny model inside this package: it draws coloured shapes in seconds, without a network. The real one is
-the folder that `mlx-zimage convert` or the first `mlx-zimage generate` made, or a Hugging Face id, such as
-"Tongyi-MAI/Z-Image-Turbo", which is fetched (33 GB). The arguments are those of diffusers' ZImagePipeline, and
-help(ZImagePipeline) explains them; `seed` stands for its generator, and the same seed gives the same noise. Left out, a
-seed is chosen, and is out.seed.
+"pocket" is the tiny model inside this package: it generates coloured shapes in seconds, without downloading anything.
+For the real model, pass the folder that `mlx-zimage convert` or the first `mlx-zimage generate` created, or a Hugging
+Face id such as "Tongyi-MAI/Z-Image-Turbo", which is downloaded (33 GB). The arguments are those of diffusers'
+ZImagePipeline, except that `seed` replaces its generator; the same seed gives the same noise. Without a seed, a random
+one is used; out.seed has it. help(ZImagePipeline) explains all arguments.
 
-Watching, and stopping
-----------------------
-`stream` draws a GenerateRequest and hands out each step as it is done, then the pictures. Progress is what you do in
-the loop; leaving it stops the work:
+Progress and stopping
+---------------------
+`stream` runs a GenerateRequest and yields each step once it is done, then the images. Show progress in the loop; leave
+the loop to stop:
 
 >>> from mlx_zimage import GenerateRequest, Step
 >>> request = GenerateRequest("a yellow star on a black background", width=64, height=64, seed=3, steps=2)
@@ -28,58 +28,58 @@ the loop; leaving it stops the work:
 ...     if isinstance(event, Step):
 ...         print(f"step {event.index + 1} of {event.steps}, now at sigma {event.sigma:.2f}")
 ...     else:
-...         print("a picture", event.pixels.shape, event.pixels.dtype)
+...         print("an image", event.pixels.shape, event.pixels.dtype)
 step 1 of 2, now at sigma 0.75
 step 2 of 2, now at sigma 0.00
-a picture (64, 64, 3) uint8
+an image (64, 64, 3) uint8
 
-A request holds all that a picture depends on, but for the model. It is checked when it is made, never changes, and goes
-to JSON and back:
+A request contains everything that an image depends on, except the model. It is validated when created, immutable, and
+converts to JSON and back:
 
 >>> GenerateRequest.from_dict(request.to_dict()) == request
 True
 
 Latents in and out
 ------------------
-The noise that a picture begins with may be given, and the latents that it ends with be had:
+You can pass the initial noise, and get the final latents instead of an image:
 
 >>> import numpy as np
 >>> noise = np.random.default_rng(0).standard_normal((1, 16, 8, 8))
->>> drawn = pipe("a blue square", width=64, height=64, num_inference_steps=1, latents=noise, output_type="latent")
->>> drawn.images.shape
+>>> out = pipe("a blue square", width=64, height=64, num_inference_steps=1, latents=noise, output_type="latent")
+>>> out.images.shape
 (1, 16, 8, 8)
 
 Shapes and units
 ----------------
 width, height           pixels, multiples of 16
-steps                   calls of the transformer; 8 are what Turbo was made for
-sigma                   from 1, noise, to 0, the picture
-seed                    0 to 2**64 - 1; as torch.Generator().manual_seed(seed) on the CPU, unless rng="mlx"
-guidance_scale          0 is off; g here is "cfg g + 1" elsewhere
-latents, in and out     (pictures, 16, height / 8, width / 8), float32, as in diffusers
-Step.latents, .clean    (pictures, height / 8, width / 8, 16), float32, channels last
-Generated.pixels        (height, width, 3), uint8; output_type="np": (pictures, height, width, 3), in [0, 1]
-memory                  a text such as "6GB" (10**9 bytes) or "6GiB", or a number of bytes
+steps                   number of denoising steps; Turbo is made for 8
+sigma                   from 1 (noise) to 0 (image)
+seed                    0 to 2**64 - 1; same noise as torch.Generator().manual_seed(seed) on a CPU, unless rng="mlx"
+guidance_scale          0 is off; g here is "cfg g + 1" in other programs
+latents, in and out     (images, 16, height / 8, width / 8), float32, as in diffusers
+Step.latents, .clean    (images, height / 8, width / 8, 16), float32, channels last
+Generated.pixels        (height, width, 3), uint8; output_type="np": (images, height, width, 3), in [0, 1]
+memory                  a string such as "6GB" (10**9 bytes each) or "6GiB", or a number of bytes
 
 Memory
 ------
-A pipeline keeps to a budget, by default what the machine recommends. What does not fit is read from the disk whenever
-it is needed: slower, but the same picture. What cannot work is refused before a weight is read:
+A pipeline stays within a memory budget, by default the one the machine recommends. Weights that do not fit are streamed
+from disk: slower, but the same image. A request that cannot fit is refused before any weights are read:
 
 >>> ZImagePipeline.from_pretrained("pocket", memory="1MB")("a red circle")
 Traceback (most recent call last):
-mlx_zimage.errors.MemoryBudgetError: 1 picture of 128x128 cannot be drawn in 1 MB: the least that works is ...
+mlx_zimage.errors.MemoryBudgetError: 1 image of 128x128 cannot be generated within 1 MB: it needs at least ...
 
 Errors
 ------
-Faults of what you gave are told before any work, with what was wanted:
+Invalid arguments are reported before any work starts, with what was expected:
 
 >>> pipe("a red circle", width=100)
 Traceback (most recent call last):
 mlx_zimage.errors.RequestError: width must be a multiple of 16 pixels from 16 to 8192, got 100; the nearest are ...
 
-All errors made on purpose are ZImageErrors, and built-in ones too where one fits (RequestError is a ValueError); their
-exit_code is that of the command line. help(mlx_zimage.errors) draws their tree.
+All errors that this package raises on purpose are ZImageErrors, and also built-in exceptions where one fits
+(RequestError is a ValueError); exit_code is the command line's exit code. help(mlx_zimage.errors) shows the hierarchy.
 
 Converting
 ----------
@@ -89,9 +89,9 @@ Converting
 
 More
 ----
-The folder examples/ of the source has five short programs, README.md the command line. Modules worth reading are
-pipeline (the story), generate (a request to finished files), sampling (the loop), scheduler (the sigmas) and
-images.metadata (pictures that remember how they were drawn).
+The source has five short programs in examples/, and README.md describes the command line. Modules worth reading are
+pipeline (how an image is made), generate (from a request to finished files), sampling (the denoising loop), scheduler
+(the sigmas) and images.metadata (how an image records its own making).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files that are whole under their name, or not there: written aside, then renamed."""
+"""Atomic writes: a file is written under a temporary name, then renamed, so it is either complete or absent."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-ASIDE = ".mlx-zimage-"  # begins the name of a file being written; a killed process leaves it so
+ASIDE = ".mlx-zimage-"  # prefix of temporary names; a killed process leaves such a file behind
 
 
 def write(path: Path, save: Callable[[Path], object], overwrite: bool = True, lasting: bool = True) -> Path:
-    """Have save(file) write a new file in path's folder, then give it path's name; returns the path it has.
+    """Have save(file) write a temporary file next to path, then rename it to path; returns the final path.
 
-    Where path exists, the first free one of path-1, path-2, ... is taken, unless overwrite is set. lasting waits until
-    the file is on the disk. Whatever fails leaves nothing behind, and raises OSError or what save raised.
+    If path exists and overwrite is off, the first free one of path-1, path-2, ... is used. lasting waits until the file
+    is on disk. A failure leaves nothing behind, and raises OSError or whatever save raised.
     """
     aside = path.with_name(f"{ASIDE}{secrets.token_hex(8)}{path.suffix}")
     try:
@@ -27,19 +27,19 @@ def write(path: Path, save: Callable[[Path], object], overwrite: bool = True, la
             sync(aside)
         if not overwrite:
             path = claim(path)
-        os.replace(aside, path)  # from a name in the same folder: does not fail once the name is claimed
+        os.replace(aside, path)  # within one folder, which cannot fail once the name is claimed
     finally:
         aside.unlink(missing_ok=True)
     return path
 
 
 def create(path: Path) -> None:
-    """Create a file, empty and with the permissions of any new file, or raise FileExistsError."""
+    """Create an empty file with the default permissions of a new file, or raise FileExistsError."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 def claim(path: Path) -> Path:
-    """Create, empty, the first free of path, path-1, path-2, ...: no other program then takes the name."""
+    """Create the first free one of path, path-1, path-2, ... as an empty file, so that no other program takes it."""
     for i in itertools.count():
         free = path.with_stem(f"{path.stem}-{i}") if i else path
         try:
@@ -51,7 +51,7 @@ def claim(path: Path) -> Path:
 
 
 def sync(file: Path | int) -> None:
-    """Return when what was written to a file, or to its descriptor, is on the disk."""
+    """Wait until everything written to a file (a path or a descriptor) is on disk."""
     if isinstance(file, Path):
         fd = os.open(file, os.O_RDONLY)
         try:
@@ -62,7 +62,7 @@ def sync(file: Path | int) -> None:
     if sys.platform == "darwin":
         import fcntl
 
-        # There fsync stops at the drive's cache; this goes through it, where the disk knows it.
+        # On macOS, fsync stops at the drive's cache; this flushes the cache too, if the file system supports it.
         with suppress(OSError):
             fcntl.fcntl(file, fcntl.F_FULLFSYNC)
             return

@@ -1,4 +1,4 @@
-"""How full this machine's battery is: macOS tells by `pmset`, Linux in /sys."""
+"""This machine's battery charge: from `pmset` on macOS, from /sys on Linux."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ POWER = Path("/sys/class/power_supply")
 
 
 def charge() -> int | None:
-    """The charge in percent of a battery that is being drawn from; None on mains, or where there is none."""
+    """The charge in percent of a battery that is discharging; None on mains power, or without a battery."""
     if platform.system() == "Darwin":
         try:
-            return of_pmset(subprocess.run(["pmset", "-g", "batt"], capture_output=True, text=True).stdout)
+            return parse_pmset(subprocess.run(["pmset", "-g", "batt"], capture_output=True, text=True).stdout)
         except OSError:
             return None
-    return of_folder(POWER)
+    return read_power_supplies(POWER)
 
 
-def of_pmset(told: str) -> int | None:
-    """From what `pmset -g batt` prints."""
-    found = re.search(r"InternalBattery\S*.*?(\d+)%; discharging", told)
+def parse_pmset(output: str) -> int | None:
+    """The charge in the output of `pmset -g batt`."""
+    found = re.search(r"InternalBattery\S*.*?(\d+)%; discharging", output)
     return int(found[1]) if found else None
 
 
-def of_folder(power: Path) -> int | None:
-    """From Linux's folder of power supplies: the fullest battery, if any is discharging."""
+def read_power_supplies(power: Path) -> int | None:
+    """The charge of the fullest discharging battery in Linux's folder of power supplies."""
     charges = []
     for battery in power.glob("BAT*"):
         try:

@@ -1,8 +1,8 @@
-"""Times the three networks on this machine, beside a matrix product measured in the same run.
+"""Times the three networks on this machine, and a matrix product in the same run for comparison.
 
-Every figure is a median of repeated runs; the first run, which reads weights and compiles kernels, is told apart.
-The fraction of the product's rate makes figures of different machines comparable. With random weights
-(`model="random"`) no checkpoint is needed: time and memory do not depend on the values.
+Every figure is the median of repeated runs; the first run, which reads weights and compiles kernels, is reported
+separately. The fraction of the matrix product's rate makes figures from different machines comparable. With random
+weights (`model="random"`) no checkpoint is needed: time and memory do not depend on the values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .version import __version__
 from .weights.blocks import Blocks
 from .weights.random import RandomWeights
 
-# Architectures that random weights can be given: the real one, and one that a laptop's CPU runs in seconds.
+# Architectures for random weights: the real one, and one that a laptop's CPU runs in seconds.
 SIZES = {
     "full": (TransformerConfig(), TextEncoderConfig(), VAEConfig()),
     "small": (
@@ -46,14 +46,14 @@ SIZES = {
 }
 
 
-CHAIN = 32  # products that are timed together
+CHAIN = 32  # number of matrix products timed together
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: sizes in pixels, the prompt in tokens, weights of `bits` in `mode` (of neither: dense).
+    """What to time: image size in pixels, prompt length in tokens, weights of `bits` in `mode` (both None: dense).
 
-    dtype None is the machine's own (see `machine.default_dtype`).
+    dtype None is the machine's default (see `machine.default_dtype`).
     """
 
     width: int = TURBO.size
@@ -66,7 +66,7 @@ class Case:
 
 
 def random_networks(case: Case, size: str) -> tuple[dict[str, Blocks], TextEncoder, Transformer, VAE]:
-    """Networks of random weights, and what runs their blocks."""
+    """Networks with random weights, preceded by the runners of their blocks."""
     transformer, text_encoder, vae = SIZES[size]
     quantization = None
     if (case.bits, case.mode) != (None, None):
@@ -94,7 +94,7 @@ def matmul_rate(rows: int, dtype: mx.Dtype, dim: int, width: int) -> float:
     times = []
     for _ in range(6):
         start, y = time.perf_counter(), x
-        for _ in range(CHAIN // 2):  # one after another: a GPU does one alone in less time than it takes to ask for it
+        for _ in range(CHAIN // 2):  # chained, since launching a single product can take longer than computing it
             y = mx.matmul(mx.matmul(y, w.T), w)
         mx.eval(y)
         times.append(time.perf_counter() - start)
@@ -102,7 +102,7 @@ def matmul_rate(rows: int, dtype: mx.Dtype, dim: int, width: int) -> float:
 
 
 def step_flops(config: TransformerConfig, image_tokens: int, caption_tokens: int) -> int:
-    """Floating-point operations of one call of the transformer, a multiply-add counted as two."""
+    """Floating-point operations in one call of the transformer; a multiply-add counts as two."""
     image, caption = (-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, caption_tokens))
     matrices = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim
 
@@ -113,7 +113,7 @@ def step_flops(config: TransformerConfig, image_tokens: int, caption_tokens: int
 
 
 def timed(compute: Callable[[], mx.array], repeat: int) -> dict:
-    """Seconds of the first run and the median of `repeat` more, and MLX's peak over all of them in GB."""
+    """Seconds for the first run, the median of `repeat` more, and MLX's peak memory over all of them in GB."""
     mx.clear_cache()
     mx.reset_peak_memory()
     times = []
@@ -140,11 +140,11 @@ next(event for event in pipe.stream(request) if isinstance(event, Step))
 
 
 def time_first_step(model: str, case: Case) -> float:
-    """Seconds from the start of a new Python process to the end of its first step, the prompt not being remembered."""
+    """Seconds from the start of a new Python process to the end of its first step, for a prompt that is not cached."""
     values = [model, case.dtype, case.width, case.height, case.steps]
     command = [sys.executable, "-c", FIRST_STEP, *map(str, values)]
     with TemporaryDirectory() as kept:
-        # only float16's scale is worth the encoder's checksum
+        # the cache is needed only for float16's scale; otherwise the encoder's checksum is a waste of time
         env = os.environ | {"MLX_ZIMAGE_EMBEDDINGS": kept if case.dtype == "float16" else "off"}
 
         def run(prompt: str) -> float:
@@ -152,21 +152,21 @@ def time_first_step(model: str, case: Case) -> float:
             code = subprocess.run([*command, prompt], env=env).returncode
             if code:
                 raise ZImageError(
-                    f"a new process that was to draw a first step ended with {code}; what it said stands above"
+                    f"the process started to time a first step exited with code {code}; its output is above"
                 )
             return time.perf_counter() - start
 
         if case.dtype == "float16":
-            run("a")  # finds the model's scale, which is remembered
+            run("a")  # finds the model's scale, which is then cached
         return run("a " * case.caption_tokens)
 
 
 def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat: int = 3) -> dict:
-    """Time prompt encoding, all steps and decoding; returns figures in seconds, GB and TFLOP/s.
+    """Time prompt encoding, all denoising steps and decoding; returns figures in seconds, GB and TFLOP/s.
 
-    model is "random" (weights of `size`) or what ZImagePipeline.from_pretrained takes; then bits are the model's own
-    (those of most layers), and the report also has the seconds from the start of a new process to the end of its first
-    step.
+    model is "random" (random weights of architecture `size`) or a model for ZImagePipeline.from_pretrained. For a
+    model, bits are its own (those of most layers), and the report also has the seconds from the start of a new process
+    to the end of its first step.
     """
     dtype_name, cold_start = case.dtype or default_dtype(), None
     case = replace(case, dtype=dtype_name)
@@ -174,11 +174,11 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
         runners, text_encoder, transformer, vae = random_networks(case, size)
     else:
         if (case.bits, case.mode) != (None, None):
-            asked = f"bits={case.bits} and mode={case.mode}"
-            raise RequestError(f"{asked} are for random weights, {model} has its own; leave them out or convert it")
+            given = f"bits={case.bits} and mode={case.mode}"
+            raise RequestError(f"{given} are for random weights, but {model} has its own; omit them or convert it")
         pipe = ZImagePipeline.from_pretrained(model, dtype=case.dtype)
         work = Workload(case.width, case.height, 1, case.caption_tokens, case.steps)
-        pipe.planner.plan(work, pipe.budget)  # or refuse
+        pipe.planner.plan(work, pipe.budget)  # raises if the work does not fit
         runners, text_encoder = pipe.networks.runners, pipe.text_encoder
         transformer, vae = pipe.transformer, pipe.vae
         cold_start = time_first_step(model, case)
@@ -240,7 +240,7 @@ def describe_machine() -> dict:
 
 
 def table(report: dict) -> str:
-    """The report for people."""
+    """The report as text."""
     case, machine = report["case"], report["machine"]
     weights = f"{case['bits']}-bit {case['mode']} in {case['dtype']}" if case["bits"] else case["dtype"]
     lines = [
@@ -254,9 +254,9 @@ def table(report: dict) -> str:
         lines.append(f"{phase:8}{figures['median_s']:10.3f}{figures['first_s']:10.3f}{figures['peak_gb']:10.2f}")
     lines.append(f"{'total':8}{report['total_s']:10.3f}")
     if report["cold_start_s"] is not None:
-        lines.append(f"from the start of a process to its first step: {report['cold_start_s']:.1f} s")
+        lines.append(f"from the start of a new process to the end of its first step: {report['cold_start_s']:.1f} s")
     lines.append(
         f"steps run at {report['steps_tflops']:.2f} TFLOP/s, {report['fraction_of_matmul']:.0%} of this machine's "
-        f"product of the same width ({report['matmul_tflops']:.2f})"
+        f"{report['matmul_tflops']:.2f} TFLOP/s for matrix products of the same width"
     )
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""What the networks need beside their weights, as upper bounds that were measured as MLX's peaks.
+"""Upper bounds on the memory that the networks need in addition to their weights, measured as MLX's peaks.
 
-Each number says what it bounds, on which backend and in which dtype. The CPU's were measured there in float32, where
-nothing is fused and memory is taken ahead; the GPU's with MLX's CUDA build on an H100, in each dtype, with random
-weights of full size (examples/peaks.py measures them again). On Metal nothing was measured.
+Each number belongs to one backend and one dtype. The CPU's were measured in float32, where nothing is fused and memory
+is allocated ahead; the GPU's with MLX's CUDA build on an H100, in each dtype, with full-size random weights
+(examples/peaks.py measures them again). Nothing was measured on Metal.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import mlx.core as mx
 
 from .machine import backend
 
-LARGEST_WHOLE = 2**30  # elements: MLX's CUDA kernels fail on more, so larger pictures are decoded by strips
+LARGEST_WHOLE = 2**30  # elements: MLX's CUDA kernels fail on more, so larger images are decoded in strips
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Bytes of decoding in one way: by pixel and channel at full size, and in all, whatever the size."""
+    """Bytes that one way of decoding needs: per pixel and channel at full size, plus a constant."""
 
     by_pixel: float
     at_least: float
@@ -28,12 +28,16 @@ class Strip:
 class Bounds:
     """Bytes of intermediates on one backend and in one dtype.
 
-    block, lean_block: of a transformer block in its two ways, per token and feature; waiting: beside it, of each of
-    several streams that take turns. layer: of a layer of the text encoder, per token and feature. score: of attention,
-    per head and pair of tokens. unpacked, lean_unpacked: of a packed block's dense form, per byte of it;
-    layer_unpacked: of a layer's. strips: the ways to decode, fastest first, whole (None) or by strips of so many bytes;
-    most: of any of them, per pixel and channel. late: what a GPU may hold longer than it must of blocks that nothing
-    waits for, as a part of the work: seen in one run of about ten.
+    block, lean_block: a transformer block, normally and lean, per token and feature.
+    waiting: in addition, each of several streams that take turns, per token and feature.
+    layer: a text encoder layer, per token and feature.
+    score: attention, per head and pair of tokens.
+    unpacked, lean_unpacked, layer_unpacked: dequantizing a block (normally and lean) or an encoder layer, per byte of
+    its dense form.
+    strips: the ways to decode, fastest first: the whole image (None), or strips of this many bytes.
+    most: the maximum for any way to decode, per pixel and channel.
+    late: memory that a GPU may free late when nothing waits for its blocks, as a fraction of the work; seen in about
+    one run in ten.
     """
 
     block: float
@@ -66,7 +70,7 @@ CPU = Bounds(
     },
     most=64,
 )
-FLOAT32_STRIPS = {  # of a VAE that computes in float32, on a GPU
+FLOAT32_STRIPS = {  # for a VAE that computes in float32 on a GPU
     None: Strip(30.1, 9e6),
     2**26: Strip(6.1, 1.16e9),
     2**24: Strip(7.15, 3e8),
@@ -97,7 +101,7 @@ GPU = {
         most=27.5,
         late=0.5,
     ),
-    # Blocks add up, and the VAE computes, in float32.
+    # The residual stream and the VAE are in float32.
     mx.float16: Bounds(
         block=102.7,
         lean_block=35.4,
@@ -111,7 +115,7 @@ GPU = {
         most=43,
         late=0.5,
     ),
-    # MLX's CUDA build holds all scores of an attention in float32.
+    # MLX's CUDA build keeps all attention scores in memory in float32.
     mx.float32: Bounds(
         block=97.5,
         lean_block=66,
@@ -129,5 +133,5 @@ GPU = {
 
 
 def bounds(dtype: mx.Dtype) -> Bounds:
-    """Those of this backend for networks that compute in dtype."""
+    """The bounds on this backend for networks that compute in dtype."""
     return CPU if backend() == "cpu" else GPU[dtype]

@@ -1,4 +1,4 @@
-"""Reading a network's config.json into its dataclass: every value checked, nothing unknown passed over in silence."""
+"""Read a network's config.json into its dataclass; every value is checked."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ KIND_NAMES = {
 
 
 def read_config(cls, values: dict, network: str, fixed: dict):
-    """The dataclass cls from the values it has fields for; keys of `fixed`, where present, must have that value.
+    """The dataclass cls, from the values it has fields for; keys of `fixed`, if present, must have that very value.
 
-    A field's default tells its kind: true or false, a positive whole number, a positive finite number, or a tuple of
-    positive whole numbers.
+    A field's default determines its kind: true or false, a positive whole number, a positive finite number, or a tuple
+    of positive whole numbers.
     """
-    for key, wanted in fixed.items():
-        if values.get(key, wanted) != wanted:
-            raise CheckpointError(f"{network} config: {key} must be {wanted}, got {values[key]!r}")
+    for key, expected in fixed.items():
+        if values.get(key, expected) != expected:
+            raise CheckpointError(f"{network} config: {key} must be {expected}, got {values[key]!r}")
     known = {}
     for field in fields(cls):
         value = values.get(field.name, field.default)

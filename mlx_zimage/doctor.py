@@ -1,8 +1,9 @@
-"""Whether this machine computes what the networks need: their operations beside NumPy in float64.
+"""Check that this machine computes the networks' operations correctly, by comparing them with NumPy in float64.
 
-A broken backend draws noise, or black, without any error; these few products tell it from a bad prompt. Each goes the
-way that it goes in the networks on this backend, but for being compiled into one with its neighbours. On a GPU they are
-as large as in the real transformer, where faults of single chips have been reported; a CPU gets small ones.
+A broken backend generates noise or black images without any error; these checks distinguish that from a bad prompt.
+Each operation takes the same code path as in the networks on this backend, except that it is not compiled together with
+its neighbours. On a GPU the shapes are those of the real transformer, at which faults of some chips have been reported;
+a CPU gets small ones.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from .version import __version__
 from .weights.library import CHOICES, DOWNLOAD, WEIGHTS_SHARE, choose_bits, home, weights_bytes
 
 # Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one
-# rounding errs by 2**-9, a result of rounded operands and output by a few of them. float16 keeps three bits more.
+# rounding errs by up to 2**-9, and rounded operands and output add up to a few of those. float16 keeps three bits more.
 # float32 on a GPU may multiply in TF32, which keeps 11.
 LIMITS = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 4e-3}
 
-MACOS = 14  # the oldest that MLX's wheels are built for
+MACOS = 14  # the oldest version that MLX's wheels are built for
 
 
 @dataclass(frozen=True)
 class Check:
-    """One operation in one dtype: its relative error beside NumPy, and the most that is right."""
+    """One operation in one dtype: its relative error against NumPy, and the largest error accepted."""
 
     name: str
     error: float
@@ -43,11 +44,11 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.limit  # a NaN has not passed
+        return self.error <= self.limit  # NaN fails
 
 
 def self_test(large: bool | None = None) -> Iterator[Check]:
-    """Run every check on MLX's default device; large shapes by default on a GPU only."""
+    """Run every check on MLX's default device; large=None uses large shapes on a GPU only."""
     large = mx.default_device() == mx.gpu if large is None else large
     for dtype, limit in LIMITS.items():
         for name, case in CASES.items():
@@ -59,7 +60,7 @@ def self_test(large: bool | None = None) -> Iterator[Check]:
 
 
 class Samples:
-    """Standard normal arrays, the same on every machine, in MLX's dtype and, with that rounding, in float64."""
+    """Standard normal arrays, the same on every machine: in an MLX dtype, and the same rounded values in float64."""
 
     def __init__(self, dtype: mx.Dtype):
         self.dtype = dtype
@@ -71,7 +72,7 @@ class Samples:
 
 
 def matmul(samples: Samples, large: bool):
-    # The feed-forward's second product has the longest sums of the transformer.
+    # The feed-forward's second product has the longest sums in the transformer.
     rows, width, out = (2048, 10240, 3840) if large else (64, 1024, 96)
     x, x64 = samples(rows, width)
     w, w64 = samples(out, width)
@@ -89,7 +90,7 @@ def quantized(bits: int, rows: int) -> Callable:
         )
         packing = {"group_size": 64, "bits": bits, "mode": "affine"}
         layer = {"weight": weight, "scales": scales, "biases": biases, "packing": packing}
-        found = linear(x, layer, unpack_from())  # the way that is taken here
+        found = linear(x, layer, unpack_from())  # takes the same path as the networks on this machine
         return found, _product(x64, (dense * scales64 + biases64).reshape(out, width))
 
     return case
@@ -133,9 +134,9 @@ def norm_and_rotation(samples: Samples, large: bool):
     w, w64 = samples(dim)
     angles = samples.generator.standard_normal((length, dim // 2))
     left, right = np.split(x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * w64, 2, axis=-1)
-    turned = (left + 1j * right) * np.exp(1j * angles)[:, None]
+    rotated = (left + 1j * right) * np.exp(1j * angles)[:, None]
     table = (mx.array(part.astype(np.float32)) for part in (np.cos(angles), np.sin(angles)))
-    return norm_and_rotate(x, {"weight": w}, *table), np.concatenate([turned.real, turned.imag], axis=-1)
+    return norm_and_rotate(x, {"weight": w}, *table), np.concatenate([rotated.real, rotated.imag], axis=-1)
 
 
 def _product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -146,7 +147,7 @@ CASES = {
     "matrix product": matmul,
     "8-bit product": quantized(8, rows=2048),
     "4-bit product": quantized(4, rows=2048),
-    "4-bit product, few rows": quantized(4, rows=64),  # as of a prompt: some backends multiply it as it is
+    "4-bit product, few rows": quantized(4, rows=64),  # like a prompt's: some backends multiply it in packed form
     "attention": attention,
     "convolution": convolution,
     "RMS norm": norm,
@@ -156,7 +157,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one thing about this machine will do for the full model, and why."""
+    """Whether one aspect of this machine is good enough for the full model, and why."""
 
     name: str
     will_do: bool
@@ -164,38 +165,38 @@ class Verdict:
 
 
 def verdicts() -> list[Verdict]:
-    """What this machine's system, MLX build, memory and disk are good for."""
+    """The verdicts on this machine: system, MLX build, memory and disk."""
     system = platform.system(), platform.mac_ver()[0], platform.machine()
     place = next(path for path in (home(), *home().absolute().parents) if path.exists())
     return judge(*system, mx.default_device() == mx.gpu, machine_budget(), shutil.disk_usage(place).free)
 
 
 def judge(system: str, macos: str, cpu: str, has_gpu: bool, budget: int, free: int) -> list[Verdict]:
-    """The verdicts on a machine with a budget of memory and a free disk in bytes."""
+    """The verdicts on a machine with this memory budget and free disk space, in bytes."""
     if system == "Darwin" and cpu != "arm64":
-        on_system = Verdict("system", False, "MLX needs Apple Silicon, and a Python that is not run by Rosetta")
+        on_system = Verdict("system", False, "MLX needs Apple Silicon, and a native Python (not one under Rosetta)")
     elif system == "Darwin" and int(macos.partition(".")[0]) < MACOS:
-        on_system = Verdict("system", False, f"MLX needs macOS {MACOS} or newer, and this is {macos}")
+        on_system = Verdict("system", False, f"MLX needs macOS {MACOS} or newer; this is macOS {macos}")
     else:
-        on_system = Verdict("system", system in ("Darwin", "Linux"), f"MLX is built for {system} on {cpu}")
-    build = "computes on the GPU" if has_gpu else "computes on the CPU: right, but minutes a step at 1024x1024"
+        on_system = Verdict("system", system in ("Darwin", "Linux"), f"{system} on {cpu}")
+    build = "computes on the GPU" if has_gpu else "computes on the CPU: correct, but minutes per step at 1024x1024"
     configs = {name: config() for name, config in NETWORKS.items()}  # the full model's
     sizes = {bits: weights_bytes(configs, bits) for bits in CHOICES}
     bits = choose_bits(sizes, budget)
     kind = "bfloat16" if bits is None else f"{bits} bits"
     stays = sizes[bits] <= WEIGHTS_SHARE * budget
-    how = "stays in it" if stays else "is read from disk as needed, which is slower"
+    how = "stays in memory" if stays else "is streamed from disk, which is slower"
     needed = DOWNLOAD + sizes[bits]
     return [
         on_system,
         Verdict("MLX build", has_gpu, build),
         Verdict("memory", stays, f"the model in {kind} ({sizes[bits] / 1e9:.1f} GB) {how}"),
-        Verdict("disk", free >= needed, f"a first run takes {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"),
+        Verdict("disk", free >= needed, f"a first run needs {needed / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"),
     ]
 
 
 def machine() -> dict[str, str]:
-    """This machine and its versions, for people."""
+    """This machine and its software versions, as text."""
     device = mx.device_info()
     facts = {
         "mlx-zimage": __version__,

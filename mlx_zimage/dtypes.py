@@ -1,9 +1,9 @@
-"""The number types that tensors have here: one table. Data only."""
+"""The dtypes of tensors, in one table. Data only."""
 
 # The networks compute in one of these, and the converter writes them.
 FLOATS = ("float32", "bfloat16", "float16")
-# What a model folder may hold: floats, and the words that quantized weights are packed in. Each has safetensors'
-# spelling, the name, and the bytes of one number.
+# The dtypes in a model folder: floats, and the integers that quantized weights are packed in. Each row has
+# safetensors' spelling, the name, and the bytes per number.
 TABLE = (
     ("F32", "float32", 4),
     ("F16", "float16", 2),

@@ -1,35 +1,35 @@
-"""Everything this package raises on purpose, each with the exit code of the command line.
+"""All errors that this package raises on purpose, with the command line's exit codes.
 
-    ZImageError               1   anything below
-    ├── RequestError          2   a value the caller gave cannot work
-    ├── ModelNotFoundError    3   no such folder, file or repository, or no network to fetch it
-    ├── CheckpointError       4   the files are there, but are not what they should be
-    ├── MemoryBudgetError     5   what was asked cannot be done in the memory allowed
-    ├── OutputError           6   a result cannot be written: the disk is full, or the folder read-only
+    ZImageError               1   base class of all others
+    ├── RequestError          2   an argument is invalid
+    ├── ModelNotFoundError    3   no such folder, file or repository, or no network to download it
+    ├── CheckpointError       4   a model's files exist, but are damaged or not as expected
+    ├── MemoryBudgetError     5   a request does not fit in the memory budget
+    ├── OutputError           6   a result cannot be written: the disk is full, or the folder is read-only
     ├── LockedError           7   another process is writing the same folder
-    ├── NumericsError         8   the computation left the finite numbers
+    ├── NumericsError         8   a computation produced NaN or infinity
     └── DeviceError           9   the GPU failed, or the system stopped its work
 
-A message names the thing, its value, what was wanted and the next move.
+A message names the thing, its value, what was expected, and what to do next.
 """
 
 from __future__ import annotations
 
 
 class ZImageError(Exception):
-    """Anything below: everything that is raised on purpose."""
+    """The base class of all errors that this package raises on purpose."""
 
     exit_code = 1
 
 
 class RequestError(ZImageError, ValueError):
-    """A value that the caller gave cannot work."""
+    """An argument is invalid."""
 
     exit_code = 2
 
 
 class ModelNotFoundError(ZImageError, FileNotFoundError):
-    """There is no such folder, file or repository, or no network to fetch it."""
+    """There is no such folder, file or repository, or no network to download it."""
 
     exit_code = 3
 
@@ -38,19 +38,19 @@ class ModelNotFoundError(ZImageError, FileNotFoundError):
 
 
 class CheckpointError(ZImageError):
-    """The model's files are there, but are not what they should be."""
+    """A model's files exist, but are damaged or not as expected."""
 
     exit_code = 4
 
 
 class MemoryBudgetError(ZImageError, MemoryError):
-    """What was asked cannot be done in the memory allowed."""
+    """A request does not fit in the memory budget."""
 
     exit_code = 5
 
 
 class OutputError(ZImageError, OSError):
-    """A result cannot be written: the disk is full, or the folder read-only."""
+    """A result cannot be written: the disk is full, or the folder is read-only."""
 
     exit_code = 6
 
@@ -65,7 +65,7 @@ class LockedError(ZImageError):
 
 
 class NumericsError(ZImageError, ArithmeticError):
-    """The computation left the finite numbers."""
+    """A computation produced NaN or infinity."""
 
     exit_code = 8
 

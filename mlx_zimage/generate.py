@@ -1,8 +1,8 @@
-"""A request to finished files: the clock, the origin and the saving around what the pipeline yields.
+"""From a request to finished files: adds timing, origin and saving to what the pipeline yields.
 
-`run` yields what happens in the order in which it happens: the pipeline's Phases and Steps, and each picture once its
-file is there. `events` is the same without files; `images.codec.encode` makes bytes of what it yields. Whoever holds
-the loop owns progress and previews, and leaving it stops the work. Nothing is printed.
+`run` yields events as they happen: the pipeline's Phases and Steps, and each image once its file is written. `events`
+is the same without files; `images.codec.encode` turns its images into bytes. Progress and previews are up to the
+caller's loop, and leaving the loop stops the work. Nothing is printed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .weights.checkpoint import fingerprint
 
 @dataclass(frozen=True)
 class OpenModel:
-    """An open model, and what its pictures say of it: a name for people, and the fingerprint of its weights."""
+    """An open model, with what its images record about it: a readable name and the fingerprint of its weights."""
 
     pipeline: ZImagePipeline
     name: str
@@ -39,10 +39,10 @@ class OpenModel:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a request took up to one of its pictures: seconds, and bytes of memory at most, measured and predicted.
+    """What a request took up to one of its images: seconds, and peak memory in bytes, measured and predicted.
 
-    The first step's time has the reading of the transformer in it; encoding a known prompt takes none, nor does finding
-    float16's scale in any other dtype, or of a known model.
+    The first step includes reading the transformer. encode_s is 0 for a cached prompt; scale_s, the time to find
+    float16's scale, is 0 in other dtypes and when the scale is cached.
     """
 
     elapsed_s: float
@@ -54,7 +54,7 @@ class Cost:
     predicted_peak: int
 
     def to_dict(self) -> dict:
-        """Rounded, ready for JSON; memory in GB."""
+        """Rounded values for JSON; memory in GB."""
         first, *rest = self.steps_s
         return {
             "seconds": round(self.elapsed_s, 4),
@@ -70,7 +70,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Finished:
-    """One picture: pixels (H, W, 3) uint8, how it came to be, and what that took."""
+    """One image: pixels (H, W, 3) uint8, its origin, and its cost."""
 
     pixels: np.ndarray
     origin: Origin
@@ -79,36 +79,36 @@ class Finished:
 
 @dataclass(frozen=True)
 class Saved(Finished):
-    """One picture in its file."""
+    """One image, saved to a file."""
 
     path: Path
 
     def to_dict(self) -> dict:
-        """Its file with the checksum, its origin and its cost, ready for JSON."""
+        """Path, checksum, origin and cost, for JSON."""
         sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         origin = json.loads(self.origin.to_json())
         return {"path": os.fspath(self.path), "sha256": sha256, **origin, **self.cost.to_dict()}
 
 
 class Files:
-    """The files of one call: with overwrite, older files are written over, but none that the call itself wrote."""
+    """The files of one call. overwrite replaces older files, but never one that this call wrote."""
 
     def __init__(self, overwrite: bool = False, metadata: bool = True):
         self.overwrite = overwrite
         self.metadata = metadata
         self.written: set[Path] = set()
 
-    def save(self, picture: Finished, path: Path) -> Path:
-        """Write a picture, with its origin unless metadata is off; returns the path it was written to."""
+    def save(self, image: Finished, path: Path) -> Path:
+        """Write an image, with its origin unless metadata is off; returns the path it was written to."""
         overwrite = self.overwrite and path not in self.written
-        content = encode(picture.pixels, path.suffix, picture.origin if self.metadata else None)
+        content = encode(image.pixels, path.suffix, image.origin if self.metadata else None)
         saved = write_file(content, path, overwrite)
         self.written.add(saved)
         return saved
 
 
 class Clock:
-    """Measures one request, from when it is made: takes the pipeline's events as they come."""
+    """Times one request: starts when created, and is given the pipeline's events as they arrive."""
 
     def __init__(self) -> None:
         mx.reset_peak_memory()
@@ -121,10 +121,10 @@ class Clock:
             self.before[phase.name] += self._lap()
 
     def step(self, step: Step) -> None:
-        del self.steps[step.index :]  # those of a picture that was begun again
+        del self.steps[step.index :]  # drop the steps of an image that started over
         self.steps.append(self._lap())
 
-    def cost(self, picture: Generated) -> Cost:
+    def cost(self, image: Generated) -> Cost:
         decode, before = self._lap(), self.before
         return Cost(
             elapsed_s=self.last - self.begin,
@@ -133,7 +133,7 @@ class Clock:
             steps_s=tuple(self.steps),
             decode_s=decode,
             peak=mx.get_peak_memory(),
-            predicted_peak=picture.plan.peak,
+            predicted_peak=image.plan.peak,
         )
 
     def _lap(self) -> float:
@@ -152,12 +152,12 @@ def open_model(
 ) -> OpenModel:
     """Open a model to generate with; see `ZImagePipeline.from_pretrained`."""
     pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant, wired)
-    name = Path(source).resolve().name if Path(source).is_dir() else source  # no path: pictures are passed on
+    name = Path(source).resolve().name if Path(source).is_dir() else source  # not the full path: images are shared
     return OpenModel(pipeline, name, fingerprint(pipeline.checkpoint))
 
 
 def events(model: OpenModel, request: GenerateRequest, inputs: Inputs = NONE) -> Iterator[Phase | Step | Finished]:
-    """Generate a request: the pipeline's Phases and Steps, and each picture with its origin and cost."""
+    """Run a request: yields the pipeline's Phases and Steps, and each image with its origin and cost."""
     clock = Clock()
     for event in model.pipeline.events(request, inputs):
         if isinstance(event, Generated):
@@ -174,7 +174,7 @@ def events(model: OpenModel, request: GenerateRequest, inputs: Inputs = NONE) ->
 def run(
     model: OpenModel, request: GenerateRequest, path: Path, files: Files, inputs: Inputs = NONE
 ) -> Iterator[Phase | Step | Saved]:
-    """Generate a request and save its pictures as path; where that is taken, as path-1, path-2, ..."""
+    """Run a request and save its images as path or, if that is taken, path-1, path-2, ..."""
     for event in events(model, request, inputs):
         if isinstance(event, Finished):
             yield Saved(event.pixels, event.origin, event.cost, files.save(event, path))

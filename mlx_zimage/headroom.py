@@ -1,9 +1,9 @@
-"""float16's headroom: the power of two that a network's products are made smaller by, found once per checkpoint.
+"""float16's headroom: the power of two that scales down a network's products, found once per checkpoint.
 
-float16 ends at 65504, and products inside real feed-forwards pass it. A power of two changes no bit of a normal number,
-and the norm or the sum that follows takes it back (`factor` in models/). Too small a one costs small numbers their last
-bits. So it is tried which one a checkpoint needs, on a short prompt and the first step of a small picture; the pipeline
-remembers it. What overflows in spite of it is drawn again in bfloat16.
+float16 ends at 65504, and products inside trained feed-forwards exceed it. Scaling by a power of two is exact for
+normal numbers, and the norm or the sum that follows undoes it (`factor` in models/). Too small a factor costs small
+numbers their last bits. So the factor that a checkpoint needs is found by trial, on a short prompt and the first step
+of a small image, and cached. An image that overflows in spite of it is generated again in bfloat16.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from .models.text_encoder import TextEncoder
 from .models.transformer import Transformer
 from .request import GenerateRequest
 
-SIDE = 64  # pixels; the pocket model's products are larger there than in larger pictures
-TOKENS = 32  # of the prompt, template included, at most
+SIDE = 64  # pixels; the pocket model's products are larger at this size than at larger ones
+TOKENS = 32  # the most tokens of the prompt, template included
 SAMPLE = GenerateRequest("a red fox in the snow", SIDE, SIDE, seed=0, steps=1)
-SMALLER = 2.0**-2  # from one try to the next
-LEAST = 2.0**-8  # with the margin, numbers of 4 keep all of float16's bits; with less, bfloat16 is nearer the truth
+STEP = 2.0**-2  # from one attempt to the next
+SMALLEST = 2.0**-8  # with the margin, numbers from 4 up keep all of float16's bits; beyond, bfloat16 is more accurate
 
 
 def fit(network: TextEncoder | Transformer, run: Callable[[], mx.array]) -> tuple[float, mx.array | None]:
-    """The factor for a network's products, and what run, a forward of the network, gave.
+    """The factor for a network's products, and the result of run, a forward pass of the network.
 
-    It is the largest tried with which nothing overflows in run, times the margin for whatever else will be run. If none
-    will do, it is 0, with None.
+    The factor is the largest one tried with which run does not overflow, times the margin, since other inputs may give
+    larger products. If none is small enough, returns 0 and None.
     """
     before, factor = network.factor, 1.0
     try:
-        while factor >= LEAST:
+        while factor >= SMALLEST:
             network.factor = factor
             found = run()
             if mx.isfinite(found).all().item():
                 return factor * margin(mx.float16), found
-            factor *= SMALLER
+            factor *= STEP
     finally:
         network.factor = before
     return 0.0, None

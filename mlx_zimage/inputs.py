@@ -1,4 +1,4 @@
-"""The arrays that a request is made from. They travel beside it, and it names them by digest."""
+"""The arrays that a request uses. They are passed alongside it, and it refers to them by digest."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .request import LATENT_PIXELS
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Arrays beside a request; None where it needs none.
+    """The arrays passed alongside a request; None for those it does not use.
 
-    latents (B, 16, height / 8, width / 8), NumPy's or MLX's real numbers, are the initial noise in place of the seed's.
+    latents (B, 16, height / 8, width / 8), a NumPy or MLX array of real numbers, replace the initial noise of the seed.
     """
 
     latents: Any = None
 
     @classmethod
     def of(cls, value: Any, latents: Any = None) -> Inputs:
-        """Inputs as they are, None as none, and an array as latents; latents are given by their older name."""
+        """Wrap value in Inputs unless it already is: an array becomes the latents. latents= is the deprecated name."""
         if latents is not None:
             warnings.warn(
-                "latents= is now inputs=, which takes latents as they are; the old name goes with the next release",
+                "latents= is now inputs=, which also accepts an array; latents= will be removed in the next release",
                 DeprecationWarning,
                 stacklevel=4,
             )
@@ -40,37 +40,37 @@ class Inputs:
 
     @cached_property
     def digest(self) -> str | None:
-        """The SHA-256 of the latents as float32, by which a request names them; None without."""
+        """The SHA-256 of the latents as float32, by which a request refers to them; None without latents."""
         if self.latents is None:
             return None
         return hashlib.sha256(_real(self.latents, "any shape").astype("<f4").tobytes()).hexdigest()
 
     def check_named(self, latents: str | None) -> None:
-        """Refuse a request that names other latents than these by its digest."""
+        """Refuse a request whose digest names latents other than these."""
         if latents not in (None, self.digest):
-            found = "none were given" if self.latents is None else f"those that were given have {self.digest}"
-            raise RequestError(f"the request names latents of SHA-256 {latents}; {found}")
+            found = "none were given" if self.latents is None else f"the given ones have {self.digest}"
+            raise RequestError(f"the request expects latents with SHA-256 {latents}, but {found}")
 
     def noise(self, shape: tuple[int, int, int, int], seed: int, rng: str) -> mx.array:
-        """What a request begins with, (B, C, h, w) float32: the latents, or the noise of its seed."""
+        """The initial noise of a request, (B, C, h, w) float32: the latents if given, otherwise from the seed."""
         if self.latents is None:
             return initial_noise(seed, shape, rng)
         return mx.array(check_latents(self.latents, shape))
 
 
-NONE = Inputs()  # of a request that needs none
+NONE = Inputs()  # for a request that uses none
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Initial latents from a caller, as float32, if they are numbers that fit (B, C, h, w) and are finite."""
+    """A caller's initial latents as float32; RequestError unless they are finite numbers of `shape` (B, C, h, w)."""
     array = _real(latents, str(shape))
     if array.shape != shape:
         raise RequestError(
-            f"latents have shape {array.shape}, wanted {shape}: pictures, channels, height / 8, width / 8"
+            f"latents have shape {array.shape}, expected {shape}: (images, channels, height / 8, width / 8)"
         )
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise RequestError("latents hold values that are not finite")
+        raise RequestError("latents contain values that are not finite")
     return array
 
 
@@ -90,22 +90,22 @@ def read_latents(path: Path) -> np.ndarray:
         with open(path, "rb") as stream:
             latents = np.lib.format.read_array(stream, allow_pickle=False)
     except FileNotFoundError:
-        raise RequestError(f"there is no latents file {path}; numpy.save writes one") from None
+        raise RequestError(f"no latents file at {path}; numpy.save writes one") from None
     except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise RequestError(f"{path} is no .npy file of numbers ({error}); numpy.save writes one") from error
+        raise RequestError(f"{path} is not a .npy file of numbers ({error}); numpy.save writes one") from error
     if latents.dtype.kind not in "fiu" or latents.ndim != 4 or not latents.size:
         raise RequestError(
-            f"{path} holds {latents.dtype} of shape {latents.shape}; wanted numbers of shape "
-            f"(pictures, channels, height / 8, width / 8)"
+            f"{path} contains {latents.dtype} of shape {latents.shape}; expected numbers of shape "
+            f"(images, channels, height / 8, width / 8)"
         )
     return latents
 
 
 def check_latents_size(path: Path, latents: np.ndarray, width: int, height: int) -> None:
-    """Refuse a file's latents (B, C, h, w) that do not fit the size in pixels that was asked for."""
+    """Refuse latents (B, C, h, w) from a file if they do not match the requested size in pixels."""
     h, w = latents.shape[2:]
     if (w * LATENT_PIXELS, h * LATENT_PIXELS) != (width, height):
         raise RequestError(
-            f"{path} holds latents of shape {latents.shape}, which are for {w * LATENT_PIXELS}x{h * LATENT_PIXELS} "
-            f"pixels, but {width}x{height} were asked for"
+            f"{path} contains latents of shape {latents.shape}, for an image of {w * LATENT_PIXELS}x"
+            f"{h * LATENT_PIXELS} pixels, but the requested size is {width}x{height}"
         )

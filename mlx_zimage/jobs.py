@@ -1,6 +1,6 @@
-"""What one call of `mlx-zimage generate` draws: prompts, seeds and file names multiplied out. Knows no click, no MLX.
+"""What one call of `mlx-zimage generate` produces: all combinations of prompts, seeds and file names. No click, no MLX.
 
-A Job is a request whose size and other defaults may still be open, since a model's own are known only once it is open.
+A Job is a request whose size and other defaults may still be missing, since they come from the model once it is open.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import BinaryIO
 from .errors import RequestError
 from .request import LATENT_PIXELS, MAX_PROMPT, SIZE_MULTIPLE, GenerateRequest
 
-MAX_FILE = 50_000_000  # bytes of a file of prompts
-MAX_NAME = 200  # bytes of a file name's stem: 255 are allowed, some are for the ending and a counter
+MAX_FILE = 50_000_000  # bytes in a file of prompts
+MAX_NAME = 200  # bytes in a file name's stem: 255 are allowed, and some are needed for the suffix and a counter
 FIELDS = {field.name for field in fields(GenerateRequest)}
 PLACEHOLDERS = ("prompt", "seed", "n", "width", "height", "steps")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One request to be: its values as far as they are known, and the file for its picture.
+    """A future request: the values known so far, and the file for its image.
 
-    ratio is (width, height) of a picture about as large as the model's own; n counts the jobs from 1.
+    ratio is the aspect ratio (width, height) of an image with about as many pixels as the model's default; n counts
+    jobs from 1.
     """
 
     values: dict
@@ -36,25 +37,25 @@ class Job:
     ratio: tuple[int, int] | None = None
 
     def request(self, side: int | None = None, **defaults) -> GenerateRequest:
-        """The request for a model that draws side x side pixels and has these defaults; None while it is not open."""
+        """The request for a model with these defaults, whose default size is side x side; None before it is open."""
         if side:
             width, height = size_of_ratio(self.ratio, side) if self.ratio else (side, side)
             defaults |= {"width": width, "height": height}
         return GenerateRequest(**{**defaults, **self.values})
 
     def path(self, request: GenerateRequest) -> Path:
-        """The output's name with {seed}, {prompt} and so on filled in; other braces are left as they are."""
+        """The output path with {seed}, {prompt} and so on filled in; other braces stay as they are."""
         if not self.output.name:
             return self.output  # "." or "/", which check_output refuses
-        known = {**request.to_dict(), "n": self.n, "prompt": slug(request.prompt)}
-        stem = re.sub(rf"\{{({'|'.join(PLACEHOLDERS)})\}}", lambda match: str(known[match[1]]), self.output.stem)
+        values = {**request.to_dict(), "n": self.n, "prompt": slug(request.prompt)}
+        stem = re.sub(rf"\{{({'|'.join(PLACEHOLDERS)})\}}", lambda match: str(values[match[1]]), self.output.stem)
         return self.output.with_name(_cut(stem, MAX_NAME) + self.output.suffix)
 
 
 def multiply(
     base: dict, prompts: Iterable[dict], seeds: Iterable[int], output: Path, ratio: tuple[int, int] | None
 ) -> Iterator[Job]:
-    """A Job for each seed of each prompt. A prompt's own values are stronger than the base's and the seeds'."""
+    """A Job for each seed of each prompt. A prompt's own values override the base values and the seeds."""
     n = 0
     for own in prompts:
         own = dict(own)
@@ -65,7 +66,7 @@ def multiply(
 
 
 def count_up(seeds: Iterable[int], count: int) -> list[int]:
-    """Each seed and the count - 1 that follow it."""
+    """Each seed followed by the next count - 1 integers."""
     if not 1 <= count <= 100_000:
         raise RequestError(f"count must be from 1 to 100000, got {count}")
     return [seed + i for seed in seeds for i in range(count)]
@@ -75,46 +76,46 @@ def parse_seeds(text: str) -> list[int]:
     """ "7" or "1,2,5"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"-?[0-9]+", part) for part in parts):
-        raise RequestError(f"seeds are whole numbers, several with commas between them; got {text!r}")
+        raise RequestError(f"seeds must be whole numbers separated by commas, got {text!r}")
     return [int(part) for part in parts]
 
 
 def parse_size(text: str) -> tuple[dict, tuple[int, int] | None]:
-    """A size "1280x720" as width and height, or an aspect "16:9" as a ratio."""
+    """A size "1280x720" as width and height, or an aspect ratio "16:9" as a ratio."""
     match = re.fullmatch(r"([0-9]{1,5})([x:])([0-9]{1,5})", text.strip().lower())
     if not match:
-        raise RequestError(f"size must be an aspect such as 3:2, or pixels such as 1280x720; got {text!r}")
+        raise RequestError(f"size must be an aspect ratio such as 3:2 or pixels such as 1280x720, got {text!r}")
     width, height = int(match[1]), int(match[3])
     if match[2] == "x":
         return {"width": width, "height": height}, None
     if not 0 < width <= 8 * height or not 0 < height <= 8 * width:
-        raise RequestError(f"aspects go from 1:8 to 8:1; got {text!r}")
+        raise RequestError(f"aspect ratio must be from 1:8 to 8:1, got {text!r}")
     return {}, (width, height)
 
 
 def size_of_ratio(ratio: tuple[int, int], side: int) -> tuple[int, int]:
-    """Width and height of that ratio with about side x side pixels, to the nearest multiples of 16."""
+    """Width and height with this ratio and about side x side pixels in total, rounded to multiples of 16."""
     width, height = (max(1, round(side * sqrt(a / b) / SIZE_MULTIPLE)) * SIZE_MULTIPLE for a, b in (ratio, ratio[::-1]))
     return width, height
 
 
 def fields_of_latents(shape: tuple[int, ...]) -> dict[str, int]:
-    """What a request must say to be drawn from latents of that shape, (B, C, h, w)."""
+    """The fields that a request needs to match latents of this shape, (B, C, h, w)."""
     count, _, h, w = shape
     return {"num_images": count, "width": w * LATENT_PIXELS, "height": h * LATENT_PIXELS}
 
 
 def read_prompts(text: str, name: str) -> list[dict]:
-    """A prompt a line; empty lines and those that begin with # are passed over."""
+    """One prompt per line; empty lines and lines starting with # are ignored."""
     lines = [line.strip() for line in text.splitlines()]
     prompts = [{"prompt": line} for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise RequestError(f"{name} holds no prompt; write one a line")
+        raise RequestError(f"{name} contains no prompts; write one per line")
     return prompts
 
 
 def read_requests(text: str, name: str) -> list[dict]:
-    """JSON Lines: an object a line, with a request's fields and, if wished, "output"."""
+    """JSON Lines: one object per line, with a request's fields and optionally "output"."""
     requests = []
     for i, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
@@ -122,17 +123,18 @@ def read_requests(text: str, name: str) -> list[dict]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"{name}, line {i} is no JSON ({error})") from None
+            raise RequestError(f"{name}, line {i} is not valid JSON ({error})") from None
         if not isinstance(values, dict):
             raise RequestError(f"{name}, line {i} must be a JSON object, got {type(values).__name__}")
         unknown = sorted(values.keys() - FIELDS - {"output"})
         if unknown:
-            raise RequestError(f"{name}, line {i} has {unknown[0]!r}; known are output, {', '.join(sorted(FIELDS))}")
+            known = ", ".join(["output", *sorted(FIELDS)])
+            raise RequestError(f"{name}, line {i}: unknown field {unknown[0]!r}; the fields are {known}")
         if not _can_be_a_path(values.get("output", "")):
-            raise RequestError(f"{name}, line {i}: output must be a file's name")
+            raise RequestError(f"{name}, line {i}: output must be a file name, got {values['output']!r}")
         requests.append(values)
     if not requests:
-        raise RequestError(f"{name} holds no request; write a JSON object a line")
+        raise RequestError(f"{name} contains no requests; write one JSON object per line")
     return requests
 
 
@@ -147,21 +149,21 @@ def read_text(stream: BinaryIO, name: str) -> str:
     """The UTF-8 text of a binary stream."""
     content = stream.read(MAX_FILE + 1)
     if len(content) > MAX_FILE:
-        raise RequestError(f"{name} is larger than {MAX_FILE // 10**6} MB")
+        raise RequestError(f"{name} is larger than {MAX_FILE // 10**6} MB; split it")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{name} is not UTF-8 text (byte {error.start})") from None
+        raise RequestError(f"{name} is not UTF-8 text (first invalid byte: {error.start})") from None
 
 
 def slug(prompt: str) -> str:
-    """Words of the prompt as a part of a file name: letters and digits of any script, dashes between."""
+    """The words of a prompt for use in a file name: letters and digits of any script, joined with dashes."""
     words = re.findall(r"[^\W_]+", prompt[:MAX_PROMPT])
-    return _cut("-".join(words), 60).rstrip("-") or "picture"
+    return _cut("-".join(words), 60).rstrip("-") or "image"
 
 
 def _cut(text: str, size: int) -> str:
-    """As much of the text as fits into size bytes of a file name."""
+    """As much of the text as fits in size bytes of a file name."""
     text = text[:size]
     while len(os.fsencode(text)) > size:
         text = text[:-1]

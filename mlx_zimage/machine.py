@@ -1,7 +1,7 @@
-"""What this machine is, how fast it multiplies, and the limits that this process takes on it.
+"""This machine's properties and speed, and the process-wide limits that are set on it.
 
-The only place that touches what a whole process shares: MLX's limits and the C library's allocator. Each is taken for
-the length of a `with`, and what was there before comes back.
+This is the only module that touches process-wide state: MLX's limits and the C library's allocator. Each is set for the
+duration of a `with` block, then restored.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import mlx.core as mx
 from . import atomic
 from .errors import ModelNotFoundError
 
-MEMORY_SHARE = 0.6  # of the memory, where the system does not recommend a share itself
-# From how many rows of input on a packed weight is unpacked for the dense product; below, it is multiplied as it is.
-# Measured: on the CPU unpacking always wins. So it does on CUDA (H200) from 256 rows on, 2.5 times at 4192; below, the
-# packed product saves a few ms a prompt, and costs half a minute of compiling kernels. Not measured by us: on Metal,
-# reports of M1 to M4 agree that unpacking wins at a picture's thousands of rows, and say nothing of a prompt's.
+MEMORY_SHARE = 0.6  # share of the memory to use, if the system does not recommend one
+# The number of input rows from which a quantized weight is unpacked for a dense product; with fewer, it is multiplied
+# in packed form. Measured: on the CPU unpacking is always faster. On CUDA (H200) it is faster from 256 rows on, 2.5
+# times at 4192; below, the packed product saves a few ms per prompt, but costs half a minute of compiling kernels. Not
+# measured by us: on Metal, reports on M1 to M4 agree that unpacking is faster at an image's thousands of rows, and do
+# not cover a prompt's.
 UNPACK_FROM = {"cpu": 0, "cuda": 0, "metal": 512}
 # Peak TFLOP/s of the smallest GPU sold as each generation's M, M Pro, M Max and M Ultra: cores * 128 multiply-adds *
-# clock. Later generations count as the last one here, and an M5 without its matrix units.
+# clock. Later generations count as the last one listed; an M5's matrix units are not counted.
 TIERS = ("", "Pro", "Max", "Ultra")
 PEAK_TFLOPS = {
     1: (2.3, 4.6, 7.9, 15.9),
@@ -37,29 +38,29 @@ PEAK_TFLOPS = {
     3: (2.8, 4.9, 10.6, 21.2),
     4: (3.0, 6.0, 12.0, 24.0),
 }
-REACHED = 0.45  # of the peak, by large products: reports go from 0.43 (bfloat16 on an M1 Max) to 0.87 (an M3 Ultra)
-UNKNOWN_RATE = 5e11  # FLOP/s, of any other GPU that Metal drives, such as a virtual one
-KERNEL_S = 0.5  # seconds at the rate of products; attention and convolutions reach half of it, so a second in truth
-RATES = "product_rates.json"  # in home(): FLOP/s by a device's name
-# Options of glibc's mallopt, with the defaults that malloc.h names.
+REACHED = 0.45  # share of the peak that large products reach: reported from 0.43 (bfloat16, M1 Max) to 0.87 (M3 Ultra)
+UNKNOWN_RATE = 5e11  # FLOP/s for any other GPU that Metal drives, such as a virtual one
+KERNEL_S = 0.5  # seconds at the products' rate; attention and convolutions reach half of it, so really a second
+RATES = "product_rates.json"  # in home(): FLOP/s by device name
+# Options of glibc's mallopt, and their defaults from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 ALLOCATOR_DEFAULTS = {M_ARENA_MAX: 0, M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 * 1024}
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-# ---- what it is
+# ---- what this machine is
 
 
 def backend() -> str:
-    """What MLX computes on: "cpu", "cuda" or "metal"."""
+    """The backend MLX computes on: "cpu", "cuda" or "metal"."""
     if mx.default_device() == mx.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 def default_dtype() -> str:
-    """What suits this machine: float32 on a CPU; on a GPU bfloat16, or float16 on M1 and M2, which emulate bfloat16,
-    and in virtual machines, whose GPU may lack it.
+    """The best dtype for this machine: float32 on a CPU; bfloat16 on a GPU, or float16 on M1 and M2, which emulate
+    bfloat16, and in virtual machines, whose GPU may lack it.
     """
     if mx.default_device() != mx.gpu:
         return "float32"
@@ -68,24 +69,24 @@ def default_dtype() -> str:
 
 
 def wide_dtype() -> str:
-    """What takes float16's place where that overflows: bfloat16, or float32 on a GPU without bfloat16."""
+    """The dtype that replaces float16 when it overflows: bfloat16, or float32 on a GPU without bfloat16."""
     return "float32" if "Paravirtual" in str(mx.device_info().get("device_name")) else "bfloat16"
 
 
 def mlx_version() -> str:
-    return mx.__version__  # type: ignore[attr-defined]  # MLX's stubs leave it out
+    return mx.__version__  # type: ignore[attr-defined]  # missing in MLX's stubs
 
 
 def unpack_from() -> int:
-    """The rule above for this backend, or what the environment variable MLX_ZIMAGE_UNPACK_FROM says."""
+    """UNPACK_FROM for this backend, unless the environment variable MLX_ZIMAGE_UNPACK_FROM overrides it."""
     given = os.environ.get("MLX_ZIMAGE_UNPACK_FROM", "")
     return int(given) if given.isdecimal() else UNPACK_FROM[backend()]
 
 
 def machine_budget() -> int:
-    """What a process should use here: the working set that the GPU recommends, or a share of the memory.
+    """The bytes of memory a process should use here: the GPU's recommended working set, or a share of the memory.
 
-    Of the system's own memory it is a share of what the process may have: containers and jobs are given less than all.
+    For system memory it is a share of what this process may use, which in containers and jobs is less than all of it.
     """
     device = mx.device_info()
     recommended = device.get("max_recommended_working_set_size")
@@ -99,7 +100,7 @@ def machine_budget() -> int:
 
 
 def cgroup_limits(membership: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> Iterator[int]:
-    """The limits of memory in bytes that this process's control groups, and those around them, set on Linux."""
+    """The memory limits in bytes that this process's control groups on Linux, and their parent groups, set."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -107,30 +108,30 @@ def cgroup_limits(membership: Path = Path("/proc/self/cgroup"), root: Path = CGR
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if not controllers:  # version 2, where one group has all controllers
+        if not controllers:  # cgroup v2, where one group has all controllers
             top, name = root, "memory.max"
         elif "memory" in controllers.split(","):
             top, name = root / "memory", "memory.limit_in_bytes"
         else:
             continue
         group = top / path.lstrip("/")
-        # in a container the path may be the host's, and the group itself stands at the top
+        # in a container the path may be the host's, and the group itself is mounted at the top
         for folder in {top, group, *(parent for parent in group.parents if top in parent.parents)}:
             try:
                 text = (folder / name).read_text().strip()
             except OSError:
                 continue
-            if text.isdecimal():  # "max" is none
+            if text.isdecimal():  # "max" means no limit
                 yield int(text)
 
 
-# ---- how fast it is
+# ---- how fast this machine is
 
 
 def product_rate() -> float:
-    """FLOP per second of large matrix products on this GPU: as measured here, else by its name.
+    """FLOP per second of large matrix products on this GPU: as measured here, otherwise estimated from its name.
 
-    Infinite where nothing ends a kernel for taking long: on a CPU, and on CUDA before it is measured.
+    Infinite where no watchdog kills long kernels: on a CPU, and on CUDA unless measured.
     """
     if backend() == "cpu":
         return inf
@@ -139,7 +140,7 @@ def product_rate() -> float:
 
 
 def rate_of(name: str) -> float:
-    """FLOP per second of products on a Mac's GPU of this name, rather too low than too high."""
+    """FLOP per second of products on a Mac's GPU with this name, estimated on the low side."""
     chip = re.match(r"Apple M(\d+)(?: (Pro|Max|Ultra))?\b", name)
     if not chip:
         return UNKNOWN_RATE
@@ -148,7 +149,7 @@ def rate_of(name: str) -> float:
 
 
 def remember_product_rate(rate: float) -> None:
-    """Keep what was measured on this GPU, in FLOP per second; without a folder to keep it in, it is forgotten."""
+    """Save the rate measured on this GPU, in FLOP per second; if it cannot be saved, do nothing."""
     known = _rates() | {str(mx.device_info().get("device_name")): float(rate)}
     with suppress(OSError, ModelNotFoundError):
         home().mkdir(parents=True, exist_ok=True)
@@ -156,7 +157,7 @@ def remember_product_rate(rate: float) -> None:
 
 
 def kernel_flops() -> float:
-    """The most that one kernel should compute: macOS ends what keeps a GPU for seconds."""
+    """The most FLOPs that one kernel should take: macOS kills kernels that occupy a GPU for seconds."""
     return KERNEL_S * product_rate()
 
 
@@ -169,36 +170,36 @@ def _rates() -> dict[str, float]:
 
 
 def home() -> Path:
-    """Where this program keeps what it makes for itself: converted models, and what it measured."""
+    """The folder for files that this program creates for itself: converted models and measurements."""
     given = os.environ.get("MLX_ZIMAGE_HOME")
     try:
         if given:
             return Path(given).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-zimage"
-    except RuntimeError:  # nobody's home
-        raise ModelNotFoundError("there is no home folder to keep models in; set MLX_ZIMAGE_HOME to a folder") from None
+    except RuntimeError:  # the user has no home folder
+        raise ModelNotFoundError("no home folder found to keep models in; set MLX_ZIMAGE_HOME to a folder") from None
 
 
-# ---- limits that are taken, and given back
+# ---- limits that are set, then restored
 
 
 class Shared:
-    """A limit of the whole process, which several may ask for at once, as pipelines in two threads do.
+    """A process-wide limit that several callers may set at once, such as pipelines in two threads.
 
-    Whoever asked last has it; once all have left, it is what it was before the first.
+    The last one set applies; once all callers have left, the original limit is restored.
     """
 
     def __init__(self, put: Callable[[int], int]):
-        """put sets the limit and returns the one before."""
+        """put sets the limit and returns the previous one."""
         self._put = put
         self._asked: list[list[int]] = []
         self._before = 0
-        # re-entered where a generator that was let go is finalized in the middle, which leaves its limits
+        # reentrant, since an abandoned generator may be finalized while the lock is held, and then leaves its limits
         self._lock = RLock()
 
     @contextmanager
     def asked(self, nbytes: int) -> Iterator[Callable[[int], None]]:
-        """The limit while within; what it yields changes it."""
+        """Set the limit within the block; yields a function that changes it."""
         mine = [max(0, nbytes)]
 
         def change(nbytes: int) -> None:
@@ -220,14 +221,14 @@ class Shared:
                 self._put(self._asked[-1][0] if self._asked else self._before)
 
 
-# looked up when they are called, since tests stand in for them
+# lambdas, so that tests can replace MLX's functions
 _cache = Shared(lambda nbytes: mx.set_cache_limit(nbytes))
 _wired = Shared(lambda nbytes: mx.set_wired_limit(nbytes))
 
 
 def _keep_freed(keep: int) -> int:
     keep_freed_memory() if keep else give_freed_memory_back()
-    return False  # before the first who asked
+    return False  # the state before the first caller
 
 
 _freed = Shared(_keep_freed)
@@ -235,14 +236,14 @@ _freed = Shared(_keep_freed)
 
 @contextmanager
 def limits(cache: int) -> Iterator[Callable[[int], None]]:
-    """Have MLX hold on to at most `cache` bytes of freed memory, which what this yields changes; then as before."""
+    """Limit MLX's cache of freed memory to `cache` bytes within the block; yields a function that changes the limit."""
     with kept_allocations(), _cache.asked(cache) as change:
         yield change
 
 
 @contextmanager
 def kept_allocations() -> Iterator[None]:
-    """On CUDA, have the C library keep what is freed for the next tensor that is read; then as before."""
+    """On CUDA, within the block, have the C library keep freed memory for the next tensor that is read."""
     if backend() != "cuda":
         yield
         return
@@ -252,9 +253,9 @@ def kept_allocations() -> Iterator[None]:
 
 @contextmanager
 def wired(nbytes: int) -> Iterator[None]:
-    """Have macOS keep nbytes of what Metal holds in memory, against other programs' demands; then as before.
+    """On macOS, within the block, wire nbytes of Metal's memory, so that other programs cannot page it out.
 
-    Only for weights that stay, and only where someone asks for it: macOS has been seen to panic under wired memory.
+    Only for weights that stay resident, and only on request: macOS has been seen to panic under wired memory.
     """
     if backend() != "metal":
         yield
@@ -263,20 +264,20 @@ def wired(nbytes: int) -> Iterator[None]:
         try:
             yield
         finally:
-            mx.synchronize()  # nothing may still be running on what is let go
+            mx.synchronize()  # nothing may still be running on memory that is about to be unwired
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep up to 2 GB of what this process frees, in one heap for all threads.
+    """Have glibc's malloc keep up to 2 GB of the memory this process frees, in one heap for all threads.
 
-    MLX's CUDA build reads every tensor into memory of its own. By default that is given back to the system each time,
-    and to touch new memory takes about as long as the reading.
+    MLX's CUDA build reads every tensor into newly allocated memory. By default malloc returns it to the system each
+    time, and touching new memory takes about as long as the read itself.
     """
     _set_allocator({M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1})
 
 
 def give_freed_memory_back() -> None:
-    """Have glibc's malloc do as by default again, and give back what it kept."""
+    """Restore the defaults of glibc's malloc, and return the memory it kept to the system."""
     _set_allocator(ALLOCATOR_DEFAULTS)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:

@@ -1,7 +1,7 @@
-"""Plans what of the networks is in memory at once, so that a request stays within a budget.
+"""Plans which parts of the networks are in memory at a time, so that a request stays within a memory budget.
 
-A request is a list of stages, each of which runs some networks. The plan is made before a weight is read, from the
-tensors' sizes and the request alone, and from the measured bounds on working memory of `mlx_zimage.bounds`.
+A request is a list of stages, each of which runs some networks. The plan is made before any weights are read, from the
+tensors' sizes, the request, and the measured bounds on working memory in `mlx_zimage.bounds`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .models.layers import vae_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
 from .models.vae import CPU_STRIP, VAEConfig
 from .request import SIZE_MULTIPLE
-from .sizes import tell
+from .sizes import rounded_up
 from .weights.blocks import READS_AHEAD
 from .weights.checkpoint import READERS, Checkpoint, Component
 
-# ---- what is to be done, and the plan for it
+# ---- the work, and the plan for it
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a request takes: `images` of width x height pixels at once, prompts of at most `tokens`, and steps.
+    """The size of a request: `images` of width x height pixels at once, prompts of at most `tokens`, and steps.
 
-    prompts are run in each step: two with guidance.
+    prompts is the number of prompts run in each step: two with guidance.
     """
 
     width: int
@@ -46,10 +46,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a network's weights as computed with: of each block, in running order, and of all the rest.
+    """Bytes of a network's weights in memory: of each block, in the order they run, and of everything else.
 
-    unpacked is the dense form of the largest packed block; reading is what is needed beside the weights while they are
-    read: tensors as stored, where they are computed with in another dtype or order, of a block or of all READERS.
+    unpacked is the dense form of the largest quantized block. reading is needed in addition while weights are read: for
+    tensors that are stored in another dtype or layout than they are computed in, those of one block, or one per reader.
     """
 
     blocks: Mapping[str, int]
@@ -63,15 +63,15 @@ class Footprint:
 
     @property
     def moving(self) -> int:
-        """What streaming holds: a block, and the next where that is read ahead."""
+        """Bytes in memory while streaming: one block, and the next one if it is read ahead."""
         return (2 if READS_AHEAD[backend()] else 1) * max(self.blocks.values(), default=0)
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do a stage's work: bytes of its intermediates, and what a GPU may hold of them for longer.
+    """One way to do a stage's work: bytes of intermediates, and of those that a GPU may free late.
 
-    lean blocks give memory back in their middle; a VAE works by strips of strip_bytes, or on whole tensors.
+    lean blocks free memory halfway through; a VAE works on strips of strip_bytes, or on whole tensors if None.
     """
 
     work: int
@@ -82,9 +82,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a request: the networks that it runs, by the names of their footprints; ways are fastest first.
+    """A part of a request: the networks it runs, by the names of their footprints, and its ways, fastest first.
 
-    leaves is what of its work stays for the next request if its networks do, in bytes.
+    leaves is the bytes of its work that stay for the next request if its networks are kept in memory.
     """
 
     name: str
@@ -95,12 +95,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a request is to be run.
+    """How to run a request.
 
-    keep: all networks stay for the next request; otherwise each goes when its stage is over. streamed names the blocks
-    read from disk whenever they are needed. ways has the way of each stage. peaks predicts the memory of each stage, in
-    bytes; rooms is what it must find in the budget, which is more where a GPU may still hold, at rare moments, what it
-    has done with.
+    keep: all networks stay in memory for the next request; otherwise each is unloaded after its stage. streamed names
+    the blocks read from disk each time they are needed. ways has the way chosen for each stage. peaks predicts each
+    stage's peak memory in bytes; rooms is the part of the budget it needs, which is more than the peak where a GPU may
+    occasionally free memory late.
     """
 
     budget: int
@@ -112,12 +112,12 @@ class Plan:
 
     @property
     def lean(self) -> bool:
-        """Whether blocks give memory back in their middle."""
+        """Whether blocks free memory halfway through."""
         return any(way.lean for way in self.ways.values())
 
     @property
     def strip_bytes(self) -> int | None:
-        """By strips of how many bytes images are decoded; None for whole ones."""
+        """The bytes per strip when decoding images; None to decode them whole."""
         return self.ways["decode"].strip_bytes
 
     @property
@@ -134,7 +134,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A way of a stage, the blocks that it streams, and the weights that are then in memory."""
+    """A way to run a stage, the blocks it streams, and the bytes of weights then in memory."""
 
     way: Way
     streamed: frozenset[str]
@@ -148,10 +148,10 @@ class _Choice:
 def make_plan(
     stages: Sequence[Stage], footprints: Mapping[str, Footprint], budget: int, keep: bool | None = None
 ) -> Plan:
-    """The fastest plan that fits the budget, else the leanest.
+    """The fastest plan that fits the budget; if none fits, the one that needs the least memory.
 
-    keep says whether all networks stay for the next request; None chooses. What is kept is not read for the next image;
-    reading a block takes longer than all that waiting costs.
+    keep says whether all networks stay in memory for the next request; None decides. Keeping saves reading them for the
+    next image, and reading a single block costs more time than waiting saves.
     """
     plans = []
     for kept in (True, False) if keep is None else (keep,):
@@ -205,7 +205,7 @@ def _together(networks: Sequence[Footprint]) -> Footprint:
 
 
 def _stream(network: Footprint, room: int) -> tuple[frozenset[str], int]:
-    """The blocks to stream so that the weights fit into room, and what is then in memory; all of them if none fit."""
+    """The blocks to stream so that the weights fit in room, and the bytes then in memory; all blocks if none fit."""
     if network.total + network.reading <= room:
         return frozenset(), network.total + network.reading
     kept, held = [], network.rest + network.reading + network.moving
@@ -221,7 +221,7 @@ def _stream(network: Footprint, room: int) -> tuple[frozenset[str], int]:
 
 
 def measure(component: Component, dtype: mx.Dtype) -> Footprint:
-    """The sizes of a network that computes in dtype, without what is not in memory while it runs."""
+    """The footprint of a network that computes in dtype, without weights that are not in memory while it runs."""
     blocks, without = component.config.blocks, component.config.read_once
     sizes, dense, stored = (dict.fromkeys(blocks, 0) for _ in range(3))
     rest = largest = 0
@@ -251,7 +251,7 @@ def _block_of(name: str, blocks: Mapping[str, int]) -> str | None:
 
 
 class Planner:
-    """Knows a checkpoint's sizes; `plan` fits a request to a budget."""
+    """Knows a checkpoint's sizes; `plan` fits a request into a budget."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype):
         self.checkpoint = checkpoint
@@ -264,25 +264,26 @@ class Planner:
         }
 
     def plan(self, work: Workload, budget: int, keep: bool | None = None) -> Plan:
-        """The fastest plan for a workload within a budget of bytes; MemoryBudgetError where there is none."""
+        """The fastest plan for a workload within a budget in bytes; MemoryBudgetError if there is none."""
         best = self._best(work, budget, keep)
         if best.room <= budget:
             return best
         side = self._largest_side(work, budget, keep)
-        smaller = f"at most {side}x{side} pixels at once fit {tell(budget)}" if side else "no size fits it"
-        kept = " with the model kept" if keep else ""
-        move = "do not keep the model" if keep else "allow more, draw less at once"
+        images = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
+        it = "they need" if work.images > 1 else "it needs"
+        smaller = f"the largest size that fits is {side}x{side}" if side else "no smaller size fits"
+        kept = " with the model kept in memory" if keep else ""
+        move = "do not keep the model in memory" if keep else "raise the budget, generate fewer images at once"
         raise MemoryBudgetError(
-            f"{work.images} picture{'s' * (work.images > 1)} of {work.width}x{work.height} cannot be drawn in "
-            f"{tell(budget)}{kept}: the least that works is {tell(best.room)}, and {smaller}; {move}, or convert the "
-            f"model to fewer bits"
+            f"{images} cannot be generated within {rounded_up(budget)}{kept}: {it} at least {rounded_up(best.room)}, "
+            f"and {smaller}; {move}, or convert the model to fewer bits"
         )
 
     def _best(self, work: Workload, budget: int, keep: bool | None) -> Plan:
         return make_plan(self.stages(work), self.footprints, budget, keep)
 
     def _largest_side(self, work: Workload, budget: int, keep: bool | None) -> int:
-        """The side of the largest square that fits the budget, at most the work's; 0 if none does."""
+        """The side of the largest square image that fits, no larger than the work's longer side; 0 if none does."""
 
         def too_large(side: int) -> bool:
             return self._best(replace(work, width=side, height=side), budget, keep).room > budget
@@ -292,7 +293,7 @@ class Planner:
 
     def stages(self, work: Workload) -> list[Stage]:
         """Encoding the prompts, denoising, and decoding the images."""
-        if self.dtype == mx.float16:  # what its scale is found with must fit, too
+        if self.dtype == mx.float16:  # the sample that its scale is found with must fit, too
             width, height, tokens = max(work.width, SIDE), max(work.height, SIDE), max(work.tokens, TOKENS)
             work = replace(work, width=width, height=height, tokens=tokens)
         modulations = self.modulations(work.steps)
@@ -333,7 +334,7 @@ class Planner:
         return int(together * block + others + unpacked)
 
     def modulations(self, steps: int) -> int:
-        """The scales and gates of a schedule, twice while they are put together, and two of the weights behind them."""
+        """Bytes of a schedule's scales and gates, twice while they are stacked, plus two blocks' adaLN weights."""
         config = self.checkpoint.transformer.config
         given = 2 * steps * (4 * len(config.modulated) + 1) * config.dim
         return (given + 2 * 4 * config.dim * config.time_dim) * self.dtype.size
@@ -341,17 +342,17 @@ class Planner:
     def decode_work(self, width: int, height: int, strip_bytes: int | None) -> int:
         widths, itemsize = self.checkpoint.vae.config.block_out_channels, self.vae_dtype.size
         strip = self.bounds.strips[strip_bytes]
-        row = width * widths[1] * itemsize  # of the widest tensor: a strip has one at least
+        row = width * widths[1] * itemsize  # of the widest tensor: a strip is at least one row
         at_least = strip.at_least * max(1, row / (strip_bytes or CPU_STRIP))
         size = width * height * widths[0]
         return int(min(self.bounds.most * size, strip.by_pixel * size + at_least))
 
 
 def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
-    """Whether an image of width x height pixels may be decoded without strips, memory aside."""
+    """Whether an image of width x height pixels can be decoded without strips, regardless of memory."""
     return backend() == "cpu" or width * height * config.block_out_channels[1] < LARGEST_WHOLE
 
 
 def largest_strip(config: VAEConfig, width: int, height: int) -> int | None:
-    """The strip_bytes that decode an image of width x height pixels fastest, memory aside."""
+    """The fastest strip_bytes for decoding an image of width x height pixels, regardless of memory."""
     return None if decodes_whole(config, width, height) else max(filter(None, FLOAT32_STRIPS))

@@ -1,4 +1,4 @@
-"""Names that moved: for one release the old place gives them, with a warning that tells the new one."""
+"""Names that moved: for one release they still work in the old module, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def moved(old: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], object]:
-    """The __getattr__ of the module `old`, whose names are now in other modules of this package: module -> names."""
+    """A __getattr__ for the module `old`; homes maps the modules of this package where names are now to those names."""
     home_of = {name: f"{__package__}.{home}" for home, names in homes.items() for name in names}
 
     def find(name: str) -> object:
@@ -16,7 +16,7 @@ def moved(old: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], objec
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
         found = getattr(importlib.import_module(home_of[name]), name)
         warnings.warn(
-            f"{old}.{name} is now {home_of[name]}.{name}; the old name goes with the next release",
+            f"{old}.{name} is now {home_of[name]}.{name}; the old name will be removed in the next release",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -1,12 +1,12 @@
-"""The networks of one checkpoint in one dtype, in memory as a plan says: the one door to them.
+"""The networks of one checkpoint in one dtype, loaded and unloaded as a plan says. Everything else uses them like this:
 
     with networks.running(plan):
         prompts = yield from networks.encode(request, sigmas)
         for step in networks.denoise(prompts, noise, sigmas, request.guidance_scale): ...
         pixels = yield from networks.decode(step.latents)
 
-What a stage needs is read when it begins; where the plan does not keep it, it goes when the stage is over. Prompts that
-were encoded before are remembered, here as far as the budget has room and on disk by `mlx_zimage.weights.store`.
+A stage's weights are read when it begins and, unless the plan keeps them in memory, unloaded when it ends. Embeddings
+of earlier prompts are cached, here as far as the budget allows and on disk by `mlx_zimage.weights.store`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from .weights.checkpoint import Checkpoint
 from .weights.library import embeddings_folder
 from .weights.store import Store
 
-LITTLE = 2**18  # bytes of a strip, where the memory is not planned
-MAX_EMBEDDINGS = 32  # prompts remembered, of at most 5 MB each
+SMALL_STRIP = 2**18  # bytes per strip where memory is not planned
+MAX_EMBEDDINGS = 32  # cached prompts, at most 5 MB each
 
 Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`done` of `total` parts of what goes on around the steps, which is named "encode", "decode" or "scale".
+    """Progress outside the steps: `done` of `total` parts of the phase "encode", "decode" or "scale".
 
-    A prompt is encoded in the text encoder's layers, a picture decoded in the VAE's blocks. Before all else the scale
-    that a model needs in float16 may have to be found, network by network (see `mlx_zimage.headroom`).
+    Encoding a prompt counts text encoder layers, decoding an image VAE blocks. In float16, the model's scale may have
+    to be found first, network by network (see `mlx_zimage.headroom`).
     """
 
     name: str
@@ -56,7 +56,7 @@ class Phase:
 
 
 def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Generator[Phase, None, mx.array]:
-    """Phases of work that yields how many of its `total` parts are done; returns what it returns."""
+    """Wrap a generator that yields how many of `total` parts are done into Phases; returns its return value."""
     done = 0
     while True:
         yield Phase(name, done, total)
@@ -67,7 +67,7 @@ def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Gene
 
 
 class Networks:
-    """Tokenizer, text encoder, transformer and VAE of a checkpoint, which compute in dtype within a budget of bytes.
+    """A checkpoint's tokenizer, text encoder, transformer and VAE, computing in dtype within a budget in bytes.
 
     wired locks the weights that stay through all steps in physical memory on macOS (see `machine.wired`).
     """
@@ -94,21 +94,21 @@ class Networks:
         self._limit_cache: Callable[[int], None] | None = None
         self._scaled = dtype != mx.float16
 
-    # ---- before work
+    # ---- before a request
 
     def tokenize(self, prompt: str) -> Ids:
-        """The prompt's ids, template included: at most 512, and a warning where that cuts it."""
+        """The prompt's ids, template included: at most 512; warns if that truncates the prompt."""
         ids = self.tokenizer.encode(prompt)
         if len(ids) > MAX_TOKENS:
             warnings.warn(
-                f"the prompt has {len(ids)} tokens and the model reads {MAX_TOKENS}; its end is left out",
+                f"the prompt has {len(ids)} tokens, but the model reads only {MAX_TOKENS}; the rest is ignored",
                 PromptTruncated,
                 stacklevel=2,
             )
         return tuple(ids[:MAX_TOKENS])
 
     def plan(self, work: Workload, keep: bool | None = None) -> Plan:
-        """What will be in memory when, for a workload within the budget; MemoryBudgetError if it cannot fit."""
+        """The plan for a workload within the budget; MemoryBudgetError if it cannot fit."""
         return self.planner.plan(work, self.budget, keep)
 
     # ---- a request
@@ -122,13 +122,13 @@ class Networks:
 
     @contextmanager
     def running(self, plan: Plan) -> Iterator[Networks]:
-        """The networks as the plan says: what it does not keep goes when the block ends, however it ends."""
+        """The networks, managed as the plan says; what it does not keep is unloaded when the block ends or fails."""
         self._plan = plan
         for runner in self.runners.values():
             runner.streamed = plan.streamed
         if not plan.keep:
             self.release()
-        # where all stays and the steps need not be lean, they are given more room than encoding takes in any way
+        # if everything is kept and the steps are not lean, they are given more memory than encoding needs in any case
         self.text_encoder.lean = plan.lean or not plan.keep
         self.transformer.lean = plan.lean
         self.vae.strip_bytes = plan.strip_bytes
@@ -144,7 +144,7 @@ class Networks:
     def encode(
         self, prompts: Sequence[Ids], sigmas: Sequence[float] | np.ndarray
     ) -> Generator[Phase, None, list[mx.array]]:
-        """The embeddings (L, cap_feat_dim) of tokenized prompts, before steps along the sigmas."""
+        """The embeddings (L, cap_feat_dim) of tokenized prompts; sigmas are those of the steps that will follow."""
         yield from self._scale()
         self.transformer.forget_schedule_but(times_of(sigmas[:-1]))
         embeddings = []
@@ -160,7 +160,7 @@ class Networks:
         sigmas: Sequence[float] | np.ndarray,
         guidance_scale: float,
     ) -> Iterator[Step]:
-        """The Steps from noise (B, h, w, 16) down the sigmas; the second of two prompts is what to steer away from."""
+        """The Steps from noise (B, h, w, 16) along the sigmas; a second prompt is the negative prompt."""
         _, h, w, _ = noise.shape
         with wired(self._resident()) if self.wired else nullcontext():
             velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w)
@@ -168,21 +168,21 @@ class Networks:
         self._end_stage("transformer")
 
     def decode(self, latents: mx.array) -> Generator[Phase, None, mx.array]:
-        """Clean latents (B, h, w, 16) to pixels (B, 8h, 8w, 3) float32, about [-1, 1]."""
+        """Final latents (B, h, w, 16) to pixels (B, 8h, 8w, 3) float32, nominally in [-1, 1]."""
         return (yield from phases("decode", self.vae.config.decoder_blocks, self.vae.decode_steps(latents)))
 
     def encode_image(self, pixels: mx.array) -> mx.array:
-        """Pixels (B, H, W, 3) in [-1, 1] to latents (B, H / 8, W / 8, 16); none of the encoder's weights are kept."""
+        """Pixels (B, H, W, 3) in [-1, 1] to latents (B, H / 8, W / 8, 16); the encoder is unloaded afterwards."""
         runner = Blocks(self.runners["vae"].weights, self.vae.runner.dtype)
-        latents = VAE(self.vae.config, runner, LITTLE).encode(pixels)
+        latents = VAE(self.vae.config, runner, SMALL_STRIP).encode(pixels)
         mx.eval(latents)
         runner.release()
         return latents
 
     def encode_prompt(self, ids: Ids) -> Generator[Phase, None, mx.array]:
-        """The embeddings of one tokenized prompt, remembered ones if there are."""
+        """The embeddings of one tokenized prompt, from a cache if they are there."""
         if ids in self._embeddings:
-            self._embeddings[ids] = self._embeddings.pop(ids)  # the last used go last
+            self._embeddings[ids] = self._embeddings.pop(ids)  # the most recently used come last
             return self._embeddings[ids]
         config = self.text_encoder.config
         made = [self.checkpoint.text_encoder], ids
@@ -190,7 +190,10 @@ class Networks:
         if embeddings is None:
             embeddings = yield from phases("encode", config.used_layers, self.text_encoder.steps(ids))
             if not mx.isfinite(embeddings).all().item():
-                raise NumericsError("the prompt's embeddings are not finite; nothing was drawn")
+                raise NumericsError(
+                    "the prompt's embeddings are not finite; no image was generated. Try dtype float32; if that fails "
+                    "too, the weights are damaged"
+                )
             self._store.put(*made, embeddings)
         self._embeddings[ids] = embeddings
         self._forget_embeddings()
@@ -199,9 +202,9 @@ class Networks:
     # ---- float16
 
     def find_scale(self, ids: Ids, keep: bool | None = None) -> None:
-        """In float16, find what a prompt's encoding needs and the first image's would, if it is not known yet.
+        """In float16, find the model's scale before encoding a prompt, unless it is known already.
 
-        Reads the transformer, too, and raises MemoryBudgetError where no image can be drawn.
+        This reads the transformer, too, and raises MemoryBudgetError if no image could be generated.
         """
         if not self._scaled:
             work = Workload(headroom.SIDE, headroom.SIDE, images=1, tokens=len(ids), steps=1)
@@ -209,7 +212,7 @@ class Networks:
                 result(self._scale())
 
     def _scale(self) -> Generator[Phase, None, None]:
-        """In float16, give the networks the factors that this checkpoint needs: remembered ones, or found now."""
+        """In float16, set the networks' factors to what this checkpoint needs, from the cache or found now."""
         if self._scaled:
             return
         networks: list[TextEncoder | Transformer] = [self.text_encoder, self.transformer]
@@ -223,8 +226,8 @@ class Networks:
         for network, component, factor in zip(networks, components, np.array(factors).tolist(), strict=True):
             if not factor:
                 raise NumericsError(
-                    f"float16 cannot hold the numbers of the {component.name}, even made "
-                    f"{1 / headroom.LEAST:.0f} times smaller; choose dtype bfloat16"
+                    f"the {component.name} overflows float16, even scaled down by "
+                    f"{1 / headroom.SMALLEST:.0f}; choose dtype bfloat16"
                 )
             network.factor = factor
         self._scaled = True
@@ -233,7 +236,7 @@ class Networks:
         side = headroom.SIDE // self.checkpoint.vae.config.scale
         channels = self.checkpoint.vae.config.latent_channels
         noise = initial_noise(headroom.SAMPLE.seed, (1, channels, side, side)).transpose(0, 2, 3, 1)
-        mx.eval(noise)  # whoever takes the next event may do so in another thread
+        mx.eval(noise)  # the next event may be requested from another thread
         try:
             yield Phase("scale", 0, 2)
             of_encoder, cap_feats = headroom.fit(self.text_encoder, lambda: self.text_encoder(ids))
@@ -270,7 +273,7 @@ class Networks:
 
     @property
     def _spare(self) -> int:
-        """What the plan leaves of the budget."""
+        """The part of the budget that the plan leaves free."""
         return self.budget if self._plan is None else self._plan.budget - self._plan.room
 
     @property
@@ -278,14 +281,14 @@ class Networks:
         return sum(embeddings.nbytes for embeddings in self._embeddings.values())
 
     def _forget_embeddings(self) -> None:
-        """Keep what prompts gave as far as the budget has room for it, the last used first."""
+        """Drop the least recently used embeddings until the rest fit in the budget."""
         while len(self._embeddings) > MAX_EMBEDDINGS or self._remembered > self._spare:
             del self._embeddings[next(iter(self._embeddings))]
         if self._limit_cache:
-            self._limit_cache(self._spare - self._remembered)  # what MLX keeps of freed memory counts too
+            self._limit_cache(self._spare - self._remembered)  # freed memory that MLX caches counts, too
 
     def _resident(self) -> int:
-        """Bytes of the weights that stay in memory through all steps."""
+        """Bytes of weights that stay in memory during all steps."""
         if self._plan is None:
             return 0
         footprints, streamed = self.planner.footprints, self._plan.streamed

@@ -1,4 +1,4 @@
-"""ZImagePipeline: from a prompt to pictures, in the order in which it happens."""
+"""ZImagePipeline: from a prompt to images, step by step."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ __all__ = ["Generated", "Overflow", "Phase", "PipelineOutput", "ZImagePipeline"]
 
 
 class Overflow(UserWarning):
-    """float16 could not hold the numbers of a picture, which is drawn in a wider dtype instead."""
+    """An image overflowed float16 and is generated in a wider dtype instead."""
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One picture: pixels (H, W, 3) uint8, and the request that draws it again; index counts from 0.
+    """One image: pixels (H, W, 3) uint8, and the request that reproduces it; index counts from 0.
 
-    plan tells how it was run, and the memory that was predicted; dtype is what it was computed in.
+    plan says how it was run and how much memory was predicted; dtype is the compute dtype.
     """
 
     index: int
@@ -57,7 +57,7 @@ class Generated:
 class PipelineOutput:
     """images: a list of PIL images, or an array: (B, H, W, 3) in [0, 1] for "np", (B, 16, h, w) for "latent".
 
-    seed is the one they were drawn from.
+    seed is the seed that was used.
     """
 
     images: list | np.ndarray
@@ -90,31 +90,31 @@ class ZImagePipeline:
         variant: str | None = None,
         wired: bool = False,
     ) -> ZImagePipeline:
-        """Open a model: a folder (diffusers' or our converter's), a Hugging Face id, or "pocket".
+        """Open a model: a folder (from diffusers or our converter), a Hugging Face id, or "pocket".
 
-        Reads and checks configs and headers; tensor data is read when first used. dtype is what the networks compute
-        in, "bfloat16", "float16" or "float32"; see `default_dtype`. Where float16 overflows, in spite of all that is
-        done against it, the pipeline goes on in bfloat16 (float32 in virtual machines), and says so.
+        Reads and checks configs and headers; tensor data is read when first used. dtype is the compute dtype,
+        "bfloat16", "float16" or "float32"; `default_dtype` has the default. If float16 overflows in spite of
+        `mlx_zimage.headroom`, the pipeline warns and continues in bfloat16 (float32 in virtual machines).
 
-        memory is a budget such as "6GB", by default what the machine recommends. What does not fit beside the work is
-        read from disk when it is needed: slower, but the same picture. A request that cannot fit is refused before
-        any weight is read. keep=True keeps all networks for the next request, keep=False lets each go when its part
-        of a request is done; by default they are kept where all fit at once.
+        memory is the memory budget, such as "6GB"; by default the one the machine recommends. Weights that do not fit
+        are streamed from disk: slower, but the same image. A request that cannot fit is refused before any weights are
+        read. keep=True keeps all networks in memory for the next request, keep=False unloads each one after use; by
+        default they are kept if all fit at once.
 
-        variant, "turbo" or "base", says which model of the family it is, where the folder would be taken for another;
-        any other, such as "fp16", which of a network's files are read, as in diffusers.
+        variant, "turbo" or "base", overrides which model of the family the folder is recognized as; any other value,
+        such as "fp16", selects which of a network's files are read, as in diffusers.
 
         wired=True locks the resident weights in physical memory on macOS while the steps run. Leave it off unless other
         programs push the model out: kernel panics have been reported with wired memory.
 
-        What the text encoder makes of a prompt is kept on disk, so that the same prompt needs no encoder again; see
+        Prompt embeddings are cached on disk, so that a prompt used before needs no text encoder; see
         `mlx-zimage models --help`.
         """
         with explained():  # a Mac may have no GPU for this session
             if dtype is None:
                 dtype = default_dtype()
             if not isinstance(dtype, str) or dtype not in FLOATS:
-                raise RequestError(f"dtype must be one of {', '.join(FLOATS)}, as text, got {dtype!r}")
+                raise RequestError(f"dtype must be one of the strings {', '.join(FLOATS)}, got {dtype!r}")
             budget = None if memory is None else parse_memory(memory)
             return cls(open_checkpoint(source, variant), getattr(mx, dtype), budget, keep, wired)
 
@@ -133,14 +133,14 @@ class ZImagePipeline:
         shift: float | None = None,
         rng: str = "torch",
     ) -> PipelineOutput:
-        """Draw pictures of one prompt; the arguments are those of diffusers' ZImagePipeline.
+        """Generate images from one prompt; the arguments are those of diffusers' ZImagePipeline.
 
-        width and height are pixels, multiples of 16; num_inference_steps are calls of the transformer; guidance_scale 0
-        is off; all of them are the model's own by default. Prompts are read up to 512 tokens. seed stands in for
-        diffusers' generator and gives the same noise; left out, one is chosen and told in the output. latents (B, 16,
-        height / 8, width / 8) float32 are the initial noise itself. output_type is "pil", "np" (floats in [0, 1]) or
-        "latent". shift bends the schedule towards noise. rng "mlx" draws MLX's noise from the seed. Every fault of the
-        arguments raises RequestError before any work.
+        width and height are in pixels, multiples of 16; num_inference_steps is the number of denoising steps;
+        guidance_scale 0 is off; all of these default to the model's own. Prompts are read up to 512 tokens. seed
+        replaces diffusers' generator and gives the same noise; without it a random seed is used, which the output has.
+        latents (B, 16, height / 8, width / 8) float32 replace the initial noise. output_type is "pil", "np" (floats in
+        [0, 1]) or "latent". shift is the timestep shift: higher spends more steps at high noise. rng="mlx" uses MLX's
+        random numbers for the noise. Invalid arguments raise RequestError before any work starts.
         """
         if output_type not in ("pil", "np", "latent"):
             raise RequestError(f"output_type must be 'pil', 'np' or 'latent', got {output_type!r}")
@@ -164,22 +164,22 @@ class ZImagePipeline:
             return PipelineOutput(np.stack(images).astype(np.float32) / 255, request.seed)
         return PipelineOutput([to_pil(pixels) for pixels in images], request.seed)
 
-    # ---- from a request to pictures
+    # ---- from a request to images
 
     def stream(
         self, request: GenerateRequest, inputs: Any = None, *, latents: Any = None
     ) -> Iterator[Step | Generated]:
-        """Draw a request, yielding each denoising Step, then each picture. Leaving the loop stops the work.
+        """Run a request, yielding each denoising Step, then each image. Leaving the loop stops the work.
 
-        inputs are the arrays that it is made from (see `Inputs`), or latents (B, 16, height / 8, width / 8) alone: the
-        initial noise in place of the seed's. If float16 overflows, the Steps begin again from the first.
+        inputs are the arrays that the request uses (see `Inputs`), or just latents (B, 16, height / 8, width / 8),
+        which replace the seed's initial noise. If float16 overflows, the Steps start again from the first.
         """
         for event in self.events(request, Inputs.of(inputs, latents)):
             if not isinstance(event, Phase):
                 yield event
 
     def denoise(self, request: GenerateRequest, inputs: Any = None, *, latents: Any = None) -> Iterator[Step]:
-        """The Steps of a request, from its noise (or the given latents) to clean latents (B, h, w, 16)."""
+        """The Steps of a request, from its noise (or the given latents) to the final latents (B, h, w, 16)."""
         for event in self.events(request, Inputs.of(inputs, latents), decode=False):
             if isinstance(event, Step):
                 yield event
@@ -187,7 +187,7 @@ class ZImagePipeline:
     def events(
         self, request: GenerateRequest, inputs: Any = None, decode: bool = True, *, latents: Any = None
     ) -> Iterator[Phase | Step | Generated]:
-        """stream, with the Phases before and after the steps: what a progress bar wants to know."""
+        """`stream`, plus the Phases before and after the steps, for a progress bar."""
         request, inputs = self.complete(request), Inputs.of(inputs, latents)
         yield from self.turns.take(self._attempts(request, inputs, decode))
 
@@ -203,7 +203,7 @@ class ZImagePipeline:
             pass
         wide = wide_dtype()
         warnings.warn(
-            f"float16 overflows with this model; the picture is drawn again from its first step, in {wide}",
+            f"float16 overflowed with this model; restarting the image from its first step in {wide}",
             Overflow,
             stacklevel=2,
         )
@@ -225,7 +225,7 @@ class ZImagePipeline:
         inputs.check_named(request.latents)
         if inputs.digest != request.latents:
             request = replace(request, latents=inputs.digest)
-        mx.eval(noise)  # whoever takes the next event may do so in another thread
+        mx.eval(noise)  # the next event may be requested from another thread
         with self.networks.running(plan) as networks:
             try:
                 embeddings = yield from networks.encode(prompts, sigmas)
@@ -241,21 +241,21 @@ class ZImagePipeline:
                 pixels = yield from networks.decode(latents)
                 yield Generated(i, to_uint8(pixels[0]), request, plan, str(networks.dtype).rpartition(".")[2])
 
-    # ---- what a request would be, and its parts by themselves
+    # ---- the parts of a request on their own
 
     def complete(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with the model's own size and steps where it leaves them open."""
+        """The request, with the model's own size and steps where it has None."""
         own = {"width": self.sample_size, "height": self.sample_size, "steps": self.variant.steps}
         missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
         return replace(request, **missing) if missing else request
 
     def plan(self, request: GenerateRequest) -> Plan:
-        """What of the model will be in memory when, for this request within the pipeline's budget."""
+        """What will be in memory when, for this request within the pipeline's memory budget."""
         request = self.complete(request)
         return self._plan(request, self._tokenize(request))
 
     def _tokenize(self, request: GenerateRequest) -> list[tuple[int, ...]]:
-        """The ids of the prompts that a request needs."""
+        """The ids of the prompts that a request uses."""
         prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 0 else [])
         return [self.tokenize(prompt) for prompt in prompts]
 
@@ -265,14 +265,14 @@ class ZImagePipeline:
         return self.networks.plan(work, self.keep)
 
     def tokenize(self, prompt: str) -> tuple[int, ...]:
-        """The prompt's ids, template included: at most 512, and a warning where that cuts it."""
+        """The prompt's ids, template included: at most 512; warns if that truncates the prompt."""
         return self.networks.tokenize(prompt)
 
     def encode(self, prompt: str) -> mx.array:
-        """The prompt's embeddings (L, cap_feat_dim): one row a token, template included, at most 512.
+        """The prompt's embeddings (L, cap_feat_dim): one row per token, template included, at most 512.
 
-        In float16, the first call finds the model's scale, as the first picture would: it also reads the transformer,
-        and raises MemoryBudgetError where no picture can be drawn.
+        In float16, the first call finds the model's scale, as the first image would: this also reads the transformer,
+        and raises MemoryBudgetError if no image could be generated.
         """
         ids = self.tokenize(prompt)
         with self._beside_requests("text_encoder"):
@@ -280,12 +280,12 @@ class ZImagePipeline:
             return result(self.networks.encode_prompt(ids))
 
     def decode(self, latents: mx.array) -> np.ndarray:
-        """Clean latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
+        """Final latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
         with self._beside_requests("vae"):
             return to_uint8(result(self.networks.decode(latents[None]))[0])
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (H, W, 3) in [-1, 1] to clean latents (H / 8, W / 8, 16) float32, in little memory."""
+        """Pixels (H, W, 3) in [-1, 1] to clean latents (H / 8, W / 8, 16) float32, using little memory."""
         with self.turns.computing(), self.networks.guarded():
             return np.array(self.networks.encode_image(mx.array(pixels)[None])[0])
 
@@ -299,32 +299,32 @@ class ZImagePipeline:
                 if self.keep is False:
                     self.networks.release(network)
 
-    # ---- what it is made of
+    # ---- the pipeline's parts
 
     @property
     def variant(self) -> Variant:
-        """Which model of the family it is used as."""
+        """The model of the family that this one is used as."""
         return self.checkpoint.variant
 
     @property
     def defaults(self) -> dict:
-        """What a request gets that leaves it open: the side of its picture, steps and guidance_scale."""
+        """Defaults for a request: the side of a square image in pixels, steps and guidance_scale."""
         variant = self.variant
         return {"side": self.sample_size, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
 
     @property
     def sample_size(self) -> int:
-        """The side of the square picture that the model draws by default, in pixels."""
+        """The side of the square image that the model generates by default, in pixels."""
         return self.checkpoint.vae.config.sample_size
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What the networks compute in."""
+        """The compute dtype."""
         return self.networks.dtype
 
     @property
     def budget(self) -> int:
-        """The bytes that it keeps to."""
+        """The memory budget in bytes."""
         return self.networks.budget
 
     @budget.setter
@@ -353,4 +353,4 @@ class ZImagePipeline:
 
 
 class _Overflowed(NumericsError):
-    """float16 could not hold the numbers of a request."""
+    """A request overflowed float16."""

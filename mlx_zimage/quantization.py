@@ -1,4 +1,4 @@
-"""How a weight is packed in few bits. Modes, groups and the config.json block are mlx-lm's, so its tools read ours."""
+"""How a weight is quantized. Modes, group sizes and the config.json block are mlx-lm's, so its tools can read ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODES = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How one weight is packed: `bits` per value, one scale per `group_size` values of a row."""
+    """How one weight is quantized: `bits` per value, one scale per `group_size` values in a row."""
 
     bits: int
     group_size: int = 64
@@ -30,10 +30,12 @@ class Quantization:
         if self.bits not in bits:
             raise RequestError(f"{self.mode} quantization takes {_either(bits)} bits, got {self.bits}")
         if self.group_size not in groups:
-            raise RequestError(f"{self.mode} quantization takes groups of {_either(groups)}, got {self.group_size}")
+            raise RequestError(
+                f"{self.mode} quantization takes a group size of {_either(groups)}, got {self.group_size}"
+            )
 
     def packed(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors that stand for the dense weight `name` of `shape` (out, in)."""
+        """Names and shapes of the tensors that replace the dense weight `name` of `shape` (out, in)."""
         layer = name.removesuffix(".weight")
         *rows, width = shape
         groups = (*rows, width // self.group_size)
@@ -51,7 +53,7 @@ class Quantization:
 
 
 def default_quantization(bits: int | None, group_size: int | None = None, mode: str = "affine") -> Quantization:
-    """Fill in what the caller left open: the mode's only bits (4 when affine) and its default group."""
+    """A Quantization with the mode's defaults filled in: its only number of bits (4 if affine) and its group size."""
     allowed_bits, groups = MODES.get(mode, ((bits or 4,), (64,)))
     if bits is None:
         bits = 4 if mode == "affine" else allowed_bits[0]
@@ -59,4 +61,5 @@ def default_quantization(bits: int | None, group_size: int | None = None, mode: 
 
 
 def _either(values: tuple[int, ...]) -> str:
-    return " or ".join(map(str, sorted(values)))
+    *others, last = map(str, sorted(values))
+    return f"{', '.join(others)} or {last}" if others else last

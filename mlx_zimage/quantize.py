@@ -1,4 +1,4 @@
-"""Moved: the modes of quantization to mlx_zimage.quantization, the recipe to mlx_zimage.weights.quantize."""
+"""Moved: quantization modes to mlx_zimage.quantization, the choice of layers to mlx_zimage.weights.quantize."""
 
 from .moved import moved
 

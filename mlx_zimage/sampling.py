@@ -1,7 +1,7 @@
-"""The denoising loop: Euler steps along a velocity, with guidance where asked.
+"""The denoising loop: Euler steps along a velocity, optionally with guidance.
 
-Knows a velocity, the function (latents (B, h, w, C), step index i) -> d latents / d sigma at sigmas[i]; not which
-network computes it.
+A velocity is a function (latents (B, h, w, C), step index i) -> d latents / d sigma at sigmas[i]; which network
+computes it does not matter here.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from . import scheduler
 from .errors import NumericsError
 
 Velocity = Callable[[mx.array, int], mx.array]
-Velocities = Callable[[mx.array, int], Sequence[mx.array]]  # one of each prompt
+Velocities = Callable[[mx.array, int], Sequence[mx.array]]  # one per prompt
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step done: `index` of `steps` counts from 0; latents (B, h, w, C) float32 now stand at `sigma`.
+    """A finished step: `index` of `steps` counts from 0; latents (B, h, w, C) float32 are now at `sigma`.
 
-    clean (B, h, w, C) float32 are the latents of the picture to which the step's velocity points: a guess that each
-    step betters, and at the last step latents themselves.
+    clean (B, h, w, C) float32 are the latents of the image that the step's velocity points to: an estimate that
+    improves with each step and equals latents at the last one.
     """
 
     index: int
@@ -35,7 +35,7 @@ class Step:
 
 
 def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.ndarray) -> Iterator[Step]:
-    """Walk latents (B, h, w, C) float32 down the sigmas, yielding each Step once it is computed."""
+    """Take latents (B, h, w, C) float32 through the sigmas, yielding each Step once it is computed."""
     steps = len(sigmas) - 1
     for i in range(steps):
         v = velocity(latents, i)
@@ -44,7 +44,7 @@ def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.
         mx.eval(latents, clean)
         if not mx.isfinite(latents).all().item():
             raise NumericsError(
-                f"the latents are not finite after step {i + 1} of {steps}; nothing was drawn. "
+                f"the latents are not finite after step {i + 1} of {steps}; no image was generated. "
                 f"Try dtype float32; if that fails too, the weights are damaged"
             )
         yield Step(i, steps, float(sigmas[i + 1]), latents, clean)
@@ -53,11 +53,11 @@ def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.
 def guide(velocities: Velocities, scale: float) -> Velocity:
     """Classifier-free guidance in diffusers' convention: positive + scale * (positive - negative).
 
-    velocities gives the positive prompt's, and the negative's where there is one.
+    velocities returns the prompt's velocity and, with guidance, the negative prompt's.
     """
 
     def velocity(latents: mx.array, i: int) -> mx.array:
-        wanted, *unwanted = velocities(latents, i)
-        return wanted + scale * (wanted - unwanted[0]) if unwanted else wanted
+        positive, *negative = velocities(latents, i)
+        return positive + scale * (positive - negative[0]) if negative else positive
 
     return velocity

@@ -1,7 +1,7 @@
-"""The flow-matching schedule: sigmas from 1 (noise) to 0 (picture), and Euler's step between them.
+"""The flow-matching schedule: sigmas from 1 (noise) to 0 (image), and the Euler step between them.
 
-Source: diffusers schedulers/scheduling_flow_match_euler_discrete.py and pipelines/z_image. All values float32.
-N steps are N calls of the transformer; the 9 of the model card, written for diffusers 0.36, are 8 here.
+Source: diffusers schedulers/scheduling_flow_match_euler_discrete.py and pipelines/z_image. All values are float32.
+N steps are N calls of the transformer; the model card's 9 steps, written for diffusers 0.36, are 8 here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ DEFAULT_SHIFT = 3.0
 
 
 def sigmas(steps: int, shift: float = DEFAULT_SHIFT, mu: float | None = None) -> np.ndarray:
-    """The schedule of `steps` model calls: (steps + 1,) float32, falling from 1 to 0.
+    """The schedule of `steps` denoising steps: (steps + 1,) float32, falling from 1 to 0.
 
-    shift bends it towards noise; mu, where given, does so instead by exp(mu) (dynamic shifting).
+    A higher shift spends more steps at high noise; mu, if given, replaces it by exp(mu) (dynamic shifting).
     """
     u = np.linspace(1.0, 1.0 / steps, steps, dtype=np.float32)
-    # the forms differ in rounding; each is the one diffusers uses
+    # the two formulas round differently; each is the one diffusers uses
     sigma = math.exp(mu) / (math.exp(mu) + (1 / u - 1)) if mu is not None else shift * u / (1 + (shift - 1) * u)
     return np.append(sigma, 0.0).astype(np.float32)
 
@@ -61,13 +61,13 @@ class SchedulerConfig:
         return read
 
     def sigmas(self, steps: int, image_tokens: int, shift: float | None = None) -> np.ndarray:
-        """The schedule that the config asks for; an explicit shift overrides its way."""
+        """The schedule that the config asks for; an explicit shift overrides it."""
         if shift is None and self.use_dynamic_shifting:
             return sigmas(steps, mu=self.dynamic_mu(image_tokens))
         return sigmas(steps, self.shift if shift is None else shift)
 
     def dynamic_mu(self, image_tokens: int) -> float:
-        """Log of the shift, linear in the number of image tokens."""
+        """The logarithm of the shift, linear in the number of image tokens."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return image_tokens * slope + self.base_shift - slope * self.base_image_seq_len
 
@@ -78,5 +78,5 @@ def add_noise(latents: mx.array, noise: mx.array, sigma: float) -> mx.array:
 
 
 def step(latents: mx.array, velocity: mx.array, sigma: float, next_sigma: float) -> mx.array:
-    """Euler's step from sigma to next_sigma along velocity = d latents / d sigma."""
+    """An Euler step from sigma to next_sigma along velocity = d latents / d sigma."""
     return latents + float(np.float32(next_sigma) - np.float32(sigma)) * velocity

@@ -1,4 +1,4 @@
-"""Numbers of bytes, as people write and read them."""
+"""Byte counts as text."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def parse_memory(text: str | int) -> int:
     return parse_bytes(text, "memory must be a size such as 6GB or 800MB")
 
 
-def parse_bytes(text: str | int, wanted: str) -> int:
-    """Bytes from a number of them, or from a text with a unit, decimal (GB) or binary (GiB); wanted begins an error."""
+def parse_bytes(text: str | int, expected: str) -> int:
+    """Bytes from an int, or from text with a decimal (GB) or binary (GiB) unit; expected begins the error message."""
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", str(text), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise RequestError(f"{wanted}, got {text!r}")
+        raise RequestError(f"{expected}, got {text!r}")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people, in two decimals."""
+    """Bytes as text, with two decimals."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
-def tell(nbytes: int) -> str:
-    """Bytes for people, in two or three digits, rounded up: the answer is a budget that works."""
+def rounded_up(nbytes: int) -> str:
+    """Bytes as text with up to two decimals, rounded up, so that the result is a budget that works."""
     unit, name = (10**9, "GB") if nbytes >= 10**9 else (10**6, "MB")
     return f"{ceil(100 * nbytes / unit) / 100:g} {name}"

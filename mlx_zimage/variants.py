@@ -1,4 +1,4 @@
-"""The models of the family, a row each: what tells them apart, and what a request gets that leaves it open."""
+"""The models of the family, one row each: how to recognize them, and the defaults they give a request."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .errors import RequestError
 
 @dataclass(frozen=True)
 class Variant:
-    """One model: its repository, what it was made to be used with, and what it takes.
+    """One model: its repository, defaults and capabilities.
 
-    steps, guidance_scale and size (pixels a side, where a folder does not say) are its defaults; shift is that of its
-    scheduler. takes_guidance says whether guidance and negative prompts mean anything to it.
+    steps, guidance_scale and size (pixels per side, if a folder does not say) are its defaults; shift is its
+    scheduler's. takes_guidance says whether it supports guidance and negative prompts.
     """
 
     name: str
@@ -25,22 +25,23 @@ class Variant:
 
 
 TURBO = Variant("turbo", "Tongyi-MAI/Z-Image-Turbo", steps=8, guidance_scale=0.0, shift=3.0, takes_guidance=False)
-# 50 steps as in diffusers 0.42 and the official code; guidance 4, "cfg 5" elsewhere, is the most that its card advises.
+# 50 steps as in diffusers 0.42 and the official code; guidance 4 ("cfg 5" in other programs) is the highest its model
+# card recommends.
 BASE = Variant("base", "Tongyi-MAI/Z-Image", steps=50, guidance_scale=4.0, shift=6.0, takes_guidance=True)
 VARIANTS = {variant.name: variant for variant in (TURBO, BASE)}
 
 
 def named(name: str) -> Variant:
-    """The variant of a name."""
+    """The variant with this name."""
     if name not in VARIANTS:
         raise RequestError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
     return VARIANTS[name]
 
 
 def recognize(shift: float, origins: list[str]) -> Variant:
-    """Which variant a folder holds: by the origins that its conversion recorded, newest first, else by its shift.
+    """The variant in a folder: from the origins that its conversion recorded, newest first, otherwise from its shift.
 
-    A folder of neither, such as of a model trained further, is used like Turbo.
+    A folder that matches neither, such as a fine-tuned model, is used like Turbo.
     """
     by_repository = {variant.repository: variant for variant in VARIANTS.values()}
     by_shift = {variant.shift: variant for variant in VARIANTS.values()}

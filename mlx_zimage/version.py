@@ -1,3 +1,3 @@
-"""This package's version, for whatever tells it, without loading the package's names."""
+"""This package's version, readable without importing anything else."""
 
 __version__ = "0.1.0"

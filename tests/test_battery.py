@@ -2,7 +2,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_zimage import battery, cli
-from mlx_zimage.battery import of_folder, of_pmset
+from mlx_zimage.battery import parse_pmset, read_power_supplies
 
 BATTERY = "Now drawing from '{}'\n -InternalBattery-0 (id=4653155)\t{}; 2:10 remaining present: true\n"
 
@@ -18,16 +18,16 @@ BATTERY = "Now drawing from '{}'\n -InternalBattery-0 (id=4653155)\t{}; 2:10 rem
     ],
 )
 def test_a_macs_battery_counts_while_it_is_drawn_from(told, percent):
-    assert of_pmset(told) == percent
+    assert parse_pmset(told) == percent
 
 
 def test_linux_tells_by_files(tmp_path):
-    assert of_folder(tmp_path / "none") is None
+    assert read_power_supplies(tmp_path / "none") is None
     for name, status, capacity in (("BAT0", "Discharging", "12\n"), ("BAT1", "Charging", "99\n"), ("BAT2", "?", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "status").write_text(status)
         (tmp_path / name / "capacity").write_text(capacity)
-    assert of_folder(tmp_path) == 12
+    assert read_power_supplies(tmp_path) == 12
 
 
 def test_a_low_battery_stops_before_the_next_picture(tmp_path, monkeypatch):

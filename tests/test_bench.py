@@ -60,7 +60,7 @@ def test_a_models_bits_are_its_own(tmp_path, monkeypatch, bits, expected):
     model = convert("pocket", tmp_path / "packed", **bits) if bits else "pocket"
     report = bench.bench(model, case=case, repeat=1)
     assert expected in bench.table(report)
-    with pytest.raises(RequestError, match=r"bits=4 and mode=None are for random weights, .* has its own"):
+    with pytest.raises(RequestError, match=r"bits=4 and mode=None are for random weights, but .* has its own"):
         bench.bench(model, case=replace(case, bits=4))
     for wrong in ({"bits": 0}, {"mode": "mxfp4"}):
         with pytest.raises(RequestError, match="are for random weights"):
@@ -77,13 +77,13 @@ def test_a_mode_brings_its_bits(tiny):
 def test_a_size_that_a_model_cannot_draw_here_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(pipeline, "machine_budget", lambda: 10**7)
     monkeypatch.setattr(bench, "timed", None)
-    with pytest.raises(MemoryBudgetError, match="512x512 cannot be drawn in 10 MB"):
+    with pytest.raises(MemoryBudgetError, match="512x512 cannot be generated within 10 MB"):
         bench.bench("pocket", case=bench.Case(width=512, height=512, dtype="float32"))
 
 
-def test_a_first_step_that_fails_is_told(monkeypatch):
+def test_a_first_step_that_fails_is_reported(monkeypatch):
     monkeypatch.setattr(bench, "FIRST_STEP", "raise SystemExit(9)")
-    with pytest.raises(ZImageError, match="first step ended with 9"):
+    with pytest.raises(ZImageError, match="first step exited with code 9"):
         bench.bench("pocket", case=bench.Case(width=32, height=32, steps=1, dtype="float32"), repeat=1)
 
 

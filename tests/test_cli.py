@@ -94,11 +94,11 @@ def test_latents_for_two_images_give_two_images(run):
         (["-o", "image.bmp"], "must end in .png"),
         (["-o", "nowhere/image.png"], "no folder nowhere"),
         (["-o", "."], "is a folder"),
-        (["--latents", "none.npy"], "there is no latents file none.npy"),
-        (["--latents", "pickled.npy"], "is no .npy file of numbers"),
-        (["--latents", "text.npy"], "is no .npy file of numbers"),
-        (["--latents", "flat.npy"], "holds float64 of shape (16,); wanted"),
-        (["--latents", "misfit.npy"], "misfit.npy holds latents of shape (1, 16, 16, 16), which are for 128x128"),
+        (["--latents", "none.npy"], "no latents file at none.npy"),
+        (["--latents", "pickled.npy"], "is not a .npy file of numbers"),
+        (["--latents", "text.npy"], "is not a .npy file of numbers"),
+        (["--latents", "flat.npy"], "contains float64 of shape (16,); expected"),
+        (["--latents", "misfit.npy"], "misfit.npy contains latents of shape (1, 16, 16, 16), for an image of 128x128"),
         (["--latents", "infinite.npy"], "not finite"),
         (["--memory", "lots"], "memory must be a size such as 6GB"),
         (["--rng", "cuda"], "'cuda' is not one of"),
@@ -187,7 +187,7 @@ def test_latents_alone_determine_the_size(run):
 def test_latents_of_the_wrong_size_are_refused_before_the_model_is_looked_up(run):
     np.save("noise.npy", np.zeros((1, 16, 4, 6), np.float32))
     result = run("generate", PROMPT, "--latents", "noise.npy", "--width", "64")
-    assert result.exit_code == 2 and "which are for 48x32 pixels" in result.stderr
+    assert result.exit_code == 2 and "for an image of 48x32 pixels" in result.stderr
 
 
 def test_a_full_disk_exits_with_6_and_leaves_no_files(run, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_bench_prints_a_table_or_json(run):
         (["--size", "17x32"], 2, "17"),
         (["--size", "3:2"], 2, "3:2"),
         (["--size", "small"], 2, "small"),
-        (["--q-bits", "4"], 2, "bits=4 and mode=None are for random weights, pocket has its own"),
+        (["--q-bits", "4"], 2, "bits=4 and mode=None are for random weights, but pocket has its own"),
         (["--q-mode", "nvfp4"], 2, "mode=nvfp4"),
         (["--architecture", "small"], 2, "--architecture small only applies to random weights, and pocket has its own"),
     ],

@@ -137,7 +137,7 @@ def test_an_aspect_ratio_keeps_about_the_models_pixel_count(run, small_pocket, s
         (["--requests", "requests.jsonl"], "each object needs a prompt"),
         ([PROMPT, "--requests", "bad.jsonl"], "image 2 of 2: width must be a multiple of 16 pixels from 16 to 8192"),
         ([PROMPT, "--prompt-file", "none.txt"], "none.txt"),
-        ([PROMPT, "--seed", "1-5"], "seeds are whole numbers"),
+        ([PROMPT, "--seed", "1-5"], "seeds must be whole numbers"),
         ([PROMPT, "--seed", "1", "--auto-seeds", "2"], "--seed cannot be combined"),
         ([PROMPT, "--size", "3:2"], "--size cannot be combined"),
         ([PROMPT, "--count", "0"], "count must be"),

@@ -16,11 +16,11 @@ def test_this_machine_passes():
 @pytest.mark.parametrize(
     ("machine", "will_do", "told"),
     [
-        (("Darwin", "15.1", "arm64", True, 24e9, 100e9), [True] * 4, "in bfloat16 (20.5 GB) stays in it"),
-        (("Darwin", "14.0", "arm64", True, 5e9, 30e9), [True, True, False, False], "in 4 bits (6.7 GB) is read"),
-        (("Darwin", "13.7.1", "arm64", True, 12e9, 100e9), [False, True, True, True], "macOS 14 or newer, and this is"),
-        (("Darwin", "15.1", "x86_64", True, 13e9, 44e9), [False, True, True, False], "takes 44 GB, and 44 GB are free"),
-        (("Linux", "", "x86_64", False, 24e9, 100e9), [True, False, True, True], "on the CPU: right, but minutes"),
+        (("Darwin", "15.1", "arm64", True, 24e9, 100e9), [True] * 4, "in bfloat16 (20.5 GB) stays in memory"),
+        (("Darwin", "14.0", "arm64", True, 5e9, 30e9), [True, True, False, False], "in 4 bits (6.7 GB) is streamed"),
+        (("Darwin", "13.7.1", "arm64", True, 12e9, 100e9), [False, True, True, True], "macOS 14 or newer; this is"),
+        (("Darwin", "15.1", "x86_64", True, 13e9, 44e9), [False, True, True, False], "needs 44 GB; 44 GB are free"),
+        (("Linux", "", "x86_64", False, 24e9, 100e9), [True, False, True, True], "on the CPU: correct, but minutes"),
     ],
 )
 def test_machines_are_judged_by_what_the_full_model_needs(machine, will_do, told):

@@ -102,7 +102,7 @@ def test_the_factor_is_the_largest_tried_with_which_nothing_overflows_and_a_marg
     factor, last = headroom.fit(network, run)
     assert network.factor == 0.5, "it only tries"
     assert last.tolist() == [1.0, tried[-1]]
-    assert tried == [headroom.SMALLER**i for i in range(tries)]
+    assert tried == [headroom.STEP**i for i in range(tries)]
     assert factor == tried[-1] * MARGIN
 
 
@@ -111,7 +111,7 @@ def test_each_network_has_its_own_factor(folder):
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
     assert factors(pipe) == [MARGIN, MARGIN], "before it is looked for, that of most models"
     pipe.encode("")
-    assert factors(pipe) == [MARGIN, MARGIN * headroom.SMALLER]
+    assert factors(pipe) == [MARGIN, MARGIN * headroom.STEP]
 
 
 def test_the_scale_is_found_once_per_checkpoint_and_the_picture_does_not_depend_on_when(
@@ -169,7 +169,9 @@ def test_what_the_scale_is_found_with_is_planned_for():
     side = headroom.SIDE
     found_with = pipe.planner.plan(Workload(side, side, 1, headroom.TOKENS, 1), 10**9)
     assert pipe.planner.plan(Workload(16, 16, 1, 14, 1), 10**9).rooms == found_with.rooms
-    with pytest.raises(MemoryBudgetError, match=r"1 picture of 16x16 cannot be drawn in 1 MB.* no size fits it"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"1 image of 16x16 cannot be generated within 1 MB.* no smaller size fits"
+    ):
         pipe.planner.plan(Workload(16, 16, 1, 14, 1), 10**6)
 
 
@@ -200,7 +202,9 @@ def test_a_network_that_no_scale_helps_is_named(folder, component, layer, tmp_pa
     fitted = watch(headroom, "fit")
     for _ in range(2):
         pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
-        with pytest.raises(NumericsError, match=f"{component}, even made 256 times smaller; choose dtype bfloat16"):
+        with pytest.raises(
+            NumericsError, match=f"{component} overflows float16, even scaled down by 256; choose dtype bfloat16"
+        ):
             pipe.encode("a red fox")
     assert fitted[-1][0] == 0
     assert len(fitted) == (2 if component == "transformer" else 1), "that is remembered, too"
@@ -226,7 +230,7 @@ def test_a_picture_that_overflows_is_drawn_again_in_bfloat16(folder, tmp_path, m
     write(folder, {"w3": TOO_LARGE["w3"], "up_proj": TOO_LARGE["w3"]}, component)
     wanted = draw(ZImagePipeline.from_pretrained(folder, dtype="bfloat16"), request())
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
-    with pytest.warns(Overflow, match="drawn again from its first step, in bfloat16"):
+    with pytest.warns(Overflow, match="restarting the image from its first step in bfloat16"):
         steps, latents, picture = draw(pipe, request())
     assert steps == wanted[0] == [0, 1]
     assert mx.array_equal(latents, wanted[1])
@@ -288,7 +292,7 @@ def test_the_command_line_tells_in_what_a_picture_was_computed(folder, tmp_path,
     assert told.exit_code == 0
     assert json.loads(told.stdout)["dtype"] == "bfloat16"
     assert json.loads(told.stdout)["scale_seconds"] > 0
-    assert "float16 overflows with this model" in told.stderr + capfd.readouterr().err
+    assert "float16 overflowed with this model" in told.stderr + capfd.readouterr().err
     assert read_origin(tmp_path / "x.png").dtype == "bfloat16"
 
 

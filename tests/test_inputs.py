@@ -40,7 +40,7 @@ def test_cut_or_foreign_latents_are_refused(tmp_path):
             read_latents(tmp_path / "b.npy")
     for latents in (np.zeros((16, 4, 4)), np.zeros((1, 16, 4, 4), dtype=complex), np.array(["a"])):
         np.save(tmp_path / "b.npy", latents)
-        with pytest.raises(RequestError, match="wanted numbers of shape"):
+        with pytest.raises(RequestError, match="expected numbers of shape"):
             read_latents(tmp_path / "b.npy")
 
 
@@ -57,9 +57,9 @@ def test_a_request_that_names_other_latents_is_refused():
     for named in (None, inputs.digest):
         inputs.check_named(named)
     NONE.check_named(None)
-    with pytest.raises(RequestError, match=f"names latents of SHA-256 {inputs.digest}; none were given"):
+    with pytest.raises(RequestError, match=f"expects latents with SHA-256 {inputs.digest}, but none were given"):
         NONE.check_named(inputs.digest)
-    with pytest.raises(RequestError, match="; those that were given have "):
+    with pytest.raises(RequestError, match=", but the given ones have "):
         Inputs(LATENTS + 1).check_named(inputs.digest)
     with pytest.raises(RequestError, match="latents must be the SHA-256 of an array"):
         GenerateRequest("a", seed=1, latents="../secret")
@@ -86,7 +86,7 @@ def test_size_and_steps_may_be_open_until_a_model_gives_its_own():
     assert pocket.plan(open_ended) == pocket.plan(pocket.complete(open_ended))
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'seed'"):
         GenerateRequest("a red circle")
-    with pytest.raises(RequestError, match=r"not a whole request: .* 'seed'"):
+    with pytest.raises(RequestError, match=r"incomplete request: .* 'seed'"):
         GenerateRequest.from_dict({"prompt": "a red circle"})
 
 

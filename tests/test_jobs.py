@@ -65,7 +65,7 @@ def test_seeds_are_counted_up_from_each():
     with pytest.raises(RequestError, match="whole numbers"):
         parse_seeds("1-5")
     for text in ("۵", "1_0", "1,,2", ""):
-        with pytest.raises(RequestError, match="seeds are whole numbers"):
+        with pytest.raises(RequestError, match="seeds must be whole numbers"):
             parse_seeds(text)
     with pytest.raises(RequestError, match="count must be from 1"):
         count_up([1], 0)
@@ -99,7 +99,7 @@ def test_any_prompt_makes_a_name_in_the_same_folder(tmp_path, prompt):
 
 def test_prompts_are_read_a_line_each():
     assert read_prompts("a cat\n\n# a note\r\n 一只狗 \n", "f") == [{"prompt": "a cat"}, {"prompt": "一只狗"}]
-    with pytest.raises(RequestError, match="holds no prompt"):
+    with pytest.raises(RequestError, match="contains no prompts"):
         read_prompts("\n# only notes\n", "f")
 
 
@@ -110,13 +110,13 @@ def test_requests_are_read_an_object_a_line():
     ]
     for text, told in (
         ("", "no request"),
-        ("{}\n{", "line 2 is no JSON"),
+        ("{}\n{", "line 2 is not valid JSON"),
         ("[1]", "line 1 must be a JSON object, got list"),
-        ('{"widht": 64}', "line 1 has 'widht'; known are"),
-        ('{"output": 1}', "output must be a file's name"),
-        ('{"output": "a\\u0000.png"}', "output must be a file's name"),
-        ('{"output": "\\ud800.png"}', "output must be a file's name"),
-        ("[" * 100_000, "line 1 is no JSON"),
+        ('{"widht": 64}', "line 1: unknown field 'widht'; the fields are"),
+        ('{"output": 1}', "output must be a file name"),
+        ('{"output": "a\\u0000.png"}', "output must be a file name"),
+        ('{"output": "\\ud800.png"}', "output must be a file name"),
+        ("[" * 100_000, "line 1 is not valid JSON"),
     ):
         with pytest.raises(RequestError, match=told):
             read_requests(text, "f")

@@ -138,7 +138,9 @@ def test_whether_the_model_stays_is_the_callers_choice(planner):
     kept = planner.plan(Workload(*work), 10**10, keep=True).peak
     weights = sum(planner.footprints[name].total for name in ("text_encoder", "transformer"))
     for budget in (10**6, staged.peak, weights):
-        with pytest.raises(MemoryBudgetError, match=r"with the model kept: .* do not keep the model, or convert"):
+        with pytest.raises(
+            MemoryBudgetError, match=r"with the model kept in memory: .* do not keep the model in memory, or convert"
+        ):
             planner.plan(Workload(*work), budget, keep=True)
     assert planner.plan(Workload(*work), kept, keep=True).keep
 
@@ -409,7 +411,7 @@ def test_a_refusal_names_the_least_budget_and_the_largest_size_that_work(planner
     with pytest.raises(MemoryBudgetError) as refusal:
         planner.plan(Workload(512, 256, 1, 20, 8), 30 * 10**6)
     assert refusal.value.exit_code == 5
-    least, side = re.search(r"the least that works is ([\d.]+) MB, .* at most (\d+)x", str(refusal.value)).groups()
+    least, side = re.search(r"needs? at least ([\d.]+) MB, .* fits is (\d+)x", str(refusal.value)).groups()
     assert planner.plan(Workload(512, 256, 1, 20, 8), int(float(least) * 1e6))
     assert planner.plan(Workload(int(side), int(side), 1, 20, 8), 30 * 10**6)
     with pytest.raises(MemoryBudgetError):
@@ -417,7 +419,9 @@ def test_a_refusal_names_the_least_budget_and_the_largest_size_that_work(planner
 
 
 def test_a_budget_that_no_size_fits_is_refused(planner):
-    with pytest.raises(MemoryBudgetError, match=r"cannot be drawn in 0\.01 MB: the least .* no size fits it"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"cannot be generated within 0\.01 MB: it needs at least .* no smaller size fits"
+    ):
         planner.plan(Workload(128, 128, 1, 20, 8), 1000)
 
 
@@ -454,4 +458,4 @@ def test_plan_tells_what_stays_and_what_is_read(planner):
     told = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--keep"])
     assert (told.exit_code, told.stdout) == (5, "") and "do not keep the model" in told.stderr
     told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1MB"])
-    assert (told.exit_code, told.stdout) == (5, "") and "the least that works" in told.stderr
+    assert (told.exit_code, told.stdout) == (5, "") and "needs at least" in told.stderr

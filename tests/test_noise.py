@@ -55,7 +55,7 @@ def test_a_last_group_short_of_16_is_drawn_again():
 
 
 def test_too_few_for_a_group_are_refused():
-    with pytest.raises(ValueError, match="fewer than 16"):
+    with pytest.raises(ValueError, match="at least 16 normals"):
         torch_randn(0, (1, 15))
 
 

@@ -143,9 +143,9 @@ def test_latents_are_the_noise(pipe, rng, wrap):
 @pytest.mark.parametrize(
     ("latents", "message"),
     [
-        (np.zeros(SHAPE[1:], np.float32), "latents have shape (16, 10, 12), wanted (1, 16, 10, 12)"),
-        (np.zeros((1, 16, 12, 10), np.float32), "latents have shape (1, 16, 12, 10), wanted (1, 16, 10, 12)"),
-        (np.zeros((2, *SHAPE[1:]), np.float32), "latents have shape (2, 16, 10, 12), wanted (1, 16, 10, 12)"),
+        (np.zeros(SHAPE[1:], np.float32), "latents have shape (16, 10, 12), expected (1, 16, 10, 12)"),
+        (np.zeros((1, 16, 12, 10), np.float32), "latents have shape (1, 16, 12, 10), expected (1, 16, 10, 12)"),
+        (np.zeros((2, *SHAPE[1:]), np.float32), "latents have shape (2, 16, 10, 12), expected (1, 16, 10, 12)"),
         (np.full(SHAPE, np.nan, np.float32), "not finite"),
         (np.zeros(SHAPE, complex), "real numbers, got complex128"),
         (np.zeros(SHAPE, bool), "real numbers, got bool"),
@@ -171,9 +171,9 @@ def test_several_pictures_of_a_seed_are_drawn_from_one_noise(pipe):
         assert relative_error(alone.images[0], image) < 1e-5
 
 
-def test_a_prompt_of_over_512_tokens_is_cut_and_says_so(pipe):
+def test_a_prompt_of_over_512_tokens_is_truncated_with_a_warning(pipe):
     prompt = tiny.PROMPTS["long"]
-    with pytest.warns(PromptTruncated, match=r"has \d+ tokens and the model reads 512"):
+    with pytest.warns(PromptTruncated, match=r"has \d+ tokens, but the model reads only 512"):
         cut = pipe.encode(prompt)
     assert cut.shape[0] == 512
     assert mx.array_equal(cut, pipe.text_encoder(pipe.tokenizer.encode(prompt)[:512]))
@@ -252,7 +252,7 @@ def test_faults_of_a_call_are_told_before_any_work(pipe, watch, change, message)
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", 16])
 def test_other_dtypes_are_refused(tiny_folder, dtype):
-    with pytest.raises(RequestError, match="dtype must be one of float32, bfloat16, float16"):
+    with pytest.raises(RequestError, match="dtype must be one of the strings float32, bfloat16, float16"):
         ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)
 
 

@@ -42,8 +42,8 @@ def test_defaults_are_those_of_mlx(mode, bits, group_size):
     ("arguments", "message"),
     [
         ((4, 64, "int4"), "mode must be one of affine, mxfp4, mxfp8, nvfp4, got 'int4'"),
-        ((7,), "affine quantization takes 2 or 3 or 4 or 5 or 6 or 8 bits, got 7"),
-        ((4, 16), "affine quantization takes groups of 32 or 64 or 128, got 16"),
+        ((7,), "affine quantization takes 2, 3, 4, 5, 6 or 8 bits, got 7"),
+        ((4, 16), "affine quantization takes a group size of 32, 64 or 128, got 16"),
         ((8, 32, "mxfp4"), "mxfp4 quantization takes 4 bits, got 8"),
     ],
 )

@@ -27,7 +27,7 @@ FAULTS = [
     ({"prompt": " \n\t"}, "the prompt is empty"),
     ({"prompt": None}, "the prompt must be text, got NoneType"),
     ({"prompt": b"fox"}, "the prompt must be text, got bytes"),
-    ({"prompt": "fox" * 20000}, "the prompt has 60000 characters; at most 32000 are taken"),
+    ({"prompt": "fox" * 20000}, "the prompt has 60000 characters; at most 32000 are allowed"),
     ({"prompt": "fox \udc80"}, "the prompt is not valid Unicode at character 4"),
     ({"negative_prompt": None}, "the negative prompt must be text, got NoneType"),
     ({"negative_prompt": "\udc80"}, "the negative prompt is not valid Unicode at character 0"),

@@ -52,5 +52,5 @@ def test_padding_and_truncation_in_the_file_are_ignored(tokenizer, tmp_path):
 def test_a_damaged_file_is_named(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a valid tokenizer"):
         Tokenizer(file)

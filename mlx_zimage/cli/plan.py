@@ -4,7 +4,7 @@ import click
 
 from ..dtypes import FLOATS
 from ..request import check_size
-from ..sizes import tell
+from ..sizes import rounded_up
 from .models import DEFAULT_MODEL
 
 
@@ -60,9 +60,11 @@ def plan(
     prompts = 2 if pipeline.variant.guidance_scale else 1
     work = Workload(width, height, images, tokens, steps or pipeline.variant.steps, prompts)
     plan = pipeline.planner.plan(work, pipeline.budget, keep)
-    click.echo(f"{images} image{'s' if images > 1 else ''} of {width}x{height}, memory budget {tell(plan.budget)}")
+    click.echo(
+        f"{images} image{'s' if images > 1 else ''} of {width}x{height}, memory budget {rounded_up(plan.budget)}"
+    )
     for phase, peak in plan.peaks.items():
-        click.echo(f"{phase:13}about {tell(peak)}, at most {tell(plan.rooms[phase])}")
+        click.echo(f"{phase:13}about {rounded_up(peak)}, at most {rounded_up(plan.rooms[phase])}")
     click.echo(f"networks     {'kept in memory between images' if plan.keep else 'unloaded after use'}")
     footprints = pipeline.planner.footprints
     for name, network in (("encoder", footprints["text_encoder"]), ("transformer", footprints["transformer"])):

@@ -90,10 +90,10 @@ def convert_steps(
         raise RequestError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
     if format not in TARGETS:
         raise RequestError(f"format must be one of {', '.join(TARGETS)}, got {format!r}")
-    plan = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
-    if (search or calibrate) and not plan.is_affine:
-        raise RequestError("search and calibrate need the mode affine, with bits or a target size")
-    if format != "mlx" and plan.quantizes:
+    settings = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
+    if (search or calibrate) and not settings.is_affine:
+        raise RequestError("search and calibrate need mode affine, with bits or a target size")
+    if format != "mlx" and settings.quantizes:
         raise RequestError(f"{format} cannot read MLX's quantized weights; leave out the quantization options")
     dest = Path(dest).expanduser()
     check_absent(dest)  # before anything is downloaded
@@ -110,9 +110,9 @@ def convert_steps(
         layout = lay_out_comfyui(opened, dtype, dest.name)
     else:
         extra = {"search": search or calibrate} | ({"calibrated": True} if calibrate else {})
-        conversion = describe_conversion(opened, dtype, plan.to_dict() | extra)
+        conversion = describe_conversion(opened, dtype, settings.to_dict() | extra)
         small = opened.files | {CONVERSION: render_json(conversion)}
-        choice = plan.choice(opened, dtype)
+        choice = settings.choice(opened, dtype)
         layout = lay_out_folder(opened, dtype, choice, format, small, search or calibrate, factor_of)
     return _write(opened, layout, dest, dtype)
 

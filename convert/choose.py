@@ -42,7 +42,7 @@ Rung = tuple[Quantization | None, int, float]  # with its bytes, and its squared
 
 
 @dataclass(frozen=True)
-class Plan:
+class Settings:
     """What the caller asked for: a quantization for each network, or a target size in bytes, and the recipe."""
 
     networks: dict[str, Quantization | None]
@@ -83,7 +83,7 @@ def quantizations(
     transformer_bits: int | None = None,
     recipe: str | Recipe = "uniform",
     target_size: int | str | None = None,
-) -> Plan:
+) -> Settings:
     """How to quantize each network, from the arguments of convert."""
     if not callable(recipe) and recipe not in RECIPES:
         raise RequestError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -100,7 +100,7 @@ def quantizations(
         if some_bits:
             raise RequestError("a target size and bits were both given; leave one of them out")
         target = parse_bytes(target_size, "target size must be a size such as 3.2GB or 900MB")
-        return Plan({}, group_size, recipe, target)
+        return Settings({}, group_size, recipe, target)
     chosen = {}
     for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
         component_bits = bits if own_bits is None else own_bits
@@ -114,7 +114,7 @@ def quantizations(
         raise RequestError("recipe mixed was given without bits, so nothing would be quantized; give bits too")
     if recipe == "mixed" and mode != "affine":
         raise RequestError(f"recipe mixed needs mode affine, the only one with a choice of bits, got {mode}")
-    return Plan(chosen, group_size, recipe, None)
+    return Settings(chosen, group_size, recipe, None)
 
 
 def uniform(networks: dict[str, Quantization | None]) -> Choice:

@@ -119,7 +119,7 @@ class _Header:
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, axes = self.text(), self.number("I")
         if axes > MAX_AXES:
-            raise ValueError(f"{name} has {axes} axes, at most {MAX_AXES} are possible")
+            raise ValueError(f"{name} has {axes} axes, expected at most {MAX_AXES}")
         shape = tuple(self.number("Q") for _ in range(axes))[::-1]
         return name, shape, self.number("I"), self.number("Q")
 

@@ -22,7 +22,7 @@ def quantize_rows(
 ) -> list[mx.array]:
     """Packed weight, scales and, if affine, biases of rows (n, width), whose dtype the scales and biases get.
 
-    factor describes the layer's inputs, see calibrate.py; it minimizes the error of products instead of weights.
+    factor describes the layer's inputs, see calibrate.py; with it the error of products is kept small, not of weights.
     """
     if q.mode != "affine" or not (search or factor is not None):
         return list(mx.quantize(rows, group_size=q.group_size, bits=q.bits, mode=q.mode))

@@ -88,7 +88,7 @@ class Shard:
 
 
 def header(slots: Iterable[Slot], form: str) -> bytes:
-    """A safetensors header, preceded by its length and padded to 8 bytes like the reference implementation does."""
+    """A safetensors header, preceded by its length and padded to 8 bytes as in the reference implementation."""
     fields: dict = {"__metadata__": {"format": form}}
     offset = 0
     for slot in slots:

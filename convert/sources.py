@@ -63,7 +63,7 @@ def open_source(
 ) -> Source:
     """Open a complete model: the source, and its missing parts from elsewhere. Reads only configs and headers.
 
-    Each of source, text_encoder and vae is a model folder (written by diffusers, mflux or us), a Hugging Face id,
+    Each of source, text_encoder and vae is a model folder (of diffusers, mflux or this package), a Hugging Face id,
     "pocket", or a safetensors or GGUF file; tokenizer is a model folder, an id, or the folder or file of a tokenizer.
     base is a diffusers folder or id that provides anything still missing, including configs for single files; by
     default that is the official model, whose configs are built in.
@@ -123,7 +123,7 @@ def _open_model(folder: Path, origin: str, configs: dict[str, dict]) -> Source:
 
 
 def open_folder(folder: Path, origin: str, names: Iterable[str]) -> Source:
-    """The named networks of a folder written by diffusers or us, checked as in the loader."""
+    """The named networks of a folder of diffusers or this package, checked as in the loader."""
     components = [Component(folder, name) for name in names]
     conversion = folder / CONVERSION
     return Source(
@@ -196,14 +196,14 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
     parts = missing + ([] if TOKENIZER in source.files else ["tokenizer"])
     if base is None:
         base = official.REPOSITORY
-        names = ", ".join(parts)
-        warnings.warn(f"{source.origin} contains no {names}; using {base} for that", BorrowedFromHub, stacklevel=2)
+        names = " or ".join(parts)
+        warnings.warn(f"{source.origin} contains no {names}; using that of {base}", BorrowedFromHub, stacklevel=2)
         folder = resolve(base, ["model_index.json", "scheduler/*", *(f"{name}/*" for name in parts)])
     else:
         folder = resolve(base)
     other = open_folder(folder, str(base), missing)
     if TOKENIZER not in source.files and TOKENIZER not in other.files:
-        raise ModelNotFoundError(f"neither {source.origin} nor {base} contains a tokenizer; give one with tokenizer")
+        raise ModelNotFoundError(f"neither {source.origin} nor {base} contains a tokenizer; pass one as tokenizer")
     own = tuple(f"{name}/" for name in (*missing, "tokenizer", "scheduler"))
     files = {path: c for path, c in other.files.items() if path.startswith(own) or path == "model_index.json"}
     return replace(

@@ -35,7 +35,7 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def verify_steps(folder: str | Path) -> Iterator[Checked]:
-    """Check a model (a folder written by us or diffusers, an id, "pocket"), yielding Checked per file and tensor.
+    """Check a model (a folder of this package or diffusers, an id, "pocket"), yielding Checked per file and tensor.
 
     Every file is compared with the folder's SHA256SUMS. A folder not written by our converter has none; then only
     headers, names, shapes and values are checked.
@@ -61,7 +61,7 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
         for name in names:
             # Nothing reads the temporary files of a killed process.
             if name not in sums and name.endswith(LOADED) and not name.startswith(atomic.ASIDE):
-                yield Checked(name, f"is not listed in {MANIFEST}; it was added later, remove it", done, total)
+                yield Checked(name, f"is not listed in {MANIFEST}, so it was added later; remove it", done, total)
     if not intact:
         return
     done = total // 2

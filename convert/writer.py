@@ -70,7 +70,7 @@ class OutputFolder:
             raise self._explain(error) from error
 
     def keeps(self, name: str) -> bool:
-        """Whether an earlier run finished this file, according to its checksum, which is computed again."""
+        """Whether an earlier run finished this file; its checksum is verified."""
         path = self.folder / name
         if name not in self._finished or not path.is_file() or sha256(path) != self._finished[name]:
             return False

@@ -92,7 +92,7 @@ def test_latents_for_two_images_give_two_images(run):
         (["--shift", "nan"], "shift must be from 0.01 to 1000, got nan"),
         (["--guidance", "-1"], "guidance_scale must be"),
         (["-o", "image.bmp"], "must end in .png"),
-        (["-o", "nowhere/image.png"], "no folder nowhere"),
+        (["-o", "nowhere/image.png"], "the folder nowhere for image.png does not exist"),
         (["-o", "."], "is a folder"),
         (["--latents", "none.npy"], "no latents file at none.npy"),
         (["--latents", "pickled.npy"], "is not a .npy file of numbers"),
@@ -157,7 +157,7 @@ def test_a_prompt_that_gets_cut_off_causes_one_line_of_warning(run):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root can write anywhere")
-def test_a_read_only_folder_is_refused_before_work(run, tmp_path):
+def test_a_read_only_folder_is_refused_before_any_work(run, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     result = run("generate", PROMPT, *SMALL, "-o", "locked/a.png")
     assert result.exit_code == 6
@@ -165,7 +165,7 @@ def test_a_read_only_folder_is_refused_before_work(run, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux has a folder that even root cannot write to")
-def test_a_folder_that_cannot_hold_files_is_refused_before_work(run, monkeypatch):
+def test_a_folder_that_cannot_hold_files_is_refused_before_any_work(run, monkeypatch):
     result = run("generate", PROMPT, *SMALL, "-o", "/proc/a.png")
     assert (result.exit_code, result.stdout) == (6, "")
     assert "cannot write to the folder /proc" in result.stderr and "Seed" not in result.stderr

@@ -479,7 +479,7 @@ def test_missing_parts_are_downloaded_with_a_warning(split, tmp_path, monkeypatc
     monkeypatch.setattr(official, "CONFIGS", configs)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.warns(
-        BorrowedFromHub, match="dit.safetensors contains no vae, tokenizer; using Tongyi-MAI/Z-Image-Turbo for that"
+        BorrowedFromHub, match="dit.safetensors contains no vae or tokenizer; using that of Tongyi-MAI/Z-Image-Turbo"
     ):
         source = open_source(split / "dit.safetensors", text_encoder=split / "qwen.safetensors")
     assert downloads == [("Tongyi-MAI/Z-Image-Turbo", ["model_index.json", "scheduler/*", "vae/*", "tokenizer/*"])]

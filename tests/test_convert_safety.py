@@ -132,7 +132,7 @@ def test_of_eight_conversions_at_once_one_succeeds(tiny_folder, tmp_path, rounds
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root can write anywhere")
-def test_a_read_only_folder_is_reported(tiny_folder, tmp_path):
+def test_a_read_only_destination_is_reported(tiny_folder, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match=r"could not write .*: Permission denied"):
         convert(tiny_folder, tmp_path / "out")
@@ -183,7 +183,7 @@ def test_verify_names_files_that_are_missing_added_truncated_or_damaged(converte
     (folder / "README.md").write_text("mine")
     assert verify(folder) == []
     (folder / "vae" / "second.safetensors.index.json").write_text("{}")
-    assert "vae/second.safetensors.index.json: is not listed in SHA256SUMS; it was added later, remove it" in verify(
+    assert "vae/second.safetensors.index.json: is not listed in SHA256SUMS, so it was added later; remove it" in verify(
         folder
     )
     (folder / "vae" / "second.safetensors.index.json").unlink()

@@ -1,4 +1,4 @@
-"""A GPU that fails: what is said about it, where it is seen, and what a pipeline is good for afterwards."""
+"""GPU failures: how they are explained, where they are caught, and how a pipeline recovers."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,8 +11,8 @@ from mlx_zimage.failures import explain, explained
 
 REQUEST = GenerateRequest("a red circle", 32, 32, seed=1, steps=3)
 METAL = "[METAL] Command buffer execution failed: "
-# what MLX says, the exit code, and what the advice must name
-SAID = [
+# MLX's message, the exit code, and what the advice must contain
+FAILURES = [
     (f"{METAL}Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout).", 9, "slow disk"),
     (f"{METAL}Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang).", 9, "slow disk"),
     (
@@ -59,7 +59,7 @@ def pipe() -> ZImagePipeline:
 
 @pytest.fixture
 def fail(monkeypatch):
-    """fail(said, after=n) has the n-th evaluation from now raise what MLX says."""
+    """fail(said, after=n) makes the n-th evaluation from now raise MLX's message `said`."""
     evaluate, left = mx.eval, []
 
     def fail(said: str, after: int = 0, then=lambda: None) -> None:
@@ -78,7 +78,7 @@ def fail(monkeypatch):
     return fail
 
 
-@pytest.mark.parametrize(("said", "code", "advice"), SAID)
+@pytest.mark.parametrize(("said", "code", "advice"), FAILURES)
 def test_a_failure_is_explained_to_python(pipe, fail, said, code, advice):
     fail(said, after=5)
     with pytest.raises(errors.ZImageError) as caught:
@@ -89,7 +89,7 @@ def test_a_failure_is_explained_to_python(pipe, fail, said, code, advice):
     assert str(caught.value.__cause__) == said
 
 
-@pytest.mark.parametrize(("said", "code", "advice"), SAID)
+@pytest.mark.parametrize(("said", "code", "advice"), FAILURES)
 def test_a_failure_is_explained_on_the_command_line(fail, tmp_path, monkeypatch, said, code, advice):
     monkeypatch.chdir(tmp_path)
     fail(said, after=5)
@@ -101,8 +101,8 @@ def test_a_failure_is_explained_on_the_command_line(fail, tmp_path, monkeypatch,
     assert advice in line and said in line
 
 
-@pytest.mark.parametrize(("said", "code", "advice"), SAID)
-def test_a_failure_ends_a_stream_of_events_after_those_that_were_whole(pipe, fail, said, code, advice):
+@pytest.mark.parametrize(("said", "code", "advice"), FAILURES)
+def test_a_failure_ends_a_stream_of_events_after_the_completed_ones(pipe, fail, said, code, advice):
     seen = []
     model = generate.OpenModel(pipe, "pocket", "")
     with pytest.raises(errors.ZImageError) as caught:
@@ -117,7 +117,7 @@ def test_a_failure_ends_a_stream_of_events_after_those_that_were_whole(pipe, fai
 @pytest.mark.parametrize("after", [1, 10, 40])
 @pytest.mark.parametrize("options", [{"keep": True}, {"keep": False}, {"memory": "60MB"}], ids=str)
 def test_after_a_failure_a_pipeline_generates_the_same_bits(fail, options, after):
-    """Even though nothing of what the GPU computed before can be trusted, whatever of it is kept."""
+    """Even though nothing that the GPU computed earlier, and that is still cached, can be trusted."""
     expected = list(ZImagePipeline.from_pretrained("pocket", dtype="float32", **options).stream(REQUEST))
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", **options)
     list(pipe.stream(REQUEST))
@@ -143,7 +143,7 @@ def is_array(x: object) -> bool:
     return isinstance(x, mx.array)
 
 
-def test_encoding_and_decoding_by_themselves_are_explained_too(pipe, fail):
+def test_failures_of_separate_encoding_and_decoding_are_explained_too(pipe, fail):
     for call in (
         lambda: pipe.encode("a red circle"),
         lambda: pipe.decode(mx.zeros((4, 4, 16))),
@@ -165,7 +165,7 @@ def test_a_session_without_a_gpu_is_explained_when_a_model_is_opened(monkeypatch
         ZImagePipeline.from_pretrained("pocket")
 
 
-def test_errors_that_are_no_failure_of_a_gpu_are_left_alone():
+def test_errors_unrelated_to_the_gpu_are_left_unchanged():
     for error in (RuntimeError("generator raised StopIteration"), ValueError("out of memory"), errors.DeviceError("x")):
         assert explain(error) is None
     with pytest.raises(RuntimeError, match="cannot schedule"), explained():

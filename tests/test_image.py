@@ -112,7 +112,7 @@ def test_an_output_path_that_cannot_be_written_is_refused(tmp_path):
     for path, message in (
         (tmp_path / "a.gif", "must end in"),
         (tmp_path / "a", "must end in"),
-        (tmp_path / "none" / "a.png", "no folder"),
+        (tmp_path / "none" / "a.png", "does not exist"),
         (tmp_path, "is a folder"),
     ):
         with pytest.raises(RequestError, match=message):

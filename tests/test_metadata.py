@@ -80,7 +80,7 @@ def test_parameters_are_in_the_format_of_a1111(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["a cat", "一只猫\nin two lines, \U0001f431"])
 @pytest.mark.parametrize("ending", ["jpg", "webp"])
-def test_the_user_comment_is_what_piexif_and_so_a1111_reads(tmp_path, origin, ending, prompt):
+def test_piexif_and_therefore_a1111_can_read_the_user_comment(tmp_path, origin, ending, prompt):
     piexif, helper = pytest.importorskip("piexif"), pytest.importorskip("piexif.helper")
     origin = replace(origin, request=replace(origin.request, prompt=prompt))
     file = save(PIXELS, tmp_path / f"a.{ending}", origin=origin)
@@ -93,7 +93,7 @@ def test_the_user_comment_is_what_piexif_and_so_a1111_reads(tmp_path, origin, en
 
 
 @pytest.mark.parametrize("ending", ["jpg", "webp"])
-def test_a_user_comment_of_type_byte_as_older_versions_wrote_it_is_no_obstacle(tmp_path, origin, ending):
+def test_images_of_older_versions_with_a_user_comment_of_type_byte_are_read(tmp_path, origin, ending):
     file, old = save(PIXELS, tmp_path / f"a.{ending}", origin=origin), Image.Exif()
     old.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + parameters(origin).encode("utf-16-be")
     with Image.open(file) as image:

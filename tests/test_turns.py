@@ -28,7 +28,7 @@ def pixels(events) -> np.ndarray:
     return image.pixels
 
 
-def test_a_second_thread_is_refused_while_the_first_gets_its_image(pocket, monkeypatch):
+def test_a_second_thread_is_refused_while_the_first_generates(pocket, monkeypatch):
     expected = pixels(pocket.stream(REQUEST))
     inside, leave = threading.Event(), threading.Event()
     finish = Transformer.finish
@@ -51,7 +51,7 @@ def test_a_second_thread_is_refused_while_the_first_gets_its_image(pocket, monke
     assert pixels(pocket.stream(OTHER)).shape == (32, 32, 3), "and then it is free again"
 
 
-def test_a_thread_is_refused_between_the_events_of_another_too(pocket):
+def test_a_thread_is_also_refused_between_the_events_of_another(pocket):
     events = pocket.stream(REQUEST)
     next(events)
     with ThreadPoolExecutor(1) as pool, pytest.raises(RequestError, match="another thread is generating"):
@@ -59,7 +59,7 @@ def test_a_thread_is_refused_between_the_events_of_another_too(pocket):
     assert np.array_equal(pixels(events), pixels(ZImagePipeline.from_pretrained("pocket", "float32").stream(REQUEST)))
 
 
-def test_of_many_threads_at_once_each_gets_its_image_or_the_error(pocket):
+def test_each_of_many_threads_gets_its_own_image_or_an_error(pocket):
     expected = {i: pixels(pocket.stream(GenerateRequest("a red circle", 16, 16, seed=i, steps=1))) for i in range(6)}
     together = threading.Barrier(6)
 
@@ -77,8 +77,8 @@ def test_of_many_threads_at_once_each_gets_its_image_or_the_error(pocket):
     assert all(np.array_equal(found[i], expected[i]) for i in done)
 
 
-def test_a_stream_that_was_left_open_ends_when_the_next_begins(pocket):
-    """As in a notebook, where the traceback of a failed cell holds on to its loop."""
+def test_a_stream_left_open_is_closed_when_the_next_starts(pocket):
+    """As in a notebook, where the traceback of a failed cell keeps its loop alive."""
     open_one = pocket.stream(REQUEST)
     next(open_one)
     assert pixels(pocket.stream(OTHER)).shape == (32, 32, 3)
@@ -87,7 +87,7 @@ def test_a_stream_that_was_left_open_ends_when_the_next_begins(pocket):
     assert pixels(pocket.stream(REQUEST)).shape == (32, 32, 3)
 
 
-def test_within_a_loop_over_steps_latents_may_be_decoded(pocket):
+def test_latents_can_be_decoded_within_a_loop_over_steps(pocket):
     previews = []
     for event in pocket.stream(REQUEST):
         if isinstance(event, Step):
@@ -95,7 +95,7 @@ def test_within_a_loop_over_steps_latents_may_be_decoded(pocket):
     assert np.array_equal(previews[-1], event.pixels)
 
 
-def test_without_keep_nothing_of_the_networks_is_left():
+def test_without_keep_all_networks_are_unloaded():
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=False)
     pixels(pipe.stream(OTHER))
     gc.collect()

@@ -19,7 +19,7 @@ from ..version import __version__
 from .stop import Terminated, stoppable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-COMMANDS = {  # each has a module of its name, holding a command of that name whose help starts with this sentence
+COMMANDS = {  # name of the command and its module: the first sentence of its help
     "bench": "Time prompt encoding, denoising steps and decoding on this machine.",
     "completion": "Print or install the completion script for SHELL.",
     "convert": "Convert SOURCE to an MLX model folder DEST and print its path.",

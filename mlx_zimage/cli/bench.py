@@ -11,6 +11,7 @@ from ..jobs import parse_size
 from ..quantization import MODES
 from ..request import check_size
 from ..variants import TURBO
+from .output import DEFAULT_DTYPE
 
 
 @click.command(epilog="Example: mlx-zimage bench --model z-image-4bit --json this-machine.json")
@@ -39,8 +40,8 @@ from ..variants import TURBO
     show_default=True,
     help="Prompt length in tokens.",
 )
-@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help="Compute dtype.  [default: depends on the machine]")
-@click.option("--q-bits", "bits", type=int, help="Quantize random weights.  [default: no]")
+@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help=f"Compute dtype.  [default: {DEFAULT_DTYPE}]")
+@click.option("--q-bits", "bits", type=int, help="Bits of random weights.  [default: not quantized]")
 @click.option(
     "--q-mode", "mode", type=click.Choice(list(MODES)), help="Quantization mode of random weights.  [default: affine]"
 )

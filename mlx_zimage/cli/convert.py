@@ -42,18 +42,18 @@ from .output import print_path, progress_bar, say
     help="'mixed' gives the transformer's most sensitive matrices more bits than the rest.",
 )
 @click.option(
-    "--target-size", metavar="SIZE", help="Choose the best bits for each layer that fit in SIZE, such as 6GB."
+    "--target-size", metavar="SIZE", help="Choose bits per layer for the best result within SIZE, such as 6GB."
 )
 @click.option("--search", is_flag=True, help="Fit the scales by least squares: slower but more accurate.")
 @click.option(
     "--calibrate",
     is_flag=True,
-    help="Generate images with SOURCE first, then quantize for what they need: much slower, most accurate.",
+    help="Generate images with SOURCE to measure which weights matter: much slower, most accurate.",
 )
-@click.option("--text-encoder", metavar="SOURCE", help="Take the text encoder from here instead of SOURCE.")
-@click.option("--vae", metavar="SOURCE", help="Take the VAE from here instead of SOURCE.")
-@click.option("--tokenizer", metavar="SOURCE", help="Take the tokenizer from here instead of SOURCE.")
-@click.option("--base", metavar="SOURCE", help=f"Take any other missing parts from here.  [default: {DEFAULT_MODEL}]")
+@click.option("--text-encoder", metavar="OTHER", help="Take the text encoder from OTHER instead of SOURCE.")
+@click.option("--vae", metavar="OTHER", help="Take the VAE from OTHER instead of SOURCE.")
+@click.option("--tokenizer", metavar="OTHER", help="Take the tokenizer from OTHER instead of SOURCE.")
+@click.option("--base", metavar="OTHER", help=f"Take any missing parts from OTHER.  [default: {DEFAULT_MODEL}]")
 @click.option(
     "--format",
     type=click.Choice(["mlx", "diffusers", "comfyui"]),
@@ -69,13 +69,13 @@ from .output import print_path, progress_bar, say
 )
 @click.option("--memory", metavar="SIZE", help="Memory budget for --calibrate and --report, such as 12GB.")
 @click.option("--upload-repo", metavar="ID", help="Upload DEST and a model card to this Hugging Face repository.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress, only the path of DEST.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 def convert(source, dest, reported, upload_repo, quiet, **options):
     """Convert SOURCE to an MLX model folder DEST and print its path.
 
     SOURCE is a Hugging Face id, 'pocket', a folder written by diffusers, mflux or this program, or a safetensors or
-    GGUF file. Tensors are converted one at a time, which takes little memory. The VAE and the layers that quantization
-    hurts most are kept in --dtype. To resume an interrupted conversion, run the same command again.
+    GGUF file. Tensors are converted one at a time, which takes little memory. The VAE and the
+    most sensitive layers are never quantized. To resume an interrupted conversion, run the same command again.
     """
     from ..convert import convert_steps
     from ..convert.report import check_source, check_upload, report_steps, upload

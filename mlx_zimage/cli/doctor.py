@@ -13,9 +13,9 @@ from ..errors import NumericsError
 def doctor(as_json: bool) -> None:
     """Check this machine: system, MLX build, memory, disk and MLX's arithmetic.
 
-    "limited" means that images can still be generated, with the restriction printed next to it. The operations that the
-    networks are built from are compared with NumPy; if any is wrong, no image from this machine can be trusted, and the
-    exit code is 8.
+    "limited" marks a restriction, with its consequence; images can still be generated. The operations that the networks
+    are built from are compared with NumPy; if any is wrong, no image from this machine can be trusted, and the exit
+    code is 8.
     """
     from ..doctor import machine, self_test, verdicts
 

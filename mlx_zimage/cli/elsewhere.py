@@ -7,7 +7,7 @@ from itertools import pairwise
 import click
 
 BY_BITS = "convert the model once, with `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
-BY_MEMORY = "use --memory 6GB; what to stream from disk and how to decode follow from this budget"
+BY_MEMORY = "use --memory 6GB, which determines what is streamed from disk and how images are decoded"
 NO_LORA = "LoRAs are not supported; convert a checkpoint that has the LoRA merged into it"
 FROM_TEXT = "images are generated from a prompt only"
 ELSEWHERE = {  # flags of mflux and other programs, and what to use instead

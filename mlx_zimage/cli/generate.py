@@ -26,7 +26,7 @@ from ..request import RNGS
 from ..sizes import parse_memory
 from .elsewhere import ForgivingCommand
 from .models import DEFAULT_MODEL, first_run
-from .output import graphics, hub_bars, print_path, say, show_image
+from .output import DEFAULT_DTYPE, graphics, hub_bars, print_path, say, show_image
 
 if TYPE_CHECKING:
     from ..images.metadata import Origin
@@ -95,7 +95,7 @@ class Generate(ForgivingCommand):
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo or base, if the model is taken for the other; or the variant of its files, such as fp16.",
+    help="turbo or base, if the model is mistaken for the other, or the variant of its files, such as fp16.",
 )
 @click.option(
     "-o",
@@ -104,7 +104,7 @@ class Generate(ForgivingCommand):
     default=Path("image.png"),
     show_default=True,
     help="Output file: .png, .jpg or .webp. {prompt}, {seed}, {n}, {width}, {height} and {steps} are filled in. "
-    "If the file exists, NAME-1, NAME-2, ... is used.",
+    "Existing files are kept: NAME-1, NAME-2, ... is used instead.",
 )
 @click.option("--overwrite", is_flag=True, help="Overwrite existing files.")
 @click.option(
@@ -130,12 +130,12 @@ class Generate(ForgivingCommand):
     "latents_file",
     metavar="FILE.npy",
     type=click.Path(path_type=Path),
-    help="Use this array of shape (images, 16, height/8, width/8) as initial noise instead of the seed's.",
+    help="Initial noise, shape (images, 16, height/8, width/8), instead of the seed's.",
 )
 @click.option(
     "--rng",
     type=click.Choice(RNGS),
-    help="Noise generator: torch matches diffusers and ComfyUI seeds, mlx is MLX's own.  [default: torch]",
+    help="Noise generator: torch gives the same noise as diffusers and ComfyUI, mlx is MLX's own.  [default: torch]",
 )
 @click.option(
     "--shift", type=float, help="Timestep shift: higher spends more steps at high noise.  [default: the model's]"
@@ -144,18 +144,18 @@ class Generate(ForgivingCommand):
     "--guidance",
     "guidance_scale",
     type=float,
-    help="Guidance scale; 0 is off, as Turbo needs.  [default: the model's]",
+    help="Guidance scale; 0 turns it off, which Turbo needs.  [default: the model's]",
 )
 @click.option("--negative-prompt", help="What to avoid in the image; only used with guidance above 0.")
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),
-    help="Compute dtype.  [default: bfloat16 on a GPU, float16 on M1 and M2, float32 on a CPU]",
+    help=f"Compute dtype.  [default: {DEFAULT_DTYPE}]",
 )
 @click.option(
     "--memory",
     metavar="SIZE",
-    help="Memory budget, such as 6GB; what does not fit is streamed from disk.  [default: set for this machine]",
+    help="Memory budget, such as 6GB; what does not fit is streamed from disk.  [default: based on this machine]",
 )
 @click.option(
     "--keep/--stage",
@@ -167,7 +167,7 @@ class Generate(ForgivingCommand):
     "--wired",
     is_flag=True,
     help="Lock the resident weights in physical memory on macOS. Risky: kernel panics (the Mac restarts) have been "
-    "reported with wired memory; use it only if other programs push the model out.",
+    "reported with wired memory; use only if other programs push the model out of memory.",
 )
 @click.option(
     "-B",
@@ -209,7 +209,7 @@ class Generate(ForgivingCommand):
 )
 @click.option("--show", is_flag=True, help="Show images in the terminal (iTerm2, WezTerm, kitty, Ghostty).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image instead of its path.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no seeds, only warnings and errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not show progress or seeds.")
 def generate(
     prompt: str | None, prompt_option: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None,
     source: str | None, variant: str | None, output: Path, overwrite: bool, size: Size | None,
@@ -220,9 +220,9 @@ def generate(
 ) -> None:  # fmt: skip
     """Generate one or more images from PROMPT and print their paths.
 
-    All values are checked before the model is loaded, once for all images. If the default model is not on this machine,
-    the first run shows what it would download and convert, and asks. Ctrl-C stops within a step; finished images are
-    kept.
+    All values are checked first; the model is then loaded once for all images. If the default model is not on this
+    machine, the first run shows what it would download and convert, and asks. Ctrl-C stops within a step; finished
+    images are kept.
     """
     # Imported here so that --help and completion do not wait for MLX.
     from ..generate import Files, Saved, open_model, run
@@ -301,7 +301,7 @@ def _prompts(
         text, name = _read(requests_file)
         requests = [own | request for request in read_requests(text, name)]
         if not old and not all("prompt" in request for request in requests):
-            raise RequestError(f"{name}: each object needs a prompt; add them, or give one for all as PROMPT")
+            raise RequestError(f"{name}: each object needs a prompt; add it, or give PROMPT for all of them")
         return requests
     if not own and not old:
         raise click.UsageError("Missing argument 'PROMPT'; or give --prompt-file, --requests or --from.")

@@ -26,8 +26,8 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
     Lists the tiny model in this package, models converted by first runs (in MLX_ZIMAGE_HOME, by default
     ~/.cache/mlx-zimage), and diffusers models in the Hugging Face cache, by the names that --model takes. The entry
-    "embeddings" is the cache of encoded prompts, which spares the text encoder when a prompt is used again, and of
-    scales for float16 (in MLX_ZIMAGE_EMBEDDINGS, by default in the same place; "off" disables it).
+    "embeddings" is a cache of encoded prompts, so that repeated prompts skip the text encoder, and of the scales that
+    float16 needs (in MLX_ZIMAGE_EMBEDDINGS, by default in the same place; "off" disables it).
     """
     if ctx.invoked_subcommand:
         return

@@ -6,6 +6,7 @@ from ..dtypes import FLOATS
 from ..request import check_size
 from ..sizes import rounded_up
 from .models import DEFAULT_MODEL
+from .output import DEFAULT_DTYPE
 
 
 @click.command(epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
@@ -13,7 +14,7 @@ from .models import DEFAULT_MODEL
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo or base, if the model is taken for the other; or the variant of its files, such as fp16.",
+    help="turbo or base, if the model is mistaken for the other, or the variant of its files, such as fp16.",
 )
 @click.option("--width", type=int, help="Width in pixels, a multiple of 16.  [default: the model's]")
 @click.option("--height", type=int, help="Height in pixels, a multiple of 16.  [default: the model's]")
@@ -23,9 +24,9 @@ from .models import DEFAULT_MODEL
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),
-    help="Compute dtype.  [default: bfloat16 on a GPU, float16 on M1 and M2, float32 on a CPU]",
+    help=f"Compute dtype.  [default: {DEFAULT_DTYPE}]",
 )
-@click.option("--memory", metavar="SIZE", help="Memory budget, such as 6GB.  [default: set for this machine]")
+@click.option("--memory", metavar="SIZE", help="Memory budget, such as 6GB.  [default: based on this machine]")
 @click.option(
     "--keep/--stage",
     " /--low-ram",

@@ -8,13 +8,13 @@ from .output import progress_bar
 
 @click.command(epilog="Example: mlx-zimage verify z-image-4bit")
 @click.argument("folder")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 def verify(folder: str, quiet: bool) -> None:
     """Check every byte of a model FOLDER and report any faults.
 
     Files are compared with the checksums written by `convert`. Headers, names, shapes and values are always checked,
-    so a diffusers folder can be verified too, but without checksums a changed weight is only found if it is not finite.
-    The exit code is 4 if anything is wrong.
+    so a diffusers folder can be verified too, but without checksums a changed weight is only detected if it is not
+    finite. The exit code is 4 if anything is wrong.
     """
     from ..convert.verify import verify_steps
     from ..weights.hub import resolve

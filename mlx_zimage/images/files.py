@@ -20,7 +20,7 @@ def check_output(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"the image file name must end in {', '.join(FORMATS)}, got {path.name!r}")
     if not path.parent.is_dir():
-        raise RequestError(f"no folder {path.parent} to write {path.name} to; create it first")
+        raise RequestError(f"the folder {path.parent} for {path.name} does not exist; create it first")
     check_folder(path.parent)
 
 

@@ -24,7 +24,7 @@ from .terminal import cells, inline, terminal_size
 
 PATCHES, PATCH = 4, 32  # of the chart: patches per side, and pixels per side of a patch
 ENLARGED = 2  # a preview's pixels per latent pixel
-MAX_ROWS = 20  # of the terminal, which a preview takes at most
+MAX_ROWS = 20  # terminal lines that a preview takes at most
 
 # ---- latents to a small image
 
@@ -62,7 +62,7 @@ def blank(width: int, height: int, images: int) -> np.ndarray:
     return np.full((height // LATENT_PIXELS, images * width // LATENT_PIXELS, 3), 128, np.uint8)
 
 
-# ---- showing it
+# ---- showing previews
 
 
 class View:

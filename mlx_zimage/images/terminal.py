@@ -31,7 +31,7 @@ def protocol(environment: Mapping[str, str]) -> str | None:
 
 
 def inline(content: bytes, protocol: str, columns: int = 0, rows: int = 0, id: int = 0) -> bytes:
-    """The escape sequence that shows an image file at the cursor, scaled to columns x rows of text; 0 is its own size.
+    """The escape sequence that shows an image file at the cursor, scaled to columns x rows of text, or unscaled if 0.
 
     kitty only accepts PNG. If rows is given, kitty does not move the cursor, and replaces any image with the same id.
     """
@@ -60,7 +60,10 @@ def terminal_size(stream: BinaryIO) -> tuple[int, int, float]:
 
 
 def cells(shape: tuple[int, ...], columns: int, rows: int, aspect: float) -> tuple[int, int]:
-    """The largest size in columns and rows that keeps the proportions of an image (H, W, 3); aspect is of a cell."""
+    """The largest size in columns and rows that keeps the proportions of an image (H, W, 3).
+
+    aspect is the width / height of a cell.
+    """
     height, width = shape[:2]
     rows = max(1, min(rows, int(columns * aspect * height / width)))
     return max(1, min(columns, round(rows * width / height / aspect))), rows

@@ -20,6 +20,8 @@ from ..quantization import Quantization
 # layer has `scales`, `biases` if it is affine, and `packing` next to its weight. The tree under a tensor's full name is
 # the array itself.
 Tree = Any
+# A tree that may still be on its way from the disk: the call waits for it. Call it once.
+Reading = Callable[[], Tree]
 
 
 # The stream on which arrays are computed; None is MLX's default.
@@ -71,10 +73,12 @@ class Weights(Protocol):
     def quantizations(self) -> Mapping[str, Quantization]:
         """The quantization of each quantized layer, by its name without ".weight"."""
 
-    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Tree:
-        """The tree under `prefix`, lazy, with floating-point arrays in dtype.
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Reading:
+        """Read the tree under `prefix`, with floating-point arrays in dtype: calling the result waits for the disk.
 
-        Tensors whose name after the prefix starts with `without` are left out. stream does the reading.
+        Tensors whose name after the prefix starts with `without` are left out. A stream, if given, starts reading at
+        once, and the tree is lazy; otherwise it is evaluated, tensor by tensor. Nothing is computed from bytes that
+        have not been read yet: macOS kills GPU work that waits seconds for a disk.
         """
 
     def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
@@ -105,7 +109,7 @@ class Runner(Protocol):
         """The weights under a name, kept in memory for the next call."""
 
     def once(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
-        """The weights under a name, lazy and not kept."""
+        """The weights under a name, not kept."""
 
     def rows(self, name: str, ids: Sequence[int]) -> mx.array:
         """The rows `ids` of a table."""

@@ -40,7 +40,7 @@ class Blocks:
         return self._kept[key]
 
     def once(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
-        return self.weights.read(prefix, dtype or self.dtype)
+        return self.weights.read(prefix, dtype or self.dtype)()
 
     def rows(self, name: str, ids: Sequence[int]) -> mx.array:
         return self.weights.rows(name, ids, self.dtype)
@@ -83,14 +83,11 @@ class Blocks:
         """The weights of a block, from memory, or being read from disk while x is computed."""
         if block in self._kept:
             return self._kept[block]
-        weights = self.weights.read(block, self.dtype, without=without, stream=self._disk)
-        # The GPU has to wait for the read anyway, so x's intermediates can be freed before its next block is queued.
-        if self._disk is None:
-            settle(x)
-            mx.async_eval(weights)
-        else:
-            mx.async_eval(weights)
-            settle(x)
+        reading = self.weights.read(block, self.dtype, without=without, stream=self._disk)
+        # The GPU has nothing to do until it is read, so x's intermediates can be freed before its next block is queued.
+        settle(x)
+        weights = reading()
+        mx.async_eval(weights)
         if block not in self.streamed:
             self._kept[block] = weights
         return weights

@@ -19,14 +19,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from .. import variants
 from ..dtypes import STORED
 from ..errors import CheckpointError, RequestError
 from ..models import NETWORKS, OPTIONAL
-from ..models.runner import Tree, Where
+from ..models.runner import Reading, Tree, Where
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
@@ -238,26 +238,38 @@ class Component:
         """Name and dense shape of every weight of the architecture, quantized or not."""
         return self.config.shapes()
 
-    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Tree:
-        """The tree of arrays under `prefix`, lazy, floating-point ones in dtype; see `models.runner.Weights`."""
-        start = len(prefix) + 1
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Reading:
+        """The tree of arrays under `prefix`, floating-point ones in dtype; see `models.runner.Weights`."""
+        stored = self._stored(prefix, without, stream)
+        if stream:
+            mx.async_eval(stored)
+
+        def tree() -> Tree:
+            arrays = {}
+            for name in list(stored):
+                array = stored.pop(name)
+                mx.eval(array)
+                if mx.issubdtype(array.dtype, mx.floating):
+                    array = array.astype(dtype)
+                arrays[name] = array = self.config.sanitize(name, array)
+                if not stream:
+                    mx.eval(array)  # what it is made of goes before the next is read
+            if prefix in arrays:
+                return arrays[prefix]
+            named = {name[len(prefix) + 1 :]: array for name, array in arrays.items()}
+            return tree_unflatten(with_packing(named, self._packings(prefix)))
+
+        return tree
+
+    def _stored(self, prefix: str, without: str, stream: Where = None) -> dict[str, mx.array]:
+        """The arrays under a prefix as they are stored, lazy, by their names."""
         # Sorted, however a block is split over shards: a compiled function is traced again for another order.
-        names = sorted(name for name in self.entries if name.startswith(f"{prefix}."))
+        names = sorted(name for name in self.entries if name.startswith(f"{prefix}.")) or [prefix]
         if without:
-            names = [name for name in names if not name.startswith(without, start)]
-        files = {self.entries[name].file for name in names or [prefix]}
+            names = [name for name in names if not name.startswith(without, len(prefix) + 1)]
+        files = {self.entries[name].file for name in names}
         loaded: dict[Path, Any] = {file: mx.load(str(file), stream=stream) for file in files}
-
-        def array(name: str) -> mx.array:
-            entry = self.entries[name]
-            stored = loaded[entry.file][entry.name]
-            if mx.issubdtype(stored.dtype, mx.floating):
-                stored = stored.astype(dtype, stream=stream)
-            return self.config.sanitize(name, stored)
-
-        if not names:
-            return array(prefix)
-        return tree_unflatten(with_packing({name[start:]: array(name) for name in names}, self._packings(prefix)))
+        return {name: loaded[self.entries[name].file][self.entries[name].name] for name in names}
 
     def _packings(self, prefix: str) -> dict[str, Quantization]:
         """The quantizations of the layers under a prefix, by the rest of their names."""
@@ -268,9 +280,7 @@ class Component:
         """The tree under each prefix in turn, as `read` returns it, but evaluated, by READERS threads."""
 
         def read(prefix: str) -> Tree:
-            tree = self.read(prefix, dtype, without)
-            tree_map(mx.eval, tree)  # one by one, so that a tensor's intermediates are freed before the next is read
-            return tree
+            return self.read(prefix, dtype, without)()
 
         # The threads must end here: one that still works in MLX's CUDA build at exit may abort the process (MLX 4506).
         with ThreadPoolExecutor(READERS, "mlx-zimage-reader") as readers:

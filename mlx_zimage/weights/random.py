@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import prod
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..models.layers import pack
-from ..models.runner import NetworkConfig, Tree, Where
+from ..models.runner import NetworkConfig, Reading, Tree, Where
 from ..quantization import Quantization
 from .checkpoint import with_packing
 from .quantize import tensor_quantization
@@ -26,7 +27,10 @@ class RandomWeights:
         }
         self.quantizations = {weight.removesuffix(".weight"): q for weight, q in chosen.items() if q}
 
-    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Tree:
+    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Reading:
+        return partial(self._tree, prefix, dtype, without)
+
+    def _tree(self, prefix: str, dtype: mx.Dtype, without: str) -> Tree:
         if prefix in self.shapes:
             return self._weight(prefix, dtype)
         start = len(prefix) + 1
@@ -45,7 +49,7 @@ class RandomWeights:
         return tree_unflatten(with_packing({name[start:]: array for name, array in arrays.items()}, packed))
 
     def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
-        return (self.read(prefix, dtype, without) for prefix in prefixes)
+        return (self._tree(prefix, dtype, without) for prefix in prefixes)
 
     def rows(self, name: str, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
         return mx.random.normal((len(ids), self.shapes[name][1])).astype(dtype)

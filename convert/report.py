@@ -23,9 +23,9 @@ from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
 from ..weights.checkpoint import open_checkpoint
 from ..weights.manifest import CONVERSION
+from ..weights.official import REPOSITORY
 from .calibrate import open_pipeline
 from .disk import render_json
-from .official import REPOSITORY
 from .rows import Tensor, read_rows
 from .sources import Source, open_folder, open_source
 from .writer import add_files

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError, RequestError
 from ..models import NETWORKS
-from ..weights.checkpoint import Component, read_json
-from ..weights.hub import resolve
+from ..weights import official
+from ..weights.checkpoint import Component, check_pipeline, open_component, read_json, resolve, weight_files
+from ..weights.hub import TOKENIZER_FILES, locate
 from ..weights.manifest import CONVERSION
-from . import official
 from .disk import render_json
 from .files import is_mflux, open_file, open_mflux, refuse_pickles
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
@@ -68,7 +68,7 @@ def open_source(
     base is a diffusers folder or id that provides anything still missing, including configs for single files; by
     default that is the official model, whose configs are built in.
     """
-    configs = official.CONFIGS if base is None else read_configs(resolve(base))
+    configs = official.CONFIGS if base is None else read_configs(base)
     opened = open_part(source, configs)
     if "transformer" not in opened.components:
         found = " and ".join(opened.components)
@@ -117,20 +117,19 @@ def _open_model(folder: Path, origin: str, configs: dict[str, dict]) -> Source:
         weights = sorted(path for name in NETWORKS for path in (folder / name).glob("*.safetensors"))
         files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
         return Source(origin, folder, open_mflux(folder, configs), weights, files)
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} has no model_index.json; give a diffusers folder, or a single file")
+    check_pipeline(folder)
     return open_folder(folder, origin, list(NETWORKS))
 
 
 def open_folder(folder: Path, origin: str, names: Iterable[str]) -> Source:
     """The named networks of a folder of diffusers or this package, checked as in the loader."""
-    components = [Component(folder, name) for name in names]
+    components = [open_component(folder, name) for name in names]
     conversion = folder / CONVERSION
     return Source(
         origin,
         folder,
         {component.name: _component(component) for component in components},
-        sorted({entry.file for component in components for entry in component.entries.values()}),
+        weight_files(components),
         small_files(folder),
         read_json(conversion) if conversion.is_file() else {},
     )
@@ -148,7 +147,8 @@ def small_files(folder: Path) -> dict[str, bytes]:
     return {name: c for name, c in contents.items() if name not in written and not name.endswith(".index.json")}
 
 
-def read_configs(folder: Path) -> dict[str, dict]:
+def read_configs(base: str | Path) -> dict[str, dict]:
+    folder, _ = locate(base)
     return {name: read_json(folder / name / "config.json") for name in NETWORKS}
 
 
@@ -162,7 +162,10 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
     if (at / "tokenizer.json").is_file():
         paths = [path for path in sorted(at.iterdir()) if path.suffix in (".json", ".txt", ".jinja")]
         return {f"tokenizer/{path.name}": path.read_bytes() for path in paths}
-    files = {name: content for name, content in small_files(resolve(source)).items() if name.startswith("tokenizer/")}
+    folder, repository = locate(source)
+    if repository:
+        repository.fetch(repository.matching(TOKENIZER_FILES))
+    files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
     if TOKENIZER not in files:
         raise RequestError(f"{source} contains no tokenizer.json; give a folder or file that does")
     return files
@@ -198,10 +201,7 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
         base = official.REPOSITORY
         names = " or ".join(parts)
         warnings.warn(f"{source.origin} contains no {names}; using that of {base}", BorrowedFromHub, stacklevel=2)
-        folder = resolve(base, ["model_index.json", "scheduler/*", *(f"{name}/*" for name in parts)])
-    else:
-        folder = resolve(base)
-    other = open_folder(folder, str(base), missing)
+    other = open_folder(resolve(base, missing), str(base), missing)
     if TOKENIZER not in source.files and TOKENIZER not in other.files:
         raise ModelNotFoundError(f"neither {source.origin} nor {base} contains a tokenizer; pass one as tokenizer")
     own = tuple(f"{name}/" for name in (*missing, "tokenizer", "scheduler"))

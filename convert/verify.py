@@ -9,8 +9,7 @@ from pathlib import Path
 from .. import atomic
 from ..errors import CheckpointError, NumericsError
 from ..models import NETWORKS
-from ..weights.checkpoint import open_checkpoint
-from ..weights.hub import resolve
+from ..weights.checkpoint import open_checkpoint, resolve
 from ..weights.manifest import MANIFEST, read_manifest, sha256
 from .rows import Tensor, read_rows
 from .sources import open_folder

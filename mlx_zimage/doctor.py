@@ -18,12 +18,11 @@ import mlx.core as mx
 import numpy as np
 
 from .machine import machine_budget, mlx_version, unpack_from
-from .models import NETWORKS
 from .models.layers import linear
 from .models.transformer import norm_and_rotate
 from .models.vae import Rows, conv
 from .version import __version__
-from .weights.library import CHOICES, DOWNLOAD, WEIGHTS_SHARE, choose_bits, home, weights_bytes
+from .weights.library import CHOICES, DOWNLOAD, WEIGHTS_SHARE, choose_bits, home, planned
 
 # Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one
 # rounding errs by up to 2**-9, and rounded operands and output add up to a few of those. float16 keeps three bits more.
@@ -180,8 +179,7 @@ def judge(system: str, macos: str, cpu: str, has_gpu: bool, budget: int, free: i
     else:
         on_system = Verdict("system", system in ("Darwin", "Linux"), f"{system} on {cpu}")
     build = "computes on the GPU" if has_gpu else "computes on the CPU: correct, but minutes per step at 1024x1024"
-    configs = {name: config() for name, config in NETWORKS.items()}  # the full model's
-    sizes = {bits: weights_bytes(configs, bits) for bits in CHOICES}
+    sizes = {bits: planned(bits).nbytes for bits in CHOICES}
     bits = choose_bits(sizes, budget)
     kind = "bfloat16" if bits is None else f"{bits} bits"
     stays = sizes[bits] <= WEIGHTS_SHARE * budget

@@ -265,7 +265,7 @@ class Planner:
 
     def plan(self, work: Workload, budget: int, keep: bool | None = None) -> Plan:
         """The fastest plan for a workload within a budget in bytes; MemoryBudgetError if there is none."""
-        best = self._best(work, budget, keep)
+        best = self.best(work, budget, keep)
         if best.room <= budget:
             return best
         side = self._largest_side(work, budget, keep)
@@ -279,14 +279,15 @@ class Planner:
             f"and {smaller}; {move}, or convert the model to fewer bits"
         )
 
-    def _best(self, work: Workload, budget: int, keep: bool | None) -> Plan:
+    def best(self, work: Workload, budget: int, keep: bool | None = None) -> Plan:
+        """The fastest plan that fits the budget, else the leanest."""
         return make_plan(self.stages(work), self.footprints, budget, keep)
 
     def _largest_side(self, work: Workload, budget: int, keep: bool | None) -> int:
         """The side of the largest square image that fits, no larger than the work's longer side; 0 if none does."""
 
         def too_large(side: int) -> bool:
-            return self._best(replace(work, width=side, height=side), budget, keep).room > budget
+            return self.best(replace(work, width=side, height=side), budget, keep).room > budget
 
         side = max(work.width, work.height)
         return SIZE_MULTIPLE * bisect_left(range(SIZE_MULTIPLE, side + 1, SIZE_MULTIPLE), True, key=too_large)

@@ -15,9 +15,9 @@ COMMIT = "c" * 40
 class Hub:
     """Serves a folder as the repository `name`.
 
-    token: required from clients, if set. cut: path -> number of bytes after which the connection is dropped, once.
-    held: paths of which only half is sent until the server exits. seen: (method, path, Range) of every request.
-    received: uploaded contents, by path.
+    token: required from clients, if set. cut: path -> number of bytes after which the connection is dropped, once, when
+    more are requested. held: paths of which only half is sent until the server exits. seen: (method, path, Range) of
+    every request. sent: number of bytes sent, by path. received: uploaded contents, by path.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -28,6 +28,7 @@ class Hub:
         self.held: set[str] = set()
         self.closing = threading.Event()
         self.seen: list[tuple[str, str, str | None]] = []
+        self.sent: dict[str, int] = {}
         self.received: dict[str, bytes] = {}
         hub = self
 
@@ -105,16 +106,20 @@ class Hub:
 
     def send_file(self, request, name: str) -> None:
         content = self.files[name].read_bytes()
-        start = int(re.fullmatch(r"bytes=(\d+)-.*", request.headers.get("Range", "bytes=0-"))[1])
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "bytes=0-")).groups()
+        start, stop = int(first), min(int(last or len(content)) + 1, len(content))
         headers = {"ETag": f'"{self.sha(name)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        partial = stop - start < len(content)
+        if partial:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        if request.command == "GET":
+            self.sent[name] = self.sent.get(name, 0) + stop - start
         self.send(
             request,
-            206 if start else 200,
+            206 if partial else 200,
             headers,
-            content[start:],
-            self.cut.pop(name, None) if request.command == "GET" else None,
+            content[start:stop],
+            self.cut.pop(name) if request.command == "GET" and stop - start > self.cut.get(name, stop) else None,
             name in self.held,
         )
 

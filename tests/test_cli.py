@@ -344,10 +344,10 @@ def test_commands_and_options_are_completed():
 
 @pytest.mark.parametrize("error", [errors.ZImageError, *errors.ZImageError.__subclasses__()])
 def test_every_error_exits_with_its_code_and_one_line(run, monkeypatch, error):
-    def fail(_):
+    def fail(*_):
         raise error("the thing is not as expected")
 
-    monkeypatch.setattr("mlx_zimage.weights.checkpoint.open_checkpoint", fail)
+    monkeypatch.setattr("mlx_zimage.weights.checkpoint.open_headers", fail)
     result = run("info", "pocket")
     assert (result.exit_code, result.stdout) == (error.exit_code, "")
     assert result.stderr == "Error: the thing is not as expected\n"

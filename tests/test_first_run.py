@@ -32,6 +32,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a
 from mlx_zimage.cli import main
 main()
 """
+HEADER_BYTES = 100_001  # what the client asks for to see the header of a safetensors file
 GENERATE = ["generate", "a red circle", "--steps", "1", "--width", "32", "--height", "32", "--seed", "1"]
 
 
@@ -183,6 +184,7 @@ def test_an_interrupted_download_resumes_where_it_stopped(run, hub, tmp_path):
         result = run(*GENERATE, "--yes")
     assert result.returncode == 0, result.stderr
     ranges = [sent for method, path, sent in hub.seen if method == "GET" and path.endswith(weights)]
+    ranges = [sent for sent in ranges if sent != f"bytes=0-{HEADER_BYTES - 1}"]
     assert ranges[0] is None
     assert [int(sent.removeprefix("bytes=").partition("-")[0]) > 10**7 for sent in ranges[1:]] == [True]
     (downloaded,) = run.home.with_name("huggingface").rglob(f"snapshots/*/{weights}")
@@ -194,6 +196,55 @@ def test_an_explicit_id_is_downloaded_and_used_without_conversion(run):
     assert (result.stdout, result.stderr) == ("image.png\n", "Seed: 1\n"), "no progress bars without a terminal"
     result = run(*GENERATE, "--model", DEFAULT_MODEL, HF_HUB_OFFLINE="1")
     assert (result.returncode, result.stdout) == (0, "image-1.png\n"), result.stderr
+
+
+def test_a_repository_of_another_kind_is_refused_after_its_configs(run, hub, tmp_path):
+    weights = {name for name in hub.files if name.endswith(".safetensors")}
+    index, vae = tmp_path / "repository/model_index.json", tmp_path / "repository/vae/config.json"
+    was = index.read_text(), vae.read_text()
+    index.write_text(was[0].replace("ZImagePipeline", "FluxPipeline"))
+    for args in (["generate", "a cat", "--model"], ["plan"], ["verify"], ["convert"]):
+        result = run(*args, DEFAULT_MODEL, *(["out"] if args == ["convert"] else []))
+        assert (result.returncode, result.stdout) == (4, ""), result.stderr
+        assert "FluxPipeline" in result.stderr
+    assert hub.sent and all(name.endswith(".json") and "tokenizer" not in name for name in hub.sent)
+
+    index.unlink()
+    hub.serve(tmp_path / "repository")
+    shutil.rmtree(run.home.with_name("huggingface"))
+    result = run(*GENERATE, "--model", DEFAULT_MODEL)
+    assert result.returncode == 4 and "has no model_index.json" in result.stderr
+    assert not weights & hub.sent.keys()
+
+    # of the right kind, but with headers of another architecture
+    index.write_text(was[0])
+    vae.write_text(json.dumps(json.loads(was[1]) | {"layers_per_block": 3}))
+    hub.serve(tmp_path / "repository")
+    shutil.rmtree(run.home.with_name("huggingface"))
+    result = run(*GENERATE, "--model", DEFAULT_MODEL)
+    assert result.returncode == 4 and "vae" in result.stderr, result.stderr
+    assert all(hub.sent.get(name, 0) <= HEADER_BYTES for name in weights)
+
+
+def test_plan_and_info_of_an_id_fetch_configs_and_headers_only(run, hub):
+    planned, local = run("plan", DEFAULT_MODEL), run("plan", "pocket")
+    assert (planned.returncode, planned.stdout) == (0, local.stdout), planned.stderr
+    shown, here = (json.loads(run("info", source, "--json").stdout) for source in (DEFAULT_MODEL, "pocket"))
+    assert shown["networks"] == here["networks"] and shown["fingerprint"] is None
+    weights = [name for name in hub.files if name.endswith(".safetensors")]
+    assert shown["bytes_to_fetch"] == sum(hub.files[name].stat().st_size for name in weights)
+    assert not any("tokenizer" in name for name in hub.sent)
+    assert all(hub.sent[name] == 2 * HEADER_BYTES for name in weights), "one header for each of two commands"
+
+
+def test_plan_without_a_model_needs_no_network(run, hub):
+    result = run("plan", "--memory", "12GB", "--dtype", "bfloat16")
+    assert result.returncode == 0, result.stderr
+    rows = {line[:8].strip(): line for line in result.stdout.splitlines()}
+    assert "20.52 GB" in rows["bfloat16"] and "11.48 GB" in rows["8 bits"] and "6.65 GB" in rows["4 bits"]
+    assert "blocks streamed from disk in each step" in rows["bfloat16"]
+    assert "kept in memory between images" in rows["4 bits"] and "converts to 6 bits" in result.stdout
+    assert hub.seen == []
 
 
 @pytest.mark.parametrize("args", [["--yes"], ["--model", DEFAULT_MODEL]])
@@ -277,4 +328,5 @@ def test_the_predicted_size_is_the_size_that_is_written(tmp_path):
     for bits in (None, 8, 4):
         folder = convert("pocket", tmp_path / str(bits), bits=bits)
         written = sum(component.nbytes for component in open_checkpoint(folder).components)
-        assert library.converted_bytes(Path(POCKET), bits) == written
+        configs = {part.name: part.raw_config for part in open_checkpoint("pocket").components}
+        assert library.planned(bits, configs).nbytes == written

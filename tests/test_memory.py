@@ -170,7 +170,7 @@ def test_encoding_waits_for_each_layer_where_memory_is_scarce(keep, lean, planne
     tokens = len(ZImagePipeline.from_pretrained("pocket").tokenize(small.prompt))
     work = Workload(16, 16, 1, tokens, 1)
     # the least budget of such a plan, in which blocks have to be lean
-    budget = planner._best(work, 1, keep).room if lean else 10**10
+    budget = planner.best(work, 1, keep).room if lean else 10**10
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=budget, keep=keep)
     assert pipe.plan(small).lean == lean
     list(pipe.denoise(small))

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mlx_zimage import RequestError, ZImagePipeline
-from mlx_zimage.convert import official
 from mlx_zimage.variants import BASE, TURBO, VARIANTS, recognize
+from mlx_zimage.weights import official
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
 

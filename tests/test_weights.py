@@ -21,7 +21,7 @@ from tiny import CONFIGS
 
 from mlx_zimage import CheckpointError, ModelNotFoundError, RequestError, ZImagePipeline
 from mlx_zimage.weights.checkpoint import open_checkpoint, read_header
-from mlx_zimage.weights.hub import NEEDED_FILES, POCKET, resolve
+from mlx_zimage.weights.hub import POCKET, locate
 
 COMPONENTS = tuple(CONFIGS)
 
@@ -386,38 +386,19 @@ def test_a_folder_without_safetensors_is_refused(folder):
 @pytest.mark.parametrize("source", ["/nowhere/to/be/found", "no such model", "./nowhere/model/here"])
 def test_a_missing_folder_is_told_with_what_may_be_given(source):
     with pytest.raises(ModelNotFoundError, match="give a folder, a Hugging Face id such as") as caught:
-        resolve(source)
+        locate(source)
     assert source in str(caught.value)
     assert caught.value.exit_code == 3
 
 
 def test_a_file_is_no_model(folder):
     with pytest.raises(ModelNotFoundError, match=r"^\S+ is a file; expected a folder"):
-        resolve(vae_file(folder))
+        locate(vae_file(folder))
 
 
 def test_a_path_may_begin_at_home(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert resolve("~/model") == folder
-
-
-def test_a_repository_gives_the_official_files_and_nothing_else():
-    from huggingface_hub.utils import filter_repo_objects
-
-    needed = [
-        *("model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"),
-        *("tokenizer/tokenizer_config.json", "tokenizer/merges.txt", "tokenizer/vocab.json"),
-        *("text_encoder/config.json", "text_encoder/model.safetensors.index.json"),
-        *(f"text_encoder/model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
-        *("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors.index.json"),
-        *(f"transformer/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
-        *("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
-    ]
-    others = [
-        *("README.md", "assets/showcase.jpg", ".gitattributes", "z_image_turbo_bf16.safetensors", "transformer/x.bin"),
-        *("vae/diffusion_pytorch_model.msgpack", "gguf/z-image-Q4_K_M.gguf", "teaser.mp4"),
-    ]
-    assert list(filter_repo_objects(needed + others, allow_patterns=NEEDED_FILES)) == needed
+    assert locate("~/model") == (folder, None)
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

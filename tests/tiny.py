@@ -19,13 +19,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_zimage import ZImagePipeline
-from mlx_zimage.convert import official
 from mlx_zimage.dtypes import ITEM_BYTES
 from mlx_zimage.models import NETWORKS
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.quantization import Quantization
+from mlx_zimage.weights import official
 from mlx_zimage.weights.quantize import tensor_quantization
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def info(source: str, as_json: bool) -> None:
     """Show what a model folder contains, or how an image was generated.
 
-    SOURCE is a model folder, 'pocket', or an image written by `generate`. For a model: what it was converted from, and
-    its networks, their sizes and how they are stored. For an image: everything that `generate --from` needs to generate
-    it again.
+    SOURCE is a model folder, a Hugging Face id, 'pocket', or an image written by `generate`. For a model: what it was
+    converted from, and its networks, their sizes and how they are stored; only its headers are fetched. For an image:
+    everything that `generate --from` needs to generate it again.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -34,15 +34,20 @@ def info(source: str, as_json: bool) -> None:
         origin = read_origin(path)
         click.echo(origin.to_json() if as_json else printable(parameters(origin)))
         return
-    if source != "pocket" and not path.is_dir():
+    from ..images.codec import FORMATS
+    from ..weights.hub import REPOSITORY_ID
+
+    is_id = REPOSITORY_ID.fullmatch(source) and path.suffix.lower() not in FORMATS
+    if source != "pocket" and not is_id and not path.is_dir():
         raise ModelNotFoundError(
             f"no model folder or image at {source}; `mlx-zimage models` lists the models on this machine"
         )
     model = describe(source)
+    to_fetch = model["bytes_to_fetch"]
     if as_json:
         click.echo(json.dumps(model))
         return
-    click.echo(model["folder"])
+    click.echo(f"{source}, of which {size(to_fetch)} are not fetched" if to_fetch else model["folder"])
     if model["conversion"]:
         click.echo(f"converted from {_origin(model['conversion'])} by {model['conversion']['converter']}")
     click.echo(f"{'':14}{'parameters':>16}{'on disk':>12}  stored as")
@@ -56,17 +61,21 @@ def info(source: str, as_json: bool) -> None:
 
 def describe(source: str) -> dict:
     """What `info` shows about a model, ready for JSON."""
-    from ..weights.checkpoint import fingerprint, open_checkpoint, read_json
+    from ..weights.checkpoint import fingerprint, open_headers, read_json, weight_files
+    from ..weights.hub import locate
     from ..weights.manifest import CONVERSION
 
-    checkpoint = open_checkpoint(source)
+    folder, repository = locate(source)
+    checkpoint = open_headers(folder, repository)
+    to_fetch = repository.to_fetch(weight_files(checkpoint.components)) if repository else 0
     conversion = checkpoint.folder / CONVERSION
     return {
         "folder": str(checkpoint.folder),
         "conversion": read_json(conversion) if conversion.is_file() else None,
         "variant": checkpoint.variant.name,
         "sample_size": checkpoint.vae.config.sample_size,
-        "fingerprint": fingerprint(checkpoint),
+        "fingerprint": None if to_fetch else fingerprint(checkpoint),
+        "bytes_to_fetch": to_fetch,
         "networks": {component.name: _network(component) for component in checkpoint.components},
     }
 

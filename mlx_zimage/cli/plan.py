@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from ..dtypes import FLOATS
 from ..request import check_size
-from ..sizes import rounded_up
+from ..sizes import parse_memory, rounded_up, size
 from .models import DEFAULT_MODEL
 from .output import DEFAULT_DTYPE
 
+if TYPE_CHECKING:
+    from ..memory import Plan, Planner, Workload
+    from ..weights.checkpoint import Checkpoint
+
 
 @click.command(epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
-@click.argument("model", default=DEFAULT_MODEL)
+@click.argument("model", required=False)
 @click.option(
     "--variant",
     metavar="NAME",
@@ -34,7 +40,7 @@ from .output import DEFAULT_DTYPE
     help="Keep the whole model in memory between images, or unload each network after use.  [default: keep if it fits]",
 )
 def plan(
-    model: str,
+    model: str | None,
     variant: str | None,
     width: int | None,
     height: int | None,
@@ -48,28 +54,78 @@ def plan(
     """Show how MODEL would run within a memory budget, without loading it.
 
     Prints the peak memory of each phase, and which blocks stay in memory and which are streamed from disk. Only configs
-    and weight headers are read.
+    and weight headers are read, also from the Hugging Face hub. Without MODEL, prints a table of what the default model
+    would need here for each number of bits; that needs no network.
     """
-    from ..memory import Workload
-    from ..pipeline import ZImagePipeline
+    import mlx.core as mx
+
+    from ..machine import default_dtype, machine_budget
+    from ..memory import Planner, Workload
+    from ..weights.checkpoint import open_headers
+    from ..weights.hub import locate
+    from ..weights.library import CHOICES, choose_bits, planned
 
     for name, value in (("width", width), ("height", height)):
         if value is not None:
             check_size(name, value)
-    pipeline = ZImagePipeline.from_pretrained(model, dtype=dtype, memory=memory, keep=keep, variant=variant)
-    width, height = width or pipeline.sample_size, height or pipeline.sample_size
-    prompts = 2 if pipeline.variant.guidance_scale else 1
-    work = Workload(width, height, images, tokens, steps or pipeline.variant.steps, prompts)
-    plan = pipeline.planner.plan(work, pipeline.budget, keep)
-    click.echo(
-        f"{images} image{'s' if images > 1 else ''} of {width}x{height}, memory budget {rounded_up(plan.budget)}"
-    )
+    budget = machine_budget() if memory is None else parse_memory(memory)
+    compute = getattr(mx, dtype or default_dtype())
+
+    def workload(checkpoint: Checkpoint) -> Workload:
+        side, known = checkpoint.vae.config.sample_size, checkpoint.variant
+        prompts = 2 if known.guidance_scale else 1
+        return Workload(width or side, height or side, images, tokens, steps or known.steps, prompts)
+
+    if model is not None:
+        checkpoint = open_headers(*locate(model), variant)
+        planner = Planner(checkpoint, compute)
+        work = workload(checkpoint)
+        _show(planner, planner.plan(work, budget, keep), work)
+        return
+    work = workload(planned(None))
+    click.echo(f"{DEFAULT_MODEL}: {_images(work)}, memory budget {rounded_up(budget)}")
+    click.echo(f"{'':10}{'on disk':>10}{'peak':>10}")
+    sizes = {}
+    for bits in CHOICES:
+        checkpoint = planned(bits)
+        sizes[bits] = checkpoint.nbytes
+        row = _row(Planner(checkpoint, compute), work, budget, keep)
+        click.echo(f"{_stored(bits):10}{size(sizes[bits]):>10}{row}")
+    click.echo(f"The first `mlx-zimage generate` on this machine converts to {_stored(choose_bits(sizes, budget))}.")
+
+
+def _stored(bits: int | None) -> str:
+    return f"{bits} bits" if bits else "bfloat16"
+
+
+def _row(planner: Planner, work: Workload, budget: int, keep: bool | None) -> str:
+    """The peak memory of a workload, and where the weights are."""
+    plan = planner.best(work, budget, keep)
+    if plan.room > budget:
+        return f"{'':10}  needs a budget of {rounded_up(plan.room)}"
+    blocks = planner.footprints["transformer"].blocks
+    streamed = len(plan.streamed & blocks.keys())
+    if plan.keep:
+        where = "kept in memory between images"
+    elif streamed:
+        where = f"{streamed} of the transformer's {len(blocks)} blocks streamed from disk in each step"
+    else:
+        where = "each network loaded for every image"
+    return f"{size(plan.peak):>10}  {where}"
+
+
+def _show(planner: Planner, plan: Plan, work: Workload) -> None:
+    click.echo(f"{_images(work)}, memory budget {rounded_up(plan.budget)}")
     for phase, peak in plan.peaks.items():
         click.echo(f"{phase:13}about {rounded_up(peak)}, at most {rounded_up(plan.rooms[phase])}")
     click.echo(f"networks     {'kept in memory between images' if plan.keep else 'unloaded after use'}")
-    footprints = pipeline.planner.footprints
+    footprints = planner.footprints
     for name, network in (("encoder", footprints["text_encoder"]), ("transformer", footprints["transformer"])):
         streamed = len(plan.streamed & network.blocks.keys())
         click.echo(f"{name:13}{len(network.blocks) - streamed} blocks in memory, {streamed} streamed from disk")
     strips = "in one piece" if plan.strip_bytes is None else f"in strips of {plan.strip_bytes / 1e6:.2g} MB"
     click.echo(f"decoding     {strips}")
+
+
+def _images(work: Workload) -> str:
+    return f"{work.images} image{'s' if work.images > 1 else ''} of {work.width}x{work.height}"

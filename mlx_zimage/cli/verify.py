@@ -17,7 +17,7 @@ def verify(folder: str, quiet: bool) -> None:
     finite. The exit code is 4 if anything is wrong.
     """
     from ..convert.verify import verify_steps
-    from ..weights.hub import resolve
+    from ..weights.checkpoint import resolve
     from ..weights.manifest import read_manifest
 
     path = resolve(folder)

@@ -31,7 +31,7 @@ from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
 from ..variants import Variant
-from .hub import resolve
+from .hub import TOKENIZER_FILES, Repository, locate
 from .listing import INDEX, choose_files, variant_of, visible, weight_variants
 from .manifest import CONVERSION
 from .names import DROPPED, foreign_kind
@@ -93,10 +93,15 @@ def read_header(file: Path) -> dict[str, Entry]:
             f"page: download it again"
         ) from error
     header.pop("__metadata__", None)
+    return _entries(file, header, 8 + length)
+
+
+def _entries(file: Path, header: dict[str, dict], start: int) -> dict[str, Entry]:
+    """The tensors that a header lists; start is where the data begins in the file."""
     entries = {}
     for name, tensor in header.items():
         begin, end = tensor["data_offsets"]
-        entries[name] = Entry(file, name, 8 + length + begin, end - begin, tuple(tensor["shape"]), tensor["dtype"])
+        entries[name] = Entry(file, name, start + begin, end - begin, tuple(tensor["shape"]), tensor["dtype"])
     return entries
 
 
@@ -111,11 +116,15 @@ def find_shards(folder: Path, names: Iterable[str] | None = None, variant: str |
     return [folder / name for name in files]
 
 
-def read_entries(folder: Path, variant: str | None = None) -> dict[str, Entry]:
+def read_entries(folder: Path, variant: str | None = None, repository: Repository | None = None) -> dict[str, Entry]:
     """The tensors in a component's files, except those that no network uses."""
     entries: dict[str, Entry] = {}
-    for file in find_shards(folder, variant=variant):
-        for key, entry in read_header(file).items():
+    for file in find_shards(folder, repository.names(folder) if repository else None, variant):
+        if repository and not file.exists() and file in repository.sizes:
+            header = _entries(file, repository.header(file), 0)
+        else:
+            header = read_header(file)
+        for key, entry in header.items():
             if key in entries:
                 raise CheckpointError(f"{folder}: {key} is in both {entries[key].file.name} and {file.name}")
             if not DROPPED.fullmatch(key):
@@ -140,17 +149,14 @@ READERS = 4
 
 
 class Component:
-    """One network's folder: its config and its tensors on disk, checked against the architecture."""
+    """One network of a model: its config and its tensors on disk, checked against the architecture."""
 
-    def __init__(self, folder: Path, name: str, variant: str | None = None):
-        self.folder = folder / name
+    def __init__(self, name: str, folder: Path, raw_config: dict, entries: Mapping[str, Entry]):
         self.name = name
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{folder} has no folder {name}/; is it a complete diffusers folder?")
-        self.raw_config = read_json(self.folder / "config.json")
-        self.config = _read_config(NETWORKS[name], self.folder / "config.json")
-        self.entries = read_entries(self.folder, variant)
-        self.entries = {self.config.named(key): entry for key, entry in self.entries.items()}
+        self.folder = folder
+        self.raw_config = raw_config
+        self.config = read_config(NETWORKS[name], raw_config, folder / "config.json")
+        self.entries = {self.config.named(key): entry for key, entry in entries.items()}
         self._check()
 
     @cached_property
@@ -304,6 +310,19 @@ class Component:
         return mx.dequantize(weight, scales, biases[0] if biases else None, **q.to_dict()).astype(dtype)
 
 
+def open_component(
+    folder: Path, name: str, variant: str | None = None, repository: Repository | None = None
+) -> Component:
+    """Open one network of a model's folder. Reads its config and headers.
+
+    repository is what the folder is a snapshot of; headers of files that are not downloaded yet are read there.
+    """
+    own = folder / name
+    if not own.is_dir():
+        raise CheckpointError(f"{folder} has no folder {name}/; is it a complete diffusers folder?")
+    return Component(name, own, read_json(own / "config.json"), read_entries(own, variant, repository))
+
+
 def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quantization]) -> list[tuple[str, Any]]:
     """The leaves of a tree, with each quantized layer's packing as keyword arguments for MLX's functions."""
     leaves: list[tuple[str, Any]] = list(arrays.items())
@@ -337,6 +356,11 @@ class Checkpoint:
         return self.networks.values()
 
     @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return sum(component.nbytes for component in self.components)
+
+    @property
     def transformer(self) -> Component:
         return self.networks["transformer"]
 
@@ -353,25 +377,52 @@ def open_checkpoint(source: str | Path, variant: str | None = None) -> Checkpoin
     """Find a model and check it against the architecture. Reads configs and headers, but no tensor data.
 
     variant names the row of `variants` to use it as; by default it is recognized. Any other name is a file variant:
-    "fp16" reads `model.fp16.safetensors` for each network that has it.
+    "fp16" reads `model.fp16.safetensors` for each network that has it. The weights of a repository are downloaded after
+    its configs and headers have been checked.
     """
+    folder, repository = locate(source)
+    checkpoint = open_headers(folder, repository, variant)
+    if repository:
+        repository.fetch(repository.matching(TOKENIZER_FILES))
+    if not checkpoint.tokenizer_file.is_file():
+        raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; download the model again")
+    if repository:
+        repository.fetch(weight_files(checkpoint.components))
+        checkpoint = open_headers(folder, None, variant)
+    return checkpoint
+
+
+def open_headers(folder: Path, repository: Repository | None = None, variant: str | None = None) -> Checkpoint:
+    """Check a model's configs and headers. If folder is a snapshot of repository, its weights need not be there yet."""
     files = variant if variant not in variants.VARIANTS else None
     named = variants.named(variant) if variant and not files else None
-    folder = resolve(source)
     check_pipeline(folder)
-    check_variant(folder, files)
-    networks = {
-        name: Component(folder, name, files) for name in NETWORKS if name not in OPTIONAL or (folder / name).is_dir()
-    }
-    scheduler = _read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json")
+    check_variant(folder, files, repository)
+    present = [name for name in NETWORKS if name not in OPTIONAL or (folder / name).is_dir()]
+    networks = {name: open_component(folder, name, files, repository) for name in present}
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_config(SchedulerConfig, read_json(scheduler_file), scheduler_file)
     known = named or variants.recognize(scheduler.shift, origins(folder))
     if named and variants.recognize(scheduler.shift, []) != known:  # then its schedule is a different one, too
         scheduler = replace(scheduler, shift=known.shift)
-    checkpoint = Checkpoint(folder, networks, scheduler, known)
-    if not checkpoint.tokenizer_file.is_file():
-        raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; download the model again")
     check_widths({name: network.config for name, network in networks.items()}, folder)
-    return checkpoint
+    return Checkpoint(folder, networks, scheduler, known)
+
+
+def resolve(source: str | Path, names: Collection[str] = tuple(NETWORKS)) -> Path:
+    """The folder of a model. Of a repository, the named networks are checked, then downloaded with the tokenizer."""
+    folder, repository = locate(source)
+    if repository:
+        check_pipeline(folder)
+        found = weight_files([open_component(folder, name, repository=repository) for name in names])
+        repository.fetch(repository.matching(TOKENIZER_FILES))
+        repository.fetch(found)
+    return folder
+
+
+def weight_files(components: Iterable[Component]) -> list[Path]:
+    """The files that contain the networks' tensors."""
+    return sorted({entry.file for component in components for entry in component.entries.values()})
 
 
 # ---- checks on a model folder, shared with the converter
@@ -399,10 +450,14 @@ def _what(folder: Path) -> str:
     return f": it is a {kind}" if kind else ""
 
 
-def check_variant(folder: Path, variant: str | None) -> None:
+def check_variant(folder: Path, variant: str | None, repository: Repository | None = None) -> None:
     """Refuse a file variant that no network has, instead of using the default files for all of them."""
-    held = {found for name in NETWORKS for found in weight_variants(path.name for path in visible(folder / name))}
-    if variant is not None and variant not in held:
+    if variant is None:
+        return
+    folders = [folder / name for name in NETWORKS]
+    names = [repository.names(own) if repository else [path.name for path in visible(own)] for own in folders]
+    held = {found for own in names for found in weight_variants(own)}
+    if variant not in held:
         others = ", ".join(sorted(held - {""})) or "none"
         raise RequestError(
             f"variant must be one of {', '.join(variants.VARIANTS)} or a file variant of {folder}, which has {others}; "
@@ -448,9 +503,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     Reads each safetensors header and 64 evenly spaced samples of 4 KB per file, which takes milliseconds; a checksum of
     a full-size model takes a minute. It may miss damage to single bytes, which `mlx-zimage verify` finds.
     """
-    files = {entry.file for component in checkpoint.components for entry in component.entries.values()}
     sha = hashlib.sha256()
-    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
+    for file in sorted(weight_files(checkpoint.components), key=lambda file: (file.parent.name, file.name)):
         size = file.stat().st_size
         with open(file, "rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
@@ -461,8 +515,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return sha.hexdigest()[:10]
 
 
-def _read_config(cls, file: Path):
+def read_config(cls: Any, raw_config: dict, file: Path) -> Any:
+    """A config as a dataclass; file is what an error names."""
     try:
-        return cls.from_dict(read_json(file))
+        return cls.from_dict(raw_config)
     except CheckpointError as error:
-        raise error if str(file) in str(error) else CheckpointError(f"{file}: {error}") from error
+        raise CheckpointError(f"{file}: {error}") from error

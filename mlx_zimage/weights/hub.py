@@ -1,43 +1,100 @@
-"""Find a model: "pocket", a folder on this disk, or a Hugging Face repository, which is downloaded."""
+"""Find a model: "pocket", a folder on this disk, or a Hugging Face repository, which is downloaded file by file."""
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from ..errors import ModelNotFoundError
+from ..errors import CheckpointError, ModelNotFoundError
 from ..models import NETWORKS
 
 POCKET = Path(__file__).parents[1] / "pocket"
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# The files from_pretrained and convert need from a repository: no images, no copies in other formats.
-NEEDED_FILES = [
-    "model_index.json",
-    "scheduler/*.json",
-    "tokenizer/*.json",
-    "tokenizer/*.txt",
-    *(f"{network}/*.{ending}" for network in NETWORKS for ending in ("json", "safetensors")),
-]
+# Enough to refuse a repository that is not a model of this family. The shards' indexes are among them.
+CONFIGS = ["model_index.json", "conversion.json", *(f"{name}/*.json" for name in (*NETWORKS, "scheduler"))]
+TOKENIZER_FILES = ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
 
 
-def resolve(source: str | Path, needed: Sequence[str] = NEEDED_FILES) -> Path:
-    """The local folder of a model: "pocket", a folder, or a Hugging Face id (downloaded into the hub's cache).
+class Repository:
+    """A repository of the hub at its latest commit, or, without a network, at the commit in the hub's cache.
 
-    needed are the patterns of files to download.
+    folder is its snapshot in the cache. Creating a Repository downloads the configs; other files follow when they are
+    fetched. All paths are paths in this folder, whether the files are there yet or not.
+    """
+
+    def __init__(self, id: str):
+        self.id = id
+        self.folder = _download(id, CONFIGS)
+
+    @cached_property
+    def sizes(self) -> dict[Path, int]:
+        """The size of each file in bytes; only of the downloaded files if the hub cannot be reached."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+        from huggingface_hub.hf_api import RepoFile
+
+        try:
+            tree = HfApi().list_repo_tree(self.id, recursive=True, revision=self.folder.name)
+            return {self.folder / entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+        except (HTTPError, OfflineModeIsEnabled):
+            return {path: path.stat().st_size for path in self.folder.rglob("*") if path.is_file()}
+
+    def names(self, folder: Path) -> list[str]:
+        """The names of the files in one of its folders, downloaded or not."""
+        return sorted(path.name for path in self.sizes if path.parent == folder)
+
+    def matching(self, patterns: Iterable[str]) -> list[Path]:
+        """The files that match any of the patterns."""
+        return [path for path in self.sizes if any(PurePosixPath(self._name(path)).match(p) for p in patterns)]
+
+    def header(self, file: Path) -> dict[str, dict[str, Any]]:
+        """The header of a safetensors file, downloaded alone: dtype, shape and data_offsets of each tensor by name."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+        try:
+            found = HfApi().parse_safetensors_file_metadata(self.id, self._name(file), revision=self.folder.name)
+        except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+            raise CheckpointError(f"{self.id}: {self._name(file)} is not a safetensors file ({error})") from error
+        except HTTPError as error:
+            raise _failed(self.id, error) from error
+        return {name: vars(tensor) for name, tensor in found.tensors.items()}
+
+    def to_fetch(self, files: Iterable[Path]) -> int:
+        """The bytes that `fetch` would download."""
+        return sum(self.sizes.get(file, 0) for file in {*files} if not file.exists())
+
+    def fetch(self, files: Iterable[Path]) -> None:
+        """Download those of the files that are not in the folder yet."""
+        missing = sorted({self._name(file) for file in files if not file.exists()})
+        if missing:
+            _download(self.id, [glob.escape(name) for name in missing], self.folder.name)
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
+
+
+def locate(source: str | Path) -> tuple[Path, Repository | None]:
+    """The folder of a model ("pocket", a folder or a Hugging Face id), and the repository it is a snapshot of, if any.
+
+    Only the configs of a repository are downloaded.
     """
     if not isinstance(source, (str, Path)) or not str(source):
         raise ModelNotFoundError(f"expected a model's folder, a Hugging Face id or 'pocket', but got {source!r}")
     if str(source) == "pocket":
-        return POCKET
+        return POCKET, None
     folder = Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves ~ alone if there is no home folder
     try:
         is_folder, is_file = folder.is_dir(), folder.is_file()
     except (OSError, ValueError) as error:  # too long for the system, or with a NUL
         raise ModelNotFoundError(f"{str(source)[:80]!r} is not a valid folder name ({error.args[-1]})") from None
     if is_folder:
-        return folder
+        return folder, None
     if is_file:
         raise ModelNotFoundError(f"{source} is a file; expected a folder with model_index.json")
     if not REPOSITORY_ID.fullmatch(str(source)):
@@ -45,10 +102,12 @@ def resolve(source: str | Path, needed: Sequence[str] = NEEDED_FILES) -> Path:
             f"no model folder at {source}; give a folder, a Hugging Face id such as "
             f"Tongyi-MAI/Z-Image-Turbo, or 'pocket'"
         )
-    return _fetch(str(source), needed)
+    repository = Repository(str(source))
+    return repository.folder, repository
 
 
-def _fetch(repository: str, needed: Sequence[str]) -> Path:
+def _download(repository: str, patterns: list[str], commit: str | None = None) -> Path:
+    """Download files of a commit, by default the latest, into the hub's cache, and return the snapshot's folder."""
     # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported. HTTPError
     # comes from the HTTP library that the installed release of the client uses: httpx or httpx2.
     from huggingface_hub import snapshot_download
@@ -57,17 +116,22 @@ def _fetch(repository: str, needed: Sequence[str]) -> Path:
 
     class Bar(tqdm):
         def __init__(self, *args, **options):
-            super().__init__(*args, **{"disable": None, **options})  # None: no bar if stderr is not a terminal
+            # None: no bar if stderr is not a terminal. The configs take no time.
+            super().__init__(*args, **{"disable": None if commit else True, **options})
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(needed), tqdm_class=Bar))
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, tqdm_class=Bar))
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
             f"{repository} is not a local folder and is not in the Hugging Face cache, and the hub cannot be reached; "
             f"check the network and HF_HUB_OFFLINE, or give a folder"
         ) from error
     except (HFValidationError, HTTPError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(
-            f"{repository} is not a local folder, and downloading it from the Hugging Face hub failed: {first_line}"
-        ) from error
+        raise _failed(repository, error) from error
+
+
+def _failed(repository: str, error: Exception) -> ModelNotFoundError:
+    first_line = str(error).strip().splitlines()[0]
+    return ModelNotFoundError(
+        f"{repository} is not a local folder, and downloading it from the Hugging Face hub failed: {first_line}"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -18,9 +18,12 @@ from ..errors import ModelNotFoundError, OutputError
 from ..machine import home
 from ..models import NETWORKS
 from ..quantization import Quantization
+from ..scheduler import SchedulerConfig
+from ..variants import TURBO
+from . import official
 from . import store as embeddings
-from .checkpoint import read_json
-from .hub import NEEDED_FILES, POCKET, resolve
+from .checkpoint import Checkpoint, Component, Entry, open_headers, weight_files
+from .hub import POCKET, TOKENIZER_FILES, Repository
 from .quantize import tensor_quantization
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
@@ -131,19 +134,20 @@ def remove(name: str) -> int:
 def plan_first_run(repository: str, budget: int) -> FirstRun:
     """Plan the download and conversion of a repository, with the bits that fit a memory budget in bytes.
 
-    Asks the hub for sizes and downloads the configs; raises ModelNotFoundError if the hub cannot be reached.
+    Downloads configs and headers; raises ModelNotFoundError if the hub cannot be reached.
     """
-    configs = resolve(repository, [f"{name}/config.json" for name in NETWORKS])
-    sizes = {bits: converted_bytes(configs, bits) for bits in CHOICES}
+    at_hub = Repository(repository)
+    checkpoint = open_headers(at_hub.folder, at_hub)
+    configs = {component.name: component.raw_config for component in checkpoint.components}
+    sizes = {bits: planned(bits, configs).nbytes for bits in CHOICES}
     bits = choose_bits(sizes, budget)
-    from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    files = snapshot_download(repository, allow_patterns=NEEDED_FILES, dry_run=True)
+    files = [*weight_files(checkpoint.components), *at_hub.matching(TOKENIZER_FILES)]
     stem = repository.rpartition("/")[2]
     return FirstRun(
         repository,
-        sum(file.file_size or 0 for file in files if file.will_download),
+        at_hub.to_fetch(files),
         bits,
         sizes[bits],
         Path(HF_HUB_CACHE),
@@ -156,27 +160,25 @@ def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
     return next((bits for bits in CHOICES if sizes[bits] <= WEIGHTS_SHARE * budget), CHOICES[-1])
 
 
-def converted_bytes(folder: Path, bits: int | None) -> int:
-    """The size of a converted model's weights in bytes, from its configs; bits None is bfloat16."""
-    configs = {name: config.from_dict(read_json(folder / name / "config.json")) for name, config in NETWORKS.items()}
-    return weights_bytes(configs, bits)
+def planned(bits: int | None, configs: Mapping[str, dict] = official.CONFIGS) -> Checkpoint:
+    """A model as `convert` would write it, known from its configs; for planning only. bits None is bfloat16.
+
+    By default Z-Image-Turbo, which takes neither files nor a network.
+    """
+    q = Quantization(bits) if bits else None
+    networks = {name: _planned(name, config, q) for name, config in configs.items()}
+    return Checkpoint(Path(official.REPOSITORY), networks, SchedulerConfig(), TURBO)
 
 
-def weights_bytes(configs: dict, bits: int | None) -> int:
-    quantization = Quantization(bits) if bits else None
-    return sum(
-        _tensor_bytes(component, name, shape, quantization)
-        for component, config in configs.items()
-        for name, shape in config.shapes().items()
-    )
-
-
-def _tensor_bytes(component: str, name: str, shape: tuple[int, ...], quantization: Quantization | None) -> int:
-    q = tensor_quantization(component, name, shape, quantization)
-    if q is None:
-        return ITEM_BYTES["BF16"] * prod(shape)
-    parts = q.packed(name, shape).items()
-    return sum(ITEM_BYTES["U32" if part == name else "BF16"] * prod(packed) for part, packed in parts)
+def _planned(network: str, config: dict, quantization: Quantization | None) -> Component:
+    entries = {}
+    for name, shape in NETWORKS[network].from_dict(config).shapes().items():
+        q = tensor_quantization(network, name, shape, quantization)
+        for part, stored in q.packed(name, shape).items() if q else [(name, shape)]:
+            dtype = "U32" if q and part == name else "BF16"
+            entries[part] = Entry(Path(), part, 0, ITEM_BYTES[dtype] * prod(stored), stored, dtype)
+    block = {"quantization": quantization.to_dict()} if quantization else {}
+    return Component(network, Path(network), config | block, entries)
 
 
 def disks(plan: FirstRun) -> list[Disk]:

@@ -88,7 +88,7 @@ def report_steps(
     requests = _requests(pipe, prompts, size, steps)
     generated = []
     for i, request in enumerate(requests, len(packed) + 1):
-        generated.append(draw(pipe, request))
+        generated.append(trajectory(pipe, request))
         yield Compared(request.prompt, i, total)
     del pipe  # one model at a time
     pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype, memory=memory)
@@ -137,7 +137,7 @@ def weight_error(tensor: Tensor, exact: Tensor) -> float:
     return sqrt(error / power) if power else 0.0
 
 
-def draw(pipe: ZImagePipeline, request: GenerateRequest) -> tuple[list[mx.array], np.ndarray]:
+def trajectory(pipe: ZImagePipeline, request: GenerateRequest) -> tuple[list[mx.array], np.ndarray]:
     """The latents (1, h, w, 16) before and after each step, and the pixels."""
     vae = pipe.checkpoint.vae.config
     width, height, steps = request.extent
@@ -148,10 +148,10 @@ def draw(pipe: ZImagePipeline, request: GenerateRequest) -> tuple[list[mx.array]
 
 
 def compare(pipe: ZImagePipeline, request: GenerateRequest, reference: tuple[list[mx.array], np.ndarray]) -> dict:
-    """Errors of a pipeline's image and of its velocity at each step, relative to what `draw` returned for another."""
+    """Errors of a pipeline's image and of its velocity at each step, relative to the `trajectory` of another."""
     states, pixels = reference
     steps = request.extent[2]
-    (*_, last), own_pixels = draw(pipe, request)
+    (*_, last), own_pixels = trajectory(pipe, request)
     _, h, w, _ = last.shape
     sigmas = pipe.checkpoint.scheduler.sigmas(steps, (h // PATCH) * (w // PATCH))
     velocity = pipe.transformer.velocity(pipe.encode(request.prompt), sigmas[:-1], h, w)

@@ -121,7 +121,7 @@ def main() -> None:
         for seed in range(args.seeds)
     ]
     pipe = ZImagePipeline.from_pretrained(args.model, dtype="float32")
-    drawn = [report.draw(pipe, request) for request in requests]
+    drawn = [report.trajectory(pipe, request) for request in requests]
     del pipe
     print("| way | MB | weights | velocity | latents | velocity, from 4 bits | latents, from 4 bits |")
     print("|---|---|---|---|---|---|---|", flush=True)

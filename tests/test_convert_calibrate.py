@@ -13,7 +13,7 @@ import pytest
 from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.convert import calibrate, convert
 from mlx_zimage.convert.calibrate import Calibration, cholesky, moments
-from mlx_zimage.convert.report import compare, draw
+from mlx_zimage.convert.report import compare, trajectory
 from mlx_zimage.convert.rounding import dequantize_rows, quantize_rows
 from mlx_zimage.errors import RequestError
 from mlx_zimage.models.layers import linear
@@ -115,7 +115,7 @@ def test_a_calibrated_folder_has_the_same_size_and_a_more_accurate_velocity(quic
         for seed, prompt in enumerate(("two green squares", "一个蓝色的圆"))
     ]
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
-    generated = [draw(pipe, request) for request in unseen]
+    generated = [trajectory(pipe, request) for request in unseen]
     errors = []
     for folder in (plain, calibrated):
         pipe = ZImagePipeline.from_pretrained(folder, dtype="float32")

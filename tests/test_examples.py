@@ -1,6 +1,6 @@
-"""Each program of examples/ is run as a person would run it, in an empty folder, on the pocket checkpoint.
+"""Runs each program in examples/ as a user would, in an empty folder, with the pocket checkpoint.
 
-But for full_size.py, which would write 33 GB: it is given small architectures.
+The exception is full_size.py, which would write 33 GB: it runs with small architectures.
 """
 
 import runpy
@@ -63,7 +63,7 @@ def test_progress(run):
 def test_custom_schedule(run):
     assert "sigmas 1.000, 0.924, 0.707, 0.383, 0.000\n" in run("custom_schedule.py")
     own, cosine = (np.asarray(Image.open(f"{name}.png"), dtype=int) for name in ("own", "cosine"))
-    assert 0 < np.abs(own - cosine).mean() < 40  # of 255: the same scene, drawn a little differently
+    assert 0 < np.abs(own - cosine).mean() < 40  # of 255: the same scene, slightly different
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_peaks(run, steps):
     ids=["published", "dense", "packed"],
 )
 def test_full_size(tmp_path, monkeypatch, options, dtype, bits):
-    """With architectures of a thousandth of the size."""
+    """With architectures a thousandth of the size."""
     program = runpy.run_path(str(EXAMPLES / "full_size.py"))
     configs = (
         TransformerConfig(dim=192, n_layers=2, n_refiner_layers=1, n_heads=6, cap_feat_dim=64, axes_dims=(8, 12, 12)),
@@ -110,8 +110,8 @@ def test_full_size(tmp_path, monkeypatch, options, dtype, bits):
     assert entries["layers.0.attention_norm1.weight"].dtype == dtype
     assert {q.bits for q in checkpoint.transformer.quantizations.values()} == ({bits} if bits else set())
     request = GenerateRequest("a red fox", 32, 32, seed=1, steps=1)
-    (picture,) = [event for event in ZImagePipeline(checkpoint, mx.float32).stream(request) if hasattr(event, "pixels")]
-    assert picture.pixels.std() > 1
+    (image,) = [event for event in ZImagePipeline(checkpoint, mx.float32).stream(request) if hasattr(event, "pixels")]
+    assert image.pixels.std() > 1
 
 
 def test_every_example_is_run_by_a_test():

@@ -1,4 +1,4 @@
-"""A sheet of pictures: prompts down, seeds across. The pipeline is opened once; files remember how they were made."""
+"""A contact sheet: a row per prompt, a column per seed. The pipeline is opened once for all images."""
 
 from pathlib import Path
 
@@ -16,6 +16,6 @@ sheet = np.zeros((len(PROMPTS) * side, len(SEEDS) * side, 3), np.uint8)
 for row, prompt in enumerate(PROMPTS):
     for column, seed in enumerate(SEEDS):
         request = GenerateRequest(prompt, width=side, height=side, seed=seed, steps=4)
-        (picture,) = (event for event in pipe.stream(request) if isinstance(event, Generated))
-        sheet[row * side :, column * side :][:side, :side] = picture.pixels
+        (image,) = (event for event in pipe.stream(request) if isinstance(event, Generated))
+        sheet[row * side :, column * side :][:side, :side] = image.pixels
 print(save(sheet, Path("sheet.png")))

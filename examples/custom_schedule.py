@@ -1,7 +1,7 @@
-"""A schedule of one's own: the pipeline's parts, put together by hand.
+"""A custom schedule: the parts of the pipeline, put together by hand.
 
-A schedule is a list of sigmas that falls from 1 (noise) to 0 (picture); between two of them the transformer is called
-once. This one takes four steps along a cosine, beside the model's own four.
+A schedule is a list of sigmas that falls from 1 (noise) to 0 (image); the transformer is called once between two of
+them. This one takes four steps along a cosine, and compares them with four of the model's own schedule.
 """
 
 import numpy as np

@@ -2,9 +2,9 @@
 
     python examples/full_size.py FOLDER [--dtype bfloat16] [--q-bits 4]
 
-For trying memory, speed and conversion without the real weights: it draws noise, but every name, shape and dtype is
-as published (the shards are smaller). With --dtype or --q-bits, it has the tensors that our converter would write. The
-tokenizer is the pocket model's. One shard is held at a time.
+For trying memory, speed and conversion without the real weights: its images are noise, but every name, shape and dtype
+is as published (the shards are smaller). With --dtype or --q-bits, it has the tensors that our converter would write.
+The tokenizer is the pocket model's. One shard is in memory at a time.
 """
 
 import json
@@ -29,7 +29,7 @@ COMPONENTS = {  # component -> (architecture, dtype as published, name of the fi
     "text_encoder": (TextEncoderConfig(), mx.bfloat16, "model"),
     "vae": (VAEConfig(), mx.bfloat16, "diffusion_pytorch_model"),
 }
-CONFIGS = {  # where the architecture's own fields do not say all
+CONFIGS = {  # fields of the published configs beyond the architecture's own
     "transformer": {"all_patch_size": [2], "all_f_patch_size": [1], "n_kv_heads": 30, "qk_norm": True},
     "text_encoder": {"model_type": "qwen3", "tie_word_embeddings": True, "torch_dtype": "bfloat16"},
     "vae": {"in_channels": 3, "out_channels": 3, "force_upcast": True, "use_quant_conv": False},
@@ -76,12 +76,16 @@ def write_component(
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(FLOATS), help="Of every tensor.  [default: as published]")
-@click.option("--q-bits", type=click.Choice(MODES["affine"][0]), help="Pack the blocks' matrices.  [default: dense]")
+@click.option("--dtype", type=click.Choice(FLOATS), help="Data type of every tensor.  [default: as published]")
+@click.option(
+    "--q-bits",
+    type=click.Choice(MODES["affine"][0]),
+    help="Quantize the matrices of the blocks.  [default: not quantized]",
+)
 def main(folder: Path, dtype: str | None, q_bits: int | None) -> None:
-    """Write the checkpoint into FOLDER, which must not exist."""
+    """Write the checkpoint into FOLDER, which must not exist yet."""
     if folder.exists():
-        raise click.UsageError(f"{folder} exists; name a folder to be made")
+        raise click.UsageError(f"{folder} already exists; name a new folder")
     quantization = None if q_bits is None else Quantization(q_bits)
     if quantization:
         dtype = dtype or "bfloat16"

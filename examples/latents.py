@@ -1,6 +1,6 @@
-"""Latents in and out: two noises, the noise halfway between them, and each one's clean latents as an array.
+"""Latents in and out: images from two noises and from the noise halfway between them, and their clean latents.
 
-Latents at the edge of the pipeline are laid out as in diffusers: (pictures, 16, height / 8, width / 8), float32.
+Latents that go into or come out of the pipeline have diffusers' layout: (images, 16, height / 8, width / 8), float32.
 """
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ SHAPE = (1, 16, 16, 16)
 
 
 def between(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
-    """On the arc from a to b: unlike their mean, it is as large as noise is."""
+    """The point at t on the arc from a to b: unlike their mean, it has the norm of noise."""
     angle = np.arccos((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
     return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
 

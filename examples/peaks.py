@@ -1,11 +1,11 @@
-"""Predicted and measured peaks of memory, of the same picture under one budget after another.
+"""Predicted and measured memory peaks of the same image under one budget after another.
 
     python examples/peaks.py MODEL REQUEST ... [--steps 8] [--stage] [--dtype float16]
 
-A request is a side in pixels, with a budget and a number of pictures if wished: 1024, 1024:2GB, 512:2GB:4. Pictures of
-one size have the same latents, whatever was in memory when: the last column is their checksum. Bytes read are those of
-the transformer, a step; seconds are of encoding, a step, decoding a picture, and in all. Kernels are compiled in the
-first row of a size.
+A request is a side in pixels, optionally with a budget and a number of images: 1024, 1024:2GB, 512:2GB:4. Images of one
+size have the same latents, whatever was in memory when: the last column is their checksum. Bytes read are the
+transformer's per step; seconds are for encoding, one step, decoding one image, and the total. The first row of a size
+includes compiling kernels.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ PHASES = ("encode", "denoise", "decode")
 
 
 class Counted:
-    """A network's weights, which note how many bytes of the disk were asked for."""
+    """A network's weights, counting the bytes that are read from disk."""
 
     def __init__(self, stored: Component):
         self.stored, self.config, self.shapes, self.rows = stored, stored.config, stored.shapes, stored.rows
@@ -71,13 +71,13 @@ class Meter:
         self.phase, self.since = phase, now
 
 
-def draw(
+def measure(
     model: str, side: int, budget: str | None, count: int, steps: int, keep: bool | None, dtype: str | None
 ) -> dict:
     """One row of the table."""
     pipe = ZImagePipeline.from_pretrained(model, dtype, budget, keep)
     if pipe.dtype == mx.float16:
-        pipe.encode("a")  # before anything is measured, the scale is found
+        pipe.encode("a")  # finds the scale before anything is measured
     request = GenerateRequest(PROMPT, side, side, seed=3, steps=steps, num_images=count)
     pipe.transformer.runner.weights = transformer = Counted(pipe.checkpoint.transformer)
     read, times = [], []
@@ -102,7 +102,7 @@ def draw(
     return {
         "model": Path(model).name,
         "side": side,
-        "pictures": count,
+        "images": count,
         "budget": budget,
         "keep": plan.keep,
         "streamed": len(plan.streamed),
@@ -127,14 +127,14 @@ COLUMNS = (
 )
 
 
-def tell(row: dict) -> str:
+def as_text(row: dict) -> str:
     stays = "kept" if row["keep"] else f"{row['streamed']} streamed" if row["streamed"] else "staged"
     both = [
         f"{row['predicted_by_phase'][phase] / 1e9:.2f} {row['measured_by_phase'][phase] / 1e9:.2f}" for phase in PHASES
     ]
     seconds = row["seconds_by_phase"]
     return (
-        f"{row['side']:5} {row['pictures']:3} {row['budget'] or '-':>7} {stays:>13} {row['predicted'] / 1e9:9.3f} "
+        f"{row['side']:5} {row['images']:3} {row['budget'] or '-':>7} {stays:>13} {row['predicted'] / 1e9:9.3f} "
         f"{row['measured'] / 1e9:8.3f} {row['predicted'] / row['measured']:6.3f}   {'(' + ', '.join(both) + ')':40} "
         f"{seconds['encode']:8.2f} {row['step_s']:7.3f} {seconds['decode']:8.2f} {row['total_s']:7.2f} "
         f"{row['read_per_step'] / 1e9:8.3f} {row['latents']}"
@@ -145,11 +145,11 @@ def tell(row: dict) -> str:
 @click.argument("model")
 @click.argument("requests", nargs=-1, required=True)
 @click.option("--steps", type=click.IntRange(2), default=8, show_default=True)
-@click.option("--stage", is_flag=True, help="Let each network go when its part is done.")
-@click.option("--dtype", type=click.Choice(FLOATS), help="What the networks compute in.")
-@click.option("--json", "file", type=click.File("a"), help="Add the figures to this file, a JSON object a line.")
+@click.option("--stage", is_flag=True, help="Unload each network when its part is done.")
+@click.option("--dtype", type=click.Choice(FLOATS), help="Data type to compute in.")
+@click.option("--json", "file", type=click.File("a"), help="Append the results to this file, one JSON object per line.")
 def main(model: str, requests: tuple[str, ...], steps: int, stage: bool, dtype: str | None, file) -> None:
-    """Draw each request, and print what it took."""
+    """Generate the images of each request, and print a row."""
     os.environ["MLX_ZIMAGE_EMBEDDINGS"] = "off"  # each row encodes
     print(COLUMNS)
     for text in requests:
@@ -158,11 +158,11 @@ def main(model: str, requests: tuple[str, ...], steps: int, stage: bool, dtype: 
             raise click.UsageError(f"a request is SIDE, SIDE:BUDGET or SIDE:BUDGET:PICTURES, got {text!r}")
         side, budget, count = match.groups()
         try:
-            row = draw(model, int(side), budget or None, int(count or 1), steps, False if stage else None, dtype)
+            row = measure(model, int(side), budget or None, int(count or 1), steps, False if stage else None, dtype)
         except ZImageError as error:
             print(f"{text}: {error}", flush=True)
             continue
-        print(tell(row), flush=True)
+        print(as_text(row), flush=True)
         if file:
             file.write(json.dumps(row) + "\n")
             file.flush()

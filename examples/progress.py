@@ -1,4 +1,4 @@
-"""Progress without callbacks: whoever holds the loop sees each step, and may leave."""
+"""Progress without callbacks: the loop sees each step, and may leave."""
 
 import time
 
@@ -12,10 +12,10 @@ begin = time.perf_counter()
 for event in pipe.stream(request):
     elapsed = time.perf_counter() - begin
     if isinstance(event, Step):
-        # latents are (pictures, height / 8, width / 8, 16) float32; at sigma 1 they are noise, at 0 the picture
+        # event.latents: (images, height / 8, width / 8, 16) float32; noise at sigma 1, the image at 0
         print(f"step {event.index + 1} of {event.steps}: sigma {event.sigma:.3f} after {elapsed:.1f} s")
     else:
-        print(f"picture {event.pixels.shape} after {elapsed:.1f} s")
+        print(f"image {event.pixels.shape} after {elapsed:.1f} s")
     if elapsed > PATIENCE_S:
         print("too slow; leaving")
         break

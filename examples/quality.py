@@ -1,13 +1,14 @@
-"""What each way to convert costs a model's pictures: converts it in every way and compares what they draw.
+"""What each way of converting costs in quality: converts a model in every way and compares the images.
 
     python examples/quality.py [MODEL] [--prompts 24] [--seeds 2] [--size 128] [--steps 8] [--ways 4bit,target]
     python examples/quality.py MODEL --weights
 
-Prints a row a way. Errors are root mean squares as a part of the source's: of the packed weights; of the velocity at
-the source's own latents, mean of the steps; and of the final latents. The last two columns are the change of an error
-from plain 4 bits, as the geometric mean over prompts with its standard error.
+Prints one row per way. Errors are root mean squares relative to the source: of the quantized weights; of the velocity
+at the source's own latents, averaged over steps; and of the final latents. The last two columns are the change of an
+error compared with plain 4 bits, as the geometric mean over prompts with its standard error.
 
-With --weights nothing is converted or drawn: sizes, and the error of 16 rows of each matrix, for a model of any size.
+With --weights nothing is converted or generated: it prints sizes, and the error of 16 rows of each matrix, for a model
+of any size.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def compare_weights(model: str, ways: list[str]) -> None:
     for way in [next(iter(WAYS)), *(way for way in ways if way != next(iter(WAYS)))]:
         options = {key: size if value == SAME else value for key, value in WAYS[way].items()}
         if options.pop("calibrate", False):
-            continue  # it makes the weights' error larger, and that of their products smaller
+            continue  # it reduces the error of the products, not of the weights
         search = options.pop("search", False)
         choose = quantizations(options.pop("bits", None), **options).choice(source, "bfloat16")
         nbytes = lay_out_folder(source, "bfloat16", choose, "mlx", {}).nbytes
@@ -121,7 +122,7 @@ def main() -> None:
         for seed in range(args.seeds)
     ]
     pipe = ZImagePipeline.from_pretrained(args.model, dtype="float32")
-    drawn = [report.trajectory(pipe, request) for request in requests]
+    generated = [report.trajectory(pipe, request) for request in requests]
     del pipe
     print("| way | MB | weights | velocity | latents | velocity, from 4 bits | latents, from 4 bits |")
     print("|---|---|---|---|---|---|---|", flush=True)
@@ -133,7 +134,7 @@ def main() -> None:
             nbytes = sum(component.nbytes for component in open_checkpoint(out).components)
             weights = report.report(out, args.model, prompts=[])["weight_error"]["mean"]
             pipe = ZImagePipeline.from_pretrained(out, dtype="float32")
-            compared = [report.compare(pipe, *pair) for pair in zip(requests, drawn, strict=True)]
+            compared = [report.compare(pipe, *pair) for pair in zip(requests, generated, strict=True)]
             del pipe
         velocity, latents = (
             np.array([np.mean(c[key]) for c in compared]).reshape(-1, args.seeds)

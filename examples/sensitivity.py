@@ -1,8 +1,8 @@
-"""Which layers quantization hurts: pack one kind of layer at a time and compare what the model draws.
+"""Which layers quantization hurts: quantize one kind of layer at a time and compare the images.
 
     python examples/sensitivity.py [MODEL] [BITS] [PROMPTS]
 
-Prints, for each kind, the relative error of the final latents and that error squared by a million parameters. The
+Prints, for each kind, the relative error of the final latents, and that error squared per million parameters. The
 importances in convert/choose.py come from it.
 """
 
@@ -26,11 +26,11 @@ KINDS["text encoder"] = "text_encoder", ""
 
 def latents(model: str | Path, prompts: list[str]) -> np.ndarray:
     pipe = ZImagePipeline.from_pretrained(model, dtype="float32")
-    drawn = []
+    generated = []
     for seed, prompt in enumerate(prompts):
         *_, last = pipe.denoise(GenerateRequest(prompt=prompt, width=64, height=64, seed=seed, steps=4))
-        drawn.append(np.array(last.latents))
-    return np.stack(drawn)
+        generated.append(np.array(last.latents))
+    return np.stack(generated)
 
 
 def main(model: str = "pocket", bits: int = 3, prompts: int = 6) -> None:
@@ -47,7 +47,7 @@ def main(model: str = "pocket", bits: int = 3, prompts: int = 6) -> None:
             difference = latents(packed, PROMPTS[:prompts]) - exact
         error = np.sqrt(np.square(difference).mean() / np.square(exact).mean())
         millions = sum(prod(s) for name, s in shapes[network].items() if recipe(network, name, s)) / 1e6
-        print(f"{kind:12}  error {error:.4f}  squared by a million parameters {error**2 / millions:.5f}", flush=True)
+        print(f"{kind:12}  error {error:.4f}  squared per million parameters {error**2 / millions:.5f}", flush=True)
 
 
 if __name__ == "__main__":

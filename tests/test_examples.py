@@ -39,9 +39,9 @@ def colour(file: str, x: int, y: int) -> np.ndarray:
     return np.asarray(Image.open(file), dtype=int)[y, x]
 
 
-def test_one_picture(run):
-    assert run("one_picture.py") == "picture.png, drawn from seed 1\n"
-    red, _, blue = colour("picture.png", 64, 64)
+def test_one_image(run):
+    assert run("one_image.py") == "image.png, generated from seed 1\n"
+    red, _, blue = colour("image.png", 64, 64)
     assert red > blue + 100
 
 
@@ -56,7 +56,7 @@ def test_batch(run):
 def test_progress(run):
     lines = run("progress.py").splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == [f"step {i} of 8" for i in range(1, 9)]
-    assert lines[-1].startswith("picture (128, 128, 3) after")
+    assert lines[-1].startswith("image (128, 128, 3) after")
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 With sigma in (0, 1] the model sees (1 - sigma) x0 + sigma noise at t = 1 - sigma and learns
 x0 - noise. A tenth of the captions are emptied, so that the result can be guided. In the
-distillation a guided many-step teacher draws pictures, each belonging to its noise, and the
-model learns the straight path between the two: eight unguided steps then do.
+distillation a guided many-step teacher generates an image for each noise, and the model learns
+the straight path between the two: then eight unguided steps are enough.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEACHER_STEPS, TEACHER_GUIDANCE = 12, 1.5
 class FactsHead(nn.Linear):
     """Reads the caption's facts off its last token; in training only.
 
-    It teaches the text encoder to gather what a caption says long before the pictures do.
+    It teaches the text encoder what a caption says long before the images could.
     """
 
     PARTS = (MAX_OBJECTS * (len(SHAPES) + 1), (MAX_OBJECTS + 1) * len(COLORS), 3 * MAX_OBJECTS)
@@ -108,8 +108,8 @@ def train_flow(
 ) -> None:
     """schedule_share of the noise levels are those of the sampler's schedule, the rest continuous.
 
-    Leaves the averaged weights in the model. `keep(progress)` is called now and then with the
-    averaged weights in place.
+    Leaves the averaged weights in the model. `keep(progress)` is called from time to time with
+    the averaged weights in place.
     """
     optimizer = Optimizer(model.named_weights(), rate, uses_muon=True)
     losses = torch.zeros(2, device=device)
@@ -141,17 +141,17 @@ def train_flow(
     memory = shared_memory(device)
     recorded = [Recorded(lambda bucket=bucket: train_on(bucket), device, memory) for bucket in buckets]
     rng = random.Random(clock.step)
-    sizes, told = [len(bucket) for bucket in buckets], -1.0
+    sizes, reported = [len(bucket) for bucket in buckets], -1.0
     for step, progress in clock:
         optimizer.schedule(step, progress)
         rng.choices(recorded, sizes)[0]()
-        if progress - told >= 0.05:
+        if progress - reported >= 0.05:
             loss, facts_loss = losses.tolist()
             log(f"{name} {progress:.0%}, step {step}: squared error {loss:.4f}, facts {facts_loss:.3f}")
-            if keep and told >= 0:
+            if keep and reported >= 0:
                 with _averaged(optimizer):
                     keep(progress)
-            told = progress
+            reported = progress
     log(f"{name}: {clock.step} steps")
     optimizer.take_average()
 
@@ -182,24 +182,26 @@ def _noise_levels(batch: int, schedule_share: float, grid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw_pairs(model: Model, buckets: list[Bucket], count: int, batch: int, device: str, log: Callable) -> list[Bucket]:
-    """Buckets of about `count` noises and what the guided teacher makes of them, in all."""
+def generate_pairs(
+    model: Model, buckets: list[Bucket], count: int, batch: int, device: str, log: Callable
+) -> list[Bucket]:
+    """Buckets of about `count` noises in all, and what the guided teacher makes of them."""
     total = sum(len(bucket) for bucket in buckets)
     half = torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
     pairs, recorded, memory = [], [], shared_memory(device)
     for bucket in buckets:
         rounds = max(1, round(count * len(bucket) / total / batch))
         noise = torch.empty(batch, *bucket.latents.shape[1:], device=device)
-        drawn, index = torch.empty_like(noise), torch.empty(batch, dtype=torch.long, device=device)
+        generated, index = torch.empty_like(noise), torch.empty(batch, dtype=torch.long, device=device)
         empties, lengths = model.empty(bucket.tokens.shape[1])
         empties, lengths = empties.expand(batch, -1).contiguous(), lengths.expand(batch).contiguous()
 
-        def draw_batch(bucket=bucket, noise=noise, drawn=drawn, index=index, empty=(empties, lengths)):
+        def generate_batch(bucket=bucket, noise=noise, generated=generated, index=index, empty=(empties, lengths)):
             index.copy_(torch.randint(0, len(bucket), (batch,), device=device))
             noise.normal_()
-            # with gradients on, though none are wanted: the blocks are compiled for that
+            # with gradients on, though none are needed: the blocks are compiled that way
             with torch.enable_grad(), half:
-                drawn.copy_(
+                generated.copy_(
                     sample(
                         model.encoder,
                         model.transformer,
@@ -213,12 +215,12 @@ def draw_pairs(model: Model, buckets: list[Bucket], count: int, batch: int, devi
                     ).detach()
                 )
 
-        recorded.append(Recorded(draw_batch, device, memory))
+        recorded.append(Recorded(generate_batch, device, memory))
         noises, latents, indices = [], [], []
         for _ in range(rounds):
             recorded[-1]()
             noises.append(noise.to(bucket.latents.dtype))
-            latents.append(drawn.to(bucket.latents.dtype))
+            latents.append(generated.to(bucket.latents.dtype))
             indices.append(index.clone())
         chosen = torch.cat(indices)
         rest = {

@@ -1,6 +1,6 @@
-"""Judges a picture by its pixels: is everything that the caption says there, and nothing else?
+"""Judges an image by its pixels: is everything that the caption says there, and nothing else?
 
-Needs numpy only, and knows nothing of what drew the picture. It sorts the pixels to the nearest
+It needs numpy only, and knows nothing of what made the image. It sorts the pixels to the nearest
 of the ten colours, takes connected regions, and compares them with the scene:
 
 - background: the colour along the rim is the scene's, and close to it;
@@ -11,12 +11,12 @@ of the ten colours, takes connected regions, and compares them with the scene:
   with the same centre of mass and the same area or extent, and must share OVERLAP of the two's union,
   times the ratio of their aspects; nothing may stick out of it, or gape in it, by more than TAIL;
 - sizes: an object called small or large has the radius that the word means, within SIZE_FACTOR,
-  which unnamed sizes miss. Unnamed sizes are not tested;
+  which unnamed sizes lie outside of. Unnamed sizes are not tested;
 - place: a named position is the middle, or the outer third, of both sides; of a relation's two
   objects the first ends before the second begins, on one line; nesting, row or column, in the
   caption's order.
 
-What a caption leaves open is not tested. A picture is right when all six hold.
+What a caption leaves open is not tested. An image is right when all six hold.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from palette import PALETTE, SHAPES
 from render import coverage
 from scenes import KINDS, POSITIONS, Scene, Thing
 
-# Perfect pictures reach 0.88 (the smallest diamonds) to 1.00. The longer a shape's outline for
+# Perfect images reach 0.88 (the smallest diamonds) to 1.00. The longer a shape's outline for
 # its area, the more of it an outline costs that is off by half a pixel.
 OVERLAP = {
     "circle": 0.88,
@@ -79,13 +79,11 @@ class Found:
     has_right_color: bool
 
 
-def judge(picture: np.ndarray, scene: Scene) -> Verdict:
-    """picture is (height, width, 3) uint8."""
-    if picture.shape != (scene.height, scene.width, 3):
-        raise ValueError(
-            f"the scene is {scene.width}x{scene.height}, the picture {picture.shape[1]}x{picture.shape[0]}"
-        )
-    background, is_near, found, stray = find_objects(picture)
+def judge(image: np.ndarray, scene: Scene) -> Verdict:
+    """image is (height, width, 3) uint8."""
+    if image.shape != (scene.height, scene.width, 3):
+        raise ValueError(f"the scene is {scene.width}x{scene.height}, the image {image.shape[1]}x{image.shape[0]}")
+    background, is_near, found, stray = find_objects(image)
     has_background = is_near and background == scene.background
     if len(found) != len(scene.things) or stray >= STRAY:
         return Verdict(has_background, count=False)
@@ -101,10 +99,10 @@ def judge(picture: np.ndarray, scene: Scene) -> Verdict:
     )
 
 
-def find_objects(picture: np.ndarray) -> tuple[int, bool, list[Found], int]:
+def find_objects(image: np.ndarray) -> tuple[int, bool, list[Found], int]:
     """The background's colour, whether it is close to the palette's, the objects on it, and the
     number of stray pixels."""
-    distances = np.sqrt(((picture[:, :, None].astype(np.float32) - PALETTE) ** 2).sum(-1))
+    distances = np.sqrt(((image[:, :, None].astype(np.float32) - PALETTE) ** 2).sum(-1))
     nearest, distance = distances.argmin(-1), distances.min(-1)
     rim = np.ones(nearest.shape, bool)
     rim[3:-3, 3:-3] = False
@@ -343,7 +341,7 @@ def _is_line(centers: list[tuple[float, float]], along: int) -> bool:
 
 @dataclass(frozen=True)
 class Score:
-    """Percentages over `count` pictures of a group, and the standard error of `right`."""
+    """Percentages over `count` images of a group, and the standard error of `right`."""
 
     group: str
     count: int
@@ -353,7 +351,7 @@ class Score:
 
 
 def scores(scenes: list[Scene], verdicts: list[Verdict]) -> list[Score]:
-    """All, then by language, kind and size of the picture."""
+    """All, then by language, kind and size of the image."""
     groups = {"all": lambda scene: True}
     groups |= {language: lambda scene, it=language: scene.language == it for language in ("en", "zh")}
     groups |= {kind: lambda scene, it=kind: scene.kind == it for kind in KINDS}

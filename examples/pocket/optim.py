@@ -17,7 +17,7 @@ AVERAGE = 0.999  # of the exponential moving average of the weights
 class Clock:
     """How far a stage is, from 0 to 1: by its steps or by its seconds, whichever is further.
 
-    `done` is how far it was when an earlier run was cut off.
+    `done` is how far it was when an earlier run was interrupted.
     """
 
     def __init__(self, steps: int, seconds: float, device: str, done: float = 0.0):
@@ -32,7 +32,7 @@ class Clock:
             self.step += 1
             if self.step % LOOK == 0 or self.step >= self.steps:
                 if self.device == "cuda":
-                    torch.cuda.synchronize()  # or the clock would tell when steps are queued
+                    torch.cuda.synchronize()  # or the clock would measure when steps are queued
                 elapsed = (time.monotonic() - self.started) / self.seconds
                 self.progress = max(self.step / self.steps, elapsed)
 
@@ -94,7 +94,7 @@ class Optimizer:
 
 
 def _is_inner_matrix(name: str, weight: Tensor) -> bool:
-    """The matrices of the blocks, where Muon is at home; embeddings and outer layers are left to AdamW."""
+    """The matrices of the blocks, which Muon is made for; embeddings and outer layers use AdamW."""
     is_inner = any(part in name for part in ("layers.", "refiner.", "cap_embedder"))
     return weight.ndim == 2 and min(weight.shape) >= 32 and is_inner
 
@@ -154,7 +154,7 @@ class Recorded:
         if self.is_plain:
             self.function()
         elif self.calls <= 3:
-            # graphs want their warm-up on a stream of its own
+            # a graph needs its warm-up on a separate stream
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -1,6 +1,6 @@
 """Captioned latents to train on, made once: scenes and tokens by processes, latents by the encoder.
 
-They lie in buckets, one for each size of picture and padded length of caption, so that a batch
+They are in buckets, one for each image size and padded caption length, so that a batch
 has one shape.
 """
 
@@ -27,7 +27,7 @@ LONGEST = 2 * PAD_TO  # tokens; longer captions are left out of training
 class Bucket:
     """latents (n, 16, height / 8, width / 8), scaled; tokens (n, L), lengths (n,) of captions.
 
-    The rest is what the caption tells, for the auxiliary loss: shapes, colors (n, 3), circles
+    The rest is what the caption says, for the auxiliary loss: shapes, colors (n, 3), circles
     (n, 3, 3), backgrounds (n,). noise is like latents where each belongs to one, else None.
     """
 

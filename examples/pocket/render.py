@@ -1,4 +1,4 @@
-"""Paints scenes: anti-aliased shapes from signed distances, for numpy and PyTorch alike.
+"""Renders scenes: anti-aliased shapes from signed distances, with numpy or PyTorch.
 
 `xp` is the array module, numpy (ground truth for the judge) or torch (training, on any
 device); the few functions used here have the same names in both.
@@ -73,24 +73,24 @@ def coverage(shapes, circles, width, height, xp=np, **where):
 
 
 def paint(shapes, circles, colors, background, width, height, xp=np, **where):
-    """Pictures (n, 3, height, width), in the units of colors.
+    """Images (n, 3, height, width), in the units of colors.
 
-    shapes (n, k), circles (n, k, 3), colors (n, k, 3), background (n, 3) or a picture; later
+    shapes (n, k), circles (n, k, 3), colors (n, k, 3), background (n, 3) or an image; later
     objects lie on top.
     """
-    picture = background if background.ndim == 4 else background[:, :, None, None]
+    image = background if background.ndim == 4 else background[:, :, None, None]
     for k in range(shapes.shape[1]):
         covered = coverage(shapes[:, k], circles[:, k], width, height, xp, **where)[:, None]
-        picture = picture * (1 - covered) + colors[:, k, :, None, None] * covered
-    return picture
+        image = image * (1 - covered) + colors[:, k, :, None, None] * covered
+    return image
 
 
 def ground_truth(scenes: list[Scene]) -> list[np.ndarray]:
-    """The perfect picture of every scene: (height, width, 3) uint8."""
-    pictures = []
+    """A perfect image of every scene: (height, width, 3) uint8."""
+    images = []
     for scene in scenes:
         world = pack([scene])
-        picture = paint(
+        image = paint(
             world["shapes"],
             world["circles"],
             PALETTE[world["colors"]],
@@ -98,5 +98,5 @@ def ground_truth(scenes: list[Scene]) -> list[np.ndarray]:
             scene.width,
             scene.height,
         )
-        pictures.append(picture[0].transpose(1, 2, 0).round().astype(np.uint8))
-    return pictures
+        images.append(image[0].transpose(1, 2, 0).round().astype(np.uint8))
+    return images

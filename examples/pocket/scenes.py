@@ -1,7 +1,7 @@
 """The pocket world: scenes of one to three coloured shapes on a plain background.
 
-Needs numpy only. A scene is drawn in two moves: first the facts (what is where, and
-which of it the caption tells), then the caption (`captions.py`). `render.py` paints it.
+Needs numpy only. A scene is sampled in two steps: first the facts (what is where, and how
+much of it the caption says), then the caption (`captions.py`). `render.py` renders it.
 
 What makes the world learnable in minutes: centres lie on a 16-pixel grid (a few on half of
 it), so that in the transformer's tokens, 16 pixels wide, an object is one pattern, shifted;
@@ -9,7 +9,7 @@ there are six radii; and what a caption leaves open varies little. Objects keep 
 the rim and 6 from each other (4 inside another).
 
 The held-out split is by meaning, not by wording: a tenth of all combinations of shapes and
-colours never occur in a training picture, in either language, in whatever order, arrangement
+colours never occur in a training image, in either language, in whatever order, arrangement
 or size.
 """
 
@@ -31,7 +31,7 @@ LINE_RADIUS = 17.0  # three in a line of 128 pixels, 6 apart
 OUTER_RADIUS, INNER_RADIUS = 42.0, {"small": 14.0, None: 16.0}
 INSET = 32  # of a named position's centre from the sides; what is large just fits
 APART = 64  # pixels between the centres of two objects
-# width, height, share of the training pictures. 8x8 = 64 image tokens need no padding to a
+# width, height, share of the training images. 8x8 = 64 image tokens need no padding to a
 # multiple of 32; 160x160 (100 tokens) and 160x128 (80) train the learned image pads.
 CANVASES = (
     (128, 128, 0.52),
@@ -75,7 +75,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, and the caption that asks for it.
+    """What an image shows, and the caption that asks for it.
 
     position, relation and arrangement are None where the caption leaves them open. `things`
     are in the caption's order, save for "inside": there the outer object comes first.
@@ -95,7 +95,7 @@ class Scene:
 
     @property
     def combination(self) -> tuple:
-        """What the held-out split goes by: the things without their order."""
+        """What decides the split: the things without their order."""
         looks = tuple(sorted((thing.shape, thing.color) for thing in self.things))
         if self.kind == "single":
             return (*looks, self.background)
@@ -115,7 +115,7 @@ def sample_scene(
     language: str | None = None,
     canvas: tuple[int, int] | None = None,
 ) -> Scene:
-    """A captioned scene of a split, "train" or "held out"; what is not given is drawn."""
+    """A captioned scene of a split, "train" or "held out"; what is not given is sampled."""
     while True:
         scene = _sample_facts(rng, kind, canvas)
         if _fits(scene) and is_held_out(scene) == (split == "held out"):

@@ -1,13 +1,13 @@
-"""The table of scores by precision, drawn by mlx_zimage: python examples/pocket/scores.py CHECKPOINT --keep DIR
+"""The table of scores by precision, with mlx_zimage: python examples/pocket/scores.py CHECKPOINT --keep DIR
 
-Every row draws the same fresh held-out prompts from the same seeds, so that rows can be compared
-prompt by prompt: "lost" and "won" count the prompts that became wrong and right against float32.
+Every row uses the same new held-out prompts and the same seeds, so that rows can be compared prompt
+by prompt: "lost" and "won" count the prompts that became wrong or right compared with float32.
 Quantized weights are multiplied in the type that --dtype names. Other rows: diffusers' unmodified
-pipeline, and what bounds every score, perfect pictures and those through the autoencoder.
+pipeline, and two upper bounds of every score, perfect images and their reconstructions.
 
 With --jobs N, N processes of one thread each share the work. With --keep, verdicts are kept in a
-folder, a file for every few pictures: an interrupted run goes on where it was, and a longer one
-draws only what is new. A file made with other weights, sizes or code of this folder is not used.
+folder, one file for every few images: an interrupted run continues where it stopped, and a longer one
+generates only what is new. A file made with other weights, sizes or code is ignored.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from evaluate import Draw, draw_reconstructions, draw_with_diffusers, draw_with_mlx, pictures_of
+from evaluate import Generate, generate_with_diffusers, generate_with_mlx, images_of, reconstructions_of
 from judge import Score, Verdict, as_markdown, judge, scores
 from render import ground_truth
 from scenes import Scene, held_out_scenes
 
-CHUNK = 20  # pictures between two savings
+CHUNK = 20  # images per file of verdicts
 
 
 @dataclass(frozen=True)
 class Row:
     name: str
-    drawn_by: str = "mlx_zimage"
+    made_by: str = "mlx_zimage"
     dtype: str | None = None  # what is computed in, where that is the point
     quantization: dict | None = None  # arguments of mlx_zimage.convert
 
@@ -52,9 +52,9 @@ ROWS = (
     *(Row(f"{bits} bits", quantization={"bits": bits, "group_size": 64}) for bits in (8, 6, 5, 4)),
     Row("mxfp4", quantization={"mode": "mxfp4"}),
     Row("nvfp4", quantization={"mode": "nvfp4"}),
-    Row("diffusers", drawn_by="diffusers", dtype="float32"),
-    Row("reconstructions", drawn_by="autoencoder", dtype="float32"),
-    Row("ground truth", drawn_by="nothing", dtype="float32"),
+    Row("diffusers", made_by="diffusers", dtype="float32"),
+    Row("reconstructions", made_by="autoencoder", dtype="float32"),
+    Row("ground truth", made_by="nothing", dtype="float32"),
 )
 BASE = ROWS[0]
 MEASURED = tuple(row for row in ROWS if row.name in ("float32", "diffusers", "reconstructions", "ground truth"))
@@ -62,7 +62,7 @@ MEASURED = tuple(row for row in ROWS if row.name in ("float32", "diffusers", "re
 
 @dataclass(frozen=True)
 class Part:
-    """A few pictures of a row, for one process. `stamp` tells what the verdicts are of."""
+    """A few images of a row, for one process. `stamp` identifies what the verdicts are about."""
 
     row: Row
     checkpoint: Path
@@ -81,10 +81,10 @@ class Part:
     def kept(self) -> list[Verdict] | None:
         if not self.file.exists():
             return None
-        told = json.loads(self.file.read_text())
-        if told["stamp"] != self.stamp or len(told["verdicts"]) != self.stop - self.start:
+        kept = json.loads(self.file.read_text())
+        if kept["stamp"] != self.stamp or len(kept["verdicts"]) != self.stop - self.start:
             return None
-        return [Verdict(**one) for one in told["verdicts"]]
+        return [Verdict(**one) for one in kept["verdicts"]]
 
 
 def parts_of(row: Row, checkpoint: Path, digest: str, options: argparse.Namespace, keep: Path) -> Iterator[Part]:
@@ -96,15 +96,15 @@ def parts_of(row: Row, checkpoint: Path, digest: str, options: argparse.Namespac
 
 
 def judge_part(part: Part) -> Part:
-    """Draw, judge and keep; for a worker process."""
+    """Generate, judge and keep; runs in a worker process."""
     scenes = _scenes(part.count, part.seed)[part.start : part.stop]
-    if part.row.drawn_by == "nothing":
-        pictures = ground_truth(scenes)
-    elif part.row.drawn_by == "autoencoder":
-        pictures = draw_reconstructions(part.checkpoint, scenes)
+    if part.row.made_by == "nothing":
+        images = ground_truth(scenes)
+    elif part.row.made_by == "autoencoder":
+        images = reconstructions_of(part.checkpoint, scenes)
     else:
-        pictures = pictures_of(_draw(part.row.drawn_by, part.checkpoint, part.dtype), scenes, part.seed + part.start)
-    verdicts = [asdict(judge(picture, scene)) for picture, scene in zip(pictures, scenes, strict=True)]
+        images = images_of(_generate(part.row.made_by, part.checkpoint, part.dtype), scenes, part.seed + part.start)
+    verdicts = [asdict(judge(image, scene)) for image, scene in zip(images, scenes, strict=True)]
     unfinished = part.file.with_suffix(".part")
     unfinished.write_text(json.dumps({"stamp": part.stamp, "verdicts": verdicts}))
     unfinished.replace(part.file)
@@ -117,8 +117,8 @@ def _scenes(count: int, seed: int) -> list[Scene]:
 
 
 @lru_cache(maxsize=1)  # a process goes from row to row, and needs one pipeline at a time
-def _draw(drawn_by: str, checkpoint: Path, dtype: str) -> Draw:
-    return {"mlx_zimage": draw_with_mlx, "diffusers": draw_with_diffusers}[drawn_by](checkpoint, dtype)
+def _generate(made_by: str, checkpoint: Path, dtype: str) -> Generate:
+    return {"mlx_zimage": generate_with_mlx, "diffusers": generate_with_diffusers}[made_by](checkpoint, dtype)
 
 
 def digest_of(checkpoint: Path) -> str:
@@ -165,7 +165,7 @@ def judge_rows(rows: list[Row], options: argparse.Namespace, keep: Path) -> dict
 
 
 def as_table(rows: list[Row], scenes: list[Scene], verdicts: dict[str, list[Verdict]]) -> str:
-    """A line for each row; lost and won are left out where float32 was not drawn."""
+    """A line for each row; lost and won are left out where float32 was not generated."""
     lines = ["| weights | everything right % | en | zh | shapes | lost | won |", "|---|---|---|---|---|---|---|"]
     base = [verdict.is_right for verdict in verdicts[BASE.name]] if BASE.name in verdicts else None
     for row in rows:
@@ -185,13 +185,13 @@ def _percent(score: Score | None) -> str:
     return f"{score.right:.1f}" if score else ""
 
 
-def seconds_per_picture(checkpoint: Path, dtype: str, seed: int, count: int = 20) -> list[float]:
-    """How long 128x128 takes once the model is loaded and has drawn one; sorted."""
+def seconds_per_image(checkpoint: Path, dtype: str, seed: int, count: int = 20) -> list[float]:
+    """How long 128x128 takes once the model is loaded and has made one image; sorted."""
     scenes = held_out_scenes(count + 1, seed, (128, 128))
-    draw, taken = draw_with_mlx(checkpoint, dtype), []
+    generate, taken = generate_with_mlx(checkpoint, dtype), []
     for i, scene in enumerate(scenes):
         started = time.perf_counter()
-        draw([scene.caption], 128, 128, [seed + i])
+        generate([scene.caption], 128, 128, [seed + i])
         taken.append(time.perf_counter() - started)
     return sorted(taken[1:])
 
@@ -200,17 +200,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-n", "--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=2027, help="of the prompts, and of the first picture")
+    parser.add_argument("--seed", type=int, default=2027, help="of the prompts, and of the first image")
     parser.add_argument("--dtype", default="float32", help="what quantized weights are multiplied in")
     parser.add_argument("--only", nargs="*", choices=[row.name for row in ROWS], help="names of rows; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--keep", type=Path, help="a folder for the verdicts")
-    parser.add_argument("--speed", action="store_true", help="only measure the seconds for a picture, in one process")
+    parser.add_argument("--speed", action="store_true", help="only measure the seconds per image, in one process")
     options = parser.parse_args()
     if options.speed:
-        taken = seconds_per_picture(options.checkpoint, options.dtype, options.seed)
+        taken = seconds_per_image(options.checkpoint, options.dtype, options.seed)
         print(
-            f"{statistics.median(taken):.2f} s a picture of 128x128 in {options.dtype} once loaded "
+            f"{statistics.median(taken):.2f} s per 128x128 image in {options.dtype} once loaded "
             f"(median of {len(taken)}, {taken[0]:.2f} to {taken[-1]:.2f})"
         )
         return

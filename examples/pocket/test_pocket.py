@@ -1,4 +1,4 @@
-"""Of the pocket example itself: python -m pytest examples/pocket (the torch half skips without torch)."""
+"""Tests of the pocket example itself: python -m pytest examples/pocket (the torch half skips without torch)."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from evaluate import pictures_of
+from evaluate import images_of
 from judge import Verdict, judge
 from palette import PALETTE, SHAPES
 from render import ground_truth
@@ -25,11 +25,11 @@ from scenes import (
 )
 
 SCENES = held_out_scenes(60, seed=5)
-PICTURES = ground_truth(SCENES)
+IMAGES = ground_truth(SCENES)
 
 
 def test_ground_truth_is_right():
-    assert all(judge(picture, scene).is_right for picture, scene in zip(PICTURES, SCENES, strict=True))
+    assert all(judge(image, scene).is_right for image, scene in zip(IMAGES, SCENES, strict=True))
 
 
 def test_training_scenes_are_never_held_out():
@@ -59,15 +59,15 @@ def test_objects_lie_on_half_the_token_grid():
 @pytest.mark.parametrize("field", ["shape", "color"])
 def test_another_shape_or_color_is_wrong(field):
     count = {"shape": 8, "color": 10}[field]
-    for picture, scene in zip(PICTURES, SCENES, strict=True):
+    for image, scene in zip(IMAGES, SCENES, strict=True):
         first, *rest = scene.things
         asked = replace(scene, things=(replace(first, **{field: (getattr(first, field) + 1) % count}), *rest))
-        assert not judge(picture, asked).is_right
+        assert not judge(image, asked).is_right
 
 
 def test_another_background_is_wrong():
-    for picture, scene in zip(PICTURES, SCENES, strict=True):
-        assert not judge(picture, replace(scene, background=(scene.background + 1) % 10)).background
+    for image, scene in zip(IMAGES, SCENES, strict=True):
+        assert not judge(image, replace(scene, background=(scene.background + 1) % 10)).background
 
 
 def test_a_missing_object_is_wrong():
@@ -76,27 +76,25 @@ def test_a_missing_object_is_wrong():
         assert not judge(ground_truth([fewer])[0], scene).is_right
 
 
-def test_a_mirrored_picture_has_the_wrong_place():
-    told = [
-        (picture, scene) for picture, scene in zip(PICTURES, SCENES, strict=True) if scene.relation in ("left", "right")
-    ]
-    assert told and not any(judge(picture[:, ::-1], scene).place for picture, scene in told)
+def test_a_mirrored_image_has_the_wrong_place():
+    told = [(image, scene) for image, scene in zip(IMAGES, SCENES, strict=True) if scene.relation in ("left", "right")]
+    assert told and not any(judge(image[:, ::-1], scene).place for image, scene in told)
 
 
 def test_swapped_sizes_are_wrong():
     other = {"small": "large", "large": "small"}
-    for picture, scene in zip(PICTURES, SCENES, strict=True):
+    for image, scene in zip(IMAGES, SCENES, strict=True):
         if any(thing.size for thing in scene.things):
             sizes = [other.get(thing.size) for thing in scene.things]
             things = tuple(
                 replace(thing, size=size, radius=RADIUS[size]) for thing, size in zip(scene.things, sizes, strict=True)
             )
-            assert not judge(picture, replace(scene, things=things)).sizes
+            assert not judge(image, replace(scene, things=things)).sizes
 
 
 def test_a_smudge_is_an_object_too_much():
-    for picture, scene in zip(PICTURES, SCENES, strict=True):
-        smudged = picture.copy()
+    for image, scene in zip(IMAGES, SCENES, strict=True):
+        smudged = image.copy()
         smudged[4:12, 4:12] = PALETTE[(scene.background + 1) % 10]
         assert not judge(smudged, scene).is_right
 
@@ -114,7 +112,7 @@ def drawn(*masks, size=128) -> np.ndarray:
     return np.where(is_red[..., None], PALETTE[0], PALETTE[8]).astype(np.uint8)
 
 
-def test_what_is_drawn_by_other_means_is_right():
+def test_what_is_made_by_other_means_is_right():
     assert judge(drawn(lambda x, y: np.hypot(x, y) < 19), one("circle")).is_right
     assert judge(drawn(lambda x, y: np.maximum(abs(x), abs(y)) < 17), one("square")).is_right
     assert judge(drawn(lambda x, y: abs(np.hypot(x, y) - 14.5) < 4.5), one("ring")).is_right
@@ -135,11 +133,11 @@ def test_a_rectangle_is_no_square(width, height):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_stretched_shape_is_wrong(shape):
     scene = one(shape, "large")
-    picture = ground_truth([scene])[0]
-    assert judge(picture, scene).is_right
+    image = ground_truth([scene])[0]
+    assert judge(image, scene).is_right
     keep = np.flatnonzero(np.arange(128) % 5)  # four rows of five, and white for the rest
     for axis in (0, 1):
-        short = np.take(picture, keep, axis)
+        short = np.take(image, keep, axis)
         margin = [(0, 0)] * 3
         margin[axis] = ((128 - len(keep)) // 2, 128 - len(keep) - (128 - len(keep)) // 2)
         squeezed = np.pad(short, margin, mode="edge")
@@ -192,8 +190,8 @@ def test_a_size_named_is_kept_within_a_third(size, factor):
 
 def test_objects_of_no_named_size_are_neither_small_nor_large():
     for shape in SHAPES:
-        picture = ground_truth([one(shape)])[0]
-        assert not any(judge(picture, one(shape, size)).sizes for size in ("small", "large"))
+        image = ground_truth([one(shape)])[0]
+        assert not any(judge(image, one(shape, size)).sizes for size in ("small", "large"))
 
 
 @pytest.mark.parametrize("color", range(1, 8))
@@ -208,7 +206,7 @@ def test_lines_and_specks_of_another_color_are_wrong(color):
     assert not any(judge(spoilt, scene).is_right for spoilt in (line, inner, specks))
 
 
-def test_lines_tails_and_slits_in_the_pictures_own_colors_are_wrong():
+def test_lines_tails_and_slits_in_the_images_own_colors_are_wrong():
     scene = one("circle")
     clean = ground_truth([scene])[0]
     line, tail, slit = clean.copy(), clean.copy(), clean.copy()
@@ -230,12 +228,12 @@ def test_an_object_that_leaves_its_outer_one_is_not_inside():
     assert not judge(ground_truth([asked])[0], asked).is_right
 
 
-def test_a_picture_keeps_its_seed_whatever_the_batches():
+def test_a_image_keeps_its_seed_whatever_the_batches():
     def draw(prompts, width, height, seeds):
         return [np.full((height, width, 3), seed, np.uint8) for seed in seeds]
 
     for batch in (1, 7):
-        assert [picture.flat[0] for picture in pictures_of(draw, SCENES, seed=3, batch=batch)] == list(
+        assert [image.flat[0] for image in images_of(draw, SCENES, seed=3, batch=batch)] == list(
             range(3, 3 + len(SCENES))
         )
 
@@ -263,14 +261,14 @@ def test_training_passes_equal_diffusers(width, height):
     assert (out - expected).norm() / expected.norm() < 1e-5
 
 
-def test_a_painted_picture_is_the_same_in_torch():
+def test_a_painted_image_is_the_same_in_torch():
     pytest.importorskip("torch")
     from scenes import pack
     from vae_stage import paint_batch
 
-    for scene, picture in list(zip(SCENES, PICTURES, strict=True))[:20]:
+    for scene, image in list(zip(SCENES, IMAGES, strict=True))[:20]:
         painted = paint_batch(pack([scene]), scene.width, scene.height, "cpu")[0].permute(1, 2, 0).numpy()
-        assert np.abs(painted.astype(int) - picture.astype(int)).max() <= 1
+        assert np.abs(painted.astype(int) - image.astype(int)).max() <= 1
 
 
 def test_a_stage_ends_by_its_steps_or_by_its_seconds():
@@ -293,7 +291,7 @@ def test_verdicts_of_another_checkpoint_are_not_used(tmp_path):
     for content in ("one", "other"):
         (checkpoint / "weights").write_text(content)
         stamps.append(digest_of(checkpoint))
-    perfect = replace(BASE, name="ground truth", drawn_by="nothing")
+    perfect = replace(BASE, name="ground truth", made_by="nothing")
     first, other = (Part(perfect, checkpoint, "float32", 3, 1, 0, 3, stamp, tmp_path) for stamp in stamps)
     assert first.kept() is None
     assert [verdict.is_right for verdict in judge_part(first).kept()] == [True] * 3

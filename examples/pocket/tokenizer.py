@@ -94,7 +94,7 @@ def train_tokenizer(folder: Path, captions: int = 60000) -> Tokenizer:
 
 
 def _fill(tokenizer: Tokenizer) -> None:
-    """Unused tokens up to the place of the first special one, should the captions have too few merges."""
+    """Unused tokens up to the place of the first special one, if the captions give too few merges."""
     missing = VOCABULARY - len(SPECIALS) - tokenizer.get_vocab_size()
     tokenizer.add_tokens([AddedToken(f"<|unused_{i}|>", normalized=False) for i in range(missing)])
 
@@ -144,6 +144,6 @@ def encode(tokenizer: Tokenizer, prompts: list[str], length: int) -> tuple[np.nd
     tokens = np.full((len(prompts), length), tokenizer.token_to_id(PAD), np.int16)
     for row, ids in zip(tokens, encoded, strict=True):
         if len(ids) > length:
-            raise ValueError(f"a prompt has {len(ids)} tokens, {length} fit")
+            raise ValueError(f"a prompt has {len(ids)} tokens; expected at most {length}")
         row[: len(ids)] = ids
     return tokens, np.array([len(ids) for ids in encoded], np.int16)

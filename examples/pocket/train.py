@@ -1,9 +1,9 @@
-"""Makes the pocket checkpoint from nothing: python examples/pocket/train.py --out DIR
+"""Train the pocket checkpoint from scratch: python examples/pocket/train.py --out DIR
 
 Stages: tokenizer, autoencoder (which must reconstruct well enough to go on), latents, flow
 matching, distillation, export. The long ones end by the clock. Each finished stage is kept in
-DIR, flow matching now and then too; the same command goes on where it was cut off. The
-checkpoint lies in DIR/checkpoint.
+DIR, and flow matching from time to time; the same command continues where it was interrupted. The
+checkpoint is in DIR/checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from export import export, folder_size
-from flow_stage import FactsHead, Model, draw_pairs, train_flow
+from flow_stage import FactsHead, Model, generate_pairs, train_flow
 from judge import as_markdown, judge, scores
 from model import (
     LATENT_CHANNELS,
@@ -39,19 +39,19 @@ from pool import LONGEST, make_buckets, order_scenes
 from scenes import held_out_scenes, sample_scene
 from tokenizer import encode, train_tokenizer
 from tokenizers import Tokenizer
-from vae_stage import as_pictures, reconstructions, train_vae
+from vae_stage import as_images, reconstructions, train_vae
 
 VALIDATION_SEED = 4242  # the final evaluation uses others
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything: of the long stages the seconds, and steps that no machine at hand gets to.
+    """Amounts. The long stages have seconds, and more steps than any machine at hand can do in them.
 
-    The defaults take about 16 minutes, whatever the machine; how good the result is depends on it.
+    The defaults take about 16 minutes on any machine; the quality of the result depends on it.
     """
 
-    vae_pictures: int = 60000
+    vae_images: int = 60000
     vae_seconds: float = 250.0  # compiling included
     vae_steps: int = 40000
     vae_batch: int = 96
@@ -63,19 +63,19 @@ class Plan:
     flow_steps: int = 200000
     flow_rate: float = 1e-3
     pairs: int = 200000
-    distill_seconds: float = 170.0  # drawing the pairs included
+    distill_seconds: float = 170.0  # generating the pairs included
     distill_steps: int = 80000
     distill_rate: float = 4e-4
     judged: int = 500
 
     def scaled(self, scale: float) -> Plan:
-        """Every amount but the seconds times `scale`, and no gate: to try the code out."""
+        """Every amount except the seconds times `scale`, and no gate: to try the code out."""
         if scale == 1:
             return self
         amounts = {
             name: max(8, int(scale * getattr(self, name)))
             for name in (
-                "vae_pictures",
+                "vae_images",
                 "vae_steps",
                 "vae_batch",
                 "scenes",
@@ -128,14 +128,14 @@ class Trainer:
         return tokenizer
 
     def check_captions(self, tokenizer: Tokenizer) -> None:
-        """All that will be measured must fit, and nearly all that will be trained on."""
+        """Check that all captions used for scoring fit, and nearly all used for training."""
         rng = random.Random(3)
         trained = [sample_scene(rng).caption for _ in range(2000)]
         measured = [scene.caption for scene in held_out_scenes(self.plan.judged, VALIDATION_SEED)]
         lengths, needed = (encode(tokenizer, captions, 4 * LONGEST)[1] for captions in (trained, measured))
         if needed.max() > LONGEST or (lengths > LONGEST).mean() > 0.01:
             sys.exit(
-                f"captions are up to {max(needed.max(), lengths.max())} tokens long, and there is room for {LONGEST}: "
+                f"captions are up to {max(needed.max(), lengths.max())} tokens long; expected at most {LONGEST}: "
                 "raise LONGEST in pool.py, or shorten captions.py"
             )
         self.log(f"captions: {lengths.mean():.1f} tokens on average, {(lengths <= PAD_TO).mean():.0%} within {PAD_TO}")
@@ -150,7 +150,7 @@ class Trainer:
         vae = train_vae(
             plan.vae_steps,
             plan.vae_seconds,
-            plan.vae_pictures,
+            plan.vae_images,
             plan.vae_batch,
             plan.vae_rate,
             self.device,
@@ -158,14 +158,14 @@ class Trainer:
             self.is_compiled,
         )
         torch.backends.cudnn.benchmark = False
-        scenes, pictures, (mean, deviation) = reconstructions(vae, plan.judged, VALIDATION_SEED, self.device)
-        right = self._judge("reconstructions", scenes, pictures)
+        scenes, images, (mean, deviation) = reconstructions(vae, plan.judged, VALIDATION_SEED, self.device)
+        right = self._judge("reconstructions", scenes, images)
         self.log(f"scaled latents: mean {mean:.3f}, deviation {deviation:.3f}")
         if right < plan.gate:
             torch.save(vae.state_dict(), self._file("vae_rejected"))
             sys.exit(
-                f"the autoencoder reconstructs {right:.1f} % of the scenes well enough for the judge, "
-                f"{plan.gate:.0f} % are wanted: train it for more than {plan.vae_seconds:.0f} s (--vae-seconds)"
+                f"the autoencoder reconstructs {right:.1f} % of the scenes well enough for the judge; "
+                f"expected {plan.gate:.0f} %: train it for more than {plan.vae_seconds:.0f} s (--vae-seconds)"
             )
         self._save("vae", vae.state_dict())
         return vae
@@ -205,7 +205,7 @@ class Trainer:
     def distill(self, model: Model, buckets) -> None:
         plan = self.plan
         started = time.monotonic()
-        pairs = draw_pairs(model, buckets, plan.pairs, plan.batch, self.device, self.log)
+        pairs = generate_pairs(model, buckets, plan.pairs, plan.batch, self.device, self.log)
         train_flow(
             model,
             pairs,
@@ -222,7 +222,7 @@ class Trainer:
     # -------------------------------------------------------------- measuring
     @torch.no_grad()
     def measure(self, name: str, model: Model, vae, tokenizer: Tokenizer) -> float:
-        """Judge pictures of the validation prompts, drawn in the usual eight steps."""
+        """Judge images of the validation prompts, generated in eight steps."""
         scenes = held_out_scenes(self.plan.judged, VALIDATION_SEED)
         tokens, lengths = (
             torch.from_numpy(array).long().to(self.device)
@@ -232,7 +232,7 @@ class Trainer:
             (scene.width, scene.height, PAD_TO if length <= PAD_TO else LONGEST)
             for scene, length in zip(scenes, lengths.tolist(), strict=True)
         ]
-        pictures: list[np.ndarray | None] = [None] * len(scenes)
+        images: list[np.ndarray | None] = [None] * len(scenes)
         generator = torch.Generator().manual_seed(11)
         for key in sorted(set(keys)):
             width, height, padded = key
@@ -247,13 +247,13 @@ class Trainer:
                     lengths[chosen],
                     STEPS,
                 )
-                drawn = vae.decoder(latents / SCALING + SHIFT)
-            for i, picture in zip(chosen, as_pictures(drawn), strict=True):
-                pictures[i] = picture
-        return self._judge(name, scenes, pictures)
+                generated = vae.decoder(latents / SCALING + SHIFT)
+            for i, image in zip(chosen, as_images(generated), strict=True):
+                images[i] = image
+        return self._judge(name, scenes, images)
 
-    def _judge(self, name: str, scenes, pictures) -> float:
-        verdicts = self.workers.starmap(judge, zip(pictures, scenes, strict=True), chunksize=8)
+    def _judge(self, name: str, scenes, images) -> float:
+        verdicts = self.workers.starmap(judge, zip(images, scenes, strict=True), chunksize=8)
         table = scores(scenes, verdicts)
         self.log(f"{name}, judged:\n{as_markdown(table)}")
         return table[0].right
@@ -284,10 +284,10 @@ class Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where stages and checkpoint go")
+    parser.add_argument("--out", type=Path, required=True, help="folder for stages and checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="times every amount but the seconds; small to try the code out"
+        "--scale", type=float, default=1.0, help="factor for every amount except the seconds; small to try the code out"
     )
     parser.add_argument("--until", default="export", choices=("vae", "flow", "export"), help="the last stage to run")
     parser.add_argument("--vae-seconds", type=float, default=Plan.vae_seconds)
@@ -307,7 +307,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers don't mix
     options.out.mkdir(parents=True, exist_ok=True)
     is_compiled = options.device == "cuda" if options.compile is None else options.compile
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs uncompiled
     # forked before the GPU is touched; they sample scenes and judge
     with multiprocessing.get_context("fork").Pool(options.workers) as workers:
         torch.manual_seed(0)

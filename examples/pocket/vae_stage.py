@@ -29,7 +29,7 @@ NOISE = 0.25  # largest deviation of the noise on the latents, in units of their
 def train_vae(
     steps: int,
     seconds: float,
-    pictures: int,
+    images: int,
     batch: int,
     rate: float,
     device: str,
@@ -42,8 +42,8 @@ def train_vae(
     encoder, decoder = vae.encoder, vae.decoder
     if is_compiled:
         encoder, decoder = (torch.compile(half, dynamic=False) for half in (encoder, decoder))
-    album = _album(pictures, device)
-    log(f"{len(album)} pictures painted")
+    album = _album(images, device)
+    log(f"{len(album)} images painted")
     losses = torch.zeros(3, device=device)
 
     def draw() -> Tensor:
@@ -58,7 +58,7 @@ def train_vae(
             z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
             y = decoder(z).float()
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-        loss = _picture_loss(y, x) + KL_WEIGHT * divergence
+        loss = _image_loss(y, x) + KL_WEIGHT * divergence
         loss.backward()
         optimizer.apply()
         losses.copy_(torch.stack([loss, (y - x).pow(2).mean(), divergence]).detach())
@@ -70,7 +70,7 @@ def train_vae(
             z = encoder(x).float().chunk(2, 1)[0].detach()
             level = NOISE / SCALING * torch.rand(len(z), 1, 1, 1, device=device)
             y = decoder((z + level * torch.randn_like(z)).requires_grad_()).float()
-        loss = _picture_loss(y, x)
+        loss = _image_loss(y, x)
         loss.backward()
         optimizer.apply()
         losses.copy_(torch.stack([loss, (y - x).pow(2).mean(), losses[2]]).detach())
@@ -87,12 +87,12 @@ def train_vae(
 def _run(step_function, named, clock, rate, device, log, losses, name) -> None:
     optimizer = Optimizer(named, rate, decay=1e-4)
     step_once = Recorded(lambda: step_function(optimizer), device)
-    told = -1.0
+    reported = -1.0
     for step, progress in clock:
         optimizer.schedule(step, progress)
         step_once()
-        if progress - told >= 0.05:
-            told = progress
+        if progress - reported >= 0.05:
+            reported = progress
             total, square, divergence = losses.tolist()
             log(
                 f"{name} {progress:.0%}, step {step}: loss {total:.4f}, "
@@ -106,8 +106,8 @@ def _half_precision(device: str):
     return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
 
 
-def _picture_loss(y: Tensor, x: Tensor) -> Tensor:
-    """Absolute, squared and gradient error; outlines count more, those of little contrast most."""
+def _image_loss(y: Tensor, x: Tensor) -> Tensor:
+    """Absolute, squared and gradient error; outlines count more, and those of low contrast most."""
     contrast = (F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(-x, 3, 1, 1)).sum(1, keepdim=True)  # 0 to 6
     weight = torch.where(contrast < 0.02, 1.0, 1 + 2 * (1.5 / contrast.clamp(min=0.02)).clamp(1, 4))
     error = y - x
@@ -125,7 +125,7 @@ def _means(vae, x: Tensor) -> Tensor:
 def _set_latent_statistics(vae, z: Tensor) -> None:
     """Fold an affine map into the encoder's last and the decoder's first layer: afterwards
     every channel has mean SHIFT and deviation 1 / SCALING. (The decoder's map is exact but for
-    the zero padding at the rim, which its own training mends.)"""
+    the zero padding at the rim, which the decoder's own training corrects.)"""
     mean, deviation = z.mean((0, 2, 3)), z.std((0, 2, 3)).clamp(min=1e-3)
     gain = 1 / SCALING / deviation
     offset = SHIFT - gain * mean
@@ -138,7 +138,7 @@ def _set_latent_statistics(vae, z: Tensor) -> None:
 
 
 def _album(count: int, device: str) -> Tensor:
-    """Pictures to learn from, (count, 3, SIDE, SIDE) uint8: half scenes, half fuller and freer ones."""
+    """Training images, (count, 3, SIDE, SIDE) uint8: half scenes, half richer and less regular ones."""
     rng = random.Random(17)
     parts, chunk = [], 500
     for _ in range(0, count // 2, chunk):
@@ -157,7 +157,7 @@ def paint_batch(world: dict[str, np.ndarray], width: int, height: int, device: s
     """Packed scenes as (n, 3, height, width) uint8."""
     palette = torch.from_numpy(PALETTE).to(device)
     world = {name: torch.from_numpy(array).to(device) for name, array in world.items()}
-    picture = paint(
+    image = paint(
         world["shapes"],
         world["circles"],
         palette[world["colors"].long()],
@@ -167,7 +167,7 @@ def paint_batch(world: dict[str, np.ndarray], width: int, height: int, device: s
         torch,
         device=device,
     )
-    return picture.round().byte()
+    return image.round().byte()
 
 
 def _medley(count: int, device: str) -> Tensor:
@@ -197,17 +197,17 @@ def _medley(count: int, device: str) -> Tensor:
 
 @torch.no_grad()
 def reconstructions(vae, count: int, seed: int, device: str) -> tuple[list, list[np.ndarray], tuple[float, float]]:
-    """Held-out scenes, their pictures through the autoencoder, and mean and deviation of the scaled latents."""
-    scenes, pictures, latents = held_out_scenes(count, seed), [], []
-    for picture in ground_truth(scenes):
-        x = torch.from_numpy(picture).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    """Held-out scenes, their images through the autoencoder, and mean and deviation of the scaled latents."""
+    scenes, images, latents = held_out_scenes(count, seed), [], []
+    for image in ground_truth(scenes):
+        x = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
         z = vae.encode(x).latent_dist.mean
         latents.append(((z - SHIFT) * SCALING).flatten())
-        pictures.append(as_pictures(vae.decode(z).sample)[0])
+        images.append(as_images(vae.decode(z).sample)[0])
     flat = torch.cat(latents)
-    return scenes, pictures, (flat.mean().item(), flat.std().item())
+    return scenes, images, (flat.mean().item(), flat.std().item())
 
 
-def as_pictures(x: Tensor) -> list[np.ndarray]:
+def as_images(x: Tensor) -> list[np.ndarray]:
     """(n, 3, H, W) in [-1, 1] to n arrays (H, W, 3) uint8."""
     return list(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())

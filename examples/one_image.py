@@ -1,4 +1,4 @@
-"""One picture from a prompt: python one_picture.py ["a prompt" [model]]"""
+"""One image from a prompt: python one_image.py ["a prompt" [model]]"""
 
 import sys
 
@@ -9,5 +9,5 @@ model = sys.argv[2] if len(sys.argv) > 2 else "pocket"
 
 pipe = ZImagePipeline.from_pretrained(model)
 out = pipe(prompt, seed=1)
-out.images[0].save("picture.png")
-print(f"picture.png, drawn from seed {out.seed}")
+out.images[0].save("image.png")
+print(f"image.png, generated from seed {out.seed}")

@@ -1,7 +1,7 @@
-"""Draws the README's picture and the contact sheet: python examples/pocket/picture.py CHECKPOINT DIR
+"""Generate the two figures of README.md: python examples/pocket/images.py CHECKPOINT DIR
 
-DIR/picture.png shows the six prompts below, DIR/sheet.png sixty fresh held-out ones that nobody
-chose, a magenta frame round those that the judge calls wrong. mlx_zimage draws.
+DIR/images.png shows the six prompts below; DIR/sheet.png sixty new held-out ones, not selected, with a
+magenta frame around those that the judge calls wrong.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from evaluate import Draw, draw_with_mlx, pictures_of
+from evaluate import Generate, generate_with_mlx, images_of
 from judge import Verdict, judge
 from PIL import Image
 from scenes import held_out_scenes
@@ -32,23 +32,23 @@ ROWS = (
 SHEET_SEED, SHEET_COUNT, COLUMNS = 60, 60, 10
 
 
-def readme_picture(draw: Draw) -> np.ndarray:
+def six_images(generate: Generate) -> np.ndarray:
     rows = []
     for row in ROWS:
-        pictures = [draw([prompt], width, HEIGHT, [SEED])[0] for prompt, width in row]
+        images = [generate([prompt], width, HEIGHT, [SEED])[0] for prompt, width in row]
         margins = ((MARGIN // 2,) * 2, (MARGIN // 2,) * 2, (0, 0))
-        rows.append(np.concatenate([np.pad(one, margins, constant_values=255) for one in pictures], axis=1))
+        rows.append(np.concatenate([np.pad(one, margins, constant_values=255) for one in images], axis=1))
     return np.concatenate(rows)
 
 
-def contact_sheet(pictures: list[np.ndarray], verdicts: list[Verdict]) -> np.ndarray:
-    """Pictures of one size in rows; a magenta frame round the wrong ones."""
+def contact_sheet(images: list[np.ndarray], verdicts: list[Verdict]) -> np.ndarray:
+    """Images of one size in rows; with a magenta frame around the wrong ones."""
     framed = []
-    for picture, verdict in zip(pictures, verdicts, strict=True):
-        frame = np.full(np.add(picture.shape, (6, 6, 0)), 255, np.uint8)
+    for image, verdict in zip(images, verdicts, strict=True):
+        frame = np.full(np.add(image.shape, (6, 6, 0)), 255, np.uint8)
         if not verdict.is_right:
             frame[:] = (255, 0, 255)
-        frame[3:-3, 3:-3] = picture
+        frame[3:-3, 3:-3] = image
         framed.append(frame)
     framed += [np.full_like(framed[0], 255)] * (-len(framed) % COLUMNS)
     rows = [np.concatenate(framed[i : i + COLUMNS], axis=1) for i in range(0, len(framed), COLUMNS)]
@@ -59,15 +59,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("-n", "--count", type=int, default=SHEET_COUNT, help="pictures on the sheet")
+    parser.add_argument("-n", "--count", type=int, default=SHEET_COUNT, help="images on the sheet")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    draw = draw_with_mlx(options.checkpoint)
-    Image.fromarray(readme_picture(draw)).save(options.folder / "picture.png")
+    generate = generate_with_mlx(options.checkpoint)
+    Image.fromarray(six_images(generate)).save(options.folder / "images.png")
     scenes = held_out_scenes(options.count, SHEET_SEED, (HEIGHT, HEIGHT))
-    pictures = pictures_of(draw, scenes, SHEET_SEED)
-    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    Image.fromarray(contact_sheet(pictures, verdicts)).save(options.folder / "sheet.png")
+    images = images_of(generate, scenes, SHEET_SEED)
+    verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    Image.fromarray(contact_sheet(images, verdicts)).save(options.folder / "sheet.png")
     print(f"{sum(verdict.is_right for verdict in verdicts)} of {len(verdicts)} right")
     for number, (scene, verdict) in enumerate(zip(scenes, verdicts, strict=True), 1):
         if not verdict.is_right:

@@ -1,4 +1,4 @@
-"""Tiny models that every test may use, and what diffusers computes with them."""
+"""Fixtures for all tests: tiny models, and what diffusers computes with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_zimage.weights.hub import POCKET
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_kept():
-    """Prompts drawn in a test leave nothing in anyone's home, and the next one encodes them again."""
+    """Give each test its own cache of prompt embeddings, outside the user's home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_ZIMAGE_EMBEDDINGS", "off")
         yield
@@ -39,7 +39,7 @@ def golden_pipe(golden) -> ZImagePipeline:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """A tiny checkpoint in the official layout. Shared: copy it before changing it."""
+    """A tiny checkpoint in the official layout. It is shared: copy it before changing it."""
     return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", seed=0)
 
 
@@ -51,7 +51,7 @@ def folder(tiny_folder, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_pocket(tmp_path_factory) -> Path:
-    """The pocket model, but that its own size is 64x64, where it draws in a fifth of the time."""
+    """The pocket model with a default size of 64x64, which takes a fifth of the time."""
     folder = shutil.copytree(POCKET, tmp_path_factory.mktemp("small") / "pocket")
     config = folder / "vae/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 64}))
@@ -65,7 +65,7 @@ def pipe(tiny_folder) -> ZImagePipeline:
 
 @pytest.fixture
 def on_cpu():
-    """MLX computes on the CPU, on every machine."""
+    """Make MLX compute on the CPU, on every machine."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield
@@ -74,7 +74,7 @@ def on_cpu():
 
 @pytest.fixture
 def mac(monkeypatch):
-    """mac(gigabytes, chip) has MLX describe a Mac of so much memory, such as mac(16, "Apple M2")."""
+    """mac(gigabytes, chip) makes MLX describe a Mac with that much memory, such as mac(16, "Apple M2")."""
 
     def mac(gigabytes: int, chip: str) -> None:
         memory = gigabytes * 2**30
@@ -82,7 +82,7 @@ def mac(monkeypatch):
             "device_name": chip,
             "architecture": f"applegpu_g{12 + int(chip[-1])}g",
             "memory_size": memory,
-            # what Macs of 16, 24, 32 and 96 GB have been seen to recommend; newer systems may recommend more
+            # what Macs with 16, 24, 32 and 96 GB have been seen to recommend; newer systems may recommend more
             "max_recommended_working_set_size": memory * 2 // 3 if gigabytes < 36 else memory * 3 // 4,
             "max_buffer_length": memory // 2,
         }
@@ -95,7 +95,7 @@ def mac(monkeypatch):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(module, "f") gives the list that each later call of module.f adds its result to."""
+    """watch(module, "f") returns a list to which each later call of module.f appends its result."""
 
     def watch(module, name: str) -> list:
         original, seen = getattr(module, name), []
@@ -115,7 +115,7 @@ def watch(monkeypatch):
 
 @pytest.fixture
 def bytes_read(monkeypatch) -> Counter:
-    """The bytes of tensors on disk that each network has read."""
+    """Bytes of tensors read from disk, by network."""
     seen: Counter = Counter()
     read, rows = Component.read, Component.rows
 

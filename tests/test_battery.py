@@ -8,7 +8,7 @@ BATTERY = "Now drawing from '{}'\n -InternalBattery-0 (id=4653155)\t{}; 2:10 rem
 
 
 @pytest.mark.parametrize(
-    ("told", "percent"),
+    ("output", "percent"),
     [
         (BATTERY.format("Battery Power", "9%; discharging"), 9),
         (BATTERY.format("AC Power", "95%; charging"), None),
@@ -17,11 +17,11 @@ BATTERY = "Now drawing from '{}'\n -InternalBattery-0 (id=4653155)\t{}; 2:10 rem
         ("", None),
     ],
 )
-def test_a_macs_battery_counts_while_it_is_drawn_from(told, percent):
-    assert parse_pmset(told) == percent
+def test_a_macs_battery_counts_only_while_discharging(output, percent):
+    assert parse_pmset(output) == percent
 
 
-def test_linux_tells_by_files(tmp_path):
+def test_linux_batteries_are_read_from_files(tmp_path):
     assert read_power_supplies(tmp_path / "none") is None
     for name, status, capacity in (("BAT0", "Discharging", "12\n"), ("BAT1", "Charging", "99\n"), ("BAT2", "?", "")):
         (tmp_path / name).mkdir()
@@ -30,7 +30,7 @@ def test_linux_tells_by_files(tmp_path):
     assert read_power_supplies(tmp_path) == 12
 
 
-def test_a_low_battery_stops_before_the_next_picture(tmp_path, monkeypatch):
+def test_a_low_battery_stops_before_the_next_image(tmp_path, monkeypatch):
     charges = iter([50, 20, 10])
     monkeypatch.setattr(battery, "charge", lambda: next(charges))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, on random weights of a tiny architecture."""
+"""The benchmark's counts and reports, with random weights for a tiny architecture."""
 
 import threading
 from dataclasses import replace
@@ -28,7 +28,7 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_a_report_has_every_phase_and_calibrates_itself(tiny, bits):
+def test_a_report_has_every_phase_and_the_matmul_rate(tiny, bits):
     case = bench.Case(width=64, height=48, steps=2, caption_tokens=7, dtype="float32", bits=bits)
     report = bench.bench(size="tiny", case=case, repeat=1)
     for phase in ("encode", "steps", "decode"):
@@ -38,7 +38,7 @@ def test_a_report_has_every_phase_and_calibrates_itself(tiny, bits):
     assert ("4-bit affine" if bits else "float32") in text and "64x48" in text
 
 
-def test_a_checkpoint_is_timed_as_well_as_random_weights():
+def test_a_checkpoint_can_be_timed_too():
     case = bench.Case(width=64, height=64, steps=1, caption_tokens=9, dtype="float32")
     assert bench.bench("pocket", case=case, repeat=1)["model"] == "pocket"
 
@@ -54,7 +54,7 @@ def test_a_checkpoint_is_timed_as_well_as_random_weights():
     ],
     ids=["all", "transformer", "two", "text encoder", "none"],
 )
-def test_a_models_bits_are_its_own(tmp_path, monkeypatch, bits, expected):
+def test_the_report_has_the_models_own_bits(tmp_path, monkeypatch, bits, expected):
     monkeypatch.setattr(bench, "time_first_step", lambda *_: 1.0)
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=9, dtype="float32")
     model = convert("pocket", tmp_path / "packed", **bits) if bits else "pocket"
@@ -67,14 +67,14 @@ def test_a_models_bits_are_its_own(tmp_path, monkeypatch, bits, expected):
             bench.bench(model, case=replace(case, **wrong))
 
 
-def test_a_mode_brings_its_bits(tiny):
+def test_a_mode_implies_its_bits(tiny):
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", mode="mxfp4")
     with pytest.raises(RequestError, match="takes 4 bits, got 0"):
         bench.bench(size="tiny", case=replace(case, bits=0), repeat=1)
     assert "4-bit mxfp4 in float32" in bench.table(bench.bench(size="tiny", case=case, repeat=1))
 
 
-def test_a_size_that_a_model_cannot_draw_here_is_refused_before_anything_is_read(monkeypatch):
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(pipeline, "machine_budget", lambda: 10**7)
     monkeypatch.setattr(bench, "timed", None)
     with pytest.raises(MemoryBudgetError, match="512x512 cannot be generated within 10 MB"):
@@ -105,7 +105,7 @@ log("off" if os.environ["MLX_ZIMAGE_EMBEDDINGS"] == "off" else "on")
 
 
 @pytest.mark.parametrize(("dtype", "done"), [("float32", "off step"), ("float16", "on fit fit step on step")])
-def test_the_first_step_is_timed_with_a_models_scale_known(monkeypatch, tmp_path, dtype, done):
+def test_the_first_step_is_timed_with_a_cached_scale(monkeypatch, tmp_path, dtype, done):
     monkeypatch.setattr(
         bench, "FIRST_STEP", LOGGED.format(file=str(tmp_path / "log")) + bench.FIRST_STEP + 'log("step")'
     )
@@ -114,7 +114,7 @@ def test_the_first_step_is_timed_with_a_models_scale_known(monkeypatch, tmp_path
     assert (tmp_path / "log").read_text().split() == done.split()
 
 
-def test_random_weights_are_made_by_the_caller_where_others_are_read_by_threads(tiny, monkeypatch):
+def test_random_weights_are_generated_in_the_callers_thread(tiny, monkeypatch):
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", bits=8)
     monkeypatch.setitem(READS_AHEAD, backend(), False)
     made, names = RandomWeights.read, set()
@@ -137,6 +137,6 @@ def test_random_weights_have_the_names_and_shapes_of_the_architecture(tiny):
     assert tree["attention_norm1"]["weight"].shape == (192,)
 
 
-def test_the_full_model_costs_what_its_shapes_say():
-    # a forward at 1024x1024 and 64 tokens: 55.6e12 with one product's two operations per weight and token
+def test_the_full_models_flops_follow_from_its_shapes():
+    # a forward pass at 1024x1024 with 64 tokens: 55.6e12, counting two operations per weight and token
     assert bench.step_flops(TransformerConfig(), 4096, 64) == pytest.approx(55.6e12, rel=0.005)

@@ -1,4 +1,4 @@
-"""config.json and its like: what is damaged, or tells of another model, is refused by name."""
+"""Config files: damaged ones and those of other models are refused by name."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_a_damaged_config_is_named(folder, component, content):
         ("transformer", {"dim": "48"}),
         ("transformer", {"n_heads": 0}),
         ("transformer", {"axes_dims": 16}),
-        ("transformer", {"axes_dims": [4, 6, 8]}),  # wider than a head
+        ("transformer", {"axes_dims": [4, 6, 8]}),  # more than a head's dimension
         ("transformer", {"qk_norm": False}),
         ("text_encoder", {"hidden_size": None}),
         ("text_encoder", {"hidden_size": "64"}),
@@ -38,7 +38,7 @@ def test_a_damaged_config_is_named(folder, component, content):
     ],
     ids=str,
 )
-def test_a_config_that_is_not_this_architectures_is_named(folder, component, change):
+def test_a_config_of_another_architecture_is_named(folder, component, change):
     file = folder / component / "config.json"
     file.write_text(json.dumps(CONFIGS[component] | change))
     message = refusal(folder)
@@ -52,7 +52,7 @@ def test_another_pipelines_folder_is_refused(folder, content):
     assert "; expected ZImagePipeline" in refusal(folder)
 
 
-def test_a_packed_layer_with_a_false_description_names_the_config(tmp_path):
+def test_a_wrong_description_of_a_quantized_layer_names_the_config(tmp_path):
     out = convert("pocket", tmp_path / "packed", bits=4)
     file = out / "transformer" / "config.json"
     config = json.loads(file.read_text())

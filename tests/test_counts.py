@@ -1,4 +1,4 @@
-"""What a picture costs, in numbers that are the same on every machine: calls, traces and bytes read."""
+"""The cost of an image, in numbers that are the same on every machine: calls, traces and bytes read."""
 
 import shutil
 from collections import Counter
@@ -32,7 +32,7 @@ def fresh(tiny_folder) -> ZImagePipeline:
 
 
 @pytest.mark.parametrize(("guidance_scale", "prompts"), [(0.0, 1), (2.0, 2)])
-def test_each_part_runs_as_often_as_it_must(fresh, watch, guidance_scale, prompts):
+def test_each_part_runs_only_as_often_as_needed(fresh, watch, guidance_scale, prompts):
     calls = {
         "tokenized": (watch(Tokenizer, "encode"), prompts),
         "layers of the encoder": (watch(text_encoder, "layer"), prompts * LAYERS),
@@ -50,7 +50,7 @@ def test_each_part_runs_as_often_as_it_must(fresh, watch, guidance_scale, prompt
 
 @pytest.fixture
 def traces(monkeypatch):
-    """The names of functions traced by mx.compile as on a GPU. Nothing is computed."""
+    """The names of functions that mx.compile traces, as on a GPU. Nothing is computed."""
     if mx.default_device() == mx.cpu and not shutil.which("g++"):
         pytest.skip("without a C++ compiler MLX does not compile for a CPU, and traces nothing once")
     seen, compile = [], mx.compile
@@ -69,11 +69,11 @@ def traces(monkeypatch):
     return seen
 
 
-def test_a_block_is_traced_once_a_shape(traces, tiny_folder):
+def test_a_block_is_traced_once_per_shape(traces, tiny_folder):
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
 
     def run(h: int, w: int, steps: int, tokens: int = 20) -> int:
-        """One more request: the traces that it takes."""
+        """The traces that one more request takes."""
         before = len(traces)
         sigmas = np.linspace(1, 0.1, steps)
         velocity = pipe.transformer.velocity(mx.zeros((tokens, 40)), sigmas, h, w)
@@ -81,12 +81,13 @@ def test_a_block_is_traced_once_a_shape(traces, tiny_folder):
             velocity(mx.zeros((1, h, w, 16)), i)
         return len(traces) - before
 
-    # 24 image tokens, padded to 32 as are the caption's: the refiners' shape, that of both, and the trimmed last block,
-    # which attends from 24 tokens to 64, and feeds 24
+    # 24 image tokens, padded to 32 like the caption's: the shapes are the refiners', that of both together, and the
+    # trimmed last block's, which attends from 24 tokens to 64, and feeds 24 forward
     assert run(8, 12, 2) == 6
     assert traces.count("attend") == traces.count("feed") == 3
     assert run(8, 12, 1) == run(8, 12, 5) == run(8, 12, 8, tokens=31) == 0
-    assert run(12, 12, 1) == 4  # 36 tokens, padded to the 64 that are known: with the caption, and the last block
+    # 36 tokens, padded to 64, which was traced before: only the shape with the caption and the last block's are new
+    assert run(12, 12, 1) == 4
     assert run(8, 12, 2) == 0, "the shapes before are still known"
 
 
@@ -94,7 +95,7 @@ def test_a_block_is_traced_once_a_shape(traces, tiny_folder):
 
 
 def nbytes(component, *prefixes: str, without: str = "-") -> int:
-    """Bytes on disk of all tensors under the prefixes."""
+    """Bytes on disk of all tensors with these prefixes."""
     return sum(
         entry.nbytes
         for name, entry in component.entries.items()
@@ -104,17 +105,17 @@ def nbytes(component, *prefixes: str, without: str = "-") -> int:
 
 
 def reads(pipe: ZImagePipeline, asked: GenerateRequest, seen: Counter) -> tuple[int, list[int], list[int]]:
-    """Bytes of tensors read: by the encoder, by the transformer until each step, and by the VAE for each picture."""
+    """Bytes of tensors read: by the encoder, by the transformer for each step, and by the VAE for each image."""
     names = "text_encoder", "transformer", "vae"
     before = [seen[name] for name in names]
-    steps, pictures = [], []
+    steps, images = [], []
     for event in pipe.events(asked):
         encoder, denoiser, vae = (seen[name] - n for name, n in zip(names, before, strict=True))
         if isinstance(event, Step):
             steps.append(denoiser - sum(steps))
         elif not isinstance(event, Phase):
-            pictures.append(vae - sum(pictures))
-    return encoder, steps, pictures
+            images.append(vae - sum(images))
+    return encoder, steps, images
 
 
 def run_streamed(pipe: ZImagePipeline, monkeypatch, keep: bool, streamed: set[str]) -> None:
@@ -130,14 +131,14 @@ def test_a_kept_model_is_read_once(fresh, bytes_read):
     row = encoder.entries["model.embed_tokens.weight"].nbytes // tiny.TEXT_ENCODER["vocab_size"]
     of_encoder = len(ids) * row + nbytes(encoder, *(f"model.layers.{i}" for i in range(LAYERS)))
     assert fresh.plan(request()).keep
-    read, steps, pictures = reads(fresh, request(num_images=2), bytes_read)
+    read, steps, images = reads(fresh, request(num_images=2), bytes_read)
     assert read == of_encoder
     assert steps == [sum(entry.nbytes for entry in network.entries.values()), *[0] * (STEPS - 1)]
-    assert pictures == [nbytes(vae, "decoder"), 0]
+    assert images == [nbytes(vae, "decoder"), 0]
     assert reads(fresh, request(seed=1), bytes_read) == (0, [0] * STEPS, [0])
 
 
-def test_a_staged_model_is_read_once_a_request(fresh, bytes_read):
+def test_a_staged_model_is_read_once_per_request(fresh, bytes_read):
     fresh.keep = False
     first = reads(fresh, request(), bytes_read)
     second = reads(fresh, request(prompt="a blue fox", seed=1), bytes_read)
@@ -148,7 +149,7 @@ def test_a_staged_model_is_read_once_a_request(fresh, bytes_read):
 
 
 @pytest.mark.parametrize("streamed", [set(BLOCKS), set(BLOCKS[3:5])], ids=["all", "some"])
-def test_a_streamed_block_is_read_once_a_step_without_what_is_not_needed(fresh, monkeypatch, streamed, bytes_read):
+def test_a_streamed_block_is_read_once_per_step_without_unneeded_tensors(fresh, monkeypatch, streamed, bytes_read):
     run_streamed(fresh, monkeypatch, keep=False, streamed=streamed)
     network = fresh.checkpoint.transformer
     _, steps, _ = reads(fresh, request(), bytes_read)
@@ -158,8 +159,10 @@ def test_a_streamed_block_is_read_once_a_step_without_what_is_not_needed(fresh, 
 
 
 @pytest.mark.parametrize("images", [1, 2])
-def test_a_streamed_block_is_read_once_a_step_for_all_that_need_it(fresh, monkeypatch, bytes_read, watch, images):
-    """For both prompts of guidance, and for images that take turns."""
+def test_a_streamed_block_is_read_once_per_step_for_all_prompts_and_images(
+    fresh, monkeypatch, bytes_read, watch, images
+):
+    """Both with two prompts for guidance, and for images that take turns."""
     run_streamed(fresh, monkeypatch, keep=False, streamed=set(BLOCKS))
     monkeypatch.setattr(transformer, "TOKENS_AT_ONCE", 1)  # one image at a time
     fed = watch(transformer, "feed_forward")

@@ -14,7 +14,7 @@ def test_this_machine_passes():
 
 
 @pytest.mark.parametrize(
-    ("machine", "will_do", "told"),
+    ("machine", "will_do", "verdict"),
     [
         (("Darwin", "15.1", "arm64", True, 24e9, 100e9), [True] * 4, "in bfloat16 (20.5 GB) stays in memory"),
         (("Darwin", "14.0", "arm64", True, 5e9, 30e9), [True, True, False, False], "in 4 bits (6.7 GB) is streamed"),
@@ -23,14 +23,14 @@ def test_this_machine_passes():
         (("Linux", "", "x86_64", False, 24e9, 100e9), [True, False, True, True], "on the CPU: correct, but minutes"),
     ],
 )
-def test_machines_are_judged_by_what_the_full_model_needs(machine, will_do, told):
+def test_machines_are_judged_by_what_the_full_model_needs(machine, will_do, verdict):
     verdicts = doctor.judge(*machine)
     assert [verdict.will_do for verdict in verdicts] == will_do
-    assert any(told in verdict.told for verdict in verdicts), verdicts
+    assert any(verdict in each.told for each in verdicts), verdicts
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_packed_weights_are_read_as_mlx_packs_them(bits):
+def test_packed_weights_are_unpacked_as_mlx_packs_them(bits):
     weight = mx.random.normal((8, 128), key=mx.random.key(0))
     packed, scales, biases = mx.quantize(weight, group_size=64, bits=bits)
     expected = np.array(mx.dequantize(packed, scales, biases, group_size=64, bits=bits))
@@ -50,7 +50,7 @@ def test_packed_weights_are_read_as_mlx_packs_them(bits):
 )
 @pytest.mark.parametrize("broken", ["one value", "NaN", "zeros", "scale"])
 @pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["alone", "among all"])
-def test_a_broken_operation_is_found(monkeypatch, module, name, case, broken, alone):
+def test_a_broken_operation_is_detected(monkeypatch, module, name, case, broken, alone):
     right = getattr(module, name)
 
     def wrong(*args, **options):
@@ -67,7 +67,7 @@ def test_a_broken_operation_is_found(monkeypatch, module, name, case, broken, al
 
 
 @pytest.mark.skipif(mx.default_device() == mx.gpu, reason="a GPU runs them in the first test")
-@pytest.mark.parametrize("name", ["attention", "convolution", "RMS norm"])  # a product takes a CPU minutes
+@pytest.mark.parametrize("name", ["attention", "convolution", "RMS norm"])  # a single product takes minutes on a CPU
 @pytest.mark.slow
 def test_the_large_shapes_pass_too(name):
     found, expected = doctor.CASES[name](doctor.Samples(mx.float32), large=True)

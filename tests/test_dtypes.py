@@ -1,7 +1,7 @@
-"""A bfloat16 model multiplies in bfloat16; float32 lives only in the islands that are named here.
+"""A bfloat16 model multiplies in bfloat16; float32 is used only in the exceptions named here.
 
-Each network is traced, so that every matrix product, convolution and attention is seen with the dtypes it is given,
-wherever in the code it stands. Fused operations that a device lacks appear as the products that they stand for.
+Each network is traced, which records the input dtypes of every matrix product, convolution and attention, wherever it
+is in the code. Fused operations that a device does not have appear as the products they consist of.
 """
 
 import mlx.core as mx
@@ -30,25 +30,25 @@ def bf16_pipe(tiny_folder):
 
 
 def vae_of(pipe) -> vae.VAE:
-    """The VAE as on a GPU: on a CPU, it computes in float32 whatever the model does."""
+    """The VAE as on a GPU: on a CPU, it computes in float32 whatever the model's dtype."""
     return vae.VAE(pipe.vae.config, Blocks(pipe.checkpoint.vae, sum_dtype(pipe.dtype)))
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """products(function, *arrays) lists the floating dtypes given to each product that function computes."""
+    """products(function, *arrays) lists the floating-point input dtypes of each product that function computes."""
     evaluate, read = mx.eval, Component.read
 
     def products(function, *arrays: mx.array) -> list[set[mx.Dtype]]:
         def read_now(self, *args, **kwargs):
             tree = read(self, *args, **kwargs)()
-            evaluate(tree)  # a trace cannot hold a file
+            evaluate(tree)  # a trace cannot read files
             return lambda: tree
 
         trace = []
         with monkeypatch.context() as patch:
             patch.setattr(Component, "read", read_now)
-            for name in ("eval", "async_eval"):  # nor stop half-way
+            for name in ("eval", "async_eval"):  # nor evaluate halfway
                 patch.setattr(mx, name, lambda *trees: None)
             mx.export_function(trace.append, function, *arrays)
         found = [event["inputs"] for event in trace if event["type"] == "primitive" and event["name"] in PRODUCTS]
@@ -60,7 +60,7 @@ def products(monkeypatch):
 
 
 def run_transformer(pipe, latents: mx.array) -> mx.array:
-    """One call for latents (B, h, w, 16), from the caption's embedding on."""
+    """One call for latents (B, h, w, 16), including the caption embedding."""
     network = pipe.transformer
     captions = network.captions([mx.ones((20, network.config.cap_feat_dim))], *latents.shape[1:3])
     blocks, final = mx.ones((5, 4, network.config.dim), pipe.dtype), mx.ones(network.config.dim, pipe.dtype)
@@ -98,7 +98,7 @@ def test_only_the_time_embedding_is_float32_in_the_modulations(bf16_pipe, produc
         return x + blocks.sum() + final.sum()
 
     found = products(modulate, mx.zeros((1,)))
-    assert found.count({mx.float32}) == 2  # the island: the two layers of its MLP
+    assert found.count({mx.float32}) == 2  # the exception: the two layers of its MLP
     assert found.count({mx.bfloat16}) == len(bf16_pipe.transformer.config.modulated) + 1
     assert len(found) == found.count({mx.float32}) + found.count({mx.bfloat16})
 
@@ -106,7 +106,7 @@ def test_only_the_time_embedding_is_float32_in_the_modulations(bf16_pipe, produc
 def test_the_time_embedding_of_a_bfloat16_model_is_that_of_a_float32_one(pipe, bf16_pipe, watch):
     embeddings = watch(transformer, "time_embedding")
     for model in (pipe, bf16_pipe):
-        model.transformer.modulate([0.125, 0.5])  # a schedule that nobody has asked for before
+        model.transformer.modulate([0.125, 0.5])  # a schedule that is not cached
     assert mx.array_equal(*embeddings)
 
 
@@ -132,7 +132,7 @@ def leave_float32(function):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_float32_result_that_is_not_cast_back_is_seen(bf16_pipe, products, monkeypatch, module, name):
+def test_a_float32_result_that_is_not_cast_back_is_detected(bf16_pipe, products, monkeypatch, module, name):
     monkeypatch.setattr(module, name, leave_float32(getattr(module, name)))
     run = {
         transformer: (lambda x: run_transformer(bf16_pipe, x), mx.zeros((1, 12, 10, 16))),
@@ -142,7 +142,7 @@ def test_a_float32_result_that_is_not_cast_back_is_seen(bf16_pipe, products, mon
     assert any(mx.float32 in dtypes for dtypes in products(*run[module]))
 
 
-def test_blocks_add_up_in_the_models_dtype_but_in_float32_for_float16(typed_pipe, watch):
+def test_the_residual_stream_has_the_models_dtype_but_float32_for_float16(typed_pipe, watch):
     sums = watch(transformer.Transformer, "run"), watch(text_encoder, "layer")
     run_transformer(typed_pipe, mx.zeros((1, 12, 10, 16)))
     typed_pipe.text_encoder([5, 6, 7])
@@ -152,7 +152,7 @@ def test_blocks_add_up_in_the_models_dtype_but_in_float32_for_float16(typed_pipe
     assert {x.dtype for x in [*(stream.x for run in streams for stream in run), *hidden]} == {dtype}
 
 
-def test_what_passes_between_the_networks_has_its_dtype(typed_pipe):
+def test_values_passed_between_networks_have_the_expected_dtype(typed_pipe):
     caption = typed_pipe.encode("a red fox")
     assert caption.dtype == (mx.float32 if typed_pipe.dtype == mx.float16 else typed_pipe.dtype)
     velocity = typed_pipe.transformer.velocity(caption, [1.0, 0.5], 4, 6)
@@ -161,12 +161,12 @@ def test_what_passes_between_the_networks_has_its_dtype(typed_pipe):
         assert out.dtype == mx.float32
 
 
-def test_bfloat16_stays_near_float32(pipe, bf16_pipe):
-    # one call of each from the same input: over a run the two drift apart
+def test_bfloat16_stays_close_to_float32(pipe, bf16_pipe):
+    # a single call from the same input: over a whole run the two drift apart
     ids = pipe.tokenizer.encode("a red fox in the snow")
     caption = pipe.text_encoder(ids)
     latents = mx.array(tiny.randn(0, "latents", 1, 12, 10, 16))
-    pixels = mx.array(tiny.encoder_picture(0)).transpose(0, 2, 3, 1)
+    pixels = mx.array(tiny.encoder_image(0)).transpose(0, 2, 3, 1)
 
     def outputs(model):
         return {
@@ -178,7 +178,7 @@ def test_bfloat16_stays_near_float32(pipe, bf16_pipe):
 
     exact = outputs(pipe)
     for name, rounded in outputs(bf16_pipe).items():
-        # a rounding to 8 bits errs by 4e-3; measured 1.7e-2 after all of them
+        # one rounding to 8 bits errs by 4e-3; measured 1.7e-2 after all of them
         assert 1e-3 < relative_error(rounded, exact[name]) < 5e-2, name
 
 

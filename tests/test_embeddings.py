@@ -1,4 +1,4 @@
-"""Embeddings kept on disk are the encoder's own bits, and whatever is wrong with their files costs time only."""
+"""Embeddings cached on disk have the encoder's own bits, and anything wrong with their files costs only time."""
 
 import os
 import shutil
@@ -20,13 +20,13 @@ IDS = (5, 6, 7)
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """The folder of a test's own embeddings."""
+    """This test's own cache folder."""
     monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", str(tmp_path / "kept"))
     return tmp_path / "kept"
 
 
 class Prompts:
-    """A store as one text encoder uses it."""
+    """A store, used with one text encoder."""
 
     def __init__(self, encoder: Component, folder: Path, dtype: mx.Dtype = mx.float32):
         self.store, self.encoder, self.folder = Store(dtype, folder), encoder, folder
@@ -55,23 +55,23 @@ def prompts_in(folder):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_prompt_drawn_before_reads_nothing_of_the_encoder_and_draws_the_same_bits(
+def test_a_cached_prompt_reads_nothing_of_the_encoder_and_gives_the_same_bits(
     kept, tiny_folder, watch, bytes_read, dtype
 ):
     encoded = watch(TextEncoder, "steps")
     request = GenerateRequest("a red fox", width=tiny.WIDTH, height=tiny.HEIGHT, seed=0, steps=1)
-    pictures = []
+    images = []
     for _ in range(2):
         pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)
         bytes_read.clear()
-        pictures.append([step.latents for step in pipe.denoise(request)][-1])
-    assert mx.array_equal(*pictures)
+        images.append([step.latents for step in pipe.denoise(request)][-1])
+    assert mx.array_equal(*images)
     assert len(encoded) == 1
     assert bytes_read["text_encoder"] == 0 < bytes_read["transformer"]
     assert len(prompts_in(kept)) == 1
 
 
-def test_what_is_kept_comes_back_as_it_was(prompts):
+def test_cached_arrays_come_back_unchanged(prompts):
     for computed, given in ((mx.float32, mx.float32), (mx.bfloat16, mx.bfloat16), (mx.float16, mx.float32)):
         prompts = Prompts(prompts.encoder, prompts.folder, computed)
         assert prompts.get(dtype=given) is None
@@ -105,7 +105,7 @@ def misshapen(path):
 
 
 @pytest.mark.parametrize("damage", [cut, empty, flip, foreign, misshapen])
-def test_a_damaged_file_is_passed_over_and_written_again(prompts, damage):
+def test_a_damaged_file_is_ignored_and_written_again(prompts, damage):
     prompts.put(IDS, numbers())
     damage(*prompts_in(prompts.folder))
     assert prompts.get() is None
@@ -124,14 +124,14 @@ def read_only(folder):
 
 
 @pytest.mark.parametrize("spoil", [in_the_way, read_only])
-def test_a_folder_that_cannot_be_written_costs_nothing(pipe, tmp_path, spoil):
+def test_a_folder_that_cannot_be_written_is_ignored(pipe, tmp_path, spoil):
     spoil(tmp_path / "a" / "kept")
     prompts = Prompts(pipe.checkpoint.text_encoder, tmp_path / "a" / "kept")
     assert prompts.get() is None
     prompts.put(IDS, numbers())
 
 
-def test_the_least_recently_used_go_first(prompts):
+def test_the_least_recently_used_are_removed_first(prompts):
     old, older = (1, 2, 3), (4, 5, 6)
     for i, ids in enumerate((older, old)):
         prompts.put(ids, numbers())
@@ -143,7 +143,7 @@ def test_the_least_recently_used_go_first(prompts):
     assert prompts.get(older) is not None and prompts.get() is not None
 
 
-def test_another_model_dtype_version_or_device_has_its_own(prompts, monkeypatch, folder):
+def test_each_model_dtype_version_and_device_has_its_own_entries(prompts, monkeypatch, folder):
     paths = {prompts.path(IDS), prompts.path((5, 67))}
 
     def add(encoder=prompts.encoder, dtype=mx.float32):
@@ -161,7 +161,7 @@ def test_another_model_dtype_version_or_device_has_its_own(prompts, monkeypatch,
     assert len(paths) == 6
 
 
-def test_a_checksum_is_that_of_the_files_wherever_they_lie(folder, tiny_folder, tmp_path, watch):
+def test_a_checksum_does_not_depend_on_where_the_files_are(folder, tiny_folder, tmp_path, watch):
     hashed = watch(embeddings, "_sha256")
     encoder = ZImagePipeline.from_pretrained(folder).checkpoint.text_encoder
     first = checksum(encoder, tmp_path / "kept")
@@ -174,7 +174,7 @@ def test_a_checksum_is_that_of_the_files_wherever_they_lie(folder, tiny_folder, 
     assert checksum(encoder, tmp_path / "kept") != first
 
 
-def test_the_converters_manifest_is_taken_unless_a_file_is_newer(folder, tmp_path, watch):
+def test_the_converters_manifest_is_used_unless_a_file_is_newer(folder, tmp_path, watch):
     from mlx_zimage.convert import convert
 
     convert(folder, tmp_path / "converted", dtype="bfloat16")
@@ -191,7 +191,7 @@ def test_the_converters_manifest_is_taken_unless_a_file_is_newer(folder, tmp_pat
 
 def copied(there: Path, place: Path) -> None:
     for file in place.iterdir():
-        shutil.copy2(there / file.name, file)  # with its times
+        shutil.copy2(there / file.name, file)  # including timestamps
 
 
 def moved(there: Path, place: Path) -> None:
@@ -211,7 +211,7 @@ def linked_whole(there: Path, place: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [copied, moved, linked, linked_whole])
-def test_a_manifest_does_not_vouch_for_an_older_encoder_put_in_the_place_of_its_own(folder, tmp_path, put):
+def test_a_manifest_is_not_trusted_for_an_older_encoder_that_replaced_its_own(folder, tmp_path, put):
     from mlx_zimage.convert import convert
 
     other, model = tmp_path / "other", tmp_path / "converted"
@@ -223,7 +223,7 @@ def test_a_manifest_does_not_vouch_for_an_older_encoder_put_in_the_place_of_its_
     assert checksum(ZImagePipeline.from_pretrained(model).checkpoint.text_encoder, tmp_path / "kept") != own
 
 
-def test_the_hubs_cache_names_a_large_file_by_its_checksum(folder, tmp_path):
+def test_the_hub_caches_file_names_are_used_as_checksums(folder, tmp_path):
     encoder = ZImagePipeline.from_pretrained(folder).checkpoint.text_encoder
     first = checksum(encoder, tmp_path / "kept")
     blobs = tmp_path / "hub" / "blobs"
@@ -232,11 +232,11 @@ def test_the_hubs_cache_names_a_large_file_by_its_checksum(folder, tmp_path):
         blob = blobs / embeddings._sha256(shard)
         shutil.move(shard, blob)
         shard.symlink_to(blob)
-        flip(blob)  # not looked at
+        flip(blob)  # unused
     assert checksum(encoder, tmp_path / "elsewhere") == first
 
 
-def test_what_is_kept_is_listed_and_removed_without_anything_else(kept, prompts):
+def test_only_the_cached_files_are_listed_and_removed(kept, prompts):
     prompts.put(IDS, numbers())
     (kept / "photo.safetensors").write_text("mine")
     listed = [model for model in models() if model.kind == "prompts"]
@@ -246,7 +246,7 @@ def test_what_is_kept_is_listed_and_removed_without_anything_else(kept, prompts)
     assert not [model for model in models() if model.kind == "prompts"]
 
 
-def test_where_embeddings_are_kept(monkeypatch, tmp_path):
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("MLX_ZIMAGE_HOME", str(tmp_path))
     assert embeddings_folder() is None
     monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", "~/prompts")

@@ -1,4 +1,4 @@
-"""float16: products beyond its range are kept in it exactly, and what still overflows is seen and drawn again."""
+"""float16: products beyond its range are scaled exactly, and what still overflows is detected and generated again."""
 
 import json
 import warnings
@@ -21,8 +21,9 @@ from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import margin, result
 from mlx_zimage.pipeline import Overflow, Phase
 
-LARGE = {"w1": 2.0**6, "w3": 2.0**8, "gate_proj": 2.0**6, "up_proj": 2.0**8}  # products pass 65504, sums of them too
-TOO_LARGE = {"w3": 2.0**18}  # passes it alone
+# With these factors products exceed 65504, and so do their sums.
+LARGE = {"w1": 2.0**6, "w3": 2.0**8, "gate_proj": 2.0**6, "up_proj": 2.0**8}
+TOO_LARGE = {"w3": 2.0**18}  # exceeds it on its own
 MARGIN = margin(mx.float16)
 
 
@@ -31,7 +32,7 @@ def request(**changes) -> GenerateRequest:
 
 
 def write(folder, factors: dict[str, float], component: str = "transformer"):
-    """The tiny checkpoint with the layers of these names made larger."""
+    """The tiny checkpoint with the weights of these layers multiplied."""
     config = tiny.CONFIGS[component]
     for file in (folder / component).iterdir():
         file.unlink()
@@ -44,7 +45,7 @@ def write(folder, factors: dict[str, float], component: str = "transformer"):
 
 
 def outputs(pipe: ZImagePipeline) -> dict[str, mx.array]:
-    """Embeddings of a prompt, and a velocity for embeddings that do not depend on them."""
+    """A prompt's embeddings, and a velocity for other, fixed embeddings."""
     pipe.encode("")  # finds the scale
     velocity = pipe.transformer.velocity(mx.array(tiny.randn(0, "caption", 20, 40)), [0.5], 12, 10)
     latents = mx.array(tiny.randn(0, "latents", 1, 12, 10, 16))
@@ -61,7 +62,7 @@ def factors(pipe: ZImagePipeline) -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scaling_changes_no_bit_where_nothing_overflows(tiny_folder, dtype):
+def test_scaling_changes_no_bits_if_nothing_overflows(tiny_folder, dtype):
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)
     plain = outputs(pipe)
     scale_by(pipe, 2.0**-8)
@@ -69,7 +70,7 @@ def test_scaling_changes_no_bit_where_nothing_overflows(tiny_folder, dtype):
         assert mx.array_equal(scaled, plain[name]), name
 
 
-def test_products_beyond_its_range_are_as_exact_as_others(folder):
+def test_products_beyond_float16s_range_are_as_accurate_as_others(folder):
     for component in ("transformer", "text_encoder"):
         write(folder, LARGE, component)
     exact = outputs(ZImagePipeline.from_pretrained(folder, dtype="float32"))
@@ -83,7 +84,7 @@ def test_products_beyond_its_range_are_as_exact_as_others(folder):
 
 
 @pytest.mark.parametrize("factor", [2.0**-12, 2.0**13], ids=["faint", "large"])
-def test_its_room_is_wide_on_both_sides(folder, factor):
+def test_the_scaled_range_has_room_on_both_sides(folder, factor):
     write(folder, {"w3": factor})
     exact, found = (outputs(ZImagePipeline.from_pretrained(folder, dtype=dtype)) for dtype in ("float32", "float16"))
     # measured 2e-3 at every power of two between; at 2**14 w3's own product overflows
@@ -91,7 +92,7 @@ def test_its_room_is_wide_on_both_sides(folder, factor):
 
 
 @pytest.mark.parametrize(("needed", "tries"), [(1.0, 1), (0.9, 2), (2.0**-2, 2), (2.0**-8, 5)])
-def test_the_factor_is_the_largest_tried_with_which_nothing_overflows_and_a_margin(needed, tries):
+def test_the_factor_is_the_largest_without_overflow_times_a_margin(needed, tries):
     network, tried = SimpleNamespace(), []
 
     def run() -> mx.array:
@@ -114,36 +115,36 @@ def test_each_network_has_its_own_factor(folder):
     assert factors(pipe) == [MARGIN, MARGIN * headroom.STEP]
 
 
-def test_the_scale_is_found_once_per_checkpoint_and_the_picture_does_not_depend_on_when(
+def test_the_scale_is_found_once_per_checkpoint_and_the_image_does_not_depend_on_when(
     folder, tiny_folder, tmp_path, monkeypatch, watch
 ):
     monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", str(tmp_path / "kept"))
     write(folder, LARGE)
     fitted = watch(headroom, "fit")
 
-    def drawn(model, asked: GenerateRequest) -> tuple[list[Phase], list[float], mx.array]:
+    def generated(model, asked: GenerateRequest) -> tuple[list[Phase], list[float], mx.array]:
         pipe = ZImagePipeline.from_pretrained(model, dtype="float16")
         events = list(pipe.events(asked))
         phases = [event for event in events if isinstance(event, Phase) and event.name == "scale"]
         return phases, factors(pipe), [event.latents for event in events if isinstance(event, Step)][-1]
 
-    found = drawn(folder, request())
+    found = generated(folder, request())
     assert found[0] == [Phase("scale", done, 2) for done in range(3)]
-    recalled = drawn(folder, request())
+    recalled = generated(folder, request())
     assert recalled[0] == [] and recalled[1] == found[1]
     assert mx.array_equal(recalled[2], found[2])
     assert len(fitted) == 2, "both networks, once"
-    *_, own, other = drawn(tiny_folder, request())
+    *_, own, other = generated(tiny_folder, request())
     assert own != found[1] and not mx.array_equal(other, found[2])
     assert len(fitted) == 4, "another checkpoint has its own"
     monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", "off")
-    *_, again = drawn(folder, request())
+    *_, again = generated(folder, request())
     assert mx.array_equal(again, found[2])
     assert len(fitted) == 6
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_finding_the_scale_keeps_what_the_request_may_keep(tiny_folder, keep):
+def test_finding_the_scale_keeps_in_memory_what_the_request_keeps(tiny_folder, keep):
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16", keep=keep)
     with pipe.networks.running(pipe.plan(request())) as networks:
         result(networks._scale())
@@ -152,7 +153,7 @@ def test_finding_the_scale_keeps_what_the_request_may_keep(tiny_folder, keep):
 
 
 @pytest.mark.parametrize("size", [16, 64, pytest.param(128, marks=pytest.mark.slow)])
-def test_finding_the_scale_fits_the_least_budget_that_is_accepted(size):
+def test_finding_the_scale_fits_the_smallest_accepted_budget(size):
     asked, pipe = request(width=size, height=size, steps=8), ZImagePipeline.from_pretrained("pocket", dtype="float16")
     pipe.budget = accepted = smallest(pipe.planner, size, size, len(pipe.tokenize(asked.prompt)))
     mx.clear_cache()
@@ -163,7 +164,7 @@ def test_finding_the_scale_fits_the_least_budget_that_is_accepted(size):
     assert factors(pipe) == [MARGIN, MARGIN]
 
 
-def test_what_the_scale_is_found_with_is_planned_for():
+def test_the_plan_includes_finding_the_scale():
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float16")
     assert len(pipe.tokenize(headroom.SAMPLE.prompt)) <= headroom.TOKENS
     side = headroom.SIDE
@@ -175,7 +176,7 @@ def test_what_the_scale_is_found_with_is_planned_for():
         pipe.planner.plan(Workload(16, 16, 1, 14, 1), 10**6)
 
 
-def test_encoding_alone_finds_the_scale_within_the_budget():
+def test_encoding_a_prompt_alone_finds_the_scale_within_the_budget():
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float16", memory="11MB")
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -183,7 +184,7 @@ def test_encoding_alone_finds_the_scale_within_the_budget():
     pipe.encode("a red circle")
     assert factors(pipe) == [MARGIN, MARGIN]
     assert mx.get_peak_memory() - before <= pipe.budget
-    assert mx.get_active_memory() - before < pipe.budget / 4, "the model does not fit, and is let go"
+    assert mx.get_active_memory() - before < pipe.budget / 4, "the model does not fit, so it is unloaded"
 
 
 def test_other_dtypes_have_no_scale_to_find(tiny_folder, watch):
@@ -196,7 +197,7 @@ def test_other_dtypes_have_no_scale_to_find(tiny_folder, watch):
 
 
 @pytest.mark.parametrize(("component", "layer"), [("transformer", "w3"), ("text_encoder", "up_proj")])
-def test_a_network_that_no_scale_helps_is_named(folder, component, layer, tmp_path, monkeypatch, watch):
+def test_a_network_that_overflows_at_every_scale_is_named(folder, component, layer, tmp_path, monkeypatch, watch):
     write(folder, {layer: TOO_LARGE["w3"]}, component)
     monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", str(tmp_path / "kept"))
     fitted = watch(headroom, "fit")
@@ -210,7 +211,7 @@ def test_a_network_that_no_scale_helps_is_named(folder, component, layer, tmp_pa
     assert len(fitted) == (2 if component == "transformer" else 1), "that is remembered, too"
 
 
-def test_float16_is_nearer_to_float32_than_bfloat16(pipe, tiny_folder):
+def test_float16_is_closer_to_float32_than_bfloat16_is(pipe, tiny_folder):
     exact = outputs(pipe)
     halves = [outputs(ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)) for dtype in ("float16", "bfloat16")]
     for name in exact:
@@ -218,33 +219,33 @@ def test_float16_is_nearer_to_float32_than_bfloat16(pipe, tiny_folder):
         assert errors[0] < errors[1] / 3, name
 
 
-def draw(pipe: ZImagePipeline, asked: GenerateRequest) -> tuple[list[int], mx.array, Generated]:
-    """The indices of all Steps, the last latents, and the picture."""
-    *steps, picture = pipe.stream(asked)
-    return [step.index for step in steps], steps[-1].latents, picture
+def generate(pipe: ZImagePipeline, asked: GenerateRequest) -> tuple[list[int], mx.array, Generated]:
+    """The indices of all Steps, the last latents, and the image."""
+    *steps, image = pipe.stream(asked)
+    return [step.index for step in steps], steps[-1].latents, image
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
-def test_a_picture_that_overflows_is_drawn_again_in_bfloat16(folder, tmp_path, monkeypatch, component):
+def test_an_image_that_overflows_is_generated_again_in_bfloat16(folder, tmp_path, monkeypatch, component):
     monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", str(tmp_path / "kept"))
     write(folder, {"w3": TOO_LARGE["w3"], "up_proj": TOO_LARGE["w3"]}, component)
-    wanted = draw(ZImagePipeline.from_pretrained(folder, dtype="bfloat16"), request())
+    wanted = generate(ZImagePipeline.from_pretrained(folder, dtype="bfloat16"), request())
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
     with pytest.warns(Overflow, match="restarting the image from its first step in bfloat16"):
-        steps, latents, picture = draw(pipe, request())
+        steps, latents, image = generate(pipe, request())
     assert steps == wanted[0] == [0, 1]
     assert mx.array_equal(latents, wanted[1])
-    assert np.array_equal(picture.pixels, wanted[2].pixels)
-    assert picture.dtype == "bfloat16"
+    assert np.array_equal(image.pixels, wanted[2].pixels)
+    assert image.dtype == "bfloat16"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe(**{"prompt": "a red fox", "width": 32, "height": 32, "num_inference_steps": 1})
-    # of the one prompt, and that no scale will do: what is not finite is not kept
+    # one for the prompt, and one that says no scale works: results that are not finite are not cached
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize(("gpu", "wide"), [("Apple M1", "bfloat16"), ("Apple Paravirtual device", "float32")])
-def test_steps_begin_again_where_a_later_one_overflows(tiny_folder, monkeypatch, gpu, wide):
+def test_steps_start_again_when_a_later_one_overflows(tiny_folder, monkeypatch, gpu, wide):
     monkeypatch.setattr(mx, "device_info", lambda *_: {"device_name": gpu})
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16")
     pipe.encode("")  # finds the scale
@@ -258,23 +259,23 @@ def test_steps_begin_again_where_a_later_one_overflows(tiny_folder, monkeypatch,
 
     monkeypatch.setattr(transformer.Transformer, "__call__", spoilt)
     with pytest.warns(Overflow):
-        steps, _, picture = draw(pipe, request(steps=3))
+        steps, _, image = generate(pipe, request(steps=3))
     assert steps == [0, 0, 1, 2]
     assert calls == [mx.float16] * 2 + [getattr(mx, wide)] * 3
-    assert picture.dtype == wide
+    assert image.dtype == wide
 
 
-def test_damaged_weights_draw_nothing_in_bfloat16_either(folder):
+def test_damaged_weights_fail_in_bfloat16_too(folder):
     write(folder, {"w2": float("nan")})
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
     with pytest.warns(Overflow), pytest.raises(NumericsError, match="not finite after step 1"):
         assert not [event for event in pipe.stream(request()) if isinstance(event, Step)]
 
 
-def test_the_command_line_tells_in_what_a_picture_was_computed(folder, tmp_path, capfd):
+def test_the_command_line_reports_the_dtype_of_an_image(folder, tmp_path, capfd):
     write(folder, TOO_LARGE)
     size = ["--width", "32", "--height", "32", "--steps", "2", "--seed", "1"]
-    told = CliRunner().invoke(
+    result = CliRunner().invoke(
         main,
         [
             "generate",
@@ -289,10 +290,10 @@ def test_the_command_line_tells_in_what_a_picture_was_computed(folder, tmp_path,
             str(tmp_path / "x.png"),
         ],
     )
-    assert told.exit_code == 0
-    assert json.loads(told.stdout)["dtype"] == "bfloat16"
-    assert json.loads(told.stdout)["scale_seconds"] > 0
-    assert "float16 overflowed with this model" in told.stderr + capfd.readouterr().err
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["dtype"] == "bfloat16"
+    assert json.loads(result.stdout)["scale_seconds"] > 0
+    assert "float16 overflowed with this model" in result.stderr + capfd.readouterr().err
     assert read_origin(tmp_path / "x.png").dtype == "bfloat16"
 
 
@@ -309,7 +310,7 @@ def test_the_command_line_tells_in_what_a_picture_was_computed(folder, tmp_path,
         (mx.gpu, None, "bfloat16"),
     ],
 )
-def test_the_default_is_what_the_chip_is_best_at(monkeypatch, device, name, dtype):
+def test_the_default_dtype_suits_the_chip(monkeypatch, device, name, dtype):
     monkeypatch.setattr(mx, "default_device", lambda: device)
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": name} if name else {})
     assert default_dtype() == dtype

@@ -24,24 +24,24 @@ def model():
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".webp"])
-def test_a_server_sends_the_bytes_that_a_file_would_hold(model, tmp_path, ending):
+def test_encoded_bytes_equal_those_of_a_saved_file(model, tmp_path, ending):
     (*_, sent), (*_, saved) = events(model, REQUEST), run(model, REQUEST, tmp_path / f"a{ending}", Files())
     assert encode(sent.pixels, ending, sent.origin) == saved.path.read_bytes()
 
 
-def test_what_happens_comes_in_order_and_files_are_there_once_told(model, tmp_path):
+def test_events_come_in_order_and_files_exist_once_reported(model, tmp_path):
     request = GenerateRequest("two green squares", width=32, height=32, seed=1, steps=2, num_images=2)
-    told = []
+    seen = []
     for event in run(model, request, tmp_path / "a.png", Files()):
-        told.append(event.name if isinstance(event, Phase) else type(event))
-        assert len(list(tmp_path.iterdir())) == told.count(Saved)
-    assert [name for i, name in enumerate(told) if name not in told[i - 1 : i]] == [
+        seen.append(event.name if isinstance(event, Phase) else type(event))
+        assert len(list(tmp_path.iterdir())) == seen.count(Saved)
+    assert [name for i, name in enumerate(seen) if name not in seen[i - 1 : i]] == [
         "encode", Step, "decode", Saved, "decode", Saved,
     ]  # fmt: skip
-    assert told.count(Step) == 2
+    assert seen.count(Step) == 2
 
 
-def test_a_saved_picture_tells_its_origin_and_its_cost(model, tmp_path):
+def test_a_saved_image_reports_its_origin_and_its_cost(model, tmp_path):
     latents = np.random.default_rng(0).standard_normal((1, 16, 4, 4))
     inputs = Inputs(latents)
     (*_, saved) = run(model, REQUEST, tmp_path / "a.png", Files(), inputs)
@@ -51,12 +51,12 @@ def test_a_saved_picture_tells_its_origin_and_its_cost(model, tmp_path):
     assert len(saved.cost.steps_s) == 2
     parts = saved.cost.scale_s, saved.cost.encode_s, *saved.cost.steps_s, saved.cost.decode_s
     assert sum(parts) == pytest.approx(saved.cost.elapsed_s)
-    told = saved.to_dict()
-    assert (told["path"], told["request"] | {"latents": told["latents"]}) == (str(saved.path), named.to_dict())
-    assert told["sha256"] == hashlib.sha256(saved.path.read_bytes()).hexdigest()
+    record = saved.to_dict()
+    assert (record["path"], record["request"] | {"latents": record["latents"]}) == (str(saved.path), named.to_dict())
+    assert record["sha256"] == hashlib.sha256(saved.path.read_bytes()).hexdigest()
 
 
-def test_files_of_one_call_are_not_written_over_by_it(model, tmp_path):
+def test_a_call_never_overwrites_its_own_files(model, tmp_path):
     (tmp_path / "a.png").write_bytes(b"older")
     files = Files(overwrite=True)
     (*_, image) = events(model, REQUEST)

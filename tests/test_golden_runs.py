@@ -1,4 +1,4 @@
-"""Requests give the bits, and cost the reads and calls, that were recorded before the rebuild: see golden/runs.py."""
+"""Requests give the bits, and take the reads and calls, that were recorded before a refactoring: see golden/runs.py."""
 
 import json
 import re
@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 import runs
 
 KNOWN = json.loads(runs.DIGESTS.read_text())
-# Between processors and BLAS only the order of sums differs: measured between MLX's own BLAS and OpenBLAS, 2e-6 of the
-# largest value in float32, and nothing in 16 bits, which no BLAS multiplies. bfloat16 rounds by 4e-3, float16 by 5e-4,
-# many times over.
+# Between processors and BLAS libraries only the order of sums differs: between MLX's own BLAS and OpenBLAS, measured
+# 2e-6 of the largest value in float32, and nothing in 16 bits, which no BLAS multiplies. bfloat16 rounds by 4e-3,
+# float16 by 5e-4, many times over.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 2e-2}
-# What is no longer read: each of two steps read the streamed blocks, 5.3 MB, for each of guidance's two prompts, and
-# before the steps the refiners of captions, 1.8 MB, were.
+# Bytes that are no longer read: before, guidance's two prompts each read the streamed blocks (5.3 MB) in each of two
+# steps, and the context refiner (1.8 MB) before the steps.
 READ_TWICE = {"pocket guided streamed": 2 * 5_318_400 + 1_772_800}
 
 
@@ -31,11 +31,11 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def digests() -> dict[str, dict[str, str]] | None:
-    """What a machine with this one's arithmetic gave, if one was recorded."""
+    """The record of a machine with the same arithmetic as this one, if there is one."""
     return KNOWN["digests"].get(runs.arithmetic())
 
 
-# The packed models, but one, and what other cases draw in another way or with another model: two thirds of the time.
+# All quantized models but one, and cases that others cover in other ways or with other models: two thirds of the time.
 SLOW = re.compile(
     r"pocket-(mxfp8|4bit [bf]\w+16|8bit|3bit|mxfp4|nvfp4)|pocket [bf]\w+16 (kept|staged)|pocket wide streamed"
     r"|80 images|(three images|guided) (kept|staged)"

@@ -1,4 +1,4 @@
-"""The arrays beside a request: read, checked, and named by digest."""
+"""The arrays passed alongside a request: read, checked, and identified by digest."""
 
 import hashlib
 
@@ -13,14 +13,14 @@ REQUEST = GenerateRequest("a red circle", width=32, height=48, seed=1, steps=1)
 LATENTS = np.random.default_rng(0).standard_normal((1, 16, 6, 4))
 
 
-def test_latents_are_read_as_they_were_saved(tmp_path):
+def test_latents_are_read_exactly_as_saved(tmp_path):
     for dtype in ("float16", "float32", "float64"):
         latents = np.random.default_rng(0).standard_normal((2, 16, 4, 6)).astype(dtype)
         np.save(tmp_path / "a.npy", latents)
         assert np.array_equal(read_latents(tmp_path / "a.npy"), latents)
 
 
-def test_a_pickle_in_a_latents_file_is_not_opened(tmp_path):
+def test_a_pickle_in_a_latents_file_is_refused(tmp_path):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
@@ -31,7 +31,7 @@ def test_a_pickle_in_a_latents_file_is_not_opened(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_cut_or_foreign_latents_are_refused(tmp_path):
+def test_truncated_or_foreign_latents_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((1, 16, 4, 4)))
     whole = (tmp_path / "a.npy").read_bytes()
     for content in (whole[:100], whole[:-1], b"", b"PK\x03\x04" + whole):
@@ -44,7 +44,7 @@ def test_cut_or_foreign_latents_are_refused(tmp_path):
             read_latents(tmp_path / "b.npy")
 
 
-def test_a_digest_is_that_of_the_numbers_whatever_holds_them():
+def test_a_digest_depends_only_on_the_numbers():
     wanted = hashlib.sha256(LATENTS.astype("<f4").tobytes()).hexdigest()
     for same in (LATENTS, LATENTS.astype(">f4"), mx.array(LATENTS.astype(np.float32)), LATENTS.tolist()):
         assert Inputs(same).digest == wanted
@@ -52,7 +52,7 @@ def test_a_digest_is_that_of_the_numbers_whatever_holds_them():
     assert NONE.digest is None
 
 
-def test_a_request_that_names_other_latents_is_refused():
+def test_a_request_for_other_latents_is_refused():
     inputs = Inputs(LATENTS)
     for named in (None, inputs.digest):
         inputs.check_named(named)
@@ -65,7 +65,7 @@ def test_a_request_that_names_other_latents_is_refused():
         GenerateRequest("a", seed=1, latents="../secret")
 
 
-def test_a_pipeline_names_latents_and_asks_for_them_again(pipe):
+def test_a_request_records_its_latents_and_requires_them_again(pipe):
     *_, image = pipe.stream(REQUEST, LATENTS)
     assert image.request.latents == Inputs(LATENTS).digest
     *_, again = pipe.stream(image.request, Inputs(LATENTS))
@@ -74,7 +74,7 @@ def test_a_pipeline_names_latents_and_asks_for_them_again(pipe):
         next(pipe.stream(image.request))
 
 
-def test_size_and_steps_may_be_open_until_a_model_gives_its_own():
+def test_size_and_steps_may_be_missing_until_a_model_fills_them_in():
     pocket = ZImagePipeline.from_pretrained("pocket")
     open_ended = GenerateRequest("a red circle", seed=1)
     assert (open_ended.width, open_ended.height, open_ended.steps) == (None, None, None)
@@ -90,7 +90,7 @@ def test_size_and_steps_may_be_open_until_a_model_gives_its_own():
         GenerateRequest.from_dict({"prompt": "a red circle"})
 
 
-def test_the_older_name_of_inputs_is_taken_with_a_warning(pipe):
+def test_the_deprecated_name_of_inputs_works_with_a_warning(pipe):
     *_, image = pipe.stream(REQUEST, LATENTS)
     for take in (pipe.stream, pipe.events):
         with pytest.warns(DeprecationWarning, match="latents= is now inputs="):

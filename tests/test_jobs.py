@@ -19,21 +19,21 @@ from mlx_zimage.jobs import (
 )
 
 
-def test_every_seed_draws_every_prompt():
+def test_every_seed_is_combined_with_every_prompt():
     made = list(multiply({"steps": 4}, [{"prompt": "a"}, {"prompt": "b", "steps": 2}], [1, 2], Path("x.png"), None))
     assert [(job.n, job.values["prompt"], job.values["seed"], job.values["steps"]) for job in made] == [
         (1, "a", 1, 4), (2, "a", 2, 4), (3, "b", 1, 2), (4, "b", 2, 2),
     ]  # fmt: skip
 
 
-def test_a_prompts_own_values_are_stronger_than_all_else():
+def test_a_prompts_own_values_override_all_others():
     own = {"prompt": "a", "seed": 9, "width": 64, "height": 32, "output": "y.png"}
     (job,) = multiply({"prompt": "b", "width": 16}, [own], [1, 2], Path("x.png"), (3, 2))
     request = job.request(128)
     assert (request.prompt, request.seed, request.width, request.height, job.output) == ("a", 9, 64, 32, Path("y.png"))
 
 
-def test_an_open_size_is_the_models():
+def test_a_missing_size_defaults_to_the_models():
     assert (Job({"prompt": "a", "seed": 1}, Path("x.png")).request(128)).width == 128
     assert (Job({"prompt": "a", "seed": 1}, Path("x.png"), ratio=(1, 2)).request(128)).height == 176
 
@@ -42,23 +42,23 @@ def test_an_open_size_is_the_models():
     ("aspect", "size"),
     [("1:1", (1024, 1024)), ("3:2", (1248, 832)), ("2:3", (832, 1248)), ("16:9", (1360, 768)), ("21:9", (1568, 672))],
 )
-def test_aspects_have_about_the_models_number_of_pixels(aspect, size):
+def test_aspect_ratios_keep_about_the_models_number_of_pixels(aspect, size):
     _, ratio = parse_size(aspect)
     assert size_of_ratio(ratio, 1024) == size
     assert abs(size[0] * size[1] / 1024**2 - 1) < 0.02
 
 
-def test_pixels_are_taken_as_they_are():
+def test_a_size_in_pixels_is_used_exactly():
     assert parse_size("1280X720") == ({"width": 1280, "height": 720}, None)
 
 
 @pytest.mark.parametrize("text", ["", "3", "3:0", "0:1", "9:1", "a:b", "1:1:1", "-1:1", "1280 x 720", "١:١"])
-def test_a_size_that_means_nothing_is_refused(text):
+def test_an_invalid_size_is_refused(text):
     with pytest.raises(RequestError, match=r"3:2|8:1"):
         parse_size(text)
 
 
-def test_seeds_are_counted_up_from_each():
+def test_count_adds_consecutive_seeds_to_each():
     assert parse_seeds("7") == [7]
     assert parse_seeds("1,2, 5") == [1, 2, 5]
     assert count_up([10, 20], 2) == [10, 11, 20, 21]
@@ -80,7 +80,7 @@ def test_seeds_are_counted_up_from_each():
         ("{seed.__class__}{0}{}{{seed}}{unknown}%d.png", "{seed.__class__}{0}{}{7}{unknown}%d.png"),
     ],
 )
-def test_names_are_filled_in_and_other_braces_kept(template, name):
+def test_placeholders_are_filled_in_and_other_braces_kept(template, name):
     job = Job({"prompt": "a cat, it's: ../一只猫\n", "seed": 7, "width": 64, "height": 32}, Path("dir") / template, 3)
     assert job.path(job.request(128, steps=8)) == Path("dir") / name
 
@@ -88,7 +88,7 @@ def test_names_are_filled_in_and_other_braces_kept(template, name):
 @pytest.mark.parametrize(
     "prompt", ["/", "..", "\0", "a/../../b", "~", "-rf", "猫" * 5000, "%n" * 100, "🙂🙂", "con\u202egnp"]
 )
-def test_any_prompt_makes_a_name_in_the_same_folder(tmp_path, prompt):
+def test_any_prompt_gives_a_file_name_in_the_same_folder(tmp_path, prompt):
     job = Job({"prompt": prompt, "seed": 1}, tmp_path / "{prompt}{prompt}{prompt}{prompt}.png")
     path = job.path(job.request(128))
     assert path.parent == tmp_path
@@ -97,18 +97,18 @@ def test_any_prompt_makes_a_name_in_the_same_folder(tmp_path, prompt):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_prompts_are_read_a_line_each():
+def test_prompts_are_read_one_per_line():
     assert read_prompts("a cat\n\n# a note\r\n 一只狗 \n", "f") == [{"prompt": "a cat"}, {"prompt": "一只狗"}]
     with pytest.raises(RequestError, match="contains no prompts"):
         read_prompts("\n# only notes\n", "f")
 
 
-def test_requests_are_read_an_object_a_line():
+def test_requests_are_read_one_object_per_line():
     assert read_requests('{"prompt": "a", "seed": 1}\n\n{"output": "b.png"}\n', "f") == [
         {"prompt": "a", "seed": 1},
         {"output": "b.png"},
     ]
-    for text, told in (
+    for text, message in (
         ("", "no request"),
         ("{}\n{", "line 2 is not valid JSON"),
         ("[1]", "line 1 must be a JSON object, got list"),
@@ -118,11 +118,11 @@ def test_requests_are_read_an_object_a_line():
         ('{"output": "\\ud800.png"}', "output must be a file name"),
         ("[" * 100_000, "line 1 is not valid JSON"),
     ):
-        with pytest.raises(RequestError, match=told):
+        with pytest.raises(RequestError, match=message):
             read_requests(text, "f")
 
 
-def test_files_of_prompts_are_utf_8_of_bounded_size(monkeypatch):
+def test_prompt_files_must_be_utf_8_and_not_too_large(monkeypatch):
     assert read_text(io.BytesIO("\ufeffa 猫".encode()), "f") == "a 猫"
     with pytest.raises(RequestError, match="not UTF-8 text"):
         read_text(io.BytesIO(b"\xff"), "f")

@@ -1,4 +1,4 @@
-"""The linear layer, which chooses its product, and SiLU: whichever way is taken, the numbers are the same."""
+"""The linear layer, which selects its product, and SiLU: every path gives the same numbers."""
 
 import mlx.core as mx
 import pytest
@@ -18,7 +18,7 @@ def packed(mode: str, bits: int, group_size: int) -> dict:
 @pytest.mark.parametrize(
     "packing", [("affine", 4, 64), ("affine", 8, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 )
-def test_rows_choose_the_product_and_not_the_result(monkeypatch, watch, packing, bias):
+def test_the_number_of_rows_selects_the_product_without_changing_the_result(monkeypatch, watch, packing, bias):
     weights = packed(*packing) | bias
     x = mx.random.normal((2, 3, 128), key=mx.random.key(1))
     monkeypatch.setenv("MLX_ZIMAGE_UNPACK_FROM", "6")
@@ -32,7 +32,7 @@ def test_rows_choose_the_product_and_not_the_result(monkeypatch, watch, packing,
 
 
 @pytest.mark.parametrize(("backend", "rows"), [("cpu", 0), ("metal", 512), ("cuda", 0)])
-def test_each_backend_has_its_rule(monkeypatch, backend, rows):
+def test_each_backend_has_its_own_threshold(monkeypatch, backend, rows):
     monkeypatch.delenv("MLX_ZIMAGE_UNPACK_FROM", raising=False)
     monkeypatch.setattr(mx.metal, "is_available", lambda: backend == "metal")
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu if backend == "cpu" else mx.gpu))
@@ -43,7 +43,7 @@ def test_each_backend_has_its_rule(monkeypatch, backend, rows):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_cuda_unpacks_8_bits_by_arithmetic_to_the_same_bits(monkeypatch, watch, dtype, group_size):
+def test_8_bit_unpacking_on_cuda_is_exact(monkeypatch, watch, dtype, group_size):
     weights = {
         name: part.astype(dtype) if name in ("scales", "biases") else part
         for name, part in packed("affine", 8, group_size).items()
@@ -58,11 +58,11 @@ def test_cuda_unpacks_8_bits_by_arithmetic_to_the_same_bits(monkeypatch, watch, 
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_silu_is_x_times_its_sigmoid_out_to_the_ends_of_the_range(dtype):
+def test_silu_is_x_times_its_sigmoid_over_the_whole_range(dtype):
     largest = mx.finfo(dtype).max
     x = mx.concatenate([mx.linspace(-100, 100, 2001), mx.array([-largest, largest, 0.0])]).astype(dtype)
     expected = x.astype(mx.float32) * mx.sigmoid(x.astype(mx.float32))
     found = silu(x)
     assert found.dtype == dtype and mx.isfinite(found).all()
-    # three roundings of the dtype at most, and what its smallest numbers cannot tell
+    # at most three roundings of the dtype, and the spacing of its smallest numbers
     assert mx.allclose(found.astype(mx.float32), expected, rtol=3 * mx.finfo(dtype).eps, atol=1e-6)

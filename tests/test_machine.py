@@ -1,4 +1,4 @@
-"""What a process takes of this machine, and gives back."""
+"""This machine's memory, limits and speed."""
 
 import os
 from types import SimpleNamespace
@@ -23,17 +23,17 @@ def group(folder, name: str, limit: str) -> None:
     (folder / name).write_text(f"{limit}\n")
 
 
-def test_limits_of_control_groups_are_found_at_every_level(tmp_path):
+def test_control_group_limits_are_found_at_every_level(tmp_path):
     membership, root = tmp_path / "cgroup", tmp_path / "fs"
     membership.write_text("0::/user.slice/job.scope\n")
     group(root / "user.slice/job.scope", "memory.max", "max")
     group(root / "user.slice", "memory.max", "3000000")
     assert list(cgroup_limits(membership, root)) == [3000000]
-    group(root, "memory.max", "2000000")  # as within a container, whose own group stands at the top
+    group(root, "memory.max", "2000000")  # as in a container, whose own group is mounted at the top
     assert sorted(cgroup_limits(membership, root)) == [2000000, 3000000]
 
 
-def test_limits_of_the_older_version_are_found(tmp_path):
+def test_control_group_v1_limits_are_found(tmp_path):
     membership, root = tmp_path / "cgroup", tmp_path / "fs"
     membership.write_text("9:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n")
     group(root / "memory/docker/1", "memory.limit_in_bytes", "1000000")
@@ -41,7 +41,7 @@ def test_limits_of_the_older_version_are_found(tmp_path):
     assert list(cgroup_limits(membership, root)) == [1000000]
 
 
-def test_where_there_are_no_control_groups_nothing_is_found(tmp_path):
+def test_without_control_groups_there_are_no_limits(tmp_path):
     assert list(cgroup_limits(tmp_path / "cgroup", tmp_path)) == []
 
 
@@ -56,7 +56,7 @@ def test_the_budget_is_a_share_of_what_the_process_may_have(monkeypatch, on_cpu)
     assert machine_budget() == 5, "a GPU's own recommendation"
 
 
-def test_a_request_gives_the_cache_limit_back_however_it_ends():
+def test_the_cache_limit_is_restored_however_a_request_ends():
     before = cache_limit()
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory="60MB")
     for event in pipe.stream(REQUEST):
@@ -71,7 +71,7 @@ def test_a_request_gives_the_cache_limit_back_however_it_ends():
     assert cache_limit() == before
 
 
-def test_limits_that_overlap_in_any_order_give_back_what_was_before_them():
+def test_limits_that_overlap_in_any_order_restore_the_original():
     before = cache_limit()
     first, second = limits(10**6), limits(2 * 10**6)
     first.__enter__()
@@ -85,7 +85,7 @@ def test_limits_that_overlap_in_any_order_give_back_what_was_before_them():
     assert cache_limit() == before
 
 
-def test_wired_limits_that_overlap_give_back_what_was_before_them(monkeypatch):
+def test_overlapping_wired_limits_restore_the_original(monkeypatch):
     limit = [7]
 
     def set_limit(nbytes: int) -> int:
@@ -105,7 +105,7 @@ def test_wired_limits_that_overlap_give_back_what_was_before_them(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_memory_is_wired_only_where_that_is_asked_for(monkeypatch, asked):
+def test_memory_is_wired_only_on_request(monkeypatch, asked):
     limits = []
 
     def set_limit(nbytes: int) -> int:
@@ -131,7 +131,7 @@ def test_a_mac_that_computes_on_its_cpu_wires_nothing(monkeypatch, on_cpu):
     list(ZImagePipeline.from_pretrained("pocket", wired=True).stream(REQUEST))
 
 
-def test_a_generator_that_is_finalized_while_another_asks_does_not_stop_it():
+def test_finalizing_a_generator_while_another_sets_a_limit_does_not_deadlock():
     """As by Python's collector, which may run anywhere."""
     limit, doomed = [7], []
 
@@ -175,11 +175,11 @@ def on_metal(monkeypatch, folder, name: str) -> None:
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": name})
 
 
-def test_a_cpu_may_take_as_long_as_it_likes(on_cpu):
+def test_kernels_on_a_cpu_are_not_limited(on_cpu):
     assert machine.product_rate() == machine.kernel_flops() == float("inf")
 
 
-def test_the_rate_of_products_is_the_measured_one_else_that_of_the_chips_name(tmp_path, monkeypatch):
+def test_the_product_rate_is_measured_or_estimated_from_the_chips_name(tmp_path, monkeypatch):
     on_metal(monkeypatch, tmp_path / "new", "Apple M2 Max")
     assert machine.product_rate() == machine.rate_of("Apple M2 Max") == pytest.approx(4.8e12, rel=0.01)
     machine.remember_product_rate(9e12)
@@ -192,26 +192,26 @@ def test_the_rate_of_products_is_the_measured_one_else_that_of_the_chips_name(tm
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"Apple M1": "fast"}', '{"Apple M1": 0}', '{"Apple M1": [1]}'])
-def test_damaged_rates_are_as_good_as_none(tmp_path, monkeypatch, content):
+def test_damaged_rates_are_ignored(tmp_path, monkeypatch, content):
     on_metal(monkeypatch, tmp_path, "Apple M1")
     (tmp_path / machine.RATES).write_text(content)
     assert machine.product_rate() == machine.rate_of("Apple M1")
 
 
-def test_a_rate_is_forgotten_where_nothing_can_be_written(tmp_path, monkeypatch):
+def test_a_rate_that_cannot_be_saved_is_dropped(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     on_metal(monkeypatch, tmp_path / "file", "Apple M1")
     machine.remember_product_rate(2e12)
     assert machine.product_rate() == machine.rate_of("Apple M1")
 
 
-def test_chips_that_are_not_known_count_as_the_slowest_like_them():
+def test_unknown_chips_count_as_the_slowest_similar_one():
     assert machine.rate_of("Apple M9 Max") == machine.rate_of("Apple M4 Max")
     slowest = machine.rate_of("Apple Paravirtual device")
     assert slowest == machine.rate_of("Apple A18 Pro") < machine.rate_of("Apple M1") < machine.rate_of("Apple M1 Pro")
 
 
-def test_cuda_ends_no_kernel(tmp_path, monkeypatch):
+def test_kernels_on_cuda_are_not_limited(tmp_path, monkeypatch):
     on_metal(monkeypatch, tmp_path, "NVIDIA H100")
     monkeypatch.setattr(machine, "backend", lambda: "cuda")
     assert machine.product_rate() == float("inf")

@@ -1,4 +1,4 @@
-"""Plans of memory: bounds that measured peaks keep, and pictures that do not depend on them."""
+"""Memory plans: measured peaks stay within them, and images do not depend on them."""
 
 import gc
 import re
@@ -35,8 +35,8 @@ def request(**values) -> GenerateRequest:
     return GenerateRequest(**settings | values)
 
 
-def draw(memory: str | int, dtype: str = "float32", **values) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """The latents and pixels of a request, the measured peak, and the planned bound."""
+def generate(memory: str | int, dtype: str = "float32", **values) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """A request's latents and pixels, the measured peak, and the planned bound."""
     pipe = ZImagePipeline.from_pretrained("pocket", dtype=dtype, memory=memory)
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -48,7 +48,7 @@ def draw(memory: str | int, dtype: str = "float32", **values) -> tuple[np.ndarra
 
 
 def smallest(planner: Planner, width: int = 128, height: int = 128, tokens: int = 20) -> int:
-    """The least budget that a plan exists for, by bisection."""
+    """The smallest budget for which there is a plan, found by bisection."""
     low, high = 1, 10**12
     while high - low > 1000:
         middle = (low + high) // 2
@@ -94,19 +94,19 @@ def slow(*values):
     ],
 )
 def test_the_measured_peak_stays_within_the_plan_and_the_budget(memory, values):
-    *_, measured, planned = draw(memory, **values)
+    *_, measured, planned = generate(memory, **values)
     assert measured <= planned <= parse_memory(memory)
 
 
-def test_a_streamed_picture_has_the_bits_of_a_resident_one(planner):
-    # so small that the weights outweigh the work
+def test_streaming_gives_the_same_bits_as_resident_weights(planner):
+    # so small that weights take more than the work
     resident = planner.plan(Workload(48, 48, 1, 20, 8), 10**10)
     tight = smallest(planner, 48, 48) * 11 // 10
     streamed = planner.plan(Workload(48, 48, 1, 20, 8), tight)
     assert resident.keep and not resident.streamed
     assert streamed.streamed and not streamed.keep
-    latents, pixels, *_ = draw(10**10, width=48, height=48)
-    streamed_latents, streamed_pixels, measured, _ = draw(tight, width=48, height=48)
+    latents, pixels, *_ = generate(10**10, width=48, height=48)
+    streamed_latents, streamed_pixels, measured, _ = generate(tight, width=48, height=48)
     assert measured <= tight
     assert np.array_equal(latents, streamed_latents)
     assert_hardly_differ(pixels, streamed_pixels)
@@ -115,7 +115,7 @@ def test_a_streamed_picture_has_the_bits_of_a_resident_one(planner):
 @pytest.mark.parametrize(
     ("size", "strips"), [((6, 8), (2**18, 2**16, 2**14)), slow((24, 40), (2**20, 2**18, 2**16))], ids=str
 )
-def test_a_picture_decoded_by_strips_is_the_same_but_for_the_products_last_bits(on_cpu, size, strips):
+def test_decoding_in_strips_changes_only_the_products_last_bits(on_cpu, size, strips):
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
     latents = mx.random.normal((*size, 16), key=mx.random.key(5))
     whole = pipe.decode(latents)
@@ -125,12 +125,12 @@ def test_a_picture_decoded_by_strips_is_the_same_but_for_the_products_last_bits(
 
 
 def assert_hardly_differ(pixels: np.ndarray, others: np.ndarray) -> None:
-    """As statistics do not depend on strips, only products may, which some BLAS sum in another order for few rows."""
+    """Statistics do not depend on strips; only products may, since some BLAS sum in another order for few rows."""
     differences = np.abs(pixels.astype(int) - others)
     assert differences.max() <= 1 and differences.mean() < 1e-4
 
 
-def test_whether_the_model_stays_is_the_callers_choice(planner):
+def test_the_caller_decides_whether_the_model_stays_in_memory(planner):
     work = 48, 48, 1, 20, 8
     assert planner.plan(Workload(*work), 10**10).keep
     staged = planner.plan(Workload(*work), 10**10, keep=False)
@@ -145,7 +145,7 @@ def test_whether_the_model_stays_is_the_callers_choice(planner):
     assert planner.plan(Workload(*work), kept, keep=True).keep
 
 
-def test_leaving_a_staged_run_gives_its_memory_back():
+def test_leaving_a_staged_run_frees_its_memory():
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=False)
     before = mx.get_active_memory()
     for _ in pipe.denoise(request(width=48, height=48)):
@@ -157,7 +157,7 @@ def test_leaving_a_staged_run_gives_its_memory_back():
 
 
 @pytest.mark.parametrize(("keep", "lean"), [(True, False), (True, True), (False, False)])
-def test_encoding_waits_for_each_layer_where_memory_is_scarce(keep, lean, planner, monkeypatch):
+def test_encoding_waits_for_each_layer_when_memory_is_scarce(keep, lean, planner, monkeypatch):
     walk, waits = Blocks.walk, []
 
     def noted(self, *args, wait=False, **kwargs):
@@ -178,7 +178,7 @@ def test_encoding_waits_for_each_layer_where_memory_is_scarce(keep, lean, planne
 
 
 @pytest.mark.parametrize(("prompts", "words", "budget"), [(12, 100, None), slow(40, 450, 25 * 10**6)])
-def test_remembered_prompts_stay_within_the_budget(planner, prompts, words, budget):
+def test_cached_prompts_stay_within_the_budget(planner, prompts, words, budget):
     settings = {"width": 16, "height": 16, "steps": 1}
     requests = [request(prompt=f"{n}" + " star" * words, **settings) for n in range(prompts)]
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
@@ -197,7 +197,7 @@ def test_remembered_prompts_stay_within_the_budget(planner, prompts, words, budg
 
 
 @pytest.mark.parametrize(("steps", "share"), [(30, 1 / 20), slow(500, 1 / 10)])
-def test_a_schedule_is_forgotten_with_a_staged_model(steps, share):
+def test_a_schedule_is_dropped_with_a_staged_model(steps, share):
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=False)
     before = mx.get_active_memory()
     list(pipe.denoise(request(width=16, height=16, steps=steps)))
@@ -205,7 +205,7 @@ def test_a_schedule_is_forgotten_with_a_staged_model(steps, share):
     assert mx.get_active_memory() - before < pipe.planner.modulations(steps) * share
 
 
-def test_one_schedule_is_remembered_at_a_time():
+def test_one_schedule_is_cached_at_a_time():
     settings = {"prompt": "a", "width": 16, "height": 16}
     budget = (
         ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=True).plan(request(steps=400, **settings)).room
@@ -220,9 +220,9 @@ def test_one_schedule_is_remembered_at_a_time():
     assert mx.get_peak_memory() - before <= budget
 
 
-def test_a_pipeline_that_is_let_go_takes_its_weights_along():
+def test_deleting_a_pipeline_frees_its_weights():
     before = mx.get_active_memory()
-    gc.disable()  # no cycle may have to be found first
+    gc.disable()  # must not depend on the cycle collector
     try:
         pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=True)
         for _ in pipe.denoise(request(width=16, height=16, steps=1)):
@@ -259,9 +259,9 @@ def test_only_weights_that_stay_are_wired_and_only_for_the_steps(monkeypatch, ke
     assert limits(calls)[2:] == [1000, 7]
 
 
-# Peaks above the weights in MB, of Z-Image's own sizes with random weights on an H100: of a call of the transformer
-# with a caption of 96 tokens, by pictures, side, and whether it was lean; of decoding, by side and bytes of a strip.
-# What a GPU was late to give back is not in them (see Work.late).
+# Peaks above the weights in MB, for the full-size model with random weights on an H100: for a call of the transformer
+# with a caption of 96 tokens, by images, side, and whether it was lean; for decoding, by side and bytes per strip.
+# Memory that the GPU freed late is not included (see Way.late).
 DENOISED = {
     mx.bfloat16: {(1, 1024, True): 333, (1, 2048, True): 1308, (1, 1024, False): 1058, (4, 512, False): 1126},
     mx.float16: {(1, 1024, True): 558, (1, 2048, True): 2194, (1, 1024, False): 1638, (4, 512, False): 1745},
@@ -271,11 +271,11 @@ DECODED = {
     mx.bfloat16: {(1024, None): 3630, (2048, 2**24): 2202, (1024, 2**22): 551, (2048, 2**20): 1175},
     mx.float32: {(1024, None): 4039, (2048, 2**24): 3627, (1024, 2**22): 908, (2048, 2**20): 2249},
 }
-DECODED[mx.float16] = DECODED[mx.float32]  # what its VAE computes in
+DECODED[mx.float16] = DECODED[mx.float32]  # its VAE's dtype
 
 
 @pytest.mark.parametrize("dtype", DENOISED)
-def test_bounds_of_a_gpu_hold_what_was_measured_there_in_each_dtype(planner, monkeypatch, dtype):
+def test_the_gpus_bounds_cover_what_was_measured_in_each_dtype(planner, monkeypatch, dtype):
     transformer, vae = SimpleNamespace(config=TransformerConfig()), SimpleNamespace(config=VAEConfig())
     monkeypatch.setattr(planner, "checkpoint", SimpleNamespace(transformer=transformer, vae=vae))
     monkeypatch.setattr(planner, "bounds", bounds.GPU[dtype])
@@ -290,7 +290,7 @@ def test_bounds_of_a_gpu_hold_what_was_measured_there_in_each_dtype(planner, mon
         assert measured <= bound / 1e6 <= 1.25 * measured
 
 
-def test_blocks_are_not_read_again_where_waiting_would_do(planner, monkeypatch):
+def test_blocks_are_not_streamed_if_waiting_is_enough(planner, monkeypatch):
     monkeypatch.setattr(planner, "bounds", bounds.GPU[mx.bfloat16])
     work = 128, 128, 1, 20, 8
     staged = planner.plan(Workload(*work), 10**10, keep=False)
@@ -301,26 +301,26 @@ def test_blocks_are_not_read_again_where_waiting_would_do(planner, monkeypatch):
     assert waiting.rooms["denoise"] == waiting.peaks["denoise"] < held
 
 
-def test_a_backend_that_cannot_read_ahead_holds_one_block_and_draws_the_same(on_cpu, monkeypatch):
+def test_a_backend_that_cannot_read_ahead_holds_one_block_and_gives_the_same_image(on_cpu, monkeypatch):
     planner = Planner(open_checkpoint("pocket"), mx.float32)
     tight = smallest(planner, 48, 48) * 11 // 10
-    ahead, *_ = draw(tight, width=48, height=48)
+    ahead, *_ = generate(tight, width=48, height=48)
     both = planner.footprints["transformer"].moving
     monkeypatch.setitem(READS_AHEAD, backend(), False)
     assert planner.footprints["transformer"].moving == both // 2
     one = smallest(planner, 48, 48) * 11 // 10
-    in_turn, _, measured, planned = draw(one, width=48, height=48)
+    in_turn, _, measured, planned = generate(one, width=48, height=48)
     assert one < tight and measured <= planned <= one
     assert np.array_equal(ahead, in_turn)
 
 
 @pytest.mark.parametrize(("side", "tenths"), [(48, 14), slow(128, 12)])
 @pytest.mark.parametrize("room", ["all", "some"])
-def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_caller(
+def test_without_reading_ahead_several_threads_read_what_is_kept_and_the_caller_the_rest(
     room, side, tenths, planner, monkeypatch
 ):
     size = {"width": side, "height": side}
-    expected, *_ = draw("1GB", **size)
+    expected, *_ = generate("1GB", **size)
     monkeypatch.setitem(READS_AHEAD, backend(), False)
     budget = 10**9 if room == "all" else smallest(planner, side, side) * tenths // 10
     read, threads = Component.read, {}
@@ -330,7 +330,7 @@ def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_calle
         return read(self, prefix, *args, **kwargs)
 
     monkeypatch.setattr(Component, "read", noted)
-    latents, _, measured, planned = draw(budget, **size)
+    latents, _, measured, planned = generate(budget, **size)
     assert np.array_equal(latents, expected)
     assert measured <= planned
     blocks = set(planner.footprints["transformer"].blocks)
@@ -345,7 +345,7 @@ def test_there_what_is_kept_is_read_by_several_threads_and_the_rest_by_the_calle
 
 
 @pytest.mark.parametrize("side", [48, slow(128)])
-def test_what_a_reading_thread_meets_reaches_the_caller_and_is_not_kept(side, monkeypatch):
+def test_an_error_in_a_reading_thread_reaches_the_caller_and_nothing_is_kept(side, monkeypatch):
     asked = request(width=side, height=side)
     monkeypatch.setitem(READS_AHEAD, backend(), False)
     pipe = ZImagePipeline.from_pretrained("pocket", memory="1GB")
@@ -366,7 +366,7 @@ def test_what_a_reading_thread_meets_reaches_the_caller_and_is_not_kept(side, mo
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_a_block_needs_while_it_is_read_is_counted(dtype, on_cpu):
+def test_the_memory_for_reading_a_block_is_counted(dtype, on_cpu):
     checkpoint = open_checkpoint("pocket")
     network = Planner(checkpoint, getattr(mx, dtype)).footprints["transformer"]
     block = max(network.blocks, key=network.blocks.get)
@@ -384,10 +384,10 @@ def test_what_a_block_needs_while_it_is_read_is_counted(dtype, on_cpu):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_several_readers_need_at_once_is_counted(dtype, monkeypatch):
+def test_the_memory_for_several_readers_is_counted(dtype, monkeypatch):
     monkeypatch.setitem(READS_AHEAD, backend(), False)
     checkpoint, dtype = open_checkpoint("pocket"), getattr(mx, dtype)
-    queries = checkpoint.transformer.entries["layers.0.attention.to_q.weight"]  # stored in bfloat16, ordered anew
+    queries = checkpoint.transformer.entries["layers.0.attention.to_q.weight"]  # stored in bfloat16, in another layout
     network = Planner(checkpoint, dtype).footprints["transformer"]
     assert network.reading >= READERS * queries.nbytes * (1 if dtype == mx.bfloat16 else 3)
     blocks = list(network.blocks)
@@ -407,7 +407,7 @@ def test_more_budget_never_makes_a_slower_plan(planner):
     assert order == sorted(order)
 
 
-def test_a_refusal_names_the_least_budget_and_the_largest_size_that_work(planner):
+def test_a_refusal_names_the_smallest_budget_and_the_largest_size_that_work(planner):
     with pytest.raises(MemoryBudgetError) as refusal:
         planner.plan(Workload(512, 256, 1, 20, 8), 30 * 10**6)
     assert refusal.value.exit_code == 5
@@ -425,7 +425,7 @@ def test_a_budget_that_no_size_fits_is_refused(planner):
         planner.plan(Workload(128, 128, 1, 20, 8), 1000)
 
 
-def test_a_refused_request_reads_no_weight():
+def test_a_refused_request_reads_no_weights():
     pipe = ZImagePipeline.from_pretrained("pocket", memory="1MB")
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -435,27 +435,28 @@ def test_a_refused_request_reads_no_weight():
 
 
 @pytest.mark.parametrize(("text", "size"), [("6GB", 6 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), (7, 7)])
-def test_memory_is_read_in_the_usual_units(text, size):
+def test_memory_sizes_are_parsed_in_the_usual_units(text, size):
     assert parse_memory(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "6", "lots", "-1GB", "0GB", 0, True, 1.5])
-def test_other_memory_is_refused(text):
+def test_invalid_memory_sizes_are_refused(text):
     with pytest.raises(RequestError, match="memory must be a size such as 6GB"):
         parse_memory(text)
 
 
-def test_plan_tells_what_stays_and_what_is_read(planner):
+def test_plan_shows_what_stays_in_memory_and_what_is_streamed(planner):
     least = f"{smallest(planner, 48, 48, tokens=512) / 1e6 + 0.1:.1f}M"
-    told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1GB"])
-    assert told.exit_code == 0
-    assert "1 image of 128x128, memory budget 1 GB" in told.stdout and "kept in memory between images" in told.stdout
-    told = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--width", "48", "--height", "48"])
-    assert re.search(r"transformer  \d blocks in memory, \d streamed from disk", told.stdout), told.stderr
+    result = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1GB"])
+    assert result.exit_code == 0
+    assert "1 image of 128x128, memory budget 1 GB" in result.stdout
+    assert "kept in memory between images" in result.stdout
+    result = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--width", "48", "--height", "48"])
+    assert re.search(r"transformer  \d blocks in memory, \d streamed from disk", result.stdout), result.stderr
     for option in ("--stage", "--low-ram"):
-        told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1GB", option])
-        assert "networks     unloaded after use" in told.stdout
-    told = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--keep"])
-    assert (told.exit_code, told.stdout) == (5, "") and "do not keep the model" in told.stderr
-    told = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1MB"])
-    assert (told.exit_code, told.stdout) == (5, "") and "needs at least" in told.stderr
+        result = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1GB", option])
+        assert "networks     unloaded after use" in result.stdout
+    result = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--keep"])
+    assert (result.exit_code, result.stdout) == (5, "") and "do not keep the model" in result.stderr
+    result = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1MB"])
+    assert (result.exit_code, result.stdout) == (5, "") and "needs at least" in result.stderr

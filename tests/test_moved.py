@@ -1,4 +1,4 @@
-"""Old places of names, which their users are told of for one release."""
+"""Names that moved still work in their old modules for one release, with a DeprecationWarning."""
 
 import importlib
 import re
@@ -21,12 +21,12 @@ OLD = {
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in OLD.items() for name in names])
-def test_an_old_place_gives_what_the_new_one_has_and_tells_it(module, name):
-    with pytest.warns(DeprecationWarning, match=rf"^mlx_zimage\.{module}\.{name} is now mlx_zimage\.") as told:
+def test_an_old_name_gives_the_new_object_with_a_warning(module, name):
+    with pytest.warns(DeprecationWarning, match=rf"^mlx_zimage\.{module}\.{name} is now mlx_zimage\.") as warned:
         found = getattr(importlib.import_module(f"mlx_zimage.{module}"), name)
-    home = re.search(r"is now (\S+)\.\w+;", str(told[0].message))[1]
+    home = re.search(r"is now (\S+)\.\w+;", str(warned[0].message))[1]
     assert found is getattr(importlib.import_module(home), name)
-    assert told[0].filename == __file__
+    assert warned[0].filename == __file__
 
 
 def test_the_warning_points_at_the_import():
@@ -39,13 +39,13 @@ def test_the_warning_points_at_the_import():
         assert result.stderr.count("DeprecationWarning") == 1
 
 
-def test_what_never_was_there_is_not():
+def test_unknown_names_raise_attribute_errors():
     for module in OLD:
         with pytest.raises(AttributeError, match=f"module 'mlx_zimage.{module}' has no attribute 'nothing'"):
             _ = importlib.import_module(f"mlx_zimage.{module}").nothing
 
 
-def test_nothing_in_the_package_or_the_examples_uses_an_old_place():
+def test_nothing_in_the_package_or_the_examples_uses_an_old_name():
     old = re.compile(
         r"^ *(from (mlx_zimage\.|\.\.?)(image|metadata|quantize)|import mlx_zimage\.(image|metadata|quantize)"
         r"|from (mlx_zimage)?\.*weights import (open_checkpoint|resolve))\b",
@@ -54,5 +54,5 @@ def test_nothing_in_the_package_or_the_examples_uses_an_old_place():
     assert old.search("from ..metadata import Origin") and old.search("from mlx_zimage.weights import resolve")
     for folder in (PACKAGE, PACKAGE / "convert", PACKAGE.parent / "examples"):
         for file in folder.rglob("*.py"):
-            if file.parent.name not in ("images", "weights"):  # they have neighbours of these names
+            if file.parent.name not in ("images", "weights"):  # they have sibling modules with these names
                 assert not old.search(file.read_text(encoding="utf-8")), file

@@ -17,44 +17,44 @@ def rows(shape: tuple[int, ...]) -> list[dict]:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_normals_are_those_of_torch(shape):
+def test_normals_match_torch(shape):
     for row in rows(shape):
         normals = torch_randn(row["seed"], shape).reshape(-1)
         ends = np.concatenate([normals[:16], normals[-16:]])
-        # float32 logarithms and cosines of two libraries, at values up to 6; a wrong draw errs by 1
+        # float32 logarithms and cosines of two libraries, at values up to 6; a wrong number errs by about 1
         assert np.abs(ends - np.float32(row["ends"])).max() < 2e-6, row["seed"]
-        # measured 2e-8 a value at most: their errors are not all of one sign
+        # measured at most 2e-8 per value: errors of both signs cancel
         assert abs(normals.sum(dtype=np.float64) - row["sum"]) < 1e-7 * normals.size, row["seed"]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_uniforms_are_those_of_torch_bit_for_bit(shape):
+def test_uniforms_match_torch_bit_for_bit(shape):
     for row in rows(shape):
         uniforms = _uniform(np.random.RandomState(row["seed"] % 2**32)._bit_generator, int(np.prod(shape)))
         assert zlib.crc32(uniforms.tobytes()) == row["uniform_crc32"], row["seed"]
 
 
-def test_seeds_that_share_their_low_32_bits_share_their_noise():
+def test_seeds_with_the_same_low_32_bits_give_the_same_noise():
     # torch keeps only these
     shape = (1, 16, 4, 4)
     assert np.array_equal(torch_randn(5, shape), torch_randn(2**32 + 5, shape))
     assert not np.array_equal(torch_randn(5, shape), torch_randn(6, shape))
 
 
-def test_the_first_of_several_pictures_is_the_single_one():
+def test_the_first_image_of_a_batch_equals_a_single_one():
     several, single = initial_noise(42, (3, 16, 6, 10)), initial_noise(42, (1, 16, 6, 10))
     assert mx.array_equal(several[:1], single)
     assert not mx.array_equal(several[1], several[2])
 
 
-def test_a_last_group_short_of_16_is_drawn_again():
-    # torch fills such a tail with 16 fresh normals, which overlap the ones before
+def test_an_incomplete_last_group_of_16_is_generated_again():
+    # torch fills such a tail with 16 new normals, which overwrite some of the previous ones
     whole, ragged = torch_randn(3, (32,)), torch_randn(3, (40,))
     assert np.array_equal(whole[:24], ragged[:24])
     assert not np.array_equal(whole[24:], ragged[24:32])
 
 
-def test_too_few_for_a_group_are_refused():
+def test_fewer_than_16_numbers_are_refused():
     with pytest.raises(ValueError, match="at least 16 normals"):
         torch_randn(0, (1, 15))
 
@@ -63,12 +63,12 @@ def test_too_few_for_a_group_are_refused():
 def test_noise_is_standard_normal_float32(rng):
     noise = initial_noise(2**64 - 1, (2, 16, 64, 64), rng)
     assert noise.dtype == mx.float32
-    # 131072 draws: three standard deviations of the mean, and of the variance
+    # 131072 numbers: three standard deviations of the mean, and of the variance
     assert abs(noise.mean().item()) < 3 / 131072**0.5
     assert abs(noise.var().item() - 1) < 3 * (2 / 131072) ** 0.5
 
 
-def test_mlx_noise_follows_its_seed_alone():
+def test_mlx_noise_depends_only_on_its_seed():
     mx.random.seed(1)
     first = initial_noise(9, (1, 16, 4, 4), "mlx")
     mx.random.seed(2)

@@ -42,17 +42,17 @@ def test_every_step_of_a_run_equals_the_reference(golden, golden_pipe, run):
 
 
 @pytest.mark.parametrize("run", ["t2i8", "cfg4"])
-def test_the_picture_of_a_run_equals_the_reference(golden, golden_pipe, run):
-    *_, last, picture = golden_run(golden, golden_pipe, run)
+def test_the_image_of_a_run_equals_the_reference(golden, golden_pipe, run):
+    *_, last, image = golden_run(golden, golden_pipe, run)
     pixels = np.clip(np.array(golden_pipe.vae.decode(last.latents)) / 2 + 0.5, 0, 1)
     assert relative_error(pixels, golden[f"pipeline/{run}.image"]) < TOLERANCE
-    # a value on the edge between two integers may round either way, but few are
-    apart = np.abs(picture.pixels.astype(int) - golden[f"pipeline/{run}.image_u8"])
+    # a value halfway between two integers may round either way, but there are few of them
+    apart = np.abs(image.pixels.astype(int) - golden[f"pipeline/{run}.image_u8"])
     assert apart.max() <= 1
     assert apart.mean() < 1e-2
 
 
-def test_two_prompts_at_once_are_two_runs(golden, golden_pipe):
+def test_running_two_prompts_at_once_equals_two_runs(golden, golden_pipe):
     noise = tiny.randn(golden.seed, "pipe.zz", 2, *SHAPE[1:])
     for i, key in enumerate(("short", "medium")):
         out = golden_pipe(
@@ -61,31 +61,31 @@ def test_two_prompts_at_once_are_two_runs(golden, golden_pipe):
         assert relative_error(out.images[0], golden["pipeline/batch2.latents"][i]) < TOLERANCE
 
 
-def test_a_stream_yields_its_steps_and_then_its_pictures(pipe):
+def test_a_stream_yields_its_steps_and_then_its_images(pipe):
     request = request_of(steps=3, num_images=2)
     events = list(pipe.stream(request))
     assert [type(event) for event in events] == [Step] * 3 + [Generated] * 2
     assert [event.index for event in events] == [0, 1, 2, 0, 1]
     assert np.array_equal(np.float32([step.sigma for step in events[:3]]), sigmas(3)[1:])
-    for picture in events[3:]:
-        assert picture.pixels.shape == (tiny.HEIGHT, tiny.WIDTH, 3)
-        assert picture.pixels.dtype == np.uint8
-        assert picture.request == request
+    for image in events[3:]:
+        assert image.pixels.shape == (tiny.HEIGHT, tiny.WIDTH, 3)
+        assert image.pixels.dtype == np.uint8
+        assert image.request == request
 
 
-def test_the_transformer_runs_once_a_step(pipe, watch):
+def test_the_transformer_runs_once_per_step(pipe, watch):
     evaluations = watch(Transformer, "finish")
     pipe("a red fox", **SIZE, num_inference_steps=5, seed=0, negative_prompt="blurry", output_type="latent")
     assert len(evaluations) == 5
 
 
-def test_guidance_runs_the_transformer_twice_a_step(pipe, watch):
+def test_guidance_runs_the_transformer_twice_per_step(pipe, watch):
     evaluations = watch(Transformer, "finish")
     pipe("a red fox", **SIZE, num_inference_steps=5, seed=0, guidance_scale=1.0, output_type="latent")
     assert len(evaluations) == 10
 
 
-def test_events_tell_of_the_phases_around_the_steps_too(tiny_folder):
+def test_events_include_the_phases_around_the_steps(tiny_folder):
     pipe, request = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32"), request_of(num_images=2)
     layers = pipe.text_encoder.config.used_layers
     encode = [Phase("encode", done, layers) for done in range(layers + 1)]
@@ -106,20 +106,20 @@ def test_leaving_the_stream_stops_the_work(pipe, watch):
     assert len(evaluations) == 2
 
 
-def test_a_seed_is_a_picture(pipe):
-    def draw(seed):
+def test_a_seed_determines_the_image(pipe):
+    def generate(seed):
         return pipe("a red fox", **SIZE, num_inference_steps=2, seed=seed, output_type="np").images
 
-    assert np.array_equal(draw(1), draw(1))
-    assert not np.array_equal(draw(1), draw(2))
+    assert np.array_equal(generate(1), generate(1))
+    assert not np.array_equal(generate(1), generate(2))
 
 
-def test_a_seed_left_out_is_told(pipe):
-    drawn = pipe("a red fox", **SIZE, num_inference_steps=1, output_type="latent")
-    again = pipe("a red fox", **SIZE, num_inference_steps=1, seed=drawn.seed, output_type="latent")
+def test_a_random_seed_is_reported(pipe):
+    generated = pipe("a red fox", **SIZE, num_inference_steps=1, output_type="latent")
+    again = pipe("a red fox", **SIZE, num_inference_steps=1, seed=generated.seed, output_type="latent")
     other = pipe("a red fox", **SIZE, num_inference_steps=1, output_type="latent")
-    assert np.array_equal(again.images, drawn.images)
-    assert other.seed != drawn.seed
+    assert np.array_equal(again.images, generated.images)
+    assert other.seed != generated.seed
 
 
 def big_endian(noise: mx.array) -> np.ndarray:
@@ -132,12 +132,12 @@ def long_double(noise: mx.array) -> np.ndarray:
 
 @pytest.mark.parametrize("rng", ["torch", "mlx"])
 @pytest.mark.parametrize("wrap", [np.array, mx.array, big_endian, long_double])
-def test_latents_are_the_noise(pipe, rng, wrap):
+def test_latents_replace_the_noise(pipe, rng, wrap):
     given = pipe(
         "a red fox", **SIZE, num_inference_steps=2, latents=wrap(initial_noise(5, SHAPE, rng)), output_type="latent"
     )
-    drawn = pipe("a red fox", **SIZE, num_inference_steps=2, seed=5, rng=rng, output_type="latent")
-    assert np.array_equal(given.images, drawn.images)
+    generated = pipe("a red fox", **SIZE, num_inference_steps=2, seed=5, rng=rng, output_type="latent")
+    assert np.array_equal(given.images, generated.images)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_latents_that_do_not_fit_are_refused_before_any_work(pipe, watch, latent
     assert not encoded
 
 
-def test_several_pictures_of_a_seed_are_drawn_from_one_noise(pipe):
+def test_a_batch_splits_the_noise_of_one_seed(pipe):
     noise = initial_noise(3, (3, *SHAPE[1:]))
     together = pipe("a red fox", **SIZE, num_inference_steps=2, seed=3, num_images_per_prompt=3, output_type="latent")
     for i, image in enumerate(together.images):
@@ -181,7 +181,7 @@ def test_a_prompt_of_over_512_tokens_is_truncated_with_a_warning(pipe):
         assert mx.array_equal(pipe.encode(prompt + "and a hare"), cut)
 
 
-def test_a_prompt_of_512_tokens_is_read_whole_and_silently(pipe):
+def test_a_prompt_of_512_tokens_is_not_truncated(pipe):
     words = 512 - len(pipe.tokenizer.encode(""))
     prompt = "!" * words
     while len(pipe.tokenizer.encode(prompt)) < 512:
@@ -204,14 +204,14 @@ def test_without_guidance_a_negative_prompt_changes_nothing(pipe):
     assert not np.array_equal(plain, guided)
 
 
-def test_the_prompt_moves_the_picture(pipe):
+def test_the_prompt_changes_the_image(pipe):
     fox, hare = (
         pipe(prompt, **SIZE, num_inference_steps=1, seed=0, output_type="latent").images for prompt in ("fox", "hare")
     )
     assert relative_error(fox, hare) > 1e-3
 
 
-def test_output_types_show_the_same_picture(pipe):
+def test_all_output_types_show_the_same_image(pipe):
     pil, unit, latent = (
         pipe("a red fox", **SIZE, num_inference_steps=2, seed=0, output_type=kind).images
         for kind in ("pil", "np", "latent")
@@ -226,7 +226,7 @@ def test_output_types_show_the_same_picture(pipe):
     assert np.array_equal(pipe.decode(mx.array(latent[0]).transpose(1, 2, 0)), np.array(pil[0]))
 
 
-def test_a_shift_moves_the_steps(pipe):
+def test_a_shift_changes_the_sigmas(pipe):
     steps = list(pipe.denoise(request_of(steps=4, shift=6.0)))
     assert np.array_equal(np.float32([step.sigma for step in steps]), sigmas(4, 6.0)[1:])
 
@@ -242,7 +242,7 @@ def test_a_shift_moves_the_steps(pipe):
     ],
     ids=str,
 )
-def test_faults_of_a_call_are_told_before_any_work(pipe, watch, change, message):
+def test_invalid_arguments_are_reported_before_any_work(pipe, watch, change, message):
     encoded = watch(TextEncoder, "__call__")
     with pytest.raises(RequestError) as caught:
         pipe(**{"prompt": "a red fox", **SIZE, **change})
@@ -256,7 +256,7 @@ def test_other_dtypes_are_refused(tiny_folder, dtype):
         ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)
 
 
-def test_damaged_weights_stop_the_run_and_draw_nothing(tmp_path):
+def test_damaged_weights_stop_the_run_without_an_image(tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "model", seed=0)
     arrays = tiny.weights(0, "transformer", tiny.TRANSFORMER)
     arrays["layers.1.feed_forward.w2.weight"][0, 0] = np.nan
@@ -268,19 +268,19 @@ def test_damaged_weights_stop_the_run_and_draw_nothing(tmp_path):
         damaged("a red fox", **SIZE, num_inference_steps=2, seed=0)
 
 
-def test_a_damaged_vae_draws_nothing(pipe):
+def test_a_damaged_vae_generates_nothing(pipe):
     with pytest.raises(NumericsError, match="decoded image has values that are not finite"):
         pipe.decode(mx.full((2, 2, 16), float("nan")))
 
 
-def test_pocket_draws_at_its_own_size_with_no_network(monkeypatch):
+def test_pocket_generates_at_its_own_size_without_internet(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pocket = ZImagePipeline.from_pretrained("pocket")
     assert pocket.checkpoint.folder == POCKET
-    picture = pocket("a red circle on a blue background", num_inference_steps=4, seed=1).images[0]
-    assert picture.size == (pocket.sample_size, pocket.sample_size)
-    # red in the middle of the shape somewhere, blue at most of the rim: it draws what it is asked
-    pixels = np.array(picture).astype(int)
+    image = pocket("a red circle on a blue background", num_inference_steps=4, seed=1).images[0]
+    assert image.size == (pocket.sample_size, pocket.sample_size)
+    # red somewhere in the middle, blue along most of the edge: the image shows what the prompt says
+    pixels = np.array(image).astype(int)
     red = (pixels[..., 0] > 120) & (pixels[..., 2] < 110)
     blue = (pixels[..., 2] > 120) & (pixels[..., 0] < 110)
     rim = np.concatenate([blue[0], blue[-1], blue[:, 0], blue[:, -1]])
@@ -289,16 +289,16 @@ def test_pocket_draws_at_its_own_size_with_no_network(monkeypatch):
 
 
 @pytest.mark.parametrize("memory", ["1GB", "13MB"], ids=["kept", "streamed"])
-def test_a_pipeline_made_in_one_thread_draws_in_another(memory):
-    """As a server's workers do; MLX's streams belong to the thread that made them."""
+def test_a_pipeline_opened_in_one_thread_works_in_another(memory):
+    """As in a server's workers; MLX's streams belong to the thread that created them."""
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=memory)
 
-    def draw() -> np.ndarray:
+    def generate() -> np.ndarray:
         return pipe("a red circle", width=48, height=48, num_inference_steps=1, seed=1, output_type="np").images
 
     with ThreadPoolExecutor(1) as worker:
-        there = worker.submit(draw).result()
-    assert np.array_equal(there, draw())
+        there = worker.submit(generate).result()
+    assert np.array_equal(there, generate())
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_pipeline_made_in_one_thread_draws_in_another(memory):
     ],
 )
 def test_each_event_may_be_taken_in_another_thread(memory, dtype, side):
-    """As web frameworks take them from a generator."""
+    """As web frameworks consume a generator."""
     pipe = ZImagePipeline.from_pretrained("pocket", dtype=dtype, memory=memory)
     request = GenerateRequest("a red circle", side, side, seed=1, steps=2, num_images=2)
 

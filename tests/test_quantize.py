@@ -1,4 +1,4 @@
-"""Which layers are quantized, and how their packed form is described."""
+"""Which layers are quantized, and how a quantization is described."""
 
 import mlx.core as mx
 import pytest
@@ -14,7 +14,7 @@ ALL = [Quantization(b, g, mode) for mode, (bits, groups) in MODES.items() for b 
 
 
 @pytest.mark.parametrize("q", ALL, ids=str)
-def test_packed_shapes_are_those_mlx_makes(q):
+def test_packed_shapes_match_mlxs(q):
     parts = mx.quantize(mx.ones((6, 256)), group_size=q.group_size, bits=q.bits, mode=q.mode)
     assert list(q.packed("layer.weight", (6, 256)).values()) == [part.shape for part in parts]
     assert (
@@ -23,15 +23,15 @@ def test_packed_shapes_are_those_mlx_makes(q):
 
 
 @pytest.mark.parametrize("q", ALL, ids=str)
-def test_packing_is_read_back_from_the_config(q):
+def test_a_quantization_survives_a_round_trip_through_the_config(q):
     assert Quantization.from_dict(q.to_dict()) == q
-    assert Quantization.from_dict({"bits": 4, "group_size": 64}) == Quantization(4)  # as older files of mlx-lm have it
+    assert Quantization.from_dict({"bits": 4, "group_size": 64}) == Quantization(4)  # as in older mlx-lm files
 
 
 @pytest.mark.parametrize(
     ("mode", "bits", "group_size"), [("affine", 4, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 )
-def test_defaults_are_those_of_mlx(mode, bits, group_size):
+def test_defaults_match_mlxs(mode, bits, group_size):
     assert default_quantization(None, None, mode) == Quantization(bits, group_size, mode)
     parts = mx.quantize(mx.ones((6, 768)), mode=mode)
     packed = Quantization(bits, group_size, mode).packed("layer.weight", (6, 768))
@@ -47,7 +47,7 @@ def test_defaults_are_those_of_mlx(mode, bits, group_size):
         ((8, 32, "mxfp4"), "mxfp4 quantization takes 4 bits, got 8"),
     ],
 )
-def test_what_mlx_has_not_is_refused(arguments, message):
+def test_quantizations_that_mlx_does_not_support_are_refused(arguments, message):
     with pytest.raises(RequestError, match=message):
         Quantization(*arguments)
 
@@ -60,7 +60,7 @@ def test_what_mlx_has_not_is_refused(arguments, message):
         ("vae", VAEConfig(), 0, 0.0),
     ],
 )
-def test_the_recipe_takes_the_matrices_of_the_blocks_and_nothing_else(component, config, count, share):
+def test_only_the_blocks_matrices_are_quantized(component, config, count, share):
     shapes = config.shapes()
     chosen = [name for name, shape in shapes.items() if tensor_quantization(component, name, shape, Quantization(4))]
     assert len(chosen) == count
@@ -70,6 +70,6 @@ def test_the_recipe_takes_the_matrices_of_the_blocks_and_nothing_else(component,
     assert not any(tensor_quantization(component, name, shape, None) for name, shape in shapes.items())
 
 
-def test_a_group_that_does_not_divide_the_width_is_refused_by_name():
+def test_a_group_size_that_does_not_divide_the_width_is_refused():
     with pytest.raises(RequestError, match=r"to_q\.weight is 192 wide, which is not a multiple of the group size 128"):
         tensor_quantization("transformer", "layers.0.attention.to_q.weight", (192, 192), Quantization(4, 128))

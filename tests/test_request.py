@@ -46,7 +46,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("change", "message"), FAULTS, ids=lambda value: str(value)[:40])
-def test_a_fault_is_named_with_its_value_and_what_was_wanted(change, message):
+def test_an_invalid_value_is_reported_with_what_was_expected(change, message):
     with pytest.raises(RequestError) as caught:
         GenerateRequest(**GOOD | change)
     assert message in str(caught.value)
@@ -64,12 +64,12 @@ def test_a_fault_is_named_with_its_value_and_what_was_wanted(change, message):
     ],
     ids=str,
 )
-def test_values_at_the_edges_are_taken(change):
+def test_values_at_the_limits_are_accepted(change):
     request = GenerateRequest(**GOOD | change)
     assert {name: getattr(request, name) for name in change} == change
 
 
-def test_a_request_comes_back_from_json():
+def test_a_request_survives_a_round_trip_through_json():
     request = GenerateRequest(
         **GOOD | {"steps": 4, "guidance_scale": 1.5, "shift": 6.0, "prompt": "雪 🦊", "seed": 2**63}
     )
@@ -86,7 +86,7 @@ def test_a_dictionary_without_a_prompt_is_refused():
         GenerateRequest.from_dict({"width": 64, "height": 64, "seed": 0})
 
 
-def test_a_dictionary_is_checked_like_any_request():
+def test_a_request_from_a_dictionary_is_validated():
     with pytest.raises(RequestError, match="the nearest are 48 and 64"):
         GenerateRequest.from_dict(GOOD | {"width": 50})
 
@@ -103,7 +103,7 @@ def test_a_request_error_is_a_zimage_error_and_a_value_error():
     assert caught.value.exit_code == 2
 
 
-def test_requests_are_made_without_mlx_and_numpy():
+def test_requests_need_neither_mlx_nor_numpy():
     script = (
         "import sys; from mlx_zimage import GenerateRequest; GenerateRequest('fox', 64, 64, 0);"
         "print([name for name in ('mlx.core', 'numpy', 'PIL') if name in sys.modules])"
@@ -111,7 +111,7 @@ def test_requests_are_made_without_mlx_and_numpy():
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_numpys_numbers_are_taken_as_pythons():
+def test_numpy_numbers_become_python_numbers():
     request = GenerateRequest(**GOOD | {"seed": np.uint64(2**64 - 1), "width": np.int32(64), "shift": np.float32(2)})
     assert (
         json.loads(json.dumps(request.to_dict())) | {"seed": 2**64 - 1, "width": 64, "shift": 2.0} == request.to_dict()

@@ -10,7 +10,7 @@ from mlx_zimage.errors import CheckpointError
 from mlx_zimage.scheduler import SchedulerConfig, sigmas
 
 ROWS = json.loads((tiny.GOLDEN / "schedules.json").read_text())
-ULP = 1.2e-7  # of a float32 at 1: torch.linspace rounds some of 28 and 50 steps the other way
+ULP = 1.2e-7  # one float32 rounding at 1: torch.linspace rounds some of 28 and 50 steps the other way
 
 
 def schedule(config: dict, *args, **options) -> np.ndarray:
@@ -40,7 +40,7 @@ def test_dynamic_sigmas_equal_the_reference(row):
 
 
 @pytest.mark.parametrize("row", rows("diffusers 0.36"))
-def test_nine_steps_of_the_model_card_are_our_eight(row):
+def test_the_model_cards_nine_steps_are_eight_here(row):
     # diffusers 0.36 spent its last model call at sigma 0, where it changes nothing
     ours = sigmas(row["steps"] - 1, row["shift"])
     assert np.abs(np.append(ours, 0) - np.float32(row["sigmas"])).max() <= 2 * ULP
@@ -61,7 +61,7 @@ def test_a_shift_of_1_spaces_sigmas_evenly():
     assert np.allclose(sigmas(10, 1.0), np.linspace(1, 0, 11), atol=ULP)
 
 
-def test_dynamic_shifting_is_the_static_one_at_exp_mu():
+def test_dynamic_shifting_equals_static_shifting_by_exp_mu():
     assert np.allclose(sigmas(8, mu=np.log(3.0)), sigmas(8, 3.0), atol=2 * ULP)
 
 
@@ -70,7 +70,7 @@ def test_an_explicit_shift_overrides_the_config():
     assert np.array_equal(schedule({"use_dynamic_shifting": True}, 8, 4096, shift=6.0), sigmas(8, 6.0))
 
 
-def test_a_config_without_shift_means_turbo():
+def test_a_config_without_shift_gets_turbos():
     assert np.array_equal(schedule({}, 8, 4096), sigmas(8, 3.0))
 
 
@@ -97,7 +97,7 @@ def test_a_schedule_that_is_not_implemented_is_refused(change):
         SchedulerConfig.from_dict(change)
 
 
-def test_a_step_along_the_straight_line_reaches_its_other_end():
+def test_a_step_along_a_straight_line_reaches_its_end():
     image, noise = (mx.array(tiny.randn(0, tag, 1, 4, 4, 16)) for tag in ("image", "noise"))
     there = scheduler.add_noise(image, noise, 0.8)
     back = scheduler.step(there, noise - image, 0.8, 0.3)
@@ -105,7 +105,7 @@ def test_a_step_along_the_straight_line_reaches_its_other_end():
     assert mx.abs(back - scheduler.add_noise(image, noise, 0.3)).max() < 1e-6
 
 
-def test_no_noise_is_the_image_and_all_noise_the_noise():
+def test_sigma_0_is_the_image_and_sigma_1_the_noise():
     image, noise = (mx.array(tiny.randn(0, tag, 1, 4, 4, 16)) for tag in ("image", "noise"))
     assert mx.array_equal(scheduler.add_noise(image, noise, 0.0), image)
     assert mx.array_equal(scheduler.add_noise(image, noise, 1.0), noise)

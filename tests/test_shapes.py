@@ -1,4 +1,4 @@
-"""The real configuration has the tensors that the published checkpoint has."""
+"""The real configuration has the same tensors as the published checkpoint."""
 
 from math import prod
 
@@ -76,7 +76,7 @@ CONFIGS = {
     ("component", "tensors", "parameters"),
     [("transformer", 521, 6_154_908_736), ("text_encoder", 398, 4_022_468_096), ("vae", 244, 83_819_683)],
 )
-def test_tensors_and_parameters_are_as_many_as_published(component, tensors, parameters):
+def test_tensor_and_parameter_counts_match_the_published_model(component, tensors, parameters):
     shapes = CONFIGS[component].shapes()
     assert len(shapes) == tensors
     assert sum(map(prod, shapes.values())) == parameters
@@ -101,7 +101,7 @@ def test_the_defaults_are_the_published_configuration():
         ("vae", "decoder.", 49_545_475),
     ],
 )
-def test_parts_hold_as_many_parameters_as_published(component, prefix, parameters):
+def test_the_parameter_count_of_each_part_matches_the_published_model(component, prefix, parameters):
     shapes = CONFIGS[component].shapes()
     assert sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix)) == parameters
 
@@ -149,7 +149,7 @@ def test_the_context_refiners_are_not_modulated():
     }
 
 
-def test_the_text_encoder_reads_all_but_its_last_layer_and_norm():
+def test_the_text_encoder_reads_everything_but_its_last_layer_and_norm():
     config = CONFIGS["text_encoder"]
     used = {name: shape for name, shape in config.shapes().items() if not config.unused(name)}
     assert sum(map(prod, used.values())) == 3_921_534_720

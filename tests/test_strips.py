@@ -1,4 +1,4 @@
-"""The VAE by strips: the whole picture's result in a fraction of its memory."""
+"""The VAE in strips: the same result as for the whole image, in a fraction of the memory."""
 
 import mlx.core as mx
 import numpy as np
@@ -26,22 +26,22 @@ def peak_of(compute) -> tuple[mx.array, int]:
 
 @pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
 @pytest.mark.parametrize("size", [(4, 8), (7, 4), pytest.param((8, 12), marks=pytest.mark.slow)])
-def test_decoding_by_strips_equals_decoding_whole(runner, strip_bytes, size):
+def test_decoding_in_strips_equals_decoding_whole(runner, strip_bytes, size):
     mx.random.seed(1)
     latents = mx.random.normal((1, *size, 16))
     whole = VAE(runner.weights.config, runner).decode(latents)
     strips = VAE(runner.weights.config, runner, strip_bytes).decode(latents)
-    # float32: only products of few rows may be summed in another order; measured 1.2e-6 of the largest
+    # float32: only products of few rows may be summed in another order; measured 1.2e-6 of the largest value
     assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max()
 
 
 @pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
-def test_encoding_by_strips_equals_encoding_whole(runner, strip_bytes):
+def test_encoding_in_strips_equals_encoding_whole(runner, strip_bytes):
     mx.random.seed(2)
     pixels = mx.tanh(mx.random.normal((1, 112, 48, 3)))
     whole = VAE(runner.weights.config, runner).encode(pixels)
     strips = VAE(runner.weights.config, runner, strip_bytes).encode(pixels)
-    # as above; white noise through a trained encoder makes values of several units
+    # as above; white noise through a trained encoder gives values of several units
     assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max()
 
 
@@ -56,7 +56,7 @@ def test_strips_need_a_fraction_of_the_memory(runner, size):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (7, 2), (6, 9)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_sum_of_products_is_the_convolution(on_cpu, watch, height, width, batch):
+def test_the_sum_of_products_equals_the_convolution(on_cpu, watch, height, width, batch):
     mx.random.seed(3)
     x, kernel = mx.random.normal((batch, height, width, 8)), mx.random.normal((16, 3, 3, 8))
     weights = {"weight": kernel, "bias": mx.random.normal((16,))}
@@ -70,28 +70,28 @@ def test_a_sum_of_products_is_the_convolution(on_cpu, watch, height, width, batc
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_in_16_bits_a_cpu_convolves_as_mlx_does(on_cpu, dtype):
+def test_a_cpu_uses_mlxs_convolution_in_16_bits(on_cpu, dtype):
     x, kernel = (mx.random.normal(shape).astype(dtype) for shape in ((1, 5, 4, 8), (16, 3, 3, 8)))
     weights = {"weight": kernel, "bias": mx.zeros((16,), dtype)}
     assert mx.array_equal(vae.conv(Rows.of(x), weights).get(0, 5), mx.conv2d(x, kernel, padding=1))
 
 
-def test_a_mac_may_compute_on_its_cpu(on_cpu, runner, monkeypatch):
+def test_a_mac_can_compute_on_its_cpu(on_cpu, runner, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     latents = mx.random.normal((1, 4, 4, 16))
     assert VAE(runner.weights.config, runner).decode(latents).shape == (1, 32, 32, 3)
 
 
 @pytest.mark.parametrize("height", [1, 2, 5])
-def test_work_in_two_halves_is_the_work_at_once(on_cpu, height):
+def test_computing_in_two_halves_changes_nothing(on_cpu, height):
     rows, scale, shift = (mx.random.normal((2, height, 3, 4)) for _ in range(3))
     scale, shift = scale[:, :1], shift[:, :1]
     assert mx.array_equal(vae.spread(vae.affine, rows, scale, shift), vae.affine(rows, scale, shift))
 
 
-def test_moments_of_strips_are_those_of_the_whole():
+def test_moments_computed_in_strips_equal_those_of_the_whole():
     mx.random.seed(4)
-    x = 100 + mx.random.normal((2, 9, 5, 12))  # far from zero, where sums of squares would lose every digit
+    x = 100 + mx.random.normal((2, 9, 5, 12))  # far from zero, where summing squares would lose all digits
     groups = np.array(x, dtype=np.float64).reshape(2, 9 * 5, 4, 3)
     found = Strips(2 * 5 * 12 * 4 * 4).moments(Rows.of(x), 4)
     for name, moment in zip(("mean", "var"), found, strict=True):
@@ -102,7 +102,7 @@ def test_moments_of_strips_are_those_of_the_whole():
 
 @pytest.mark.parametrize("strip_bytes", [2**15, pytest.param(2**13, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [(24, 40), pytest.param((40, 56), marks=pytest.mark.slow)])
-def test_pictures_of_a_batch_are_encoded_and_decoded_by_strips(runner, strip_bytes, size):
+def test_batches_are_encoded_and_decoded_in_strips(runner, strip_bytes, size):
     mx.random.seed(5)
     pixels = mx.tanh(mx.random.normal((3, *size, 3)))
     whole, strips = (VAE(runner.weights.config, runner, size) for size in (None, strip_bytes))

@@ -24,7 +24,7 @@ def test_every_layer_equals_the_reference(golden, golden_pipe, watch):
     assert mx.array_equal(out, layers[-1][0])
 
 
-def test_faint_prompt_embeddings_equal_the_reference(golden):
+def test_near_zero_prompt_embeddings_equal_the_reference(golden):
     ids = golden["text/short.ids"].tolist()
     assert relative_error(golden.faint.text_encoder(ids), golden["faint/embeds"]) < TOLERANCE
 
@@ -35,14 +35,14 @@ def test_embedding_rows_equal_the_reference(golden, golden_pipe):
     assert np.array_equal(np.array(rows), golden["text/short.hidden_0"])
 
 
-def test_a_token_does_not_see_those_after_it(pipe):
+def test_a_token_does_not_depend_on_later_ones(pipe):
     ids = pipe.tokenizer.encode("a red fox in the snow")
     whole, start = pipe.text_encoder(ids), pipe.text_encoder(ids[:7])
     # float32: only the order of the sums differs, measured 5e-7
     assert relative_error(whole[:7], start) < 5e-6
 
 
-def test_both_spellings_of_the_config_mean_the_same():
+def test_both_spellings_of_the_config_are_equivalent():
     old = tiny.TEXT_ENCODER
     new = {key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "dtype": "bfloat16"}

@@ -11,13 +11,13 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("key", tiny.PROMPTS)
-def test_ids_are_those_of_the_reference(golden, golden_pipe, key):
+def test_ids_equal_the_reference(golden, golden_pipe, key):
     ids = golden_pipe.tokenizer.encode(tiny.PROMPTS[key])
     assert ids[:MAX_TOKENS] == golden[f"text/{key}.ids"].tolist()
 
 
-def test_a_long_prompt_is_given_whole(tokenizer):
-    # the pipeline cuts it, and says so
+def test_a_long_prompt_is_encoded_without_truncation(tokenizer):
+    # the pipeline truncates it, with a warning
     assert len(tokenizer.encode(tiny.PROMPTS["long"])) > 2 * MAX_TOKENS
 
 
@@ -30,7 +30,7 @@ def test_the_template_surrounds_the_prompt(tokenizer):
     assert ids[-1] == newline
 
 
-def test_braces_in_a_prompt_are_text(tokenizer):
+def test_braces_in_a_prompt_are_kept_as_text(tokenizer):
     # the template is filled with str.format, which must not read the prompt
     assert tokenizer.encode("{prompt} {0} {") != tokenizer.encode("prompt 0")
     text = tokenizer._backend.decode(tokenizer.encode("{prompt} {0} {"), skip_special_tokens=True)

@@ -22,7 +22,7 @@ from mlx_zimage.weights.blocks import Blocks
 
 
 def run(network: Transformer, latents: np.ndarray, caption: np.ndarray, time: float) -> mx.array:
-    """Data minus noise (16, h, w) for latents (16, h, w), as diffusers' transformer gives it."""
+    """Data minus noise (16, h, w) for latents (16, h, w), like the output of diffusers' transformer."""
     out = run_batch(network, latents[None], caption, time)
     return out[0]
 
@@ -49,7 +49,7 @@ def test_outputs_of_a_model_wider_than_the_time_embedding_equal_the_reference(go
     assert relative_error(run(network, latents, caption, time), golden["wide/out"]) < TOLERANCE
 
 
-def test_outputs_of_faint_activations_equal_the_reference(golden):
+def test_outputs_for_near_zero_activations_equal_the_reference(golden):
     (latents, caption, time), *_ = tiny.case_inputs(golden.seed, "a_pad_both")
     ours = run(golden.faint.transformer, latents, caption * np.float32(1e-3), time)
     assert relative_error(ours, golden["faint/out"]) < TOLERANCE
@@ -87,7 +87,9 @@ def test_every_part_equals_the_reference(golden, golden_pipe, watch, monkeypatch
     for name, ours in found.items():
         wanted = golden[f"transformer/a_pad_both.mid.{name}"]
         if name in ("final_layer", "x_embedder", "cap_embedder", "patches", names[-1]):
-            wanted = wanted[..., : ours.shape[-2], :]  # diffusers computes rows that it then drops, such as pads
+            wanted = wanted[
+                ..., : ours.shape[-2], :
+            ]  # diffusers also computes rows that it then drops, such as padding
         assert relative_error(ours, wanted) < TOLERANCE, name
 
 
@@ -116,7 +118,7 @@ def test_rotary_tables_equal_the_reference(golden):
     assert np.abs(np.array(sin) - golden["transformer/a_pad_both.mid.x_rope_sin"]).max() < 2e-7
 
 
-def test_pictures_of_a_batch_do_not_see_each_other(pipe):
+def test_images_of_a_batch_do_not_affect_each_other(pipe):
     (_, caption, time), *_ = tiny.case_inputs(0, "a_pad_both")
     latents = tiny.randn(0, "batch", 3, 16, 12, 10)
     together = run_batch(pipe.transformer, latents, caption, time)
@@ -125,7 +127,7 @@ def test_pictures_of_a_batch_do_not_see_each_other(pipe):
     assert relative_error(together, mx.stack(alone)) < 5e-6
 
 
-def test_times_of_a_schedule_may_be_modulated_at_once(pipe):
+def test_all_times_of_a_schedule_can_be_modulated_at_once(pipe):
     times = [0.0, 0.25, 0.7]
     blocks, final = pipe.transformer.modulate(times)
     for i, time in enumerate(times):
@@ -146,7 +148,7 @@ def test_unpatchify_inverts_patchify():
     assert mx.array_equal(unpatchify(patchify(x), 6, 10), x)
 
 
-def test_rotation_keeps_lengths_and_sees_only_distances(pipe):
+def test_rotation_preserves_lengths_and_depends_only_on_distances(pipe):
     cos, sin = rope_table(np.array([[3, 1, 2], [5, 4, 6], [13, 11, 12], [15, 14, 16]]), (4, 6, 6), 256.0)
     q, k = mx.array(tiny.randn(0, "q", 16)), mx.array(tiny.randn(0, "k", 16))
     q, k = (transformer.rotate(mx.broadcast_to(x, (1, 4, 1, 16)), cos, sin)[0, :, 0] for x in (q, k))
@@ -165,14 +167,14 @@ def test_what_is_not_implemented_is_refused(change):
 
 
 def stream_of(network: Transformer, length: int, blocks: int) -> Stream:
-    """Random tokens before so many blocks, with tables of their positions."""
+    """A stream of random tokens for this many blocks, with the tables for their positions."""
     config = network.config
     x = mx.array(tiny.randn(0, "stream.x", 1, length, config.dim))
     modulation = mx.array(tiny.randn(0, "stream.modulation", blocks, 4, config.dim))
     return Stream(x, modulation, *rope_table(positions(0, 2, 2 * length)[:length], config.axes_dims, config.rope_theta))
 
 
-def test_a_hint_is_added_after_its_block_and_goes_on_from_there(pipe):
+def test_a_hint_is_added_after_its_block_and_passed_on(pipe):
     network = pipe.transformer
     plain = stream_of(network, 32, 3)
     hint = mx.array(tiny.randn(0, "hint", *plain.x.shape))
@@ -185,8 +187,8 @@ def test_a_hint_is_added_after_its_block_and_goes_on_from_there(pipe):
     assert not mx.array_equal(found.x, network.run(["layers.0", "layers.1", "layers.2"], [plain])[0].x)
 
 
-def test_shares_of_the_rows_that_gather_keys_and_values_are_the_whole(pipe):
-    """As several machines would: each has some rows, and attends to all."""
+def test_parts_of_the_rows_with_gathered_keys_and_values_equal_the_whole(pipe):
+    """As on several machines: each has some of the rows, and attends to all."""
     network = pipe.transformer
     whole = stream_of(network, 64, 1)
     bounds = [(0, 40), (40, 64)]
@@ -197,9 +199,9 @@ def test_shares_of_the_rows_that_gather_keys_and_values_are_the_whole(pipe):
         machine = Transformer(network.config, network.runner, gather=gather)
         return machine.run(["layers.0"], [share])[0].x
 
-    for share in shares:  # what each would send
+    for share in shares:  # what each machine would send
         run(share, lambda k, v: theirs.append((k, v)) or (k, v))
     everything = tuple(mx.concatenate(list(parts), axis=1) for parts in zip(*theirs, strict=True))
     found = mx.concatenate([run(share, lambda k, v: everything) for share in shares], axis=1)
-    # float32: products of fewer rows may be added in another order
+    # float32: products of fewer rows may be summed in another order
     assert relative_error(found, network.run(["layers.0"], [whole])[0].x) < 1e-6

@@ -1,4 +1,4 @@
-"""Which model of the family a folder holds, and what a request then gets."""
+"""Which model of the family a folder contains, and the defaults that follow."""
 
 import json
 
@@ -14,7 +14,7 @@ def shift(folder, value: float) -> None:
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(official.SCHEDULER | {"shift": value}))
 
 
-def test_a_folder_is_told_by_its_shift(folder):
+def test_a_variant_is_recognized_by_its_shift(folder):
     assert open_checkpoint(folder).variant == TURBO
     shift(folder, 6.0)
     assert open_checkpoint(folder).variant == BASE
@@ -22,19 +22,19 @@ def test_a_folder_is_told_by_its_shift(folder):
     assert open_checkpoint(folder).variant == TURBO, "of a model trained further"
 
 
-def test_what_the_converter_recorded_is_stronger_than_the_shift(folder):
-    told = {"source": "my-folder", "before": {"source": BASE.repository}}
-    (folder / "conversion.json").write_text(json.dumps(told))
+def test_the_converters_record_overrides_the_shift(folder):
+    record = {"source": "my-folder", "before": {"source": BASE.repository}}
+    (folder / "conversion.json").write_text(json.dumps(record))
     assert open_checkpoint(folder).variant == BASE
     assert recognize(6.0, ["elsewhere", TURBO.repository, BASE.repository]) == TURBO, "the newest that is known"
 
 
-def test_a_damaged_record_tells_nothing(folder):
+def test_a_damaged_record_is_ignored(folder):
     (folder / "conversion.json").write_text("{broken")
     assert open_checkpoint(folder).variant == TURBO
 
 
-def test_a_named_variant_is_stronger_than_both(folder):
+def test_a_named_variant_overrides_both(folder):
     shift(folder, 6.0)
     turbo = ZImagePipeline.from_pretrained(folder, variant="turbo")
     assert (turbo.variant, turbo.checkpoint.scheduler.shift) == (TURBO, TURBO.shift), "as is its schedule"
@@ -49,7 +49,7 @@ def test_a_named_variant_is_stronger_than_both(folder):
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
-def test_a_pipeline_gives_the_defaults_of_its_variant(folder, watch, variant):
+def test_a_pipeline_has_the_defaults_of_its_variant(folder, watch, variant):
     from mlx_zimage.models.transformer import Transformer
 
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float32", variant=variant.name)

@@ -1,4 +1,4 @@
-"""A request's way from the command line to the saved file, traced: CONTRIBUTING.md tells it, and what it was before."""
+"""Traces a request from the command line to the saved file: CONTRIBUTING.md describes its way through the modules."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ PACKAGE = Path(mlx_zimage.__file__).parent
 
 
 class Trace:
-    """Which file of the package calls which, from when it is entered; and who is handed the request."""
+    """Which file of the package calls which while this is active, and which files are passed the request."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
@@ -56,7 +56,7 @@ class Trace:
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory) -> Trace:
-    """One image of the pocket model, from when its request is ready until its path is printed."""
+    """One image of the pocket model, from the finished request until its path is printed."""
     seen = Trace()
     file = tmp_path_factory.mktemp("way") / "a.png"
     with pytest.MonkeyPatch.context() as patch:
@@ -84,12 +84,12 @@ def test_a_request_is_handed_from_file_to_file_and_never_back(trace):
     ]
 
 
-def test_the_pipeline_has_one_door_to_the_networks(trace):
+def test_the_pipeline_reaches_the_networks_through_one_module(trace):
     doors = {callee for caller, callee in trace.calls if caller == "pipeline.py"}
     values = {"request.py", "inputs.py", "scheduler.py", "weights/checkpoint.py", "models/vae.py"}  # configs, too
     assert doors - values == {"networks.py", "images/codec.py", "failures.py", "turns.py"}
 
 
-def test_the_files_that_an_image_takes_are_those_that_were_counted(trace):
+def test_the_files_that_an_image_passes_through_are_the_documented_ones(trace):
     entered = {file for pair in trace.calls for file in pair if file and not file.startswith("cli/")}
     assert len(entered) <= 24, sorted(entered)

@@ -1,4 +1,4 @@
-"""A model folder is read as it is published, in every form it comes in; anything else is told by name."""
+"""A model folder is read in every form in which it is published; anything else is reported by name."""
 
 import json
 import os
@@ -27,20 +27,20 @@ COMPONENTS = tuple(CONFIGS)
 
 
 def rewrite(folder: Path, component: str, change=lambda arrays: None, config: dict | None = None, **options) -> None:
-    """Write a component again after change(arrays), a dict of float32 arrays by name."""
+    """Rewrite a component with change(arrays), where arrays are float32 by name."""
     arrays = tiny.weights(0, component, CONFIGS[component])
     arrays = change(arrays) or arrays
     shutil.rmtree(folder / component)
     tiny.save_component(folder / component, component, arrays, config or CONFIGS[component], **options)
 
 
-def draw(folder: Path) -> np.ndarray:
+def generate(folder: Path) -> np.ndarray:
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float32")
     return pipe("a red fox", width=32, height=32, num_inference_steps=1, seed=0, output_type="latent").images
 
 
 def parse(content: bytes) -> tuple[dict, bytes]:
-    """Header and tensor bytes of a safetensors file."""
+    """The header and the tensors' bytes of a safetensors file."""
     length = struct.unpack("<Q", content[:8])[0]
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
@@ -55,16 +55,16 @@ def build(header: dict, tensors: bytes) -> bytes:
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_one_file_and_shards_are_the_same_model(folder, component, shards):
-    before = draw(folder)
+def test_a_single_file_and_shards_give_the_same_model(folder, component, shards):
+    before = generate(folder)
     dtype = mx.float32 if component == "transformer" else mx.bfloat16
     rewrite(folder, component, dtype=dtype, shards=shards)
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_every_dtype_on_disk_is_read_as_its_own_values(folder, component, dtype):
+def test_every_dtype_on_disk_is_read_exactly(folder, component, dtype):
     rewrite(folder, component, dtype=dtype)
     part = getattr(open_checkpoint(folder), component)
     for name, exact in tiny.weights(0, component, CONFIGS[component]).items():
@@ -76,32 +76,32 @@ def test_every_dtype_on_disk_is_read_as_its_own_values(folder, component, dtype)
     "rename", [lambda name: name, lambda name: name.removeprefix("model.")], ids=["model.", "no prefix"]
 )
 @pytest.mark.parametrize("head", [False, True], ids=["tied", "lm_head"])
-def test_text_encoders_with_and_without_prefix_and_head_are_the_same(folder, rename, head):
-    before = draw(folder)
+def test_text_encoders_with_and_without_prefix_and_head_give_the_same_image(folder, rename, head):
+    before = generate(folder)
 
     def change(arrays):
         arrays = {rename(name): x for name, x in arrays.items()}
         return arrays | ({"lm_head.weight": np.ones((512, 40), np.float32)} if head else {})
 
     rewrite(folder, "text_encoder", change, dtype=mx.bfloat16, shards=2)
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
 
 
-def test_both_spellings_of_the_text_encoders_config_draw_the_same(folder):
-    before = draw(folder)
+def test_both_spellings_of_the_text_encoders_config_give_the_same_image(folder):
+    before = generate(folder)
     config = dict(tiny.TEXT_ENCODER)
     for key in ("rope_theta", "rope_scaling", "torch_dtype"):
         del config[key]
     config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "dtype": "bfloat16"}
     rewrite(folder, "text_encoder", config=config, dtype=mx.bfloat16)
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
     config["rope_parameters"]["rope_theta"] = 100.0
     rewrite(folder, "text_encoder", config=config, dtype=mx.bfloat16)
-    assert not np.array_equal(draw(folder), before)
+    assert not np.array_equal(generate(folder), before)
 
 
 def test_the_last_layer_and_the_norm_of_the_text_encoder_are_never_read(folder):
-    before = draw(folder)
+    before = generate(folder)
 
     def poison(arrays):
         for name in arrays:
@@ -109,17 +109,17 @@ def test_the_last_layer_and_the_norm_of_the_text_encoder_are_never_read(folder):
                 arrays[name][:] = np.nan
 
     rewrite(folder, "text_encoder", poison, dtype=mx.bfloat16)
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
 
 
-def test_the_last_layer_and_the_norm_of_the_text_encoder_may_be_absent(folder):
-    before = draw(folder)
+def test_the_last_layer_and_the_norm_of_the_text_encoder_may_be_missing(folder):
+    before = generate(folder)
 
     def leave_out(arrays):
         return {name: x for name, x in arrays.items() if "layers.3." not in name and name != "model.norm.weight"}
 
     rewrite(folder, "text_encoder", leave_out, dtype=mx.bfloat16)
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
 
 
 def test_opening_reads_no_tensor_data(folder, monkeypatch):
@@ -127,17 +127,17 @@ def test_opening_reads_no_tensor_data(folder, monkeypatch):
     ZImagePipeline.from_pretrained(folder)
 
 
-def test_files_that_no_index_names_are_left_alone(folder):
-    before = draw(folder)
+def test_files_not_listed_in_the_index_are_ignored(folder):
+    before = generate(folder)
     (folder / "transformer" / "stale.safetensors").write_bytes(b"of another model")
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
 
 
 # ---- the embedding table
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_rows_of_the_embedding_are_those_of_the_table(folder, dtype):
+def test_embedding_rows_match_the_table(folder, dtype):
     rewrite(folder, "text_encoder", dtype=dtype, shards=3)
     part = open_checkpoint(folder).text_encoder
     name, ids = "model.embed_tokens.weight", [511, 0, 3, 3, 480]
@@ -147,14 +147,14 @@ def test_rows_of_the_embedding_are_those_of_the_table(folder, dtype):
 
 def test_a_prompt_reads_only_its_rows_of_the_embedding(folder):
     ids = ZImagePipeline.from_pretrained(folder).tokenizer.encode("a red fox")
-    before = draw(folder)
+    before = generate(folder)
 
     def poison(arrays):
         others = sorted(set(range(512)) - set(ids))
         arrays["model.embed_tokens.weight"][others] = np.nan
 
     rewrite(folder, "text_encoder", poison, dtype=mx.bfloat16)
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
 
 
 # ---- weights that do not fit
@@ -220,7 +220,7 @@ def test_weights_of_another_dtype_are_named(folder, dtype):
     assert f"{name} is {dtype}" in refusal(folder)
 
 
-def test_networks_of_different_models_are_told_apart(folder):
+def test_networks_of_different_models_are_refused(folder):
     shutil.rmtree(folder / "text_encoder")
     shutil.copytree(POCKET / "text_encoder", folder / "text_encoder")
     assert "they belong to different models" in refusal(folder)
@@ -234,7 +234,7 @@ def vae_file(folder: Path) -> Path:
 
 
 def swap_offsets(content: bytes) -> bytes:
-    """Two tensors share their bytes."""
+    """Make two tensors share their bytes."""
     header, tensors = parse(content)
     header["encoder.conv_in.bias"]["data_offsets"] = header["encoder.conv_norm_out.bias"]["data_offsets"]
     return build(header, tensors)
@@ -380,23 +380,23 @@ def test_a_folder_without_safetensors_is_refused(folder):
     assert f"{folder / 'vae'} has no safetensors file" in refusal(folder)
 
 
-# ---- where a model is looked for
+# ---- finding a model
 
 
 @pytest.mark.parametrize("source", ["/nowhere/to/be/found", "no such model", "./nowhere/model/here"])
-def test_a_missing_folder_is_told_with_what_may_be_given(source):
+def test_a_missing_folder_is_reported_with_what_is_accepted(source):
     with pytest.raises(ModelNotFoundError, match="give a folder, a Hugging Face id such as") as caught:
         locate(source)
     assert source in str(caught.value)
     assert caught.value.exit_code == 3
 
 
-def test_a_file_is_no_model(folder):
+def test_a_file_is_not_a_model(folder):
     with pytest.raises(ModelNotFoundError, match=r"^\S+ is a file; expected a folder"):
         locate(vae_file(folder))
 
 
-def test_a_path_may_begin_at_home(folder, monkeypatch):
+def test_a_path_may_start_with_a_tilde(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert locate("~/model") == (folder, None)
 
@@ -416,7 +416,7 @@ except ZImageError as error:
 
 @pytest.fixture
 def hub_cache(tiny_folder, tmp_path) -> Path:
-    """A hub cache that holds the tiny checkpoint as someone/tiny, with the client's links to blobs."""
+    """A hub cache with the tiny checkpoint as someone/tiny, with links to blobs as the hub client makes them."""
     cache = tmp_path / "home" / "hub"
     repository = cache / "models--someone--tiny"
     snapshot = repository / "snapshots" / COMMIT
@@ -432,7 +432,7 @@ def hub_cache(tiny_folder, tmp_path) -> Path:
 
 
 def open_elsewhere(source: str, **environment: str) -> subprocess.CompletedProcess:
-    """Open a model in a process of its own: the hub client reads its environment once."""
+    """Open a model in a separate process, since the hub client reads its environment only once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
     command = [sys.executable, "-c", OPEN, source]
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=60)
@@ -445,14 +445,14 @@ def test_a_cached_repository_opens_offline(hub_cache, variable):
     assert result.stdout == f"{hub_cache / 'models--someone--tiny' / 'snapshots' / COMMIT}\n", result.stderr
 
 
-def test_a_repository_that_is_not_cached_is_told_offline(hub_cache):
+def test_a_repository_that_is_not_cached_is_reported_offline(hub_cache):
     result = open_elsewhere("someone/else", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(hub_cache))
     assert result.returncode == 3
     assert result.stdout.startswith("ModelNotFoundError: someone/else is not a local folder")
     assert "HF_HUB_OFFLINE" in result.stdout
 
 
-def test_a_hub_that_cannot_be_reached_is_told(hub_cache):
+def test_a_hub_that_cannot_be_reached_is_reported(hub_cache):
     # nothing listens on port 9
     result = open_elsewhere("someone/else", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(hub_cache))
     assert result.returncode == 3, result.stderr
@@ -461,7 +461,7 @@ def test_a_hub_that_cannot_be_reached_is_told(hub_cache):
 
 @pytest.fixture
 def hub(tiny_folder):
-    """A hub on this machine that gives someone/tiny, and a picture besides, to whoever has the token."""
+    """A hub on this machine that serves someone/tiny, and an image next to it, to clients with the token."""
     files = {str(path.relative_to(tiny_folder)): path.read_bytes() for path in tiny_folder.rglob("*") if path.is_file()}
     files |= {"README.md": b"# Tiny", "assets/showcase.jpg": b"JPEG"}
 
@@ -506,7 +506,7 @@ def hub(tiny_folder):
     server.server_close()
 
 
-def test_a_repository_is_fetched_once_and_without_what_is_not_needed(hub, tmp_path):
+def test_a_repository_is_downloaded_once_without_unneeded_files(hub, tmp_path):
     handler, endpoint = hub
     environment = {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path)}
     fetched = open_elsewhere("someone/tiny", **environment)
@@ -521,7 +521,7 @@ def test_a_repository_is_fetched_once_and_without_what_is_not_needed(hub, tmp_pa
     assert not handler.asked
 
 
-def test_a_repository_that_the_hub_refuses_is_told_with_its_reason(hub, tmp_path):
+def test_a_repository_that_the_hub_refuses_is_reported_with_the_reason(hub, tmp_path):
     _, endpoint = hub
     result = open_elsewhere("someone/tiny", HF_ENDPOINT=endpoint, HF_TOKEN="hf_wrong", HF_HOME=str(tmp_path))
     assert result.returncode == 3, result.stderr
@@ -529,7 +529,7 @@ def test_a_repository_that_the_hub_refuses_is_told_with_its_reason(hub, tmp_path
     assert "401" in result.stdout
 
 
-def test_a_half_fetched_repository_is_told_by_its_missing_shard(hub_cache):
+def test_a_partly_downloaded_repository_is_reported_by_its_missing_shard(hub_cache):
     shard = next((hub_cache / "models--someone--tiny").rglob("*-00002-of-00003.safetensors"))
     shard.unlink()
     result = open_elsewhere("someone/tiny", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(hub_cache))
@@ -537,7 +537,7 @@ def test_a_half_fetched_repository_is_told_by_its_missing_shard(hub_cache):
     assert f"{shard} is missing, but the index lists it; download the model again" in result.stdout
 
 
-def test_a_header_tells_where_each_tensor_lies(folder):
+def test_a_header_gives_the_offset_of_each_tensor(folder):
     entries = read_header(vae_file(folder))
     content = vae_file(folder).read_bytes()
     name = "decoder.conv_out.weight"
@@ -570,14 +570,14 @@ print(resident() - before > 2**27)
         assert result.stdout.strip() == stays, way
 
 
-# ---- files beside the model, and files of which one is to be chosen
+# ---- unrelated files, and alternatives to choose from
 
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(64)
 
 
 def litter(folder: Path) -> None:
-    """What macOS leaves on a disk without extended attributes, and other systems anywhere, beside every file."""
+    """Such as the files that macOS leaves next to every file on a disk without extended attributes."""
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         path.with_name(f"._{path.name}").write_bytes(APPLE_DOUBLE)
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
@@ -587,16 +587,16 @@ def litter(folder: Path) -> None:
         (place / ".cache" / "huggingface" / "model.safetensors").write_bytes(b"")
 
 
-def test_hidden_files_are_not_the_model(folder):
-    before = draw(folder)
+def test_hidden_files_are_ignored(folder):
+    before = generate(folder)
     litter(folder)
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
 
 
 def as_variant(
     folder: Path, component: str, variant: str, shards: int, legacy: bool = False, keep: bool = True
 ) -> None:
-    """Add a component's weights plus 1 under a variant's names, beside or in place of what is there."""
+    """Add a component's weights plus 1 under a variant's names, next to or instead of the existing ones."""
     arrays = {name: x + 1 for name, x in tiny.weights(0, component, CONFIGS[component]).items()}
     aside = folder.parent / f"aside-{component}"
     tiny.save_component(aside, component, arrays, CONFIGS[component], shards=shards)
@@ -622,7 +622,7 @@ def as_variant(
 @pytest.mark.parametrize("legacy", [False, True], ids=["today's names", "former names"])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_files_without_a_variant_come_first_and_a_variant_where_it_is_named(folder, component, shards, legacy):
+def test_files_without_a_variant_are_preferred_unless_one_is_named(folder, component, shards, legacy):
     as_variant(folder, component, "fp16", shards, legacy)
     name, exact = next(iter(tiny.weights(0, component, CONFIGS[component]).items()))
     for variant, added in ((None, 0), ("fp16", 1), ("turbo", 0)):
@@ -632,7 +632,7 @@ def test_files_without_a_variant_come_first_and_a_variant_where_it_is_named(fold
         assert np.allclose(part.read(name, mx.float32)(), stored, rtol=2**-8)  # bfloat16, in part
 
 
-def test_a_variant_is_named_only_where_there_is_a_choice(folder):
+def test_a_variant_must_be_named_only_if_there_is_a_choice(folder):
     as_variant(folder, "vae", "fp16", 1, keep=False)
     assert open_checkpoint(folder).vae.entries["decoder.conv_in.bias"].file.name.endswith(".fp16.safetensors")
     as_variant(folder, "vae", "bf16", 1)
@@ -644,13 +644,13 @@ def test_a_variant_is_named_only_where_there_is_a_choice(folder):
         open_checkpoint(folder, "fp8")
 
 
-def test_an_index_left_from_other_files_gives_way_to_one_whole_file(folder):
-    before = draw(folder)
+def test_a_stale_index_is_ignored_next_to_one_complete_file(folder):
+    before = generate(folder)
     arrays = tiny.weights(0, "transformer", CONFIGS["transformer"])
     for shard in (folder / "transformer").glob("*-of-*.safetensors"):
         shard.unlink()
     tiny.save_component(folder / "transformer", "transformer", arrays, CONFIGS["transformer"])
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
     arrays.pop("x_pad_token")
     tiny.save_component(folder / "transformer", "transformer", arrays, CONFIGS["transformer"])
     message = refusal(folder)
@@ -658,17 +658,17 @@ def test_an_index_left_from_other_files_gives_way_to_one_whole_file(folder):
     assert "-00003-of-00003.safetensors, missing here: download them, or delete it" in message
 
 
-def test_parts_that_say_how_many_they_are_need_no_index(folder):
-    before = draw(folder)
+def test_numbered_shards_need_no_index(folder):
+    before = generate(folder)
     for index in folder.rglob("*.index.json"):
         index.unlink()
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
     next((folder / "transformer").glob("*-00002-of-*")).unlink()
     assert "has 2 of 3 parts, such as diffusion_pytorch_model-00001-of-00003.safetensors" in refusal(folder)
 
 
 @pytest.mark.parametrize("use", ["", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint"])
-def test_the_pipelines_that_use_the_same_networks_are_read(folder, use):
+def test_other_pipelines_with_the_same_networks_are_read(folder, use):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": f"ZImage{use}Pipeline"}))
     assert open_checkpoint(folder)
 
@@ -682,7 +682,7 @@ def test_the_pipelines_that_use_the_same_networks_are_read(folder, use):
         ("ControlNet", ["control_layers.0.attention.to_q.weight", "control_all_x_embedder.2-1.weight"]),
     ],
 )
-def test_a_lora_or_controlnet_in_place_of_a_model_is_named(tmp_path, folder, kind, names):
+def test_a_lora_or_controlnet_instead_of_a_model_is_named(tmp_path, folder, kind, names):
     tensors = {name: mx.zeros((4, 4)) for name in names}
     mx.save_safetensors(str(tmp_path / "pytorch_lora_weights.safetensors"), tensors)
     assert f"has no model_index.json: it is a {kind}; expected a diffusers folder" in refusal(tmp_path)
@@ -691,15 +691,15 @@ def test_a_lora_or_controlnet_in_place_of_a_model_is_named(tmp_path, folder, kin
     assert refusal(folder).endswith(f"; the file is a {kind}, not a model")
 
 
-def test_what_no_network_reads_is_passed_over_in_a_folder_too(folder):
-    before = draw(folder)
+def test_tensors_that_no_network_reads_are_ignored(folder):
+    before = generate(folder)
     extra = {"norm_final.weight": np.ones(48, np.float32)}
     rewrite(folder, "transformer", lambda arrays: arrays | extra)
-    assert np.array_equal(draw(folder), before)
+    assert np.array_equal(generate(folder), before)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_rows_of_a_packed_embedding_are_those_of_the_table(tmp_path, bits):
+def test_rows_of_a_quantized_embedding_match_the_table(tmp_path, bits):
     """mlx-lm packs the embedding too, and a head if there is one."""
     folder = shutil.copytree(POCKET, tmp_path / "model")
     file, config = folder / "text_encoder" / "model.safetensors", folder / "text_encoder" / "config.json"
@@ -717,7 +717,7 @@ def test_rows_of_a_packed_embedding_are_those_of_the_table(tmp_path, bits):
         wanted = mx.dequantize(packed[0], *(x.astype(dtype) for x in packed[1:]), group_size=64, bits=bits)
         got = part.rows("model.embed_tokens.weight", ids, dtype)
         assert got.dtype == dtype and mx.array_equal(got, wanted[mx.array(ids)])
-    assert np.isfinite(draw(folder)).all()
+    assert np.isfinite(generate(folder)).all()
 
 
 def test_a_tokenizer_with_more_tokens_than_the_text_encoder_is_refused_when_opened(folder):

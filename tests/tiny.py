@@ -1,7 +1,7 @@
-"""A tiny random Z-Image checkpoint in the official layout, and the inputs that the recorded arrays belong to.
+"""A tiny random Z-Image checkpoint in the official layout, and the inputs that belong to the recorded arrays.
 
-Every weight and input is a pure function of (seed, component, name), so the recorded arrays (golden/) need only
-outputs. Names and shapes come from the package; since the numbers depend on both, a wrong one gives wrong outputs.
+Every weight and input is a pure function of (seed, component, name), so only outputs are recorded (golden/). Names and
+shapes come from the package; since the numbers depend on both, a wrong name or shape gives wrong outputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mlx_zimage.weights.quantize import tensor_quantization
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# The official configs, made small.
+# The official configs, scaled down.
 TRANSFORMER = official.CONFIGS["transformer"] | {
     "dim": 48,
     "n_layers": 3,
@@ -39,7 +39,7 @@ TRANSFORMER = official.CONFIGS["transformer"] | {
     "cap_feat_dim": 40,
     "axes_dims": [4, 6, 6],
 }
-# wider than 256, where the width of the time embedding stops following the model's
+# wider than 256, from where on the time embedding stays 256 wide
 WIDE_TRANSFORMER = TRANSFORMER | {
     "dim": 288,
     "n_layers": 1,
@@ -70,7 +70,7 @@ SHAPES = {
     "vae": lambda config: VAEConfig.from_dict(config).shapes(),
 }
 KINDS = ("tiny", "wide", "faint")
-# what writes to the stream that the normalisations read, and queries and keys, which have their own
+# weights that write to the residual stream, which is normalized, and queries and keys, which have their own norms
 FAINT = {
     "transformer": re.compile(r"_pad_token|cap_embedder\.1|x_embedder|(attention|ffn)_norm2|to_[qk]\."),
     "text_encoder": re.compile(r"embed_tokens|[qko]_proj|down_proj"),
@@ -114,7 +114,7 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Golden:
-    """Tiny checkpoints of one seed, one of each kind, and the float32 arrays that diffusers computes with them."""
+    """Tiny checkpoints of one seed, one per kind, and the float32 arrays that diffusers computes with them."""
 
     seed: int
     root: Path
@@ -141,7 +141,7 @@ class Golden:
 
 
 def weight(seed: int, component: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 weight of that name, scaled so that activations stay near 1."""
+    """The float32 weight with that name, scaled so that activations stay near 1."""
     key = [seed, zlib.crc32(component.encode()), zlib.crc32(name.encode())]
     z = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).standard_normal(shape, dtype=np.float32)
     if name.endswith("pad_token"):
@@ -154,7 +154,7 @@ def weight(seed: int, component: str, name: str, shape: tuple[int, ...]) -> np.n
 
 
 def randn(seed: int, tag: str, *shape: int) -> np.ndarray:
-    """Standard normal float32 input of that tag."""
+    """Standard normal float32 input for that tag."""
     key = [seed, 777, zlib.crc32(tag.encode())]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).standard_normal(shape, dtype=np.float32)
 
@@ -167,18 +167,18 @@ def case_inputs(seed: int, case: str, features: int = 40) -> list[tuple[np.ndarr
     ]
 
 
-def encoder_picture(seed: int) -> np.ndarray:
+def encoder_image(seed: int) -> np.ndarray:
     """Pixels (1, 3, 80, 96) in [-1, 1]."""
     return np.tanh(randn(seed, "vae.img", 1, 3, HEIGHT, WIDTH))
 
 
 def weights(seed: int, component: str, config: dict, tag: str | None = None) -> dict[str, np.ndarray]:
-    """All float32 weights of a network; tag names another model than the tiny one."""
+    """All float32 weights of a network; a tag gives a different model than the tiny one."""
     return {name: weight(seed, tag or component, name, shape) for name, shape in SHAPES[component](config).items()}
 
 
 def save_component(folder: Path, component: str, arrays: dict, config: dict, dtype=mx.float32, shards: int = 1) -> None:
-    """Write a component's folder as diffusers and transformers do; more than one shard brings an index."""
+    """Write a component's folder as diffusers and transformers do; with an index if there is more than one shard."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     stem, names = FILE_STEM[component], list(arrays)
@@ -197,8 +197,8 @@ def save_component(folder: Path, component: str, arrays: dict, config: dict, dty
 def write_checkpoint(folder: Path, seed: int, kind: str = "tiny") -> Path:
     """The whole folder: float32 transformer and bfloat16 text encoder in shards, bfloat16 VAE in one file.
 
-    A "wide" one holds WIDE_TRANSFORMER and a text encoder that fits it; a "faint" one has activations that are as
-    small as what normalisation adds to their squares, which elsewhere is lost among them.
+    A "wide" one has WIDE_TRANSFORMER and a text encoder to match; a "faint" one has activations so small that the
+    epsilons of its norms matter, which would go unnoticed elsewhere.
     """
     transformer = WIDE_TRANSFORMER if kind == "wide" else TRANSFORMER
     text_encoder = TEXT_ENCODER | {"hidden_size": transformer["cap_feat_dim"]}
@@ -221,9 +221,9 @@ def write_checkpoint(folder: Path, seed: int, kind: str = "tiny") -> Path:
 
 
 def write_headers(folder: Path, bits: int | None) -> Path:
-    """Z-Image-Turbo at its full size as `convert` writes it, in bits or (None) bfloat16: headers, and files of holes.
+    """Z-Image-Turbo at full size as `convert` writes it, with bits (None is bfloat16): headers and sparse files.
 
-    All that opening and planning read is there; the files take no room on the disk.
+    Everything that opening and planning read is there; the files take no space on disk.
     """
     quantization = Quantization(bits) if bits else None
     for component, config in NETWORKS.items():
@@ -257,7 +257,7 @@ def write_kinds(folder: Path, seed: int) -> Path:
 
 
 def faintness(component: str, name: str) -> np.float32:
-    """The factor that keeps what every normalisation is given near 1e-3."""
+    """The factor that keeps the input of every norm near 1e-3."""
     if name.startswith("encoder.conv_out"):
         return np.float32(100)  # log variances far enough out to be clipped
     return np.float32(1e-3 if FAINT[component].search(name) else 1)

@@ -1,4 +1,4 @@
-"""Record what diffusers computes in float32 with tiny random weights: the arrays beside this file.
+"""Record what diffusers computes in float32 with tiny random weights: the arrays next to this file.
 
     python tests/golden/make_golden.py
 
@@ -34,7 +34,7 @@ NOISE_SEEDS = (
 NOISE_SHAPES = ((1, 16, 2, 2), (1, 16, 3, 5), (1, 16, 16, 16), (2, 16, 90, 160), (4, 16, 256, 256))
 
 torch.set_grad_enabled(False)
-torch.set_num_threads(1)  # networks this small are ten times slower on two
+torch.set_num_threads(1)  # networks this small are ten times slower on two threads
 
 
 def open_pipeline(folder: Path) -> ZImagePipeline:
@@ -44,7 +44,7 @@ def open_pipeline(folder: Path) -> ZImagePipeline:
 
 
 def record(seed: int, folder: Path) -> dict[str, np.ndarray]:
-    """Every array of one seed, from diffusers on the checkpoints that tiny.write_kinds wrote to folder."""
+    """All arrays of one seed, from diffusers on the checkpoints that tiny.write_kinds wrote to folder."""
     pipe, wide, faint = (open_pipeline(folder / kind) for kind in tiny.KINDS)
     arrays = {
         **{f"text/{name}": x for name, x in record_text(pipe).items()},
@@ -61,7 +61,7 @@ def record(seed: int, folder: Path) -> dict[str, np.ndarray]:
 
 
 def record_text(pipe) -> dict[str, np.ndarray]:
-    """Ids and embeddings of PROMPTS; for the short one, also each layer's output (the last is normed)."""
+    """Ids and embeddings of PROMPTS; for the short one, also each layer's output (the last one normed)."""
     arrays = {}
     for key, prompt in tiny.PROMPTS.items():
         turn = [{"role": "user", "content": prompt}]
@@ -78,7 +78,7 @@ def record_text(pipe) -> dict[str, np.ndarray]:
 
 
 def run_case(model, seed: int, case: str, features: int = 40, scale: float = 1) -> list[torch.Tensor]:
-    """The raw outputs (16, 1, h, w) of one batch, its captions times scale; the pipeline negates them."""
+    """The raw outputs (16, 1, h, w) for one batch, with captions times scale; the pipeline negates them."""
     latents, captions, times = zip(*tiny.case_inputs(seed, case, features), strict=True)
     latents = [torch.from_numpy(x)[:, None] for x in latents]
     captions = [torch.from_numpy(x) * scale for x in captions]
@@ -105,7 +105,7 @@ def record_transformer(model, seed: int) -> dict[str, np.ndarray]:
     arrays |= {f"a_pad_both.mid.{name}": x for name, x in seen.items()}
     latents, caption, _ = tiny.case_inputs(seed, "a_pad_both")[0]
     fed = model.patchify_and_embed([torch.from_numpy(latents)[:, None]], [torch.from_numpy(caption)], 2, 1)
-    # these run to a multiple of 32 rows; the patches repeat the last row there, which x_pad_token replaces later
+    # these are padded to a multiple of 32 rows by repeating the last patch, which x_pad_token replaces later
     arrays["a_pad_both.mid.patches"] = fed[0][0]
     arrays["a_pad_both.mid.x_pos_ids"] = fed[3][0].int()
     arrays["a_pad_both.mid.cap_pos_ids"] = fed[4][0].int()
@@ -116,7 +116,7 @@ def record_transformer(model, seed: int) -> dict[str, np.ndarray]:
 
 def record_faint(pipe, seed: int) -> dict[str, np.ndarray]:
     vae = pipe.vae
-    posterior = vae.encode(torch.from_numpy(tiny.encoder_picture(seed))).latent_dist
+    posterior = vae.encode(torch.from_numpy(tiny.encoder_image(seed))).latent_dist
     z = torch.from_numpy(tiny.randn(seed, "vae.z.one", 1, 16, 2, 4))
     return {
         "embeds": pipe.encode_prompt(tiny.PROMPTS["short"], do_classifier_free_guidance=False, device="cpu")[0][0],
@@ -128,7 +128,7 @@ def record_faint(pipe, seed: int) -> dict[str, np.ndarray]:
 
 
 def record_vae(vae, seed: int) -> dict[str, np.ndarray]:
-    """Decoding of unscaled latents, and moments of a picture; all (B, C, h, w)."""
+    """Pixels decoded from unscaled latents, and moments of an image; all (B, C, h, w)."""
     decoder = vae.decoder
     parts = {
         "conv_in": decoder.conv_in,
@@ -142,14 +142,14 @@ def record_vae(vae, seed: int) -> dict[str, np.ndarray]:
         arrays[f"{tag}.image"] = vae.decode(z, return_dict=False)[0]
         if tag == "wide":
             arrays |= {f"wide.dec.{name}": x for name, x in watch(parts, lambda z=z: vae.decode(z)).items()}
-    posterior = vae.encode(torch.from_numpy(tiny.encoder_picture(seed))).latent_dist
+    posterior = vae.encode(torch.from_numpy(tiny.encoder_image(seed))).latent_dist
     arrays["enc.mean"], arrays["enc.logvar"] = posterior.mean, posterior.logvar
     arrays["enc.latents"] = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
     return arrays
 
 
 def record_runs(pipe, seed: int) -> dict[str, np.ndarray]:
-    """Latents after every step (steps, 1, 16, h, w) of each of RUNS, and pictures of two of them."""
+    """Latents after every step (steps, 1, 16, h, w) of each of RUNS, and the images of two of them."""
     size = {"height": tiny.HEIGHT, "width": tiny.WIDTH}
     z0 = torch.from_numpy(tiny.randn(seed, "pipe.z0", 1, 16, tiny.HEIGHT // 8, tiny.WIDTH // 8))
     arrays = {}
@@ -173,7 +173,7 @@ def record_runs(pipe, seed: int) -> dict[str, np.ndarray]:
 
 
 def watch(modules: dict, run) -> dict[str, torch.Tensor]:
-    """The output of each module while run() runs."""
+    """Each module's output during run()."""
     seen = {}
 
     def hook(name):
@@ -197,7 +197,7 @@ def record_schedules() -> list[dict]:
             scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(steps), mu=1.0)
             times = [float((1000 - t) / 1000) for t in scheduler.timesteps]
             rows.append({"kind": "static", "shift": shift, "steps": steps, "sigmas": scheduler.sigmas, "times": times})
-    for steps in (4, 8, 9):  # as diffusers 0.36 set it up: the last of the steps stands at sigma 0
+    for steps in (4, 8, 9):  # as in diffusers 0.36: the last step is at sigma 0
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
         scheduler.sigma_min = 0.0
         scheduler.set_timesteps(steps)
@@ -212,7 +212,7 @@ def record_schedules() -> list[dict]:
 
 
 def record_noise() -> list[dict]:
-    """Ends and float64 sum of torch.randn, and the CRC-32 of torch.rand, of each seed and shape."""
+    """First and last values and float64 sum of torch.randn, and the CRC-32 of torch.rand, for each seed and shape."""
     rows = []
     for seed in NOISE_SEEDS:
         for shape in NOISE_SHAPES:

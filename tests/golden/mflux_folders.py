@@ -2,9 +2,9 @@
 
     pip install mflux==0.24.0; python tests/golden/mflux_folders.py
 
-A diffusers folder with the weights below is read, named anew, quantized and saved by mflux alone: WeightLoader,
-ZImageWeightMapping, WeightApplier, ModelSaver. Only its networks are made smaller; its VAE has no sizes to choose, so
-that one is put together from mflux's blocks. The weights repeat, so they compress well.
+A diffusers folder with the weights below is read, renamed, quantized and saved entirely by mflux's code: WeightLoader,
+ZImageWeightMapping, WeightApplier, ModelSaver. Only its networks are made smaller; its VAE has no configurable sizes,
+so a small one is assembled from mflux's blocks. The weights repeat, so they compress well.
 """
 
 import sys
@@ -36,7 +36,7 @@ CONFIGS = {
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Values that bfloat16 holds exactly and that tell where they stand: (k * i + c) mod 251, near zero."""
+    """Small values that bfloat16 represents exactly and that identify their position: from (k * i + c) mod 251."""
     key = zlib.crc32(name.encode())
     k, c = 1 + key % (PERIOD - 1), key // PERIOD % PERIOD
     i = np.arange(np.prod(shape), dtype=np.int64)
@@ -81,7 +81,7 @@ def small_vae():
 
 
 def save(source: Path, dest: Path, bits: int | None) -> None:
-    """What `mflux-save --model SOURCE --path DEST --quantize BITS` does, with small networks."""
+    """The same as `mflux-save --model SOURCE --path DEST --quantize BITS`, with small networks."""
     from mflux.models.common.weights.loading.weight_applier import WeightApplier
     from mflux.models.common.weights.loading.weight_loader import WeightLoader
     from mflux.models.common.weights.saving.model_saver import ModelSaver
@@ -119,7 +119,9 @@ def main() -> None:
                 dest = Path(folder) / f"mflux-{bits or 'dense'}"
                 save(source, dest, bits)
                 for path in sorted(path for path in dest.rglob("*") if path.is_file()):
-                    entry = zipfile.ZipInfo(path.relative_to(folder).as_posix())  # without a date: the same bytes
+                    entry = zipfile.ZipInfo(
+                        path.relative_to(folder).as_posix()
+                    )  # without a date, for reproducible bytes
                     archive.writestr(entry, path.read_bytes(), zipfile.ZIP_LZMA)
     print(f"{ARCHIVE}: {ARCHIVE.stat().st_size:,} bytes")
 

@@ -1,10 +1,10 @@
-"""Record what requests give and cost, so that a rebuild can be held to the same bits and the same counts.
+"""Record the results and costs of requests, so that a refactoring can be checked for the same bits and counts.
 
     python tests/golden/runs.py
 
-Writes runs.json and runs.safetensors beside this file, or adds to runs.json the digests of a machine that computes
-other last bits. They were recorded from commit a29d5d4, before the pipeline was taken apart into networks, stages and
-streams; this file uses nothing of the package but the public pipeline, so it runs on that commit as on later ones.
+Writes runs.json and runs.safetensors next to this file, or adds to runs.json the digests of a machine whose last bits
+differ. They were recorded at commit a29d5d4, before the pipeline was split into networks, stages and streams; this file
+uses only the public pipeline of the package, so it runs on that commit as well as on later ones.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from mlx_zimage import GenerateRequest, MemoryBudgetError, ZImagePipeline
 
 DIGESTS, ARRAYS = (Path(__file__).with_name(f"runs.{ending}") for ending in ("json", "safetensors"))
 LONG = "a red star and a blue circle, " * 8
-ABOUT_THE_RUN = {"model", "dtype", "tight", "keep", "latents"}  # fields of a Case that are no fields of a request
+ABOUT_THE_RUN = {"model", "dtype", "tight", "keep", "latents"}  # fields of a Case that are not fields of a request
 
 
 @dataclass(frozen=True)
 class Case:
-    """One request to one model; tight is a budget that holds its least plan and no more than a tenth beside it."""
+    """One request to one model; tight is a budget at most a tenth larger than its smallest plan."""
 
     model: str
     dtype: str = "float32"
@@ -89,7 +89,7 @@ CASES = {
 
 
 def models(folder: Path) -> dict[str, str]:
-    """Where each model of the cases lies, written to the folder but for those of the package."""
+    """The path of each model in the cases; models that are not in the package are written to folder."""
     from mlx_zimage.convert import convert
 
     found = {kind: str(path) for kind in tiny.KINDS for path in [tiny.write_checkpoint(folder / kind, 0, kind)]}
@@ -103,7 +103,7 @@ def models(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def counted() -> Iterator[Counter]:
-    """What a request costs: bytes of tensors read from each network's files, calls of the transformer, attentions."""
+    """A request's cost: bytes of tensors read from each network's files, calls of the transformer, and attentions."""
     counts: Counter = Counter()
     load, layer_norm, attention = mx.load, mx.fast.layer_norm, mx.fast.scaled_dot_product_attention
 
@@ -137,7 +137,7 @@ def counted() -> Iterator[Counter]:
 
 
 def run(model: str, case: Case, budget: int | None) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The latents after each step and the pixels of a case, and its counts."""
+    """A case's latents after each step, its pixels, and its counts."""
     pipe = ZImagePipeline.from_pretrained(model, case.dtype, budget, case.keep)
     h, w = case.height // 8, case.width // 8
     latents = tiny.randn(5, "golden", case.num_images, 16, h, w) if case.latents else None
@@ -153,7 +153,7 @@ def run(model: str, case: Case, budget: int | None) -> tuple[dict[str, np.ndarra
 
 
 def least_budget(model: str, case: Case) -> int:
-    """A tenth more than the least budget in which the case can run."""
+    """A tenth more than the smallest budget in which the case can run."""
     pipe = ZImagePipeline.from_pretrained(model, case.dtype)
     low, high = 1, 10**11
     while high - low > 1000:
@@ -171,7 +171,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def arithmetic() -> str:
-    """Tells machines apart on which the same operations give other last bits: another processor, BLAS or MLX."""
+    """Identifies machines on which the same operations give the same bits: processor, BLAS and MLX matter."""
     key, sha = mx.random.key(3), hashlib.sha256()
     a, b = mx.random.normal((192, 512), key=key), mx.random.normal((512, 192), key=key)
     image, kernel = mx.random.normal((1, 16, 16, 32), key=key), mx.random.normal((32, 3, 3, 32), key=key)
@@ -205,7 +205,7 @@ def record() -> None:
     known["digests"][arithmetic()] = digests
     DIGESTS.write_text(json.dumps(known, indent=1) + "\n")
     if not ARRAYS.exists():
-        few = {name: array[:1] for name, array in arrays.items()}  # of a batch, the first
+        few = {name: array[:1] for name, array in arrays.items()}  # the first of a batch
         save_file({name: np.ascontiguousarray(array) for name, array in few.items()}, ARRAYS)
 
 

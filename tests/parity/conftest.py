@@ -11,7 +11,7 @@ import tiny
 
 sys.path.insert(0, str(tiny.GOLDEN))
 
-# A new one each run, the same in all its processes; MLX_ZIMAGE_PARITY_SEED repeats one that failed.
+# A new seed for each run, the same in all its processes; set MLX_ZIMAGE_PARITY_SEED to repeat a failed run.
 RUN = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
 SEED = int(os.environ.get("MLX_ZIMAGE_PARITY_SEED", RUN.randrange(10**6)))
 
@@ -28,6 +28,6 @@ def reference():
 
 @pytest.fixture(scope="session", params=[SEED], ids=[f"seed{SEED}"])
 def golden(request, reference, tmp_path_factory):
-    """Instead of recorded arrays: diffusers on fresh random weights."""
+    """diffusers on fresh random weights, instead of recorded arrays."""
     folder = tiny.write_kinds(tmp_path_factory.mktemp("parity"), request.param)
     return tiny.Golden(request.param, folder, reference.record(request.param, folder))

@@ -1,4 +1,4 @@
-"""Gradients pass through the networks' own functions, by PlainRunner, and equal torch's of diffusers' modules."""
+"""With PlainRunner, gradients pass through the networks' own functions, and match torch's in diffusers' modules."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,8 @@ from mlx_zimage.models.layers import linear
 from mlx_zimage.models.runner import PlainRunner
 from mlx_zimage.models.transformer import Stream, Transformer, TransformerConfig, row
 
-# float32: sums over tokens in another order, through seven blocks and back; measured 2e-5 of a tensor's largest value
+# float32: sums over tokens in another order, forward and back through seven blocks; measured 2e-5 of a tensor's
+# largest value
 TOLERANCE = 1e-4
 CONFIG = TransformerConfig.from_dict(tiny.TRANSFORMER)
 
@@ -30,13 +31,13 @@ def model(golden, reference, torch):
 
 @pytest.fixture(scope="module")
 def arrays(golden) -> dict[str, mx.array]:
-    """The same weights by name, as computed with."""
+    """The same weights by name, in the layout used for computing."""
     weights = tiny.weights(golden.seed, "transformer", tiny.TRANSFORMER)
     return {name: CONFIG.sanitize(name, mx.array(array)) for name, array in weights.items()}
 
 
 def compare_gradients(ours: dict, theirs: dict) -> None:
-    """Gradients by the names of weights, ours in the layout that is computed with."""
+    """Compare gradients by the names of weights; ours are in the layout used for computing."""
     assert ours.keys() == theirs.keys()
     for name, wanted in theirs.items():
         wanted = np.array(CONFIG.sanitize(name, mx.array(wanted.numpy())))
@@ -44,7 +45,7 @@ def compare_gradients(ours: dict, theirs: dict) -> None:
         assert relative_error(ours[name], wanted) < TOLERANCE, name
 
 
-def test_gradients_of_the_whole_transformer_are_those_of_torch(golden, torch, model, arrays):
+def test_gradients_of_the_whole_transformer_match_torch(golden, torch, model, arrays):
     (latents, caption, time), *_ = tiny.case_inputs(golden.seed, "a_pad_both")
     probe = tiny.randn(golden.seed, "probe", *latents.shape)
 
@@ -70,7 +71,7 @@ def test_gradients_of_the_whole_transformer_are_those_of_torch(golden, torch, mo
     assert relative_error(by_caption, c.grad.numpy()) < TOLERANCE
 
 
-def test_gradients_of_a_block_are_those_of_torch(golden, torch, model, arrays):
+def test_gradients_of_a_block_match_torch(golden, torch, model, arrays):
     length, (block, prefix) = 40, (model.layers[1], "layers.1.")
     x = tiny.randn(golden.seed, "block.x", 1, length, CONFIG.dim)
     time = tiny.randn(golden.seed, "block.time", 1, CONFIG.time_dim)
@@ -99,7 +100,7 @@ def test_gradients_of_a_block_are_those_of_torch(golden, torch, model, arrays):
     compare_gradients(gradients, {f"{prefix}{name}": p.grad for name, p in block.named_parameters()})
 
 
-def test_the_plain_runner_gives_the_bits_of_the_one_that_streams(golden, arrays):
+def test_the_plain_runner_gives_the_same_bits_as_streaming(golden, arrays):
     (latents, caption, time), *_ = tiny.case_inputs(golden.seed, "a_pad_both")
     plain = Transformer(CONFIG, PlainRunner(tree_unflatten(list(arrays.items()))))
     x = mx.array(latents).transpose(1, 2, 0)[None]

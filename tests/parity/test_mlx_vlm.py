@@ -11,7 +11,7 @@ from test_transformer import run_batch
 
 from mlx_zimage import ZImagePipeline
 
-# mlx-vlm has no setting for the groups of the VAE's norms
+# mlx-vlm has no setting for the number of groups in the VAE's norms
 VAE = tiny.VAE | {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 32}
 PROMPTS = {"a few tokens": "a red fox in the snow", "many tokens": tiny.PROMPTS["medium"]}
 
@@ -40,7 +40,7 @@ def in_float32(network):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_prompt_embeddings_are_those_of_mlx_vlm(peer, folder, ours, prompt):
+def test_prompt_embeddings_match_mlx_vlm(peer, folder, ours, prompt):
     ids = ours.tokenize(prompt)
     theirs = in_float32(peer.load_text_encoder(folder))
     wanted = theirs(mx.array([ids]), mx.ones((1, len(ids)), mx.int32), output_penultimate=True)
@@ -48,7 +48,7 @@ def test_prompt_embeddings_are_those_of_mlx_vlm(peer, folder, ours, prompt):
 
 
 @pytest.mark.parametrize("case", [case for case, items in tiny.CASES.items() if len(items) == 1])
-def test_velocities_are_those_of_mlx_vlm(peer, folder, ours, case):
+def test_velocities_match_mlx_vlm(peer, folder, ours, case):
     theirs = in_float32(peer.load_transformer(folder))
     ((latents, caption, time),) = tiny.case_inputs(3, case)
     batch = np.stack([latents, latents[:, ::-1]])
@@ -56,11 +56,11 @@ def test_velocities_are_those_of_mlx_vlm(peer, folder, ours, case):
     assert relative_error(run_batch(ours.transformer, batch, caption, time), wanted[:, :, 0]) < TOLERANCE
 
 
-def test_decoding_and_encoding_are_those_of_mlx_vlm(peer, folder, ours):
+def test_decoding_and_encoding_match_mlx_vlm(peer, folder, ours):
     theirs = in_float32(peer.load_vae(folder))
     latents = mx.array(tiny.randn(3, "peer", 1, 6, 10, 16))
     scale, shift = VAE["scaling_factor"], VAE["shift_factor"]
     assert relative_error(ours.vae.decode(latents), theirs.decode(latents / scale + shift)) < TOLERANCE
-    pixels = mx.array(tiny.encoder_picture(3)).transpose(0, 2, 3, 1)
-    # before its encoder's last convolution mlx-vlm rounds to bfloat16, by 4e-3; measured 3e-3
+    pixels = mx.array(tiny.encoder_image(3)).transpose(0, 2, 3, 1)
+    # mlx-vlm rounds to bfloat16 (up to 4e-3) before its encoder's last convolution; measured 3e-3
     assert relative_error(ours.vae.encode(pixels), (theirs.encode(pixels) - shift) * scale) < 1e-2

@@ -1,4 +1,4 @@
-"""What needs torch and diffusers at hand: every draw of noise, pictures of the pocket model, folders they save."""
+"""Comparisons that run torch and diffusers: noise, images of the pocket model, folders that they save."""
 
 import json
 import shutil
@@ -32,12 +32,12 @@ def theirs(golden, reference):
 
 @pytest.fixture(scope="module")
 def pocket_pair(reference):
-    """Ours and diffusers' pipeline on the pocket checkpoint, in float32."""
+    """Our pipeline and diffusers' on the pocket checkpoint, in float32."""
     return ZImagePipeline.from_pretrained("pocket", dtype="float32"), reference.open_pipeline(POCKET)
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_normals_and_uniforms_are_those_of_torch(reference, torch, index):
+def test_normals_and_uniforms_match_torch(reference, torch, index):
     shape = reference.NOISE_SHAPES[index]
     for seed in reference.NOISE_SEEDS:
         wanted = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
@@ -49,7 +49,7 @@ def test_normals_and_uniforms_are_those_of_torch(reference, torch, index):
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 + 5])
-def test_several_pictures_of_a_seed_are_drawn_as_diffusers_draws_them(golden_pipe, theirs, torch, seed):
+def test_a_batch_from_one_seed_matches_diffusers(golden_pipe, theirs, torch, seed):
     wanted = theirs(
         "a red fox", **SIZE, num_inference_steps=2, guidance_scale=0.0, num_images_per_prompt=3, output_type="latent",
         generator=torch.Generator().manual_seed(seed),
@@ -68,19 +68,19 @@ def test_several_pictures_of_a_seed_are_drawn_as_diffusers_draws_them(golden_pip
         ("two green squares and a black cross", 2**40),
     ],
 )
-def test_pocket_draws_the_picture_of_diffusers(pocket_pair, torch, prompt, seed):
+def test_pocket_generates_the_same_image_as_diffusers(pocket_pair, torch, prompt, seed):
     ours, theirs = pocket_pair
     size = ours.sample_size
     wanted = theirs(
         prompt, height=size, width=size, num_inference_steps=8, guidance_scale=0.0,
         generator=torch.Generator().manual_seed(seed),
     ).images[0]  # fmt: skip
-    picture = ours(prompt, seed=seed).images[0]
-    assert np.abs(np.array(picture).astype(int) - np.array(wanted)).max() <= 1
+    image = ours(prompt, seed=seed).images[0]
+    assert np.abs(np.array(image).astype(int) - np.array(wanted)).max() <= 1
 
 
-def test_a_folder_that_diffusers_saves_is_the_same_model(golden_pipe, theirs, tmp_path):
-    # it has the other spelling of the text encoder's config, no `model.` prefix, and float32 throughout
+def test_a_folder_saved_by_diffusers_gives_the_same_model(golden_pipe, theirs, tmp_path):
+    # it spells the text encoder's config differently, has no `model.` prefix, and is float32 throughout
     theirs.save_pretrained(tmp_path / "saved", max_shard_size="300KB")
     saved = ZImagePipeline.from_pretrained(tmp_path / "saved", dtype="float32")
     names = [name for name in saved.checkpoint.text_encoder.entries.values() if name.name.startswith("model.")]
@@ -90,13 +90,13 @@ def test_a_folder_that_diffusers_saves_is_the_same_model(golden_pipe, theirs, tm
     assert np.array_equal(saved(**run).images, golden_pipe(**run).images)
 
 
-def test_transformers_reads_both_spellings_of_its_config_as_we_do(golden, reference, tmp_path):
+def test_transformers_reads_both_spellings_of_its_config_alike(golden, reference, tmp_path):
     transformers = pytest.importorskip("transformers")
     old = dict(tiny.TEXT_ENCODER, rope_theta=5000.0)
     new = transformers.Qwen3Config(**old).to_dict()
     assert "rope_theta" not in new
     assert TextEncoderConfig.from_dict(new) == TextEncoderConfig.from_dict(old)
-    # and the value is used: both move the embeddings to the same place
+    # and the value is used: both change the embeddings in the same way
     folder = shutil.copytree(golden.folder, tmp_path / "model")
     (folder / "text_encoder" / "config.json").write_text(json.dumps(old))
     ours = ZImagePipeline.from_pretrained(folder, dtype="float32").encode("a red fox")
@@ -108,7 +108,7 @@ def test_transformers_reads_both_spellings_of_its_config_as_we_do(golden, refere
     )
 
 
-def test_names_and_shapes_of_the_real_models_are_those_of_diffusers(torch):
+def test_names_and_shapes_of_the_real_models_match_diffusers(torch):
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -123,13 +123,13 @@ def test_names_and_shapes_of_the_real_models_are_those_of_diffusers(torch):
             ),
         }
     for component, model in models.items():
-        # tied weights have one name here
+        # tied weights have only one name here
         wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         wanted.pop("lm_head.weight", None)  # transformers 5.0 ties it to the embeddings only when weights are loaded
         assert test_shapes.CONFIGS[component].shapes() == wanted
 
 
-def test_pixels_become_integers_as_in_diffusers(theirs, torch):
+def test_pixels_are_rounded_to_integers_as_in_diffusers(theirs, torch):
     from mlx_zimage.images.codec import to_uint8
 
     pixels = np.linspace(-1.2, 1.2, 3 * 64 * 64, dtype=np.float32).reshape(64, 64, 3)

@@ -8,7 +8,6 @@ weights (`model="random"`) no checkpoint is needed: time and memory do not depen
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,9 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
+from .doctor import facts, product_rate
 from .errors import RequestError, ZImageError
-from .machine import backend, default_dtype, kept_allocations, mlx_version, unpack_from
+from .machine import default_dtype, kept_allocations, unpack_from
 from .memory import Workload, largest_strip
 from .models.layers import product_from, vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
@@ -31,7 +31,6 @@ from .pipeline import ZImagePipeline
 from .quantization import default_quantization
 from .scheduler import sigmas
 from .variants import TURBO
-from .version import __version__
 from .weights.blocks import Blocks
 from .weights.random import RandomWeights
 
@@ -85,20 +84,6 @@ def random_networks(case: Case, size: str) -> tuple[dict[str, Blocks], TextEncod
         Transformer(transformer, runners["transformer"], product),
         VAE(vae, runners["vae"]),
     )
-
-
-def matmul_rate(rows: int, dtype: mx.Dtype, dim: int, width: int) -> float:
-    """FLOP per second of the feed-forward's own products, (rows, dim) x (dim, width) and back, on this machine now."""
-    x, w = mx.random.normal((rows, dim)).astype(dtype), (mx.random.normal((width, dim)) * width**-0.5).astype(dtype)
-    mx.eval(x, w)
-    times = []
-    for _ in range(6):
-        start, y = time.perf_counter(), x
-        for _ in range(CHAIN // 2):  # chained, since launching a single product can take longer than computing it
-            y = mx.matmul(mx.matmul(y, w.T), w)
-        mx.eval(y)
-        times.append(time.perf_counter() - start)
-    return CHAIN * 2 * rows * dim * width / statistics.median(times[1:])
 
 
 def step_flops(config: TransformerConfig, image_tokens: int, caption_tokens: int) -> int:
@@ -208,14 +193,14 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
         runners["transformer"].release()
         vae.strip_bytes = largest_strip(vae.config, case.width, case.height)
         decode = timed(lambda: vae.decode(noise), repeat)
-    rate = matmul_rate(tokens, dtype, config.dim, config.ffn_dim)
+    rate = product_rate(tokens, dtype, config.dim, config.ffn_dim, CHAIN)
     flops = case.steps * step_flops(config, tokens, case.caption_tokens)
     achieved = flops / denoise["median_s"]
     return {
         "model": f"random {size}" if model == "random" else str(model),
         "case": vars(case),
         "repeat": repeat,
-        "machine": describe_machine(),
+        "machine": facts(),
         "encode": encode,
         "steps": denoise,
         "decode": decode,
@@ -224,18 +209,6 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
         "matmul_tflops": rate / 1e12,
         "steps_tflops": achieved / 1e12,
         "fraction_of_matmul": achieved / rate,
-    }
-
-
-def describe_machine() -> dict:
-    device = mx.device_info()
-    return {
-        "device": device.get("device_name") or platform.processor() or platform.machine(),
-        "backend": backend(),
-        "system": platform.platform(),
-        "mlx": mlx_version(),
-        "mlx_zimage": __version__,
-        "python": platform.python_version(),
     }
 
 

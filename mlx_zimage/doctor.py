@@ -1,207 +1,291 @@
-"""Check that this machine computes the networks' operations correctly, by comparing them with NumPy in float64.
-
-A broken backend generates noise or black images without any error; these checks distinguish that from a bad prompt.
-Each operation takes the same code path as in the networks on this backend, except that it is not compiled together with
-its neighbours. On a GPU the shapes are those of the real transformer, at which faults of some chips have been reported;
-a CPU gets small ones.
-"""
+"""Facts, speeds and limits of this machine. Whether it computes correctly is checked by `selftest`."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import platform
 import shutil
+import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from .machine import machine_budget, mlx_version, unpack_from
-from .models.layers import linear
-from .models.transformer import norm_and_rotate
-from .models.vae import Rows, conv
+from .machine import (
+    backend,
+    default_dtype,
+    has_matrix_units,
+    home,
+    is_virtual,
+    machine_budget,
+    metal_wheel,
+    mlx_version,
+    remember_product_rate,
+    supports_matrix_units,
+)
+from .quantization import Quantization
+from .selftest import Check
 from .version import __version__
-from .weights.library import CHOICES, DOWNLOAD, WEIGHTS_SHARE, choose_bits, home, planned
-
-# Relative errors (largest deviation over largest value) that only a wrong result exceeds. bfloat16 keeps 8 bits: one
-# rounding errs by up to 2**-9, and rounded operands and output add up to a few of those. float16 keeps three bits more.
-# float32 on a GPU may multiply in TF32, which keeps 11.
-LIMITS = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 4e-3}
+from .weights.checkpoint import Checkpoint, Component
+from .weights.library import CHOICES, DOWNLOAD, WEIGHTS_SHARE, choose_bits, planned
 
 MACOS = 14  # the oldest version that MLX's wheels are built for
+DISK_SAMPLE = 256 * 10**6  # bytes read to measure a disk
+SLOW_BLOCK = 2.0  # seconds to read a block
+WITHOUT_MATRIX_UNITS = {"MLX_METAL_GPU_ARCH": "applegpu_g16s"}  # that of an M4 Max
+
+
+# ---- what it is
+
+
+def facts() -> dict[str, Any]:
+    """This machine and its versions, ready for JSON; None where the backend does not report a value.
+
+    memory_budget and max_buffer_length (the limit of a single array) are bytes. metal_wheel is the platform tag of
+    MLX's wheel, None if MLX was built from source. matrix_units: whether MLX uses the matrix units of an M5 ("NAX").
+    fast_synch: whether MLX_METAL_FAST_SYNCH is set.
+    """
+    device = mx.device_info()
+    return {
+        "mlx_zimage": __version__,
+        "mlx": mlx_version(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "macos": platform.mac_ver()[0] or None,
+        "device": device.get("device_name") or platform.processor() or platform.machine(),
+        "backend": backend(),
+        "architecture": device.get("architecture"),
+        "dtype": default_dtype(),
+        "memory_budget": machine_budget(),
+        "max_buffer_length": device.get("max_buffer_length"),
+        "metal_wheel": metal_wheel(),
+        "matrix_units": has_matrix_units(),
+        "fast_synch": os.environ.get("MLX_METAL_FAST_SYNCH", "0") != "0",
+    }
+
+
+# ---- how fast it is
 
 
 @dataclass(frozen=True)
-class Check:
-    """One operation in one dtype: its relative error against NumPy, and the largest error accepted."""
+class Speeds:
+    """FLOP per second of large matrix products in the default dtype; for a model, the bytes per second read from its
+    disk, and the bytes of its largest block there."""
 
-    name: str
-    error: float
-    limit: float
-    seconds: float
+    product_rate: float
+    disk_rate: float | None = None
+    block_bytes: int | None = None
 
     @property
-    def passed(self) -> bool:
-        return self.error <= self.limit  # NaN fails
+    def block_s(self) -> float | None:
+        """Seconds to read a block."""
+        return self.block_bytes / self.disk_rate if self.block_bytes and self.disk_rate else None
 
 
-def self_test(large: bool | None = None) -> Iterator[Check]:
-    """Run every check on MLX's default device; large=None uses large shapes on a GPU only."""
-    large = mx.default_device() == mx.gpu if large is None else large
-    for dtype, limit in LIMITS.items():
-        for name, case in CASES.items():
-            begin = time.perf_counter()
-            found, expected = case(Samples(getattr(mx, dtype)), large)
-            found = np.array(found.astype(mx.float32), dtype=np.float64)
-            error = float(np.abs(found - expected).max() / np.abs(expected).max())
-            yield Check(f"{name} in {dtype}", error, limit, time.perf_counter() - begin)
+def speeds(model: Checkpoint | None = None) -> Speeds:
+    """Measure this machine, and the disk of a model if one is given. The product rate is stored for later plans."""
+    rows, dim, width = (1024, 2048, 2048) if backend() != "cpu" else (256, 512, 512)
+    rate = product_rate(rows, getattr(mx, default_dtype()), dim, width, chain=8)
+    if backend() != "cpu":
+        remember_product_rate(rate)
+    if model is None:
+        return Speeds(rate)
+    files = {entry.file for entry in model.transformer.entries.values()}
+    return Speeds(rate, read_rate(max(files, key=lambda file: file.stat().st_size)), largest_block(model.transformer))
 
 
-class Samples:
-    """Standard normal arrays, the same on every machine: in an MLX dtype, and the same rounded values in float64."""
-
-    def __init__(self, dtype: mx.Dtype):
-        self.dtype = dtype
-        self.generator = np.random.default_rng(0)
-
-    def __call__(self, *shape: int) -> tuple[mx.array, np.ndarray]:
-        array = mx.array(self.generator.standard_normal(shape, dtype=np.float32)).astype(self.dtype)
-        return array, np.array(array.astype(mx.float32), dtype=np.float64)
-
-
-def matmul(samples: Samples, large: bool):
-    # The feed-forward's second product has the longest sums in the transformer.
-    rows, width, out = (2048, 10240, 3840) if large else (64, 1024, 96)
-    x, x64 = samples(rows, width)
-    w, w64 = samples(out, width)
-    return x @ w.T, _product(x64, w64)
+def product_rate(rows: int, dtype: mx.Dtype, dim: int, width: int, chain: int) -> float:
+    """FLOP per second of matrix products (rows, dim) x (dim, width) and back, `chain` of them timed together."""
+    x, w = mx.random.normal((rows, dim)).astype(dtype), (mx.random.normal((width, dim)) * width**-0.5).astype(dtype)
+    mx.eval(x, w)
+    times = []
+    for _ in range(6):
+        start, y = time.perf_counter(), x
+        for _ in range(chain // 2):  # chained, since launching a single product can take longer than computing it
+            y = mx.matmul(mx.matmul(y, w.T), w)
+        mx.eval(y)
+        times.append(time.perf_counter() - start)
+    return chain * 2 * rows * dim * width / statistics.median(times[1:])
 
 
-def quantized(bits: int, rows: int) -> Callable:
-    def case(samples: Samples, large: bool):
-        width, out = (3840, 3840) if large else (256, 96)
-        x, x64 = samples(rows if large else rows // 32, width)
-        weight, scales, biases = mx.quantize(samples(out, width)[0], group_size=64, bits=bits)
-        dense = integers(np.array(weight), bits).reshape(out, -1, 64)
-        scales64, biases64 = (
-            np.array(part.astype(mx.float32), dtype=np.float64)[..., None] for part in (scales, biases)
-        )
-        packing = {"group_size": 64, "bits": bits, "mode": "affine"}
-        layer = {"weight": weight, "scales": scales, "biases": biases, "packing": packing}
-        found = linear(x, layer, unpack_from())  # takes the same path as the networks on this machine
-        return found, _product(x64, (dense * scales64 + biases64).reshape(out, width))
-
-    return case
+def read_rate(file: Path) -> float:
+    """Bytes per second of reading the last 256 MB of a file, bypassing the system's cache."""
+    nbytes = min(DISK_SAMPLE, file.stat().st_size)
+    with file.open("rb", buffering=0) as stream:
+        if sys.platform == "darwin":
+            fcntl.fcntl(stream, fcntl.F_NOCACHE, 1)
+        else:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        stream.seek(-nbytes, os.SEEK_END)
+        piece, begin = bytearray(8 * 2**20), time.perf_counter()
+        while stream.readinto(piece):
+            pass
+        return nbytes / (time.perf_counter() - begin)
 
 
-def integers(words: np.ndarray, bits: int) -> np.ndarray:
-    """The integers of `bits` bits (a power of two) that each uint32 holds, lowest bits first."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).reshape(*words.shape[:-1], -1).astype(np.float64)
+def largest_block(component: Component) -> int:
+    """Bytes on disk of a network's largest block."""
+    sizes = dict.fromkeys(component.config.blocks, 0)
+    for name, entry in component.entries.items():
+        for block in sizes:
+            if name.startswith(f"{block}."):
+                sizes[block] += entry.nbytes
+    return max(sizes.values(), default=0)
 
 
-def attention(samples: Samples, large: bool):
-    heads, length, dim = (30, 1088, 128) if large else (4, 96, 128)
-    (q, q64), (k, k64), (v, v64) = (samples(1, heads, length, dim) for _ in range(3))
-    scores = q64 @ k64.swapaxes(-1, -2) / np.sqrt(dim)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    expected = weights / weights.sum(-1, keepdims=True) @ v64
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5), expected
-
-
-def convolution(samples: Samples, large: bool):
-    side, channels = (64, 512) if large else (16, 32)
-    x, x64 = samples(1, side, side, channels)
-    w, w64 = samples(channels, 3, 3, channels)
-    padded = np.pad(x64, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = [padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
-    expected = _product(np.concatenate(windows, axis=-1), w64.reshape(channels, -1))
-    return conv(Rows.of(x), {"weight": w, "bias": mx.zeros(channels, x.dtype)}).get(0, side), expected
-
-
-def norm(samples: Samples, large: bool):
-    x, x64 = samples(64, 3840 if large else 256)
-    w, w64 = samples(x.shape[-1])
-    expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * w64
-    return mx.fast.rms_norm(x, w, 1e-5), expected
-
-
-def norm_and_rotation(samples: Samples, large: bool):
-    length, heads, dim = (1088, 30, 128) if large else (96, 4, 128)
-    x, x64 = samples(1, length, heads, dim)
-    w, w64 = samples(dim)
-    angles = samples.generator.standard_normal((length, dim // 2))
-    left, right = np.split(x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * w64, 2, axis=-1)
-    rotated = (left + 1j * right) * np.exp(1j * angles)[:, None]
-    table = (mx.array(part.astype(np.float32)) for part in (np.cos(angles), np.sin(angles)))
-    return norm_and_rotate(x, {"weight": w}, *table), np.concatenate([rotated.real, rotated.imag], axis=-1)
-
-
-def _product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    return x @ w.T
-
-
-CASES = {
-    "matrix product": matmul,
-    "8-bit product": quantized(8, rows=2048),
-    "4-bit product": quantized(4, rows=2048),
-    "4-bit product, few rows": quantized(4, rows=64),  # like a prompt's: some backends multiply it in packed form
-    "attention": attention,
-    "convolution": convolution,
-    "RMS norm": norm,
-    "norm and rotation": norm_and_rotation,
-}
+# ---- what it is good for
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one aspect of this machine is good enough for the full model, and why."""
+    """Whether one aspect of this machine is good enough for the full model, why, and what to do if it is not."""
 
     name: str
-    will_do: bool
-    told: str
+    ok: bool
+    message: str
+    advice: str = ""
 
 
-def verdicts() -> list[Verdict]:
-    """The verdicts on this machine: system, MLX build, memory and disk."""
-    system = platform.system(), platform.mac_ver()[0], platform.machine()
+def verdicts(facts: dict[str, Any], speeds: Speeds) -> list[Verdict]:
+    """All verdicts on this machine except that on its arithmetic."""
     place = next(path for path in (home(), *home().absolute().parents) if path.exists())
-    return judge(*system, mx.default_device() == mx.gpu, machine_budget(), shutil.disk_usage(place).free)
-
-
-def judge(system: str, macos: str, cpu: str, has_gpu: bool, budget: int, free: int) -> list[Verdict]:
-    """The verdicts on a machine with this memory budget and free disk space, in bytes."""
-    if system == "Darwin" and cpu != "arm64":
-        on_system = Verdict("system", False, "MLX needs Apple Silicon, and a native Python (not one under Rosetta)")
-    elif system == "Darwin" and int(macos.partition(".")[0]) < MACOS:
-        on_system = Verdict("system", False, f"MLX needs macOS {MACOS} or newer; this is macOS {macos}")
-    else:
-        on_system = Verdict("system", system in ("Darwin", "Linux"), f"{system} on {cpu}")
-    build = "computes on the GPU" if has_gpu else "computes on the CPU: correct, but minutes per step at 1024x1024"
-    sizes = {bits: planned(bits).nbytes for bits in CHOICES}
-    bits = choose_bits(sizes, budget)
-    kind = "bfloat16" if bits is None else f"{bits} bits"
-    stays = sizes[bits] <= WEIGHTS_SHARE * budget
-    how = "stays in memory" if stays else "is streamed from disk, which is slower"
-    needed = DOWNLOAD + sizes[bits]
+    free = shutil.disk_usage(place).free
     return [
-        on_system,
-        Verdict("MLX build", has_gpu, build),
-        Verdict("memory", stays, f"the model in {kind} ({sizes[bits] / 1e9:.1f} GB) {how}"),
-        Verdict("disk", free >= needed, f"a first run needs {needed / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"),
+        judge_system(platform.system(), platform.mac_ver()[0], platform.machine()),
+        judge_gpu(facts["backend"], is_virtual()),
+        *judge_room(facts["memory_budget"], free),
+        *judge_build(facts, supports_matrix_units()),
+        *judge_disk(speeds),
     ]
 
 
-def machine() -> dict[str, str]:
-    """This machine and its software versions, as text."""
-    device = mx.device_info()
-    facts = {
-        "mlx-zimage": __version__,
-        "MLX": mlx_version(),
-        "Python": platform.python_version(),
-        "system": f"macOS {platform.mac_ver()[0]}" if platform.mac_ver()[0] else platform.platform(),
-        "device": f"{device.get('device_name', platform.machine())} ({mx.default_device().type.name})",
+def judge_system(system: str, macos: str, cpu: str) -> Verdict:
+    if system == "Darwin" and cpu != "arm64":
+        advice = "install Python for arm64"
+        return Verdict("system", False, "MLX needs Apple Silicon, and a native Python (not one under Rosetta)", advice)
+    if system == "Darwin" and int(macos.partition(".")[0]) < MACOS:
+        return Verdict("system", False, f"MLX needs macOS {MACOS} or newer; this is macOS {macos}", "update macOS")
+    return Verdict("system", system in ("Darwin", "Linux"), f"{system} on {cpu}")
+
+
+def judge_gpu(backend: str, virtual: bool) -> Verdict:
+    if backend == "cpu":
+        advice = "on Linux with an NVIDIA GPU, install mlx-zimage[cuda]; on a Mac, leave MLX's default device as it is"
+        return Verdict("MLX build", False, "computes on the CPU: correct, but minutes per step at 1024x1024", advice)
+    if virtual:
+        message = "computes on the GPU of a virtual machine, in float16"
+        return Verdict("MLX build", False, message, "run it outside the virtual machine for full speed")
+    return Verdict("MLX build", True, "computes on the GPU")
+
+
+def judge_room(budget: int, free: int) -> list[Verdict]:
+    """The full model within this memory budget and free disk space, in bytes."""
+    sizes = {bits: planned(bits).nbytes for bits in CHOICES}
+    bits = choose_bits(sizes, budget)
+    kind, size = "bfloat16" if bits is None else f"{bits} bits", f"{sizes[bits] / 1e9:.1f} GB"
+    if sizes[bits] <= WEIGHTS_SHARE * budget:
+        memory = Verdict("memory", True, f"the model in {kind} ({size}) stays in memory")
+    else:
+        message = f"the model in {kind} ({size}) is streamed from disk, which is slower"
+        memory = Verdict("memory", False, message, "keep the model on a fast disk; see mlx-zimage plan")
+    needed = DOWNLOAD + sizes[bits]
+    message = f"a first run needs {needed / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"
+    advice = "" if free >= needed else "free up space, or set MLX_ZIMAGE_HOME and HF_HOME to folders on a larger disk"
+    return [memory, Verdict("disk", free >= needed, message, advice)]
+
+
+def judge_build(facts: dict[str, Any], supports_matrix_units: bool) -> list[Verdict]:
+    """How MLX was built and configured; empty if there is nothing to report."""
+    found = []
+    if supports_matrix_units:
+        used, wheel = facts["matrix_units"], facts["metal_wheel"]
+        message = f"MLX {'uses' if used else 'does not use'} this GPU's matrix units"
+        if not used:
+            message += f" (macOS {facts['macos']}, MLX built for {wheel})"
+        elif wheel is None:
+            message += "; this MLX was built from source"
+        advice = "update macOS to 26.2 or newer, then pip install --force-reinstall mlx mlx-metal"
+        found.append(Verdict("matrix units", used, message, "" if used else advice))
+    if facts["fast_synch"]:
+        message, advice = "MLX_METAL_FAST_SYNCH is set; hangs have been reported with it", "unset it"
+        found.append(Verdict("environment", False, message, advice))
+    return found
+
+
+def judge_disk(speeds: Speeds) -> list[Verdict]:
+    """The disk of a model, if it was measured."""
+    if speeds.block_s is None or speeds.disk_rate is None:
+        return []
+    message = f"{speeds.disk_rate / 1e9:.2f} GB/s, {speeds.block_s:.2f} s per block"
+    advice = "copy the model to the internal disk, or convert it to fewer bits"
+    ok = speeds.block_s <= SLOW_BLOCK
+    return [Verdict("model's disk", ok, message, "" if ok else advice)]
+
+
+def judge_numbers(checks: Sequence[Check], retried: Sequence[Check] | None = None) -> Verdict:
+    """The result of the self-test; retried are its checks without an M5's matrix units, if they were run."""
+    wrong = sorted({check.name for check in checks if not check.passed})
+    if not wrong:
+        return Verdict("numbers", True, f"all {len(checks)} checks passed")
+    advice = "try another version of MLX (pip install -U mlx); until then, no image from this machine can be trusted"
+    if retried and all(check.passed for check in retried):
+        (variable, value), *_ = WITHOUT_MATRIX_UNITS.items()
+        advice = f"set {variable}={value}: all checks passed without this GPU's matrix units"
+    return Verdict("numbers", False, f"wrong results for {', '.join(wrong)}", advice)
+
+
+def without_matrix_units(dtypes: Sequence[str], model: str | None) -> list[Check]:
+    """Run the checks in a new process in which MLX does not use an M5's matrix units; empty if the process failed."""
+    options = [option for dtype in dtypes for option in ("--dtype", dtype)] + (["--model", model] if model else [])
+    command = [sys.executable, "-m", "mlx_zimage", "doctor", "--json", *options]
+    ended = subprocess.run(command, env=os.environ | WITHOUT_MATRIX_UNITS, capture_output=True, text=True)
+    try:
+        return [Check(**check) for check in json.loads(ended.stdout)["checks"]]
+    except (ValueError, KeyError):
+        return []
+
+
+def packed_otherwise(quantizations: Sequence[Quantization]) -> list[str]:
+    """The quantizations that pack to other bits on this GPU than on the CPU, which is not an error."""
+    weight = mx.random.normal((256, 512), key=mx.random.key(0))
+
+    def differs(q: Quantization) -> bool:
+        here, there = (
+            mx.quantize(weight, group_size=q.group_size, bits=q.bits, mode=q.mode, stream=stream)
+            for stream in (mx.default_device(), mx.cpu)
+        )
+        return not all(mx.array_equal(*pair) for pair in zip(here, there, strict=True))
+
+    return [str(q) for q in quantizations if differs(q)]
+
+
+def report(
+    facts: dict[str, Any],
+    speeds: Speeds,
+    verdicts: Sequence[Verdict],
+    checks: Sequence[Check],
+    retried: Sequence[Check] | None,
+    otherwise: Sequence[str],
+) -> dict[str, Any]:
+    """Everything that was found, ready for JSON. Other programs depend on the keys."""
+    return {
+        "machine": facts,
+        "speeds": {
+            "product_tflops": speeds.product_rate / 1e12,
+            "disk_gb_per_s": speeds.disk_rate and speeds.disk_rate / 1e9,
+            "block_s": speeds.block_s,
+        },
+        "passed": all(check.passed for check in checks),
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "checks": [asdict(check) for check in checks],
+        "checks_without_matrix_units": None if retried is None else [asdict(check) for check in retried],
+        "packed_unlike_cpu": list(otherwise),
+        "seconds": sum(check.seconds for check in checks),
     }
-    facts["memory to use"] = f"{machine_budget() / 1e9:.0f} GB"
-    return facts

@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
+from itertools import takewhile
 from math import inf
 from pathlib import Path
 from threading import RLock
@@ -64,13 +67,46 @@ def default_dtype() -> str:
     """
     if mx.default_device() != mx.gpu:
         return "float32"
-    slow = re.match(r"Apple (M[12]\b|Paravirtual)", str(mx.device_info().get("device_name")))
-    return "float16" if slow else "bfloat16"
+    emulates = re.match(r"Apple M[12]\b", str(mx.device_info().get("device_name")))
+    return "float16" if emulates or is_virtual() else "bfloat16"
 
 
 def wide_dtype() -> str:
     """The dtype that replaces float16 when it overflows: bfloat16, or float32 on a GPU without bfloat16."""
-    return "float32" if "Paravirtual" in str(mx.device_info().get("device_name")) else "bfloat16"
+    return "float32" if is_virtual() else "bfloat16"
+
+
+def is_virtual() -> bool:
+    """Whether the default device is the GPU that macOS offers to virtual machines."""
+    return "Paravirtual" in str(mx.device_info().get("device_name"))
+
+
+def supports_matrix_units() -> bool:
+    """Whether MLX sees a GPU with the matrix units of an M5, which it calls NAX."""
+    chip = re.fullmatch(r".*?(\d\d)([a-z])", str(mx.device_info().get("architecture")))
+    return backend() == "metal" and chip is not None and int(chip[1]) >= (18 if chip[2] == "p" else 17)
+
+
+def has_matrix_units() -> bool:
+    """Whether MLX uses those units: macOS and MLX's wheel must be new enough as well."""
+    wheel = metal_wheel()
+    built = wheel is None or version_of(wheel.replace("_", ".").removeprefix("macosx.")) >= (26,)
+    return supports_matrix_units() and version_of(platform.mac_ver()[0]) >= (26, 2) and built
+
+
+def metal_wheel() -> str | None:
+    """The platform tag of MLX's installed wheel for Metal, such as "macosx_26_0_arm64"; None if there is no wheel."""
+    try:
+        wheel = distribution("mlx-metal").read_text("WHEEL") or ""
+    except PackageNotFoundError:
+        return None
+    tag = re.search(r"^Tag: .*-(macosx_\w+)$", wheel, re.MULTILINE)
+    return tag[1] if tag else None
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """The numeric parts at the start of a version."""
+    return tuple(int(part) for part in takewhile(str.isdecimal, text.split(".")))
 
 
 def mlx_version() -> str:

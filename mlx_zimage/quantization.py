@@ -34,6 +34,11 @@ class Quantization:
                 f"{self.mode} quantization takes a group size of {_either(groups)}, got {self.group_size}"
             )
 
+    def __str__(self) -> str:
+        """Such as "4-bit affine", with the group if it is not the mode's own."""
+        own = self.group_size == MODES[self.mode][1][0]
+        return f"{self.bits}-bit {self.mode}" + ("" if own else f" in groups of {self.group_size}")
+
     def packed(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that replace the dense weight `name` of `shape` (out, in)."""
         layer = name.removesuffix(".weight")

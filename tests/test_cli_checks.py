@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from mlx_zimage import cli
+from mlx_zimage import cli, doctor
 from mlx_zimage.weights.hub import POCKET
 
 
@@ -42,25 +42,69 @@ def test_a_diffusers_folder_is_verified_by_its_headers_and_values(run, tmp_path)
     assert run("verify", "no/such/folder").exit_code == 3
 
 
-def test_doctor_shows_facts_and_verdicts_about_the_machine(run):
-    result = run("doctor")
+@pytest.fixture
+def measured(monkeypatch):
+    """What doctor measures is forgotten again."""
+    monkeypatch.setattr(doctor, "remember_product_rate", lambda rate: None)
+
+
+def test_doctor_shows_facts_and_verdicts_about_the_machine(run, measured):
+    result = run("doctor", "--dtype", "float32")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert f"MLX               {mx.__version__}\n" in result.stdout
+    assert f"mlx               {mx.__version__}\n" in result.stdout
     assert "WRONG" not in result.stdout
-    for name in ("system", "MLX build", "memory", "disk"):
+    for name in ("system", "MLX build", "memory", "disk", "numbers"):
         assert re.search(rf"^{name} +(ok|limited) ", result.stdout, re.MULTILINE)
-    report = json.loads(run("doctor", "--json").stdout)
+
+
+def test_the_keys_of_doctors_report_stay_as_they_are(run, measured):
+    """Other programs rely on them."""
+    report = json.loads(run("doctor", "--json", "--dtype", "float32", "--model", "pocket").stdout)
+    assert list(report) == [
+        "machine", "speeds", "passed", "verdicts", "checks", "checks_without_matrix_units", "packed_unlike_cpu",
+        "seconds",
+    ]  # fmt: skip
+    assert list(report["machine"]) == [
+        "mlx_zimage", "mlx", "python", "system", "macos", "device", "backend", "architecture", "dtype", "memory_budget",
+        "max_buffer_length", "metal_wheel", "matrix_units", "fast_synch",
+    ]  # fmt: skip
+    assert list(report["speeds"]) == ["product_tflops", "disk_gb_per_s", "block_s"]
     assert report["passed"] is True
-    assert [verdict["name"] for verdict in report["verdicts"]] == ["system", "MLX build", "memory", "disk"]
-    assert {"name", "error", "limit"} < report["checks"][0].keys()
+    assert [verdict["name"] for verdict in report["verdicts"]] == [
+        "system", "MLX build", "memory", "disk", "model's disk", "numbers",
+    ]  # fmt: skip
+    assert list(report["verdicts"][0]) == ["name", "ok", "message", "advice"]
+    assert list(report["checks"][0]) == ["name", "dtype", "error", "limit", "seconds", "problem"]
+    assert report["seconds"] == pytest.approx(sum(check["seconds"] for check in report["checks"]))
 
 
-def test_doctor_exits_with_8_on_a_machine_that_computes_wrong_results(run, monkeypatch):
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda q, k, v, **_: mx.zeros(q.shape))
-    result = run("doctor")
+def test_doctor_checks_the_quantization_of_a_model(run, measured):
+    run("convert", "pocket", "small", "--q-bits", "4", "--q-group-size", "32")
+    report = json.loads(run("doctor", "--json", "--dtype", "float32", "--model", "small").stdout)
+    names = {check["name"] for check in report["checks"] if "-bit" in check["name"]}
+    assert {name.partition(" product")[0].partition(" packing")[0] for name in names} == {
+        "4-bit affine in groups of 32"
+    }
+
+
+def test_doctor_exits_with_8_on_a_machine_that_computes_wrong_results(run, measured, monkeypatch):
+    monkeypatch.setattr(mx.fast, "layer_norm", lambda x, *_: mx.zeros(x.shape))
+    result = run("doctor", "--dtype", "float32")
     assert result.exit_code == 8
-    assert re.search(r"^attention in float32 +WRONG", result.stdout, re.MULTILINE)
-    assert (
-        "Error: wrong results on this machine for attention in float32, attention in bfloat16, attention in float16;"
-        in result.stderr
-    )
+    assert re.search(r"^layer norm in float32 +WRONG", result.stdout, re.MULTILINE)
+    assert "Error: wrong results for layer norm; try another version of MLX" in result.stderr
+    result = run("doctor", "--dtype", "float32", "--json")
+    assert result.exit_code == 8 and json.loads(result.stdout)["passed"] is False
+
+
+def test_doctor_tries_a_failed_check_again_without_matrix_units(run, measured, monkeypatch):
+    monkeypatch.setattr(mx.fast, "layer_norm", lambda x, *_: mx.full(x.shape, mx.nan))
+    monkeypatch.setattr(doctor, "has_matrix_units", lambda: True)
+    result = run("doctor", "--dtype", "float32", "--json")
+    assert result.exit_code == 8
+    report = json.loads(result.stdout)
+    (failed,) = [check for check in report["checks"] if check["error"] is None]
+    assert (failed["name"], failed["problem"]) == ("layer norm", "the result is not finite")
+    retried = report["checks_without_matrix_units"]  # in a process in which layer_norm is as it was
+    assert len(retried) == len(report["checks"]) and all(check["error"] <= check["limit"] for check in retried)
+    assert "MLX_METAL_GPU_ARCH=applegpu_g16s" in result.stderr

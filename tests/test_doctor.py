@@ -1,74 +1,167 @@
+"""What doctor says about machines: this one, and others by their facts."""
+
+import json
+import math
+import platform
+from types import SimpleNamespace
+
 import mlx.core as mx
-import numpy as np
 import pytest
 
-from mlx_zimage import doctor
-from mlx_zimage.doctor import integers, self_test
-from mlx_zimage.machine import backend
+from mlx_zimage import doctor, machine, selftest
+from mlx_zimage.doctor import Speeds
+from mlx_zimage.selftest import Check
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.hub import POCKET
 
-
-def test_this_machine_passes():
-    checks = list(self_test())
-    assert len(checks) >= len(doctor.CASES)
-    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
-
-
-@pytest.mark.parametrize(
-    ("machine", "will_do", "verdict"),
-    [
-        (("Darwin", "15.1", "arm64", True, 24e9, 100e9), [True] * 4, "in bfloat16 (20.5 GB) stays in memory"),
-        (("Darwin", "14.0", "arm64", True, 5e9, 30e9), [True, True, False, False], "in 4 bits (6.7 GB) is streamed"),
-        (("Darwin", "13.7.1", "arm64", True, 12e9, 100e9), [False, True, True, True], "macOS 14 or newer; this is"),
-        (("Darwin", "15.1", "x86_64", True, 13e9, 44e9), [False, True, True, False], "needs 44 GB; 44 GB are free"),
-        (("Linux", "", "x86_64", False, 24e9, 100e9), [True, False, True, True], "on the CPU: correct, but minutes"),
-    ],
-)
-def test_machines_are_judged_by_what_the_full_model_needs(machine, will_do, verdict):
-    verdicts = doctor.judge(*machine)
-    assert [verdict.will_do for verdict in verdicts] == will_do
-    assert any(verdict in each.told for each in verdicts), verdicts
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_packed_weights_are_unpacked_as_mlx_packs_them(bits):
-    weight = mx.random.normal((8, 128), key=mx.random.key(0))
-    packed, scales, biases = mx.quantize(weight, group_size=64, bits=bits)
-    expected = np.array(mx.dequantize(packed, scales, biases, group_size=64, bits=bits))
-    unpacked = integers(np.array(packed), bits).reshape(8, 2, 64) * np.array(scales)[..., None]
-    # float32, |values| < 4: the product and the sum are rounded once each
-    assert np.abs((unpacked + np.array(biases)[..., None]).reshape(8, 128) - expected).max() < 1e-6
+RIGHT = Check("attention", "float32", 1e-6, 1e-3, 0.1)
+WRONG = Check("attention", "float32", 0.2, 1e-3, 0.1)
+FACTS = {"matrix_units": False, "metal_wheel": "macosx_15_0_arm64", "macos": "26.4", "fast_synch": False}
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "case"),
+    ("system", "ok", "message"),
     [
-        (mx, "dequantize", "8-bit product"),
-        (mx, {"cpu": "addmm", "cuda": "conv2d", "metal": "conv_general"}[backend()], "convolution"),
-        (mx.fast, "scaled_dot_product_attention", "attention"),
-        (mx.fast, "rms_norm", "RMS norm"),
+        (("Darwin", "15.1", "arm64"), True, "Darwin on arm64"),
+        (("Darwin", "13.7.1", "arm64"), False, "macOS 14 or newer; this is macOS 13.7.1"),
+        (("Darwin", "15.1", "x86_64"), False, "needs Apple Silicon"),
+        (("Linux", "", "x86_64"), True, "Linux on x86_64"),
+        (("Windows", "", "AMD64"), False, "Windows"),
     ],
 )
-@pytest.mark.parametrize("broken", ["one value", "NaN", "zeros", "scale"])
-@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["alone", "among all"])
-def test_a_broken_operation_is_detected(monkeypatch, module, name, case, broken, alone):
-    right = getattr(module, name)
-
-    def wrong(*args, **options):
-        result = right(*args, **options)
-        if broken == "one value":
-            index = mx.arange(result.size).reshape(result.shape) == result.size // 3
-            return result + 3 * index
-        return result * {"NaN": mx.nan, "zeros": 0.0, "scale": 1.01}[broken]
-
-    monkeypatch.setattr(module, name, wrong)
-    if alone:
-        monkeypatch.setattr(doctor, "CASES", {case: doctor.CASES[case]})
-    assert f"{case} in float32" in {check.name for check in self_test() if not check.passed}
+def test_systems_are_judged_by_what_mlx_is_built_for(system, ok, message):
+    verdict = doctor.judge_system(*system)
+    assert verdict.ok == ok and message in verdict.message
 
 
-@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="a GPU runs them in the first test")
-@pytest.mark.parametrize("name", ["attention", "convolution", "RMS norm"])  # a single product takes minutes on a CPU
-@pytest.mark.slow
-def test_the_large_shapes_pass_too(name):
-    found, expected = doctor.CASES[name](doctor.Samples(mx.float32), large=True)
-    assert np.abs(np.array(found) - expected).max() / np.abs(expected).max() < 1e-5
+@pytest.mark.parametrize(
+    ("backend", "virtual", "ok"),
+    [("metal", False, True), ("metal", True, False), ("cuda", False, True), ("cpu", False, False)],
+)
+def test_a_cpu_and_a_virtual_gpu_are_limits(backend, virtual, ok):
+    verdict = doctor.judge_gpu(backend, virtual)
+    assert verdict.ok == ok and bool(verdict.advice) != ok
+
+
+@pytest.mark.parametrize(
+    ("budget", "free", "ok", "message"),
+    [
+        (24e9, 100e9, [True, True], "in bfloat16 (20.5 GB) stays in memory"),
+        (5e9, 30e9, [False, False], "in 4 bits (6.7 GB) is streamed"),
+        (13e9, 44e9, [True, False], "needs 44 GB; 44 GB are free"),
+    ],
+)
+def test_memory_and_disk_are_judged_by_what_the_full_model_needs(budget, free, ok, message):
+    verdicts = doctor.judge_room(budget, free)
+    assert [verdict.ok for verdict in verdicts] == ok
+    assert [bool(verdict.advice) for verdict in verdicts] == [not good for good in ok]
+    assert any(message in verdict.message for verdict in verdicts), verdicts
+
+
+def test_an_older_wheel_or_system_on_a_gpu_with_matrix_units_is_a_limit():
+    assert doctor.judge_build(FACTS, supports_matrix_units=False) == []
+    (slow,) = doctor.judge_build(FACTS, supports_matrix_units=True)
+    assert not slow.ok and "macosx_15_0_arm64" in slow.message and "--force-reinstall" in slow.advice
+    (fast,) = doctor.judge_build(FACTS | {"matrix_units": True}, supports_matrix_units=True)
+    assert fast.ok and not fast.advice
+
+
+def test_an_environment_in_which_mlx_hangs_is_a_limit(monkeypatch):
+    monkeypatch.setenv("MLX_METAL_FAST_SYNCH", "1")
+    (found,) = doctor.judge_build(doctor.facts() | {"matrix_units": False}, supports_matrix_units=False)
+    assert not found.ok and "MLX_METAL_FAST_SYNCH" in found.message
+
+
+def test_a_disk_that_takes_more_than_two_seconds_a_block_is_a_limit():
+    assert doctor.judge_disk(Speeds(1e12)) == []
+    (fast,) = doctor.judge_disk(Speeds(1e12, 3e9, 360_000_000))
+    (slow,) = doctor.judge_disk(Speeds(1e12, 7e7, 360_000_000))
+    assert fast.ok and "3.00 GB/s, 0.12 s per block" in fast.message
+    assert not slow.ok and "5.14 s per block" in slow.message and "internal disk" in slow.advice
+
+
+def test_the_disk_of_a_model_is_measured_by_its_largest_file(monkeypatch):
+    monkeypatch.setattr(doctor, "remember_product_rate", lambda rate: None)
+    model = open_checkpoint(POCKET)
+    found = doctor.speeds(model)
+    assert math.isfinite(found.product_rate) and found.product_rate > 0
+    assert found.disk_rate > 0
+    sizes = {
+        block: sum(e.nbytes for name, e in model.transformer.entries.items() if name.startswith(f"{block}."))
+        for block in model.transformer.config.blocks
+    }
+    assert found.block_bytes == max(sizes.values()) > 10_000
+
+
+def test_the_rate_of_products_is_remembered_for_a_gpu_only(monkeypatch):
+    remembered = []
+    monkeypatch.setattr(doctor, "remember_product_rate", remembered.append)
+    for backend, expected in (("cpu", 0), ("metal", 1)):
+        monkeypatch.setattr(doctor, "backend", lambda backend=backend: backend)
+        monkeypatch.setattr(doctor, "product_rate", lambda *_, **__: 1e12)
+        doctor.speeds()
+        assert remembered == [1e12] * expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "macos", "wheel", "supports", "has"),
+    [
+        ("applegpu_g17s", "26.2", "macosx_26_0_arm64", True, True),
+        ("applegpu_g17s", "26.1", "macosx_26_0_arm64", True, False),
+        ("applegpu_g17s", "26.4", "macosx_15_0_arm64", True, False),
+        ("applegpu_g17s", "26.4", None, True, True),
+        ("applegpu_g17p", "26.4", "macosx_26_0_arm64", False, False),
+        ("applegpu_g18p", "26.4", "macosx_26_0_arm64", True, True),
+        ("applegpu_g16s", "26.4", "macosx_26_0_arm64", False, False),
+        ("applegpu_g13g", "15.1", "macosx_15_0_arm64", False, False),
+        (None, "15.1", None, False, False),
+    ],
+)
+def test_matrix_units_take_a_new_chip_system_and_wheel(monkeypatch, architecture, macos, wheel, supports, has):
+    """As MLX decides in metal/device.cpp, and its wheels by what they are built for."""
+    monkeypatch.setattr(machine, "backend", lambda: "metal")
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
+    monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), "arm64"))
+    monkeypatch.setattr(machine, "metal_wheel", lambda: wheel)
+    assert (machine.supports_matrix_units(), machine.has_matrix_units()) == (supports, has)
+
+
+def test_the_wheels_platform_is_read_from_what_pip_installed(monkeypatch):
+    text = "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: py3-none-macosx_26_0_arm64\n"
+    monkeypatch.setattr(machine, "distribution", lambda name: SimpleNamespace(read_text=lambda file: text))
+    assert machine.metal_wheel() == "macosx_26_0_arm64"
+
+    def missing(name):
+        raise machine.PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine, "distribution", missing)
+    assert machine.metal_wheel() is None
+
+
+def test_wrong_numbers_come_with_the_next_move():
+    assert doctor.judge_numbers([RIGHT]).ok
+    alone = doctor.judge_numbers([RIGHT, WRONG], None)
+    assert not alone.ok and "attention" in alone.message and alone.advice.startswith("try another version of MLX")
+    assert doctor.judge_numbers([WRONG], [WRONG]).advice == alone.advice == doctor.judge_numbers([WRONG], []).advice
+    helped = doctor.judge_numbers([WRONG], [RIGHT]).advice
+    assert helped.startswith("set MLX_METAL_GPU_ARCH=applegpu_g16s: all checks passed")
+
+
+def test_the_checks_without_matrix_units_are_those_of_a_process_of_its_own(monkeypatch):
+    ran = []
+
+    def run(command, env, **_):
+        ran.append((command, env["MLX_METAL_GPU_ARCH"]))
+        return SimpleNamespace(stdout=json.dumps({"checks": [vars(RIGHT)]}))
+
+    monkeypatch.setattr(doctor.subprocess, "run", run)
+    assert doctor.without_matrix_units(["float32"], "pocket") == [RIGHT]
+    ((command, architecture),) = ran
+    assert command[1:] == ["-m", "mlx_zimage", "doctor", "--json", "--dtype", "float32", "--model", "pocket"]
+    assert architecture == "applegpu_g16s"
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
+    assert doctor.without_matrix_units(["float32"], None) == []
+
+
+def test_a_cpu_packs_to_its_own_bits(on_cpu):
+    assert doctor.packed_otherwise(selftest.every_quantization()) == []

@@ -1,41 +1,64 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import click
 
+from ..dtypes import FLOATS
 from ..errors import NumericsError
 
 
-@click.command(epilog="Example: mlx-zimage doctor")
+@click.command(epilog="Example: mlx-zimage doctor --model z-image-4bit --json > doctor.json")
+@click.option("--model", help="Also measure the disk of this model, and check only its quantization.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=click.Choice(sorted(FLOATS)),
+    multiple=True,
+    help="Check arithmetic in this dtype only; repeatable.  [default: all]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(as_json: bool) -> None:
+def doctor(model: str | None, dtypes: tuple[str, ...], as_json: bool) -> None:
     """Check this machine: system, MLX build, memory, disk and MLX's arithmetic.
 
     "limited" marks a restriction, with its consequence; images can still be generated. The operations that the networks
     are built from are compared with NumPy; if any is wrong, no image from this machine can be trusted, and the exit
-    code is 8.
+    code is 8. The measured speed is stored, and later commands split work into pieces short enough for this GPU.
     """
-    from ..doctor import machine, self_test, verdicts
+    from .. import doctor, selftest
+    from ..machine import is_virtual
+    from ..weights.checkpoint import open_checkpoint
 
-    facts, judged = machine(), verdicts()
+    checkpoint = open_checkpoint(model) if model else None
+    quantizations = selftest.quantizations_of(checkpoint) if checkpoint else selftest.every_quantization()
+    dtypes = dtypes or tuple(dtype for dtype in FLOATS if dtype != "bfloat16" or not is_virtual())
+    facts, speeds = doctor.facts(), doctor.speeds(checkpoint)
+    verdicts = doctor.verdicts(facts, speeds)
     if not as_json:
         for name, fact in facts.items():
-            click.echo(f"{name:18}{fact}")
-        for verdict in judged:
-            click.echo(f"{verdict.name:18}{'ok' if verdict.will_do else 'limited':7}  {verdict.told}")
+            click.echo(f"{name:18}{'-' if fact is None else fact}")
+        click.echo(f"{'products':18}{speeds.product_rate / 1e12:.2f} TFLOP/s in {facts['dtype']}")
+        for verdict in verdicts:
+            _print_verdict(verdict)
     checks = []
-    for check in self_test():
+    for check in selftest.self_test(dtypes, quantizations):
         checks.append(check)
         if not as_json:
             result = "ok" if check.passed else "WRONG"
-            click.echo(f"{check.name:37}{result:5}  error {check.error:.1e}, limit {check.limit:.0e}")
-    wrong = [check.name for check in checks if not check.passed]
+            error = check.problem or f"error {check.error:.1e}, limit {check.limit:.0e}"
+            click.echo(f"{f'{check.name} in {check.dtype}':45}{result:7}{error}")
+    passed = all(check.passed for check in checks)
+    retried = doctor.without_matrix_units(dtypes, model) if not passed and facts["matrix_units"] else None
+    verdicts.append(doctor.judge_numbers(checks, retried))
+    otherwise = doctor.packed_otherwise(quantizations)
     if as_json:
-        lists = {"verdicts": [asdict(verdict) for verdict in judged], "checks": [asdict(check) for check in checks]}
-        click.echo(json.dumps({**facts, "passed": not wrong, **lists}))
-    if wrong:
-        raise NumericsError(
-            f"wrong results on this machine for {', '.join(wrong)}; try another version of MLX (pip install -U mlx)"
-        )
+        click.echo(json.dumps(doctor.report(facts, speeds, verdicts, checks, retried, otherwise)))
+    else:
+        _print_verdict(verdicts[-1])
+    if not passed:
+        raise NumericsError(f"{verdicts[-1].message}; {verdicts[-1].advice}")
+
+
+def _print_verdict(verdict) -> None:
+    advice = f"; {verdict.advice}" if verdict.advice else ""
+    click.echo(f"{verdict.name:18}{'ok' if verdict.ok else 'limited':9}{verdict.message}{advice}")

@@ -53,6 +53,7 @@ def convert_steps(
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
     base: str | Path | None = None,
+    variant: str | None = None,
     format: str = "mlx",
     recipe: str | Recipe = "uniform",
     target_size: int | str | None = None,
@@ -64,6 +65,7 @@ def convert_steps(
 
     source is a Hugging Face id, "pocket", a folder written by diffusers, mflux or this package, or a safetensors or
     GGUF file. Missing parts are taken from text_encoder, vae and tokenizer, else from base: see sources.open_source.
+    variant, such as "fp16", selects among the source's files; by default those without a variant are read.
 
     dtype ("bfloat16", "float32", "float16") is the dtype of every tensor that is not quantized. The matrices of the
     attention and feed-forward layers are quantized if bits or a mode other than "affine" is given: 2, 3, 4, 5, 6 or 8
@@ -97,7 +99,7 @@ def convert_steps(
         raise RequestError(f"{format} cannot read MLX's quantized weights; leave out the quantization options")
     dest = Path(dest).expanduser()
     check_absent(dest)  # before anything is downloaded
-    opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base)
+    opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base, variant=variant)
     others = [Path(other).expanduser() for other in (text_encoder, vae, tokenizer, base) if other is not None]
     for folder in (opened.at, *filter(Path.is_dir, others)):
         check_outside(dest, folder)
@@ -105,7 +107,7 @@ def convert_steps(
     if calibrate:
         from .calibrate import Calibration  # imported only if needed: it loads everything that generates images
 
-        factor_of = Calibration(source, memory).factor
+        factor_of = Calibration(source, memory, variant).factor
     if format == "comfyui":
         layout = lay_out_comfyui(opened, dtype, dest.name)
     else:

@@ -54,10 +54,10 @@ class Calibration:
     whole real model would take 20 GB.
     """
 
-    def __init__(self, source: str | Path, memory: str | int | None = None):
+    def __init__(self, source: str | Path, memory: str | int | None = None, variant: str | None = None):
         # in float16 the squares would overflow
         dtype = "float32" if default_dtype() == "float32" else "bfloat16"
-        self._pipe = open_pipeline(source, dtype, memory)
+        self._pipe = open_pipeline(source, dtype, memory, variant)
         self._blocks: Iterator[tuple[str, dict[str, mx.array]]] | None = None
         self._block = ""
         self._moments: dict[str, mx.array] = {}
@@ -77,14 +77,16 @@ class Calibration:
         return self._last[1]
 
 
-def open_pipeline(source: str | Path, dtype: str | None = None, memory: str | int | None = None) -> ZImagePipeline:
+def open_pipeline(
+    source: str | Path, dtype: str | None = None, memory: str | int | None = None, variant: str | None = None
+) -> ZImagePipeline:
     """A pipeline for the source, which must be a model folder or id rather than a single file."""
     if Path(source).expanduser().is_file():
         raise RequestError(
             f"reports and calibration generate images with the source, but {source} is a single file; convert it to a "
             f"folder without quantizing, then convert that folder"
         )
-    return ZImagePipeline.from_pretrained(source, dtype, memory)
+    return ZImagePipeline.from_pretrained(source, dtype, memory, variant=variant)
 
 
 def cholesky(moment: np.ndarray) -> np.ndarray:

@@ -16,8 +16,9 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..models import NETWORKS
 from ..quantization import Quantization
-from ..weights.checkpoint import SHOWN, Entry, find_shards, read_header
-from ..weights.names import Place, places
+from ..weights.checkpoint import SHOWN, Entry, find_shards, read_header, read_metadata
+from ..weights.listing import visible
+from ..weights.names import Place, foreign_kind, places
 from . import gguf
 from .rows import FLOATING, SourceComponent, Tensor, packed_rows, stored_rows
 
@@ -29,14 +30,17 @@ COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 MFLUX_GROUP = 64  # the only one mflux supports
 
 
-def open_file(file: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
-    """The networks in a single file; configs are passed in, as the file has none."""
+def open_file(file: Path, configs: Mapping[str, dict]) -> tuple[dict[str, SourceComponent], list[Path]]:
+    """The networks in a single file, and all its parts; configs are passed in, as the file has none."""
     _refuse_pickle(file)
     if _start(file).startswith(gguf.MAGIC):
-        tensors = {name: _gguf_tensor(file, tensor) for name, tensor in gguf.read_tensors(file).items()}
+        stored = gguf.read_tensors(file)
+        files = sorted({tensor.file for tensor in stored.values()})
+        tensors = {name: _gguf_tensor(tensor) for name, tensor in stored.items()}
     else:
+        files = [file]
         tensors = stored_weights(read_header(file), str(file))
-    return assemble(tensors, configs, str(file))
+    return assemble(tensors, configs, str(file)), files
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -45,7 +49,7 @@ def refuse_pickles(folder: Path) -> None:
     Pickles next to safetensors are never opened, and allowed.
     """
     for place in (folder, *(folder / name for name in NETWORKS)):
-        files = sorted(path for path in place.glob("*") if path.is_file())
+        files = [path for path in visible(place) if path.is_file()]
         if not any(path.suffix == ".safetensors" and not _start(path).startswith(PICKLE) for path in files):
             for file in files:
                 _refuse_pickle(file)
@@ -69,11 +73,8 @@ def _start(file: Path) -> bytes:
 
 
 def is_mflux(folder: Path) -> bool:
-    index = folder / "transformer" / "model.safetensors.index.json"
-    try:
-        return "mflux_version" in json.loads(index.read_text()).get("metadata", {})
-    except (OSError, ValueError, AttributeError):
-        return False
+    files = visible(folder / "transformer", "*.safetensors")
+    return any("mflux_version" in read_metadata(file) for file in files)
 
 
 def open_mflux(folder: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
@@ -86,9 +87,9 @@ def open_mflux(folder: Path, configs: Mapping[str, dict]) -> dict[str, SourceCom
     return components
 
 
-def _gguf_tensor(file: Path, stored: gguf.GGUFTensor) -> Tensor:
+def _gguf_tensor(stored: gguf.GGUFTensor) -> Tensor:
     def read(start: int, stop: int) -> mx.array:
-        return mx.array(gguf.read_floats(file, stored, start, stop))
+        return mx.array(gguf.read_floats(stored, start, stop))
 
     return Tensor(stored.name, stored.shape, stored.nbytes, read)
 
@@ -175,10 +176,12 @@ def assemble(
 
     channels_last means that convolutions are stored as in MLX: (out, h, w, in).
     """
+    if kind := foreign_kind(stored):
+        raise CheckpointError(f"{label} is a {kind}, not a model; expected the weights of Z-Image")
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for name, tensor in stored.items():
-        held = places(name)
+        held = places(name, stored)
         if held is None:
             unknown.append(name)
         for place in held or ():

@@ -6,11 +6,13 @@ Source: ggml's docs/gguf.md and ggml-quants.c. A row is a whole number of blocks
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,14 @@ SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 
 TEXT, LIST = 8, 9
 MAX_TENSORS = 100_000
 MAX_AXES = 4
+# How llama.cpp and the gguf package name the parts of a split file.
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+# Types that are not supported, by number; named in errors.
+OTHER_KINDS = {
+    **{9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S"},
+    **{22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"},
+    **{35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,9 @@ class Kind:
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """The location of a tensor in the file. shape is in row-major order, unlike in GGUF itself."""
+    """The location of a tensor in its file. shape is in row-major order, unlike in GGUF itself."""
 
+    file: Path
     name: str
     shape: tuple[int, ...]
     kind: Kind
@@ -54,46 +65,76 @@ class GGUFTensor:
 
 
 def read_tensors(file: Path) -> dict[str, GGUFTensor]:
-    """The tensors of a GGUF file by name, checked to be inside it."""
+    """The tensors of a GGUF file by name, checked to be inside it; of all parts if the file is split."""
+    number, count, tensors = _read_part(file)
+    for other in _other_parts(file, number, count):
+        if not other.is_file():
+            raise CheckpointError(f"{file} is part {number} of {count}, but {other.name} is missing; download it")
+        _, _, more = _read_part(other)
+        if twice := tensors.keys() & more.keys():
+            raise CheckpointError(f"{other}: {min(twice)} is also in another part; download all parts again")
+        tensors |= more
+    return tensors
+
+
+def _read_part(file: Path) -> tuple[int, int, dict[str, GGUFTensor]]:
+    """The number of this part, the number of parts, and the tensors in this one."""
     size = file.stat().st_size
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
-            return _Header(content, size).tensors()
-        except (struct.error, ValueError, IndexError, UnicodeDecodeError) as error:
+            header = _Header(file, content, size)
+            tensors = header.tensors()
+            number, count = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)
+            return int(number) + 1, int(count), tensors
+        except (struct.error, ValueError, TypeError, IndexError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{file} is not a complete GGUF file ({error}); download it again") from error
 
 
-def read_floats(file: Path, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
+def _other_parts(file: Path, number: int, count: int) -> list[Path]:
+    if count <= 1:
+        return []
+    named = PART.fullmatch(file.name)
+    if not named or (int(named["number"]), int(named["count"])) != (number, count):
+        raise CheckpointError(
+            f"{file} is part {number} of {count}; rename the parts so that they are found, "
+            f"this one to NAME-{number:05}-of-{count:05}.gguf"
+        )
+    names = (f"{named['stem']}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1) if i != number)
+    return [file.with_name(name) for name in names]
+
+
+def read_floats(tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of a tensor's first axis, float32."""
     kind = tensor.kind
     row_values = prod(tensor.shape[1:])
     first, last = start * row_values, stop * row_values
     blocks = (last - first) // kind.values
     offset = tensor.offset + first // kind.values * kind.block_bytes
-    raw = read_bytes(file, offset, blocks * kind.block_bytes)
+    raw = read_bytes(tensor.file, offset, blocks * kind.block_bytes)
     values = kind.decode(raw.reshape(blocks, kind.block_bytes))
     return values.reshape(stop - start, *tensor.shape[1:])
 
 
 class _Header:
-    def __init__(self, content: mmap.mmap, size: int):
-        self.content, self.size, self.at = content, size, 0
+    def __init__(self, file: Path, content: mmap.mmap, size: int):
+        self.file, self.content, self.size, self.at = file, content, size, 0
+        self.metadata: dict[str, Any] = {}
 
     def tensors(self) -> dict[str, GGUFTensor]:
         if self.content[:4] != MAGIC:
             raise ValueError("it does not start with GGUF")
         self.at = 4
         version, tensor_count, pair_count = self.number("I"), self.number("Q"), self.number("Q")
+        if version in [int.from_bytes(known.to_bytes(4, "big"), "little") for known in VERSIONS]:
+            raise CheckpointError(f"{self.file} is a big-endian GGUF file; download a little-endian one")
         if version not in VERSIONS:
             raise ValueError(f"version {version}, expected 2 or 3")
         if max(tensor_count, pair_count) > MAX_TENSORS:
             raise ValueError(f"its header declares {tensor_count} tensors and {pair_count} metadata values")
-        alignment = 32
         for _ in range(pair_count):
             key, kind = self.text(), self.number("I")
-            value = self.value(kind)
-            if key == "general.alignment":
-                alignment = value
+            self.metadata[key] = self.value(kind)
+        alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0:
             raise ValueError(f"alignment {alignment} is not a positive integer")
         found = [self.tensor() for _ in range(tensor_count)]
@@ -101,11 +142,12 @@ class _Header:
         tensors = {}
         for name, shape, number, offset in found:
             if number not in KINDS:
+                kind = OTHER_KINDS.get(number, number)
                 raise CheckpointError(
-                    f"GGUF tensor {name} has type {number}, expected one of "
+                    f"{self.file}: {name} has type {kind}, expected one of "
                     f"{', '.join(kind.name for kind in KINDS.values())}; download another quantization"
                 )
-            tensor = GGUFTensor(name, shape, KINDS[number], base + offset)
+            tensor = GGUFTensor(self.file, name, shape, KINDS[number], base + offset)
             row = shape[-1] if shape else 1
             if not shape or min(shape) < 1 or row % tensor.kind.values:
                 raise ValueError(f"{name} of shape {shape} is not a whole number of {tensor.kind.name} blocks")

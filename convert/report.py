@@ -6,6 +6,7 @@ at the source's latents, step by step, and varies smoothly.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
 from ..weights.checkpoint import open_checkpoint
+from ..weights.listing import visible
 from ..weights.manifest import CONVERSION
 from ..weights.official import REPOSITORY
 from .calibrate import open_pipeline
@@ -64,15 +66,16 @@ def report_steps(
     steps: int | None = None,
     dtype: str | None = None,
     memory: str | int | None = None,
+    variant: str | None = None,
 ) -> Iterator[Compared]:
     """Compare the model in folder with its source, a model folder or id, yielding Compared as it goes.
 
     Both models generate an image of size x size pixels from each prompt, one model after the other; the seed is the
     prompt's index. dtype and memory are those of ZImagePipeline.from_pretrained; with a memory budget, a model that
-    does not fit is streamed from disk.
+    does not fit is streamed from disk. variant selects among the source's files.
     """
     folder = Path(folder).expanduser()
-    ours, theirs = open_ours(folder), open_source(source)
+    ours, theirs = open_ours(folder), open_source(source, variant=variant)
     packed = []
     for component in open_checkpoint(folder).components:
         names = {f"{layer}.weight" for layer in component.quantizations}
@@ -84,7 +87,7 @@ def report_steps(
     for i, (name, tensor, exact) in enumerate(packed, 1):
         layers[f"{name} {tensor.name}"] = weight_error(tensor, exact)
         yield Compared(tensor.name, i, total)
-    pipe = open_pipeline(source, dtype, memory)
+    pipe = open_pipeline(source, dtype, memory, variant)
     requests = _requests(pipe, prompts, size, steps)
     generated = []
     for i, request in enumerate(requests, len(packed) + 1):
@@ -106,9 +109,9 @@ def report_steps(
     add_files(folder, {QUALITY: render_json(quality), CARD: model_card(ours.conversion, quality).encode()})
 
 
-def check_source(source: str | Path, memory: str | int | None = None) -> None:
+def check_source(source: str | Path, memory: str | int | None = None, variant: str | None = None) -> None:
     """Raise, before any work, if `report` could not generate images with the source."""
-    pipe = open_pipeline(source, memory=memory)
+    pipe = open_pipeline(source, memory=memory, variant=variant)
     for request in _requests(pipe, PROMPTS):
         pipe.plan(request)
 
@@ -247,7 +250,8 @@ def upload(folder: str | Path, repository: str) -> None:
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
+        names = [path.relative_to(folder).as_posix() for path in visible(folder, "**/*") if path.is_file()]
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[glob.escape(name) for name in names])
     except (HFValidationError, HTTPError) as error:
         raise OutputError(
             f"{folder} is complete, but could not be uploaded to {repository}: {_first_line(error)}; "

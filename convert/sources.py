@@ -11,15 +11,31 @@ from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError, RequestError
 from ..models import NETWORKS
+from ..scheduler import SchedulerConfig
+from ..tokenizer import Tokenizer
 from ..weights import official
-from ..weights.checkpoint import Component, check_pipeline, open_component, read_json, resolve, weight_files
+from ..weights.checkpoint import (
+    PIPELINE_CLASS,
+    Component,
+    check_pipeline,
+    check_tokenizer,
+    check_variant,
+    check_widths,
+    find_network,
+    has_fp8,
+    read_entries,
+    read_json,
+    resolve,
+)
 from ..weights.hub import TOKENIZER_FILES, locate
+from ..weights.listing import INDEX, visible
 from ..weights.manifest import CONVERSION
 from .disk import render_json
-from .files import is_mflux, open_file, open_mflux, refuse_pickles
+from .files import assemble, is_mflux, open_file, open_mflux, refuse_pickles, stored_weights
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
 
 TOKENIZER = "tokenizer/tokenizer.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 # The files of a model folder other than weights.
 SMALL_FILES = [
     *("model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"),
@@ -60,16 +76,19 @@ def open_source(
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
     base: str | Path | None = None,
+    variant: str | None = None,
 ) -> Source:
     """Open a complete model: the source, and its missing parts from elsewhere. Reads only configs and headers.
 
     Each of source, text_encoder and vae is a model folder (of diffusers, mflux or this package), a Hugging Face id,
     "pocket", or a safetensors or GGUF file; tokenizer is a model folder, an id, or the folder or file of a tokenizer.
     base is a diffusers folder or id that provides anything still missing, including configs for single files; by
-    default that is the official model, whose configs are built in.
+    default that is the official model, whose configs are built in. variant selects among the source's files.
+
+    Raises for everything that `open_checkpoint` would refuse in the converted model.
     """
     configs = official.CONFIGS if base is None else read_configs(base)
-    opened = open_part(source, configs)
+    opened = open_part(source, configs, variant)
     if "transformer" not in opened.components:
         found = " and ".join(opened.components)
         raise RequestError(f"{source} contains no transformer, only {found}; give the transformer as the source")
@@ -83,60 +102,82 @@ def open_source(
         opened = borrow(opened, missing, base)
     small: dict[str, dict] = {
         "model_index.json": official.MODEL_INDEX,
-        "scheduler/scheduler_config.json": official.SCHEDULER,
+        SCHEDULER: official.SCHEDULER,
     }
     files = {name: render_json(content) for name, content in small.items()} | opened.files
+    files["model_index.json"] = _model_index(files["model_index.json"])
     architectures: dict[str, Any] = {
-        name: NETWORKS[name].from_dict(opened.components[name].config) for name in ("text_encoder", "transformer")
+        name: NETWORKS[name].from_dict(opened.components[name].config) for name in NETWORKS
     }
-    features, expected = architectures["text_encoder"].hidden_size, architectures["transformer"].cap_feat_dim
-    if features != expected:
-        raise CheckpointError(
-            f"the text encoder outputs {features} features per token, but the transformer expects {expected}; "
-            f"use parts of the same model"
-        )
+    check_widths(architectures, opened.origin)
+    tokenizer_file = Path(tokenizer if tokenizer is not None else opened.origin) / TOKENIZER
+    opened_tokenizer = Tokenizer(tokenizer_file, files[TOKENIZER])
+    check_tokenizer(opened_tokenizer, architectures["text_encoder"].vocab_size, tokenizer_file)
+    try:
+        SchedulerConfig.from_dict(json.loads(files[SCHEDULER]))
+    except (ValueError, CheckpointError) as error:
+        raise CheckpointError(f"{Path(opened.origin) / SCHEDULER}: {error}") from error
     return replace(opened, components={name: opened.components[name] for name in NETWORKS}, files=files)
 
 
-def open_part(source: str | Path, configs: dict[str, dict]) -> Source:
+def _model_index(content: bytes) -> bytes:
+    """The model_index.json to write: that of the source, but for text-to-image."""
+    index = json.loads(content)
+    if index["_class_name"] == PIPELINE_CLASS:
+        return content
+    own = {key: value for key, value in index.items() if key.startswith("_") or key in official.MODEL_INDEX}
+    return render_json(own | {"_class_name": PIPELINE_CLASS})
+
+
+def open_part(source: str | Path, configs: dict[str, dict], variant: str | None = None) -> Source:
     """The networks and small files that a source contains."""
     at = Path(source).expanduser()
     if at.is_file():
-        return Source(at.name, at, open_file(at, configs), [at], {})
-    folder = resolve(source)
+        components, weights = open_file(at, configs)
+        return Source(at.name, at, components, weights, {})
+    folder = resolve(source, variant=variant)
     origin = folder.resolve().name if at.is_dir() else str(source)
     try:
-        return _open_model(folder, origin, configs)
+        return _open_model(folder, origin, configs, variant)
     except CheckpointError:
         refuse_pickles(folder)
         raise
 
 
-def _open_model(folder: Path, origin: str, configs: dict[str, dict]) -> Source:
+def _open_model(folder: Path, origin: str, configs: dict[str, dict], variant: str | None) -> Source:
     if not (folder / "model_index.json").is_file() and is_mflux(folder):
-        weights = sorted(path for name in NETWORKS for path in (folder / name).glob("*.safetensors"))
+        weights = sorted(path for name in NETWORKS for path in visible(folder / name, "*.safetensors"))
         files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
         return Source(origin, folder, open_mflux(folder, configs), weights, files)
     check_pipeline(folder)
-    return open_folder(folder, origin, list(NETWORKS))
+    check_variant(folder, variant)
+    return open_folder(folder, origin, list(NETWORKS), variant)
 
 
-def open_folder(folder: Path, origin: str, names: Iterable[str]) -> Source:
-    """The named networks of a folder of diffusers or this package, checked as in the loader."""
-    components = [open_component(folder, name) for name in names]
+def open_folder(folder: Path, origin: str, names: Iterable[str], variant: str | None = None) -> Source:
+    """The named networks of a folder of diffusers or this package, checked as in the loader; fp8 is accepted, too."""
+    components, weights = {}, set()
+    for name in names:
+        components[name], files = _open_network(folder, name, variant)
+        weights |= files
     conversion = folder / CONVERSION
-    return Source(
-        origin,
-        folder,
-        {component.name: _component(component) for component in components},
-        weight_files(components),
-        small_files(folder),
-        read_json(conversion) if conversion.is_file() else {},
-    )
+    record = read_json(conversion) if conversion.is_file() else {}
+    return Source(origin, folder, components, sorted(weights), small_files(folder), record)
+
+
+def _open_network(folder: Path, name: str, variant: str | None) -> tuple[SourceComponent, set[Path]]:
+    """A network of a folder, and the files that contain its weights."""
+    own = find_network(folder, name)
+    config, entries = read_json(own / "config.json"), read_entries(own, variant)
+    if has_fp8(entries):
+        opened = assemble(stored_weights(entries, str(own)), {name: config}, str(own))[name]
+    else:
+        opened = _component(Component(name, own, config, entries))
+    return opened, {entry.file for entry in entries.values()}
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    paths = [path for pattern in SMALL_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    paths = [path for pattern in SMALL_FILES for path in visible(folder, pattern) if path.is_file()]
     for path in paths:
         if path.stat().st_size > MAX_SMALL_FILE:
             raise CheckpointError(
@@ -144,7 +185,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
             )
     written = [f"{name}/config.json" for name in NETWORKS]
     contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    return {name: c for name, c in contents.items() if name not in written and not name.endswith(".index.json")}
+    return {name: c for name, c in contents.items() if name not in written and not INDEX.fullmatch(name)}
 
 
 def read_configs(base: str | Path) -> dict[str, dict]:
@@ -160,7 +201,7 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
             raise CheckpointError(f"{at} is not a tokenizer.json: expected JSON with the key model")
         return {TOKENIZER: content}
     if (at / "tokenizer.json").is_file():
-        paths = [path for path in sorted(at.iterdir()) if path.suffix in (".json", ".txt", ".jinja")]
+        paths = [path for path in visible(at) if path.suffix in (".json", ".txt", ".jinja")]
         return {f"tokenizer/{path.name}": path.read_bytes() for path in paths}
     folder, repository = locate(source)
     if repository:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import atomic
 from ..errors import CheckpointError, NumericsError
 from ..models import NETWORKS
 from ..weights.checkpoint import open_checkpoint, resolve
+from ..weights.listing import is_hidden, visible
 from ..weights.manifest import MANIFEST, read_manifest, sha256
 from .rows import Tensor, read_rows
 from .sources import open_folder
@@ -40,11 +40,11 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
     headers, names, shapes and values are checked.
     """
     folder = resolve(folder)
-    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    sizes = {path: path.stat().st_size for path in visible(folder, "**/*") if path.is_file()}
     total = 2 * sum(sizes.values())
     done = 0
     try:
-        sums = read_manifest(folder)
+        sums = {name: digest for name, digest in read_manifest(folder).items() if not is_hidden(name)}
     except CheckpointError as error:
         yield Checked(MANIFEST, str(error), 0, total)
         return
@@ -58,14 +58,13 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
     if sums:
         names = (path.relative_to(folder).as_posix() for path in sizes)
         for name in names:
-            # Nothing reads the temporary files of a killed process.
-            if name not in sums and name.endswith(LOADED) and not name.startswith(atomic.ASIDE):
+            if name not in sums and name.endswith(LOADED):
                 yield Checked(name, f"is not listed in {MANIFEST}, so it was added later; remove it", done, total)
     if not intact:
         return
     done = total // 2
     try:
-        open_checkpoint(folder)
+        open_checkpoint(folder).open_tokenizer()
         source = open_folder(folder, str(folder), NETWORKS)
     except CheckpointError as error:
         yield Checked(str(folder), str(error), done, total)

@@ -12,10 +12,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny
 
+from mlx_zimage import ZImagePipeline
 from mlx_zimage.convert import convert, gguf
 from mlx_zimage.convert.rows import FP8
 from mlx_zimage.convert.sources import BorrowedFromHub, open_source
+from mlx_zimage.convert.verify import verify
 from mlx_zimage.errors import CheckpointError, ModelNotFoundError, RequestError
 from mlx_zimage.models import NETWORKS
 from mlx_zimage.models.text_encoder import TextEncoderConfig
@@ -329,10 +332,10 @@ def llama_text_encoder(tensors):
     return out
 
 
-def save_gguf(path, tensors, kind, architecture="lumina2"):
+def save_gguf(path, tensors, kind, architecture="lumina2", **options):
     """Write with the gguf package; matrices as kind, the rest as F32, as in ComfyUI-GGUF."""
     package = pytest.importorskip("gguf")
-    writer = package.GGUFWriter(path, architecture)
+    writer = package.GGUFWriter(path, architecture, **options)
     writer.add_array("some.list", ["one", "two"])
     writer.add_array("numbers", [1, 2, 3])
     for name, array in tensors.items():
@@ -391,8 +394,8 @@ def test_a_range_of_rows_of_a_gguf_tensor_can_be_read(tmp_path):
     file = save_gguf(tmp_path / "dit.gguf", pocket("transformer"), "Q5_1")
     tensor = gguf.read_tensors(file)["layers.0.feed_forward.w2.weight"]
     assert tensor.shape == (192, 512)
-    whole = gguf.read_floats(file, tensor, 0, 192)
-    assert np.array_equal(gguf.read_floats(file, tensor, 17, 40), whole[17:40])
+    whole = gguf.read_floats(tensor, 0, 192)
+    assert np.array_equal(gguf.read_floats(tensor, 17, 40), whole[17:40])
 
 
 def test_damaged_gguf_headers_are_refused(tmp_path):
@@ -420,8 +423,62 @@ def test_an_unknown_gguf_type_is_refused_by_name(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="x_pad_token has type 20, expected one of F32"):
+    with pytest.raises(CheckpointError, match=r"dit\.gguf: x_pad_token has type IQ4_NL, expected one of F32"):
         open_source(tmp_path / "dit.gguf", base="pocket")
+
+
+def test_the_numbers_of_all_types_are_those_of_the_gguf_package():
+    package = pytest.importorskip("gguf")
+    ours = {number: kind.name for number, kind in gguf.KINDS.items()} | gguf.OTHER_KINDS
+    assert {kind.value: kind.name for kind in package.GGMLQuantizationType}.items() <= ours.items()
+
+
+def as_stable_diffusion_cpp(tensors):
+    """Separate queries, keys and values as stable-diffusion.cpp's converter names them, src/name_conversion.cpp."""
+    names = {"to_q.weight": "qkv.weight", "to_k.weight": "qkv.weight.1", "to_v.weight": "qkv.weight.2"}
+    out = {}
+    for name, array in tensors.items():
+        for part, new in names.items():
+            name = re.sub(rf"attention\.{re.escape(part)}$", f"attention.{new}", name)
+        name = re.sub(r"^all_(x_embedder|final_layer)\.2-1\.", r"\1.", name)
+        name = name.replace(".to_out.0.", ".out.").replace(".norm_q.", ".q_norm.").replace(".norm_k.", ".k_norm.")
+        out[f"model.diffusion_model.{name}"] = array
+    return out
+
+
+def test_queries_keys_and_values_that_stable_diffusion_cpp_counts_are_told_apart(tmp_path):
+    tensors = as_stable_diffusion_cpp(pocket("transformer"))
+    assert "model.diffusion_model.layers.0.attention.qkv.weight.2" in tensors
+    assert_same(open_source(save(tmp_path / "dit.safetensors", tensors), base="pocket"), "transformer")
+    assert_same(open_source(save_gguf(tmp_path / "dit.gguf", tensors, "F16"), base="pocket"), "transformer", 2**-11)
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_the_parts_of_a_gguf_file_are_read_together(tmp_path, empty_first):
+    # the gguf package numbers the parts itself
+    save_gguf(tmp_path / "dit.gguf", pocket("transformer"), "F32", split_max_tensors=60, small_first_shard=empty_first)
+    parts = sorted(tmp_path.iterdir())
+    assert parts[0].name == f"dit-00001-of-{len(parts):05}.gguf" and len(parts) > 2
+    for given in (parts[0], parts[-1]):
+        source = open_source(given, base="pocket")
+        assert_same(source, "transformer")
+        assert set(source.weights) >= set(parts[1:])
+    parts[1].unlink()
+    count = len(parts)
+    with pytest.raises(CheckpointError, match=rf"is part 1 of {count}, but dit-00002-of-\d+\.gguf is missing"):
+        open_source(parts[0], base="pocket")
+    renamed = parts[0].rename(tmp_path / "first.gguf")
+    with pytest.raises(
+        CheckpointError, match=rf"first\.gguf is part 1 of {count}.* this one to NAME-00001-of-0000{count}"
+    ):
+        open_source(renamed, base="pocket")
+
+
+def test_a_big_endian_gguf_file_is_called_that(tmp_path):
+    package = pytest.importorskip("gguf")
+    file = save_gguf(tmp_path / "dit.gguf", {"x": mx.ones((1, 64))}, "F32", endianess=package.GGUFEndian.BIG)
+    with pytest.raises(CheckpointError, match=r"dit\.gguf is a big-endian GGUF file; download a little-endian one"):
+        open_source(file, base="pocket")
 
 
 # ---- mflux
@@ -436,6 +493,15 @@ def mflux(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def few_tokens(tmp_path_factory):
+    """A tokenizer.json of no more tokens than mflux's tiny text encoder has."""
+    tokenizers = pytest.importorskip("tokenizers")
+    file = tmp_path_factory.mktemp("few") / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.BPE({chr(i): i for i in range(32, 127)}, [])).save(str(file))
+    return file
+
+
 @pytest.fixture
 def mflux_configs(monkeypatch):
     """Pretends that the official model is as small as the folders saved by mflux."""
@@ -443,8 +509,8 @@ def mflux_configs(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", mflux_folders.BITS)
-def test_folders_saved_by_mflux_are_read_back(mflux, mflux_configs, bits):
-    source = open_source(mflux / f"mflux-{bits or 'dense'}", tokenizer="pocket")
+def test_folders_saved_by_mflux_are_read_back(mflux, mflux_configs, few_tokens, bits):
+    source = open_source(mflux / f"mflux-{bits or 'dense'}", tokenizer=few_tokens)
     for component in NETWORKS:
         got, expected = read(source, component), mflux_folders.weights(component)
         assert list(got) == list(expected)
@@ -458,9 +524,150 @@ def test_folders_saved_by_mflux_are_read_back(mflux, mflux_configs, bits):
             assert np.array_equal(got[name], np.array(exact)), name
 
 
-def test_an_mflux_folder_can_be_converted(mflux, mflux_configs, tmp_path):
-    out = convert(mflux / "mflux-8", tmp_path / "out", tokenizer="pocket")
+def test_an_mflux_folder_can_be_converted(mflux, mflux_configs, few_tokens, tmp_path):
+    out = convert(mflux / "mflux-8", tmp_path / "out", tokenizer=few_tokens)
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["shift"] == 3.0
+    assert open_checkpoint(out)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_mflux_folder_needs_no_index(mflux, mflux_configs, few_tokens, tmp_path, parts):
+    folder = shutil.copytree(mflux / "mflux-8", tmp_path / "folder")
+    for index in folder.rglob("*.index.json"):
+        index.unlink()
+    for file in list(folder.rglob("0.safetensors")):
+        tensors, metadata = mx.load(str(file), return_metadata=True)
+        mx.eval(tensors)
+        names = sorted(tensors)
+        for i in range(parts):
+            own = {name: tensors[name] for name in names[i::parts]}
+            mx.save_safetensors(str(file.with_name(f"{i}.safetensors")), own, metadata)
+    tiny.litter(folder)
+    for component in NETWORKS:
+        theirs = open_source(mflux / "mflux-8", tokenizer=few_tokens)
+        for name, array in read(open_source(folder, tokenizer=few_tokens), component).items():
+            assert np.array_equal(array, read(theirs, component)[name]), name
+
+
+# ---- files that are not models
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("LoRA", "diffusion_model.layers.{}.attention.to_q.lora_A.weight"),
+        ("LoRA", "lora_unet_layers_{}_attention_to_q.lora_down.weight"),
+        ("LoRA", "layers.{}.attention.to_q.lora_A.default.weight"),
+        ("LoRA", "lycoris_layers_{}_attention_to_q.lokr_w1"),
+        ("LoRA", "diffusion_model.layers.{}.attention_norm1.diff"),
+        ("ControlNet", "control_layers.{}.attention.to_q.weight"),
+    ],
+)
+def test_a_lora_or_controlnet_as_source_is_named(tmp_path, kind, name):
+    file = save(tmp_path / "file.safetensors", {name.format(i): mx.ones((4, 4)) for i in range(3)})
+    with pytest.raises(CheckpointError, match=f"file.safetensors is a {kind}, not a model"):
+        open_source(file)
+
+
+# ---- folders as people have them
+
+
+def test_hidden_files_are_neither_copied_nor_damage(tmp_path):
+    folder = shutil.copytree(POCKET, tmp_path / "folder")
+    tiny.litter(folder)
+    out = convert(folder, tmp_path / "out", tokenizer=folder / "tokenizer")
+    wanted = convert(POCKET, tmp_path / "wanted")
+    assert [path.relative_to(out) for path in sorted(out.rglob("*"))] == [
+        path.relative_to(wanted) for path in sorted(wanted.rglob("*"))
+    ]
+    tiny.litter(out)
+    assert verify(out) == [] and verify(folder) == []
+
+
+def test_a_variant_is_converted_where_it_is_named(tmp_path):
+    folder = shutil.copytree(POCKET, tmp_path / "folder")
+    whole = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    other = {name: array + 1 for name, array in pocket("vae").items()}
+    save(whole.with_name("diffusion_pytorch_model.fp16.safetensors"), other)
+    assert_same(open_source(folder), "vae")
+    source = open_source(folder, variant="fp16")
+    assert_same(source, "transformer")
+    name = "decoder.conv_in.bias"
+    assert np.array_equal(read(source, "vae")[name], np.array(other[name].astype(mx.float32)))
+    with pytest.raises(RequestError, match=r"variant must be a file variant of .*, which has fp16; got 'fp8'"):
+        open_source(folder, variant="fp8")
+
+
+@pytest.mark.parametrize("use", ["", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint"])
+def test_the_pipeline_that_is_written_is_that_of_its_networks(tmp_path, use):
+    folder = shutil.copytree(POCKET, tmp_path / "folder")
+    index = json.loads((folder / "model_index.json").read_text())
+    own = {"_class_name": f"ZImage{use}Pipeline", "controlnet": ["diffusers", "ZImageControlNetModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index | (own if use else {})))
+    out = convert(folder, tmp_path / "out")
+    assert json.loads((out / "model_index.json").read_text()) == index
+
+
+def flux(folder):
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    return "model_index.json declares FluxPipeline; expected ZImagePipeline"
+
+
+def other_scheduler(folder):
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "DDIMScheduler"}))
+    return "scheduler_config.json"
+
+
+def larger_tokenizer(folder):
+    file = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    highest = max(content["model"]["vocab"].values())
+    content["model"]["vocab"] |= {f"more {i}": highest + 1 + i for i in range(2000)}
+    file.write_text(json.dumps(content))
+    return "tokens, but the text encoder has"
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer" / "tokenizer.json").write_text("[]")
+    return "tokenizer.json"
+
+
+@pytest.mark.parametrize("damage", [flux, other_scheduler, larger_tokenizer, no_tokenizer])
+def test_what_generating_would_refuse_is_not_converted(tmp_path, damage):
+    folder = shutil.copytree(POCKET, tmp_path / "folder")
+    message = damage(folder)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        ZImagePipeline.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert any(message in fault for fault in verify(folder)), refused.value
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_fp8_in_a_folder_converts_as_it_does_in_a_file(tmp_path, scaled):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, array in pocket("transformer").items():
+        weight = torch.from_numpy(np.array(array.astype(mx.float32)))
+        tensors[name] = weight.to(torch.bfloat16)
+        if re.search(r"attention\.to_|feed_forward", name):
+            scale = weight.abs().max() / 448 if scaled else torch.ones(())
+            tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+            if scaled:
+                tensors[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+    save_file(tensors, tmp_path / "dit.safetensors")
+    folder = shutil.copytree(POCKET, tmp_path / "folder")
+    shutil.copy(tmp_path / "dit.safetensors", folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match="; `mlx-zimage convert` reads fp8"):
+        open_checkpoint(folder)
+    out = convert(folder, tmp_path / "out", bits=8)
+    wanted = convert(tmp_path / "dit.safetensors", tmp_path / "wanted", bits=8, base="pocket")
+    for path in sorted((wanted / "transformer").iterdir()):
+        assert (out / "transformer" / path.name).read_bytes() == path.read_bytes(), path.name
     assert open_checkpoint(out)
 
 

@@ -12,6 +12,7 @@ from unittest.mock import create_autospec
 import huggingface_hub
 import mlx.core as mx
 import pytest
+import tiny
 from click.testing import CliRunner
 from hub import Hub
 from huggingface_hub import ModelCard
@@ -116,13 +117,23 @@ def test_a_failed_upload_is_reported(folders, api):
         upload(folders[8], "me/pocket")
 
 
+def test_hidden_files_are_not_uploaded(tmp_path, folders, api):
+    out = shutil.copytree(folders[8], tmp_path / "out")
+    upload(out, "me/x")
+    tiny.litter(out)
+    upload(out, "me/x")
+    first, second = (call.kwargs["allow_patterns"] for call in api.upload_folder.call_args_list)
+    assert first == second and "transformer/config.json" in first
+
+
 def test_one_command_converts_reports_and_uploads(tmp_path, api, monkeypatch):
     monkeypatch.setattr(module, "report_steps", partial(report_steps, **OPTIONS))
     out = str(tmp_path / "out")
     result = CliRunner().invoke(main, ["convert", "pocket", out, "--q-bits", "8", "--report", "--upload-repo", "me/x"])
     assert (result.exit_code, result.stdout) == (0, f"{out}\n"), result.stderr
     api.create_repo.assert_called_once_with("me/x", exist_ok=True)
-    api.upload_folder.assert_called_once_with(repo_id="me/x", folder_path=Path(out))
+    names = [path.relative_to(out).as_posix() for path in sorted(Path(out).rglob("*")) if path.is_file()]
+    api.upload_folder.assert_called_once_with(repo_id="me/x", folder_path=Path(out), allow_patterns=names)
     assert json.loads(Path(out, "quality.json").read_text())["pictures"][0]["latent_cosine"] > 0.99
     assert verify(out) == []
 

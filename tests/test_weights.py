@@ -573,23 +573,9 @@ print(resident() - before > 2**27)
 # ---- unrelated files, and alternatives to choose from
 
 
-APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(64)
-
-
-def litter(folder: Path) -> None:
-    """Such as the files that macOS leaves next to every file on a disk without extended attributes."""
-    for path in [path for path in folder.rglob("*") if path.is_file()]:
-        path.with_name(f"._{path.name}").write_bytes(APPLE_DOUBLE)
-    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._.DS_Store", ".hidden.safetensors"):
-            (place / name).write_bytes(APPLE_DOUBLE)
-        (place / ".cache" / "huggingface").mkdir(parents=True)
-        (place / ".cache" / "huggingface" / "model.safetensors").write_bytes(b"")
-
-
 def test_hidden_files_are_ignored(folder):
     before = generate(folder)
-    litter(folder)
+    tiny.litter(folder)
     assert np.array_equal(generate(folder), before)
 
 
@@ -639,7 +625,7 @@ def test_a_variant_must_be_named_only_if_there_is_a_choice(folder):
     assert "has only the file variants bf16 and fp16, got None; choose one with --variant" in refusal(folder)
     assert open_checkpoint(folder, "bf16").vae.entries["decoder.conv_in.bias"].file.name.endswith(".bf16.safetensors")
     with pytest.raises(
-        RequestError, match=r"one of turbo, base or a file variant of .*, which has bf16, fp16; got 'fp8'"
+        RequestError, match=r"must be turbo, base, a file variant of .*, which has bf16, fp16; got 'fp8'"
     ):
         open_checkpoint(folder, "fp8")
 

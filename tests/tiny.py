@@ -261,3 +261,17 @@ def faintness(component: str, name: str) -> np.float32:
     if name.startswith("encoder.conv_out"):
         return np.float32(100)  # log variances far enough out to be clipped
     return np.float32(1e-3 if FAINT[component].search(name) else 1)
+
+
+APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(64)
+
+
+def litter(folder: Path) -> None:
+    """Add files such as macOS leaves next to every file on a disk without extended attributes."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(APPLE_DOUBLE)
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._.DS_Store", ".hidden.safetensors"):
+            (place / name).write_bytes(APPLE_DOUBLE)
+        (place / ".cache" / "huggingface").mkdir(parents=True)
+        (place / ".cache" / "huggingface" / "model.safetensors").write_bytes(b"")

@@ -55,6 +55,9 @@ from .output import print_path, progress_bar, say
 @click.option("--tokenizer", metavar="OTHER", help="Take the tokenizer from OTHER instead of SOURCE.")
 @click.option("--base", metavar="OTHER", help=f"Take any missing parts from OTHER.  [default: {DEFAULT_MODEL}]")
 @click.option(
+    "--variant", metavar="NAME", help="Variant of SOURCE's files, such as fp16.  [default: files without a variant]"
+)
+@click.option(
     "--format",
     type=click.Choice(["mlx", "diffusers", "comfyui"]),
     default="mlx",
@@ -80,7 +83,7 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
     from ..convert import convert_steps
     from ..convert.report import check_source, check_upload, report_steps, upload
 
-    memory = options["memory"]
+    memory, variant = options["memory"], options["variant"]
     if (reported or upload_repo) and options["format"] != "mlx":
         raise RequestError(f"--report and --upload-repo need --format mlx, got {options['format']}")
     if memory and not (reported or options["calibrate"]):
@@ -94,7 +97,7 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
         check_upload(upload_repo)
     with closing(convert_steps(source, dest, **options)) as steps:
         if reported:
-            check_source(source, memory)
+            check_source(source, memory, variant)
         if options["calibrate"]:
             say("Generating images with SOURCE to calibrate; conversion starts afterwards.", quiet)
         with progress_bar(quiet, unit="B", unit_scale=True) as bar:
@@ -103,7 +106,8 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
                 bar.set_description(step.component, refresh=False)
                 bar.update(step.done_bytes - bar.n)
     if reported:
-        with progress_bar(quiet, desc="Comparing") as bar, closing(report_steps(dest, source, memory=memory)) as parts:
+        compared = report_steps(dest, source, memory=memory, variant=variant)
+        with progress_bar(quiet, desc="Comparing") as bar, closing(compared) as parts:
             for part in parts:
                 bar.total = part.total
                 bar.update(part.done - bar.n)

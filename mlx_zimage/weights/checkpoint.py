@@ -105,6 +105,15 @@ def _entries(file: Path, header: dict[str, dict], start: int) -> dict[str, Entry
     return entries
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file; empty if there is none, or if the file cannot be read."""
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
 def find_shards(folder: Path, names: Iterable[str] | None = None, variant: str | None = None) -> list[Path]:
     """The safetensors files of a component, in a variant such as "fp16" if it has it; see listing.choose_files.
 
@@ -215,7 +224,7 @@ class Component:
         """The likely reason why weights do not fit: not a model, fp8, or an index for other files."""
         if kind := foreign_kind(self.entries):
             return f"; the file is a {kind}, not a model"
-        if any(entry.dtype in FP8 for entry in self.entries.values()):
+        if has_fp8(self.entries):
             return "; `mlx-zimage convert` reads fp8"
         files = {entry.file.name for entry in self.entries.values()}
         for index in visible(self.folder):
@@ -317,10 +326,21 @@ def open_component(
 
     repository is what the folder is a snapshot of; headers of files that are not downloaded yet are read there.
     """
+    own = find_network(folder, name)
+    return Component(name, own, read_json(own / "config.json"), read_entries(own, variant, repository))
+
+
+def find_network(folder: Path, name: str) -> Path:
+    """The folder of one network in a model's folder."""
     own = folder / name
     if not own.is_dir():
         raise CheckpointError(f"{folder} has no folder {name}/; is it a complete diffusers folder?")
-    return Component(name, own, read_json(own / "config.json"), read_entries(own, variant, repository))
+    return own
+
+
+def has_fp8(entries: Mapping[str, Entry]) -> bool:
+    """Whether some of the tensors are fp8, which the converter reads and the networks do not."""
+    return any(entry.dtype in FP8 for entry in entries.values())
 
 
 def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quantization]) -> list[tuple[str, Any]]:
@@ -397,7 +417,7 @@ def open_headers(folder: Path, repository: Repository | None = None, variant: st
     files = variant if variant not in variants.VARIANTS else None
     named = variants.named(variant) if variant and not files else None
     check_pipeline(folder)
-    check_variant(folder, files, repository)
+    check_variant(folder, files, repository, variants.VARIANTS)
     present = [name for name in NETWORKS if name not in OPTIONAL or (folder / name).is_dir()]
     networks = {name: open_component(folder, name, files, repository) for name in present}
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
@@ -409,12 +429,19 @@ def open_headers(folder: Path, repository: Repository | None = None, variant: st
     return Checkpoint(folder, networks, scheduler, known)
 
 
-def resolve(source: str | Path, names: Collection[str] = tuple(NETWORKS)) -> Path:
+def resolve(source: str | Path, names: Collection[str] = tuple(NETWORKS), variant: str | None = None) -> Path:
     """The folder of a model. Of a repository, the named networks are checked, then downloaded with the tokenizer."""
     folder, repository = locate(source)
     if repository:
         check_pipeline(folder)
-        found = weight_files([open_component(folder, name, repository=repository) for name in names])
+        check_variant(folder, variant, repository)
+        found: set[Path] = set()
+        for name in names:
+            own = find_network(folder, name)
+            config, entries = read_json(own / "config.json"), read_entries(own, variant, repository)
+            if not has_fp8(entries):
+                Component(name, own, config, entries)
+            found |= {entry.file for entry in entries.values()}
         repository.fetch(repository.matching(TOKENIZER_FILES))
         repository.fetch(found)
     return folder
@@ -450,18 +477,22 @@ def _what(folder: Path) -> str:
     return f": it is a {kind}" if kind else ""
 
 
-def check_variant(folder: Path, variant: str | None, repository: Repository | None = None) -> None:
-    """Refuse a file variant that no network has, instead of using the default files for all of them."""
+def check_variant(
+    folder: Path, variant: str | None, repository: Repository | None = None, others: Iterable[str] = ()
+) -> None:
+    """Refuse a file variant that no network has, instead of using the default files for all of them.
+
+    others are what else a variant could have named.
+    """
     if variant is None:
         return
     folders = [folder / name for name in NETWORKS]
     names = [repository.names(own) if repository else [path.name for path in visible(own)] for own in folders]
     held = {found for own in names for found in weight_variants(own)}
     if variant not in held:
-        others = ", ".join(sorted(held - {""})) or "none"
         raise RequestError(
-            f"variant must be one of {', '.join(variants.VARIANTS)} or a file variant of {folder}, which has {others}; "
-            f"got {variant!r}"
+            f"variant must be {', '.join([*others, ''])}a file variant of {folder}, which has "
+            f"{', '.join(sorted(held - {''})) or 'none'}; got {variant!r}"
         )
 
 

@@ -7,7 +7,7 @@ result of another; so a file that mixes schemes is read like any other.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass
 
 # A pattern for the beginning of a name, and its replacement.
@@ -111,7 +111,7 @@ COMFYUI_PREFIXES = {
     "text_encoder": "text_encoders.qwen3_4b.transformer.",
     "vae": "vae.",
 }
-FUSED = re.compile(r"(.*\.attention)\.qkv\.(.*)")
+FUSED = re.compile(r"(.*\.attention)\.qkv\.(weight|bias)(?:\.(1|2))?")
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,11 @@ class Place:
     parts: int = 1
 
 
-def places(name: str) -> list[Place] | None:
-    """The tensors that a stored tensor holds: several if it is fused, none if it is not a weight; None if unknown."""
+def places(name: str, beside: Container[str] = ()) -> list[Place] | None:
+    """The tensors that a stored tensor holds: several if it is fused, none if it is not a weight; None if unknown.
+
+    beside are the names stored with it.
+    """
     component, own = _split(name)
     if DROPPED.fullmatch(own):
         return []
@@ -133,6 +136,9 @@ def places(name: str) -> list[Place] | None:
         return None
     own = _rename(own, RENAMED[component])
     fused = FUSED.fullmatch(own) if component == "transformer" else None
+    # stable-diffusion.cpp writes separate queries, keys and values as qkv.weight, qkv.weight.1 and qkv.weight.2.
+    if fused and (fused[3] or f"{name}.1" in beside):
+        return [Place(component, f"{fused[1]}.to_{'qkv'[int(fused[3] or 0)]}.{fused[2]}")]
     if fused:
         return [Place(component, f"{fused[1]}.to_{x}.{fused[2]}", i, 3) for i, x in enumerate("qkv")]
     return [Place(component, own)]

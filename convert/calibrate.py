@@ -106,7 +106,7 @@ def moments(
     side = size // pipe.checkpoint.vae.config.scale
     latents, captions = [], []
     for seed, prompt in enumerate(prompts):
-        request = GenerateRequest(prompt=prompt, width=size, height=size, seed=seed, steps=steps)
+        request = GenerateRequest(prompt, size, size, seed, steps, guidance_scale=0.0)
         noise = initial_noise(seed, (1, config.in_channels, side, side))
         times, states = [0.0], [noise.transpose(0, 2, 3, 1)]
         for step in pipe.denoise(request, noise):

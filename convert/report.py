@@ -120,7 +120,7 @@ def _requests(
     pipe: ZImagePipeline, prompts: Sequence[str], size: int | None = None, steps: int | None = None
 ) -> list[GenerateRequest]:
     return [
-        pipe.complete(GenerateRequest(prompt=prompt, width=size, height=size, seed=seed, steps=steps))
+        pipe.complete(GenerateRequest(prompt, size, size, seed, steps, guidance_scale=0.0))
         for seed, prompt in enumerate(prompts)
     ]
 

@@ -119,7 +119,7 @@ from mlx_zimage import GenerateRequest, Step, ZImagePipeline
 
 model, dtype, width, height, steps, prompt = sys.argv[1:]
 pipe = ZImagePipeline.from_pretrained(model, dtype=dtype)
-request = GenerateRequest(prompt, int(width), int(height), 0, int(steps))
+request = GenerateRequest(prompt, int(width), int(height), 0, int(steps), guidance_scale=0.0)
 next(event for event in pipe.stream(request) if isinstance(event, Step))
 """
 

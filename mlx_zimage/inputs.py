@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,20 @@ import numpy as np
 
 from .errors import RequestError
 from .noise import initial_noise
-from .request import LATENT_PIXELS
+from .request import LATENT_PIXELS, MAX_TOKENS
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """The arrays passed alongside a request; None for those it does not use.
 
-    latents (B, 16, height / 8, width / 8), a NumPy or MLX array of real numbers, replace the initial noise of the seed.
+    They are real numbers in NumPy, MLX or torch. latents (B, 16, height / 8, width / 8) replace the seed's noise;
+    prompt_embeds and negative_prompt_embeds (L, cap_feat_dim), as from a pipeline's `encode`, replace the prompts.
     """
 
     latents: Any = None
+    prompt_embeds: Any = None
+    negative_prompt_embeds: Any = None
 
     @classmethod
     def of(cls, value: Any, latents: Any = None) -> Inputs:
@@ -39,17 +43,18 @@ class Inputs:
         return value if isinstance(value, Inputs) else cls(latents=value)
 
     @cached_property
-    def digest(self) -> str | None:
-        """The SHA-256 of the latents as float32, by which a request refers to them; None without latents."""
-        if self.latents is None:
-            return None
-        return hashlib.sha256(_real(self.latents, "any shape").astype("<f4").tobytes()).hexdigest()
+    def digests(self) -> dict[str, Any]:
+        """The SHA-256 of each array as float32, by the request's field that refers to it."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: _digest(value, name) for name, value in given.items() if value is not None}
 
-    def check_named(self, latents: str | None) -> None:
-        """Refuse a request whose digest names latents other than these."""
-        if latents not in (None, self.digest):
-            found = "none were given" if self.latents is None else f"the given ones have {self.digest}"
-            raise RequestError(f"the request expects latents with SHA-256 {latents}, but {found}")
+    def check_named(self, arrays: Mapping[str, str | None]) -> None:
+        """Refuse a request whose digests name arrays other than these."""
+        for name, wanted in arrays.items():
+            found = self.digests.get(name)
+            if wanted not in (None, found):
+                given = f"the given ones have {found}" if found else "none were given"
+                raise RequestError(f"the request expects {name} with SHA-256 {wanted}, but {given}")
 
     def noise(self, shape: tuple[int, int, int, int], seed: int, rng: str) -> mx.array:
         """The initial noise of a request, (B, C, h, w) float32: the latents if given, otherwise from the seed."""
@@ -57,13 +62,18 @@ class Inputs:
             return initial_noise(seed, shape, rng)
         return mx.array(check_latents(self.latents, shape))
 
+    def prompts(self, width: int) -> list[mx.array | None]:
+        """The embeddings (L, width) float32 that replace the prompt and the negative prompt; None if not given."""
+        given = {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.negative_prompt_embeds}
+        return [None if x is None else mx.array(check_embeddings(x, name, width)) for name, x in given.items()]
+
 
 NONE = Inputs()  # for a request that uses none
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
     """A caller's initial latents as float32; RequestError unless they are finite numbers of `shape` (B, C, h, w)."""
-    array = _real(latents, str(shape))
+    array = _real(latents, "latents", str(shape))
     if array.shape != shape:
         raise RequestError(
             f"latents have shape {array.shape}, expected {shape}: (images, channels, height / 8, width / 8)"
@@ -74,13 +84,32 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def _real(latents: Any, shape: str) -> np.ndarray:
+def check_embeddings(embeddings: Any, name: str, width: int) -> np.ndarray:
+    """A caller's embeddings of a prompt as float32; RequestError unless they are finite numbers of (L, width)."""
+    array = _real(embeddings, name, f"(tokens, {width})")
+    if array.ndim != 2 or array.shape[1] != width or not 1 <= len(array) <= MAX_TOKENS:
+        raise RequestError(f"{name} has shape {array.shape}, expected (tokens, {width}) with 1 to {MAX_TOKENS} tokens")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise RequestError(f"{name} has values that are not finite")
+    return array
+
+
+def _digest(value: Any, name: str) -> str:
+    return hashlib.sha256(_real(value, name, "any shape").astype("<f4").tobytes()).hexdigest()
+
+
+def _real(value: Any, name: str, shape: str) -> np.ndarray:
     try:
-        array = np.asarray(latents.astype(mx.float32) if isinstance(latents, mx.array) else latents)
+        if isinstance(value, mx.array):
+            value = value.astype(mx.float32)
+        elif hasattr(value, "is_floating_point") and value.is_floating_point():  # torch's, perhaps bfloat16
+            value = value.detach().cpu().double()
+        array = np.asarray(value)
     except (TypeError, ValueError) as error:
-        raise RequestError(f"latents must be an array of {shape}, got {type(latents).__name__} ({error})") from None
+        raise RequestError(f"{name} must be an array of {shape}, got {type(value).__name__} ({error})") from None
     if array.dtype.kind not in "fiu":
-        raise RequestError(f"latents must be real numbers, got {array.dtype}")
+        raise RequestError(f"{name} must be real numbers, got {array.dtype}")
     return array
 
 

@@ -36,12 +36,12 @@ class Job:
     n: int = 1
     ratio: tuple[int, int] | None = None
 
-    def request(self, side: int | None = None, **defaults) -> GenerateRequest:
-        """The request for a model with these defaults, whose default size is side x side; None before it is open."""
-        if side:
-            width, height = size_of_ratio(self.ratio, side) if self.ratio else (side, side)
-            defaults |= {"width": width, "height": height}
-        return GenerateRequest(**{**defaults, **self.values})
+    def request(self, side: int | None = None) -> GenerateRequest:
+        """The request; its ratio becomes a size for a model whose default is side x side, None before one is open."""
+        if self.ratio and side:
+            width, height = size_of_ratio(self.ratio, side)
+            return GenerateRequest(**{"width": width, "height": height, **self.values})
+        return GenerateRequest(**self.values)
 
     def path(self, request: GenerateRequest) -> Path:
         """The output path with {seed}, {prompt} and so on filled in; other braces stay as they are."""

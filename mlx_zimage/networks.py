@@ -2,8 +2,8 @@
 
     with networks.running(plan):
         prompts = yield from networks.encode(request, sigmas)
-        for step in networks.denoise(prompts, noise, sigmas, request.guidance_scale): ...
-        pixels = yield from networks.decode(step.latents)
+        latents = yield from networks.denoise(prompts, noise, sigmas, guidance)
+        pixels = yield from networks.decode(latents)
 
 A stage's weights are read when it begins and, unless the plan keeps them in memory, unloaded when it ends. Embeddings
 of earlier prompts are cached, here as far as the budget allows and on disk by `mlx_zimage.weights.store`.
@@ -26,11 +26,13 @@ from .machine import limits, unpack_from, wired
 from .memory import Plan, Planner, Workload
 from .models.layers import product_from, result, sum_dtype, vae_dtype
 from .models.text_encoder import TextEncoder
-from .models.transformer import Transformer, times_of
+from .models.transformer import Transformer
 from .models.vae import VAE
 from .noise import initial_noise
-from .sampling import Step, denoise, guide
-from .tokenizer import MAX_TOKENS, PromptTruncated
+from .request import TOKENS
+from .sampling import Change, Guidance, Step, denoise, guide
+from .scheduler import times
+from .tokenizer import PromptTruncated
 from .weights.blocks import Blocks
 from .weights.checkpoint import Checkpoint
 from .weights.library import embeddings_folder
@@ -96,16 +98,16 @@ class Networks:
 
     # ---- before a request
 
-    def tokenize(self, prompt: str) -> Ids:
-        """The prompt's ids, template included: at most 512; warns if that truncates the prompt."""
+    def tokenize(self, prompt: str, most: int = TOKENS) -> Ids:
+        """The prompt's ids, template included: at most `most`; warns if that truncates the prompt."""
         ids = self.tokenizer.encode(prompt)
-        if len(ids) > MAX_TOKENS:
+        if len(ids) > most:
             warnings.warn(
-                f"the prompt has {len(ids)} tokens, but the model reads only {MAX_TOKENS}; the rest is ignored",
+                f"the prompt has {len(ids)} tokens, but the model reads only {most}; the rest is ignored",
                 PromptTruncated,
                 stacklevel=2,
             )
-        return tuple(ids[:MAX_TOKENS])
+        return tuple(ids[:most])
 
     def plan(self, work: Workload, keep: bool | None = None) -> Plan:
         """The plan for a workload within the budget; MemoryBudgetError if it cannot fit."""
@@ -142,14 +144,20 @@ class Networks:
                 self._limit_cache = None
 
     def encode(
-        self, prompts: Sequence[Ids], sigmas: Sequence[float] | np.ndarray
+        self, prompts: Sequence[Ids | mx.array], sigmas: Sequence[float] | np.ndarray
     ) -> Generator[Phase, None, list[mx.array]]:
-        """The embeddings (L, cap_feat_dim) of tokenized prompts; sigmas are those of the steps that will follow."""
+        """The embeddings (L, cap_feat_dim) of tokenized prompts; those given as arrays are used as they are.
+
+        sigmas are those of the steps that will follow.
+        """
         yield from self._scale()
-        self.transformer.forget_schedule_but(times_of(sigmas[:-1]))
+        self.transformer.forget_schedule_but(times(sigmas[:-1]))
         embeddings = []
-        for ids in prompts:
-            embeddings.append((yield from self.encode_prompt(ids)))
+        for prompt in prompts:
+            if isinstance(prompt, mx.array):
+                embeddings.append(prompt.astype(sum_dtype(self.dtype)))
+            else:
+                embeddings.append((yield from self.encode_prompt(prompt)))
         self._end_stage("text_encoder")
         return embeddings
 
@@ -158,14 +166,18 @@ class Networks:
         embeddings: Sequence[mx.array],
         noise: mx.array,
         sigmas: Sequence[float] | np.ndarray,
-        guidance_scale: float,
-    ) -> Iterator[Step]:
-        """The Steps from noise (B, h, w, 16) along the sigmas; a second prompt is the negative prompt."""
+        guidance: Guidance,
+    ) -> Generator[Step, Change | None, mx.array]:
+        """The Steps from noise (B, h, w, 16) along the sigmas; returns the final latents.
+
+        A second prompt is the negative prompt.
+        """
         _, h, w, _ = noise.shape
         with wired(self._resident()) if self.wired else nullcontext():
             velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w)
-            yield from denoise(guide(velocities, guidance_scale), noise, sigmas)
+            latents = yield from denoise(guide(velocities, guidance, sigmas), noise, sigmas)
         self._end_stage("transformer")
+        return latents
 
     def decode(self, latents: mx.array) -> Generator[Phase, None, mx.array]:
         """Final latents (B, h, w, 16) to pixels (B, 8h, 8w, 3) float32, nominally in [-1, 1]."""

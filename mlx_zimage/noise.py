@@ -5,11 +5,15 @@ With PyTorch's, a seed gives the same image here, in diffusers and in ComfyUI.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
+from .errors import RequestError
 
-def initial_noise(seed: int, shape: tuple[int, int, int, int], rng: str = "torch") -> mx.array:
+
+def initial_noise(seed: int, shape: tuple[int, ...], rng: str = "torch") -> mx.array:
     """Standard normal noise (B, C, h, w), float32. All images of a batch come from the one generator of the seed."""
     if rng == "mlx":
         return mx.random.normal(shape, key=mx.random.key(seed))
@@ -23,11 +27,14 @@ def torch_randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     differently, as they do between torch's own x86 and ARM builds.
     Source: ATen/native/cpu/DistributionTemplates.h (normal_fill), ATen/core/MT19937RNGEngine.h.
     """
+    # torch seeds its Mersenne Twister with the seed's low 32 bits, in the same way as NumPy's legacy seeding
+    return _randn(np.random.RandomState(seed % 2**32)._bit_generator, shape)
+
+
+def _randn(twister, shape: tuple[int, ...]) -> np.ndarray:
     size = int(np.prod(shape))
     if size < 16:
         raise ValueError(f"expected at least 16 normals, since torch generates fewer differently; {shape} has {size}")
-    # torch seeds its Mersenne Twister with the seed's low 32 bits, in the same way as NumPy's legacy seeding
-    twister = np.random.RandomState(seed % 2**32)._bit_generator
     uniform = _uniform(twister, size)
     normal = np.empty(size, dtype=np.float32)
     whole = size - size % 16
@@ -48,3 +55,40 @@ def _box_muller(uniform: np.ndarray) -> np.ndarray:
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - groups[:, 0]))
     angle = np.float32(2 * np.pi) * groups[:, 1]
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+
+
+# ---- torch's own generator
+
+TWISTER = np.dtype([("seed", "u8"), ("left", "i4"), ("seeded", "i4"), ("next", "u8"), ("key", "u8", 624)])
+STATE_BYTES = 5056  # of CPUGeneratorImplState: a TWISTER and what normals generated one by one leave over
+
+
+def generator_randn(generator: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """torch.randn(shape, generator=generator) for torch's CPU generator, which advances as it does there.
+
+    torch is not imported: the generator's state is read and written as the bytes of get_state and set_state.
+    Source: ATen/CPUGeneratorImpl.cpp (set_state), ATen/core/MT19937RNGEngine.h.
+    """
+    state = generator.get_state()
+    found = np.asarray(state)[: TWISTER.itemsize].view(TWISTER)  # not a copy
+    twister = np.random.MT19937()
+    # torch has used up its block of 624 integers when one is left to count
+    position = 624 if found["left"][0] == 1 else int(found["next"][0])
+    twister.state = {"bit_generator": "MT19937", "state": {"key": found["key"][0].astype(np.uint32), "pos": position}}
+    normal = _randn(twister, shape)
+    moved = twister.state["state"]
+    found["key"], found["next"], found["left"] = moved["key"], moved["pos"], 625 - moved["pos"]
+    generator.set_state(state)
+    return normal
+
+
+def check_generator(generator: Any) -> None:
+    """Refuse anything but a torch generator on the CPU."""
+    if not hasattr(generator, "initial_seed") or not hasattr(generator, "get_state"):
+        raise RequestError(f"generator must be a torch.Generator, got {type(generator).__name__}; or use seed=N")
+    device = getattr(getattr(generator, "device", None), "type", "cpu")
+    if device != "cpu" or np.asarray(generator.get_state()).nbytes != STATE_BYTES:
+        raise RequestError(
+            f"generator must be on the CPU, got one on {device}, whose noise cannot be reproduced here; use "
+            f"torch.Generator('cpu').manual_seed(N), or seed=N"
+        )

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import secrets
+import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
-from .dtypes import FLOATS
+from . import porting
 from .errors import NumericsError, RequestError
 from .failures import explained
-from .images.codec import to_pil, to_uint8
-from .inputs import Inputs
+from .images.codec import rounded, to_pil, to_uint8, to_unit
+from .inputs import NONE, Inputs
 from .machine import default_dtype, machine_budget, wide_dtype
 from .memory import Plan, Planner, Workload
 from .models.layers import result
@@ -25,12 +26,15 @@ from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
 from .networks import Networks, Phase
-from .request import GenerateRequest
-from .sampling import Step
+from .request import TOKENS, GenerateRequest
+from .sampling import Change, Guidance, Step, answered
 from .sizes import parse_memory
 from .turns import Turns
 from .variants import Variant
 from .weights.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["Generated", "Overflow", "Phase", "PipelineOutput", "ZImagePipeline"]
 
@@ -41,30 +45,38 @@ class Overflow(UserWarning):
 
 @dataclass(frozen=True)
 class Generated:
-    """One image: pixels (H, W, 3) uint8, and the request that reproduces it; index counts from 0.
+    """One image: unit (H, W, 3) float32 in [0, 1], and the request that reproduces it; index counts from 0.
 
     plan says how it was run and how much memory was predicted; dtype is the compute dtype.
     """
 
     index: int
-    pixels: np.ndarray
+    unit: np.ndarray
     request: GenerateRequest
     plan: Plan
     dtype: str
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return rounded(self.unit)
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
     """images: a list of PIL images, or an array: (B, H, W, 3) in [0, 1] for "np", (B, 16, h, w) for "latent".
 
-    seed is the seed that was used.
+    seed is the seed that was used, with generators the initial seed of the first. out[0] is images, as in diffusers.
     """
 
     images: list | np.ndarray
     seed: int
 
+    def __getitem__(self, key: int | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else (self.images,)[key]
 
-class ZImagePipeline:
+
+class ZImagePipeline(porting.DiffusersMethods):
     """Z-Image's tokenizer, text encoder, transformer and VAE, opened from one folder."""
 
     def __init__(
@@ -78,23 +90,32 @@ class ZImagePipeline:
         self.checkpoint = checkpoint
         self.keep = keep
         self.turns = Turns()
+        self._bar_options: dict[str, Any] = {}
+        self._interrupt = False  # this and the next two belong to the last call
+        self._guidance_scale: float | None = None
+        self._num_timesteps = 0
         self.networks = Networks(checkpoint, dtype, machine_budget() if budget is None else budget, wired)
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | Path,
-        dtype: str | None = None,
+        dtype: str | mx.Dtype | None = None,
         memory: str | int | None = None,
         keep: bool | None = None,
         variant: str | None = None,
         wired: bool = False,
+        *,
+        torch_dtype: Any = None,
+        **options: object,
     ) -> ZImagePipeline:
         """Open a model: a folder (from diffusers or our converter), a Hugging Face id, or "pocket".
 
         Reads and checks configs and headers; tensor data is read when first used. dtype is the compute dtype,
-        "bfloat16", "float16" or "float32"; `default_dtype` has the default. If float16 overflows in spite of
-        `mlx_zimage.headroom`, the pipeline warns and continues in bfloat16 (float32 in virtual machines).
+        "bfloat16", "float16" or "float32", or mx.bfloat16 and so on; `default_dtype` has the default. If float16
+        overflows in spite of `mlx_zimage.headroom`, the pipeline warns and continues in bfloat16 (float32 in virtual
+        machines). torch_dtype is diffusers' name for dtype; other options of diffusers are ignored with a warning, or
+        refused with what to do instead.
 
         memory is the memory budget, such as "6GB"; by default the one the machine recommends. Weights that do not fit
         are streamed from disk: slower, but the same image. A request that cannot fit is refused before any weights are
@@ -110,59 +131,107 @@ class ZImagePipeline:
         Prompt embeddings are cached on disk, so that a prompt used before needs no text encoder; see
         `mlx-zimage models --help`.
         """
+        porting.check_options(options)
+        if dtype is not None and torch_dtype is not None:
+            raise RequestError("dtype and torch_dtype were both given; give one")
+        given = torch_dtype if dtype is None else dtype
         with explained():  # a Mac may have no GPU for this session
-            if dtype is None:
-                dtype = default_dtype()
-            if not isinstance(dtype, str) or dtype not in FLOATS:
-                raise RequestError(f"dtype must be one of the strings {', '.join(FLOATS)}, got {dtype!r}")
+            name = default_dtype() if given is None else porting.dtype_name(given)
             budget = None if memory is None else parse_memory(memory)
-            return cls(open_checkpoint(source, variant), getattr(mx, dtype), budget, keep, wired)
+            return cls(open_checkpoint(source, variant), getattr(mx, name), budget, keep, wired)
 
     def __call__(
         self,
-        prompt: str,
-        width: int | None = None,
+        prompt: str | Sequence[str] | None = None,
         height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
+        *,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
+        cfg_normalization: bool | float = False,
+        cfg_truncation: float | None = 1.0,
+        negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
-        latents: np.ndarray | mx.array | None = None,
+        generator: Any = None,
+        latents: Any = None,
+        prompt_embeds: Sequence[Any] | None = None,
+        negative_prompt_embeds: Sequence[Any] | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = TOKENS,
+        seed: int | None = None,
         shift: float | None = None,
         rng: str = "torch",
-    ) -> PipelineOutput:
-        """Generate images from one prompt; the arguments are those of diffusers' ZImagePipeline.
+    ) -> PipelineOutput | tuple:
+        """Generate images; the arguments up to max_sequence_length are those of diffusers' ZImagePipeline 0.42.
 
-        width and height are in pixels, multiples of 16; num_inference_steps is the number of denoising steps;
-        guidance_scale 0 is off; all of these default to the model's own. Prompts are read up to 512 tokens. seed
-        replaces diffusers' generator and gives the same noise; without it a random seed is used, which the output has.
-        latents (B, 16, height / 8, width / 8) float32 replace the initial noise. output_type is "pil", "np" (floats in
-        [0, 1]) or "latent". shift is the timestep shift: higher spends more steps at high noise. rng="mlx" uses MLX's
-        random numbers for the noise. Invalid arguments raise RequestError before any work starts.
+        height and width are in pixels, multiples of 16; num_inference_steps is the number of denoising steps;
+        guidance_scale 0 is off; all of these default to the model's own, where diffusers has 1024, 50 and 5. sigmas
+        replace the evenly spaced ones before the shift. See `GenerateRequest` for cfg_normalization, cfg_truncation and
+        max_sequence_length.
+
+        generator is a torch.Generator on the CPU, or a list of one per image; it advances as in diffusers. seed gives
+        the noise of a new generator; without either a random seed is used, which the output has. rng="mlx" uses MLX's
+        random numbers for the noise. latents (B, 16, height / 8, width / 8) replace the initial noise. prompt_embeds
+        and negative_prompt_embeds are lists of arrays (L, cap_feat_dim), as from `encode_prompt`. Arrays may come from
+        NumPy, MLX or torch.
+
+        output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,
+        {"latents": mx.array}) may return other latents, and works for one prompt at a time. Several prompts are
+        generated one after another. shift is the timestep shift: higher spends more steps at high noise. Invalid
+        arguments raise RequestError before any work starts.
         """
-        if output_type not in ("pil", "np", "latent"):
-            raise RequestError(f"output_type must be 'pil', 'np' or 'latent', got {output_type!r}")
-        request = GenerateRequest(
-            prompt=prompt,
-            width=width,
-            height=height,
-            seed=secrets.randbits(32) if seed is None else seed,
-            steps=num_inference_steps,
-            guidance_scale=self.variant.guidance_scale if guidance_scale is None else guidance_scale,
-            negative_prompt="" if negative_prompt is None else negative_prompt,
-            shift=shift,
-            num_images=num_images_per_prompt,
-            rng=rng,
-        )
-        if output_type == "latent":
-            *_, last = self.denoise(request, latents)
-            return PipelineOutput(np.array(last.latents.transpose(0, 3, 1, 2)), request.seed)
-        images = [event.pixels for event in self.stream(request, latents) if isinstance(event, Generated)]
-        if output_type == "np":
-            return PipelineOutput(np.stack(images).astype(np.float32) / 255, request.seed)
-        return PipelineOutput([to_pil(pixels) for pixels in images], request.seed)
+        porting.check_call(output_type, joint_attention_kwargs, generator, seed)
+        settings: dict[str, Any] = {
+            "height": height,
+            "width": width,
+            "seed": porting.seed_of(generator) if seed is None else seed,
+            "steps": None if sigmas is not None else num_inference_steps,  # as many as sigmas
+            "sigmas": sigmas,
+            "guidance_scale": guidance_scale,
+            "cfg_normalization": 1.0 if cfg_normalization is True else cfg_normalization or 0.0,
+            "cfg_truncation": 1.0 if cfg_truncation is None else cfg_truncation,
+            "shift": shift,
+            "num_images": num_images_per_prompt,
+            "rng": rng,
+            "max_sequence_length": max_sequence_length,
+        }
+        runs = [
+            (self.complete(GenerateRequest(**texts, **settings)), inputs)
+            for texts, inputs in porting.each_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        ]
+        for request, inputs in runs:
+            self.plan(request, inputs)  # refuses what does not fit, before any work
+        first, arrays = runs[0]
+        count, *size = self._latents_shape(first)
+        noise = porting.noise_of(latents, generator, first, (len(runs) * count, *size))
+        self._interrupt, self._guidance_scale, self._num_timesteps = False, first.guidance_scale, first.extent[2]
+        answer: Callable[[Step], Change] = lambda step: Change(stop=self._interrupt)  # noqa: E731
+        if callback_on_step_end:
+            if len(runs) > 1:
+                raise RequestError(f"callback_on_step_end takes one prompt at a time, got {len(runs)}; loop over them")
+            names, schedule = callback_on_step_end_tensor_inputs, self.sigmas(first)
+            answer = porting.answer_by(self, callback_on_step_end, names, schedule, arrays)
+        images: list[np.ndarray] = []
+        with self._progress_bar(len(runs) * self._num_timesteps) as bar:
+            for i, (request, inputs) in enumerate(runs):
+                if noise is not None:
+                    inputs = replace(inputs, latents=noise[i * count :][:count])
+                events = answered(self.events(request, inputs, decode=output_type != "latent"), answer)
+                for event in events:
+                    if isinstance(event, Step):
+                        last = event
+                        bar.update(i * self._num_timesteps + event.index + 1 - bar.n)
+                    elif isinstance(event, Generated):
+                        images.append(event.pixels if output_type == "pil" else event.unit)
+                if output_type == "latent":
+                    images.extend(np.array(last.latents.transpose(0, 3, 1, 2)))
+        result = [to_pil(image) for image in images] if output_type == "pil" else np.stack(images)
+        return PipelineOutput(result, first.seed) if return_dict else (result,)
 
     # ---- from a request to images
 
@@ -186,14 +255,17 @@ class ZImagePipeline:
 
     def events(
         self, request: GenerateRequest, inputs: Any = None, decode: bool = True, *, latents: Any = None
-    ) -> Iterator[Phase | Step | Generated]:
-        """`stream`, plus the Phases before and after the steps, for a progress bar."""
+    ) -> Generator[Phase | Step | Generated, Change | None, None]:
+        """`stream`, plus the Phases before and after the steps, for a progress bar.
+
+        Sending a Change in answer to a Step replaces its latents or ends the steps.
+        """
         request, inputs = self.complete(request), Inputs.of(inputs, latents)
         yield from self.turns.take(self._attempts(request, inputs, decode))
 
     def _attempts(
         self, request: GenerateRequest, inputs: Inputs, decode: bool
-    ) -> Generator[Phase | Step | Generated, None, None]:
+    ) -> Generator[Phase | Step | Generated, Change | None, None]:
         """The events in the pipeline's dtype and, should float16 overflow, again in bfloat16."""
         try:
             with self.networks.guarded():
@@ -214,67 +286,80 @@ class ZImagePipeline:
 
     def _events(
         self, request: GenerateRequest, inputs: Inputs, decode: bool
-    ) -> Generator[Phase | Step | Generated, None, None]:
-        width, height, steps = request.extent
-        scale, channels = self.checkpoint.vae.config.scale, self.checkpoint.vae.config.latent_channels
-        h, w = height // scale, width // scale
-        sigmas = self.checkpoint.scheduler.sigmas(steps, (h // PATCH) * (w // PATCH), request.shift)
-        prompts = self._tokenize(request)
+    ) -> Generator[Phase | Step | Generated, Change | None, None]:
+        sigmas, prompts = self.sigmas(request), self._prompts(request, inputs)
         plan = self._plan(request, prompts)
-        noise = inputs.noise((request.num_images, channels, h, w), request.seed, request.rng).transpose(0, 2, 3, 1)
-        inputs.check_named(request.latents)
-        if inputs.digest != request.latents:
-            request = replace(request, latents=inputs.digest)
+        noise = inputs.noise(self._latents_shape(request), request.seed, request.rng).transpose(0, 2, 3, 1)
+        inputs.check_named(request.arrays)
+        if inputs.digests:
+            request = replace(request, **inputs.digests)
+        guidance = Guidance(request.guidance_scale or 0.0, request.cfg_normalization, request.cfg_truncation)
         mx.eval(noise)  # the next event may be requested from another thread
         with self.networks.running(plan) as networks:
             try:
                 embeddings = yield from networks.encode(prompts, sigmas)
-                for step in networks.denoise(embeddings, noise, sigmas, request.guidance_scale):
-                    yield step
+                latents = yield from networks.denoise(embeddings, noise, sigmas, guidance)
             except NumericsError as error:
                 if networks.dtype == mx.float16:
                     raise _Overflowed(str(error)) from error
                 raise
             for i in range(request.num_images if decode else 0):
-                latents = step.latents[i : i + 1]
-                mx.eval(latents)  # as above
-                pixels = yield from networks.decode(latents)
-                yield Generated(i, to_uint8(pixels[0]), request, plan, str(networks.dtype).rpartition(".")[2])
+                one = latents[i : i + 1]
+                mx.eval(one)  # as above
+                pixels = yield from networks.decode(one)
+                yield Generated(i, to_unit(pixels[0]), request, plan, str(networks.dtype).rpartition(".")[2])
 
     # ---- the parts of a request on their own
 
     def complete(self, request: GenerateRequest) -> GenerateRequest:
-        """The request, with the model's own size and steps where it has None."""
-        own = {"width": self.sample_size, "height": self.sample_size, "steps": self.variant.steps}
+        """The request, with the model's own size, steps and guidance where it has None."""
+        side, variant = self.sample_size, self.variant
+        own = {"width": side, "height": side, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
         missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
         return replace(request, **missing) if missing else request
 
-    def plan(self, request: GenerateRequest) -> Plan:
+    def sigmas(self, request: GenerateRequest) -> np.ndarray:
+        """The schedule of a request: (steps + 1,) float32, falling to 0."""
+        width, height, steps = self.complete(request).extent
+        token = self.checkpoint.vae.config.scale * PATCH
+        tokens = (width // token) * (height // token)
+        return self.checkpoint.scheduler.sigmas(steps, tokens, request.shift, request.sigmas)
+
+    def plan(self, request: GenerateRequest, inputs: Inputs = NONE) -> Plan:
         """What will be in memory when, for this request within the pipeline's memory budget."""
         request = self.complete(request)
-        return self._plan(request, self._tokenize(request))
+        return self._plan(request, self._prompts(request, inputs))
 
-    def _tokenize(self, request: GenerateRequest) -> list[tuple[int, ...]]:
-        """The ids of the prompts that a request uses."""
-        prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 0 else [])
-        return [self.tokenize(prompt) for prompt in prompts]
+    def _latents_shape(self, request: GenerateRequest) -> tuple[int, int, int, int]:
+        """(B, C, h, w)"""
+        (width, height, _), vae = request.extent, self.checkpoint.vae.config
+        return request.num_images, vae.latent_channels, height // vae.scale, width // vae.scale
 
-    def _plan(self, request: GenerateRequest, prompts: list[tuple[int, ...]]) -> Plan:
+    def _prompts(self, request: GenerateRequest, inputs: Inputs) -> list[tuple[int, ...] | mx.array]:
+        """The prompts that a request uses: their ids, or the embeddings that replace them."""
+        texts = [request.prompt, request.negative_prompt][: 1 + request.guided]
+        given = inputs.prompts(self.checkpoint.transformer.config.cap_feat_dim)[: len(texts)]
+        return [
+            self.tokenize(text, request.max_sequence_length) if embeddings is None else embeddings
+            for text, embeddings in zip(texts, given, strict=True)
+        ]
+
+    def _plan(self, request: GenerateRequest, prompts: list[tuple[int, ...] | mx.array]) -> Plan:
         width, height, steps = request.extent
         work = Workload(width, height, request.num_images, max(map(len, prompts)), steps, len(prompts))
         return self.networks.plan(work, self.keep)
 
-    def tokenize(self, prompt: str) -> tuple[int, ...]:
-        """The prompt's ids, template included: at most 512; warns if that truncates the prompt."""
-        return self.networks.tokenize(prompt)
+    def tokenize(self, prompt: str, max_sequence_length: int = TOKENS) -> tuple[int, ...]:
+        """The prompt's ids, template included: at most max_sequence_length; warns if that truncates the prompt."""
+        return self.networks.tokenize(prompt, max_sequence_length)
 
-    def encode(self, prompt: str) -> mx.array:
-        """The prompt's embeddings (L, cap_feat_dim): one row per token, template included, at most 512.
+    def encode(self, prompt: str, max_sequence_length: int = TOKENS) -> mx.array:
+        """The prompt's embeddings (L, cap_feat_dim): one row per token, template included.
 
         In float16, the first call finds the model's scale, as the first image would: this also reads the transformer,
         and raises MemoryBudgetError if no image could be generated.
         """
-        ids = self.tokenize(prompt)
+        ids = self.tokenize(prompt, max_sequence_length)
         with self._beside_requests("text_encoder"):
             self.networks.find_scale(ids, self.keep)
             return result(self.networks.encode_prompt(ids))
@@ -305,12 +390,6 @@ class ZImagePipeline:
     def variant(self) -> Variant:
         """The model of the family that this one is used as."""
         return self.checkpoint.variant
-
-    @property
-    def defaults(self) -> dict:
-        """Defaults for a request: the side of a square image in pixels, steps and guidance_scale."""
-        variant = self.variant
-        return {"side": self.sample_size, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
 
     @property
     def sample_size(self) -> int:
@@ -350,6 +429,43 @@ class ZImagePipeline:
     @property
     def vae(self) -> VAE:
         return self.networks.vae
+
+    # ---- as in diffusers, like the methods in porting.py
+
+    def to(self, *args: object, **kwargs: object) -> ZImagePipeline:
+        """Returns the pipeline, since MLX chooses the device. RequestError for a dtype other than the pipeline's."""
+        porting.check_to(self.dtype, [*args, *kwargs.values()])
+        return self
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        device: object = None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        max_sequence_length: int = TOKENS,
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """prompt_embeds and negative_prompt_embeds for a call: an array (L, cap_feat_dim) per prompt."""
+        rows = [texts for texts, _ in porting.each_prompt(prompt, negative_prompt, None, None)]
+        names = ["prompt", "negative_prompt"][: 1 + do_classifier_free_guidance]
+        wanted, *unwanted = ([self.encode(row[name], max_sequence_length) for row in rows] for name in names)
+        return wanted, unwanted[0] if unwanted else []
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """tqdm's options for the progress bar of calls in a terminal or notebook; disable=True turns it off."""
+        self._bar_options = options
+
+    def _progress_bar(self, total: int) -> tqdm:
+        from tqdm.auto import tqdm  # imported here because only calls need it
+
+        seen = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+        return tqdm(**{"total": total, "disable": not seen, **self._bar_options})
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the current or last call."""
+        return self._num_timesteps
 
 
 class _Overflowed(NumericsError):

@@ -16,6 +16,8 @@ MAX_SIZE = 8192  # the reference's position tables end at 512 tokens per side
 MAX_SEED = 2**64 - 1
 MAX_PROMPT = 32_000  # characters; only 512 tokens are read, and megabytes would take seconds to tokenize
 MAX_STEPS = 1000
+TOKENS = 512  # of a prompt that are read by default, template included; the reference truncates on the right
+MAX_TOKENS = 1504  # the reference's position tables end at 1536, and the image comes after the padded prompt
 MAX_NUMBER = 1000  # for shift and guidance, which are usually from 1 to 10
 RNGS = ("torch", "mlx")
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -26,12 +28,19 @@ REQUIRED: Any = object()  # default of a required field that follows optional on
 class GenerateRequest:
     """Everything that an image depends on, except the model. Invalid values raise RequestError on creation.
 
-    prompt and negative_prompt are truncated after 512 tokens. width and height are in pixels, multiples of 16 up to
-    8192. seed is from 0 to 2**64 - 1; rng is the random number generator for the noise, "torch" or "mlx". steps, 1 to
-    1000, is the number of denoising steps. guidance_scale follows diffusers' convention; 0 is off. shift is the
-    timestep shift, where higher spends more steps at high noise; None uses the model's own. num_images are generated at
-    once from one seed. latents is the SHA-256 of initial latents that replace the seed's noise: see
-    `mlx_zimage.inputs`. width, height and steps may be None; a pipeline's `complete` fills in the model's own.
+    prompt and negative_prompt are truncated after max_sequence_length tokens. width and height are in pixels, multiples
+    of 16 up to 8192. seed is from 0 to 2**64 - 1; rng is the random number generator for the noise, "torch" or "mlx".
+    steps, 1 to 1000, is the number of denoising steps. shift is the timestep shift, where higher spends more steps at
+    high noise; None uses the model's own. sigmas, one per step and falling from at most 1, replace the evenly spaced
+    ones before the shift. num_images are generated at once from one seed.
+
+    guidance_scale follows diffusers' convention; 0 is off. cfg_normalization limits the length of a guided velocity to
+    that many times the prompt's own; 0 is no limit. Steps at times, from 0 (noise) to 1, above cfg_truncation are not
+    guided.
+
+    latents, prompt_embeds and negative_prompt_embeds are the SHA-256 of arrays that replace the seed's noise and the
+    prompts: see `mlx_zimage.inputs`. width, height, steps and guidance_scale may be None; a pipeline's `complete` fills
+    in the model's own.
     """
 
     prompt: str
@@ -39,18 +48,24 @@ class GenerateRequest:
     height: int | None = None
     seed: int = REQUIRED
     steps: int | None = None
-    guidance_scale: float = 0.0  # g here is "cfg g + 1" in other programs
+    guidance_scale: float | None = None  # g here is "cfg g + 1" in other programs
     negative_prompt: str = ""
     shift: float | None = None  # None: from the model's scheduler config
     num_images: int = 1
     rng: str = "torch"
     latents: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
+    max_sequence_length: int = TOKENS
+    prompt_embeds: str | None = None
+    negative_prompt_embeds: str | None = None
 
     def __post_init__(self):
         if self.seed is REQUIRED:
             raise TypeError("GenerateRequest.__init__() missing 1 required positional argument: 'seed'")
         check_prompt(self.prompt, "prompt")
-        if not self.prompt.strip():
+        if not self.prompt.strip() and self.prompt_embeds is None:
             raise RequestError("the prompt is empty; describe the image in a few words")
         check_prompt(self.negative_prompt, "negative prompt")
         if self.width is not None:
@@ -61,13 +76,23 @@ class GenerateRequest:
         if self.steps is not None:
             _check_int("steps", self.steps, 1, MAX_STEPS)
         _check_int("num_images", self.num_images, 1, 1000)
-        _check_number("guidance_scale", self.guidance_scale, 0.0)
+        if self.guidance_scale is not None:
+            _check_number("guidance_scale", self.guidance_scale, 0.0)
+        _check_number("cfg_normalization", self.cfg_normalization, 0.0)
+        _check_number("cfg_truncation", self.cfg_truncation, 0.0)
+        _check_int("max_sequence_length", self.max_sequence_length, 1, MAX_TOKENS)
         if self.shift is not None:
             _check_number("shift", self.shift, 0.01)
         if self.rng not in RNGS:
             raise RequestError(f"rng must be one of {', '.join(RNGS)}, got {self.rng!r}")
-        if self.latents is not None and not (isinstance(self.latents, str) and DIGEST.fullmatch(self.latents)):
-            raise RequestError(f"latents must be the SHA-256 of an array in hexadecimal, got {self.latents!r}")
+        for name, digest in self.arrays.items():
+            _check_digest(name, digest)
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", _falling(self.sigmas))
+            if self.steps is None:
+                object.__setattr__(self, "steps", len(self.sigmas))
+            if self.steps != len(self.sigmas):
+                raise RequestError(f"sigmas must be one per step, got {len(self.sigmas)} for {self.steps} steps")
 
         for field in fields(self):  # NumPy numbers become Python's, so that a request always converts to JSON
             value = getattr(self, field.name)
@@ -80,6 +105,16 @@ class GenerateRequest:
         if self.width is None or self.height is None or self.steps is None:
             raise RequestError("the request has no size or steps yet; a pipeline's `complete` fills in the model's own")
         return self.width, self.height, self.steps
+
+    @property
+    def arrays(self) -> dict[str, str | None]:
+        """The digests of the arrays that it uses, by their names in `Inputs`; None for those it does not."""
+        return {name: getattr(self, name) for name in ("latents", "prompt_embeds", "negative_prompt_embeds")}
+
+    @property
+    def guided(self) -> bool:
+        """Whether its steps also use the negative prompt."""
+        return bool(self.guidance_scale)
 
     def to_dict(self) -> dict:
         """The fields as a dict for JSON."""
@@ -118,6 +153,26 @@ def check_size(name: str, value: int) -> None:
             f"{name} must be a multiple of {SIZE_MULTIPLE} pixels from {SIZE_MULTIPLE} to {MAX_SIZE}, got {value}; "
             f"the nearest {'are' if len(nearest) > 1 else 'is'} {shown}"
         )
+
+
+def _falling(sigmas: Any) -> tuple[float, ...]:
+    """A caller's sigmas as Python floats."""
+    try:
+        values = tuple(float(sigma) for sigma in sigmas)
+    except (TypeError, ValueError):
+        raise RequestError(f"sigmas must be a list of numbers, got {sigmas!r}") from None
+    if not 1 <= len(values) <= MAX_STEPS:
+        raise RequestError(f"sigmas must be 1 to {MAX_STEPS} numbers, got {len(values)}")
+    if not all(a > b for a, b in zip(values, (*values[1:], 0.0), strict=True)) or values[0] > 1:
+        raise RequestError(
+            f"sigmas must fall from at most 1 to above 0, got {list(values)}; the final 0 is added automatically"
+        )
+    return values
+
+
+def _check_digest(name: str, value: str | None) -> None:
+    if value is not None and not (isinstance(value, str) and DIGEST.fullmatch(value)):
+        raise RequestError(f"{name} must be the SHA-256 of an array in hexadecimal, got {value!r}")
 
 
 def _check_int(name: str, value: int, low: float = -inf, high: float = inf, high_text: str = "") -> None:

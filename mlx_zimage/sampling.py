@@ -6,8 +6,9 @@ computes it does not matter here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,8 @@ from . import scheduler
 from .errors import NumericsError
 
 Velocity = Callable[[mx.array, int], mx.array]
-Velocities = Callable[[mx.array, int], Sequence[mx.array]]  # one per prompt
+Velocities = Callable[[mx.array, int, int | None], Sequence[mx.array]]  # one per prompt, or for some
+E = TypeVar("E")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,24 @@ class Step:
     clean: mx.array
 
 
-def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.ndarray) -> Iterator[Step]:
-    """Take latents (B, h, w, C) float32 through the sigmas, yielding each Step once it is computed."""
+@dataclass(frozen=True)
+class Change:
+    """A caller's answer to a Step, sent to the generator: latents (B, h, w, C) that replace the Step's.
+
+    stop skips the remaining steps.
+    """
+
+    latents: mx.array | None = None
+    stop: bool = False
+
+
+def denoise(
+    velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.ndarray
+) -> Generator[Step, Change | None, mx.array]:
+    """Take latents (B, h, w, C) float32 through the sigmas, yielding each Step once it is computed.
+
+    Returns the final latents.
+    """
     steps = len(sigmas) - 1
     for i in range(steps):
         v = velocity(latents, i)
@@ -47,17 +65,65 @@ def denoise(velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.
                 f"the latents are not finite after step {i + 1} of {steps}; no image was generated. "
                 f"Try dtype float32; if that fails too, the weights are damaged"
             )
-        yield Step(i, steps, float(sigmas[i + 1]), latents, clean)
+        change = yield Step(i, steps, float(sigmas[i + 1]), latents, clean)
+        if change and change.latents is not None:
+            latents = change.latents
+        if change and change.stop:
+            break
+    return latents
 
 
-def guide(velocities: Velocities, scale: float) -> Velocity:
+@dataclass(frozen=True)
+class Guidance:
     """Classifier-free guidance in diffusers' convention: positive + scale * (positive - negative).
 
-    velocities returns the prompt's velocity and, with guidance, the negative prompt's.
+    normalization, unless 0, limits each image's guided velocity to that many times the length of the positive one.
+    Steps at times 1 - sigma above truncation use the positive velocity alone.
     """
 
+    scale: float
+    normalization: float = 0.0
+    truncation: float = 1.0
+
+
+def guide(velocities: Velocities, guidance: Guidance, sigmas: Sequence[float] | np.ndarray) -> Velocity:
+    """The velocity along the sigmas, guided if there is a negative prompt.
+
+    velocities returns the prompt's velocity and, with guidance, the negative prompt's; its third argument is how many.
+    """
+    times = scheduler.times(sigmas)
+
     def velocity(latents: mx.array, i: int) -> mx.array:
-        positive, *negative = velocities(latents, i)
-        return positive + scale * (positive - negative[0]) if negative else positive
+        positive, *negative = velocities(latents, i, 1 if times[i] > guidance.truncation else None)
+        if not negative:
+            return positive
+        guided = positive + guidance.scale * (positive - negative[0])
+        return shorten(guided, guidance.normalization * length(positive)) if guidance.normalization else guided
 
     return velocity
+
+
+def shorten(x: mx.array, most: mx.array) -> mx.array:
+    """x (B, h, w, C) with each image that is longer than `most` (B, 1, 1, 1) scaled down to that length."""
+    return mx.where(length(x) > most, x * (most / length(x)), x)
+
+
+def length(x: mx.array) -> mx.array:
+    """The Euclidean norm of each image of x (B, h, w, C): (B, 1, 1, 1)."""
+    return mx.sqrt(mx.square(x).sum(axis=(1, 2, 3), keepdims=True))
+
+
+def answered(events: Generator[E, Change | None, None], answer: Callable[[Step], Change]) -> Iterator[E | Step]:
+    """The events, with each Step answered; its latents are those that the answer replaces them with."""
+    change = None
+    while True:
+        try:
+            event = events.send(change)
+        except StopIteration:
+            return
+        if isinstance(event, Step):
+            change = answer(event)
+            yield event if change.latents is None else replace(event, latents=change.latents)
+        else:
+            change = None
+            yield event

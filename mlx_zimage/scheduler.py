@@ -7,6 +7,7 @@ N steps are N calls of the transformer; the model card's 9 steps, written for di
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -23,7 +24,16 @@ def sigmas(steps: int, shift: float = DEFAULT_SHIFT, mu: float | None = None) ->
 
     A higher shift spends more steps at high noise; mu, if given, replaces it by exp(mu) (dynamic shifting).
     """
-    u = np.linspace(1.0, 1.0 / steps, steps, dtype=np.float32)
+    return shifted(evenly_spaced(steps), shift, mu)
+
+
+def evenly_spaced(steps: int) -> np.ndarray:
+    """(steps,) float32 from 1 to 1 / steps."""
+    return np.linspace(1.0, 1.0 / steps, steps, dtype=np.float32)
+
+
+def shifted(u: np.ndarray, shift: float, mu: float | None = None) -> np.ndarray:
+    """Sigmas u (N,) float32 with the shift of `sigmas` applied, and a final 0: (N + 1,) float32."""
     # the two formulas round differently; each is the one diffusers uses
     sigma = math.exp(mu) / (math.exp(mu) + (1 / u - 1)) if mu is not None else shift * u / (1 + (shift - 1) * u)
     return np.append(sigma, 0.0).astype(np.float32)
@@ -60,16 +70,27 @@ class SchedulerConfig:
             )
         return read
 
-    def sigmas(self, steps: int, image_tokens: int, shift: float | None = None) -> np.ndarray:
-        """The schedule that the config asks for; an explicit shift overrides it."""
+    def sigmas(
+        self, steps: int, image_tokens: int, shift: float | None = None, unshifted: Sequence[float] | None = None
+    ) -> np.ndarray:
+        """The schedule that the config asks for; an explicit shift overrides it.
+
+        unshifted sigmas, one per step, replace the evenly spaced ones.
+        """
+        u = evenly_spaced(steps) if unshifted is None else np.array(unshifted).astype(np.float32)
         if shift is None and self.use_dynamic_shifting:
-            return sigmas(steps, mu=self.dynamic_mu(image_tokens))
-        return sigmas(steps, self.shift if shift is None else shift)
+            return shifted(u, DEFAULT_SHIFT, self.dynamic_mu(image_tokens))
+        return shifted(u, self.shift if shift is None else shift)
 
     def dynamic_mu(self, image_tokens: int) -> float:
         """The logarithm of the shift, linear in the number of image tokens."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return image_tokens * slope + self.base_shift - slope * self.base_image_seq_len
+
+
+def times(sigmas: Sequence[float] | np.ndarray) -> list[float]:
+    """The times 1 - sigma as diffusers computes them, in float32."""
+    return [float((1000 - np.float32(sigma) * np.float32(1000)) / np.float32(1000)) for sigma in sigmas]
 
 
 def add_noise(latents: mx.array, noise: mx.array, sigma: float) -> mx.array:

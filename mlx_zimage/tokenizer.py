@@ -6,7 +6,6 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
-MAX_TOKENS = 512  # template included; the reference truncates on the right
 # One user turn with thinking enabled, as Qwen3's chat template renders it. The model was trained on this string.
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 

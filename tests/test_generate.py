@@ -46,8 +46,9 @@ def test_a_saved_image_reports_its_origin_and_its_cost(model, tmp_path):
     inputs = Inputs(latents)
     (*_, saved) = run(model, REQUEST, tmp_path / "a.png", Files(), inputs)
     assert read_origin(saved.path) == saved.origin
-    named = replace(REQUEST, latents=inputs.digest)
-    assert (saved.origin.request, saved.origin.model, saved.origin.latents) == (named, "pocket", inputs.digest)
+    named = replace(model.pipeline.complete(REQUEST), **inputs.digests)
+    assert (saved.origin.request, saved.origin.model) == (named, "pocket")
+    assert saved.origin.latents == inputs.digests["latents"]
     assert len(saved.cost.steps_s) == 2
     parts = saved.cost.scale_s, saved.cost.encode_s, *saved.cost.steps_s, saved.cost.decode_s
     assert sum(parts) == pytest.approx(saved.cost.elapsed_s)

@@ -47,27 +47,29 @@ def test_truncated_or_foreign_latents_are_refused(tmp_path):
 def test_a_digest_depends_only_on_the_numbers():
     wanted = hashlib.sha256(LATENTS.astype("<f4").tobytes()).hexdigest()
     for same in (LATENTS, LATENTS.astype(">f4"), mx.array(LATENTS.astype(np.float32)), LATENTS.tolist()):
-        assert Inputs(same).digest == wanted
-    assert Inputs(LATENTS + 1).digest != wanted
-    assert NONE.digest is None
+        assert Inputs(same).digests == {"latents": wanted}
+    assert Inputs(LATENTS + 1).digests != {"latents": wanted}
+    assert NONE.digests == {}
 
 
 def test_a_request_for_other_latents_is_refused():
     inputs = Inputs(LATENTS)
-    for named in (None, inputs.digest):
-        inputs.check_named(named)
-    NONE.check_named(None)
-    with pytest.raises(RequestError, match=f"expects latents with SHA-256 {inputs.digest}, but none were given"):
-        NONE.check_named(inputs.digest)
+    digest = inputs.digests["latents"]
+    for inputs_of, named in ((inputs, None), (inputs, digest), (NONE, None)):
+        inputs_of.check_named({"latents": named})
+    with pytest.raises(RequestError, match=f"expects latents with SHA-256 {digest}, but none were given"):
+        NONE.check_named(inputs.digests)
     with pytest.raises(RequestError, match=", but the given ones have "):
-        Inputs(LATENTS + 1).check_named(inputs.digest)
+        Inputs(LATENTS + 1).check_named(inputs.digests)
+    with pytest.raises(RequestError, match=f"expects prompt_embeds with SHA-256 {digest}, but none were given"):
+        inputs.check_named({"latents": digest, "prompt_embeds": digest})
     with pytest.raises(RequestError, match="latents must be the SHA-256 of an array"):
         GenerateRequest("a", seed=1, latents="../secret")
 
 
 def test_a_request_records_its_latents_and_requires_them_again(pipe):
     *_, image = pipe.stream(REQUEST, LATENTS)
-    assert image.request.latents == Inputs(LATENTS).digest
+    assert image.request.latents == Inputs(LATENTS).digests["latents"]
     *_, again = pipe.stream(image.request, Inputs(LATENTS))
     assert np.array_equal(again.pixels, image.pixels)
     with pytest.raises(RequestError, match="none were given"):
@@ -77,10 +79,11 @@ def test_a_request_records_its_latents_and_requires_them_again(pipe):
 def test_size_and_steps_may_be_missing_until_a_model_fills_them_in():
     pocket = ZImagePipeline.from_pretrained("pocket")
     open_ended = GenerateRequest("a red circle", seed=1)
-    assert (open_ended.width, open_ended.height, open_ended.steps) == (None, None, None)
+    assert (open_ended.width, open_ended.height, open_ended.steps, open_ended.guidance_scale) == (None,) * 4
     with pytest.raises(RequestError, match="no size or steps yet"):
         _ = open_ended.extent
     assert pocket.complete(open_ended).extent == (128, 128, 8)
+    assert pocket.complete(open_ended).guidance_scale == 0
     own = GenerateRequest("a red circle", 64, seed=1, steps=3)
     assert pocket.complete(own).extent == (64, 128, 3)
     assert pocket.plan(open_ended) == pocket.plan(pocket.complete(open_ended))

@@ -33,8 +33,8 @@ def test_a_prompts_own_values_override_all_others():
     assert (request.prompt, request.seed, request.width, request.height, job.output) == ("a", 9, 64, 32, Path("y.png"))
 
 
-def test_a_missing_size_defaults_to_the_models():
-    assert (Job({"prompt": "a", "seed": 1}, Path("x.png")).request(128)).width == 128
+def test_a_missing_size_is_left_to_the_model_except_for_its_ratio():
+    assert (Job({"prompt": "a", "seed": 1}, Path("x.png")).request(128)).width is None
     assert (Job({"prompt": "a", "seed": 1}, Path("x.png"), ratio=(1, 2)).request(128)).height == 176
 
 
@@ -81,8 +81,12 @@ def test_count_adds_consecutive_seeds_to_each():
     ],
 )
 def test_placeholders_are_filled_in_and_other_braces_kept(template, name):
-    job = Job({"prompt": "a cat, it's: ../一只猫\n", "seed": 7, "width": 64, "height": 32}, Path("dir") / template, 3)
-    assert job.path(job.request(128, steps=8)) == Path("dir") / name
+    job = Job(
+        {"prompt": "a cat, it's: ../一只猫\n", "seed": 7, "width": 64, "height": 32, "steps": 8},
+        Path("dir") / template,
+        3,
+    )
+    assert job.path(job.request(128)) == Path("dir") / name
 
 
 @pytest.mark.parametrize(

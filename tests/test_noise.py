@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import tiny
 
-from mlx_zimage.noise import _uniform, initial_noise, torch_randn
+from mlx_zimage import RequestError
+from mlx_zimage.noise import (
+    STATE_BYTES,
+    TWISTER,
+    _uniform,
+    check_generator,
+    generator_randn,
+    initial_noise,
+    torch_randn,
+)
 
 ROWS = json.loads((tiny.GOLDEN / "noise.json").read_text())
 SHAPES = sorted({tuple(row["shape"]) for row in ROWS}, key=np.prod)
@@ -74,3 +83,52 @@ def test_mlx_noise_depends_only_on_its_seed():
     mx.random.seed(2)
     assert mx.array_equal(initial_noise(9, (1, 16, 4, 4), "mlx"), first)
     assert not mx.array_equal(initial_noise(10, (1, 16, 4, 4), "mlx"), first)
+
+
+class Generator:
+    """torch.Generator(), as far as it is asked here: the state has torch's layout. tests/parity has the true one."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.state = np.zeros(STATE_BYTES, np.uint8)
+        twister = self.state[: TWISTER.itemsize].view(TWISTER)
+        twister["seed"], twister["left"], twister["seeded"] = seed, 1, 1
+        twister["key"] = np.random.RandomState(seed % 2**32).get_state()[1]
+
+    def initial_seed(self) -> int:
+        return self.seed
+
+    def get_state(self) -> np.ndarray:
+        return self.state.copy()
+
+    def set_state(self, state: np.ndarray) -> None:
+        self.state = state
+
+
+def test_a_generator_gives_the_noise_of_its_seed_and_moves_on():
+    generator = Generator(5)
+    first, second = (generator_randn(generator, (1, 16, 6, 8)) for _ in range(2))
+    # whole groups of 16: two draws are one of twice the size
+    assert np.array_equal(np.concatenate([first, second]), torch_randn(5, (2, 16, 6, 8)))
+    assert generator.initial_seed() == 5
+
+
+@pytest.mark.parametrize("count", [1, 39, 2])
+def test_a_generator_goes_on_from_wherever_it_stands(count):
+    """39 groups of 16 are 624 numbers: all that a state has."""
+    generator = Generator(1)
+    generator_randn(generator, (16 * count,))
+    assert np.array_equal(generator_randn(generator, (64,)), torch_randn(1, (16 * count + 64,))[16 * count :])
+
+
+def test_what_is_no_generator_of_known_noise_is_refused():
+    with pytest.raises(RequestError, match=r"generator must be a torch.Generator, got int; or use seed=N"):
+        check_generator(7)
+    gpu = Generator(7)
+    gpu.device = type("device", (), {"type": "mps"})
+    with pytest.raises(RequestError, match=r"got one on mps, whose noise cannot be reproduced here"):
+        check_generator(gpu)
+    other = Generator(7)
+    other.state = other.state[:16]
+    with pytest.raises(RequestError, match="whose noise cannot be reproduced"):
+        check_generator(other)

@@ -41,6 +41,19 @@ FAULTS = [
     ({"shift": 0.0}, "shift must be from 0.01 to 1000, got 0.0"),
     ({"shift": 10**400}, "shift must be from 0.01 to 1000"),
     ({"shift": float("inf")}, "shift must be from 0.01 to 1000, got inf"),
+    ({"sigmas": 0.5}, "sigmas must be a list of numbers, got 0.5"),
+    ({"sigmas": ["high"]}, "sigmas must be a list of numbers, got ['high']"),
+    ({"sigmas": []}, "sigmas must be 1 to 1000 numbers, got 0"),
+    ({"sigmas": [1.0, 0.5, 0.5]}, "sigmas must fall from at most 1 to above 0, got [1.0, 0.5, 0.5]"),
+    ({"sigmas": [1.5, 0.5]}, "sigmas must fall from at most 1"),
+    ({"sigmas": [1.0, 0.0]}, "the final 0 is added automatically"),
+    ({"sigmas": [1.0, float("nan")]}, "sigmas must fall from at most 1"),
+    ({"sigmas": [1.0, 0.5], "steps": 3}, "sigmas must be one per step, got 2 for 3 steps"),
+    ({"cfg_normalization": -1.0}, "cfg_normalization must be from 0 to 1000, got -1.0"),
+    ({"cfg_truncation": "0.5"}, "cfg_truncation must be a number, got '0.5'"),
+    ({"max_sequence_length": 0}, "max_sequence_length must be from 1 to 1504, got 0"),
+    ({"max_sequence_length": 1505}, "max_sequence_length must be from 1 to 1504, got 1505"),
+    ({"prompt_embeds": "../secret"}, "prompt_embeds must be the SHA-256 of an array in hexadecimal, got '../secret'"),
     ({"rng": "cuda"}, "rng must be one of torch, mlx, got 'cuda'"),
 ]
 
@@ -71,9 +84,20 @@ def test_values_at_the_limits_are_accepted(change):
 
 def test_a_request_survives_a_round_trip_through_json():
     request = GenerateRequest(
-        **GOOD | {"steps": 4, "guidance_scale": 1.5, "shift": 6.0, "prompt": "雪 🦊", "seed": 2**63}
+        **GOOD
+        | {"steps": 4, "guidance_scale": 1.5, "shift": 6.0, "prompt": "雪 🦊", "seed": 2**63}
+        | {"sigmas": [1, 0.75, 0.5, 0.125], "cfg_normalization": 1.0, "cfg_truncation": 0.5}
+        | {"max_sequence_length": 1024, "prompt_embeds": "ab" * 32}
     )
     assert GenerateRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+
+
+def test_sigmas_say_how_many_steps_there_are():
+    assert GenerateRequest(**GOOD, sigmas=[1.0, 0.5]).steps == 2
+
+
+def test_embeddings_need_no_prompt():
+    assert GenerateRequest(**GOOD | {"prompt": "", "prompt_embeds": "ab" * 32}).prompt == ""
 
 
 def test_a_dictionary_with_an_unknown_field_is_refused():

@@ -70,6 +70,13 @@ def test_an_explicit_shift_overrides_the_config():
     assert np.array_equal(schedule({"use_dynamic_shifting": True}, 8, 4096, shift=6.0), sigmas(8, 6.0))
 
 
+def test_given_sigmas_are_shifted_like_the_evenly_spaced_ones():
+    even = [1.0, 0.75, 0.5, 0.25]
+    for config in ({"shift": 3.0}, {"use_dynamic_shifting": True}):
+        assert np.array_equal(schedule(config, 4, 4096, unshifted=even), schedule(config, 4, 4096))
+    assert np.array_equal(schedule({"shift": 1.0}, 2, 4096, unshifted=[0.75, 0.5]), np.float32([0.75, 0.5, 0]))
+
+
 def test_a_config_without_shift_gets_turbos():
     assert np.array_equal(schedule({}, 8, 4096), sigmas(8, 3.0))
 

@@ -2,7 +2,8 @@ import pytest
 import tiny
 
 from mlx_zimage.errors import CheckpointError
-from mlx_zimage.tokenizer import MAX_TOKENS, Tokenizer
+from mlx_zimage.request import TOKENS
+from mlx_zimage.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -13,12 +14,12 @@ def tokenizer():
 @pytest.mark.parametrize("key", tiny.PROMPTS)
 def test_ids_equal_the_reference(golden, golden_pipe, key):
     ids = golden_pipe.tokenizer.encode(tiny.PROMPTS[key])
-    assert ids[:MAX_TOKENS] == golden[f"text/{key}.ids"].tolist()
+    assert ids[:TOKENS] == golden[f"text/{key}.ids"].tolist()
 
 
 def test_a_long_prompt_is_encoded_without_truncation(tokenizer):
     # the pipeline truncates it, with a warning
-    assert len(tokenizer.encode(tiny.PROMPTS["long"])) > 2 * MAX_TOKENS
+    assert len(tokenizer.encode(tiny.PROMPTS["long"])) > 2 * TOKENS
 
 
 def test_the_template_surrounds_the_prompt(tokenizer):

@@ -243,7 +243,7 @@ def generate(
         try:
             request = job.request()
             check_output(job.path(request))
-            inputs.check_named(request.latents)
+            inputs.check_named(request.arrays)
         except RequestError as error:
             if not requests_file and not prompt_file:
                 raise
@@ -253,7 +253,7 @@ def generate(
     if preview_dir:
         make_folder(preview_dir)
     if old:
-        _check_old_latents(old, from_image, inputs.digest)
+        _check_old_latents(old, from_image, inputs.digests.get("latents"))
     budget = None if memory is None else parse_memory(memory)
     source = source or _default_model(old, from_image, yes, quiet)
     if quiet and not Path(source).is_dir():
@@ -262,8 +262,7 @@ def generate(
     model = open_model(source, dtype or (old.dtype if old else None), budget, keep, variant, wired)
     if old and model.fingerprint != old.fingerprint:
         warnings.warn(f"{source} is not the model that generated {from_image}; the image will differ", stacklevel=1)
-    defaults = model.pipeline.defaults
-    requests = [model.pipeline.complete(job.request(**defaults)) for job in jobs]
+    requests = [model.pipeline.complete(job.request(model.pipeline.sample_size)) for job in jobs]
     for request in requests:
         if latents_file:
             check_latents_size(latents_file, inputs.latents, *request.extent[:2])
@@ -317,7 +316,7 @@ def _base(values: dict, size: Size | None, old: Origin | None, inputs: Inputs) -
     if ratio:
         base = {name: value for name, value in base.items() if name not in ("width", "height")}
     base |= {name: value for name, value in {**values, **sides}.items() if value is not None}
-    base["latents"] = inputs.digest
+    base["latents"] = inputs.digests.get("latents")
     if inputs.latents is not None:
         known = fields_of_latents(inputs.latents.shape)
         base = ({} if ratio else known) | base | {"num_images": known["num_images"]}

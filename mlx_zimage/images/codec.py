@@ -15,11 +15,20 @@ from .metadata import Origin, save_options
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def to_uint8(pixels: mx.array) -> np.ndarray:
-    """Decoded pixels (H, W, 3), nominally in [-1, 1], to uint8, rounded as in diffusers."""
+def to_unit(pixels: mx.array) -> np.ndarray:
+    """Decoded pixels (H, W, 3), nominally in [-1, 1], to [0, 1] float32."""
     if not mx.isfinite(pixels).all().item():
         raise NumericsError("the decoded image has values that are not finite, so it was not saved; try dtype float32")
-    unit = np.clip(np.array(pixels, dtype=np.float32) / 2 + 0.5, 0, 1)
+    return np.clip(np.array(pixels, dtype=np.float32) / 2 + 0.5, 0, 1)
+
+
+def to_uint8(pixels: mx.array) -> np.ndarray:
+    """Decoded pixels (H, W, 3), nominally in [-1, 1], to uint8, rounded as in diffusers."""
+    return rounded(to_unit(pixels))
+
+
+def rounded(unit: np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1] to uint8, rounded as in diffusers."""
     return (unit * 255).round().astype(np.uint8)
 
 

@@ -86,7 +86,7 @@ def parameters(origin: Origin) -> str:
         "Steps": request.steps,
         "Sampler": "Euler",
         "Schedule type": "Simple",
-        "CFG scale": f"{request.guidance_scale + 1:g}",  # where 1 is off
+        "CFG scale": f"{(request.guidance_scale or 0) + 1:g}",  # where 1 is off
         "Shift": None if request.shift is None else f"{request.shift:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",

@@ -19,6 +19,8 @@ import numpy as np
 
 from ..config import read_config
 from ..errors import CheckpointError
+from ..needless import Needless
+from ..scheduler import times
 from .layers import Product, compiled, linear, margin, result, rms_norm, scaled, settle, silu, sum_dtype
 from .runner import Runner, Tree
 
@@ -316,11 +318,6 @@ def rope(config: TransformerConfig, caption_length: int, h: int, w: int) -> tupl
     return rope_table(positions(caption_length, h, w), config.axes_dims, config.rope_theta)
 
 
-def times_of(sigmas: Sequence[float] | np.ndarray) -> list[float]:
-    """The times 1 - sigma as diffusers computes them, in float32."""
-    return [float((1000 - np.float32(sigma) * np.float32(1000)) / np.float32(1000)) for sigma in sigmas]
-
-
 def modulate(
     config: TransformerConfig, runner: Runner, times: Sequence[float], product: Product = linear
 ) -> tuple[mx.array, mx.array]:
@@ -402,6 +399,8 @@ class Transformer:
     products in float16's range (see `mlx_zimage.headroom`). A product with side effects, such as recording its inputs,
     needs compile=False.
     """
+
+    set_attention_backend = Needless("MLX has one fused attention")
 
     def __init__(
         self,
@@ -509,18 +508,20 @@ class Transformer:
 
     def velocities(
         self, prompts: Sequence[mx.array], sigmas: Sequence[float] | np.ndarray, h: int, w: int
-    ) -> Callable[[mx.array, int], list[mx.array]]:
+    ) -> Callable[..., list[mx.array]]:
         """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[i], float32, for each prompt.
+
+        A third argument asks for that many prompts, from the first, alone.
 
         prompts are the text encoder's outputs (L, cap_feat_dim). Everything that does not depend on the latents is
         computed here, once. Each call reads each block once for all prompts and images.
         """
         captions = self.captions(prompts, h, w)
-        modulations, final_scales = self.modulate(times_of(sigmas))
+        modulations, final_scales = self.modulate(times(sigmas))
 
-        def velocities(latents: mx.array, i: int) -> list[mx.array]:
+        def velocities(latents: mx.array, i: int, count: int | None = None) -> list[mx.array]:
             # The network points from noise to data; sigma grows from data to noise.
-            return [-x for x in self(latents, captions, row(modulations, i), row(final_scales, i))]
+            return [-x for x in self(latents, captions[:count], row(modulations, i), row(final_scales, i))]
 
         return velocities
 

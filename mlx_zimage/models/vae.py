@@ -21,6 +21,7 @@ import mlx.core as mx
 from ..config import read_config
 from ..errors import CheckpointError
 from ..machine import backend
+from ..needless import Needless
 from .layers import compiled, linear, result, settle, silu
 from .runner import Runner, Tree
 
@@ -437,6 +438,9 @@ class VAE:
 
     strip_bytes limits the working memory (see Strips); None is fastest.
     """
+
+    enable_tiling = Needless("images are decoded in strips if memory is short")
+    enable_slicing = Needless("images are decoded one at a time")
 
     def __init__(self, config: VAEConfig, runner: Runner, strip_bytes: int | None = None):
         self.config = config

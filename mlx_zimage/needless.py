@@ -1,0 +1,27 @@
+"""Methods of diffusers that need not, or cannot, do anything here: they say why."""
+
+from __future__ import annotations
+
+import warnings
+
+from .errors import RequestError
+
+
+class Needless:
+    """A method of diffusers that has nothing to do here. It warns, which Python shows once for each place of a call."""
+
+    def __init__(self, why: str):
+        self.why = why
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        warnings.warn(f"{self.name} does nothing here: {self.why}", stacklevel=2)
+
+
+class Elsewhere(Needless):
+    """A method of diffusers that is not available here. It raises RequestError with what to do instead."""
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        raise RequestError(f"there is no {self.name} here: {self.why}")

@@ -27,7 +27,7 @@ from ..weights.checkpoint import (
     read_json,
     resolve,
 )
-from ..weights.hub import TOKENIZER_FILES, locate
+from ..weights.hub import TOKENIZER_FILES, locate, name_of
 from ..weights.listing import INDEX, visible
 from ..weights.manifest import CONVERSION
 from .disk import render_json
@@ -136,7 +136,7 @@ def open_part(source: str | Path, configs: dict[str, dict], variant: str | None 
         components, weights = open_file(at, configs)
         return Source(at.name, at, components, weights, {})
     folder = resolve(source, variant=variant)
-    origin = folder.resolve().name if at.is_dir() else str(source)
+    origin = name_of(folder) if at.is_dir() else str(source)
     try:
         return _open_model(folder, origin, configs, variant)
     except CheckpointError:

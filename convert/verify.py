@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, NumericsError
 from ..models import NETWORKS
 from ..weights.checkpoint import open_checkpoint, resolve
+from ..weights.hub import locate
 from ..weights.listing import is_hidden, visible
 from ..weights.manifest import MANIFEST, read_manifest, sha256
 from .rows import Tensor, read_rows
@@ -33,13 +35,23 @@ def verify(folder: str | Path) -> list[str]:
     return [f"{step.name}: {step.fault}" for step in verify_steps(folder) if step.fault]
 
 
+def fetch_all(source: str | Path) -> Path:
+    """The folder of a model; of a repository, every file in its manifest is downloaded."""
+    folder = resolve(source)
+    _, repository = locate(source)
+    if repository:
+        with suppress(CheckpointError):  # a damaged manifest is reported by verify_steps
+            repository.fetch({folder / name for name in read_manifest(folder)} & repository.sizes.keys())
+    return folder
+
+
 def verify_steps(folder: str | Path) -> Iterator[Checked]:
     """Check a model (a folder of this package or diffusers, an id, "pocket"), yielding Checked per file and tensor.
 
     Every file is compared with the folder's SHA256SUMS. A folder not written by our converter has none; then only
     headers, names, shapes and values are checked.
     """
-    folder = resolve(folder)
+    folder = fetch_all(folder)
     sizes = {path: path.stat().st_size for path in visible(folder, "**/*") if path.is_file()}
     total = 2 * sum(sizes.values())
     done = 0

@@ -26,6 +26,7 @@ from .pipeline import Generated, Phase, ZImagePipeline
 from .request import GenerateRequest
 from .sampling import Step
 from .weights.checkpoint import fingerprint
+from .weights.hub import name_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def open_model(
 ) -> OpenModel:
     """Open a model to generate with; see `ZImagePipeline.from_pretrained`."""
     pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant, wired)
-    name = Path(source).resolve().name if Path(source).is_dir() else source  # not the full path: images are shared
+    name = name_of(Path(source)) if Path(source).is_dir() else source  # not the full path: images are shared
     return OpenModel(pipeline, name, fingerprint(pipeline.checkpoint))
 
 

@@ -23,10 +23,11 @@ from mlx_zimage.weights.hub import POCKET
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_kept():
-    """Give each test its own cache of prompt embeddings, outside the user's home."""
+def nothing_kept(tmp_path_factory):
+    """Keep what tests cache and convert outside the user's home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_ZIMAGE_EMBEDDINGS", "off")
+        patch.setenv("MLX_ZIMAGE_HOME", str(tmp_path_factory.mktemp("home")))
         yield
 
 

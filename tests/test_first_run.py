@@ -20,7 +20,7 @@ from mlx_zimage.cli.generate import DEFAULT_MODEL
 from mlx_zimage.convert import convert
 from mlx_zimage.errors import ModelNotFoundError, OutputError
 from mlx_zimage.images.metadata import read_origin
-from mlx_zimage.weights import library
+from mlx_zimage.weights import library, manifest
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.library import Disk, FirstRun, check_space, choose_bits, disks
@@ -53,7 +53,11 @@ def run(tmp_path, hub):
     work.mkdir()
 
     def run(*args, program=PROGRAM, stdin=subprocess.DEVNULL, start=subprocess.run, **variables):
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "XDG_"))}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("HF_", "HUGGING", "XDG_", "MLX_ZIMAGE_HOME"))
+        }
         environment = {
             **kept,
             "HOME": str(tmp_path / "home"),
@@ -245,6 +249,65 @@ def test_plan_without_a_model_needs_no_network(run, hub):
     assert "blocks streamed from disk in each step" in rows["bfloat16"]
     assert "kept in memory between images" in rows["4 bits"] and "converts to 6 bits" in result.stdout
     assert hub.seen == []
+
+
+def test_models_lists_what_an_id_can_be_used_for_and_frees_the_rest(run):
+    hub = run.home.with_name("huggingface") / "hub"
+    assert run(*GENERATE, "--model", DEFAULT_MODEL).returncode == 0
+    (repository,) = hub.glob("models--*")
+    (snapshot,) = repository.glob("snapshots/*")
+    assert run(*GENERATE, "--model", snapshot, "-o", "path.png").returncode == 0
+    assert read_origin(run.work / "path.png").model == DEFAULT_MODEL, "not its commit"
+
+    (repository / "refs/main").unlink()  # as the client leaves it after fetching one commit
+    listed = json.loads(run("models", "--json").stdout.splitlines()[1])
+    assert (listed["name"], listed["complete"]) == (DEFAULT_MODEL, True)
+    assert run(*GENERATE, "--model", DEFAULT_MODEL, HF_HUB_OFFLINE="1").returncode == 0, "the only snapshot"
+
+    weights = snapshot / "transformer/diffusion_pytorch_model.safetensors"
+    freed = weights.resolve().stat().st_size
+    weights.resolve().unlink()  # leaves a link to nothing
+    assert run("models").stdout.endswith(f"hub       {DEFAULT_MODEL}  (incomplete)\n")
+    left = sum(path.stat().st_size for path in repository.rglob("*") if path.is_file() and not path.is_symlink())
+    assert freed > 9e6 and left > 3e6
+    assert run("models", "rm", DEFAULT_MODEL).stdout == f"Freed {left / 1e6:.2f} MB\n"
+    assert not repository.exists() and run("models").stdout.endswith("package   pocket\n")
+
+
+def test_models_lists_the_folders_that_convert_wrote(run):
+    assert run("convert", "pocket", "beside", "--q-bits", "4").returncode == 0
+    here, moved = run.work / "beside", run.work / "moved"
+    assert f"converted {here}\n" in run("models").stdout
+    here.rename(moved)
+    assert "converted" not in run("models").stdout
+    assert run(*GENERATE, "--model", "moved").returncode == 0
+    assert f"converted {moved}\n" in run("models").stdout, "since it was used there"
+
+    (moved / "mine.txt").write_text("mine")
+    elsewhere = shutil.copytree(moved, run.work / "elsewhere/moved")
+    assert run(*GENERATE, "--model", elsewhere).returncode == 0
+    freed = run("models", "rm", "moved")  # the one beside you, not the other of that name
+    assert re.fullmatch(r"Freed 7\.\d\d MB\n", freed.stdout), freed.stderr
+    assert [path.name for path in moved.rglob("*")] == ["mine.txt"] and (elsewhere / "model_index.json").is_file()
+    shutil.copytree(elsewhere, run.work / "third/moved")
+    assert run(*GENERATE, "--model", "third/moved").returncode == 0
+    refused = run("models", "rm", "moved")
+    assert refused.returncode == 2 and "elsewhere/moved and of" in refused.stderr
+    assert run("models", "rm", "third/moved").returncode == 0
+
+
+def test_verify_of_an_id_compares_every_file_with_its_checksums(run, hub, tmp_path):
+    published = convert("pocket", tmp_path / "published", bits=4)
+    (published / "README.md").write_text("# A model\n")
+    sums = manifest.read_manifest(published) | {"README.md": manifest.sha256(published / "README.md")}
+    (published / manifest.MANIFEST).write_bytes(manifest.render_manifest(sums))
+    hub.serve(published)
+    result = run("verify", DEFAULT_MODEL)
+    assert result.returncode == 0 and "all checksums match" in result.stdout, result.stderr
+    (readme,) = run.home.with_name("huggingface").rglob("README.md")
+    readme.resolve().write_text("# Another\n")
+    result = run("verify", DEFAULT_MODEL)
+    assert result.returncode == 4 and "README.md: has sha256" in result.stdout
 
 
 @pytest.mark.parametrize("args", [["--yes"], ["--model", DEFAULT_MODEL]])

@@ -82,6 +82,7 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
     """
     from ..convert import convert_steps
     from ..convert.report import check_source, check_upload, report_steps, upload
+    from ..weights.library import register
 
     memory, variant = options["memory"], options["variant"]
     if (reported or upload_repo) and options["format"] != "mlx":
@@ -111,6 +112,7 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
             for part in parts:
                 bar.total = part.total
                 bar.update(part.done - bar.n)
+    register(dest)
     if upload_repo:
         upload(dest, upload_repo)
     print_path(dest)

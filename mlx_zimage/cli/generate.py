@@ -230,6 +230,7 @@ def generate(
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
     from ..inputs import Inputs, check_latents_size, read_latents
+    from ..weights.library import register
     from .watch import Watch, add_views
 
     old = read_origin(from_image) if from_image else None
@@ -260,6 +261,7 @@ def generate(
         hub_bars(False)
 
     model = open_model(source, dtype or (old.dtype if old else None), budget, keep, variant, wired)
+    register(Path(source))
     if old and model.fingerprint != old.fingerprint:
         warnings.warn(f"{source} is not the model that generated {from_image}; the image will differ", stacklevel=1)
     requests = [model.pipeline.complete(job.request(model.pipeline.sample_size)) for job in jobs]

@@ -25,7 +25,8 @@ def models(ctx: click.Context, as_json: bool) -> None:
     """List the models on this machine, or remove one.
 
     Lists the tiny model in this package, models converted by first runs (in MLX_ZIMAGE_HOME, by default
-    ~/.cache/mlx-zimage), and diffusers models in the Hugging Face cache, by the names that --model takes. The entry
+    ~/.cache/mlx-zimage), the folders that `convert` wrote, and models in the Hugging Face cache, by the names that
+    --model takes. Those marked incomplete were not downloaded to the end, or have lost files. The entry
     "embeddings" is a cache of encoded prompts, so that repeated prompts skip the text encoder, and of the scales that
     float16 needs (in MLX_ZIMAGE_EMBEDDINGS, by default in the same place; "off" disables it).
     """
@@ -37,13 +38,14 @@ def models(ctx: click.Context, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps({**vars(model), "path": str(model.path)}))
         else:
-            click.echo(f"{size(model.nbytes):>10}  {model.kind:10}{model.name}")
+            incomplete = "" if model.complete else "  (incomplete)"
+            click.echo(f"{size(model.nbytes):>10}  {model.kind:10}{model.name}{incomplete}")
 
 
 @models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
 @click.argument("name")
 def rm(name: str) -> None:
-    """Delete NAME from disk: a converted model, an id in the Hugging Face cache, or "embeddings"."""
+    """Delete NAME from disk: a converted model or its folder, an id in the Hugging Face cache, or "embeddings"."""
     from ..weights.library import remove
 
     click.echo(f"Freed {size(remove(name))}")

@@ -16,11 +16,10 @@ def verify(folder: str, quiet: bool) -> None:
     so a diffusers folder can be verified too, but without checksums a changed weight is only detected if it is not
     finite. The exit code is 4 if anything is wrong.
     """
-    from ..convert.verify import verify_steps
-    from ..weights.checkpoint import resolve
+    from ..convert.verify import fetch_all, verify_steps
     from ..weights.manifest import read_manifest
 
-    path = resolve(folder)
+    path = fetch_all(folder)
     faults = 0
     with progress_bar(quiet, unit="B", unit_scale=True, desc="Verifying") as bar:
         for step in verify_steps(path):

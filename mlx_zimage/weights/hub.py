@@ -12,11 +12,12 @@ from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models import NETWORKS
+from .manifest import CONVERSION, MANIFEST
 
 POCKET = Path(__file__).parents[1] / "pocket"
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Enough to refuse a repository that is not a model of this family. The shards' indexes are among them.
-CONFIGS = ["model_index.json", "conversion.json", *(f"{name}/*.json" for name in (*NETWORKS, "scheduler"))]
+CONFIGS = ["model_index.json", CONVERSION, MANIFEST, *(f"{name}/*.json" for name in (*NETWORKS, "scheduler"))]
 TOKENIZER_FILES = ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
 
 
@@ -106,6 +107,32 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
     return repository.folder, repository
 
 
+def cached() -> dict[str, Path]:
+    """The model repositories in the hub's cache, damaged ones too: id -> folder."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = sorted(path for path in Path(HF_HUB_CACHE).glob("models--*--*") if path.is_dir())
+    return {folder.name.removeprefix("models--").replace("--", "/"): folder for folder in folders}
+
+
+def snapshot(folder: Path) -> Path | None:
+    """The snapshot that the id of a cached repository stands for offline: the one of main, else the only one."""
+    main = folder / "refs" / "main"
+    if main.is_file() and (of_main := folder / "snapshots" / main.read_text().strip()).is_dir():
+        return of_main
+    snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
+    return snapshots[0] if len(snapshots) == 1 else None
+
+
+def name_of(folder: Path) -> str:
+    """What to call a model folder without saying where it is: its name, or the id that it is a snapshot of."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
 def _download(repository: str, patterns: list[str], commit: str | None = None) -> Path:
     """Download files of a commit, by default the latest, into the hub's cache, and return the snapshot's folder."""
     # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported. HTTPError
@@ -122,6 +149,9 @@ def _download(repository: str, patterns: list[str], commit: str | None = None) -
     try:
         return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, tqdm_class=Bar))
     except LocalEntryNotFoundError as error:
+        folder = cached().get(repository)
+        if commit is None and folder and (only := snapshot(folder)):
+            return only
         raise ModelNotFoundError(
             f"{repository} is not a local folder and is not in the Hugging Face cache, and the hub cannot be reached; "
             f"check the network and HF_HUB_OFFLINE, or give a folder"

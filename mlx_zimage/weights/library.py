@@ -6,15 +6,18 @@ the Hugging Face cache. Cached prompt embeddings are listed and removed like a m
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from .. import atomic
 from ..dtypes import ITEM_BYTES
-from ..errors import ModelNotFoundError, OutputError
+from ..errors import CheckpointError, ModelNotFoundError, OutputError, RequestError
 from ..machine import home
 from ..models import NETWORKS
 from ..quantization import Quantization
@@ -23,11 +26,13 @@ from ..variants import TURBO
 from . import official
 from . import store as embeddings
 from .checkpoint import Checkpoint, Component, Entry, open_headers, weight_files
-from .hub import POCKET, TOKENIZER_FILES, Repository
+from .hub import POCKET, TOKENIZER_FILES, Repository, cached, snapshot
+from .manifest import CONVERSION, MANIFEST, read_manifest
 from .quantize import tensor_quantization
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
 EMBEDDINGS = "embeddings"
+REGISTER = "folders.json"  # in home(): the folders that `convert` wrote elsewhere
 DOWNLOAD = 33 * 10**9  # bytes of the published model, used until the hub reports its size
 WEIGHTS_SHARE = 0.9  # share of a machine's memory budget for weights; the rest is working memory
 
@@ -36,13 +41,15 @@ WEIGHTS_SHARE = 0.9  # share of a machine's memory budget for weights; the rest 
 class Model:
     """A model on this disk; kind is "package", "converted" or "hub", and name is a value for --model.
 
-    Cached prompt embeddings are listed too, with kind "prompts".
+    Cached prompt embeddings are listed too, with kind "prompts". A download that cannot be used as it is, since it was
+    interrupted or files were deleted, is not complete.
     """
 
     name: str
     kind: str
     path: Path
     nbytes: int
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,21 +89,22 @@ def embeddings_folder() -> Path | None:
 
 
 def models() -> Iterator[Model]:
-    """Every model on this machine that --model accepts: pocket, converted models, diffusers folders in the hub's cache.
+    """The models on this machine: pocket, converted models, and those in the hub's cache.
 
-    Cached prompt embeddings come last, if there are any.
+    Converted models are those of first runs, and the folders in the register. Cached prompt embeddings come last, if
+    there are any.
     """
     yield Model("pocket", "package", POCKET, _nbytes(POCKET))
     for path in _converted():
         yield Model(str(path), "converted", path, _nbytes(path))
-    for repository in _cached():
-        for revision in repository.revisions:
-            if (revision.snapshot_path / "transformer").is_dir():
-                yield Model(repository.repo_id, "hub", revision.snapshot_path, repository.size_on_disk)
-                break
-    folder = embeddings_folder()
-    if folder and (kept := sum(file.stat().st_size for file in embeddings.files(folder))):
-        yield Model(EMBEDDINGS, "prompts", folder, kept)
+    for repository, folder in cached().items():
+        weights = [path for path in folder.glob("snapshots/*/transformer/*") if path.suffix == ".safetensors"]
+        if weights or (any(folder.glob("blobs/*.incomplete")) and any(folder.glob("snapshots/*/transformer"))):
+            used = snapshot(folder)
+            yield Model(repository, "hub", used or folder, _nbytes(folder), used is not None and _opens(used))
+    prompts = embeddings_folder()
+    if prompts and (kept := sum(file.stat().st_size for file in embeddings.files(prompts))):
+        yield Model(EMBEDDINGS, "prompts", prompts, kept)
 
 
 def converted(repository: str) -> Path | None:
@@ -115,17 +123,23 @@ def remove(name: str) -> int:
         if name == model.name and model.kind == "prompts":
             embeddings.remove(model.path)
             return model.nbytes
-        if name in (model.name, model.path.name) and model.kind == "converted":
-            shutil.rmtree(model.path)
-            return model.nbytes
         if name == model.name and model.kind == "hub":
-            from huggingface_hub import scan_cache_dir
-
-            cache = scan_cache_dir()
-            (repository,) = (repository for repository in cache.repos if repository.repo_id == name)
-            plan = cache.delete_revisions(*(revision.commit_hash for revision in repository.revisions))
-            plan.execute()
-            return plan.expected_freed_size
+            folder = cached()[name]
+            shutil.rmtree(folder)
+            shutil.rmtree(folder.parent / ".locks" / folder.name, ignore_errors=True)
+            return model.nbytes
+    here = Path(name).expanduser().resolve()
+    ours = {model.path: model for model in models() if model.kind == "converted"}
+    if (here / CONVERSION).is_file():
+        ours.setdefault(here, Model(str(here), "converted", here, _nbytes(here)))
+    found = [ours[here]] if here in ours else [model for model in ours.values() if model.path.name == name]
+    if len(found) > 1:
+        raise RequestError(
+            f"{name!r} is the name of {' and of '.join(model.name for model in found)}; give the whole path"
+        )
+    if found:
+        _remove_converted(found[0].path)
+        return found[0].nbytes - _nbytes(found[0].path)
     if name == "pocket":
         raise ModelNotFoundError("pocket is part of the package; uninstall mlx-zimage to remove it")
     raise ModelNotFoundError(f"no model {name!r} to remove; `mlx-zimage models` lists what is there")
@@ -206,20 +220,66 @@ def check_space(disks: list[Disk]) -> None:
             )
 
 
-def _converted() -> list[Path]:
-    folder = home()
-    return sorted(path.parent for path in folder.glob("*/model_index.json") if not path.parent.name.startswith("."))
+def register(folder: Path) -> None:
+    """Have `models` list a folder written by the converter; does nothing for others.
+
+    One that was moved or copied is listed again once it is registered where it is now.
+    """
+    folder = folder.expanduser().resolve()
+    known = _registered()
+    if not (folder / CONVERSION).is_file() or folder.parent == home().resolve() or str(folder) in known:
+        return
+    with suppress(OSError):  # only the list would miss it
+        home().mkdir(parents=True, exist_ok=True)
+        content = json.dumps(sorted({*known, str(folder)}), indent=4)
+        atomic.write(home() / REGISTER, lambda file: file.write_text(content, encoding="utf-8"), lasting=False)
 
 
-def _cached() -> list:
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
+def _registered() -> list[str]:
     try:
-        return sorted(scan_cache_dir().repos, key=lambda repository: repository.repo_id)
-    except CacheNotFound:
+        known = json.loads((home() / REGISTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return []
+    return [path for path in known if isinstance(path, str)] if isinstance(known, list) else []
+
+
+def _converted() -> list[Path]:
+    """The converted models: those of first runs, and registered folders that are still where they were."""
+    own = (path.parent for path in home().glob("*/model_index.json"))
+    others = (Path(path) for path in _registered())
+    return sorted(
+        {path.resolve() for path in own if not path.name.startswith(".")}
+        | {path for path in others if (path / CONVERSION).is_file()}
+    )
+
+
+def _remove_converted(folder: Path) -> None:
+    """Delete what the converter wrote; anything else in a folder outside home() stays."""
+    if folder.parent == home().resolve():
+        shutil.rmtree(folder)
+        return
+    try:
+        written = [*read_manifest(folder), MANIFEST]
+    except CheckpointError as error:
+        raise OutputError(f"{folder / MANIFEST} {error}; delete the folder yourself") from error
+    for name in written:
+        if (folder / name).resolve().is_relative_to(folder):
+            (folder / name).unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _opens(folder: Path) -> bool:
+    try:
+        open_headers(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _nbytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """The bytes of the files in a folder, each once: the hub's cache links to them."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

@@ -16,6 +16,8 @@ from mlx_zimage.models.layers import linear, sum_dtype
 from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import Component
 
+pytestmark = pytest.mark.metal
+
 PRODUCTS = {"Matmul", "AddMM", "GatherMM", "QuantizedMatmul", "Convolution", "ScaledDotProductAttention"}
 
 

@@ -21,6 +21,8 @@ from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import margin, result
 from mlx_zimage.pipeline import Overflow, Phase
 
+pytestmark = pytest.mark.metal
+
 # With these factors products exceed 65504, and so do their sums.
 LARGE = {"w1": 2.0**6, "w3": 2.0**8, "gate_proj": 2.0**6, "up_proj": 2.0**8}
 TOO_LARGE = {"w3": 2.0**18}  # exceeds it on its own

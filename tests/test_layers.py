@@ -7,6 +7,8 @@ from mlx_zimage import machine
 from mlx_zimage.models import layers
 from mlx_zimage.models.layers import linear, silu
 
+pytestmark = pytest.mark.metal
+
 
 def packed(mode: str, bits: int, group_size: int) -> dict:
     parts = mx.quantize(mx.random.normal((96, 128), key=mx.random.key(0)), group_size=group_size, bits=bits, mode=mode)

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, bounds
 from mlx_zimage.cli import main
+from mlx_zimage.dtypes import FLOATS
 from mlx_zimage.machine import backend
 from mlx_zimage.memory import Planner, Workload
 from mlx_zimage.models.layers import sum_dtype
@@ -110,6 +111,21 @@ def test_streaming_gives_the_same_bits_as_resident_weights(planner):
     assert measured <= tight
     assert np.array_equal(latents, streamed_latents)
     assert_hardly_differ(pixels, streamed_pixels)
+
+
+@pytest.mark.metal
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_streaming_every_block_gives_the_same_bits_in_every_dtype(monkeypatch, dtype):
+    """Whatever fits in this machine's memory: the plan is made to stream."""
+    request = GenerateRequest("a red circle", 48, 48, seed=1, steps=2)
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype=dtype)
+    plan = pipe.plan(request)
+    assert not plan.streamed
+    kept = [step.latents for step in pipe.denoise(request)]
+    blocks = frozenset(name for runner in pipe.networks.runners.values() for name in runner.weights.config.blocks)
+    monkeypatch.setattr(pipe.networks, "plan", lambda *_: replace(plan, keep=False, streamed=blocks))
+    streamed = [step.latents for step in pipe.denoise(request)]
+    assert all(mx.array_equal(*pair) for pair in zip(kept, streamed, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from mlx_zimage.weights import blocks
 from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.metal
+
 
 @pytest.fixture
 def submissions(monkeypatch) -> Counter:

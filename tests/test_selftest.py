@@ -10,6 +10,8 @@ from mlx_zimage.models import layers
 from mlx_zimage.quantization import Quantization
 from mlx_zimage.selftest import Samples, cases, every_quantization, self_test
 
+pytestmark = pytest.mark.metal
+
 CASES = cases(every_quantization())
 LARGE = mx.default_device() == mx.gpu
 
@@ -52,7 +54,6 @@ def spoilt(found, how: str):
     return found * {"NaN": mx.nan, "zeros": 0, "scale": 1.01}[how]
 
 
-@pytest.mark.metal
 def test_this_machine_passes():
     checks = list(self_test())
     assert len(checks) == 3 * len(CASES)

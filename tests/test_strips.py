@@ -9,6 +9,8 @@ from mlx_zimage.models.vae import VAE, Rows, Strips
 from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.metal
+
 
 @pytest.fixture(scope="module")
 def runner():

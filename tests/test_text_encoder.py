@@ -8,6 +8,8 @@ from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import text_encoder
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 
+pytestmark = pytest.mark.metal
+
 
 @pytest.mark.parametrize("key", tiny.PROMPTS)
 def test_prompt_embeddings_equal_the_reference(golden, golden_pipe, key):

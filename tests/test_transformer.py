@@ -20,6 +20,8 @@ from mlx_zimage.models.transformer import (
 )
 from mlx_zimage.weights.blocks import Blocks
 
+pytestmark = pytest.mark.metal
+
 
 def run(network: Transformer, latents: np.ndarray, caption: np.ndarray, time: float) -> mx.array:
     """Data minus noise (16, h, w) for latents (16, h, w), like the output of diffusers' transformer."""

@@ -8,6 +8,8 @@ from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import vae
 from mlx_zimage.models.vae import VAEConfig
 
+pytestmark = pytest.mark.metal
+
 LATENT_SIZES = {"wide": (10, 12), "one": (2, 4)}
 
 

@@ -37,7 +37,7 @@ def doctor(model: str | None, dtypes: tuple[str, ...], as_json: bool) -> None:
     if not as_json:
         for name, fact in facts.items():
             click.echo(f"{name:18}{'-' if fact is None else fact}")
-        click.echo(f"{'products':18}{speeds.product_rate / 1e12:.2f} TFLOP/s in {facts['dtype']}")
+        click.echo(f"{'products':18}{speeds.product_rate / 1e12:.3g} TFLOP/s in {facts['dtype']}")
         for verdict in verdicts:
             _print_verdict(verdict)
     checks = []

@@ -15,17 +15,14 @@ import click
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from mlx_zimage import cli
 from mlx_zimage.convert import convert
 from mlx_zimage.machine import default_dtype, machine_budget
 from mlx_zimage.memory import Planner, Workload
-from mlx_zimage.models import NETWORKS
 from mlx_zimage.variants import TURBO
-from mlx_zimage.weights.checkpoint import open_checkpoint
-from mlx_zimage.weights.library import CHOICES, DOWNLOAD, choose_bits, weights_bytes
+from mlx_zimage.weights.library import CHOICES, DOWNLOAD, choose_bits, planned
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -170,9 +167,9 @@ def run_python(block: str, folder: Path) -> str:
 CHIPS = ("Apple M1", "Apple M4")  # one computes in float16, the other in bfloat16
 
 
-def test_its_table_of_memory_is_what_the_planner_computes(mac, tmp_path):
-    sizes = {bits: weights_bytes({name: config() for name, config in NETWORKS.items()}, bits) for bits in CHOICES}
-    folders = {bits: tiny.write_headers(tmp_path / f"{bits}", bits) for bits in CHOICES}
+def test_its_table_of_memory_is_what_the_planner_computes(mac):
+    checkpoints = {bits: planned(bits) for bits in CHOICES}
+    sizes = {bits: checkpoint.nbytes for bits, checkpoint in checkpoints.items()}
     work = Workload(TURBO.size, TURBO.size, images=1, tokens=512, steps=TURBO.steps)
     rows = []
     for gigabytes in (8, 16, 24, 32, 64):
@@ -180,10 +177,10 @@ def test_its_table_of_memory_is_what_the_planner_computes(mac, tmp_path):
         for chip in CHIPS:
             mac(gigabytes, chip)
             bits = choose_bits(sizes, machine_budget())
-            planner = Planner(open_checkpoint(folders[bits]), getattr(mx, default_dtype()))
+            planner = Planner(checkpoints[bits], getattr(mx, default_dtype()))
             plans.append(planner.plan(work, machine_budget()))
         peak = max(plan.peak for plan in plans)
-        stays = "stays" if all(plan.keep for plan in plans) else "in turn"
+        stays = "kept in memory" if all(plan.keep for plan in plans) else "loaded for every image"
         assert not any(plan.streamed for plan in plans)
         command = "mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image" + (f" --q-bits {bits}" if bits else "")
         cells = [

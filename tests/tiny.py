@@ -19,14 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_zimage import ZImagePipeline
-from mlx_zimage.dtypes import ITEM_BYTES
-from mlx_zimage.models import NETWORKS
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
-from mlx_zimage.quantization import Quantization
 from mlx_zimage.weights import official
-from mlx_zimage.weights.quantize import tensor_quantization
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -213,35 +209,6 @@ def write_checkpoint(folder: Path, seed: int, kind: str = "tiny") -> Path:
         if kind == "faint":
             arrays = {name: x * faintness(component, name) for name, x in arrays.items()}
         save_component(folder / component, component, arrays, config, dtype, shards)
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(official.SCHEDULER))
-    (folder / "model_index.json").write_text(json.dumps(official.MODEL_INDEX))
-    shutil.copytree(GOLDEN / "tokenizer", folder / "tokenizer")
-    return folder
-
-
-def write_headers(folder: Path, bits: int | None) -> Path:
-    """Z-Image-Turbo at full size as `convert` writes it, with bits (None is bfloat16): headers and sparse files.
-
-    Everything that opening and planning read is there; the files take no space on disk.
-    """
-    quantization = Quantization(bits) if bits else None
-    for component, config in NETWORKS.items():
-        (folder / component).mkdir(parents=True)
-        block = {"quantization": quantization.to_dict()} if quantization and component != "vae" else {}
-        (folder / component / "config.json").write_text(json.dumps(official.CONFIGS[component] | block))
-        header: dict[str, dict] = {}
-        end = 0
-        for name, shape in config.from_dict(official.CONFIGS[component]).shapes().items():
-            q = tensor_quantization(component, name, shape, quantization)
-            for part, packed in (q.packed(name, shape) if q else {name: shape}).items():
-                dtype = "U32" if q and part == name else "BF16"
-                begin, end = end, end + ITEM_BYTES[dtype] * math.prod(packed)
-                header[part] = {"dtype": dtype, "shape": packed, "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        with (folder / component / "model.safetensors").open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(official.SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps(official.MODEL_INDEX))

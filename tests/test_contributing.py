@@ -60,7 +60,7 @@ def helps() -> dict[str, str]:
     return texts
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", [*(page for page in PAGES if page != "CONTRIBUTING.md"), "CHANGELOG.md"])
 def test_pages_use_its_words(page):
     check_words(page, re.sub(r"^```.*?^```$|`[^`]*`|\]\(.*?\)", "", read(page), flags=re.MULTILINE | re.DOTALL))
 

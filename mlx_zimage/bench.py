@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from .doctor import facts, product_rate
 from .errors import RequestError, ZImageError
-from .machine import default_dtype, kept_allocations, unpack_from
+from .machine import default_dtype, kept_allocations, kernel_flops, unpack_from
 from .memory import Workload, largest_strip
 from .models.layers import product_from, vae_dtype
 from .models.text_encoder import TextEncoder, TextEncoderConfig
@@ -77,12 +77,13 @@ def random_networks(case: Case, size: str) -> tuple[dict[str, Blocks], TextEncod
         "transformer": Blocks(RandomWeights("transformer", transformer, quantization), dtype),
         "vae": Blocks(RandomWeights("vae", vae), vae_dtype(dtype)),
     }
-    product = product_from(unpack_from())
+    most = kernel_flops()
+    product = product_from(unpack_from(), most)
     return (
         runners,
         TextEncoder(text_encoder, runners["text_encoder"], product),
-        Transformer(transformer, runners["transformer"], product),
-        VAE(vae, runners["vae"]),
+        Transformer(transformer, runners["transformer"], product, most=most),
+        VAE(vae, runners["vae"], most=most),
     )
 
 

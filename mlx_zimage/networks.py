@@ -22,7 +22,7 @@ import numpy as np
 from . import headroom
 from .errors import NumericsError
 from .failures import explained
-from .machine import limits, unpack_from, wired
+from .machine import kernel_flops, limits, unpack_from, wired
 from .memory import Plan, Planner, Workload
 from .models.layers import product_from, result, sum_dtype, vae_dtype
 from .models.text_encoder import TextEncoder
@@ -81,15 +81,16 @@ class Networks:
         self.wired = wired
         self.tokenizer = checkpoint.open_tokenizer()
         self.planner = Planner(checkpoint, dtype)
-        product = product_from(unpack_from())
+        most = kernel_flops()
+        product = product_from(unpack_from(), most)
         self.runners = {
             name: Blocks(component, vae_dtype(dtype) if name == "vae" else dtype)
             for name, component in checkpoint.networks.items()
         }
         configs = {name: component.config for name, component in checkpoint.networks.items()}
         self.text_encoder = TextEncoder(configs["text_encoder"], self.runners["text_encoder"], product)
-        self.transformer = Transformer(configs["transformer"], self.runners["transformer"], product)
-        self.vae = VAE(configs["vae"], self.runners["vae"])
+        self.transformer = Transformer(configs["transformer"], self.runners["transformer"], product, most=most)
+        self.vae = VAE(configs["vae"], self.runners["vae"], most=most)
         self._store = Store(dtype, embeddings_folder())
         self._embeddings: dict[Ids, mx.array] = {}
         self._plan: Plan | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from functools import partial, wraps
 from typing import TypeVar
@@ -13,14 +14,24 @@ from ..quantization import Quantization
 from .runner import Tree
 
 T = TypeVar("T")
+TILE = 64  # rows
 
 
-def linear(x: mx.array, weights: Tree, unpack_from: int = 0) -> mx.array:
+def pieces(rows: int, flops: float, most: float) -> list[tuple[int, int]]:
+    """Split rows that take `flops` each into pieces of at most `most` FLOP: (first row, end row) of each.
+
+    A piece is a multiple of TILE rows, and has as many even if they take more.
+    """
+    step = rows if rows * flops <= most else max(1, int(most / flops) // TILE) * TILE
+    return [(a, min(a + step, rows)) for a in range(0, rows, step)]
+
+
+def linear(x: mx.array, weights: Tree, unpack_from: int = 0, most: float = math.inf) -> mx.array:
     """x (..., in) times the transpose of weights["weight"] (out, in), plus weights["bias"] (out,) if there is one.
 
     A quantized layer has `scales` (and `biases` if affine) and `packing`, the arguments it was quantized with, next to
     its packed `weight`. With at least unpack_from rows of input, it is dequantized for a dense product; with fewer, it
-    is multiplied in packed form.
+    is multiplied in packed form. A product of more than `most` FLOP is computed by rows (see `machine.kernel_flops`).
     """
     weight = weights["weight"]
     if "packing" in weights:
@@ -30,18 +41,37 @@ def linear(x: mx.array, weights: Tree, unpack_from: int = 0) -> mx.array:
             )
             return y + weights["bias"] if "bias" in weights else y
         weight = dequantize(weights, x.dtype)
-    if "bias" in weights:
-        return mx.addmm(weights["bias"], x, weight.T)
-    return mx.matmul(x, weight.T)
+    if 2 * x.size * len(weight) > most:
+        rows = x.reshape(-1, x.shape[-1])
+        parts = [_dense(rows[a:b], weight, weights) for a, b in pieces(len(rows), 2 * weight.size, most)]
+        return mx.concatenate(parts).reshape(*x.shape[:-1], -1)
+    return _dense(x, weight, weights)
+
+
+def _dense(x: mx.array, weight: mx.array, weights: Tree) -> mx.array:
+    return mx.addmm(weights["bias"], x, weight.T) if "bias" in weights else mx.matmul(x, weight.T)
+
+
+def dot_product_attention(q: mx.array, k: mx.array, v: mx.array, most: float = math.inf) -> mx.array:
+    """Attention of q (B, H, L, D) to k and v (B, H, L', D) without a mask.
+
+    Queries do not see each other, so that where it takes more than `most` FLOP they are computed in pieces.
+    """
+    B, H, L, D = q.shape
+    parts = [
+        mx.fast.scaled_dot_product_attention(q[:, :, a:b], k, v, scale=D**-0.5)
+        for a, b in pieces(L, 4 * B * H * k.shape[2] * D, most)
+    ]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 # Multiplies an input by a layer's weights: `linear`, or a function that stands in for it.
 Product = Callable[[mx.array, Tree], mx.array]
 
 
-def product_from(unpack_from: int) -> Product:
-    """`linear` with this threshold. Without one it is `linear` itself: 245 calls of a partial are 1% of a prompt."""
-    return partial(linear, unpack_from=unpack_from) if unpack_from else linear
+def product_from(unpack_from: int, most: float = math.inf) -> Product:
+    """`linear` with these limits. Without any it is `linear` itself: 245 calls of a partial are 1% of a prompt."""
+    return partial(linear, unpack_from=unpack_from, most=most) if unpack_from or most < math.inf else linear
 
 
 def pack(name: str, weight: mx.array, q: Quantization) -> dict[str, mx.array]:

@@ -21,7 +21,19 @@ from ..config import read_config
 from ..errors import CheckpointError
 from ..needless import Needless
 from ..scheduler import times
-from .layers import Product, compiled, linear, margin, result, rms_norm, scaled, settle, silu, sum_dtype
+from .layers import (
+    Product,
+    compiled,
+    dot_product_attention,
+    linear,
+    margin,
+    result,
+    rms_norm,
+    scaled,
+    settle,
+    silu,
+    sum_dtype,
+)
 from .runner import Runner, Tree
 
 PATCH = 2  # a token covers PATCH x PATCH latent pixels
@@ -192,10 +204,12 @@ def attention(
     factor: float = 1.0,
     product: Product = linear,
     gather: Gather = own,
+    most: float = math.inf,
 ) -> mx.array:
     """Self-attention on x (B, L, dim) with RMS-normed, rotated queries and keys; output for the first `rows` rows only.
 
     There is no mask: padding attends and is attended to. Values are multiplied by `factor` before the last product.
+    Queries are computed in pieces of at most `most` FLOP.
     """
     B, _, D = x.shape
     q, k, v = (
@@ -205,7 +219,7 @@ def attention(
     q = norm_and_rotate(q, weights["norm_q"], cos[:rows], sin[:rows])
     k = norm_and_rotate(k, weights["norm_k"], cos, sin)
     q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *gather(k, v)))
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    out = dot_product_attention(q, k, v, most)
     return product(scaled(out, factor).transpose(0, 2, 1, 3).reshape(B, -1, D), weights["to_out"][0])
 
 
@@ -233,11 +247,12 @@ def attend(
     factor: float = 1.0,
     product: Product = linear,
     gather: Gather = own,
+    most: float = math.inf,
 ) -> mx.array:
     """The attention half of a block on x (B, L, dim); output for the first `rows` rows."""
     scale, gate = row(modulation, 0), row(modulation, 1)
     h = modulated_norm(x, weights["attention_norm1"], scale, eps)
-    h = attention(h, weights["attention"], cos, sin, heads, rows, factor, product, gather)
+    h = attention(h, weights["attention"], cos, sin, heads, rows, factor, product, gather, most)
     return x[:, :rows] + modulated_norm(h, weights["attention_norm2"], gate, eps * factor**2)
 
 
@@ -397,7 +412,7 @@ class Transformer:
     product multiplies by the blocks' matrices, and gather collects keys and values (see `attention`). lean frees memory
     in the middle of each block, at a small cost in time; the numbers are the same. factor is a power of two that keeps
     products in float16's range (see `mlx_zimage.headroom`). A product with side effects, such as recording its inputs,
-    needs compile=False.
+    needs compile=False. most is the FLOP of an attention's kernel (see `machine.kernel_flops`).
     """
 
     set_attention_backend = Needless("MLX has one fused attention")
@@ -410,12 +425,14 @@ class Transformer:
         gather: Gather = own,
         lean: bool = False,
         compile: bool = True,
+        most: float = math.inf,
     ):
         self.config = config
         self.runner = runner
         self.product = product
         self.gather = gather
         self.compile = compile
+        self.most = most
         self.sums = sum_dtype(runner.dtype)
         self.lean = lean
         self._schedule: tuple | None = None  # the last schedule's times, and `modulate`'s result for them
@@ -432,7 +449,7 @@ class Transformer:
         self._factor = factor
         wrap = compiled if self.compile else as_it_is
         shared: dict[str, Any] = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
-        self._attend = wrap(partial(attend, heads=self.config.n_heads, gather=self.gather, **shared))
+        self._attend = wrap(partial(attend, heads=self.config.n_heads, gather=self.gather, most=self.most, **shared))
         self._feed = wrap(partial(feed, **shared))
 
     def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:

@@ -10,6 +10,7 @@ that of decoding the whole image at once, without tiles and their seams; a GPU w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,6 +27,7 @@ from .layers import compiled, linear, result, settle, silu
 from .runner import Runner, Tree
 
 EPS = 1e-6
+SCORES = 2**28  # bytes of scores that are in memory at a time: a fraction of a second on any GPU
 CPU_STRIP = 2**22  # bytes of a tensor per strip on a CPU
 
 
@@ -104,8 +106,8 @@ class VAEConfig:
         return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
-        """The tensor; a convolution goes from PyTorch's layout (out, in, h, w) to MLX's (out, h, w, in)."""
-        return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+        """A tensor as it is computed with: kernels from PyTorch's layout (out, in, h, w) to what `convolve` takes."""
+        return kernel(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else array
 
 
 def _conv(name: str, out_dim: int, in_dim: int, kernel: int = 3) -> dict:
@@ -172,20 +174,21 @@ class Rows:
 class Strips:
     """How many rows are computed at a time, and whether intermediate tensors are kept or computed again.
 
-    strip_bytes limits one strip of one tensor. None keeps every tensor, and computes whole images at once on a GPU;
-    on a CPU there are still strips, small enough for its caches.
+    strip_bytes limits one strip of one tensor. None keeps every tensor; held_bytes then limits a strip, so that it is
+    small enough for a CPU's caches or for a GPU's time, and None computes whole images at once.
     """
 
-    def __init__(self, strip_bytes: int | None = None):
+    def __init__(self, strip_bytes: int | None = None, held_bytes: int | None = None):
         self.holds = strip_bytes is None
-        self.strip_bytes = CPU_STRIP if self.holds and backend() == "cpu" else strip_bytes
+        self.strip_bytes = held_bytes if self.holds else strip_bytes
 
-    def bounds(self, x: Rows) -> list[tuple[int, int]]:
-        """The strips of x, as (first row, end row)."""
-        if self.strip_bytes is None:
+    def bounds(self, x: Rows, most: int | None = None) -> list[tuple[int, int]]:
+        """The strips of x, as (first row, end row), of at most `most` bytes whatever else is the limit."""
+        limits = [limit for limit in (self.strip_bytes, most) if limit]
+        if not limits:
             return [(0, x.height)]
         row = x.get(0, 1)  # lazy: only its size is needed
-        count = min(x.height, -(-x.height * row.nbytes // self.strip_bytes))
+        count = min(x.height, -(-x.height * row.nbytes // min(limits)))
         edges = [round(i * x.height / count) for i in range(count + 1)]
         return list(pairwise(edges))
 
@@ -278,12 +281,18 @@ def spread(function: Callable, rows: mx.array, *args: mx.array) -> mx.array:
     return mx.concatenate(parts, axis=1)
 
 
+def kernel(weight: mx.array) -> mx.array:
+    """A convolution's weight (out, h, w, in) as `convolve` takes it, in one piece: GPUs copy views at every call.
+
+    MLX's Winograd kernels for Metal are known to take gigabytes of scratch memory and to have many times the rounding
+    error. A flipped convolution never uses them, so there kernels are turned round and flipped back.
+    """
+    return mx.contiguous(weight[:, ::-1, ::-1] if backend() == "metal" else weight)
+
+
 def convolve(x: mx.array, weights: Tree, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
     if backend() == "metal":
-        # MLX's Winograd kernels for Metal are known to take gigabytes of scratch memory and to have many times the
-        # rounding error; a flipped convolution never uses them.
-        flipped = weights["weight"][:, ::-1, ::-1, :]
-        return mx.conv_general(x, flipped, stride=stride, padding=padding, flip=True) + weights["bias"]
+        return mx.conv_general(x, weights["weight"], stride=stride, padding=padding, flip=True) + weights["bias"]
     return mx.conv2d(x, weights["weight"], stride=stride, padding=padding) + weights["bias"]
 
 
@@ -388,7 +397,7 @@ def attention(x: mx.array, weights: Tree, groups: int, strips: Strips) -> mx.arr
     # scores of a strip are in memory.
     scores = Rows(h * w, lambda a, b: mx.broadcast_to(mx.zeros((), mx.float32), (B, b - a, 1, h * w)))
     parts = []
-    for a, b in strips.bounds(scores):
+    for a, b in strips.bounds(scores, SCORES):
         parts.append(mx.fast.scaled_dot_product_attention(q[:, :, a:b], k, v, scale=C**-0.5))
         settle(parts[-1])
     y = linear(mx.concatenate(parts, axis=2), weights["to_out"][0])
@@ -433,19 +442,31 @@ def decoder(z: mx.array, weights: Tree, groups: int, strips: Strips) -> Generato
     return x.get(0, x.height)
 
 
+def strip_within(config: VAEConfig, dtype: mx.Dtype, most: float) -> int | None:
+    """Bytes of a strip that any convolution computes within `most` FLOP; None if there is no limit."""
+    return None if most == math.inf else int(most / convolution_flops(config) * dtype.size)
+
+
+def convolution_flops(config: VAEConfig) -> int:
+    """FLOP by number of the output, of the convolution that takes the most."""
+    return 2 * 9 * max(config.block_out_channels)
+
+
 class VAE:
     """The autoencoder, with its weights and compute dtype from a `Runner`.
 
-    strip_bytes limits the working memory (see Strips); None is fastest.
+    strip_bytes limits the working memory (see Strips); None is fastest. A convolution of more than `most` FLOP is
+    computed by strips even so (see `machine.kernel_flops`).
     """
 
     enable_tiling = Needless("images are decoded in strips if memory is short")
     enable_slicing = Needless("images are decoded one at a time")
 
-    def __init__(self, config: VAEConfig, runner: Runner, strip_bytes: int | None = None):
+    def __init__(self, config: VAEConfig, runner: Runner, strip_bytes: int | None = None, most: float = math.inf):
         self.config = config
         self.runner = runner
         self.strip_bytes = strip_bytes
+        self.most = most
 
     def decode(self, latents: mx.array) -> mx.array:
         """Latents (B, h, w, 16), as the transformer sees them, to pixels (B, 8h, 8w, 3) float32, about [-1, 1]."""
@@ -467,9 +488,10 @@ class VAE:
         return mean, mx.clip(log_variance, -30.0, 20.0)
 
     def _inputs(self, x: mx.array, name: str) -> tuple:
+        held = CPU_STRIP if backend() == "cpu" else strip_within(self.config, self.runner.dtype, self.most)
         return (
             x.astype(self.runner.dtype),
             self.runner.tree(name),
             self.config.norm_num_groups,
-            Strips(self.strip_bytes),
+            Strips(self.strip_bytes, held),
         )

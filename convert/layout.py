@@ -117,13 +117,21 @@ def _shards(tasks: Sequence[Task], stem: str, form: str) -> list[Shard]:
 
 
 def _index(shards: Sequence[Shard], parameters: int) -> dict:
-    """The content of an index file, as mlx-lm writes it."""
+    """The content of an index file, as mlx-lm writes it, and as mlx-vlm does if all quantized layers are alike."""
     weight_map = {slot.name: shard.name.rpartition("/")[2] for shard in shards for slot in shard.slots}
-    total = sum(shard.nbytes for shard in shards)
-    return {
-        "metadata": {"total_size": total, "total_parameters": parameters},
-        "weight_map": dict(sorted(weight_map.items())),
+    metadata: dict[str, int | str] = {
+        "total_size": sum(shard.nbytes for shard in shards),
+        "total_parameters": parameters,
     }
+    packed = {task.quantization for shard in shards for task in shard.tasks if task.quantization}
+    if len(packed) == 1:
+        (q,) = packed
+        metadata |= {"quantization_mode": q.mode, "quantization_level": str(q.bits)}
+        metadata |= {"quantization_group_size": str(q.group_size)}
+        # Would also declare MLX's layout of convolutions, which are stored as in diffusers.
+        if not any(len(slot.shape) == 4 for shard in shards for slot in shard.slots):
+            metadata["mlx_vlm_format"] = "z_image"
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _written_config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> dict:

@@ -135,6 +135,25 @@ def test_the_config_has_mlx_lms_quantization_block_and_the_right_dtype(tmp_path)
     assert json.loads((out / "transformer" / "config.json").read_text()) == source
 
 
+def test_the_index_describes_the_quantization_to_mlx_vlm_if_it_is_the_same_for_all_layers(tmp_path):
+    def metadata(folder, network):
+        return json.loads((folder / network / "model.safetensors.index.json").read_text())["metadata"]
+
+    out = convert("pocket", tmp_path / "out", bits=4, group_size=32, text_encoder_bits=8)
+    for network, bits in (("transformer", "4"), ("text_encoder", "8")):
+        found = metadata(out, network)
+        assert found.pop("total_size") and found.pop("total_parameters")
+        assert found == {
+            "quantization_mode": "affine",
+            "quantization_level": bits,
+            "quantization_group_size": "32",
+            "mlx_vlm_format": "z_image",
+        }
+    assert metadata(out, "vae").keys() == {"total_size", "total_parameters"}
+    mixed = convert("pocket", tmp_path / "mixed", bits=4, recipe="mixed")
+    assert metadata(mixed, "transformer").keys() == {"total_size", "total_parameters"}
+
+
 def test_the_index_lists_every_tensor_in_shards_of_bounded_size(official, tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "SHARD_BYTES", 40_000)
     out = convert(official, tmp_path / "out") / "transformer"

@@ -10,6 +10,7 @@ from compare import TOLERANCE, relative_error
 from test_transformer import run_batch
 
 from mlx_zimage import ZImagePipeline
+from mlx_zimage.convert import convert
 
 # mlx-vlm has no setting for the number of groups in the VAE's norms
 VAE = tiny.VAE | {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 32}
@@ -35,7 +36,7 @@ def ours(folder):
 
 
 def in_float32(network):
-    network.apply(lambda x: x.astype(mx.float32))
+    network.apply(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
     return network
 
 
@@ -64,3 +65,25 @@ def test_decoding_and_encoding_match_mlx_vlm(peer, folder, ours):
     pixels = mx.array(tiny.encoder_image(3)).transpose(0, 2, 3, 1)
     # mlx-vlm rounds to bfloat16 (up to 4e-3) before its encoder's last convolution; measured 3e-3
     assert relative_error(ours.vae.encode(pixels), (theirs.encode(pixels) - shift) * scale) < 1e-2
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8, "group_size": 32}, {"mode": "mxfp8"}], ids=str)
+def test_mlx_vlm_reads_what_the_converter_quantizes(peer, tmp_path, options):
+    folder = convert("pocket", tmp_path / "out", dtype="float32", **options)
+    ours = ZImagePipeline.from_pretrained(folder, dtype="float32")
+    ids = ours.tokenize("a red circle on a blue background")
+    caption = ours.text_encoder(ids)
+    theirs = in_float32(peer.load_text_encoder(folder))
+    wanted = theirs(mx.array([ids]), mx.ones((1, len(ids)), mx.int32), output_penultimate=True)
+    assert relative_error(caption, wanted[0]) < TOLERANCE
+    theirs = in_float32(peer.load_transformer(folder))
+    latents = tiny.randn(3, "peer", 1, 16, 8, 8)
+    wanted = theirs(mx.array(latents)[:, :, None], mx.array([0.5]), caption[None])
+    assert relative_error(run_batch(ours.transformer, latents, np.array(caption), 0.5), wanted[:, :, 0]) < TOLERANCE
+
+
+def test_mlx_vlm_reads_the_vae_that_the_converter_writes(peer, folder, ours, tmp_path):
+    theirs = in_float32(peer.load_vae(convert(folder, tmp_path / "out", dtype="float32")))
+    latents = mx.array(tiny.randn(3, "peer", 1, 6, 10, 16))
+    scale, shift = VAE["scaling_factor"], VAE["shift_factor"]
+    assert relative_error(ours.vae.decode(latents), theirs.decode(latents / scale + shift)) < TOLERANCE

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from math import sqrt
 from pathlib import Path
@@ -44,22 +44,22 @@ class Job:
         return GenerateRequest(**self.values)
 
     def path(self, request: GenerateRequest) -> Path:
-        """The output path with {seed}, {prompt} and so on filled in; other braces stay as they are."""
-        if not self.output.name:
-            return self.output  # "." or "/", which check_output refuses
+        """The output path with {seed}, {prompt} and so on filled in, in folders too; {{ and }} are literal braces."""
         values = {**request.to_dict(), "n": self.n, "prompt": slug(request.prompt)}
-        stem = re.sub(rf"\{{({'|'.join(PLACEHOLDERS)})\}}", lambda match: str(values[match[1]]), self.output.stem)
-        return self.output.with_name(_cut(stem, MAX_NAME) + self.output.suffix)
+        *folders, name = self.output.parts or (".",)  # "." and "/" are refused by check_output
+        stem, suffix = os.path.splitext(name)
+        folders = [_cut(_filled(folder, values), MAX_NAME) for folder in folders]
+        return Path(*folders, _cut(_filled(stem, values), MAX_NAME) + suffix)
 
 
 def multiply(
     base: dict, prompts: Iterable[dict], seeds: Iterable[int], output: Path, ratio: tuple[int, int] | None
 ) -> Iterator[Job]:
     """A Job for each seed of each prompt. A prompt's own values override the base values and the seeds."""
-    n = 0
+    n, seeds = 0, tuple(seeds)
     for own in prompts:
         own = dict(own)
-        file = Path(own.pop("output", output))
+        file = Path(os.path.expanduser(own.pop("output", output)))
         for seed in [own["seed"]] if "seed" in own else seeds:
             n += 1
             yield Job({**base, **own, "seed": seed}, file, n, None if {"width", "height"} & own.keys() else ratio)
@@ -107,7 +107,7 @@ def fields_of_latents(shape: tuple[int, ...]) -> dict[str, int]:
 
 def read_prompts(text: str, name: str) -> list[dict]:
     """One prompt per line; empty lines and lines starting with # are ignored."""
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in lines_of(text)]
     prompts = [{"prompt": line} for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise RequestError(f"{name} contains no prompts; write one per line")
@@ -117,7 +117,7 @@ def read_prompts(text: str, name: str) -> list[dict]:
 def read_requests(text: str, name: str) -> list[dict]:
     """JSON Lines: one object per line, with a request's fields and optionally "output"."""
     requests = []
-    for i, line in enumerate(text.splitlines(), start=1):
+    for i, line in enumerate(lines_of(text), start=1):
         if not line.strip():
             continue
         try:
@@ -136,6 +136,11 @@ def read_requests(text: str, name: str) -> list[dict]:
     if not requests:
         raise RequestError(f"{name} contains no requests; write one JSON object per line")
     return requests
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a file. Unlike for str.splitlines, U+2028, VT and the like are characters of a line."""
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def _can_be_a_path(value: object) -> bool:
@@ -160,6 +165,20 @@ def slug(prompt: str) -> str:
     """The words of a prompt for use in a file name: letters and digits of any script, joined with dashes."""
     words = re.findall(r"[^\W_]+", prompt[:MAX_PROMPT])
     return _cut("-".join(words), 60).rstrip("-") or "image"
+
+
+def _filled(template: str, values: Mapping[str, object]) -> str:
+    def value(match: re.Match) -> str:
+        if match[0] in ("{{", "}}"):
+            return match[0][0]
+        if match[1] not in PLACEHOLDERS:
+            known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+            raise RequestError(
+                f"output contains {match[0]}; what can be filled in is {known}, and {{{{ stands for a single brace"
+            )
+        return str(values[match[1]])
+
+    return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", value, template)
 
 
 def _cut(text: str, size: int) -> str:

@@ -211,7 +211,10 @@ def home() -> Path:
     try:
         if given:
             return Path(given).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-zimage"
+        caches = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+        if not caches.is_absolute():  # to be ignored, says the XDG specification
+            caches = Path("~/.cache").expanduser()
+        return caches / "mlx-zimage"
     except RuntimeError:  # the user has no home folder
         raise ModelNotFoundError("no home folder found to keep models in; set MLX_ZIMAGE_HOME to a folder") from None
 

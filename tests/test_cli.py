@@ -92,7 +92,7 @@ def test_latents_for_two_images_give_two_images(run):
         (["--shift", "nan"], "shift must be from 0.01 to 1000, got nan"),
         (["--guidance", "-1"], "guidance_scale must be"),
         (["-o", "image.bmp"], "must end in .png"),
-        (["-o", "nowhere/image.png"], "the folder nowhere for image.png does not exist"),
+        (["-o", "{sed}.png"], "output contains {sed}; what can be filled in is {prompt}, {seed}"),
         (["-o", "."], "is a folder"),
         (["--latents", "none.npy"], "no latents file at none.npy"),
         (["--latents", "pickled.npy"], "is not a .npy file of numbers"),
@@ -178,6 +178,39 @@ def test_a_folder_that_cannot_hold_files_is_refused_before_any_work(run, monkeyp
     assert result.exit_code == 6 and "could not write /proc/pocket" in result.stderr
 
 
+def test_a_missing_folder_is_created_when_there_is_an_image_to_write(run, tmp_path):
+    assert run("generate", PROMPT, *SMALL, "-o", "a/{seed}/b.png", "--seed", "3").stdout == "a/3/b.png\n"
+    assert run("generate", PROMPT, *SMALL, "-o", "c/b.png", "--preview").exit_code == 0
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["b.png"]
+    assert run("generate", PROMPT, *SMALL, "-o", "d/b.png", "--memory", "1MB").exit_code == 5
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    home = shutil.copytree(POCKET, tmp_path / "home/model").parent
+    np.save(home / "noise.npy", np.zeros((1, 16, 4, 4), np.float32))
+    (home / "prompts.txt").write_text(PROMPT)
+    (home / "requests.jsonl").write_text(json.dumps({"prompt": PROMPT, "output": "~/own.png"}))
+    model, small = ["-m", "~/model"], ["--steps", "1", "--size", "32x32"]
+    options = ["-o", "~/a/image.png", "--preview-dir", "~/steps", "--latents", "~/noise.npy"]
+    ran = [
+        run("generate", "--prompt-file", "~/prompts.txt", *model, *small, *options),
+        run("generate", "--requests", "~/requests.jsonl", *model, *small),
+        run("generate", "--from", "~/own.png", *model, "--output=~/again.png"),
+        run("info", "~/own.png"),
+        run("info", "~/model"),
+        run("verify", "~/model"),
+        run("plan", "~/model", "--width", "32", "--height", "32"),
+        run("convert", "~/model", "~/new", "--vae", "~/model", "--tokenizer", "~/model", "--base", "~/model"),
+        run("bench", "--model", "~/model", *small, "--tokens", "8", "--repeat", "1", "--json", "~/report.json"),
+    ]
+    assert [(result.exit_code, result.stderr) for result in ran if result.exit_code] == []
+    made = ("a/image.png", "own.png", "again.png", "report.json", "new/model_index.json")
+    assert all((home / name).is_file() for name in made) and (home / "steps").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_latents_alone_determine_the_size(run):
     np.save("noise.npy", np.zeros((1, 16, 4, 6), np.float32))
     assert run("generate", PROMPT, "--model", "pocket", "--steps", "1", "--latents", "noise.npy").exit_code == 0
@@ -245,7 +278,7 @@ def test_bench_refuses_invalid_options_and_keeps_an_older_report(run, options, c
 @pytest.mark.parametrize(
     ("file", "code", "message"),
     [
-        ("nowhere/report.json", 6, "cannot write to the folder nowhere"),
+        ("/dev/null/report.json", 6, "cannot write to the folder /dev/null"),
         ("/dev/null", 2, "/dev/null is not a regular file"),
         (".", 2, "is a directory"),
     ],

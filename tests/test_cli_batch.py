@@ -1,11 +1,15 @@
 """Several images in one call, images that store their request, and output for programs."""
 
+import fcntl
 import gc
 import hashlib
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import mlx.core as mx
@@ -239,7 +243,7 @@ def test_quiet_prints_only_the_path(run):
     ],
     ids=["small", "default size"],
 )
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_batch_keeps_only_its_finished_images(tmp_path, number, code, sides, second):
     lines = f'{{"prompt": "a", "steps": 1}}\n{{"prompt": "b", {second}}}\n'
     process = subprocess.Popen(
@@ -263,6 +267,31 @@ def test_an_interrupted_batch_keeps_only_its_finished_images(tmp_path, number, c
     assert (process.returncode, stdout, stderr) == (code, b"", b"Stopped.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
     Image.open(tmp_path / "image.png").load()
+
+
+def test_closing_the_terminal_removes_the_preview(tmp_path):
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_zimage", "generate", PROMPT, *SMALL, "--steps", "1000", "--preview"],
+        cwd=tmp_path, stdin=end, stdout=end, stderr=end, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(end)
+    seen = b""
+    while b"image.preview.png" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 129
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nohup_is_respected():
+    code = (
+        "import os, signal; from mlx_zimage.cli.stop import stoppable\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with stoppable(): os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "alive\n"
 
 
 def test_an_interrupted_conversion_leaves_no_folder(tmp_path):

@@ -380,6 +380,16 @@ def test_without_a_home_the_user_is_asked_to_set_a_folder(monkeypatch):
         assert library.embeddings_folder() is None
 
 
+def test_values_in_the_environment_mean_what_they_say(monkeypatch):
+    monkeypatch.delenv("MLX_ZIMAGE_HOME", raising=False)
+    for off in ("off", "OFF", " Off ", "0", "no", "False"):
+        monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", off)
+        assert library.embeddings_folder() is None
+    for relative in ("cache", ".", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert library.home() == Path("~/.cache/mlx-zimage").expanduser(), "to be ignored, says the specification"
+
+
 def test_pocket_cannot_be_removed():
     with pytest.raises(ModelNotFoundError, match="part of the package"):
         library.remove("pocket")

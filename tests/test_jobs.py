@@ -1,4 +1,5 @@
 import io
+import json
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mlx_zimage.jobs import (
     read_text,
     size_of_ratio,
 )
+from mlx_zimage.request import GenerateRequest
 
 
 def test_every_seed_is_combined_with_every_prompt():
@@ -77,10 +79,12 @@ def test_count_adds_consecutive_seeds_to_each():
         ("a.png", "a.png"),
         ("{seed}-{n}-{width}x{height}-{steps}.png", "7-3-64x32-8.png"),
         ("{prompt}.png", "a-cat-it-s-一只猫.png"),
-        ("{seed.__class__}{0}{}{{seed}}{unknown}%d.png", "{seed.__class__}{0}{}{7}{unknown}%d.png"),
+        ("{width}x{height}/{prompt}/{seed}.png", "64x32/a-cat-it-s-一只猫/7.png"),
+        ("{{seed}}%d.png", "{seed}%d.png"),
+        ("}{.png", "}{.png"),
     ],
 )
-def test_placeholders_are_filled_in_and_other_braces_kept(template, name):
+def test_placeholders_are_filled_in_also_in_folders_and_doubled_braces_are_single_ones(template, name):
     job = Job(
         {"prompt": "a cat, it's: ../一只猫\n", "seed": 7, "width": 64, "height": 32, "steps": 8},
         Path("dir") / template,
@@ -99,6 +103,24 @@ def test_any_prompt_gives_a_file_name_in_the_same_folder(tmp_path, prompt):
     assert len(os.fsencode(path.name)) <= 210
     path.write_bytes(b"")
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("template", ["{sed}.png", "{seed.__class__}.png", "{0}.png", "{}.png", "{model}/a.png"])
+def test_an_unknown_placeholder_is_refused_with_those_that_exist(template):
+    with pytest.raises(RequestError, match=r"contains \{.*what can be filled in is \{prompt\}, \{seed\}, \{n\}"):
+        Job({"prompt": "a", "seed": 1}, Path(template)).path(GenerateRequest("a", 64, 64, 1, 8))
+
+
+def test_only_newlines_and_carriage_returns_end_a_line():
+    line = "a\u2028b\u2029c\x85d\ve\ff\x1cg"
+    assert read_prompts(f"{line}\nb\r\nc\rd", "f") == [{"prompt": text} for text in (line, "b", "c", "d")]
+    (request,) = read_requests(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False), "f")
+    assert request == {"prompt": "a\u2028b\x85c"}
+
+
+def test_seeds_from_an_iterator_serve_every_prompt():
+    made = multiply({}, [{"prompt": "a"}, {"prompt": "b"}], iter([1, 2]), Path("x.png"), None)
+    assert [(job.values["prompt"], job.values["seed"]) for job in made] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
 
 
 def test_prompts_are_read_one_per_line():

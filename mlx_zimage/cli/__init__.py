@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import warnings
+from contextlib import suppress
 from typing import NoReturn, TextIO
 
 import click
@@ -60,8 +61,9 @@ class Commands(click.Group):
         except (KeyboardInterrupt, Terminated, click.Abort) as stop:
             if isinstance(stop, click.Abort) and not isinstance(stop.__context__, KeyboardInterrupt):
                 raise  # end of input at a prompt
-            click.echo("Stopped.", err=True)
-            ctx.exit(143 if isinstance(stop, Terminated) else 130)
+            with suppress(OSError):  # a closed terminal takes no message
+                click.echo("Stopped.", err=True)
+            ctx.exit(128 + stop.args[0] if isinstance(stop, Terminated) else 130)
 
 
 @click.group(
@@ -76,7 +78,7 @@ def main() -> None:
     Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 other failure, 2 invalid
     value, 3 model not found, 4 damaged model files, 5 not enough memory, 6 output cannot be written, 7 folder
     locked by another process, 8 wrong or non-finite numbers, 9 GPU failure, 130 stopped by Ctrl-C, 143 stopped by
-    SIGTERM.
+    SIGTERM, 129 stopped as the terminal was closed.
     """
 
 

@@ -12,11 +12,13 @@ from ..quantization import MODES
 from ..request import check_size
 from ..variants import TURBO
 from .output import DEFAULT_DTYPE
+from .values import FilePath, ModelName
 
 
 @click.command(epilog="Example: mlx-zimage bench --model z-image-4bit --json this-machine.json")
 @click.option(
     "--model",
+    type=ModelName(),
     default="random",
     show_default=True,
     help="Model folder, Hugging Face id, 'pocket', or 'random' (no download).",
@@ -51,7 +53,7 @@ from .output import DEFAULT_DTYPE
 @click.option(
     "--json",
     "file",
-    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    type=FilePath(dir_okay=False, allow_dash=True),
     help="Write the report to this file as JSON; - for stdout.",
 )
 def bench(model: str, architecture: str | None, size: str, repeat: int, file: Path | None, **case) -> None:

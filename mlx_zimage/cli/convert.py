@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 
 import click
 
@@ -9,11 +8,12 @@ from ..errors import RequestError
 from ..quantization import MODES
 from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar, say
+from .values import FilePath, ModelName
 
 
 @click.command(epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
-@click.argument("source")
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("source", type=ModelName())
+@click.argument("dest", type=FilePath())
 @click.option("--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4, 3 or 2.  [default: not quantized]")
 @click.option(
     "--q-group-size", "group_size", type=int, help="Number of weights that share a scale.  [default: the mode's]"
@@ -50,10 +50,14 @@ from .output import print_path, progress_bar, say
     is_flag=True,
     help="Generate images with SOURCE to measure which weights matter: much slower, most accurate.",
 )
-@click.option("--text-encoder", metavar="OTHER", help="Take the text encoder from OTHER instead of SOURCE.")
-@click.option("--vae", metavar="OTHER", help="Take the VAE from OTHER instead of SOURCE.")
-@click.option("--tokenizer", metavar="OTHER", help="Take the tokenizer from OTHER instead of SOURCE.")
-@click.option("--base", metavar="OTHER", help=f"Take any missing parts from OTHER.  [default: {DEFAULT_MODEL}]")
+@click.option(
+    "--text-encoder", metavar="OTHER", type=ModelName(), help="Take the text encoder from OTHER instead of SOURCE."
+)
+@click.option("--vae", metavar="OTHER", type=ModelName(), help="Take the VAE from OTHER instead of SOURCE.")
+@click.option("--tokenizer", metavar="OTHER", type=ModelName(), help="Take the tokenizer from OTHER instead of SOURCE.")
+@click.option(
+    "--base", metavar="OTHER", type=ModelName(), help=f"Take any missing parts from OTHER.  [default: {DEFAULT_MODEL}]"
+)
 @click.option(
     "--variant", metavar="NAME", help="Variant of SOURCE's files, such as fp16.  [default: files without a variant]"
 )

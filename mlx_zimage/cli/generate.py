@@ -27,6 +27,7 @@ from ..sizes import parse_memory
 from .elsewhere import ForgivingCommand
 from .models import DEFAULT_MODEL, first_run
 from .output import DEFAULT_DTYPE, graphics, hub_bars, print_path, say, show_image
+from .values import FilePath, InputFile, ModelName
 
 if TYPE_CHECKING:
     from ..images.metadata import Origin
@@ -76,20 +77,21 @@ class Generate(ForgivingCommand):
 @click.option("--prompt", "prompt_option", metavar="PROMPT", help="Same as the argument PROMPT.")
 @click.option(
     "--prompt-file",
-    type=click.File("rb"),
+    type=InputFile(),
     help="Read prompts from a file, one per line; - for stdin. Lines starting with # are ignored.",
 )
 @click.option(
     "--requests",
     "requests_file",
     metavar="FILE.jsonl",
-    type=click.File("rb"),
+    type=InputFile(),
     help='Read JSON objects, one per line, such as {"prompt": "a cat", "seed": 1, "output": "cat.png"}; - for stdin.',
 )
 @click.option(
     "-m",
     "--model",
     "source",
+    type=ModelName(),
     help=f"Model folder, Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
 @click.option(
@@ -100,7 +102,7 @@ class Generate(ForgivingCommand):
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     default=Path("image.png"),
     show_default=True,
     help="Output file: .png, .jpg or .webp. {prompt}, {seed}, {n}, {width}, {height} and {steps} are filled in. "
@@ -129,7 +131,7 @@ class Generate(ForgivingCommand):
     "--latents",
     "latents_file",
     metavar="FILE.npy",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Initial noise, shape (images, 16, height/8, width/8), instead of the seed's.",
 )
 @click.option(
@@ -184,7 +186,7 @@ class Generate(ForgivingCommand):
     "--config-from-conf",
     "from_image",
     metavar="IMAGE",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Start from the request stored in IMAGE; other options override it.",
 )
 @click.option(
@@ -204,7 +206,7 @@ class Generate(ForgivingCommand):
     "--preview-dir",
     "--stepwise-image-output-dir",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Save the preview of each step in FOLDER as NAME-SEED-1.png, ...",
 )
 @click.option("--show", is_flag=True, help="Show images in the terminal (iTerm2, WezTerm, kitty, Ghostty).")

@@ -12,13 +12,14 @@ from ..dtypes import STORED
 from ..errors import ModelNotFoundError
 from ..sizes import size
 from .output import printable
+from .values import ModelName
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Component
 
 
 @click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info image.png")
-@click.argument("source")
+@click.argument("source", type=ModelName())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(source: str, as_json: bool) -> None:
     """Show what a model folder contains, or how an image was generated.
@@ -27,7 +28,7 @@ def info(source: str, as_json: bool) -> None:
     converted from, and its networks, their sizes and how they are stored; only its headers are fetched. For an image:
     everything that `generate --from` needs to generate it again.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_file():
         from ..images.metadata import parameters, read_origin
 

@@ -11,6 +11,7 @@ from ..errors import ModelNotFoundError
 from ..sizes import size
 from ..variants import TURBO
 from .output import hub_bars, progress_bar, say
+from .values import ModelName
 
 if TYPE_CHECKING:
     from ..weights.library import Disk
@@ -43,7 +44,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
 
 @models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
-@click.argument("name")
+@click.argument("name", type=ModelName())
 def rm(name: str) -> None:
     """Delete NAME from disk: a converted model or its folder, an id in the Hugging Face cache, or "embeddings"."""
     from ..weights.library import remove

@@ -9,6 +9,7 @@ from ..request import check_size
 from ..sizes import parse_memory, rounded_up, size
 from .models import DEFAULT_MODEL
 from .output import DEFAULT_DTYPE
+from .values import ModelName
 
 if TYPE_CHECKING:
     from ..memory import Plan, Planner, Workload
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=ModelName())
 @click.option(
     "--variant",
     metavar="NAME",

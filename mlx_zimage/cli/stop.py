@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: clean up unfinished work, and do not wait for a download.
+"""Ctrl-C, SIGTERM and SIGHUP: clean up unfinished work, and do not wait for a download.
 
 A signal raises an exception in the main thread, and our code cleans up as it propagates. The Hugging Face client would
 delay this: it first waits for its threads to finish the files they are downloading, which can be many gigabytes, and a
@@ -28,14 +28,15 @@ from types import FrameType
 
 
 class Terminated(BaseException):
-    """SIGTERM was received."""
+    """SIGTERM or SIGHUP was received: the number of the signal."""
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within this context SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt, so that cleanup code runs.
+    """Within this context SIGTERM and SIGHUP (the terminal was closed) raise Terminated, as Ctrl-C raises
+    KeyboardInterrupt, so that cleanup code runs.
 
-    Inside the Hugging Face client either signal exits the process. The previous handlers are restored at the end.
+    Inside the Hugging Face client each of them exits the process. The previous handlers are restored at the end.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -48,15 +49,16 @@ def stoppable() -> Iterator[None]:
                 finally:
                     os._exit(128 + number)
             frame = frame.f_back
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, stop)
-    if before[signal.SIGINT] is not signal.SIG_IGN:  # ignored in a background job of a shell
-        signal.signal(signal.SIGINT, stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        # a background job of a shell ignores Ctrl-C, and what nohup starts ignores SIGHUP
+        if handler is not signal.SIG_IGN or number == signal.SIGTERM:
+            signal.signal(number, stop)
     try:
         yield
     finally:

@@ -4,10 +4,11 @@ import click
 
 from ..errors import CheckpointError
 from .output import progress_bar
+from .values import ModelName
 
 
 @click.command(epilog="Example: mlx-zimage verify z-image-4bit")
-@click.argument("folder")
+@click.argument("folder", type=ModelName())
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 def verify(folder: str, quiet: bool) -> None:
     """Check every byte of a model FOLDER and report any faults.

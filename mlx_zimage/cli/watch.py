@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,10 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
-        self._close()
         for view in self.views:
             view.close()
+        with suppress(OSError):  # the terminal may be gone, and that is what ended the work
+            self._close()
 
     def _show(self, show: Callable[[View], None]) -> None:
         for view in self.views:

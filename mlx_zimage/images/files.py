@@ -19,8 +19,6 @@ def check_output(path: Path) -> None:
         raise RequestError(f"{path} is a folder; name a file in it, such as {path / 'image.png'}")
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"the image file name must end in {', '.join(FORMATS)}, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise RequestError(f"the folder {path.parent} for {path.name} does not exist; create it first")
     check_folder(path.parent)
 
 
@@ -34,7 +32,9 @@ def make_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise, before any work, if a folder cannot be written to."""
+    """Raise, before any work, if a folder cannot be written to, or created where it will be."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass  # unlike permission bits, this also detects read-only and special file systems
@@ -51,8 +51,9 @@ def save(pixels: np.ndarray, path: Path, overwrite: bool = False, origin: Origin
 
 
 def write_file(content: bytes, path: Path, overwrite: bool = False, lasting: bool = True) -> Path:
-    """Write a file completely or not at all; returns the path written, see atomic.write."""
+    """Write a file completely or not at all, in a new folder if need be; returns the path written, see atomic.write."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         return atomic.write(path, lambda file: file.write_bytes(content), overwrite, lasting)
     except OSError as error:
         raise OutputError(f"could not write {path}: {error.strerror or error}") from error

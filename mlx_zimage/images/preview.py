@@ -19,7 +19,7 @@ import numpy as np
 from ..atomic import claim
 from ..request import LATENT_PIXELS
 from .codec import enlarge, to_png
-from .files import write_file
+from .files import make_folder, write_file
 from .terminal import cells, inline, terminal_size
 
 PATCHES, PATCH = 4, 32  # of the chart: patches per side, and pixels per side of a patch
@@ -114,6 +114,7 @@ class FileView(View):
 
     def __init__(self, path: Path):
         """Uses the first of path, path-1, ... that does not exist."""
+        make_folder(path.parent)
         self.path = claim(path)
 
     def __call__(self, pixels: np.ndarray) -> None:

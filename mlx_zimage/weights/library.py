@@ -32,6 +32,7 @@ from .quantize import tensor_quantization
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
 EMBEDDINGS = "embeddings"
+OFF = ("off", "no", "false", "0")
 REGISTER = "folders.json"  # in home(): the folders that `convert` wrote elsewhere
 DOWNLOAD = 33 * 10**9  # bytes of the published model, used until the hub reports its size
 WEIGHTS_SHARE = 0.9  # share of a machine's memory budget for weights; the rest is working memory
@@ -78,9 +79,9 @@ class Disk:
 
 
 def embeddings_folder() -> Path | None:
-    """The cache of prompt embeddings: MLX_ZIMAGE_EMBEDDINGS, or a folder in home(); None if the variable is "off"."""
-    given = os.environ.get("MLX_ZIMAGE_EMBEDDINGS")
-    if given == "off":
+    """The cache of prompt embeddings: MLX_ZIMAGE_EMBEDDINGS, or a folder in home(); None if the variable says OFF."""
+    given = os.environ.get("MLX_ZIMAGE_EMBEDDINGS", "").strip()
+    if given.lower() in OFF:
         return None
     try:
         return Path(given).expanduser() if given else home() / EMBEDDINGS

@@ -15,7 +15,7 @@ Open a pipeline once, then call it as often as you like:
 For the real model, pass the folder that `mlx-zimage convert` or the first `mlx-zimage generate` created, or a Hugging
 Face id such as "Tongyi-MAI/Z-Image-Turbo", which is downloaded (33 GB). The arguments are those of diffusers'
 ZImagePipeline, except that `seed` replaces its generator; the same seed gives the same noise. Without a seed, a random
-one is used; out.seed has it. help(ZImagePipeline) explains all arguments.
+one is used, which is in out.seed. help(ZImagePipeline) explains all arguments.
 
 Progress and stopping
 ---------------------
@@ -59,7 +59,7 @@ guidance_scale          0 is off; g here is "cfg g + 1" in other programs
 latents, in and out     (images, 16, height / 8, width / 8), float32, as in diffusers
 Step.latents, .clean    (images, height / 8, width / 8, 16), float32, channels last
 Generated.pixels        (height, width, 3), uint8; output_type="np": (images, height, width, 3), in [0, 1]
-memory                  a string such as "6GB" (10**9 bytes each) or "6GiB", or a number of bytes
+memory                  a string such as "6GB" (6 * 10**9 bytes) or "6GiB" (6 * 2**30 bytes), or a number of bytes
 
 Memory
 ------
@@ -91,7 +91,7 @@ More
 ----
 The source has five short programs in examples/, and README.md describes the command line. Modules worth reading are
 pipeline (how an image is made), generate (from a request to finished files), sampling (the denoising loop), scheduler
-(the sigmas) and images.metadata (how an image records its own making).
+(the sigmas) and images.metadata (how an image records the way it was made).
 """
 
 from __future__ import annotations

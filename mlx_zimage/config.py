@@ -16,7 +16,7 @@ KIND_NAMES = {
 
 
 def read_config(cls, values: dict, network: str, fixed: dict):
-    """The dataclass cls, from the values it has fields for; keys of `fixed`, if present, must have that very value.
+    """The dataclass cls, from the values it has fields for; keys of `fixed` must have that value, if present.
 
     A field's default determines its kind: true or false, a positive whole number, a positive finite number, or a tuple
     of positive whole numbers.

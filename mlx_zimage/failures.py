@@ -1,7 +1,7 @@
-"""What the failures of a GPU mean, and what to do about each: one table for everything that computes.
+"""GPU failures: what each one means, and what to do about it, in one table.
 
-MLX raises RuntimeError with the words of Metal or CUDA (Metal's: "[METAL] Command buffer execution failed: ..."), at
-the next evaluation after the one that failed. What was computed in between may be anything; see `Networks.guarded`.
+MLX raises RuntimeError with Metal's or CUDA's message (Metal's: "[METAL] Command buffer execution failed: ..."), at the
+next evaluation after the one that failed. Anything computed in between may be wrong; see `Networks.guarded`.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ TOO_LONG = (
     "generate smaller images. AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment turns this limit off on most Macs, "
     "at the cost of a display that stutters or freezes for seconds"
 )
-# (what the message says, what is raised, what it means and what to do), the first that fits
+# (pattern of the message, error to raise, what it means and what to do); the first match applies
 FAILURES: tuple[tuple[str, type[ZImageError], str], ...] = (
     (r"Impacting ?Interactivity", DeviceError, TOO_LONG),
     (
         r"GPU Timeout|ErrorTimeout|GPU Hang|ErrorHang",
         DeviceError,
-        f"macOS stopped work that took the GPU too long: {SLOW_DISK}",
+        f"macOS stopped GPU work that took too long: {SLOW_DISK}",
     ),
     (
         r"Insufficient Memory|ErrorOutOfMemory|Unable to allocate|maximum allowed buffer size|Resource limit|"
         r"(?i:out of memory)",
         MemoryBudgetError,
-        f"there was no memory left for this work: {LESS_MEMORY}",
+        f"the GPU ran out of memory: {LESS_MEMORY}",
     ),
     (
         r"No Metal device available",
         DeviceError,
-        "macOS gives this session no GPU, as in headless, sandboxed or virtual ones: run it as a user who is logged in "
-        "at the Mac itself",
+        "macOS gives this session no GPU, as happens in headless, sandboxed or virtual sessions: run it as a user who "
+        "is logged in at the Mac itself",
     ),
     (
         r"SubmissionsIgnored|new command queue",
         DeviceError,
-        "the GPU takes no more work from this process, and no pipeline in it can go on: start a new process",
+        "the GPU accepts no more work from this process, so none of its pipelines can continue: start a new process",
     ),
-    (r"InnocentVictim", DeviceError, "another program's work made the GPU fail, and this work with it: run it again"),
+    (r"InnocentVictim", DeviceError, "the GPU failed because of another program, and this work was lost: run it again"),
     (
         r"^\[METAL\]|^\[metal::|^(cu|CU)[A-Za-z]+.* failed:|CUDA error",
         DeviceError,
-        "the GPU failed: run it again, and mlx-zimage doctor if it fails once more",
+        "the GPU failed: run it again; if it fails again, run mlx-zimage doctor",
     ),
 )
 
 
 def explain(error: BaseException) -> ZImageError | None:
-    """The error of ours that says what a GPU's failure means; None if it is anything else."""
+    """The ZImageError that explains a GPU failure; None for any other error."""
     if not isinstance(error, RuntimeError) or isinstance(error, ZImageError):
         return None
     for pattern, kind, advice in FAILURES:
@@ -67,13 +67,13 @@ def explain(error: BaseException) -> ZImageError | None:
 
 @contextmanager
 def explained(undo: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Raise what `explain` makes of a failure within, after `undo`."""
+    """Within the block, replace a GPU failure with its explanation, after calling `undo`."""
     try:
         yield
     except RuntimeError as error:
         explanation = explain(error)
         if explanation is None:
             raise
-        with suppress(RuntimeError):  # which would only be more of the same
+        with suppress(RuntimeError):  # it would only report the same failure again
             undo()
         raise explanation from error

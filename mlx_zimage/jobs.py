@@ -1,6 +1,7 @@
-"""What one call of `mlx-zimage generate` produces: all combinations of prompts, seeds and file names. No click, no MLX.
+"""What one call of `mlx-zimage generate` produces: all combinations of prompts, seeds and file names.
 
 A Job is a request whose size and other defaults may still be missing, since they come from the model once it is open.
+Imports neither click nor MLX.
 """
 
 from __future__ import annotations

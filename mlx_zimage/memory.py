@@ -280,7 +280,7 @@ class Planner:
         )
 
     def best(self, work: Workload, budget: int, keep: bool | None = None) -> Plan:
-        """The fastest plan that fits the budget, else the leanest."""
+        """The fastest plan that fits the budget; if none fits, the one that needs the least memory."""
         return make_plan(self.stages(work), self.footprints, budget, keep)
 
     def _largest_side(self, work: Workload, budget: int, keep: bool | None) -> int:

@@ -117,9 +117,9 @@ class Networks:
     # ---- a request
 
     def guarded(self) -> AbstractContextManager[None]:
-        """What a GPU's failure within raises is explained, and the networks are as if they had just been opened.
+        """Within the block, a GPU failure is explained, and resets the networks as if they had just been opened.
 
-        MLX reports a failure at some later evaluation, so all that was computed before may be wrong: it is let go.
+        MLX reports a failure at a later evaluation, so everything computed before may be wrong, and is dropped.
         """
         return explained(self._start_over)
 
@@ -270,7 +270,7 @@ class Networks:
     def _start_over(self) -> None:
         self._embeddings.clear()
         self.release()
-        mx.synchronize()  # work queued behind the one that failed fails too, and is reported here
+        mx.synchronize()  # work queued after the failure fails too, and is reported here
 
     def _end_stage(self, *names: str) -> None:
         if self._plan and not self._plan.keep:

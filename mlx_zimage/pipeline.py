@@ -175,7 +175,7 @@ class ZImagePipeline(porting.DiffusersMethods):
         max_sequence_length.
 
         generator is a torch.Generator on the CPU, or a list of one per image; it advances as in diffusers. seed gives
-        the noise of a new generator; without either a random seed is used, which the output has. rng="mlx" uses MLX's
+        the noise of a new generator; without either, a random seed is used and returned. rng="mlx" uses MLX's
         random numbers for the noise. latents (B, 16, height / 8, width / 8) replace the initial noise. prompt_embeds
         and negative_prompt_embeds are lists of arrays (L, cap_feat_dim), as from `encode_prompt`. Arrays may come from
         NumPy, MLX or torch.
@@ -326,7 +326,7 @@ class ZImagePipeline(porting.DiffusersMethods):
         return self.checkpoint.scheduler.sigmas(steps, tokens, request.shift, request.sigmas)
 
     def plan(self, request: GenerateRequest, inputs: Inputs = NONE) -> Plan:
-        """What will be in memory when, for this request within the pipeline's memory budget."""
+        """The memory plan for this request within the pipeline's budget."""
         request = self.complete(request)
         return self._plan(request, self._prompts(request, inputs))
 
@@ -376,7 +376,7 @@ class ZImagePipeline(porting.DiffusersMethods):
 
     @contextmanager
     def _beside_requests(self, network: str) -> Iterator[None]:
-        """Use a network outside of a request, or between its events; keep=False unloads it again."""
+        """Use a network outside a request, or between its events; with keep=False it is unloaded again."""
         with self.turns.computing(), self.networks.guarded():
             try:
                 yield

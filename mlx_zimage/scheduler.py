@@ -22,7 +22,7 @@ DEFAULT_SHIFT = 3.0
 def sigmas(steps: int, shift: float = DEFAULT_SHIFT, mu: float | None = None) -> np.ndarray:
     """The schedule of `steps` denoising steps: (steps + 1,) float32, falling from 1 to 0.
 
-    A higher shift spends more steps at high noise; mu, if given, replaces it by exp(mu) (dynamic shifting).
+    A higher shift spends more steps at high noise; mu, if given, replaces it with exp(mu) (dynamic shifting).
     """
     return shifted(evenly_spaced(steps), shift, mu)
 

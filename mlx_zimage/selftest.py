@@ -383,7 +383,7 @@ def group_norm_silu(samples: Samples, large: bool) -> Trial:
 
 
 def moments(samples: Samples, large: bool) -> Trial:
-    """Of rows far from zero, where a variance loses the most digits."""
+    """For rows far from zero, where a variance loses the most digits."""
     rows, groups = samples(1, 64 if large else 16, 64, 128) + 8, 32
     rows = Samples.rounded(rows)
     by_group = rows.astype(np.float64).reshape(1, len(rows[0]), 64, groups, -1)
@@ -431,7 +431,7 @@ def every_quantization() -> list[Quantization]:
 
 
 def quantizations_of(model: Checkpoint) -> list[Quantization]:
-    """Those that a model's layers use; empty if it is dense."""
+    """The quantizations that a model's layers use; empty if it is dense."""
     found = (component.quantizations.values() for component in model.networks.values())
     return list(dict.fromkeys(q for values in found for q in values))
 

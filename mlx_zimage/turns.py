@@ -1,4 +1,4 @@
-"""Whose turn it is on a pipeline: one request at a time, in the process that opened it."""
+"""A pipeline serves one request at a time, and only in the process that opened it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .errors import RequestError, ZImageError
 
 E = TypeVar("E")
 
-_process: int | None = None  # the first that used MLX through this package
+_process: int | None = None  # the first process that used MLX through this package
 
 
 def check_process() -> None:
-    """Refuse to compute in a fork of the process that did before: MLX's threads are missing there, and it hangs."""
+    """Refuse to compute in a fork of a process that has used MLX: its threads are missing there, so MLX would hang."""
     global _process
     if _process is None:
         _process = os.getpid()
     elif _process != os.getpid():
         raise ZImageError(
-            f"this process ({os.getpid()}) was forked from one that uses MLX ({_process}), where MLX hangs; "
+            f"this process ({os.getpid()}) was forked from one that uses MLX ({_process}), so MLX would hang here; "
             f"start workers with multiprocessing.get_context('spawn'), and open the pipeline in the worker"
         )
 
@@ -31,14 +31,14 @@ def check_process() -> None:
 @dataclass(eq=False)
 class _Turn:
     events: Generator
-    thread: int  # that last asked for an event
+    thread: int  # the one that last requested an event
 
 
 class Turns:
     """Lets one request at a time use the networks of a pipeline.
 
-    A request begun in another thread than the one in progress is refused. Begun in the same thread, it ends the one in
-    progress, which was left in the middle: going on with that raises RequestError.
+    A request is refused while another thread has one in progress. If the same thread starts a request while its own is
+    still in progress, the earlier one ends, and continuing it raises RequestError.
     """
 
     def __init__(self) -> None:
@@ -49,13 +49,13 @@ class Turns:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """One thread at a time; others wait. Held while an event is computed, not while the caller looks at it."""
+        """One thread at a time; others wait. Held while an event is computed, not while the caller handles it."""
         check_process()
         with self._computing:
             yield
 
     def take(self, events: Generator[E, Any, None]) -> Generator[E, Any, None]:
-        """The events of one request, while it is its turn. What is sent here is sent on to them."""
+        """The events of one request, while it has its turn; values sent to this generator are passed on to events."""
         turn = self._begin(events)
         answer = None
         try:
@@ -64,7 +64,7 @@ class Turns:
                     if self._turn is not turn:
                         raise RequestError(
                             "a later request on this pipeline has ended this one; finish or close a stream "
-                            "before the next, or open a second pipeline"
+                            "before starting the next, or open a second pipeline"
                         )
                     turn.thread = get_ident()
                     try:
@@ -87,5 +87,5 @@ class Turns:
                 )
             self._turn = mine
         if older:
-            older.events.close()  # gives its memory and limits back
+            older.events.close()  # frees its memory and restores its limits
         return mine

@@ -44,7 +44,7 @@ def test_each_part_runs_only_as_often_as_needed(fresh, watch, guidance_scale, pr
     list(fresh.stream(asked))
     assert {name: len(seen) for name, (seen, _) in calls.items()} == {name: n for name, (_, n) in calls.items()}
     list(fresh.stream(replace(asked, seed=1)))
-    assert len(calls["layers of the encoder"][0]) == prompts * LAYERS, "the prompts are remembered"
+    assert len(calls["layers of the encoder"][0]) == prompts * LAYERS, "the prompts are cached"
     assert len(calls["schedules"][0]) == 1
 
 
@@ -88,7 +88,7 @@ def test_a_block_is_traced_once_per_shape(traces, tiny_folder):
     assert run(8, 12, 1) == run(8, 12, 5) == run(8, 12, 8, tokens=31) == 0
     # 36 tokens, padded to 64, which was traced before: only the shape with the caption and the last block's are new
     assert run(12, 12, 1) == 4
-    assert run(8, 12, 2) == 0, "the shapes before are still known"
+    assert run(8, 12, 2) == 0, "earlier shapes are not traced again"
 
 
 # ---- bytes
@@ -143,7 +143,7 @@ def test_a_staged_model_is_read_once_per_request(fresh, bytes_read):
     first = reads(fresh, request(), bytes_read)
     second = reads(fresh, request(prompt="a blue fox", seed=1), bytes_read)
     everything = sum(entry.nbytes for entry in fresh.checkpoint.transformer.entries.values())
-    assert first[1] == second[1] == [everything, *[0] * (STEPS - 1)], "of a request, nothing stays"
+    assert first[1] == second[1] == [everything, *[0] * (STEPS - 1)], "nothing stays after a request"
     assert first[0] and second[0], "the encoder is read for each prompt"
     assert second[2] == first[2] == [nbytes(fresh.checkpoint.vae, "decoder")]
 

@@ -167,7 +167,7 @@ def test_a_checksum_does_not_depend_on_where_the_files_are(folder, tiny_folder, 
     first = checksum(encoder, tmp_path / "kept")
     assert len(hashed) == 1 + 4  # the config and four shards
     assert checksum(encoder, tmp_path / "kept") == first
-    assert len(hashed) == 5, "it is remembered"
+    assert len(hashed) == 5, "the checksum is cached"
     assert checksum(ZImagePipeline.from_pretrained(tiny_folder).checkpoint.text_encoder, tmp_path / "kept") == first
     shard = next((folder / "text_encoder").glob("*.safetensors"))
     flip(shard)
@@ -186,7 +186,7 @@ def test_the_converters_manifest_is_used_unless_a_file_is_newer(folder, tmp_path
     flip(shard)
     assert checksum(encoder, tmp_path / "kept") != first
     flip(shard)
-    assert checksum(encoder, tmp_path / "kept") == first, "however it was found"
+    assert checksum(encoder, tmp_path / "kept") == first, "the same, however it was computed"
 
 
 def copied(there: Path, place: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_manifest_is_not_trusted_for_an_older_encoder_that_replaced_its_own(fo
     assert checksum(ZImagePipeline.from_pretrained(model).checkpoint.text_encoder, tmp_path / "kept") != own
 
 
-def test_the_hub_caches_file_names_are_used_as_checksums(folder, tmp_path):
+def test_file_names_in_the_hub_cache_are_used_as_checksums(folder, tmp_path):
     encoder = ZImagePipeline.from_pretrained(folder).checkpoint.text_encoder
     first = checksum(encoder, tmp_path / "kept")
     blobs = tmp_path / "hub" / "blobs"

@@ -1,4 +1,4 @@
-"""float16: products beyond its range are scaled exactly, and what still overflows is detected and generated again."""
+"""float16: products beyond its range are scaled exactly, and an image that still overflows is generated again."""
 
 import json
 import warnings
@@ -103,7 +103,7 @@ def test_the_factor_is_the_largest_without_overflow_times_a_margin(needed, tries
 
     network.factor = 0.5
     factor, last = headroom.fit(network, run)
-    assert network.factor == 0.5, "it only tries"
+    assert network.factor == 0.5, "fit restores the factor"
     assert last.tolist() == [1.0, tried[-1]]
     assert tried == [headroom.STEP**i for i in range(tries)]
     assert factor == tried[-1] * MARGIN
@@ -112,7 +112,7 @@ def test_the_factor_is_the_largest_without_overflow_times_a_margin(needed, tries
 def test_each_network_has_its_own_factor(folder):
     write(folder, LARGE)
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
-    assert factors(pipe) == [MARGIN, MARGIN], "before it is looked for, that of most models"
+    assert factors(pipe) == [MARGIN, MARGIN], "the default, before the search"
     pipe.encode("")
     assert factors(pipe) == [MARGIN, MARGIN * headroom.STEP]
 
@@ -210,7 +210,7 @@ def test_a_network_that_overflows_at_every_scale_is_named(folder, component, lay
         ):
             pipe.encode("a red fox")
     assert fitted[-1][0] == 0
-    assert len(fitted) == (2 if component == "transformer" else 1), "that is remembered, too"
+    assert len(fitted) == (2 if component == "transformer" else 1), "that result is cached, too"
 
 
 def test_float16_is_closer_to_float32_than_bfloat16_is(pipe, tiny_folder):

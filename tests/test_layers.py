@@ -45,7 +45,7 @@ def test_each_backend_has_its_own_threshold(monkeypatch, backend, rows):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_8_bit_unpacking_on_cuda_is_exact(monkeypatch, watch, dtype, group_size):
+def test_8_bit_unpacking_on_cuda_matches_mlx_bit_for_bit(monkeypatch, watch, dtype, group_size):
     weights = {
         name: part.astype(dtype) if name in ("scales", "biases") else part
         for name, part in packed("affine", 8, group_size).items()

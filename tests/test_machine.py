@@ -45,7 +45,7 @@ def test_without_control_groups_there_are_no_limits(tmp_path):
     assert list(cgroup_limits(tmp_path / "cgroup", tmp_path)) == []
 
 
-def test_the_budget_is_a_share_of_what_the_process_may_have(monkeypatch, on_cpu):
+def test_the_budget_is_a_share_of_what_the_process_may_use(monkeypatch, on_cpu):
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "cpu"})
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setattr(machine, "cgroup_limits", lambda: iter([10**20, 10**9]))
@@ -99,7 +99,7 @@ def test_overlapping_wired_limits_restore_the_original(monkeypatch):
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert limit == [200], "of the one that still runs"
+    assert limit == [200], "the limit of the request that is still running"
     second.__exit__(None, None, None)
     assert limit == [7]
 
@@ -122,8 +122,8 @@ def test_memory_is_wired_only_on_request(monkeypatch, asked):
     assert not asked or limits[0] > 10**6
 
 
-def test_a_mac_that_computes_on_its_cpu_wires_nothing(monkeypatch, on_cpu):
-    """Metal is there all the same, and the default device's facts say nothing about working sets."""
+def test_a_mac_that_computes_on_its_cpu_wires_no_memory(monkeypatch, on_cpu):
+    """Metal is available all the same, but the default device's info has no working set size."""
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda *_: {"device_name": "Apple M1", "architecture": "arm64"})
     monkeypatch.setattr(mx, "set_wired_limit", lambda nbytes: pytest.fail("wired"))
@@ -132,7 +132,7 @@ def test_a_mac_that_computes_on_its_cpu_wires_nothing(monkeypatch, on_cpu):
 
 
 def test_finalizing_a_generator_while_another_sets_a_limit_does_not_deadlock():
-    """As by Python's collector, which may run anywhere."""
+    """As Python's garbage collector may do at any point."""
     limit, doomed = [7], []
 
     def put(nbytes: int) -> int:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, bounds
+from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, bounds, machine
 from mlx_zimage.cli import main
 from mlx_zimage.dtypes import FLOATS
 from mlx_zimage.machine import backend
@@ -185,7 +185,7 @@ def test_encoding_waits_for_each_layer_when_memory_is_scarce(keep, lean, planner
     small = request(width=16, height=16, steps=1)
     tokens = len(ZImagePipeline.from_pretrained("pocket").tokenize(small.prompt))
     work = Workload(16, 16, 1, tokens, 1)
-    # the least budget of such a plan, in which blocks have to be lean
+    # the smallest budget that allows such a plan, whose blocks then have to be lean
     budget = planner.best(work, 1, keep).room if lean else 10**10
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=budget, keep=keep)
     assert pipe.plan(small).lean == lean
@@ -206,8 +206,8 @@ def test_cached_prompts_stay_within_the_budget(planner, prompts, words, budget):
     mx.reset_peak_memory()
     for one in requests:
         list(pipe.denoise(one))
-    # 32 are remembered at most, however much room there is
-    assert 1 < len(pipe.networks._embeddings) < min(prompts, 32), "as many as there is room for"
+    # at most 32 are cached, however much memory is left
+    assert 1 < len(pipe.networks._embeddings) < min(prompts, 32), "as many as fit"
     assert mx.get_peak_memory() - before <= budget
     assert pipe.networks._remembered <= budget - pipe.plan(requests[-1]).room
 
@@ -255,11 +255,11 @@ def limits(calls: list) -> list:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_only_weights_that_stay_are_wired_and_only_for_the_steps(monkeypatch, keep):
-    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=keep)
+def test_only_resident_weights_are_wired_and_only_during_the_steps(monkeypatch, keep):
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", keep=keep, wired=True)
     calls = []
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**9})
+    monkeypatch.setattr(machine, "backend", lambda: "metal")
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"max_recommended_working_set_size": 10**9})
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: calls.append(limit) or 7)
     monkeypatch.setattr(mx, "synchronize", lambda: calls.append("synchronize"))
     for step in pipe.denoise(request(width=48, height=48)):
@@ -270,7 +270,7 @@ def test_only_weights_that_stay_are_wired_and_only_for_the_steps(monkeypatch, ke
             assert limits(calls) == [staying]
             break
     assert limits(calls) == [staying, 7] and calls[-2:] == ["synchronize", 7]
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1000})
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"max_recommended_working_set_size": 1000})
     list(pipe.denoise(request(width=48, height=48, steps=1)))
     assert limits(calls)[2:] == [1000, 7]
 
@@ -311,7 +311,7 @@ def test_blocks_are_not_streamed_if_waiting_is_enough(planner, monkeypatch):
     work = 128, 128, 1, 20, 8
     staged = planner.plan(Workload(*work), 10**10, keep=False)
     late, held = staged.rooms["denoise"], staged.peaks["denoise"]
-    assert not staged.lean and late > held, "a GPU may be late to give memory back"
+    assert not staged.lean and late > held, "a GPU may free memory late"
     waiting = planner.plan(Workload(*work), late - 1, keep=False)
     assert waiting.lean and not waiting.streamed
     assert waiting.rooms["denoise"] == waiting.peaks["denoise"] < held
@@ -447,7 +447,7 @@ def test_a_refused_request_reads_no_weights():
     mx.reset_peak_memory()
     with pytest.raises(MemoryBudgetError):
         list(pipe.stream(request()))
-    assert mx.get_peak_memory() <= before, "not even noise is made"
+    assert mx.get_peak_memory() <= before, "not even noise is generated"
 
 
 @pytest.mark.parametrize(("text", "size"), [("6GB", 6 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), (7, 7)])

@@ -50,7 +50,7 @@ def test_seeds_with_the_same_low_32_bits_give_the_same_noise():
     assert not np.array_equal(torch_randn(5, shape), torch_randn(6, shape))
 
 
-def test_the_first_image_of_a_batch_equals_a_single_one():
+def test_the_first_noise_of_a_batch_equals_a_single_one():
     several, single = initial_noise(42, (3, 16, 6, 10)), initial_noise(42, (1, 16, 6, 10))
     assert mx.array_equal(several[:1], single)
     assert not mx.array_equal(several[1], several[2])

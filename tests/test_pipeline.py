@@ -95,7 +95,7 @@ def test_events_include_the_phases_around_the_steps(tiny_folder):
     events = [event if isinstance(event, Phase) else type(event) for event in pipe.events(request)]
     assert events == encode + work
     events = [event if isinstance(event, Phase) else type(event) for event in pipe.events(request)]
-    assert events == work, "the prompt's embeddings are remembered"
+    assert events == work, "the prompt's embeddings are cached"
 
 
 def test_leaving_the_stream_stops_the_work(pipe, watch):

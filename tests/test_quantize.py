@@ -14,7 +14,7 @@ ALL = [Quantization(b, g, mode) for mode, (bits, groups) in MODES.items() for b 
 
 
 @pytest.mark.parametrize("q", ALL, ids=str)
-def test_packed_shapes_match_mlxs(q):
+def test_packed_shapes_match_mlx(q):
     parts = mx.quantize(mx.ones((6, 256)), group_size=q.group_size, bits=q.bits, mode=q.mode)
     assert list(q.packed("layer.weight", (6, 256)).values()) == [part.shape for part in parts]
     assert (
@@ -31,7 +31,7 @@ def test_a_quantization_survives_a_round_trip_through_the_config(q):
 @pytest.mark.parametrize(
     ("mode", "bits", "group_size"), [("affine", 4, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 )
-def test_defaults_match_mlxs(mode, bits, group_size):
+def test_defaults_match_mlx(mode, bits, group_size):
     assert default_quantization(None, None, mode) == Quantization(bits, group_size, mode)
     parts = mx.quantize(mx.ones((6, 768)), mode=mode)
     packed = Quantization(bits, group_size, mode).packed("layer.weight", (6, 768))
@@ -60,7 +60,7 @@ def test_quantizations_that_mlx_does_not_support_are_refused(arguments, message)
         ("vae", VAEConfig(), 0, 0.0),
     ],
 )
-def test_only_the_blocks_matrices_are_quantized(component, config, count, share):
+def test_only_the_matrices_of_blocks_are_quantized(component, config, count, share):
     shapes = config.shapes()
     chosen = [name for name, shape in shapes.items() if tensor_quantization(component, name, shape, Quantization(4))]
     assert len(chosen) == count

@@ -77,7 +77,7 @@ def test_given_sigmas_are_shifted_like_the_evenly_spaced_ones():
     assert np.array_equal(schedule({"shift": 1.0}, 2, 4096, unshifted=[0.75, 0.5]), np.float32([0.75, 0.5, 0]))
 
 
-def test_a_config_without_shift_gets_turbos():
+def test_a_config_without_shift_gets_turbos_shift():
     assert np.array_equal(schedule({}, 8, 4096), sigmas(8, 3.0))
 
 

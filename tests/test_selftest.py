@@ -1,4 +1,4 @@
-"""The self-test passes on this machine, and finds each of its operations out when that computes wrongly."""
+"""The self-test passes on this machine, and detects a wrong result from each of its operations."""
 
 import mlx.core as mx
 import numpy as np

@@ -58,7 +58,7 @@ def test_strips_need_a_fraction_of_the_memory(runner, size):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (7, 2), (6, 9)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_sum_of_products_equals_the_convolution(on_cpu, watch, height, width, batch):
+def test_the_sum_of_products_equals_a_convolution(on_cpu, watch, height, width, batch):
     mx.random.seed(3)
     x, kernel = mx.random.normal((batch, height, width, 8)), mx.random.normal((16, 3, 3, 8))
     weights = {"weight": kernel, "bias": mx.random.normal((16,))}
@@ -72,7 +72,7 @@ def test_the_sum_of_products_equals_the_convolution(on_cpu, watch, height, width
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_a_cpu_uses_mlxs_convolution_in_16_bits(on_cpu, dtype):
+def test_a_cpu_uses_mlx_convolutions_in_16_bits(on_cpu, dtype):
     x, kernel = (mx.random.normal(shape).astype(dtype) for shape in ((1, 5, 4, 8), (16, 3, 3, 8)))
     weights = {"weight": kernel, "bias": mx.zeros((16,), dtype)}
     assert mx.array_equal(vae.conv(Rows.of(x), weights).get(0, 5), mx.conv2d(x, kernel, padding=1))

@@ -63,6 +63,6 @@ def test_both_spellings_of_the_config_are_equivalent():
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}},
     ],
 )
-def test_what_is_not_implemented_is_refused(change):
+def test_unsupported_configs_are_refused(change):
     with pytest.raises(CheckpointError, match="must be"):
         TextEncoderConfig.from_dict(tiny.TEXT_ENCODER | change)

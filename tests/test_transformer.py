@@ -163,7 +163,7 @@ def test_rotation_preserves_lengths_and_depends_only_on_distances(pipe):
 @pytest.mark.parametrize(
     "change", [{"all_patch_size": [4]}, {"qk_norm": False}, {"siglip_feat_dim": 1152}, {"all_f_patch_size": [2]}]
 )
-def test_what_is_not_implemented_is_refused(change):
+def test_unsupported_configs_are_refused(change):
     with pytest.raises(CheckpointError, match=next(iter(change))):
         TransformerConfig.from_dict(tiny.TRANSFORMER | change)
 
@@ -189,7 +189,7 @@ def test_a_hint_is_added_after_its_block_and_passed_on(pipe):
     assert not mx.array_equal(found.x, network.run(["layers.0", "layers.1", "layers.2"], [plain])[0].x)
 
 
-def test_parts_of_the_rows_with_gathered_keys_and_values_equal_the_whole(pipe):
+def test_attention_split_by_rows_with_gathered_keys_and_values_equals_the_whole(pipe):
     """As on several machines: each has some of the rows, and attends to all."""
     network = pipe.transformer
     whole = stream_of(network, 64, 1)

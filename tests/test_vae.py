@@ -77,6 +77,6 @@ def test_sanitize_moves_channels_last_and_changes_nothing_else():
 @pytest.mark.parametrize(
     "change", [{"act_fn": "relu"}, {"use_quant_conv": True}, {"mid_block_add_attention": False}, {"in_channels": 4}]
 )
-def test_what_is_not_implemented_is_refused(change):
+def test_unsupported_configs_are_refused(change):
     with pytest.raises(CheckpointError, match=next(iter(change))):
         VAEConfig.from_dict(tiny.VAE | change)

@@ -18,12 +18,12 @@ PACKAGE = Path(mlx_zimage.__file__).parent
 
 
 class Trace:
-    """Which file of the package calls which while this is active, and which files are passed the request."""
+    """Records which files of the package call each other, and which files the request is passed to."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
-        self.handed: list[tuple[str, str]] = []
-        self._frames: set[FrameType] = set()  # a generator's is called whenever it goes on
+        self.passed: list[tuple[str, str]] = []
+        self._frames: set[FrameType] = set()  # a generator's frame is entered each time it resumes
 
     def __enter__(self) -> "Trace":
         sys.setprofile(self._see)
@@ -47,7 +47,7 @@ class Trace:
         code = frame.f_code
         given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]]
         if any(isinstance(value, (GenerateRequest, Origin, Saved)) for value in given):
-            self.handed.append((caller, file))
+            self.passed.append((caller, file))
 
     def _file(self, frame: FrameType) -> str | None:
         path = frame.f_code.co_filename
@@ -73,10 +73,10 @@ def trace(tmp_path_factory) -> Trace:
     return seen
 
 
-def test_a_request_is_handed_from_file_to_file_and_never_back(trace):
-    # its own methods, what shows the finished image, and what drives the pipeline's own generator
+def test_a_request_is_passed_from_file_to_file_and_never_back(trace):
+    # the request's own methods, the display of finished images, and what drives the pipeline's own generator
     own = {"request.py", "cli/watch.py", "turns.py"}
-    assert [pair for pair in trace.handed if not own & set(pair)] == [
+    assert [pair for pair in trace.passed if not own & set(pair)] == [
         ("cli/generate.py", "generate.py"),
         ("generate.py", "pipeline.py"),
         ("generate.py", "images/codec.py"),

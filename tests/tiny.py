@@ -35,7 +35,7 @@ TRANSFORMER = official.CONFIGS["transformer"] | {
     "cap_feat_dim": 40,
     "axes_dims": [4, 6, 6],
 }
-# wider than 256, from where on the time embedding stays 256 wide
+# wider than 256, where the time embedding's width stops growing
 WIDE_TRANSFORMER = TRANSFORMER | {
     "dim": 288,
     "n_layers": 1,

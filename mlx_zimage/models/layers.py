@@ -70,7 +70,7 @@ Product = Callable[[mx.array, Tree], mx.array]
 
 
 def product_from(unpack_from: int, most: float = math.inf) -> Product:
-    """`linear` with these limits. Without any it is `linear` itself: 245 calls of a partial are 1% of a prompt."""
+    """`linear` with these limits; without any, `linear` itself, since 245 calls through a partial are 1% of a prompt."""
     return partial(linear, unpack_from=unpack_from, most=most) if unpack_from or most < math.inf else linear
 
 
@@ -94,7 +94,7 @@ def rms_norm(x: mx.array, weights: Tree, eps: float) -> mx.array:
 
 
 def sum_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """The dtype of the residual stream when computing in dtype: with trained weights it exceeds float16's range."""
+    """The residual stream's dtype when computing in dtype: with trained weights, its sums exceed float16's range."""
     return mx.float32 if dtype == mx.float16 else dtype
 
 

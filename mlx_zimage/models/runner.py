@@ -20,7 +20,7 @@ from ..quantization import Quantization
 # layer has `scales`, `biases` if it is affine, and `packing` next to its weight. The tree under a tensor's full name is
 # the array itself.
 Tree = Any
-# A tree that may still be on its way from the disk: the call waits for it. Call it once.
+# Returns a tree that may still be being read from disk, and waits for it. To be called only once.
 Reading = Callable[[], Tree]
 
 

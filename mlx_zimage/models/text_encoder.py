@@ -133,7 +133,7 @@ def layer(
     h = rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
     x = x + attention(h, weights["self_attn"], config, product)
     h = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
-    # undo the factor in x's dtype, which has the range
+    # undo the factor in x's dtype, whose range is large enough
     return x + scaled(mlp(h, weights["mlp"], factor, product).astype(x.dtype), 1 / factor)
 
 

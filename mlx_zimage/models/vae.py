@@ -3,7 +3,7 @@
 Source: diffusers models/autoencoders/{autoencoder_kl,vae}.py. Arrays are channels-last throughout.
 
 A full-size tensor inside the decoder can be larger than the transformer, so layers work on `Rows`: a tensor given by a
-function that computes any range of its rows. Convolutions ask for the neighbouring rows too, normalisation first sums
+function that computes any range of its rows. Convolutions ask for the neighbouring rows too, normalization first sums
 its statistics over the whole image, and a tensor that does not fit is computed again instead of kept. The result is
 that of decoding the whole image at once, without tiles and their seams; a GPU with enough memory does just that.
 """
@@ -362,7 +362,7 @@ def downsample(x: Rows, weights: Tree) -> Rows:
 
 
 def group_norm(x: Rows, weights: Tree, groups: int, strips: Strips, then: Callable = affine) -> Rows:
-    """Normalise over (h, w, C / groups) of the whole image; statistics in float32, result in x's dtype."""
+    """Normalize over (h, w, C / groups) of the whole image; statistics in float32, result in x's dtype."""
     mean, variance = strips.moments(x, groups)
     width = weights["weight"].size // groups
     # one scale and one shift per channel, so that one pass over the image is enough

@@ -80,11 +80,11 @@ class Blocks:
         return streams
 
     def _start(self, block: str, without: str, x: mx.array) -> Tree:
-        """The weights of a block, from memory, or being read from disk while x is computed."""
+        """The weights of a block: from memory, or read from disk while x is computed."""
         if block in self._kept:
             return self._kept[block]
         reading = self.weights.read(block, self.dtype, without=without, stream=self._disk)
-        # The GPU has nothing to do until it is read, so x's intermediates can be freed before its next block is queued.
+        # The GPU is idle until the block is read anyway, so x's intermediates can be freed before it is queued.
         settle(x)
         weights = reading()
         mx.async_eval(weights)

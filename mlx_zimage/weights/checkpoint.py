@@ -39,7 +39,7 @@ from .names import DROPPED, foreign_kind
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 FLOAT_SPELLINGS = ("F32", "F16", "BF16")
 PIPELINE_CLASS = "ZImagePipeline"
-# The pipelines that use the same networks. A ControlNet beside them is not read.
+# The pipelines that use the same networks. A ControlNet next to them is not read.
 PIPELINE_CLASSES = (
     PIPELINE_CLASS,
     *(f"ZImage{use}Pipeline" for use in ("Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")),
@@ -170,7 +170,7 @@ class Component:
 
     @cached_property
     def quantizations(self) -> dict[str, Quantization]:
-        """Each quantized layer's quantization, from mlx-lm's block in config.json; keyed by the layer's path."""
+        """The quantization of each quantized layer, by its path, from mlx-lm's block in config.json."""
         block = self.raw_config.get("quantization")
         if not block:
             return {}
@@ -268,7 +268,7 @@ class Component:
                     array = array.astype(dtype)
                 arrays[name] = array = self.config.sanitize(name, array)
                 if not stream:
-                    mx.eval(array)  # what it is made of goes before the next is read
+                    mx.eval(array)  # frees its intermediates before the next is read
             if prefix in arrays:
                 return arrays[prefix]
             named = {name[len(prefix) + 1 :]: array for name, array in arrays.items()}
@@ -277,7 +277,7 @@ class Component:
         return tree
 
     def _stored(self, prefix: str, without: str, stream: Where = None) -> dict[str, mx.array]:
-        """The arrays under a prefix as they are stored, lazy, by their names."""
+        """The arrays under a prefix as stored, lazy, by name."""
         # Sorted, however a block is split over shards: a compiled function is traced again for another order.
         names = sorted(name for name in self.entries if name.startswith(f"{prefix}.")) or [prefix]
         if without:
@@ -324,7 +324,7 @@ def open_component(
 ) -> Component:
     """Open one network of a model's folder. Reads its config and headers.
 
-    repository is what the folder is a snapshot of; headers of files that are not downloaded yet are read there.
+    If folder is a snapshot of repository, the headers of files that are not downloaded yet are read from there.
     """
     own = find_network(folder, name)
     return Component(name, own, read_json(own / "config.json"), read_entries(own, variant, repository))
@@ -366,7 +366,7 @@ class Checkpoint:
         return self.folder / "tokenizer" / "tokenizer.json"
 
     def open_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Reading it takes up to a second, so opening a checkpoint leaves it out."""
+        """The tokenizer, read on first use: reading it takes up to a second, so opening a checkpoint does not."""
         tokenizer = Tokenizer(self.tokenizer_file)
         check_tokenizer(tokenizer, self.text_encoder.config.vocab_size, self.tokenizer_file)
         return tokenizer
@@ -377,7 +377,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Of all weights."""
+        """The bytes of all weights on disk."""
         return sum(component.nbytes for component in self.components)
 
     @property
@@ -430,7 +430,7 @@ def open_headers(folder: Path, repository: Repository | None = None, variant: st
 
 
 def resolve(source: str | Path, names: Collection[str] = tuple(NETWORKS), variant: str | None = None) -> Path:
-    """The folder of a model. Of a repository, the named networks are checked, then downloaded with the tokenizer."""
+    """A model's folder. For a repository, the named networks are checked, then downloaded with the tokenizer."""
     folder, repository = locate(source)
     if repository:
         check_pipeline(folder)
@@ -547,7 +547,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def read_config(cls: Any, raw_config: dict, file: Path) -> Any:
-    """A config as a dataclass; file is what an error names."""
+    """A config as a dataclass; errors name file."""
     try:
         return cls.from_dict(raw_config)
     except CheckpointError as error:

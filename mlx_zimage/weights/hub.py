@@ -16,13 +16,13 @@ from .manifest import CONVERSION, MANIFEST
 
 POCKET = Path(__file__).parents[1] / "pocket"
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Enough to refuse a repository that is not a model of this family. The shards' indexes are among them.
+# The files that are enough to refuse a repository that is not a model of this family, including the shards' indexes.
 CONFIGS = ["model_index.json", CONVERSION, MANIFEST, *(f"{name}/*.json" for name in (*NETWORKS, "scheduler"))]
 TOKENIZER_FILES = ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
 
 
 class Repository:
-    """A repository of the hub at its latest commit, or, without a network, at the commit in the hub's cache.
+    """A Hugging Face repository at its latest commit or, without a network, at the commit in the local cache.
 
     folder is its snapshot in the cache. Creating a Repository downloads the configs; other files follow when they are
     fetched. All paths are paths in this folder, whether the files are there yet or not.
@@ -34,7 +34,7 @@ class Repository:
 
     @cached_property
     def sizes(self) -> dict[Path, int]:
-        """The size of each file in bytes; only of the downloaded files if the hub cannot be reached."""
+        """The size of each file in bytes; if the hub cannot be reached, only of files that are downloaded."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
         from huggingface_hub.hf_api import RepoFile
@@ -54,7 +54,7 @@ class Repository:
         return [path for path in self.sizes if any(PurePosixPath(self._name(path)).match(p) for p in patterns)]
 
     def header(self, file: Path) -> dict[str, dict[str, Any]]:
-        """The header of a safetensors file, downloaded alone: dtype, shape and data_offsets of each tensor by name."""
+        """A safetensors file's header, downloaded without the data: dtype, shape and data_offsets by tensor name."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
@@ -71,7 +71,7 @@ class Repository:
         return sum(self.sizes.get(file, 0) for file in {*files} if not file.exists())
 
     def fetch(self, files: Iterable[Path]) -> None:
-        """Download those of the files that are not in the folder yet."""
+        """Download the files that are not in the folder yet."""
         missing = sorted({self._name(file) for file in files if not file.exists()})
         if missing:
             _download(self.id, [glob.escape(name) for name in missing], self.folder.name)
@@ -143,7 +143,7 @@ def _download(repository: str, patterns: list[str], commit: str | None = None) -
 
     class Bar(tqdm):
         def __init__(self, *args, **options):
-            # None: no bar if stderr is not a terminal. The configs take no time.
+            # None: no bar if stderr is not a terminal. True: never, since configs are quick to download.
             super().__init__(*args, **{"disable": None if commit else True, **options})
 
     try:

@@ -176,9 +176,9 @@ def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
 
 
 def planned(bits: int | None, configs: Mapping[str, dict] = official.CONFIGS) -> Checkpoint:
-    """A model as `convert` would write it, known from its configs; for planning only. bits None is bfloat16.
+    """A model as `convert` would write it, derived from its configs, for planning only. bits None is bfloat16.
 
-    By default Z-Image-Turbo, which takes neither files nor a network.
+    By default Z-Image-Turbo, which needs neither files nor a network.
     """
     q = Quantization(bits) if bits else None
     networks = {name: _planned(name, config, q) for name, config in configs.items()}

@@ -1,4 +1,4 @@
-"""Which files of a folder belong to the model, judged by name, so that a listing from the hub will do."""
+"""Which files in a folder belong to the model, judging by their names, so that a file list from the hub is enough."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNTED = re.compile(r"\d+\.safetensors")  # mflux's
 
 
 def is_hidden(name: str | PurePosixPath) -> bool:
-    """Whether a path, relative to the model's folder, is a file of the system or a tool rather than the model's."""
+    """Whether a path, relative to the model's folder, belongs to the system or a tool rather than to the model."""
     return any(SYSTEM.fullmatch(part) for part in PurePosixPath(name).parts)
 
 

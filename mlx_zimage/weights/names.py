@@ -145,7 +145,7 @@ def places(name: str, beside: Container[str] = ()) -> list[Place] | None:
 
 
 def foreign_kind(names: Collection[str]) -> str | None:
-    """What most of the names belong to if it is not a model: "LoRA" or "ControlNet"."""
+    """ "LoRA" or "ControlNet" if most of the names belong to one, otherwise None."""
     most = len(names) // 2
     return next((kind for kind, own in FOREIGN.items() if sum(bool(own.search(name)) for name in names) > most), None)
 

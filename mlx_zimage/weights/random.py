@@ -1,4 +1,4 @@
-"""Random weights for an architecture, to measure time and memory without a checkpoint: they do not depend on values."""
+"""Random weights for an architecture: time and memory do not depend on values, so measuring needs no checkpoint."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Store:
             return found
         except (*FAULTS, KeyError) as error:
             if explain(error):
-                raise  # the GPU's failure, not the file's
+                raise  # a failure of the GPU, not of the file
             return None
 
     def put(self, networks: Sequence[Component], key: Sequence[object], array: mx.array) -> None:

@@ -23,7 +23,7 @@ import tiny
 ARCHIVE = Path(__file__).with_name("mflux.zip")
 BITS = (None, 8, 4)
 PERIOD = 251
-WIDTH = 64  # of the VAE
+WIDTH = 64  # block widths of the VAE's blocks
 CONFIGS = {
     "transformer": tiny.TRANSFORMER
     | {"dim": 192, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 6, "n_kv_heads": 6, "axes_dims": [8, 12, 12]}

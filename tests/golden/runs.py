@@ -122,7 +122,7 @@ def counted() -> Iterator[Counter]:
         return Read(file, loaded) if isinstance(loaded, dict) else loaded
 
     def counting_norm(x, weight, bias, eps):
-        counts["calls of the transformer"] += weight is None  # its last norm has none
+        counts["calls of the transformer"] += weight is None  # only its last norm has no weight
         return layer_norm(x, weight, bias, eps)
 
     def counting_attention(*args, **options):

@@ -70,7 +70,7 @@ Product = Callable[[mx.array, Tree], mx.array]
 
 
 def product_from(unpack_from: int, most: float = math.inf) -> Product:
-    """`linear` with these limits; without any, `linear` itself, since 245 calls through a partial are 1% of a prompt."""
+    """`linear` with these limits; without any, `linear` itself, as 245 calls through a partial are 1% of a prompt."""
     return partial(linear, unpack_from=unpack_from, most=most) if unpack_from or most < math.inf else linear
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 from hub import Hub
 from PIL import Image
 
@@ -24,6 +25,7 @@ from mlx_zimage.weights import library, manifest
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.library import Disk, FirstRun, check_space, choose_bits, disks
+from mlx_zimage.weights.listing import is_hidden
 
 DISK = r"disk: +([\d.]+) GB free now, ([\d.]+) GB afterwards, ([\d.]+) GB once the download is deleted\n"
 PROGRAM = """
@@ -228,6 +230,27 @@ def test_a_repository_of_another_kind_is_refused_after_its_configs(run, hub, tmp
     result = run(*GENERATE, "--model", DEFAULT_MODEL)
     assert result.returncode == 4 and "vae" in result.stderr, result.stderr
     assert all(hub.sent.get(name, 0) <= HEADER_BYTES for name in weights)
+
+
+def test_only_the_files_that_are_read_are_downloaded(run, hub, tmp_path):
+    vae = tmp_path / "repository" / "vae"
+    name, fp16 = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(vae / name, vae / fp16)
+    (vae / f"{name}.index.json").write_text(
+        '{"weight_map": {"stale": "diffusion_pytorch_model-00001-of-00002.safetensors"}}'
+    )
+    tiny.litter(tmp_path / "repository")
+    hub.serve(tmp_path / "repository")
+    for variant, read, left in ((None, name, fp16), ("fp16", fp16, name)):
+        hub.sent.clear()
+        shutil.rmtree(run.home.with_name("huggingface"), ignore_errors=True)
+        options = ["--variant", variant] if variant else []
+        result = run(*GENERATE, "--model", DEFAULT_MODEL, *options, MLX_ZIMAGE_EMBEDDINGS="off")
+        assert result.returncode == 0, result.stderr
+        assert hub.sent[f"vae/{read}"] > (vae / read).stat().st_size and f"vae/{left}" not in hub.sent
+        assert not any(is_hidden(path) for path in hub.sent)
+    result = run(*GENERATE, "--model", DEFAULT_MODEL, "--variant", "fp8")
+    assert result.returncode == 2 and "which has fp16; got 'fp8'" in result.stderr
 
 
 def test_plan_and_info_of_an_id_fetch_configs_and_headers_only(run, hub):

@@ -392,7 +392,7 @@ def test_a_missing_folder_is_reported_with_what_is_accepted(source):
 
 
 def test_a_file_is_not_a_model(folder):
-    with pytest.raises(ModelNotFoundError, match=r"^\S+ is a file; expected a folder"):
+    with pytest.raises(ModelNotFoundError, match=r"is a file, which `mlx-zimage convert` reads .*; expected a folder"):
         locate(vae_file(folder))
 
 
@@ -675,6 +675,9 @@ def test_a_lora_or_controlnet_instead_of_a_model_is_named(tmp_path, folder, kind
     shutil.rmtree(folder / "transformer")
     tiny.save_component(folder / "transformer", "transformer", tensors, CONFIGS["transformer"])
     assert refusal(folder).endswith(f"; the file is a {kind}, not a model")
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with pytest.raises(ModelNotFoundError, match=f"safetensors is a {kind}; expected a folder"):
+        open_checkpoint(file)
 
 
 def test_tensors_that_no_network_reads_are_ignored(folder):

@@ -10,9 +10,13 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models import NETWORKS
+from .listing import is_hidden
 from .manifest import CONVERSION, MANIFEST
+from .names import foreign_kind
 
 POCKET = Path(__file__).parents[1] / "pocket"
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -51,7 +55,8 @@ class Repository:
 
     def matching(self, patterns: Iterable[str]) -> list[Path]:
         """The files that match any of the patterns."""
-        return [path for path in self.sizes if any(PurePosixPath(self._name(path)).match(p) for p in patterns)]
+        names = {path: PurePosixPath(self._name(path)) for path in self.sizes}
+        return [path for path, name in names.items() if not is_hidden(name) and any(map(name.match, patterns))]
 
     def header(self, file: Path) -> dict[str, dict[str, Any]]:
         """A safetensors file's header, downloaded without the data: dtype, shape and data_offsets by tensor name."""
@@ -97,7 +102,7 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
     if is_folder:
         return folder, None
     if is_file:
-        raise ModelNotFoundError(f"{source} is a file; expected a folder with model_index.json")
+        raise ModelNotFoundError(f"{source} is {_kind_of_file(folder)}; expected a folder with model_index.json")
     if not REPOSITORY_ID.fullmatch(str(source)):
         raise ModelNotFoundError(
             f"no model folder at {source}; give a folder, a Hugging Face id such as "
@@ -105,6 +110,15 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
         )
     repository = Repository(str(source))
     return repository.folder, repository
+
+
+def _kind_of_file(file: Path) -> str:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            kind = foreign_kind(opened.keys())
+    except (SafetensorError, OSError):
+        return "a file"
+    return f"a {kind}" if kind else "a file, which `mlx-zimage convert` reads if it contains a transformer"
 
 
 def cached() -> dict[str, Path]:
@@ -147,7 +161,15 @@ def _download(repository: str, patterns: list[str], commit: str | None = None) -
             super().__init__(*args, **{"disable": None if commit else True, **options})
 
     try:
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, tqdm_class=Bar))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=commit,
+                allow_patterns=patterns,
+                ignore_patterns=[".*", "*/.*"],  # is_hidden's, as far as the patterns would include them
+                tqdm_class=Bar,
+            )
+        )
     except LocalEntryNotFoundError as error:
         folder = cached().get(repository)
         if commit is None and folder and (only := snapshot(folder)):

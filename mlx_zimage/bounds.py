@@ -13,6 +13,9 @@ import mlx.core as mx
 
 from .machine import backend
 
+# Widths of heads for which MLX has a fused attention on Metal, in every dtype: no scores are in memory. Source: MLX,
+# backend/metal/scaled_dot_product_attention.cpp.
+FUSED_ON_METAL = (64, 72, 80, 96, 128)
 LARGEST_WHOLE = 2**30  # elements: MLX's CUDA kernels fail on more, so larger images are decoded in strips
 
 

@@ -3,6 +3,7 @@
 The exception is full_size.py, which would write 33 GB: it runs with small architectures.
 """
 
+import json
 import runpy
 import subprocess
 import sys
@@ -112,6 +113,47 @@ def test_full_size(tmp_path, monkeypatch, options, dtype, bits):
     request = GenerateRequest("a red fox", 32, 32, seed=1, steps=1)
     (image,) = [event for event in ZImagePipeline(checkpoint, mx.float32).stream(request) if hasattr(event, "pixels")]
     assert image.pixels.std() > 1
+
+
+def report(passed: bool = True, **machine: object) -> tuple[dict, dict]:
+    """What doctor and bench write on an M1 with 16 GB."""
+    facts = {"device": "Apple M1", "architecture": "applegpu_g13g", "macos": "15.1", "mlx": "0.32.4"} | machine
+    checks = [{"name": "attention", "error": 1e-6 if passed else None, "limit": 1e-3}]
+    speeds = {"product_tflops": 1.0349}
+    doctor = {
+        "machine": facts | {"memory_budget": 11_453_000_000},
+        "speeds": speeds,
+        "passed": passed,
+        "checks": checks,
+    }
+    phases = {
+        name: {"median_s": seconds, "peak_gb": peak}
+        for name, seconds, peak in (("encode", 0.5, 4.2), ("steps", 61.25, 7.07), ("decode", 5.0, 5.5))
+    }
+    case = {"width": 1024, "height": 1024, "bits": 4, "dtype": "float16"}
+    return doctor, {"machine": facts, "case": case, **phases}
+
+
+def test_the_row_of_a_machine_is_made_from_two_files(run):
+    for file, content in zip(("doctor.json", "bench.json"), report(), strict=True):
+        Path(file).write_text(json.dumps(content))
+    printed = run("measured_row.py", "doctor.json", "bench.json")
+    assert printed == (
+        "| Apple M1, 11 GB for the GPU, macOS 15.1, MLX 0.32.4, 1.03 TFLOP/s | 4 bits, float16 | 1024x1024 "
+        "| 0.500 | 61.250 | 5.000 | 7.1 |\n"
+    )
+    header = next(
+        line for line in (EXAMPLES / "measurements.md").read_text().splitlines() if line.startswith("| machine")
+    )
+    assert printed.count("|") == header.count("|")
+
+
+def test_no_row_is_made_of_two_machines_or_of_one_that_computes_wrongly():
+    row = runpy.run_path(str(EXAMPLES / "measured_row.py"))["row"]
+    with pytest.raises(SystemExit, match="two machines"):
+        row(report()[0], report(device="Apple M2")[1])
+    with pytest.raises(SystemExit, match="wrong results for attention"):
+        row(*report(passed=False))
 
 
 def test_every_example_is_run_by_a_test():

@@ -36,7 +36,8 @@ PARSED = re.compile(
     r"examples/(full_size|quality|sensitivity)\.py"  # test_examples.py and test_convert_quality.py have small ones
 )
 STAND_INS = {  # random weights of full size take minutes
-    "mlx-zimage bench --json": "mlx-zimage bench --model pocket --size 32x32 --steps 1 --tokens 8 --repeat 1 --json",
+    "mlx-zimage bench --q-bits 4": "mlx-zimage bench --model pocket --size 32x32 --steps 1 --tokens 8 --repeat 1",
+    "python examples/measured_row.py": f"{sys.executable} {ROOT}/examples/measured_row.py",
     "python examples/peaks.py random-4bit 1024 1024:1GB 2048:2.5GB": f"{sys.executable} {ROOT}/examples/peaks.py "
     "z-image-4bit 32 32:1GB 48:2.5GB --steps 2",
 }

@@ -1,0 +1,443 @@
+"""LoRA files in every trainer's dialect, read into differences of named weights.
+
+Trainers spell a layer's path with dots or underscores, with or without a prefix, split or fused, in diffusers' names or
+ComfyUI's. All of them become the same once "." is "_", so one table built from the model (`Names`) resolves every
+spelling without guessing. What a file says of one weight becomes a `Delta`; a key that is neither part of one nor known
+to carry nothing is an error, never skipped.
+
+Sources: the trainers' own code (ai-toolkit, musubi-tuner, OneTrainer, DiffSynth-Studio, SimpleTuner, LyCORIS, PEFT,
+diffusers, mflux) and ComfyUI's loader.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError, ModelNotFoundError
+from ..models.runner import NetworkConfig
+from .checkpoint import SHOWN, read_header, read_json
+from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement, is_finite
+from .hub import REPOSITORY_ID, Repository
+from .manifest import sha256
+from .names import comfyui_name
+
+ADAPTER = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
+
+# Prefixes of a layer's path, "." written as "_". They may stand before one another, as in text_encoders.X.transformer.
+PREFIX = re.compile(
+    r"(base_model_model|model_diffusion_model|diffusion_model|text_encoders_[a-z0-9]+(_[0-9]+b)?|lora_transformer|"
+    r"lora_unet_?|lora_te\d?|lycoris|transformer|text_encoder)_"
+)
+# What follows a layer's path: a factor or another part of its difference. `.default` and the like name PEFT's adapter.
+PARTS = {
+    "down": r"[._]lora(_A|_down|\.down|_linear_layer\.down)(\.\w+)??(\.weight)?",
+    "up": r"[._]lora(_B|_up|\.up|_linear_layer\.up)(\.\w+)??(\.weight)?",
+    "alpha": r"\.alpha",
+    "magnitude": r"\.(dora_scale|magnitude|lora_magnitude_vector)(\.\w+)??(\.weight)?",
+    "w1": r"\.lokr_w1",
+    "w1_a": r"\.lokr_w1_a",
+    "w1_b": r"\.lokr_w1_b",
+    "w2": r"\.lokr_w2",
+    "w2_a": r"\.lokr_w2_a",
+    "w2_b": r"\.lokr_w2_b",
+    "hada_w1_a": r"\.hada_w1_a",
+    "hada_w1_b": r"\.hada_w1_b",
+    "hada_w2_a": r"\.hada_w2_a",
+    "hada_w2_b": r"\.hada_w2_b",
+    "diff": r"\.(diff|w_norm)",
+    "diff_b": r"\.(diff_b|b_norm)",
+    "set_weight": r"\.set_weight",
+}
+_PARTS = [(part, re.compile(rf"(?P<path>.+?){pattern}")) for part, pattern in PARTS.items()]
+# Kinds that no reader here knows, by what their keys end with.
+UNSUPPORTED = {
+    "OFT or BOFT": re.compile(r"\.(oft|boft)_\w+|\.oft_R(\.\w+)?\.weight"),
+    "GLoRA": re.compile(r"\.[ab][12]\.weight"),
+    "a Tucker decomposition": re.compile(r"\.(lokr_t2|hada_t[12]|lora_mid(\.weight)?)"),
+    "a LoRA with biases": re.compile(r"[._]lora_[AB](\.\w+)??\.bias"),
+}
+# What a file that is no Z-Image LoRA may be, by a name that most of its keys contain.
+LOOKS_LIKE = {
+    "a LoRA for Flux": re.compile(r"double_blocks|single_blocks|single_transformer_blocks"),
+    "a LoRA for SDXL or SD 1.5": re.compile(r"down_blocks|up_blocks|input_blocks|output_blocks|lora_te[12]_text_model"),
+    "a LoRA for Qwen-Image": re.compile(r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)"),
+    "a LoRA for SD3": re.compile(r"joint_blocks|transformer_blocks[._]\d+[._](ff_context|attn[._]add_)"),
+    "a LoRA for Wan": re.compile(r"blocks[._]\d+[._](cross_attn|ffn[._]\d)"),
+    "a ControlNet": re.compile(r"(^|\.)control(net)?_"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The rows of a stored difference that belong to one weight: piece `part` when they are cut into `parts`."""
+
+    network: str
+    layer: str
+    part: int = 0
+    parts: int = 1
+
+
+class Names:
+    """Every spelling of the layers of some networks, "." written as "_", and the layers they stand for."""
+
+    def __init__(self, configs: Mapping[str, NetworkConfig]):
+        self.shapes = {network: config.shapes() for network, config in configs.items()}
+        self._own: dict[str, list[Target]] = {}
+        self._alias: dict[str, list[Target]] = {}
+        for network, shapes in self.shapes.items():
+            for name in shapes:
+                layer, _, kind = name.rpartition(".")
+                layer = layer if kind in ("weight", "bias") else name
+                self._own.setdefault(_flat(layer), [Target(network, layer)])
+                if network == "text_encoder":
+                    self._alias.setdefault(_flat(layer.removeprefix("model.")), [Target(network, layer)])
+        for network, shapes in self.shapes.items():
+            fused: dict[str, list[str]] = {}
+            for name in shapes:
+                if name.endswith(".weight"):
+                    foreign = comfyui_name(network, name).removesuffix(".weight")
+                    fused.setdefault(_flat(foreign), []).append(name.removesuffix(".weight"))
+            for flat, layers in fused.items():
+                if flat not in self._own:
+                    self._alias[flat] = [Target(network, x, i, len(layers)) for i, x in enumerate(layers)]
+
+    def find(self, path: str) -> tuple[list[Target], bool]:
+        """The targets of a layer's path in any spelling, and whether it is the layer's own name; [] if unknown."""
+        flat = _flat(path)
+        while True:
+            if flat in self._own:
+                return self._own[flat], True
+            if flat in self._alias:
+                return self._alias[flat], False
+            prefix = PREFIX.match(flat)
+            if not prefix:
+                return [], False
+            flat = flat[prefix.end() :]
+
+    def shape(self, target: Target) -> tuple[int, ...]:
+        """The shape of a layer's weight, or of the tensor itself where it is not a layer."""
+        shapes = self.shapes[target.network]
+        return shapes.get(f"{target.layer}.weight") or shapes[target.layer]
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def find_lora(source: str | Path) -> Path:
+    """The file (or PEFT's folder) of a LoRA: a path, a Hugging Face id, or id:file where a repository has several."""
+    path = Path(os.path.expanduser(source))
+    if path.exists():
+        return path
+    repository_id, _, name = str(source).partition(":")
+    if not REPOSITORY_ID.fullmatch(repository_id):
+        raise ModelNotFoundError(f"no LoRA at {source}; expected a safetensors file, a Hugging Face id, or id:file")
+    repository = Repository(repository_id)
+    files = {str(file.relative_to(repository.folder)): file for file in repository.matching(["*.safetensors"])}
+    if name and name not in files:
+        raise ModelNotFoundError(
+            f"{repository_id} has no {name}; it has {', '.join(sorted(files)) or 'no safetensors'}"
+        )
+    if not name and len(files) != 1:
+        listed = "; ".join(f"{repository_id}:{other}" for other in sorted(files))
+        raise ModelNotFoundError(
+            f"{repository_id} has {len(files)} safetensors files; expected one{': ' * bool(listed)}{listed}"
+        )
+    file = files[name or next(iter(files))]
+    config = file.parent / "adapter_config.json"
+    repository.fetch([file, *(path for path in repository.sizes if path == config)])
+    return file.parent if file.name == ADAPTER and config.exists() else file
+
+
+def name_of_lora(file: Path) -> str:
+    """What to call a LoRA without saying where it is: the name of its file, or of PEFT's folder."""
+    return file.name if file.is_dir() else (file.parent.name if file.name == ADAPTER else file.stem)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, read: its differences by network and weight, and what is known of its making.
+
+    deltas has each network's differences by the weight's name in the checkpoint. ignored are keys that carry nothing:
+    fused copies of layers that the file also has one by one. metadata is the safetensors header's.
+    """
+
+    file: Path
+    sha256: str
+    deltas: Mapping[str, Mapping[str, Delta]]
+    ignored: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    dialect: str = ""
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """Rank scaling from outside the tensors: PEFT's config, in the safetensors header or beside the file."""
+
+    config: Mapping
+
+    def scale(self, path: str, rank: int, alpha: float | None) -> float:
+        """The factor of up @ down for the layer at this path; alpha is the one stored beside the factors, if any."""
+        if alpha is None:
+            patterns = self.config.get("alpha_pattern") or {}
+            own = [value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)]
+            alpha = own[0] if own else self.config.get("lora_alpha", rank)
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise CheckpointError(f"the LoRA's alpha of {path} must be a number, got {alpha!r}")
+        return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+
+def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = False) -> Lora:
+    """Read a LoRA's safetensors file (or PEFT's folder) for networks of these configs, in any dialect.
+
+    Every key must belong to a difference of a known weight, with factors that fit it and numbers that are finite;
+    otherwise CheckpointError names what does not. partial=True leaves out keys that match no layer, unless none does;
+    they are listed in `unmatched`.
+    """
+    config: dict = {}
+    if file.is_dir():
+        config = read_json(file / "adapter_config.json")
+        file = file / ADAPTER
+    _refuse_pickles(file)
+    entries = read_header(file)
+    metadata = read_metadata(file)
+    if not config:
+        config = _header_config(file, metadata)
+    names = Names(configs)
+    layers, unknown = _group(entries)
+    _refuse_kinds(file, unknown, len(entries))
+    found: dict[str, tuple[list[Target], bool]] = {path: names.find(path) for path in layers}
+    lost = [key for path, (targets, _) in found.items() if not targets for key in layers[path].values()]
+    unmatched = sorted(unknown + lost)
+    _check_matched(file, unmatched, len(entries), partial)
+
+    own = {(t.network, t.layer) for targets, exact in found.values() if exact for t in targets}
+    arrays: Any = mx.load(str(file))
+    deltas: dict[str, dict[str, Delta]] = {network: {} for network in configs}
+    ignored: list[str] = []
+    for path, (targets, exact) in found.items():
+        keys = layers[path]
+        if targets and not exact and all((t.network, t.layer) in own for t in targets):
+            ignored += keys.values()
+            continue
+        for target in targets:
+            for kind, delta in _deltas(file, path, keys, arrays, _Scaling(config), names, target):
+                name = _weight_name(target.layer, kind, names.shapes[target.network])
+                if name in deltas[target.network]:
+                    raise CheckpointError(f"{file}: {path} is a second difference of {name}; expected one")
+                deltas[target.network][name] = delta
+    read = {network: found for network, found in deltas.items() if found}
+    return Lora(file, sha256(file), read, tuple(sorted(ignored)), tuple(unmatched), metadata, _dialect(entries))
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The text that a safetensors header holds beside the tensors; {} if there is none."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return json.loads(stream.read(length)).get("__metadata__") or {}
+
+
+def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:
+    """PEFT's config as diffusers saves it: JSON in the header's lora_adapter_metadata, keys prefixed by the network."""
+    text = metadata.get("lora_adapter_metadata")
+    if text is None:
+        return {}
+    try:
+        stored = json.loads(text)
+        return {key.removeprefix("transformer."): value for key, value in stored.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: lora_adapter_metadata is not a JSON object ({error})") from error
+
+
+def _refuse_pickles(file: Path) -> None:
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(4)
+    except FileNotFoundError:
+        raise CheckpointError(f"no LoRA at {file}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if start[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05") or start == b"PK\x03\x04":
+        raise CheckpointError(f"{file} is a PyTorch pickle, which can run code when it is opened; expected safetensors")
+
+
+def _group(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The keys of each layer's path by the part that they hold, and the keys that hold no known part."""
+    layers: dict[str, dict[str, str]] = {}
+    unknown = []
+    for key in sorted(keys):
+        match = next(((part, m) for part, pattern in _PARTS if (m := pattern.fullmatch(key))), None)
+        if match:
+            layers.setdefault(match[1]["path"], {})[match[0]] = key
+        else:
+            unknown.append(key)
+    return layers, unknown
+
+
+def _refuse_kinds(file: Path, unknown: list[str], total: int) -> None:
+    for kind, pattern in UNSUPPORTED.items():
+        names = [key for key in unknown if pattern.search(key)]
+        if names:
+            raise CheckpointError(
+                f"{file}: {len(names)} of {total} keys are {kind}, first {names[0]!r}, which is not supported; "
+                f"LoRA, LoKr, LoHa, DoRA and plain differences are"
+            )
+
+
+def _check_matched(file: Path, unmatched: list[str], total: int, partial: bool) -> None:
+    if not unmatched or (partial and len(unmatched) < total):
+        return
+    if any(pattern.fullmatch(key) for key in unmatched for _, pattern in _PARTS):
+        kinds = LOOKS_LIKE
+    else:
+        kinds = {"a ControlNet": LOOKS_LIKE["a ControlNet"], "a full checkpoint": re.compile("")}
+    looks = next(
+        (kind for kind, names in kinds.items() if sum(bool(names.search(key)) for key in unmatched) * 2 > total), ""
+    )
+    more = f" and {len(unmatched) - SHOWN} more" if len(unmatched) > SHOWN else ""
+    advice = "" if len(unmatched) == total else "; --lora-partial (partial=True) applies the others"
+    looks = f" (it looks like {looks})" if looks else ""
+    raise CheckpointError(
+        f"{file}: {len(unmatched)} of {total} keys match no layer of Z-Image{looks}: "
+        f"{', '.join(unmatched[:SHOWN])}{more}{advice}"
+    )
+
+
+def _weight_name(layer: str, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return layer if layer in shapes else f"{layer}.{kind}"
+
+
+def _deltas(
+    file: Path, path: str, keys: Mapping[str, str], arrays: Mapping[str, mx.array], scaling: _Scaling, names: Names,
+    target: Target,
+) -> Iterator[tuple[str, Delta]]:  # fmt: skip
+    """("weight" or "bias", its difference) of one target, checked: whole, of the weight's shape, finite."""
+    parts = {part: arrays[key] for part, key in keys.items()}
+    expected = names.shape(target)
+    stored = (expected[0] * target.parts, *expected[1:])
+    alpha = float(parts.pop("alpha").reshape(-1)[0]) if "alpha" in parts else None
+    magnitude = parts.pop("magnitude", None)
+    bias = parts.pop("diff_b", None)
+    delta = _weight_delta(file, path, parts, alpha, scaling)
+    if magnitude is not None:
+        if delta is None:
+            raise CheckpointError(f"{file}: {path} has a DoRA magnitude but no factors; the file is incomplete")
+        rows, columns = stored
+        size = magnitude.size
+        by_row = size == rows and magnitude.shape in ((rows,), (rows, 1))
+        if not by_row and magnitude.shape != (1, columns):
+            raise CheckpointError(
+                f"{file}: {keys['magnitude']} is {magnitude.shape}, expected ({rows}, 1) or (1, {columns})"
+            )
+        delta = DoRA(delta, magnitude.reshape(-1, 1) if by_row else magnitude)
+    found: list[tuple[str, Delta, tuple[int, ...]]] = []
+    if delta is not None:
+        found.append(("weight", delta, stored))
+    if bias is not None:
+        found.append(("bias", Dense(bias), stored[:1]))
+    if not found:
+        raise CheckpointError(f"{file}: {path} has only {', '.join(keys.values())}; the file is incomplete")
+    for kind, each, shape in found:
+        if tuple(each.shape) != shape:
+            raise CheckpointError(
+                f"{file}: the difference of {path} is {tuple(each.shape)}, but the model's {kind} is {shape}; it was "
+                f"made for another model"
+            )
+        if not is_finite(each):
+            raise CheckpointError(f"{file}: {path} has numbers that are not finite; download or train it again")
+        yield kind, each.rows(target.part, target.parts) if target.parts > 1 else each
+
+
+# Which trainer's spelling a file has, for people; the first row that matches any key. Reading does not depend on it.
+DIALECTS = (
+    ("LyCORIS (SimpleTuner)", re.compile(r"lycoris_")),
+    ("OneTrainer, old", re.compile(r"lora_transformer_")),
+    ("kohya (musubi-tuner)", re.compile(r"lora_unet_")),
+    ("DiffSynth-Studio", re.compile(r"layers\..*\.lora_[AB]\.default\.weight")),
+    ("PEFT", re.compile(r"base_model\.model\.")),
+    ("diffusers", re.compile(r"transformer\.")),
+    ("ComfyUI (ai-toolkit, mflux)", re.compile(r"diffusion_model\.")),
+    ("dotted names", re.compile(r".*\.lora\.(up|down)\.")),
+)
+
+
+def _dialect(keys: Iterable[str]) -> str:
+    return next((name for name, pattern in DIALECTS if any(pattern.match(key) for key in keys)), "bare names")
+
+
+def _weight_delta(
+    file: Path, path: str, parts: Mapping[str, mx.array], alpha: float | None, scaling: _Scaling
+) -> Delta | None:
+    """The difference of a layer's weight that these factors make; None if there are none."""
+
+    def take(*names: str) -> list[mx.array]:
+        missing = [name for name in names if name not in parts]
+        if missing:
+            raise CheckpointError(f"{file}: {path} has no {', '.join(missing)}; the file is incomplete")
+        return [_matrix(parts[name]) for name in names]
+
+    def product(name: str) -> tuple[mx.array, int | None]:
+        """A LoKr factor, and its rank if it is stored as a product."""
+        if name in parts:
+            return take(name)[0], None
+        a, b = take(f"{name}_a", f"{name}_b")
+        if a.shape[-1] != b.shape[0]:
+            raise _misfit(file, path, a, b)
+        return (a.astype(mx.float32) @ b.astype(mx.float32)), b.shape[0]
+
+    kinds = [kind for kind, names in KINDS.items() if names & parts.keys()]
+    if len(kinds) > 1:
+        raise CheckpointError(f"{file}: {path} has both {' and '.join(kinds)}; expected one kind")
+    if not kinds:
+        return None
+    if kinds[0] == "LoRA":
+        down, up = take("down", "up")
+        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+            raise _misfit(file, path, up, down)
+        return LowRank(down, up, scaling.scale(path, down.shape[0], alpha))
+    if kinds[0] == "LoKr":
+        (w1, rank1), (w2, rank2) = product("w1"), product("w2")
+        if w1.ndim != 2 or w2.ndim != 2:
+            raise _misfit(file, path, w1, w2)
+        rank = rank2 or rank1  # of two whole factors alpha means nothing; ai-toolkit stores 9999999999 then
+        return Kronecker(w1, w2, 1.0 if rank is None or alpha is None else alpha / rank)
+    if kinds[0] == "LoHa":
+        factors = take("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        for a, b in (factors[:2], factors[2:]):
+            if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or a.shape[0] != factors[0].shape[0]:
+                raise _misfit(file, path, a, b)
+        if factors[1].shape[1] != factors[3].shape[1]:
+            raise _misfit(file, path, factors[1], factors[3])
+        rank = factors[1].shape[0]
+        w1_a, w1_b, w2_a, w2_b = factors
+        return Hadamard(w1_a, w1_b, w2_a, w2_b, 1.0 if alpha is None else alpha / rank)
+    if kinds[0] == "a difference":
+        return Dense(parts["diff"])
+    return Replacement(parts["set_weight"])
+
+
+KINDS = {
+    "LoRA": {"down", "up"},
+    "LoKr": {"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b"},
+    "LoHa": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    "a difference": {"diff"},
+    "a weight": {"set_weight"},
+}
+
+
+def _matrix(array: mx.array) -> mx.array:
+    """The factor of a 1x1 convolution is a matrix with two axes of 1 behind it."""
+    return array.squeeze(axis=(2, 3)) if array.ndim == 4 and array.shape[2:] == (1, 1) else array
+
+
+def _misfit(file: Path, path: str, a: mx.array, b: mx.array) -> CheckpointError:
+    return CheckpointError(f"{file}: the factors of {path} do not fit together: {a.shape} and {b.shape}")

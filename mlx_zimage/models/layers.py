@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..machine import backend
 from ..quantization import Quantization
+from .lora import added, beside, items, low_rank, needs_dense
 from .runner import Tree
 
 T = TypeVar("T")
@@ -31,8 +32,11 @@ def linear(x: mx.array, weights: Tree, unpack_from: int = 0, most: float = math.
 
     A quantized layer has `scales` (and `biases` if affine) and `packing`, the arguments it was quantized with, next to
     its packed `weight`. With at least unpack_from rows of input, it is dequantized for a dense product; with fewer, it
-    is multiplied in packed form. A product of more than `most` FLOP is computed by rows (see `machine.kernel_flops`).
+    is multiplied in packed form. A product of more than `most` FLOP is computed by rows (see `machine.kernel_flops`). A
+    layer that LoRAs change has `lora`, too: see `models.lora`.
     """
+    if "lora" in weights:
+        return adapted(x, weights, unpack_from, most)
     weight = weights["weight"]
     if "packing" in weights:
         if x.size // x.shape[-1] < unpack_from:
@@ -63,6 +67,18 @@ def dot_product_attention(q: mx.array, k: mx.array, v: mx.array, most: float = m
         for a, b in pieces(L, 4 * B * H * k.shape[2] * D, most)
     ]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def adapted(x: mx.array, weights: Tree, unpack_from: int = 0, most: float = math.inf) -> mx.array:
+    """`linear` of a layer that LoRAs change."""
+    lora, own = weights["lora"], {name: part for name, part in weights.items() if name not in ("lora", "bias")}
+    packed = "packing" in own and x.size // x.shape[-1] < unpack_from and not needs_dense(lora)
+    if packed or not (needs_dense(lora) or any(items(lora))):
+        y = beside(x, partial(linear, weights=own, unpack_from=unpack_from, most=most), lora)
+    else:
+        weight = dequantize(own, x.dtype) if "packing" in own else own["weight"]
+        y = low_rank(x, linear(x, {"weight": added(weight, lora)}, most=most), lora)
+    return y + weights["bias"] if "bias" in weights else y
 
 
 # Multiplies an input by a layer's weights: `linear`, or a function that stands in for it.

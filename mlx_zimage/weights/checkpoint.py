@@ -287,9 +287,9 @@ class Component:
         return {name: loaded[self.entries[name].file][self.entries[name].name] for name in names}
 
     def _packings(self, prefix: str) -> dict[str, Quantization]:
-        """The quantizations of the layers under a prefix, by the rest of their names."""
+        """The quantizations of the layers under a prefix, by the rest of their names, "" for the prefix itself."""
         start = len(prefix) + 1
-        return {layer[start:]: q for layer, q in self.quantizations.items() if layer.startswith(f"{prefix}.")}
+        return {layer[start:]: q for layer, q in self.quantizations.items() if f"{layer}.".startswith(f"{prefix}.")}
 
     def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
         """The tree under each prefix in turn, as `read` returns it, but evaluated, by READERS threads."""
@@ -347,8 +347,9 @@ def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quanti
     """The leaves of a tree, with each quantized layer's packing as keyword arguments for MLX's functions."""
     leaves: list[tuple[str, Any]] = list(arrays.items())
     for layer, q in quantizations.items():
-        if f"{layer}.scales" in arrays:
-            leaves += [(f"{layer}.packing.{key}", value) for key, value in q.to_dict().items()]
+        path = f"{layer}." if layer else ""
+        if f"{path}scales" in arrays:
+            leaves += [(f"{path}packing.{key}", value) for key, value in q.to_dict().items()]
     return leaves
 
 

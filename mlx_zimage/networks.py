@@ -12,7 +12,7 @@ of earlier prompts are cached, here as far as the budget allows and on disk by `
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -36,6 +36,8 @@ from .tokenizer import PromptTruncated
 from .weights.blocks import Blocks
 from .weights.checkpoint import Checkpoint
 from .weights.library import embeddings_folder
+from .weights.lora import Lora
+from .weights.overlay import Extra, Overlay
 from .weights.store import Store
 
 SMALL_STRIP = 2**18  # bytes per strip where memory is not planned
@@ -88,11 +90,14 @@ class Networks:
             for name, component in checkpoint.networks.items()
         }
         configs = {name: component.config for name, component in checkpoint.networks.items()}
-        self.text_encoder = TextEncoder(configs["text_encoder"], self.runners["text_encoder"], product)
-        self.transformer = Transformer(configs["transformer"], self.runners["transformer"], product, most=most)
+        self.overlays = {name: Overlay(self.runners[name], configs[name]) for name in ("text_encoder", "transformer")}
+        self.text_encoder = TextEncoder(configs["text_encoder"], self.overlays["text_encoder"], product)
+        self.transformer = Transformer(configs["transformer"], self.overlays["transformer"], product, most=most)
         self.vae = VAE(configs["vae"], self.runners["vae"], most=most)
         self._store = Store(dtype, embeddings_folder())
-        self._embeddings: dict[Ids, mx.array] = {}
+        self._embeddings: dict[tuple[Hashable, ...], mx.array] = {}
+        self._strengths: Mapping[str, float] = {}
+        self._encoder_loras: tuple[tuple[str, float], ...] = ()
         self._plan: Plan | None = None
         self._limit_cache: Callable[[int], None] | None = None
         self._scaled = dtype != mx.float16
@@ -113,6 +118,41 @@ class Networks:
     def plan(self, work: Workload, keep: bool | None = None) -> Plan:
         """The plan for a workload within the budget; MemoryBudgetError if it cannot fit."""
         return self.planner.plan(work, self.budget, keep)
+
+    # ---- LoRAs
+
+    def attach(self, lora: Lora) -> None:
+        """Bring a LoRA's differences into memory; it changes nothing until `set_loras` gives it a strength."""
+        for name, deltas in lora.deltas.items():
+            self.overlays[name].attach(lora.sha256, deltas)
+
+    def detach(self, lora: Lora) -> None:
+        """Take a LoRA off, and unload it."""
+        for name in lora.deltas:
+            self.overlays[name].detach(lora.sha256)
+        self.transformer.forget_schedule_but(())
+
+    def set_loras(self, strengths: Mapping[str, float]) -> None:
+        """Give attached LoRAs, by their SHA-256, the strengths that what follows is computed with; others have none."""
+        self._strengths = strengths
+        for overlay in self.overlays.values():
+            if overlay.set(strengths):
+                self.transformer.forget_schedule_but(())
+        self._encoder_loras = tuple(self.overlays["text_encoder"].strengths.items())
+
+    @contextmanager
+    def with_loras(self, strengths: Mapping[str, float]) -> Iterator[None]:
+        """Attached LoRAs at other strengths for a while."""
+        before = self._strengths
+        self.set_loras(strengths)
+        try:
+            yield
+        finally:
+            self.set_loras(before)
+
+    def lora_extras(self, strengths: Mapping[str, float]) -> dict[str, Extra]:
+        """What attached LoRAs at these strengths add to the memory of each network."""
+        return {name: overlay.extra(strengths) for name, overlay in self.overlays.items()}
 
     # ---- a request
 
@@ -194,11 +234,12 @@ class Networks:
 
     def encode_prompt(self, ids: Ids) -> Generator[Phase, None, mx.array]:
         """The embeddings of one tokenized prompt, from a cache if they are there."""
-        if ids in self._embeddings:
-            self._embeddings[ids] = self._embeddings.pop(ids)  # the most recently used come last
-            return self._embeddings[ids]
+        key = (*ids, *self._encoder_loras)
+        if key in self._embeddings:
+            self._embeddings[key] = self._embeddings.pop(key)  # the most recently used come last
+            return self._embeddings[key]
         config = self.text_encoder.config
-        made = [self.checkpoint.text_encoder], ids
+        made = [self.checkpoint.text_encoder], key
         embeddings = self._store.get(*made, (len(ids), config.hidden_size), sum_dtype(self.dtype))
         if embeddings is None:
             embeddings = yield from phases("encode", config.used_layers, self.text_encoder.steps(ids))
@@ -208,7 +249,7 @@ class Networks:
                     "too, the weights are damaged"
                 )
             self._store.put(*made, embeddings)
-        self._embeddings[ids] = embeddings
+        self._embeddings[key] = embeddings
         self._forget_embeddings()
         return embeddings
 
@@ -234,7 +275,8 @@ class Networks:
         made = components, ("factors", headroom.SIDE, *ids)
         factors = self._store.get(*made, (len(networks),), mx.float32)
         if factors is None:
-            factors = mx.array((yield from self._find_factors(ids)))
+            with self.with_loras({}):  # the model's own, for every request
+                factors = mx.array((yield from self._find_factors(ids)))
             self._store.put(*made, factors)
         for network, component, factor in zip(networks, components, np.array(factors).tolist(), strict=True):
             if not factor:

@@ -19,6 +19,7 @@ from .errors import NumericsError, RequestError
 from .failures import explained
 from .images.codec import rounded, to_pil, to_uint8, to_unit
 from .inputs import NONE, Inputs
+from .loras import LoraMethods
 from .machine import default_dtype, machine_budget, wide_dtype
 from .memory import Plan, Planner, Workload
 from .models.layers import result
@@ -32,6 +33,7 @@ from .sizes import parse_memory
 from .turns import Turns
 from .variants import Variant
 from .weights.checkpoint import Checkpoint, open_checkpoint
+from .weights.lora import Lora
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -76,7 +78,7 @@ class PipelineOutput:
         return getattr(self, key) if isinstance(key, str) else (self.images,)[key]
 
 
-class ZImagePipeline(porting.DiffusersMethods):
+class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
     """Z-Image's tokenizer, text encoder, transformer and VAE, opened from one folder."""
 
     def __init__(
@@ -94,6 +96,8 @@ class ZImagePipeline(porting.DiffusersMethods):
         self._interrupt = False  # this and the next two belong to the last call
         self._guidance_scale: float | None = None
         self._num_timesteps = 0
+        self._loras: dict[str, Lora] = {}
+        self._strengths: dict[str, float] = {}
         self.networks = Networks(checkpoint, dtype, machine_budget() if budget is None else budget, wired)
 
     @classmethod
@@ -282,6 +286,8 @@ class ZImagePipeline(porting.DiffusersMethods):
         self.networks = Networks(self.checkpoint, getattr(mx, wide), self.budget, self.networks.wired)
         mx.clear_cache()
         with self.networks.guarded():
+            for lora in self._loras.values():
+                self.networks.attach(lora)
             yield from self._events(request, inputs, decode)
 
     def _events(
@@ -289,6 +295,7 @@ class ZImagePipeline(porting.DiffusersMethods):
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
         sigmas, prompts = self.sigmas(request), self._prompts(request, inputs)
         plan = self._plan(request, prompts)
+        self.networks.set_loras(request.lora_strengths)
         noise = inputs.noise(self._latents_shape(request), request.seed, request.rng).transpose(0, 2, 3, 1)
         inputs.check_named(request.arrays)
         if inputs.digests:
@@ -312,11 +319,12 @@ class ZImagePipeline(porting.DiffusersMethods):
     # ---- the parts of a request on their own
 
     def complete(self, request: GenerateRequest) -> GenerateRequest:
-        """The request, with the model's own size, steps and guidance where it has None."""
+        """The request, with the model's size, steps and guidance, and the pipeline's LoRAs, where it has None."""
         side, variant = self.sample_size, self.variant
         own = {"width": side, "height": side, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
         missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
-        return replace(request, **missing) if missing else request
+        loaded = {name: lora.sha256 for name, lora in self._loras.items()}
+        return replace(request, **missing).with_loras(loaded, self._strengths)
 
     def sigmas(self, request: GenerateRequest) -> np.ndarray:
         """The schedule of a request: (steps + 1,) float32, falling to 0."""
@@ -346,7 +354,8 @@ class ZImagePipeline(porting.DiffusersMethods):
 
     def _plan(self, request: GenerateRequest, prompts: list[tuple[int, ...] | mx.array]) -> Plan:
         width, height, steps = request.extent
-        work = Workload(width, height, request.num_images, max(map(len, prompts)), steps, len(prompts))
+        extras = self.networks.lora_extras(request.lora_strengths)
+        work = Workload(width, height, request.num_images, max(map(len, prompts)), steps, len(prompts), extras)
         return self.networks.plan(work, self.keep)
 
     def tokenize(self, prompt: str, max_sequence_length: int = TOKENS) -> tuple[int, ...]:
@@ -360,7 +369,8 @@ class ZImagePipeline(porting.DiffusersMethods):
         and raises MemoryBudgetError if no image could be generated.
         """
         ids = self.tokenize(prompt, max_sequence_length)
-        with self._beside_requests("text_encoder"):
+        strengths = {self._loras[name].sha256: strength for name, strength in self._strengths.items()}
+        with self._beside_requests("text_encoder"), self.networks.with_loras(strengths):
             self.networks.find_scale(ids, self.keep)
             return result(self.networks.encode_prompt(ids))
 

@@ -25,7 +25,6 @@ from .sampling import Change, Step
 BY_MEMORY = "ZImagePipeline.from_pretrained(..., memory='6GB') keeps to a budget"
 BY_MLX = "MLX uses the GPU if there is one, and otherwise the CPU"
 FUSED = "MLX's attention is fused"
-NO_LORA = "LoRAs are not supported; a checkpoint with a merged LoRA can be converted"
 IGNORED_OPTIONS = {  # of from_pretrained
     "low_cpu_mem_usage": "weights are only read when first used",
     "use_safetensors": "only safetensors are read",
@@ -58,10 +57,6 @@ class DiffusersMethods:
     disable_vae_slicing = Needless("images are decoded one by one")
     enable_vae_tiling = Needless(f"images are decoded in strips if memory is short; {BY_MEMORY}")
     disable_vae_tiling = Needless(f"images are decoded whole if memory allows it; {BY_MEMORY}")
-    load_lora_weights = Elsewhere(NO_LORA)
-    unload_lora_weights = Elsewhere(NO_LORA)
-    fuse_lora = Elsewhere(NO_LORA)
-    set_adapters = Elsewhere(NO_LORA)
     save_pretrained = Elsewhere("from mlx_zimage.convert import convert; convert(source, folder) writes a model")
     from_single_file = Elsewhere("convert the file once, as in `mlx-zimage convert FILE FOLDER`, and open FOLDER")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from numbers import Integral, Real
 from typing import Any
@@ -25,6 +26,32 @@ REQUIRED: Any = object()  # default of a required field that follows optional on
 
 
 @dataclass(frozen=True)
+class LoraUse:
+    """A LoRA at a strength, 1 as trained and 0 off. sha256 is its file's; the name is for people."""
+
+    name: str
+    strength: float = 1.0
+    sha256: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name or not self.name.isprintable() or len(self.name) > 200:
+            raise RequestError(f"a LoRA's name must be up to 200 printable characters, got {self.name!r}")
+        _check_number(f"the strength of LoRA {self.name}", self.strength, -MAX_NUMBER)
+        object.__setattr__(self, "strength", float(self.strength))
+        if self.sha256 is not None and not DIGEST.fullmatch(str(self.sha256)):
+            raise RequestError(f"the sha256 of LoRA {self.name} must be 64 hexadecimal digits, got {self.sha256!r}")
+
+    @classmethod
+    def of(cls, value: Any) -> LoraUse:
+        """A LoraUse as it is, or from its dict."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict) or not {"name"} <= value.keys() <= {"name", "strength", "sha256"}:
+            raise RequestError(f"a LoRA must be an object with name, strength and sha256, got {value!r}")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """Everything that an image depends on, except the model. Invalid values raise RequestError on creation.
 
@@ -39,8 +66,8 @@ class GenerateRequest:
     guided.
 
     latents, prompt_embeds and negative_prompt_embeds are the SHA-256 of arrays that replace the seed's noise and the
-    prompts: see `mlx_zimage.inputs`. width, height, steps and guidance_scale may be None; a pipeline's `complete` fills
-    in the model's own.
+    prompts: see `mlx_zimage.inputs`. loras are laid over the model for this request. width, height, steps,
+    guidance_scale and loras may be None; a pipeline's `complete` fills in its own.
     """
 
     prompt: str
@@ -60,6 +87,7 @@ class GenerateRequest:
     max_sequence_length: int = TOKENS
     prompt_embeds: str | None = None
     negative_prompt_embeds: str | None = None
+    loras: tuple[LoraUse, ...] | None = None
 
     def __post_init__(self):
         if self.seed is REQUIRED:
@@ -94,6 +122,11 @@ class GenerateRequest:
             if self.steps != len(self.sigmas):
                 raise RequestError(f"sigmas must be one per step, got {len(self.sigmas)} for {self.steps} steps")
 
+        if self.loras is not None:
+            if not isinstance(self.loras, (list, tuple)):
+                raise RequestError(f"loras must be a list, got {self.loras!r}")
+            object.__setattr__(self, "loras", tuple(map(LoraUse.of, self.loras)))
+
         for field in fields(self):  # NumPy numbers become Python's, so that a request always converts to JSON
             value = getattr(self, field.name)
             if isinstance(value, Real) and type(value) not in (int, float):
@@ -115,6 +148,32 @@ class GenerateRequest:
     def guided(self) -> bool:
         """Whether its steps also use the negative prompt."""
         return bool(self.guidance_scale)
+
+    def with_loras(self, loaded: Mapping[str, str], strengths: Mapping[str, float]) -> GenerateRequest:
+        """The request with its LoRAs found among the loaded ones (SHA-256 by name); strengths are used if it has None.
+
+        A LoRA is found by its SHA-256 if it has one, otherwise by name. Those of strength 0 are left out.
+        """
+        given = [LoraUse(*use) for use in strengths.items()] if self.loras is None else self.loras
+        names = {sha256: name for name, sha256 in loaded.items()}
+        found: dict[str, LoraUse] = {}
+        for use in given:
+            name = use.name if use.sha256 is None else names.get(use.sha256, "")
+            if name not in loaded:
+                which = f"{use.name!r} (SHA-256 {use.sha256})" if use.sha256 else repr(use.name)
+                raise RequestError(
+                    f"the request uses LoRA {which}, which is not loaded; load that file first "
+                    f"(loaded: {', '.join(map(repr, loaded)) or 'none'})"
+                )
+            if name in found:
+                raise RequestError(f"the request uses LoRA {name!r} twice; give its strength once")
+            found[name] = LoraUse(name, use.strength, loaded[name])
+        return replace(self, loras=tuple(use for use in found.values() if use.strength))
+
+    @property
+    def lora_strengths(self) -> dict[str, float]:
+        """The strength of each LoRA, by its SHA-256."""
+        return {str(use.sha256): use.strength for use in self.loras or ()}
 
     def to_dict(self) -> dict:
         """The fields as a dict for JSON."""

@@ -264,8 +264,8 @@ def test_only_resident_weights_are_wired_and_only_during_the_steps(monkeypatch, 
     monkeypatch.setattr(mx, "synchronize", lambda: calls.append("synchronize"))
     for step in pipe.denoise(request(width=48, height=48)):
         if step.index == 0:
-            networks = [pipe.transformer] + [pipe.text_encoder] * keep
-            blocks = (block for network in networks for key, block in network.runner._kept.items() if "." in key)
+            runners = [pipe.networks.runners[name] for name in ["transformer"] + ["text_encoder"] * keep]
+            blocks = (block for runner in runners for key, block in runner._kept.items() if "." in key)
             staying = sum(array.nbytes for block in blocks for _, array in tree_flatten(block))
             assert limits(calls) == [staying]
             break

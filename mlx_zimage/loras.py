@@ -1,0 +1,145 @@
+"""The LoRAs of a pipeline: which files are loaded, under which names, and how strong each one is.
+
+    pipe.load_lora("style.safetensors", name="style")
+    pipe.set_loras({"style": 0.8})
+    pipe.unload_lora("style")
+
+A request may name others of the loaded ones, at strengths of its own (`GenerateRequest.loras`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import RequestError
+from .needless import Elsewhere
+from .request import LoraUse
+from .weights.lora import Lora, find_lora, name_of_lora, read_lora
+
+if TYPE_CHECKING:
+    from .networks import Networks
+    from .turns import Turns
+
+
+class LoraMethods:
+    """A pipeline's methods for LoRAs: our own, and those of diffusers' pipelines."""
+
+    networks: Networks
+    turns: Turns
+    _loras: dict[str, Lora]
+    _strengths: dict[str, float]
+
+    def load_lora(
+        self, source: str | Path, name: str | None = None, strength: float = 1.0, partial: bool = False
+    ) -> str:
+        """Load a LoRA of any trainer's dialect and use it from the next request on; returns the name it goes by.
+
+        source is a safetensors file, PEFT's folder, a Hugging Face id, or id:file. The name is the file's by default.
+        Every key must match a layer of the model: CheckpointError otherwise; partial=True warns and goes on without
+        those that do not. The weights of the model are not changed.
+        """
+        path = find_lora(source)
+        name = name_of_lora(path) if name is None else name
+        use = LoraUse(name, strength)
+        configs = {network: overlay.config for network, overlay in self.networks.overlays.items()}
+        lora = read_lora(path, configs, partial)
+        if lora.unmatched:
+            warnings.warn(
+                f"{path}: {len(lora.unmatched)} keys match no layer and are left out, first {lora.unmatched[0]!r}",
+                stacklevel=2,
+            )
+        for other, loaded in self._loras.items():
+            if (other == name) != (loaded.sha256 == lora.sha256):
+                raise RequestError(
+                    f"{path} is already loaded as {other!r}; use that name"
+                    if other != name
+                    else f"another LoRA is loaded as {name!r}; give this one another name, or unload that one first"
+                )
+        with self.turns.computing(), self.networks.guarded():
+            self.networks.attach(lora)
+        self._loras[name] = lora
+        self._strengths[name] = use.strength
+        return name
+
+    def set_loras(self, strengths: Mapping[str, float]) -> None:
+        """Use loaded LoRAs at these strengths from the next request on, and no others. 1 is as trained, 0 is off."""
+        self._check_loaded(strengths)
+        self._strengths = {name: LoraUse(name, strength).strength for name, strength in strengths.items()}
+
+    def unload_lora(self, name: str) -> None:
+        """Take a LoRA off, and free its memory."""
+        self._check_loaded([name])
+        with self.turns.computing():
+            self.networks.detach(self._loras.pop(name))
+        self._strengths.pop(name, None)
+
+    def _check_loaded(self, names: Mapping[str, Any] | Sequence[str]) -> None:
+        for name in names:
+            if name not in self._loras:
+                loaded = ", ".join(map(repr, self._loras)) or "none"
+                raise RequestError(f"no LoRA is loaded as {name!r}, loaded: {loaded}; load_lora loads one")
+
+    # ---- the same in diffusers' words
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path,
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        **options: object,
+    ) -> None:
+        """diffusers' load_lora_weights: weight_name is the file in a folder or repository."""
+        source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, (str, Path)):
+            raise RequestError(f"load_lora_weights takes a file or a Hugging Face id, got {type(source).__name__}")
+        if options:
+            raise RequestError(
+                f"load_lora_weights has no option {next(iter(options))!r} here; load_lora has partial=True"
+            )
+        if weight_name is not None:
+            folder = Path(source).expanduser()
+            source = folder / weight_name if folder.is_dir() else f"{source}:{weight_name}"
+        self.load_lora(source, adapter_name)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """diffusers' set_adapters: these LoRAs at these strengths, 1 by default, and no others."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given = 1.0 if adapter_weights is None else adapter_weights
+        weights = list(given) if isinstance(given, Sequence) else [given] * len(names)
+        if len(weights) != len(names):
+            raise RequestError(f"adapter_weights must be one per adapter, got {len(weights)} for {len(names)}")
+        self.set_loras(dict(zip(names, weights, strict=True)))
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """diffusers' delete_adapters: unload these LoRAs."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
+            self.unload_lora(name)
+
+    def unload_lora_weights(self) -> None:
+        """diffusers' unload_lora_weights: unload all LoRAs."""
+        self.delete_adapters(list(self._loras))
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of the LoRAs that the next request uses."""
+        return [name for name, strength in self._strengths.items() if strength]
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The names of the loaded LoRAs, by network."""
+        networks = self.networks.overlays
+        found = {
+            network: [name for name, lora in self._loras.items() if network in lora.deltas] for network in networks
+        }
+        return {network: names for network, names in found.items() if names}
+
+    fuse_lora = Elsewhere(
+        "LoRAs run beside the model's weights, at no cost worth fusing for; `mlx-zimage fuse MODEL --lora FILE FOLDER` "
+        "writes a model that has them in its weights"
+    )
+    unfuse_lora = Elsewhere("LoRAs are never fused; unload_lora takes one off")
+    disable_lora = Elsewhere("use set_loras({})")
+    enable_lora = Elsewhere("use set_loras({name: strength})")

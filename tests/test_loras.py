@@ -1,0 +1,188 @@
+"""LoRAs of a pipeline: which requests they change, and what is said of them."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from mlx_zimage import GenerateRequest, ZImagePipeline
+from mlx_zimage.errors import CheckpointError, ModelNotFoundError, RequestError
+from mlx_zimage.images.metadata import Origin
+from mlx_zimage.models.text_encoder import TextEncoderConfig
+from mlx_zimage.models.transformer import TransformerConfig
+from mlx_zimage.request import LoraUse
+
+SHAPES = TransformerConfig.from_dict(tiny.TRANSFORMER).shapes()
+ENCODER = TextEncoderConfig.from_dict(tiny.TEXT_ENCODER).shapes()
+REQUEST = GenerateRequest("a red fox", 32, 32, seed=1, steps=2)
+
+
+def write(path, seed: int, encoder: bool = False):
+    """A low-rank LoRA on all matrices of the transformer's layers, adaLN's too, or on the text encoder's."""
+    shapes, prefix, part = (ENCODER, "text_encoder", "layers.1.") if encoder else (SHAPES, "transformer", "layers.")
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, shape in shapes.items():
+        if part in name and name.endswith(".weight") and len(shape) == 2:
+            layer = f"{prefix}.{name.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_A.weight"] = mx.array(rng.standard_normal((2, shape[1]), np.float32) * 0.3)
+            tensors[f"{layer}.lora_B.weight"] = mx.array(rng.standard_normal((shape[0], 2), np.float32) * 0.3)
+    mx.save_safetensors(str(path), tensors)
+    return path
+
+
+@pytest.fixture
+def pipe(tiny_folder) -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+
+
+@pytest.fixture
+def style(tmp_path):
+    return write(tmp_path / "style.safetensors", 1)
+
+
+@pytest.fixture
+def face(tmp_path):
+    return write(tmp_path / "face.safetensors", 2)
+
+
+def latents(pipe: ZImagePipeline, request: GenerateRequest = REQUEST) -> np.ndarray:
+    *_, last = pipe.denoise(request)
+    return np.array(last.latents)
+
+
+def test_a_loaded_lora_changes_the_next_image_until_it_is_unloaded(pipe, style):
+    model = latents(pipe)
+    assert pipe.load_lora(style) == "style"
+    loaded = latents(pipe)
+    assert np.abs(loaded - model).max() > 0.01
+    pipe.set_loras({"style": 0.5})
+    assert np.abs(latents(pipe) - loaded).max() > 0.01
+    pipe.set_loras({"style": 0.0})
+    np.testing.assert_array_equal(latents(pipe), model)
+    pipe.set_loras({"style": 1.0})
+    np.testing.assert_array_equal(latents(pipe), loaded)
+    pipe.unload_lora("style")
+    np.testing.assert_array_equal(latents(pipe), model)
+
+
+def test_a_request_may_choose_its_own_among_the_loaded_ones(pipe, style, face):
+    pipe.load_lora(style)
+    only_style = latents(pipe)
+    pipe.load_lora(face)
+    both = latents(pipe)
+    chosen = replace(REQUEST, loras=[{"name": "style", "strength": 1}])
+    np.testing.assert_array_equal(latents(pipe, chosen), only_style)
+    np.testing.assert_array_equal(latents(pipe), both)
+
+
+def test_the_text_encoders_share_changes_the_prompts_embeddings_and_is_cached_apart(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", str(tmp_path / "cache"))
+    pipe = ZImagePipeline.from_pretrained(pipe.checkpoint.folder, dtype="float32")
+    model = np.array(pipe.encode("a fox"))
+    pipe.load_lora(write(tmp_path / "words.safetensors", 3, encoder=True))
+    changed = np.array(pipe.encode("a fox"))
+    assert np.abs(changed - model).max() > 0.01
+    pipe.set_loras({})
+    np.testing.assert_array_equal(np.array(pipe.encode("a fox")), model)
+    again = ZImagePipeline.from_pretrained(pipe.checkpoint.folder, dtype="float32")
+    np.testing.assert_array_equal(np.array(again.encode("a fox")), model)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+def test_an_images_metadata_names_its_loras_and_replays_them(pipe, style):
+    pipe.load_lora(style, strength=0.75)
+    completed = pipe.complete(REQUEST)
+    origin = Origin(completed, "tiny", "0123456789", "float32")
+    (use,) = Origin.from_json(origin.to_json()).request.loras
+    assert use == LoraUse("style", 0.75, pipe._loras["style"].sha256)
+    before = latents(pipe)
+    pipe.set_loras({})
+    np.testing.assert_array_equal(latents(pipe, Origin.from_json(origin.to_json()).request), before)
+    pipe.unload_lora("style")
+    with pytest.raises(RequestError, match=r"uses LoRA 'style'.*not loaded; load that file first"):
+        latents(pipe, completed)
+
+
+def test_diffusers_words_do_the_same(pipe, style, face):
+    pipe.load_lora_weights(style.parent, weight_name="style.safetensors", adapter_name="a")
+    pipe.load_lora_weights(str(face), adapter_name="b")
+    pipe.set_adapters(["a", "b"], [0.7, 0.3])
+    assert [(use.name, use.strength) for use in pipe.complete(REQUEST).loras] == [("a", 0.7), ("b", 0.3)]
+    pipe.set_adapters("b")
+    assert pipe.get_active_adapters() == ["b"] and pipe.get_list_adapters() == {"transformer": ["a", "b"]}
+    pipe.delete_adapters("b")
+    pipe.unload_lora_weights()
+    assert pipe.get_list_adapters() == {}
+    with pytest.raises(RequestError, match="mlx-zimage fuse"):
+        pipe.fuse_lora()
+
+
+def test_the_plan_counts_loras(pipe, style):
+    request = pipe.complete(REQUEST)
+    without = pipe.plan(request).peaks
+    pipe.load_lora(style)
+    held = sum(tensor.nbytes for tensor in mx.load(str(style)).values())
+    with_lora = pipe.plan(REQUEST).peaks
+    assert all(with_lora[stage] >= without[stage] + held for stage in without)
+
+
+@pytest.mark.parametrize("kind", ["low rank", "LoKr"])
+def test_memory_under_loras_stays_within_the_plan(small_pocket, tmp_path, kind):
+    pipe = ZImagePipeline.from_pretrained(small_pocket, dtype="float32", keep=False)
+    tensors = {}
+    for name, shape in pipe.transformer.config.shapes().items():
+        if name.startswith("layers") and name.endswith(".weight") and len(shape) == 2 and "adaLN" not in name:
+            layer, (rows, columns) = f"diffusion_model.{name.removesuffix('.weight')}", shape
+            if kind == "LoKr":
+                tensors |= {f"{layer}.lokr_w1": mx.ones((8, 8)), f"{layer}.lokr_w2": mx.ones((rows // 8, columns // 8))}
+            else:
+                tensors |= {
+                    f"{layer}.lora_A.weight": mx.ones((16, columns)),
+                    f"{layer}.lora_B.weight": mx.ones((rows, 16)),
+                }
+    mx.save_safetensors(str(tmp_path / "lora.safetensors"), tensors)
+    request = GenerateRequest("a red circle", 192, 192, seed=1, steps=2, loras=[LoraUse("lora", 1e-3)])
+    pipe.load_lora(tmp_path / "lora.safetensors")
+    plan = pipe.plan(request)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    list(pipe.stream(request))
+    assert mx.get_peak_memory() <= plan.peak
+
+
+def test_wrong_loras_are_refused_before_anything_is_computed(pipe, style, face, tmp_path):
+    pipe.load_lora(style, name="a")
+    refused = {
+        lambda: pipe.load_lora(tmp_path / "none"): (ModelNotFoundError, "no LoRA at"),
+        lambda: pipe.load_lora(style, name="b"): (RequestError, "already loaded as 'a'"),
+        lambda: pipe.load_lora(face, name="a"): (RequestError, "another LoRA is loaded as 'a'"),
+        lambda: pipe.load_lora(face, strength=float("nan")): (RequestError, "strength of LoRA face"),
+        lambda: pipe.load_lora(face, name=""): (RequestError, "a LoRA's name must be"),
+        lambda: pipe.set_loras({"c": 1}): (RequestError, "no LoRA is loaded as 'c', loaded: 'a'"),
+        lambda: pipe.set_loras({"a": "strong"}): (RequestError, "strength of LoRA a must be a number"),
+        lambda: latents(pipe, replace(REQUEST, loras=[LoraUse("a"), LoraUse("a", 2)])): (
+            RequestError,
+            "uses LoRA 'a' twice",
+        ),
+        lambda: replace(REQUEST, loras=[{"path": "x"}]): (RequestError, "must be an object with name"),
+        lambda: replace(REQUEST, loras="a"): (RequestError, "loras must be a list"),
+        lambda: pipe.load_lora(next(pipe.checkpoint.folder.glob("vae/*.safetensors"))): (
+            CheckpointError,
+            "a full checkpoint",
+        ),
+    }
+    for call, (error, message) in refused.items():
+        with pytest.raises(error, match=message):
+            call()
+    assert pipe.get_active_adapters() == ["a"]
+
+
+def test_a_lora_loaded_in_part_warns_of_the_rest(pipe, style):
+    tensors = dict(mx.load(str(style))) | {"transformer.layers.77.attention.to_q.lora_A.weight": mx.zeros((2, 48))}
+    mx.save_safetensors(str(style), tensors)
+    with pytest.raises(CheckpointError, match="1 of"):
+        pipe.load_lora(style)
+    with pytest.warns(UserWarning, match="1 keys match no layer and are left out"):
+        pipe.load_lora(style, partial=True)

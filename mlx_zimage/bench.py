@@ -13,26 +13,29 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from math import floor, log10
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import mlx.core as mx
 
 from .doctor import facts, product_rate
-from .errors import RequestError, ZImageError
-from .machine import default_dtype, kept_allocations, kernel_flops, unpack_from
-from .memory import Workload, largest_strip
-from .models.layers import product_from, vae_dtype
-from .models.text_encoder import TextEncoder, TextEncoderConfig
-from .models.transformer import PAD_MULTIPLE, PATCH, Transformer, TransformerConfig
-from .models.vae import VAE, VAEConfig
+from .errors import MemoryBudgetError, RequestError, ZImageError
+from .machine import default_dtype, machine_budget
+from .memory import Workload
+from .models.runner import NetworkConfig
+from .models.text_encoder import TextEncoderConfig
+from .models.transformer import PAD_MULTIPLE, PATCH, TransformerConfig
+from .models.vae import VAEConfig
+from .networks import Networks
 from .pipeline import ZImagePipeline
 from .quantization import default_quantization
 from .scheduler import sigmas
+from .sizes import rounded_up
 from .variants import TURBO
-from .weights.blocks import Blocks
-from .weights.random import RandomWeights
+from .weights.random import random_model
 
 # Architectures for random weights: the real one, and one that a laptop's CPU runs in seconds.
 SIZES = {
@@ -64,27 +67,15 @@ class Case:
     mode: str | None = None
 
 
-def random_networks(case: Case, size: str) -> tuple[dict[str, Blocks], TextEncoder, Transformer, VAE]:
-    """Networks with random weights, preceded by the runners of their blocks."""
-    transformer, text_encoder, vae = SIZES[size]
+def random_networks(case: Case, size: str) -> Networks:
+    """Networks with random weights of an architecture."""
     quantization = None
     if (case.bits, case.mode) != (None, None):
         quantization = default_quantization(case.bits, mode=case.mode or "affine")
+    transformer, text_encoder, vae = SIZES[size]
+    configs: dict[str, NetworkConfig] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
     dtype = getattr(mx, case.dtype or default_dtype())
-
-    runners = {
-        "text_encoder": Blocks(RandomWeights("text_encoder", text_encoder, quantization), dtype),
-        "transformer": Blocks(RandomWeights("transformer", transformer, quantization), dtype),
-        "vae": Blocks(RandomWeights("vae", vae), vae_dtype(dtype)),
-    }
-    most = kernel_flops()
-    product = product_from(unpack_from(), most)
-    return (
-        runners,
-        TextEncoder(text_encoder, runners["text_encoder"], product),
-        Transformer(transformer, runners["transformer"], product, most=most),
-        VAE(vae, runners["vae"], most=most),
-    )
+    return Networks(random_model(configs, quantization), dtype, machine_budget())
 
 
 def step_flops(config: TransformerConfig, image_tokens: int, caption_tokens: int) -> int:
@@ -98,19 +89,42 @@ def step_flops(config: TransformerConfig, image_tokens: int, caption_tokens: int
     return blocks(config.n_refiner_layers, image) + blocks(config.n_layers, image + caption)
 
 
-def timed(compute: Callable[[], mx.array], repeat: int) -> dict:
-    """Seconds for the first run, the median of `repeat` more, and MLX's peak memory over all of them in GB."""
+@dataclass(frozen=True)
+class Timing:
+    """Progress: run `done` of `total` of a phase ("start", "encode", "steps", "decode") took so many seconds.
+
+    done is 0, and seconds None, where a phase begins.
+    """
+
+    phase: str
+    total: int
+    done: int = 0
+    seconds: float | None = None
+
+
+def timed(
+    phase: str, compute: Callable[[], mx.array], repeat: int, planned: int, generated: bool
+) -> Generator[Timing, None, dict]:
+    """Seconds for the first run, the median of `repeat` more, and MLX's peak memory over all of them in GB.
+
+    planned is the predicted peak in bytes. A first run that generates its weights is left out of the measured one.
+    """
+    yield Timing(phase, repeat + 1)
     mx.clear_cache()
     mx.reset_peak_memory()
     times = []
-    for _ in range(repeat + 1):
+    for run in range(1, repeat + 2):
         start = time.perf_counter()
         mx.eval(compute())
         times.append(time.perf_counter() - start)
+        if generated and run == 1:
+            mx.reset_peak_memory()
+        yield Timing(phase, repeat + 1, run, times[-1])
     return {
         "first_s": times[0],
         "median_s": statistics.median(times[1:]),
         "peak_gb": mx.get_peak_memory() / 1e9,
+        "planned_gb": planned / 1e9,
     }
 
 
@@ -152,53 +166,68 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
 
     model is "random" (random weights of architecture `size`) or a model for ZImagePipeline.from_pretrained. For a
     model, bits are its own (those of most layers), and the report also has the seconds from the start of a new process
-    to the end of its first step.
+    to the end of its first step. The networks run as planned for this machine's memory budget, as in the pipeline;
+    raises MemoryBudgetError if they cannot.
     """
-    dtype_name, cold_start = case.dtype or default_dtype(), None
+    *_, report = bench_steps(model, size, case, repeat)
+    return cast(dict, report)
+
+
+def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timing | dict]:
+    """`bench`, yielding a Timing where a phase begins and after each run, and at last the report."""
+    dtype_name, cold_start, generated = case.dtype or default_dtype(), None, model == "random"
     case = replace(case, dtype=dtype_name)
-    if model == "random":
-        runners, text_encoder, transformer, vae = random_networks(case, size)
+    if generated:
+        networks = random_networks(case, size)
     else:
         if (case.bits, case.mode) != (None, None):
             given = f"bits={case.bits} and mode={case.mode}"
             raise RequestError(f"{given} are for random weights, but {model} has its own; omit them or convert it")
-        pipe = ZImagePipeline.from_pretrained(model, dtype=case.dtype)
-        work = Workload(case.width, case.height, 1, case.caption_tokens, case.steps)
-        pipe.planner.plan(work, pipe.budget)  # raises if the work does not fit
-        runners, text_encoder = pipe.networks.runners, pipe.text_encoder
-        transformer, vae = pipe.transformer, pipe.vae
-        cold_start = time_first_step(model, case)
-    packed = Counter(q for runner in runners.values() for q in runner.weights.quantizations.values())
+        networks = ZImagePipeline.from_pretrained(model, dtype=case.dtype).networks
+    plan = networks.plan(Workload(case.width, case.height, 1, case.caption_tokens, case.steps))
+    if generated and plan.streamed:
+        raise MemoryBudgetError(
+            f"random weights of the {size} architecture do not fit into this machine's memory budget of "
+            f"{rounded_up(plan.budget)}, and cannot be streamed from disk; choose fewer bits, or architecture small"
+        )
+    text_encoder, transformer, vae = networks.text_encoder, networks.transformer, networks.vae
+    packed = Counter(q for network in networks.checkpoint.components for q in network.quantizations.values())
     for q, _ in packed.most_common(1):
         case = replace(case, bits=q.bits, mode=q.mode)
     dtype, config = getattr(mx, dtype_name), transformer.config
     h, w = case.height // vae.config.scale, case.width // vae.config.scale
     tokens = (h // PATCH) * (w // PATCH)
-    ids = [i % text_encoder.config.vocab_size for i in range(case.caption_tokens)]
+    ids = tuple(i % text_encoder.config.vocab_size for i in range(case.caption_tokens))
     noise = mx.random.normal((1, h, w, config.in_channels))
+    schedule = sigmas(case.steps)
 
-    with kept_allocations():
-        encode = timed(lambda: text_encoder(ids), repeat)
+    def steps() -> mx.array:
+        velocity, latents = transformer.velocity(cap_feats, schedule[:-1], h, w), noise
+        for i in range(case.steps):
+            latents = latents + float(schedule[i + 1] - schedule[i]) * velocity(latents, i)
+            mx.eval(latents)
+        return latents
+
+    if not generated:
+        yield Timing("start", 1)
+        cold_start = time_first_step(model, case)
+        yield Timing("start", 1, 1, cold_start)
+        networks.find_scale(ids)
+    peaks = plan.peaks
+    with networks.running(plan):
+        encode = yield from timed("encode", lambda: text_encoder(ids), repeat, peaks["encode"], generated)
         cap_feats = text_encoder(ids)
-        runners["text_encoder"].release()
-        schedule = sigmas(case.steps)
-
-        def steps() -> mx.array:
-            velocity, latents = transformer.velocity(cap_feats, schedule[:-1], h, w), noise
-            for i in range(case.steps):
-                latents = latents + float(schedule[i + 1] - schedule[i]) * velocity(latents, i)
-                mx.eval(latents)
-            return latents
-
-        denoise = timed(steps, repeat)
-        runners["transformer"].release()
-        vae.strip_bytes = largest_strip(vae.config, case.width, case.height)
-        decode = timed(lambda: vae.decode(noise), repeat)
+        mx.eval(cap_feats)
+        networks.end_stage("text_encoder")
+        denoise = yield from timed("steps", steps, repeat, peaks["denoise"], generated)
+        networks.end_stage("transformer")
+        decode = yield from timed("decode", lambda: vae.decode(noise), repeat, peaks["decode"], generated)
+    networks.release()
     rate = product_rate(tokens, dtype, config.dim, config.ffn_dim, CHAIN)
     flops = case.steps * step_flops(config, tokens, case.caption_tokens)
     achieved = flops / denoise["median_s"]
-    return {
-        "model": f"random {size}" if model == "random" else str(model),
+    yield {
+        "model": f"random {size}" if generated else str(model),
         "case": vars(case),
         "repeat": repeat,
         "machine": facts(),
@@ -207,6 +236,8 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
         "decode": decode,
         "total_s": sum(phase["median_s"] for phase in (encode, denoise, decode)),
         "cold_start_s": cold_start,
+        "budget_gb": plan.budget / 1e9,
+        "streamed_blocks": len(plan.streamed),
         "matmul_tflops": rate / 1e12,
         "steps_tflops": achieved / 1e12,
         "fraction_of_matmul": achieved / rate,
@@ -221,16 +252,29 @@ def table(report: dict) -> str:
         f"{machine['device']}, {machine['backend']}, MLX {machine['mlx']}, {machine['system']}",
         f"{report['model']}, {weights}, {case['width']}x{case['height']}, {case['steps']} steps, "
         f"{case['caption_tokens']} prompt tokens; median of {report['repeat']}",
-        f"{'':8}{'seconds':>10}{'first':>10}{'peak GB':>10}",
+        f"{'':8}{'seconds':>10}{'first':>10}{'peak GB':>10}{'planned':>10}",
     ]
     for phase in ("encode", "steps", "decode"):
-        figures = report[phase]
-        lines.append(f"{phase:8}{figures['median_s']:10.3f}{figures['first_s']:10.3f}{figures['peak_gb']:10.2f}")
-    lines.append(f"{'total':8}{report['total_s']:10.3f}")
+        figures = (report[phase][name] for name in ("median_s", "first_s", "peak_gb", "planned_gb"))
+        lines.append(f"{phase:8}" + "".join(f"{digits(figure):>10}" for figure in figures))
+    lines.append(f"{'total':8}{digits(report['total_s']):>10}")
+    step = report["steps"]["median_s"] / case["steps"]
+    lines.append(f"a step takes {digits(step)} s: {digits(1 / step)} steps per second")
+    if report["streamed_blocks"]:
+        lines.append(
+            f"{report['streamed_blocks']} blocks are streamed from disk to stay within {digits(report['budget_gb'])} GB"
+        )
     if report["cold_start_s"] is not None:
-        lines.append(f"from the start of a new process to the end of its first step: {report['cold_start_s']:.1f} s")
+        lines.append(
+            f"from the start of a new process to the end of its first step: {digits(report['cold_start_s'])} s"
+        )
     lines.append(
-        f"steps run at {report['steps_tflops']:.2f} TFLOP/s, {report['fraction_of_matmul']:.0%} of this machine's "
-        f"{report['matmul_tflops']:.2f} TFLOP/s for matrix products of the same width"
+        f"steps run at {digits(report['steps_tflops'])} TFLOP/s, {report['fraction_of_matmul']:.1%} of this machine's "
+        f"{digits(report['matmul_tflops'])} TFLOP/s for matrix products of the same width"
     )
     return "\n".join(lines)
+
+
+def digits(value: float) -> str:
+    """A positive number with at least three significant digits."""
+    return f"{value:.{max(0, 2 - floor(log10(value)))}f}"

@@ -13,7 +13,7 @@ from math import prod
 
 import mlx.core as mx
 
-from .bounds import ADAPTED, ADDED, FLOAT32_STRIPS, LARGEST_WHOLE, bounds
+from .bounds import ADAPTED, ADDED, LARGEST_WHOLE, bounds
 from .dtypes import STORED
 from .errors import MemoryBudgetError
 from .headroom import SIDE, TOKENS
@@ -368,8 +368,3 @@ class Planner:
 def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
     """Whether an image of width x height pixels can be decoded without strips, regardless of memory."""
     return backend() == "cpu" or width * height * config.block_out_channels[1] < LARGEST_WHOLE
-
-
-def largest_strip(config: VAEConfig, width: int, height: int) -> int | None:
-    """The fastest strip_bytes for decoding an image of width x height pixels, regardless of memory."""
-    return None if decodes_whole(config, width, height) else max(filter(None, FLOAT32_STRIPS))

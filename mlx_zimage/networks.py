@@ -199,7 +199,7 @@ class Networks:
                 embeddings.append(prompt.astype(sum_dtype(self.dtype)))
             else:
                 embeddings.append((yield from self.encode_prompt(prompt)))
-        self._end_stage("text_encoder")
+        self.end_stage("text_encoder")
         return embeddings
 
     def denoise(
@@ -217,7 +217,7 @@ class Networks:
         with wired(self._resident()) if self.wired else nullcontext():
             velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w)
             latents = yield from denoise(guide(velocities, guidance, sigmas), noise, sigmas)
-        self._end_stage("transformer")
+        self.end_stage("transformer")
         return latents
 
     def decode(self, latents: mx.array) -> Generator[Phase, None, mx.array]:
@@ -295,7 +295,7 @@ class Networks:
         try:
             yield Phase("scale", 0, 2)
             of_encoder, cap_feats = headroom.fit(self.text_encoder, lambda: self.text_encoder(ids))
-            self._end_stage("text_encoder")
+            self.end_stage("text_encoder")
             yield Phase("scale", 1, 2)
             of_transformer = 1.0
             if cap_feats is not None:
@@ -305,7 +305,7 @@ class Networks:
             yield Phase("scale", 2, 2)
             return of_encoder, of_transformer
         finally:
-            self._end_stage("text_encoder", "transformer")
+            self.end_stage("text_encoder", "transformer")
 
     # ---- memory
 
@@ -314,7 +314,8 @@ class Networks:
         self.release()
         mx.synchronize()  # work queued after the failure fails too, and is reported here
 
-    def _end_stage(self, *names: str) -> None:
+    def end_stage(self, *names: str) -> None:
+        """Unload networks whose work on a request is done, unless the plan keeps them."""
         if self._plan and not self._plan.keep:
             self.release(*names)
 

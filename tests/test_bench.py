@@ -1,5 +1,6 @@
 """The benchmark's counts and reports, with random weights for a tiny architecture."""
 
+import gc
 import threading
 from dataclasses import replace
 
@@ -81,6 +82,33 @@ def test_a_size_that_does_not_fit_is_refused_before_anything_is_read(monkeypatch
         bench.bench("pocket", case=bench.Case(width=512, height=512, dtype="float32"))
 
 
+@pytest.mark.parametrize("budget", [None, 14, 20], ids=["kept", "streamed", "some streamed"])
+def test_a_model_is_timed_as_planned_and_within_what_is_planned(monkeypatch, budget):
+    if budget:
+        monkeypatch.setattr(pipeline, "machine_budget", lambda: budget * 10**6)
+    monkeypatch.setattr(bench, "time_first_step", lambda *_: 1.0)
+    gc.collect()
+    others = mx.get_active_memory() / 1e9  # models of other tests
+    case = bench.Case(width=128, height=128, steps=2, dtype="float32")
+    report = bench.bench("pocket", case=case, repeat=1)
+    for phase in ("encode", "steps", "decode"):
+        assert 0 < report[phase]["peak_gb"] - others <= report[phase]["planned_gb"]
+    assert bool(report["streamed_blocks"]) == bool(budget)
+    assert ("streamed from disk to stay within" in bench.table(report)) == bool(budget)
+
+
+def test_random_weights_that_would_have_to_be_streamed_are_refused(tiny, monkeypatch):
+    case = bench.Case(width=64, height=64, steps=1, caption_tokens=7, dtype="float32")
+    monkeypatch.setattr(bench, "machine_budget", lambda: 10_000_000)
+    with pytest.raises(MemoryBudgetError, match="choose fewer bits, or architecture small"):
+        bench.bench(size="tiny", case=case, repeat=1)
+
+
+def test_figures_have_three_digits_however_small():
+    shown = [bench.digits(value) for value in (0.000061234, 0.0163, 0.99949, 1, 12.345, 999.5, 12345.6)]
+    assert shown == ["0.0000612", "0.0163", "0.999", "1.00", "12.3", "1000", "12346"]
+
+
 def test_a_first_step_that_fails_is_reported(monkeypatch):
     monkeypatch.setattr(bench, "FIRST_STEP", "raise SystemExit(9)")
     with pytest.raises(ZImageError, match="first step exited with code 9"):
@@ -129,7 +157,7 @@ def test_random_weights_are_generated_in_the_callers_thread(tiny, monkeypatch):
 
 
 def test_random_weights_have_the_names_and_shapes_of_the_architecture(tiny):
-    transformer = bench.random_networks(bench.Case(bits=8, dtype="float32"), "tiny")[2]
+    transformer = bench.random_networks(bench.Case(bits=8, dtype="float32"), "tiny").transformer
     tree = transformer.runner.once("layers.1")
     dense = transformer.config.shapes()["layers.1.attention.to_q.weight"]
     packed = tree["attention"]["to_q"]

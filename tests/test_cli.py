@@ -251,7 +251,10 @@ def test_a_memory_budget_changes_no_pixel_and_one_too_small_exits_with_5(run):
 
 def test_bench_prints_a_table_or_json(run):
     small = ["bench", "--model", "pocket", "--size", "32x32", "--steps", "1", "--tokens", "8", "--repeat", "1"]
-    table = run(*small, "--json", "report.json").stdout
+    result = run(*small, "--json", "report.json")
+    table, told = result.stdout, result.stderr.splitlines()
+    assert told[0] == "Timing pocket on this machine." and "Denoising:" in told
+    assert re.fullmatch(r"  run 2 of 2: [\d.]+ s", told[-1])
     assert re.search(r"^steps +\d", table, re.MULTILINE) and "first step: " in table
     assert json.loads(Path("report.json").read_text())["cold_start_s"] > 0
     assert json.loads(run(*small, "--json", "-").stdout)["total_s"] > 0
@@ -284,7 +287,7 @@ def test_bench_refuses_invalid_options_and_keeps_an_older_report(run, options, c
     ],
 )
 def test_bench_refuses_a_report_path_it_cannot_write(run, file, code, message, monkeypatch):
-    monkeypatch.setattr("mlx_zimage.bench.bench", None)
+    monkeypatch.setattr("mlx_zimage.bench.bench_steps", None)
     result = run("bench", "--model", "pocket", "--json", file)
     assert result.exit_code == code and message in result.stderr
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,8 +12,18 @@ from ..jobs import parse_size
 from ..quantization import MODES
 from ..request import check_size
 from ..variants import TURBO
-from .output import DEFAULT_DTYPE
+from .output import DEFAULT_DTYPE, say
 from .values import FilePath, ModelName
+
+if TYPE_CHECKING:
+    from ..bench import Timing
+
+PHASES = {
+    "start": "Starting a new process, to the end of its first step:",
+    "encode": "Encoding a prompt:",
+    "steps": "Denoising:",
+    "decode": "Decoding an image:",
+}
 
 
 @click.command(epilog="Example: mlx-zimage bench --model z-image-4bit --json this-machine.json")
@@ -62,7 +73,8 @@ def bench(model: str, architecture: str | None, size: str, repeat: int, file: Pa
     A matrix product of the same width is timed for comparison. Random weights of the real architecture take as much
     time and memory as trained ones. For a model on disk, the time from process start to the first step is reported too.
     """
-    from ..bench import Case, bench, table
+    say(f"Timing {model} on this machine.")
+    from ..bench import Case, Timing, bench_steps, table
     from ..images.files import check_folder, write_file
 
     if model != "random" and architecture:
@@ -81,8 +93,18 @@ def bench(model: str, architecture: str | None, size: str, repeat: int, file: Pa
             raise RequestError(
                 f"{file} is not a regular file, so a report cannot replace it; name another file, or - for stdout"
             )
-    report = bench(model, architecture or "full", Case(**sides, **case), repeat)
+    for event in bench_steps(model, architecture or "full", Case(**sides, **case), repeat):
+        if isinstance(event, Timing):
+            say(_shown(event))
+        else:
+            report = event
     text = json.dumps(report)
     if file and not to_stdout:
         write_file(f"{text}\n".encode(), file, overwrite=True)
     click.echo(text if to_stdout else table(report))
+
+
+def _shown(timing: Timing) -> str:
+    if timing.seconds is None:
+        return PHASES[timing.phase]
+    return f"  run {timing.done} of {timing.total}: {timing.seconds:.3g} s"

@@ -181,11 +181,14 @@ def planned(bits: int | None, configs: Mapping[str, dict] = official.CONFIGS) ->
     By default Z-Image-Turbo, which needs neither files nor a network.
     """
     q = Quantization(bits) if bits else None
-    networks = {name: _planned(name, config, q) for name, config in configs.items()}
+    networks = {name: planned_network(name, config, q) for name, config in configs.items()}
     return Checkpoint(Path(official.REPOSITORY), networks, SchedulerConfig(), TURBO)
 
 
-def _planned(network: str, config: dict, quantization: Quantization | None) -> Component:
+def planned_network(
+    network: str, config: dict, quantization: Quantization | None, kind: type[Component] = Component
+) -> Component:
+    """One network as `convert` would write it."""
     entries = {}
     for name, shape in NETWORKS[network].from_dict(config).shapes().items():
         q = tensor_quantization(network, name, shape, quantization)
@@ -193,7 +196,7 @@ def _planned(network: str, config: dict, quantization: Quantization | None) -> C
             dtype = "U32" if q and part == name else "BF16"
             entries[part] = Entry(Path(), part, 0, ITEM_BYTES[dtype] * prod(stored), stored, dtype)
     block = {"quantization": quantization.to_dict()} if quantization else {}
-    return Component(network, Path(network), config | block, entries)
+    return kind(network, Path(network), config | block, entries)
 
 
 def disks(plan: FirstRun) -> list[Disk]:

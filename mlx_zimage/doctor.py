@@ -24,13 +24,18 @@ from .machine import (
     has_matrix_units,
     home,
     is_virtual,
+    kernel_flops,
     machine_budget,
     metal_wheel,
     mlx_version,
     remember_product_rate,
     supports_matrix_units,
 )
+from .models.layers import pieces
+from .models.transformer import PATCH, TransformerConfig
+from .models.vae import VAEConfig
 from .quantization import Quantization
+from .request import MAX_TOKENS
 from .selftest import Check
 from .version import __version__
 from .weights.checkpoint import Checkpoint, Component
@@ -39,6 +44,7 @@ from .weights.library import CHOICES, DOWNLOAD, WEIGHTS_SHARE, choose_bits, plan
 MACOS = 14  # the oldest version that MLX's wheels are built for
 DISK_SAMPLE = 256 * 10**6  # bytes read to measure a disk
 SLOW_BLOCK = 2.0  # seconds to read a block
+LONG_KERNEL = 1.01  # seconds; the networks keep theirs to one, and macOS ends those that take a few
 WITHOUT_MATRIX_UNITS = {"MLX_METAL_GPU_ARCH": "applegpu_g16s"}  # that of an M4 Max
 
 
@@ -77,9 +83,10 @@ def facts() -> dict[str, Any]:
 @dataclass(frozen=True)
 class Speeds:
     """FLOP per second of large matrix products in the default dtype; for a model, the bytes per second read from its
-    disk, and the bytes of its largest block there."""
+    disk, and the bytes of its largest block there. longest_kernel_s is predicted, None on a CPU."""
 
     product_rate: float
+    longest_kernel_s: float | None = None
     disk_rate: float | None = None
     block_bytes: int | None = None
 
@@ -89,16 +96,38 @@ class Speeds:
         return self.block_bytes / self.disk_rate if self.block_bytes and self.disk_rate else None
 
 
-def speeds(model: Checkpoint | None = None) -> Speeds:
-    """Measure this machine, and the disk of a model if one is given. The product rate is stored for later plans."""
+def speeds(width: int, height: int, model: Checkpoint | None = None) -> Speeds:
+    """Measure this machine, and the disk of a model if one is given, for images of width x height.
+
+    The product rate is stored: the networks split their work by it.
+    """
     rows, dim, width = (1024, 2048, 2048) if backend() != "cpu" else (256, 512, 512)
     rate = product_rate(rows, getattr(mx, default_dtype()), dim, width, chain=8)
+    longest = None
     if backend() != "cpu":
         remember_product_rate(rate)
+        longest = 2 * longest_kernel(width, height, kernel_flops()) / rate  # all but products reach half of the rate
     if model is None:
-        return Speeds(rate)
+        return Speeds(rate, longest)
     files = {entry.file for entry in model.transformer.entries.values()}
-    return Speeds(rate, read_rate(max(files, key=lambda file: file.stat().st_size)), largest_block(model.transformer))
+    disk_rate = read_rate(max(files, key=lambda file: file.stat().st_size))
+    return Speeds(rate, longest, disk_rate, largest_block(model.transformer))
+
+
+def longest_kernel(width: int, height: int, most: float) -> float:
+    """FLOP of the longest kernel for images of width x height: attention, feed-forward or convolution, split to `most`.
+
+    For a caption of MAX_TOKENS, in the full model.
+    """
+    transformer, vae = TransformerConfig(), VAEConfig()
+    tokens = width * height // (vae.scale * PATCH) ** 2 + MAX_TOKENS
+    convolved = max(vae.block_out_channels[:2])  # channels of the last upsampling, at full size
+    rows = {  # how many, and the FLOP of each
+        "attention": (tokens, 4 * tokens * transformer.dim),
+        "feed-forward": (tokens, 2 * transformer.dim * transformer.ffn_dim),
+        "convolution": (width * height, 2 * 9 * convolved**2),
+    }
+    return max((b - a) * flops for count, flops in rows.values() for a, b in pieces(count, flops, most)[:1])
 
 
 def product_rate(rows: int, dtype: mx.Dtype, dim: int, width: int, chain: int) -> float:
@@ -162,6 +191,7 @@ def verdicts(facts: dict[str, Any], speeds: Speeds) -> list[Verdict]:
         judge_gpu(facts["backend"], is_virtual()),
         *judge_room(facts["memory_budget"], free),
         *judge_build(facts, supports_matrix_units()),
+        *judge_kernels(speeds),
         *judge_disk(speeds),
     ]
 
@@ -217,6 +247,15 @@ def judge_build(facts: dict[str, Any], supports_matrix_units: bool) -> list[Verd
         message, advice = "MLX_METAL_FAST_SYNCH is set; hangs have been reported with it", "unset it"
         found.append(Verdict("environment", False, message, advice))
     return found
+
+
+def judge_kernels(speeds: Speeds) -> list[Verdict]:
+    """The longest kernel, if something limits its time."""
+    if speeds.longest_kernel_s is None:
+        return []
+    ok, message = speeds.longest_kernel_s <= LONG_KERNEL, f"the longest takes about {speeds.longest_kernel_s:.2g} s"
+    advice = "generate smaller images, and let MLX_ZIMAGE_HOME be a folder that can be written: macOS ends long kernels"
+    return [Verdict("kernels", ok, message, "" if ok else advice)]
 
 
 def judge_disk(speeds: Speeds) -> list[Verdict]:
@@ -279,6 +318,7 @@ def report(
         "machine": facts,
         "speeds": {
             "product_tflops": speeds.product_rate / 1e12,
+            "longest_kernel_s": speeds.longest_kernel_s,
             "disk_gb_per_s": speeds.disk_rate and speeds.disk_rate / 1e9,
             "block_s": speeds.block_s,
         },

@@ -74,8 +74,8 @@ def test_an_environment_in_which_mlx_hangs_is_a_limit(monkeypatch):
 
 def test_a_disk_that_takes_more_than_two_seconds_a_block_is_a_limit():
     assert doctor.judge_disk(Speeds(1e12)) == []
-    (fast,) = doctor.judge_disk(Speeds(1e12, 3e9, 360_000_000))
-    (slow,) = doctor.judge_disk(Speeds(1e12, 7e7, 360_000_000))
+    (fast,) = doctor.judge_disk(Speeds(1e12, None, 3e9, 360_000_000))
+    (slow,) = doctor.judge_disk(Speeds(1e12, None, 7e7, 360_000_000))
     assert fast.ok and "3.00 GB/s, 0.12 s per block" in fast.message
     assert not slow.ok and "5.14 s per block" in slow.message and "internal disk" in slow.advice
 
@@ -83,7 +83,7 @@ def test_a_disk_that_takes_more_than_two_seconds_a_block_is_a_limit():
 def test_the_disk_of_a_model_is_measured_by_its_largest_file(monkeypatch):
     monkeypatch.setattr(doctor, "remember_product_rate", lambda rate: None)
     model = open_checkpoint(POCKET)
-    found = doctor.speeds(model)
+    found = doctor.speeds(1024, 1024, model)
     assert math.isfinite(found.product_rate) and found.product_rate > 0
     assert found.disk_rate > 0
     sizes = {
@@ -99,8 +99,27 @@ def test_the_rate_of_products_is_remembered_for_a_gpu_only(monkeypatch):
     for backend, expected in (("cpu", 0), ("metal", 1)):
         monkeypatch.setattr(doctor, "backend", lambda backend=backend: backend)
         monkeypatch.setattr(doctor, "product_rate", lambda *_, **__: 1e12)
-        doctor.speeds()
+        doctor.speeds(1024, 1024)
         assert remembered == [1e12] * expected
+
+
+@pytest.mark.parametrize("side", [512, 1024, 2048])
+@pytest.mark.parametrize("chip", ["Apple M1", "Apple M2 Max", "Apple Paravirtual device"])
+def test_kernels_are_split_to_less_than_a_second(monkeypatch, chip, side):
+    rate = machine.rate_of(chip)
+    split = doctor.longest_kernel(side, side, machine.KERNEL_S * rate)
+    assert 2 * split / rate <= doctor.LONG_KERNEL
+    assert doctor.judge_kernels(Speeds(rate, 2 * split / rate))[0].ok
+    whole = doctor.longest_kernel(side, side, math.inf)
+    assert whole >= split
+
+
+def test_an_unsplit_kernel_of_a_large_image_is_a_limit():
+    # attention takes 4 FLOP for each pair of 16384 + 512 tokens and feature; the last upsampling takes even more
+    assert doctor.longest_kernel(2048, 2048, math.inf) == max(4 * 16896**2 * 3840, 2048**2 * 2 * 9 * 256**2)
+    (long,) = doctor.judge_kernels(Speeds(1e12, 2 * doctor.longest_kernel(2048, 2048, math.inf) / 1e12))
+    assert not long.ok and "about 9.9 s" in long.message and "smaller images" in long.advice
+    assert doctor.judge_kernels(Speeds(1e12)) == []
 
 
 @pytest.mark.parametrize(

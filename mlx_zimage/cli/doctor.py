@@ -5,11 +5,15 @@ import json
 import click
 
 from ..dtypes import FLOATS
-from ..errors import NumericsError
+from ..errors import NumericsError, RequestError
+from ..jobs import parse_size
+from ..request import check_size
+from ..variants import TURBO
 
 
 @click.command(epilog="Example: mlx-zimage doctor --model z-image-4bit --json > doctor.json")
 @click.option("--model", help="Also measure the disk of this model, and check only its quantization.")
+@click.option("--size", metavar="WxH", help="Image size for which to predict the longest kernel.  [default: 1024x1024]")
 @click.option(
     "--dtype",
     "dtypes",
@@ -18,7 +22,7 @@ from ..errors import NumericsError
     help="Check arithmetic in this dtype only; repeatable.  [default: all]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(model: str | None, dtypes: tuple[str, ...], as_json: bool) -> None:
+def doctor(model: str | None, size: str | None, dtypes: tuple[str, ...], as_json: bool) -> None:
     """Check this machine: system, MLX build, memory, disk and MLX's arithmetic.
 
     "limited" marks a restriction, with its consequence; images can still be generated. The operations that the networks
@@ -29,10 +33,15 @@ def doctor(model: str | None, dtypes: tuple[str, ...], as_json: bool) -> None:
     from ..machine import is_virtual
     from ..weights.checkpoint import open_checkpoint
 
+    sides, ratio = parse_size(size or f"{TURBO.size}x{TURBO.size}")
+    if ratio:
+        raise RequestError(f"doctor needs a size in pixels such as 1024x768, got {size!r}")
+    for name, side in sides.items():
+        check_size(name, side)
     checkpoint = open_checkpoint(model) if model else None
     quantizations = selftest.quantizations_of(checkpoint) if checkpoint else selftest.every_quantization()
     dtypes = dtypes or tuple(dtype for dtype in FLOATS if dtype != "bfloat16" or not is_virtual())
-    facts, speeds = doctor.facts(), doctor.speeds(checkpoint)
+    facts, speeds = doctor.facts(), doctor.speeds(sides["width"], sides["height"], checkpoint)
     verdicts = doctor.verdicts(facts, speeds)
     if not as_json:
         for name, fact in facts.items():

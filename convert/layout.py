@@ -18,7 +18,7 @@ from ..weights.names import COMFYUI_PREFIXES, comfyui_name
 from .choose import Choice
 from .disk import render_json
 from .rows import Tensor
-from .shards import Shard, Slot, Task, header
+from .shards import PAGE, Shard, Slot, Task, header
 from .sources import Source
 
 SHARD_BYTES = 512 * 10**6
@@ -110,6 +110,10 @@ def _shards(tasks: Sequence[Task], stem: str, form: str) -> list[Shard]:
             size = 0
         groups[-1].append(task)
         size += task.nbytes
+    if form == "mlx":
+        # Safetensors allows no gaps. So what fills whole pages comes first, and each of it begins with one: all dense
+        # matrices, and feed-forwards' in 4 and 8 bits. The rest follows wherever it falls.
+        groups = [sorted(group, key=lambda task: task.nbytes % PAGE > 0) for group in groups]
     if form == "diffusers" and len(groups) == 1:
         return [Shard(f"{stem}.safetensors", groups[0], "pt")]
     name = f"{stem}-{{:05}}-of-{len(groups):05}.safetensors"

@@ -15,12 +15,14 @@ import numpy as np
 
 from ..dtypes import STORED
 from ..errors import NumericsError
+from ..machine import backend
 from ..quantization import Quantization
 from ..weights.checkpoint import Entry
 from .disk import read_bytes
 from .rounding import dequantize_rows
 
-CHUNK_BYTES = 2 * 2**20  # of float32, at a time; more would not fit in a processor's cache
+# Bytes of float32 at a time: more would not fit in a CPU's cache; with less, a GPU would mostly wait to be asked.
+CHUNK_BYTES = {"cpu": 2 * 2**20, "metal": 2**26, "cuda": 2**26}
 # The exponent bits, which are all set in NaN and infinity but not in any finite number.
 EXPONENT = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
 
@@ -102,7 +104,7 @@ def read_rows(tensor: Tensor, dtype: str, chunk_bytes: int | None = None) -> Ite
     """The rows of a tensor in dtype, a few at a time. Raises NumericsError if a value is not finite."""
     target = getattr(mx, dtype)
     height = tensor.shape[0]
-    step = max(1, (chunk_bytes or CHUNK_BYTES) // (4 * prod(tensor.shape[1:])))
+    step = max(1, (chunk_bytes or CHUNK_BYTES[backend()]) // (4 * prod(tensor.shape[1:])))
     for start in range(0, height, step):
         stored = tensor.read(start, min(start + step, height))
         rows = stored.astype(target)

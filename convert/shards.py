@@ -15,6 +15,7 @@ from ..quantization import Quantization
 from .rounding import quantize_rows
 from .rows import Tensor, read_rows
 
+PAGE = 2**14  # bytes of a page of memory on Apple Silicon, where what begins with one may be mapped instead of read
 CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the overhead per column only pays off for many rows
 
 
@@ -88,7 +89,7 @@ class Shard:
 
 
 def header(slots: Iterable[Slot], form: str) -> bytes:
-    """A safetensors header, preceded by its length and padded to 8 bytes as in the reference implementation."""
+    """A safetensors header, preceded by its length and padded so that the data begins with a page."""
     fields: dict = {"__metadata__": {"format": form}}
     offset = 0
     for slot in slots:
@@ -96,5 +97,5 @@ def header(slots: Iterable[Slot], form: str) -> bytes:
         fields[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE)
     return len(text).to_bytes(8, "little") + text

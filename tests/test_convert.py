@@ -11,17 +11,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
 from tiny import TRANSFORMER, save_component, weights, write_checkpoint
 
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.cli import main
 from mlx_zimage.convert import convert, convert_steps, layout, rows
 from mlx_zimage.convert.choose import quantizations
+from mlx_zimage.convert.shards import PAGE
 from mlx_zimage.convert.writer import OutputFolder
 from mlx_zimage.errors import CheckpointError, NumericsError, OutputError, RequestError
+from mlx_zimage.machine import backend
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.quantization import MODES, Quantization
-from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint, read_header
 from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.manifest import CONVERSION, MANIFEST
 
@@ -378,7 +381,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path, bits):
 
 def test_a_tensor_is_read_a_few_rows_at_a_time(official, tmp_path, monkeypatch):
     whole = convert(official, tmp_path / "whole", bits=None)
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 20_000)
+    monkeypatch.setitem(rows.CHUNK_BYTES, backend(), 20_000)
     assert files(convert(official, tmp_path / "pieces", bits=None)) == files(whole)
     packed = convert("pocket", tmp_path / "packed", bits=4)
     monkeypatch.undo()
@@ -394,3 +397,25 @@ def test_integer_weights_without_a_quantization_config_are_refused(tmp_path):
     mx.save_safetensors(str(file), arrays | {name: arrays[name].astype(mx.uint32)})
     with pytest.raises(CheckpointError, match=f"{name} is U32"):
         convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_what_fills_whole_pages_of_memory_begins_with_one(tmp_path, bits):
+    """So that it can be mapped. Safetensors allows no gaps, so the rest follows wherever it falls."""
+    out = convert("pocket", tmp_path / "out", bits=bits)
+    aligned, misaligned = [], []
+    for file in out.rglob("*.safetensors"):
+        with safe_open(file, framework="numpy") as reader:  # refuses gaps, and headers that do not fit
+            names = set(reader.keys())
+        arrays, header = mx.load(str(file)), read_header(file)
+        assert names == set(arrays) == set(header)
+        assert min(entry.offset for entry in header.values()) % PAGE == 0
+        for name, entry in header.items():
+            with file.open("rb") as stream:
+                stream.seek(entry.offset)
+                assert stream.read(entry.nbytes) == bytes(np.array(arrays[name].reshape(-1).view(mx.uint8)))
+            layer = name.removesuffix(".weight")
+            helpers = (header[f"{layer}.{part}"].nbytes for part in ("scales", "biases") if f"{layer}.{part}" in header)
+            if name.endswith(".weight") and (entry.nbytes + sum(helpers)) % PAGE == 0:
+                (misaligned if entry.offset % PAGE else aligned).append(name)
+    assert len(aligned) >= 10 and not misaligned

@@ -14,8 +14,12 @@ Open a pipeline once, then call it as often as you like:
 "pocket" is the tiny model inside this package: it generates coloured shapes in seconds, without downloading anything.
 For the real model, pass the folder that `mlx-zimage convert` or the first `mlx-zimage generate` created, or a Hugging
 Face id such as "Tongyi-MAI/Z-Image-Turbo", which is downloaded (33 GB). The arguments are those of diffusers'
-ZImagePipeline, except that `seed` replaces its generator; the same seed gives the same noise. Without a seed, a random
-one is used, which is in out.seed. help(ZImagePipeline) explains all arguments.
+ZImagePipeline, in the same order, and `seed`, which gives the noise of a torch.Generator of that seed. Without either,
+a random seed is used; out.seed has it. help(ZImagePipeline) explains all arguments. In a terminal or notebook a call
+shows a progress bar; pipe.set_progress_bar_config(disable=True) turns it off.
+
+A pipeline runs one request at a time: another thread is refused meanwhile, and so is a process forked after MLX was
+used (multiprocessing's "spawn" works).
 
 Progress and stopping
 ---------------------
@@ -58,7 +62,8 @@ seed                    0 to 2**64 - 1; same noise as torch.Generator().manual_s
 guidance_scale          0 is off; g here is "cfg g + 1" in other programs
 latents, in and out     (images, 16, height / 8, width / 8), float32, as in diffusers
 Step.latents, .clean    (images, height / 8, width / 8, 16), float32, channels last
-Generated.pixels        (height, width, 3), uint8; output_type="np": (images, height, width, 3), in [0, 1]
+Generated.pixels        (height, width, 3), uint8; .unit is float32 in [0, 1], as with output_type="np"
+prompt_embeds           a list of (tokens, cap_feat_dim), one per prompt, as from encode_prompt
 memory                  a string such as "6GB" (6 * 10**9 bytes) or "6GiB" (6 * 2**30 bytes), or a number of bytes
 
 Memory

@@ -25,3 +25,15 @@ class Elsewhere(Needless):
 
     def __call__(self, *args: object, **kwargs: object) -> None:
         raise RequestError(f"there is no {self.name} here: {self.why}")
+
+
+class Absent(Needless):
+    """A component of diffusers' pipelines that cannot be read or replaced here."""
+
+    def __get__(self, instance: object, owner: type) -> Absent:
+        if instance is None:
+            return self
+        raise AttributeError(f"there is no {self.name} here: {self.why}")
+
+    def __set__(self, instance: object, value: object) -> None:
+        raise RequestError(f"there is no {self.name} here: {self.why}")

@@ -17,7 +17,7 @@ import numpy as np
 from .dtypes import FLOATS
 from .errors import RequestError
 from .inputs import Inputs, check_latents
-from .needless import Elsewhere, Needless
+from .needless import Absent, Elsewhere, Needless
 from .noise import check_generator, generator_randn, initial_noise
 from .request import GenerateRequest
 from .sampling import Change, Step
@@ -35,6 +35,10 @@ OTHER_OPTIONS = {  # of from_pretrained, and what to use instead
     "local_files_only": "set the environment variable HF_HUB_OFFLINE=1",
     "token": "set the environment variable HF_TOKEN, or run `hf auth login`",
     "revision": "download it with `hf download ID --revision REVISION --local-dir FOLDER`, and open FOLDER",
+    "scheduler": "shift= and sigmas= of a call choose the schedule",
+    **dict.fromkeys(
+        ("transformer", "text_encoder", "tokenizer", "vae"), "save it into a model's folder, and open that"
+    ),
     "quantization_config": "convert the model once, as in `mlx-zimage convert ID FOLDER --q-bits 4`, and open FOLDER",
 }
 
@@ -58,6 +62,7 @@ class DiffusersMethods:
     enable_vae_tiling = Needless(f"images are decoded in strips if memory is short; {BY_MEMORY}")
     disable_vae_tiling = Needless(f"images are decoded whole if memory allows it; {BY_MEMORY}")
     save_pretrained = Elsewhere("from mlx_zimage.convert import convert; convert(source, folder) writes a model")
+    scheduler = Absent("shift= and sigmas= of a call choose the schedule")
     from_single_file = Elsewhere("convert the file once, as in `mlx-zimage convert FILE FOLDER`, and open FOLDER")
 
 

@@ -188,6 +188,10 @@ def test_methods_of_diffusers_do_nothing_and_say_why_or_say_what_does(pipe):
     for name in methods(Elsewhere, pipe):
         with pytest.raises(RequestError, match=f"^there is no {name} here: "):
             getattr(pipe, name)("anything")
+    with pytest.raises(RequestError, match="there is no scheduler here: shift= and sigmas= of a call"):
+        pipe.scheduler = "Euler"
+    with pytest.raises(AttributeError, match="there is no scheduler here: shift= and sigmas= of a call"):
+        _ = pipe.scheduler.config
     with pytest.raises(RequestError, match="mlx-zimage convert FILE FOLDER"):
         ZImagePipeline.from_single_file("model.safetensors")
 

@@ -240,7 +240,7 @@ def test_progress_counts_the_bytes_of_the_source(official, tmp_path):
     ("options", "message"),
     [
         ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16"),
-        ({"bits": 7}, "2 or 3 or 4 or 5 or 6 or 8 bits, got 7"),
+        ({"bits": 7}, "2, 3, 4, 5, 6 or 8 bits, got 7"),
         ({"bits": 4, "group_size": 48}, "group size of 32, 64 or 128, got 48"),
         ({"bits": 4, "group_size": 128}, "192 wide, which is not a multiple of the group size 128"),
         ({"bits": 8, "mode": "mxfp4"}, "mxfp4 quantization takes 4 bits, got 8"),

@@ -16,6 +16,9 @@ from .machine import backend
 # What LoRAs add to a block's work, in numbers of the compute dtype: per token and output of the adapted layers, and per
 # weight that is added to. Measured on an H200 in bfloat16 at 1024x1024, all layers adapted: 2.06 and 2.33.
 ADAPTED, ADDED = 2.1, 2.4
+# Widths of heads for which MLX has a fused attention on Metal, in every dtype: no scores are in memory. Source: MLX,
+# backend/metal/scaled_dot_product_attention.cpp.
+FUSED_ON_METAL = (64, 72, 80, 96, 128)
 LARGEST_WHOLE = 2**30  # elements: MLX's CUDA kernels fail on more, so larger images are decoded in strips
 
 

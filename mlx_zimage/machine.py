@@ -25,6 +25,9 @@ import mlx.core as mx
 from . import atomic
 from .errors import ModelNotFoundError
 
+# Bytes of a Mac's working set left to whatever draws its screen, or a tenth of small ones. A guess: a frame of a 5K
+# display is 59 MB, of which the display and each large window hold two or three.
+WINDOW_SERVER = 500 * 10**6
 MEMORY_SHARE = 0.6  # share of the memory to use, if the system does not recommend one
 # The number of input rows from which a quantized weight is unpacked for a dense product; with fewer, it is multiplied
 # in packed form. Measured: on the CPU unpacking is always faster. On CUDA (H200) it is faster from 256 rows on, 2.5
@@ -127,12 +130,17 @@ def machine_budget() -> int:
     device = mx.device_info()
     recommended = device.get("max_recommended_working_set_size")
     if recommended:
-        return int(recommended)
+        return int(recommended) - min(int(recommended) // 10, WINDOW_SERVER)
     of_gpu = int(device.get("total_memory") or device.get("memory_size") or 0)
     if of_gpu:
         return int(MEMORY_SHARE * of_gpu)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(MEMORY_SHARE * min([total, *cgroup_limits()]))
+
+
+def max_buffer() -> int:
+    """The bytes that one tensor may take: Metal allows less than a GPU's whole working set."""
+    return int(mx.device_info().get("max_buffer_length") or 2**63)
 
 
 def cgroup_limits(membership: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> Iterator[int]:

@@ -13,14 +13,14 @@ from math import prod
 
 import mlx.core as mx
 
-from .bounds import ADAPTED, ADDED, LARGEST_WHOLE, bounds
+from .bounds import ADAPTED, ADDED, FUSED_ON_METAL, LARGEST_WHOLE, bounds
 from .dtypes import STORED
 from .errors import MemoryBudgetError
 from .headroom import SIDE, TOKENS
-from .machine import backend
+from .machine import backend, kernel_flops, max_buffer
 from .models.layers import vae_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
-from .models.vae import CPU_STRIP, VAEConfig
+from .models.vae import CPU_STRIP, SCORES, VAEConfig, convolution_flops, strip_within
 from .request import SIZE_MULTIPLE
 from .sizes import rounded_up
 from .weights.blocks import READS_AHEAD
@@ -73,13 +73,16 @@ class Footprint:
 class Way:
     """One way to do a stage's work: bytes of intermediates, and of those that a GPU may free late.
 
-    lean blocks free memory halfway through; a VAE works on strips of strip_bytes, or on whole tensors if None.
+    lean blocks free memory halfway through; a VAE works on strips of strip_bytes, or on whole tensors if None. buffer
+    is the bytes of the largest tensor, and flops the FLOP of the longest kernel.
     """
 
     work: int
     late: int = 0
     lean: bool = False
     strip_bytes: int | None = None
+    buffer: int = 0
+    flops: float = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,16 @@ class Plan:
     def strip_bytes(self) -> int | None:
         """The bytes per strip when decoding images; None to decode them whole."""
         return self.ways["decode"].strip_bytes
+
+    @property
+    def buffer(self) -> int:
+        """Bytes of the largest single tensor."""
+        return max(way.buffer for way in self.ways.values())
+
+    @property
+    def flops(self) -> float:
+        """FLOP of the longest kernel."""
+        return max(way.flops for way in self.ways.values())
 
     @property
     def peak(self) -> int:
@@ -260,6 +273,8 @@ class Planner:
         self.dtype = dtype
         self.bounds = bounds(dtype)
         self.vae_dtype = vae_dtype(dtype)
+        self.max_buffer = max_buffer()
+        self.most = kernel_flops()
         self.footprints = {
             name: measure(component, self.vae_dtype if name == "vae" else dtype)
             for name, component in checkpoint.networks.items()
@@ -268,7 +283,7 @@ class Planner:
     def plan(self, work: Workload, budget: int, keep: bool | None = None) -> Plan:
         """The fastest plan for a workload within a budget in bytes; MemoryBudgetError if there is none."""
         best = self.best(work, budget, keep)
-        if best.room <= budget:
+        if self._fits(best):
             return best
         side = self._largest_side(work, budget, keep)
         images = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
@@ -276,10 +291,18 @@ class Planner:
         smaller = f"the largest size that fits is {side}x{side}" if side else "no smaller size fits"
         kept = " with the model kept in memory" if keep else ""
         move = "do not keep the model in memory" if keep else "raise the budget, generate fewer images at once"
+        if best.buffer > self.max_buffer:
+            raise MemoryBudgetError(
+                f"{images} cannot be generated on this GPU: {it} a tensor of {rounded_up(best.buffer)}, and a buffer "
+                f"there holds at most {rounded_up(self.max_buffer)}; {smaller}"
+            )
         raise MemoryBudgetError(
             f"{images} cannot be generated within {rounded_up(budget)}{kept}: {it} at least {rounded_up(best.room)}, "
             f"and {smaller}; {move}, or convert the model to fewer bits"
         )
+
+    def _fits(self, plan: Plan) -> bool:
+        return plan.room <= plan.budget and plan.buffer <= self.max_buffer
 
     def best(self, work: Workload, budget: int, keep: bool | None = None) -> Plan:
         """The fastest plan that fits the budget; if none fits, the one that needs the least memory."""
@@ -289,7 +312,7 @@ class Planner:
         """The side of the largest square image that fits, no larger than the work's longer side; 0 if none does."""
 
         def too_large(side: int) -> bool:
-            return self.best(replace(work, width=side, height=side), budget, keep).room > budget
+            return not self._fits(self.best(replace(work, width=side, height=side), budget, keep))
 
         side = max(work.width, work.height)
         return SIZE_MULTIPLE * bisect_left(range(SIZE_MULTIPLE, side + 1, SIZE_MULTIPLE), True, key=too_large)
@@ -303,13 +326,11 @@ class Planner:
         denoise = []
         for lean in (False, True):
             nbytes = self.denoise_work(work, lean) + modulations
-            denoise.append(Way(nbytes, 0 if lean else int(self.bounds.late * nbytes), lean=lean))
+            late = 0 if lean else int(self.bounds.late * nbytes)
+            denoise.append(Way(nbytes, late, lean, buffer=self._widest(work), flops=self._longest(work)))
         whole = decodes_whole(self.checkpoint.vae.config, work.width, work.height)
-        decode = [
-            Way(self.decode_work(work.width, work.height, strip), strip_bytes=strip)
-            for strip in self.bounds.strips
-            if strip or whole
-        ]
+        decode = [self._decode_way(work.width, work.height, strip) for strip in self.bounds.strips if strip or whole]
+        decode = [way for way in decode if way.flops <= self.most] or decode[-1:]
         encode = [Way(self.encode_work(work.tokens) + self.lora_work(work.loras.get("text_encoder"), work.tokens))]
         # The factors of all LoRAs stay in memory from stage to stage.
         held = sum(extra.held for extra in work.loras.values())
@@ -331,18 +352,15 @@ class Planner:
     def encode_work(self, tokens: int) -> int:
         config, bound = self.checkpoint.text_encoder.config, self.bounds
         widths = tokens * max(config.hidden_size, config.num_attention_heads * config.head_dim)
-        scores = bound.score * config.num_attention_heads * tokens**2
+        scores = self._score(config.head_dim) * config.num_attention_heads * tokens**2
         unpacked = bound.layer_unpacked * self.footprints["text_encoder"].unpacked
         return int(bound.layer * widths + scores + unpacked)
 
     def denoise_work(self, work: Workload, lean: bool) -> int:
-        config, scale = self.checkpoint.transformer.config, self.checkpoint.vae.config.scale * PATCH
-        bound = self.bounds
-        image_tokens = (work.width // scale) * (work.height // scale)
-        length = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, work.tokens))
-        together = min(work.images, max(1, TOKENS_AT_ONCE // length))
+        config, bound = self.checkpoint.transformer.config, self.bounds
+        length, together = self._tokens(work)
         block = (bound.lean_block if lean else bound.block) * length * config.dim
-        block += bound.score * config.n_heads * length**2
+        block += self._score(config.dim // config.n_heads) * config.n_heads * length**2
         waiting = work.prompts * work.images if work.prompts * work.images > together else 0
         others = bound.waiting * waiting * length * config.dim
         unpacked = (bound.lean_unpacked if lean else bound.unpacked) * self.footprints["transformer"].unpacked
@@ -350,11 +368,48 @@ class Planner:
             work.loras.get("transformer"), together * length
         )
 
+    def _score(self, head_dim: int) -> float:
+        """Bytes of an attention's scores, per head and pair of tokens."""
+        if backend() == "metal":
+            return 0 if head_dim in FUSED_ON_METAL else 4
+        return self.bounds.score
+
+    def _tokens(self, work: Workload) -> tuple[int, int]:
+        """The tokens of an image with its prompt, and how many images go through a block at once."""
+        scale = self.checkpoint.vae.config.scale * PATCH
+        image_tokens = (work.width // scale) * (work.height // scale)
+        length = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in (image_tokens, work.tokens))
+        return length, min(work.images, max(1, TOKENS_AT_ONCE // length))
+
+    def _widest(self, work: Workload) -> int:
+        """Bytes of a block's largest tensor: what is between the two products of a feed-forward, or scores."""
+        config, (length, together) = self.checkpoint.transformer.config, self._tokens(work)
+        scores = self._score(config.dim // config.n_heads) * config.n_heads * length**2
+        return int(together * max(length * config.ffn_dim * self.dtype.size, scores))
+
+    def _longest(self, work: Workload) -> float:
+        """FLOP of a block's longest kernel: an attention or a product, in pieces of at most `most`."""
+        config, (length, together) = self.checkpoint.transformer.config, self._tokens(work)
+        return min(self.most, together * length * config.dim * max(4 * length, 2 * config.ffn_dim))
+
     def modulations(self, steps: int) -> int:
         """Bytes of a schedule's scales and gates, twice while they are stacked, plus two blocks' adaLN weights."""
         config = self.checkpoint.transformer.config
         given = 2 * steps * (4 * len(config.modulated) + 1) * config.dim
         return (given + 2 * 4 * config.dim * config.time_dim) * self.dtype.size
+
+    def _decode_way(self, width: int, height: int, strip_bytes: int | None) -> Way:
+        config, itemsize = self.checkpoint.vae.config, self.vae_dtype.size
+        row = width * config.block_out_channels[1] * itemsize
+        strip = strip_bytes or (CPU_STRIP if backend() == "cpu" else strip_within(config, self.vae_dtype, self.most))
+        tensor = min(height * row, max(row, strip)) if strip else height * row
+        scores = min(SCORES, 4 * (width // config.scale * (height // config.scale)) ** 2)
+        return Way(
+            self.decode_work(width, height, strip_bytes),
+            strip_bytes=strip_bytes,
+            buffer=max(tensor, scores),
+            flops=tensor // itemsize * convolution_flops(config),
+        )
 
     def decode_work(self, width: int, height: int, strip_bytes: int | None) -> int:
         widths, itemsize = self.checkpoint.vae.config.block_out_channels, self.vae_dtype.size
@@ -367,4 +422,4 @@ class Planner:
 
 def decodes_whole(config: VAEConfig, width: int, height: int) -> bool:
     """Whether an image of width x height pixels can be decoded without strips, regardless of memory."""
-    return backend() == "cpu" or width * height * config.block_out_channels[1] < LARGEST_WHOLE
+    return backend() != "cuda" or width * height * config.block_out_channels[1] < LARGEST_WHOLE

@@ -52,8 +52,8 @@ def test_the_budget_is_a_share_of_what_the_process_may_use(monkeypatch, on_cpu):
     assert machine_budget() == int(MEMORY_SHARE * 10**9)
     monkeypatch.setattr(machine, "cgroup_limits", lambda: iter([2**63]))
     assert machine_budget() == int(MEMORY_SHARE * memory)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 5, "memory_size": 9})
-    assert machine_budget() == 5, "a GPU's own recommendation"
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**9, "memory_size": 9})
+    assert machine_budget() == 9 * 10**8, "a GPU's own recommendation, less what draws the screen"
 
 
 def test_the_cache_limit_is_restored_however_a_request_ends():

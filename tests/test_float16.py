@@ -150,7 +150,7 @@ def test_finding_the_scale_keeps_in_memory_what_the_request_keeps(tiny_folder, k
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16", keep=keep)
     with pipe.networks.running(pipe.plan(request())) as networks:
         result(networks._scale())
-        runners = pipe.text_encoder.runner, pipe.transformer.runner
+        runners = pipe.networks.runners["text_encoder"], pipe.networks.runners["transformer"]
         assert [bool(runner._kept) for runner in runners] == [keep, keep]
 
 

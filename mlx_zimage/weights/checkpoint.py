@@ -7,7 +7,6 @@ and checks every name and shape against the architecture; tensor data is read wh
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
-from safetensors import SafetensorError, safe_open
 
 from .. import variants
 from ..dtypes import STORED
@@ -30,7 +28,9 @@ from ..models.runner import Reading, Tree, Where
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
+from ..untrusted import parse_json, read_bytes
 from ..variants import Variant
+from . import headers
 from .hub import TOKENIZER_FILES, Repository, locate
 from .listing import INDEX, choose_files, variant_of, visible, weight_variants
 from .manifest import CONVERSION
@@ -50,12 +50,12 @@ SHOWN = 5  # number of names an error lists
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is {path.parent} part of a diffusers folder?") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object but got a {type(content).__name__}; download it again")
@@ -79,21 +79,15 @@ def read_header(file: Path) -> dict[str, Entry]:
     if file.exists() and not os.access(file, os.R_OK):
         raise CheckpointError(f"{file} cannot be read: permission denied; check its permissions")
     try:
-        # mx.load accepts overlapping, negative and trailing data ranges; safetensors' own reader refuses them
-        with safe_open(file, framework="numpy"):
-            pass
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+        header, _, start = headers.read(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing, but the index lists it; download the model again") from None
-    except (SafetensorError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{file} is not a complete safetensors file ({error}); it may be truncated, a Git LFS pointer or an HTML "
             f"page: download it again"
         ) from error
-    header.pop("__metadata__", None)
-    return _entries(file, header, 8 + length)
+    return _entries(file, header, start)
 
 
 def _entries(file: Path, header: dict[str, dict], start: int) -> dict[str, Entry]:
@@ -108,10 +102,10 @@ def _entries(file: Path, header: dict[str, dict], start: int) -> dict[str, Entry
 def read_metadata(file: Path) -> dict[str, str]:
     """The metadata in the header of a safetensors file; empty if there is none, or if the file cannot be read."""
     try:
-        with safe_open(file, framework="numpy") as opened:
-            return opened.metadata() or {}
-    except (SafetensorError, OSError):
+        _, metadata, _ = headers.read(file)
+    except (ValueError, OSError):
         return {}
+    return metadata
 
 
 def find_shards(folder: Path, names: Iterable[str] | None = None, variant: str | None = None) -> list[Path]:

@@ -10,10 +10,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models import NETWORKS
+from . import headers
 from .listing import is_hidden
 from .manifest import CONVERSION, MANIFEST
 from .names import foreign_kind
@@ -65,11 +64,14 @@ class Repository:
 
         try:
             found = HfApi().parse_safetensors_file_metadata(self.id, self._name(file), revision=self.folder.name)
-        except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-            raise CheckpointError(f"{self.id}: {self._name(file)} is not a safetensors file ({error})") from error
+            header = {name: vars(tensor) for name, tensor in found.tensors.items()}
+            headers.check_count(header)
+            headers.check_tensors(header)
         except HTTPError as error:
             raise _failed(self.id, error) from error
-        return {name: vars(tensor) for name, tensor in found.tensors.items()}
+        except (NotASafetensorsRepoError, SafetensorsParsingError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.id}: {self._name(file)} is not a safetensors file ({error})") from error
+        return header
 
     def to_fetch(self, files: Iterable[Path]) -> int:
         """The bytes that `fetch` would download."""
@@ -114,9 +116,8 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
 
 def _kind_of_file(file: Path) -> str:
     try:
-        with safe_open(file, framework="numpy") as opened:
-            kind = foreign_kind(opened.keys())
-    except (SafetensorError, OSError):
+        kind = foreign_kind(headers.read(file)[0])
+    except (ValueError, OSError):
         return "a file"
     return f"a {kind}" if kind else "a file, which `mlx-zimage convert` reads if it contains a transformer"
 

@@ -11,7 +11,6 @@ diffusers, mflux) and ComfyUI's loader.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +22,8 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models.runner import NetworkConfig
-from .checkpoint import SHOWN, read_header, read_json
+from ..untrusted import parse_json
+from .checkpoint import SHOWN, read_header, read_json, read_metadata
 from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement, is_finite
 from .hub import REPOSITORY_ID, Repository
 from .manifest import sha256
@@ -239,22 +239,15 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
     return Lora(file, sha256(file), read, tuple(sorted(ignored)), tuple(unmatched), metadata, _dialect(entries))
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """The text that a safetensors header holds beside the tensors; {} if there is none."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return json.loads(stream.read(length)).get("__metadata__") or {}
-
-
 def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:
     """PEFT's config as diffusers saves it: JSON in the header's lora_adapter_metadata, keys prefixed by the network."""
     text = metadata.get("lora_adapter_metadata")
     if text is None:
         return {}
     try:
-        stored = json.loads(text)
+        stored = parse_json(text)
         return {key.removeprefix("transformer."): value for key, value in stored.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: lora_adapter_metadata is not a JSON object ({error})") from error
 
 

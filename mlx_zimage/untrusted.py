@@ -1,0 +1,72 @@
+"""Reading what a stranger may have written: regular files only, and JSON whose size is bounded before it is parsed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_BYTES = 8 * 2**20  # of a file that is parsed whole; configs and indexes of full-size models have 200 KB
+MAX_VALUES = 500_000  # in one JSON text: the most that they can take in memory is 70 MB
+MAX_DEPTH = 64
+MAX_DIGITS = 100  # Python refuses to parse 4301, and transformers itself writes 31
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes. OSError if it is a FIFO or a device, which could block or never end."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not blocking, since it may be a FIFO
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(fd, "rb")
+
+
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The content of a regular file. OSError if it has more than `most` bytes."""
+    with open_regular(path) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
+    return content
+
+
+def parse_json(content: bytes | str, most: int = MAX_VALUES) -> Any:
+    """The value of a JSON text in UTF-8. ValueError if it is not JSON, or beyond the limits of this module.
+
+    most is the number of values that it may contain.
+    """
+    text = content if isinstance(content, str) else content.decode()
+    if sum(map(text.count, ",[{")) > most:
+        raise ValueError(f"it has more than {most:,} values")
+    nested = ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    try:
+        value = json.loads(text, parse_int=_whole, object_pairs_hook=_object)
+    except RecursionError:
+        raise nested from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for outer in level for item in _inside(outer)]
+        if not level:
+            return value
+    raise nested
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("it has a key twice in one object")
+    return values
+
+
+def _inside(value: Any) -> Any:
+    """The values directly inside a list or object."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -1,0 +1,67 @@
+"""The one door to safetensors files: a header's size first, then safetensors' own reader, then each tensor's entry.
+
+Files in folders of strangers, of LoRAs and of our own cache all go through it before MLX reads their tensors: MLX
+accepts negative and overlapping ranges, takes 20 seconds for 400,000 tensors, and ends the process at 1000 axes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..untrusted import open_regular, parse_json
+
+MAX_HEADER = 8 * 2**20  # bytes: a full-size model has 200 KB, and trainers write some MB about themselves into a LoRA
+MAX_TENSORS = 20_000  # quantized to the last layer, all networks in one file have 4000
+MAX_AXES = 8  # convolutions have 4
+MAX_LENGTH = 2**40  # of an axis
+METADATA = "__metadata__"
+
+Header = dict[str, dict[str, Any]]  # dtype, shape and data_offsets, by tensor
+
+
+def read(file: Path) -> tuple[Header, dict[str, str], int]:
+    """The checked tensors and the metadata of a file's header, and where its data begins.
+
+    Raises OSError if the file cannot be read, and ValueError if it is not a safetensors file.
+    """
+    with open_regular(file) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MAX_HEADER:
+            raise ValueError(f"header of {length:,} bytes, expected at most {MAX_HEADER:,}")
+        content = stream.read(length)
+    header = parse_json(content)
+    if not isinstance(header, dict):
+        raise ValueError("header is not an object")
+    metadata = header.pop(METADATA, None) or {}
+    check_count(header)
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    check_tensors(header)
+    return header, metadata, 8 + length
+
+
+def check_count(header: Header) -> None:
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{len(header):,} tensors, expected at most {MAX_TENSORS:,}")
+
+
+def check_tensors(header: Header) -> None:
+    """ValueError unless each tensor has a shape that every library can take, and a range of bytes."""
+    for name, tensor in header.items():
+        shape, offsets = tensor["shape"], tensor["data_offsets"]
+        if len(shape) > MAX_AXES or not all(_is_count(n) and n <= MAX_LENGTH for n in shape):
+            raise ValueError(
+                f"{name:.80} has shape {shape!r:.80}, expected at most {MAX_AXES} axes, each of up to {MAX_LENGTH:,}"
+            )
+        if len(offsets) != 2 or not all(map(_is_count, offsets)) or offsets[0] > offsets[1]:
+            raise ValueError(f"{name:.80} has data_offsets {offsets!r:.80}, expected its first byte and its end")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0

@@ -1,0 +1,101 @@
+"""Safetensors files made to harm: each is refused by name, from its header, before anything is allocated for it."""
+
+import json
+import os
+import struct
+
+import mlx.core as mx
+import pytest
+from compare import refusal
+
+from mlx_zimage.convert.verify import verify
+from mlx_zimage.errors import CheckpointError
+from mlx_zimage.weights import headers
+from mlx_zimage.weights.checkpoint import read_header
+
+
+def safetensors(header: object, nbytes: int = 0) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(nbytes)
+
+
+def tensor(shape, begin=0, end=4, dtype="F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def many(count: int) -> bytes:
+    return json.dumps({f"a{i}": tensor([0], 0, 0) for i in range(count)}).encode()
+
+
+def deep(depth: int) -> bytes:
+    return b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+
+
+TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+HOSTILE = {
+    # MLX reads these, or ends the process
+    "junk behind": safetensors({"a": tensor([1])}, 8),
+    "negative shape": safetensors({"a": tensor([-1, -1])}, 4),
+    "overlap": safetensors({"a": tensor([1]), "b": tensor([1])}, 4),
+    "listed twice": safetensors(TWICE, 4),
+    "an axis past 2**31": safetensors({"a": tensor([2**33, 2**33], 0, 0)}),
+    "an empty axis past 2**63": safetensors({"a": tensor([0, 2**64], 0, 0)}),
+    "1000 axes": safetensors({"a": tensor([1] * 1000)}, 4),
+    # too much for any parser
+    "400,000 tensors": safetensors(many(400_000)),
+    "20,001 tensors": safetensors(many(20_001)),
+    "a header of 100 MB": struct.pack("<Q", 100 * 2**20),
+    "a header of 2**64 bytes": struct.pack("<Q", 2**64 - 1),
+    "nested": safetensors(deep(100)),
+    "nested past Python's stack": safetensors(deep(100_000)),
+    "5000 digits": safetensors(b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}' % (b"9" * 5000), 4),
+    "a million values": safetensors(b'{"__metadata__":[' + b"0," * 10**6 + b"0]}"),
+    # not what a header is
+    "a list": safetensors([1, 2]),
+    "not UTF-8": safetensors(b'{"\xff":1}'),
+    "a tensor that is a number": safetensors({"a": 1}),
+    "no shape": safetensors({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, 4),
+    "offsets in words": safetensors({"a": tensor([1], "0", "4")}, 4),
+    "an unknown dtype": safetensors({"a": tensor([1], dtype="F31")}, 4),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=list(HOSTILE))
+def test_a_hostile_header_is_refused_by_name(tmp_path, content):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file \(.{,500}\)"):
+        read_header(file)
+
+
+@pytest.mark.parametrize("name", ["400,000 tensors", "a header of 100 MB", "a million values", "nested"])
+def test_a_header_beyond_the_limits_never_reaches_a_library(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(headers, "safe_open", lambda *args, **options: pytest.fail("opened"))
+    (tmp_path / "model.safetensors").write_bytes(HOSTILE[name])
+    with pytest.raises(CheckpointError):
+        read_header(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.3.mlp.up_proj.weight", "rotary_emb.inv_freq"])
+def test_1000_axes_of_a_tensor_that_is_not_used_are_refused_too(folder, name):
+    file = sorted((folder / "text_encoder").glob("*.safetensors"))[0]
+    arrays = mx.load(str(file))
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), arrays | {name: mx.zeros((1,) * 1000)})
+    assert str(file) in refusal(folder)
+    assert "1000" in verify(folder)[0] or str(file) in verify(folder)[0]
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_header_of_the_largest_size_is_read(tmp_path):
+    # what a trainer says about itself, and as many tensors as are allowed
+    content = json.loads(many(headers.MAX_TENSORS))
+    content["__metadata__"] = {"tags": ""}
+    content["__metadata__"]["tags"] = " " * (headers.MAX_HEADER - len(json.dumps(content)))
+    (tmp_path / "model.safetensors").write_bytes(safetensors(content))
+    assert len(read_header(tmp_path / "model.safetensors")) == headers.MAX_TENSORS

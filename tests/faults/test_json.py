@@ -1,0 +1,72 @@
+"""JSON made to harm is refused before it is parsed, or by the name of what is wrong in it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from compare import refusal
+
+from mlx_zimage.untrusted import MAX_BYTES, MAX_DEPTH, parse_json, read_bytes
+
+HOSTILE = {
+    "nested lists": "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
+    "nested objects": '{"a":' * 100 + "1" + "}" * 100,
+    "nested past the stack": "[" * 10**6,
+    "digits": '{"dim": ' + "9" * 5000 + "}",
+    "more digits": "[-" + "1" * 10**6 + "]",
+    "empty lists": "[" + "[]," * 2_000_000 + "[]]",
+    "a key twice": '{"dim": 48, "dim": 64}',
+    "small objects": "[" + '{"a":1},' * 800_000 + "1]",
+    "keys": "{" + ",".join(f'"{i}":{{}}' for i in range(600_000)) + "}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
+@pytest.mark.parametrize("kind", [str, str.encode], ids=["text", "bytes"])
+def test_hostile_json_is_a_value_error(text, kind):
+    with pytest.raises(ValueError, match=r"^it "):
+        parse_json(kind(text))
+
+
+def test_a_full_size_model_is_within_the_limits():
+    index = {
+        "weight_map": {f"model.layers.{i}.self_attn.q_proj.weight": "model-00001.safetensors" for i in range(5000)}
+    }
+    assert parse_json(json.dumps(index)) == index
+    # as transformers writes it into tokenizer_config.json
+    assert parse_json('{"model_max_length": 1000000000000000019884624838656}')["model_max_length"] == int(1e30)
+
+
+def test_the_most_that_passes_takes_less_than_200_mb():
+    program = """
+import resource
+from mlx_zimage.untrusted import MAX_VALUES, parse_json
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if __import__("sys").platform == "darwin" else 1024)
+
+before = peak()
+for item in ("[],", '{"a":1},', '{},', "1.5,", '"a",'):
+    each = sum(map(item.count, ",[{"))
+    assert len(parse_json("[" + item * (MAX_VALUES // each - 2) + "0]")) > 10**5
+print((peak() - before) // 10**6)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_a_folder_with_a_hostile_config_is_refused_by_its_name(folder, name):
+    (folder / name).write_text(HOSTILE["digits"])
+    assert f"{folder / name} is not valid JSON (it has a number of 5,000 digits)" in refusal(folder)
+    (folder / name).write_bytes(b"[" * (MAX_BYTES + 1))
+    assert f"{folder / name} cannot be read: larger than {MAX_BYTES:,} bytes" in refusal(folder)
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/zero", tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_bytes(path)

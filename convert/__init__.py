@@ -49,6 +49,7 @@ def convert_steps(
     mode: str = "affine",
     text_encoder_bits: int | None = None,
     transformer_bits: int | None = None,
+    transformer: str | Path | None = None,
     text_encoder: str | Path | None = None,
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
@@ -64,7 +65,8 @@ def convert_steps(
     """Convert the model at source to the folder dest, which must not exist, yielding Progress after each tensor.
 
     source is a Hugging Face id, "pocket", a folder written by diffusers, mflux or this package, or a safetensors or
-    GGUF file. Missing parts are taken from text_encoder, vae and tokenizer, else from base: see sources.open_source.
+    GGUF file. transformer, text_encoder, vae and tokenizer replace or add
+    parts; base provides what is still missing. See sources.open_source.
     variant, such as "fp16", selects among the source's files; by default those without a variant are read.
 
     dtype ("bfloat16", "float32", "float16") is the dtype of every tensor that is not quantized. The matrices of the
@@ -99,9 +101,10 @@ def convert_steps(
         raise RequestError(f"{format} cannot read MLX's quantized weights; leave out the quantization options")
     dest = Path(dest).expanduser()
     check_absent(dest)  # before anything is downloaded
-    opened = open_source(source, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, base=base, variant=variant)
-    others = [Path(other).expanduser() for other in (text_encoder, vae, tokenizer, base) if other is not None]
-    for folder in (opened.at, *filter(Path.is_dir, others)):
+    replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+    opened = open_source(source, **replaced, base=base, variant=variant)
+    others = [Path(other).expanduser() for other in (*replaced.values(), base) if other is not None]
+    for folder in filter(Path.is_dir, (opened.at, *others)):
         check_outside(dest, folder)
     factor_of = None
     if calibrate:

@@ -1,4 +1,4 @@
-"""Checkpoints in other formats: single safetensors and GGUF files, and folders written by mflux.
+"""Single files in other formats than our own: safetensors and GGUF.
 
 Tensors are unpacked (fp8 with its scales, mflux's quantized matrices), renamed to the diffusers names, split where they
 are fused, and checked against the architecture.
@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..models import NETWORKS
 from ..quantization import Quantization
-from ..weights.checkpoint import SHOWN, Entry, find_shards, read_header, read_metadata
+from ..weights.component import SHOWN, Entry, read_header
 from ..weights.listing import visible
 from ..weights.names import Place, foreign_kind, places
 from . import gguf
@@ -70,21 +70,6 @@ def _start(file: Path) -> bytes:
             return stream.read(8)
     except OSError:
         return b""
-
-
-def is_mflux(folder: Path) -> bool:
-    files = visible(folder / "transformer", "*.safetensors")
-    return any("mflux_version" in read_metadata(file) for file in files)
-
-
-def open_mflux(folder: Path, configs: Mapping[str, dict]) -> dict[str, SourceComponent]:
-    """The networks in a folder written by `mflux-save`, quantized or not."""
-    components: dict[str, SourceComponent] = {}
-    for name in NETWORKS:
-        entries = {key: entry for file in find_shards(folder / name) for key, entry in read_header(file).items()}
-        tensors = stored_weights(entries, str(folder / name))
-        components |= assemble(tensors, configs, str(folder / name), channels_last=True)
-    return components
 
 
 def _gguf_tensor(stored: gguf.GGUFTensor) -> Tensor:
@@ -169,13 +154,8 @@ def _mflux_tensor(entries: dict[str, Entry], layer: str, label: str) -> Tensor:
     return Tensor(weight.name, shape, sum(entry.nbytes for entry in parts.values()), packed_rows(parts, q))
 
 
-def assemble(
-    stored: Mapping[str, Tensor], configs: Mapping[str, dict], label: str, channels_last: bool = False
-) -> dict[str, SourceComponent]:
-    """Sort stored tensors into networks, with diffusers names and layout; raise if any is unknown or missing.
-
-    channels_last means that convolutions are stored as in MLX: (out, h, w, in).
-    """
+def assemble(stored: Mapping[str, Tensor], configs: Mapping[str, dict], label: str) -> dict[str, SourceComponent]:
+    """Sort stored tensors into networks, with diffusers names and layout; raise if any is unknown or missing."""
     if kind := foreign_kind(stored):
         raise CheckpointError(f"{label} is a {kind}, not a model; expected the weights of Z-Image")
     found: dict[str, dict[str, Tensor]] = {}
@@ -193,7 +173,7 @@ def assemble(
         raise CheckpointError(f"{label}: not part of Z-Image: {_some(unknown)}; is this another model?")
     if not found:
         raise CheckpointError(f"{label} contains no weights; give a file with the weights of Z-Image")
-    return {name: _check(name, configs[name], found[name], label, channels_last) for name in NETWORKS if name in found}
+    return {name: _check(name, configs[name], found[name], label) for name in NETWORKS if name in found}
 
 
 def _cut(tensor: Tensor, place: Place, label: str) -> Tensor:
@@ -212,13 +192,13 @@ def _cut(tensor: Tensor, place: Place, label: str) -> Tensor:
     return Tensor(place.name, (rows, *tensor.shape[1:]), tensor.nbytes // place.parts, read)
 
 
-def _check(name: str, config: dict, found: dict[str, Tensor], label: str, channels_last: bool) -> SourceComponent:
+def _check(name: str, config: dict, found: dict[str, Tensor], label: str) -> SourceComponent:
     architecture = NETWORKS[name].from_dict(config)
     expected = architecture.shapes()
 
     missing = [key for key in expected if key not in found and not architecture.unused(key)]
     extra = [key for key in found if key not in expected and not architecture.unused(key)]
-    shaped = {key: reshaped(found[key], shape, channels_last) for key, shape in expected.items() if key in found}
+    shaped = {key: reshaped(found[key], shape) for key, shape in expected.items() if key in found}
     misshapen = [
         f"{key} has shape {found[key].shape}, expected {expected[key]}" for key, tensor in shaped.items() if not tensor
     ]
@@ -231,13 +211,8 @@ def _check(name: str, config: dict, found: dict[str, Tensor], label: str, channe
     return SourceComponent(name, config, tensors + [tensor for key, tensor in found.items() if key not in expected])
 
 
-def reshaped(tensor: Tensor, shape: tuple[int, ...], channels_last: bool = False) -> Tensor | None:
-    """The tensor in the given shape, if only its layout or axes of length 1 differ; otherwise None."""
-    if channels_last and len(shape) == 4:
-        out, width, height, depth = tensor.shape if len(tensor.shape) == 4 else (0, 0, 0, 0)
-        if (out, depth, width, height) != shape:
-            return None
-        return replace(tensor, shape=shape, read=lambda start, stop: tensor.read(start, stop).transpose(0, 3, 1, 2))
+def reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor in the given shape, if only axes of length 1 differ; otherwise None."""
     if tensor.shape == shape:
         return tensor
     if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:

@@ -17,7 +17,7 @@ from ..dtypes import STORED
 from ..errors import NumericsError
 from ..machine import backend
 from ..quantization import Quantization
-from ..weights.checkpoint import Entry
+from ..weights.component import Entry
 from .disk import read_bytes
 from .rounding import dequantize_rows
 
@@ -83,8 +83,13 @@ def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
     def read(start: int, stop: int) -> mx.array:
         raw = read_bytes(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
         if entry.dtype in FP8:
-            return mx.array(FP8[entry.dtype][raw]).reshape(stop - start, *row_shape)
-        return mx.array(raw).view(getattr(mx, STORED[entry.dtype])).reshape(stop - start, *row_shape)
+            rows = mx.array(FP8[entry.dtype][raw])
+        else:
+            rows = mx.array(raw).view(getattr(mx, STORED[entry.dtype]))
+        if entry.channels_last:
+            depth, *kernel = row_shape
+            return rows.reshape(stop - start, *kernel, depth).transpose(0, 3, 1, 2)
+        return rows.reshape(stop - start, *row_shape)
 
     return read
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,14 @@ from ..models import NETWORKS
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
 from ..weights import official
-from ..weights.checkpoint import (
-    PIPELINE_CLASS,
-    Component,
-    check_pipeline,
-    check_tokenizer,
-    check_variant,
-    check_widths,
-    find_network,
-    has_fp8,
-    read_entries,
-    read_json,
-    resolve,
-)
+from ..weights.checkpoint import BorrowedFromHub, check_tokenizer, check_widths, resolve, weight_files
+from ..weights.component import Component, find_network, has_fp8, read_entries, read_json
 from ..weights.hub import TOKENIZER_FILES, locate, name_of
 from ..weights.listing import INDEX, visible
 from ..weights.manifest import CONVERSION
+from ..weights.parts import PIPELINE_CLASS, check_pipeline, check_variant, open_networks
 from .disk import render_json
-from .files import assemble, is_mflux, open_file, open_mflux, refuse_pickles, stored_weights
+from .files import assemble, open_file, refuse_pickles, stored_weights
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
 
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -42,10 +32,6 @@ SMALL_FILES = [
     *(f"{component}/*.json" for component in NETWORKS),
 ]
 MAX_SMALL_FILE = 64 * 10**6
-
-
-class BorrowedFromHub(UserWarning):
-    """Something missing in the source is taken from the official repository."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +58,7 @@ class Source:
 def open_source(
     source: str | Path,
     *,
+    transformer: str | Path | None = None,
     text_encoder: str | Path | None = None,
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
@@ -80,21 +67,23 @@ def open_source(
 ) -> Source:
     """Open a complete model: the source, and its missing parts from elsewhere. Reads only configs and headers.
 
-    Each of source, text_encoder and vae is a model folder (of diffusers, mflux or this package), a Hugging Face id,
-    "pocket", or a safetensors or GGUF file; tokenizer is a model folder, an id, or the folder or file of a tokenizer.
-    base is a diffusers folder or id that provides anything still missing, including configs for single files; by
-    default that is the official model, whose configs are built in. variant selects among the source's files.
+    Each of source, transformer, text_encoder and vae is a model folder (of diffusers, mflux, ComfyUI or this package),
+    a network's own folder, a safetensors or GGUF file, "pocket", or a Hugging Face id (ID:PATH for a part of one);
+    tokenizer is a model folder, an id, or the folder or file of a tokenizer. base is a diffusers folder or id that
+    provides anything still missing, including configs for single files; by default that is the official model, whose
+    configs are built in. variant selects among the source's files.
 
     Raises for everything that `open_checkpoint` would refuse in the converted model.
     """
     configs = official.CONFIGS if base is None else read_configs(base)
-    opened = open_part(source, configs, variant)
+    replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    others = {name: other for name, other in replaced.items() if other is not None}
+    opened = open_part(source, configs, variant, [name for name in NETWORKS if name not in others])
+    for name, other in others.items():
+        opened = take(opened, open_part(other, configs, names=[name]), name)
     if "transformer" not in opened.components:
         found = " and ".join(opened.components)
         raise RequestError(f"{source} contains no transformer, only {found}; give the transformer as the source")
-    for name, other in (("text_encoder", text_encoder), ("vae", vae)):
-        if other is not None:
-            opened = take(opened, open_part(other, configs), name)
     if tokenizer is not None:
         opened = replace(opened, files=opened.files | read_tokenizer(tokenizer))
     missing = [name for name in NETWORKS if name not in opened.components]
@@ -129,29 +118,36 @@ def _model_index(content: bytes) -> bytes:
     return render_json(own | {"_class_name": PIPELINE_CLASS})
 
 
-def open_part(source: str | Path, configs: dict[str, dict], variant: str | None = None) -> Source:
-    """The networks and small files that a source contains."""
-    at = Path(source).expanduser()
+def open_part(
+    source: str | Path,
+    configs: dict[str, dict],
+    variant: str | None = None,
+    names: Sequence[str] = tuple(NETWORKS),
+) -> Source:
+    """The networks and small files that a source contains; of a repository, the named networks are downloaded."""
+    at = resolve(source, names, variant)
+    origin = name_of(at) if Path(source).expanduser().exists() else str(source)
     if at.is_file():
         components, weights = open_file(at, configs)
-        return Source(at.name, at, components, weights, {})
-    folder = resolve(source, variant=variant)
-    origin = name_of(folder) if at.is_dir() else str(source)
+        return Source(origin, at, components, weights, {})
     try:
-        return _open_model(folder, origin, configs, variant)
+        return _open_model(at, origin, configs, variant, names)
     except CheckpointError:
-        refuse_pickles(folder)
+        refuse_pickles(at)
         raise
 
 
-def _open_model(folder: Path, origin: str, configs: dict[str, dict], variant: str | None) -> Source:
-    if not (folder / "model_index.json").is_file() and is_mflux(folder):
-        weights = sorted(path for name in NETWORKS for path in visible(folder / name, "*.safetensors"))
+def _open_model(
+    folder: Path, origin: str, configs: dict[str, dict], variant: str | None, names: Sequence[str]
+) -> Source:
+    if not (folder / "model_index.json").is_file():
+        found = open_networks(folder, None, variant, names, configs)
         files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
-        return Source(origin, folder, open_mflux(folder, configs), weights, files)
+        components = {name: _component(component) for name, component in found.items()}
+        return Source(origin, folder, components, weight_files(found.values()), files)
     check_pipeline(folder)
     check_variant(folder, variant)
-    return open_folder(folder, origin, list(NETWORKS), variant)
+    return open_folder(folder, origin, names, variant)
 
 
 def open_folder(folder: Path, origin: str, names: Iterable[str], variant: str | None = None) -> Source:

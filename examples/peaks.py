@@ -23,7 +23,7 @@ import numpy as np
 from mlx_zimage import GenerateRequest, Step, ZImageError, ZImagePipeline
 from mlx_zimage.dtypes import FLOATS
 from mlx_zimage.pipeline import Phase
-from mlx_zimage.weights.checkpoint import Component
+from mlx_zimage.weights.component import Component
 
 PROMPT = "a lighthouse on a cliff at dusk, oil painting, " * 6
 PHASES = ("encode", "denoise", "decode")

@@ -38,7 +38,8 @@ from .quantization import Quantization
 from .request import MAX_TOKENS
 from .selftest import Check
 from .version import __version__
-from .weights.checkpoint import Checkpoint, Component
+from .weights.checkpoint import Checkpoint
+from .weights.component import Component
 from .weights.library import CHOICES, DOWNLOAD, WEIGHTS_SHARE, choose_bits, planned
 
 MACOS = 14  # the oldest version that MLX's wheels are built for

@@ -150,10 +150,11 @@ def open_model(
     keep: bool | None = None,
     variant: str | None = None,
     wired: bool = False,
+    **parts: str | None,
 ) -> OpenModel:
-    """Open a model to generate with; see `ZImagePipeline.from_pretrained`."""
-    pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant, wired)
-    name = name_of(Path(source)) if Path(source).is_dir() else source  # not the full path: images are shared
+    """Open a model to generate with; see `ZImagePipeline.from_pretrained`, which takes the parts by name."""
+    pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant, wired, **parts)
+    name = name_of(Path(source)) if Path(source).exists() else source  # not the full path: images are shared
     return OpenModel(pipeline, name, fingerprint(pipeline.checkpoint))
 
 

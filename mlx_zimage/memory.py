@@ -24,7 +24,8 @@ from .models.vae import CPU_STRIP, SCORES, VAEConfig, convolution_flops, strip_w
 from .request import SIZE_MULTIPLE
 from .sizes import rounded_up
 from .weights.blocks import READS_AHEAD
-from .weights.checkpoint import READERS, Checkpoint, Component
+from .weights.checkpoint import Checkpoint
+from .weights.component import READERS, Component
 from .weights.overlay import Extra
 
 # ---- the work, and the plan for it

@@ -110,10 +110,13 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         variant: str | None = None,
         wired: bool = False,
         *,
+        transformer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
         torch_dtype: Any = None,
         **options: object,
     ) -> ZImagePipeline:
-        """Open a model: a folder (from diffusers or our converter), a Hugging Face id, or "pocket".
+        """Open a model: a folder or file (of diffusers, mflux, ComfyUI or ours), a Hugging Face id, or "pocket".
 
         Reads and checks configs and headers; tensor data is read when first used. dtype is the compute dtype,
         "bfloat16", "float16" or "float32", or mx.bfloat16 and so on; `default_dtype` has the default. If float16
@@ -125,6 +128,10 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         are streamed from disk: slower, but the same image. A request that cannot fit is refused before any weights are
         read. keep=True keeps all networks in memory for the next request, keep=False unloads each one after use; by
         default they are kept if all fit at once.
+
+        transformer, text_encoder and vae name where that network is instead: a model, a network's own folder or file,
+        or an id; ID:PATH is a file or folder in a repository. Networks and a tokenizer that the model lacks come from
+        Tongyi-MAI/Z-Image-Turbo, with a warning.
 
         variant, "turbo" or "base", overrides which model of the family the folder is recognized as; any other value,
         such as "fp16", selects which of a network's files are read, as in diffusers.
@@ -142,7 +149,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         with explained():  # a Mac may have no GPU for this session
             name = default_dtype() if given is None else porting.dtype_name(given)
             budget = None if memory is None else parse_memory(memory)
-            return cls(open_checkpoint(source, variant), getattr(mx, name), budget, keep, wired)
+            parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+            return cls(open_checkpoint(source, variant, **parts), getattr(mx, name), budget, keep, wired)
 
     def __call__(
         self,

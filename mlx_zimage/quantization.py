@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import RequestError
@@ -55,6 +57,19 @@ class Quantization:
     @classmethod
     def from_dict(cls, block: dict) -> Quantization:
         return cls(block["bits"], block["group_size"], block.get("mode", "affine"))
+
+    @classmethod
+    def of_shapes(cls, dense: tuple[int, ...] | None, parts: Mapping[str, tuple[int, ...]]) -> Quantization | None:
+        """The only quantization by which a dense weight has parts ("weight", "scales", "biases") of these shapes."""
+        if not dense or not {"weight", "scales"} <= parts.keys() or not parts["weight"] or not parts["scales"]:
+            return None
+        for mode, (allowed_bits, groups) in MODES.items():
+            for bits, group in itertools.product(allowed_bits, groups):
+                q = cls(bits, group, mode)
+                expected = q.packed("x.weight", dense)
+                if dense[-1] % group == 0 and {f"x.{part}": shape for part, shape in parts.items()} == expected:
+                    return q
+        return None
 
 
 def default_quantization(bits: int | None, group_size: int | None = None, mode: str = "affine") -> Quantization:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 from tiny import Golden
 
 from mlx_zimage import ZImagePipeline
-from mlx_zimage.weights.checkpoint import Component
+from mlx_zimage.weights.component import Component
 from mlx_zimage.weights.hub import POCKET
 
 
@@ -139,3 +140,22 @@ def bytes_read(monkeypatch) -> Counter:
     monkeypatch.setattr(Component, "read", counted_read)
     monkeypatch.setattr(Component, "rows", counted_rows)
     return seen
+
+
+@pytest.fixture(scope="session")
+def mflux(tmp_path_factory):
+    """Folders saved by mflux 0.24.0 itself: see golden/mflux_folders.py."""
+    folder = tmp_path_factory.mktemp("mflux")
+    with zipfile.ZipFile(tiny.GOLDEN / "mflux.zip") as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_tokens(tmp_path_factory):
+    """A tokenizer.json of no more tokens than mflux's tiny text encoder has."""
+    import tokenizers
+
+    file = tmp_path_factory.mktemp("few") / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.BPE({chr(i): i for i in range(32, 127)}, [])).save(str(file))
+    return file

@@ -137,7 +137,7 @@ def test_a_missing_model_folder_exits_with_3(run):
         result = run(*command)
         assert (result.exit_code, result.stdout) == (3, "")
         assert "no/such/folder" in result.stderr
-    assert "no model folder at ./folder" in run("generate", PROMPT, "-m", "./folder").stderr
+    assert "no model at ./folder" in run("generate", PROMPT, "-m", "./folder").stderr
 
 
 def test_a_model_folder_with_missing_weights_exits_with_4(run, tmp_path):

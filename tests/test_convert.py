@@ -24,7 +24,8 @@ from mlx_zimage.errors import CheckpointError, NumericsError, OutputError, Reque
 from mlx_zimage.machine import backend
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.quantization import MODES, Quantization
-from mlx_zimage.weights.checkpoint import open_checkpoint, read_header
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.component import read_header
 from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.manifest import CONVERSION, MANIFEST
 

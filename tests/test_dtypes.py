@@ -14,7 +14,7 @@ from mlx_zimage.machine import backend
 from mlx_zimage.models import text_encoder, transformer, vae
 from mlx_zimage.models.layers import linear, sum_dtype
 from mlx_zimage.weights.blocks import Blocks
-from mlx_zimage.weights.checkpoint import Component
+from mlx_zimage.weights.component import Component
 
 pytestmark = pytest.mark.metal
 

@@ -11,7 +11,7 @@ import tiny
 from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.models.text_encoder import TextEncoder
 from mlx_zimage.weights import store as embeddings
-from mlx_zimage.weights.checkpoint import Component
+from mlx_zimage.weights.component import Component
 from mlx_zimage.weights.library import embeddings_folder, models, remove
 from mlx_zimage.weights.store import Store, checksum
 

@@ -16,7 +16,7 @@ from mlx_zimage.memory import Planner, Workload
 from mlx_zimage.models import NETWORKS, OPTIONAL
 from mlx_zimage.quantization import default_quantization
 from mlx_zimage.sizes import rounded_up
-from mlx_zimage.weights.checkpoint import Entry
+from mlx_zimage.weights.component import Entry
 from mlx_zimage.weights.quantize import tensor_quantization
 
 TABLE = Path(__file__).parent / "golden" / "macs.md"

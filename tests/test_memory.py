@@ -23,7 +23,8 @@ from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.sampling import Step
 from mlx_zimage.sizes import parse_memory
 from mlx_zimage.weights.blocks import READS_AHEAD, Blocks
-from mlx_zimage.weights.checkpoint import READERS, Component, open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.component import READERS, Component
 
 
 @pytest.fixture(scope="module")

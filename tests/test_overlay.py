@@ -13,7 +13,8 @@ from mlx_zimage.models.layers import product_from
 from mlx_zimage.models.runner import PlainRunner
 from mlx_zimage.models.transformer import Transformer
 from mlx_zimage.weights.blocks import Blocks
-from mlx_zimage.weights.checkpoint import Component, open_checkpoint
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.component import Component
 from mlx_zimage.weights.deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement
 from mlx_zimage.weights.overlay import Extra, Overlay
 

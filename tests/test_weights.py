@@ -20,7 +20,8 @@ from compare import refusal, relative_error
 from tiny import CONFIGS
 
 from mlx_zimage import CheckpointError, ModelNotFoundError, RequestError, ZImagePipeline
-from mlx_zimage.weights.checkpoint import open_checkpoint, read_header
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.component import read_header
 from mlx_zimage.weights.hub import POCKET, locate
 
 COMPONENTS = tuple(CONFIGS)
@@ -385,15 +386,10 @@ def test_a_folder_without_safetensors_is_refused(folder):
 
 @pytest.mark.parametrize("source", ["/nowhere/to/be/found", "no such model", "./nowhere/model/here"])
 def test_a_missing_folder_is_reported_with_what_is_accepted(source):
-    with pytest.raises(ModelNotFoundError, match="give a folder, a Hugging Face id such as") as caught:
+    with pytest.raises(ModelNotFoundError, match="give a folder, a file, a Hugging Face id such as") as caught:
         locate(source)
     assert source in str(caught.value)
     assert caught.value.exit_code == 3
-
-
-def test_a_file_is_not_a_model(folder):
-    with pytest.raises(ModelNotFoundError, match=r"is a file, which `mlx-zimage convert` reads .*; expected a folder"):
-        locate(vae_file(folder))
 
 
 def test_a_path_may_start_with_a_tilde(folder, monkeypatch):
@@ -676,7 +672,7 @@ def test_a_lora_or_controlnet_instead_of_a_model_is_named(tmp_path, folder, kind
     tiny.save_component(folder / "transformer", "transformer", tensors, CONFIGS["transformer"])
     assert refusal(folder).endswith(f"; the file is a {kind}, not a model")
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    with pytest.raises(ModelNotFoundError, match=f"safetensors is a {kind}; expected a folder"):
+    with pytest.raises(CheckpointError, match=f"safetensors is a {kind}, not a model; expected the weights of Z-Image"):
         open_checkpoint(file)
 
 

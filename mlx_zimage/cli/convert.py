@@ -10,6 +10,8 @@ from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar, say
 from .values import FilePath, ModelName
 
+PARTS = ("transformer", "text_encoder", "vae", "tokenizer", "base")
+
 
 @click.command(epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
 @click.argument("source", type=ModelName())
@@ -49,6 +51,9 @@ from .values import FilePath, ModelName
     "--calibrate",
     is_flag=True,
     help="Generate images with SOURCE to measure which weights matter: much slower, most accurate.",
+)
+@click.option(
+    "--transformer", metavar="OTHER", type=ModelName(), help="Take the transformer from OTHER instead of SOURCE."
 )
 @click.option(
     "--text-encoder", metavar="OTHER", type=ModelName(), help="Take the text encoder from OTHER instead of SOURCE."
@@ -95,7 +100,7 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
         raise RequestError(
             "--memory only applies to --calibrate and --report; leave it out, converting alone takes little memory"
         )
-    given = [f"--{name.replace('_', '-')}" for name in ("text_encoder", "vae", "tokenizer", "base") if options[name]]
+    given = [f"--{name.replace('_', '-')}" for name in PARTS if options[name]]
     if reported and given:
         raise RequestError(f"--report compares with SOURCE alone; leave out {' and '.join(given)}")
     if upload_repo:

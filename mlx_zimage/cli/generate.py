@@ -46,7 +46,10 @@ SECTIONS = {  # of the help text, with the names of their options
     "Image": ("prompt_option", "prompt_file", "requests_file", "from_image", "size", "width", "height"),
     "Seeds": ("seeds", "count", "auto_seeds", "rng", "latents_file"),
     "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt"),
-    "Model and memory": ("source", "variant", "yes", "dtype", "memory", "keep", "wired", "battery_limit"),
+    "Model and memory": (
+        *("source", "variant", "transformer", "text_encoder", "vae", "yes", "dtype", "memory", "keep", "wired"),
+        "battery_limit",
+    ),
     "Output": ("output", "overwrite", "metadata", "preview_dir"),
 }
 Size = tuple[dict, tuple[int, int] | None]  # returned by parse_size
@@ -92,13 +95,22 @@ class Generate(ForgivingCommand):
     "--model",
     "source",
     type=ModelName(),
-    help=f"Model folder, Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
+    help="Model folder or file (of this program, diffusers, mflux or ComfyUI), Hugging Face id, ID:PATH for a part of "
+    f"one, 'z-image-turbo', 'z-image' or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
 @click.option(
     "--variant",
     metavar="NAME",
     help="turbo or base, if the model is mistaken for the other, or the variant of its files, such as fp16.",
 )
+@click.option(
+    "--transformer",
+    metavar="OTHER",
+    type=ModelName(),
+    help="Take the transformer from OTHER: a folder, a file or an id.",
+)
+@click.option("--text-encoder", metavar="OTHER", type=ModelName(), help="Take the text encoder from OTHER.")
+@click.option("--vae", metavar="OTHER", type=ModelName(), help="Take the VAE from OTHER.")
 @click.option(
     "-o",
     "--output",
@@ -214,7 +226,8 @@ class Generate(ForgivingCommand):
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress or seeds.")
 def generate(
     prompt: str | None, prompt_option: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None,
-    source: str | None, variant: str | None, output: Path, overwrite: bool, size: Size | None,
+    source: str | None, variant: str | None, transformer: str | None, text_encoder: str | None, vae: str | None,
+    output: Path, overwrite: bool, size: Size | None,
     seeds: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, dtype: str | None,
     memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
     metadata: bool, preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool,
@@ -232,6 +245,7 @@ def generate(
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
     from ..inputs import Inputs, check_latents_size, read_latents
+    from ..weights.hub import ALIASES
     from ..weights.library import register
     from .watch import Watch, add_views
 
@@ -258,11 +272,15 @@ def generate(
     if old:
         _check_old_latents(old, from_image, inputs.digests.get("latents"))
     budget = None if memory is None else parse_memory(memory)
-    source = source or _default_model(old, from_image, yes, quiet)
+    if source is None:
+        source = _default_model(old, from_image, yes, quiet)
+    elif source in ALIASES and not Path(source).exists():
+        source = str(first_run(ALIASES[source], yes, quiet))
+    parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
     if quiet and not Path(source).is_dir():
         hub_bars(False)
 
-    model = open_model(source, dtype or (old.dtype if old else None), budget, keep, variant, wired)
+    model = open_model(source, dtype or (old.dtype if old else None), budget, keep, variant, wired, **parts)
     register(Path(source))
     if old and model.fingerprint != old.fingerprint:
         warnings.warn(f"{source} is not the model that generated {from_image}; the image will differ", stacklevel=1)

@@ -15,7 +15,7 @@ from .output import printable
 from .values import ModelName
 
 if TYPE_CHECKING:
-    from ..weights.checkpoint import Component
+    from ..weights.component import Component
 
 
 @click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info image.png")
@@ -29,17 +29,15 @@ def info(source: str, as_json: bool) -> None:
     everything that `generate --from` needs to generate it again.
     """
     path = Path(source)
-    if path.is_file():
+    if path.is_file() and path.suffix.lower() not in (".safetensors", ".gguf"):
         from ..images.metadata import parameters, read_origin
 
         origin = read_origin(path)
         click.echo(origin.to_json() if as_json else printable(parameters(origin)))
         return
     from ..images.codec import FORMATS
-    from ..weights.hub import REPOSITORY_ID
 
-    is_id = REPOSITORY_ID.fullmatch(source) and path.suffix.lower() not in FORMATS
-    if source != "pocket" and not is_id and not path.is_dir():
+    if path.suffix.lower() in FORMATS and not path.is_dir():
         raise ModelNotFoundError(
             f"no model folder or image at {source}; `mlx-zimage models` lists the models on this machine"
         )
@@ -62,13 +60,12 @@ def info(source: str, as_json: bool) -> None:
 
 def describe(source: str) -> dict:
     """What `info` shows about a model, ready for JSON."""
-    from ..weights.checkpoint import fingerprint, open_headers, read_json, weight_files
-    from ..weights.hub import locate
+    from ..weights.checkpoint import fingerprint, open_headers
+    from ..weights.component import read_json
     from ..weights.manifest import CONVERSION
 
-    folder, repository = locate(source)
-    checkpoint = open_headers(folder, repository)
-    to_fetch = repository.to_fetch(weight_files(checkpoint.components)) if repository else 0
+    checkpoint = open_headers(source)
+    to_fetch = checkpoint.to_download
     conversion = checkpoint.folder / CONVERSION
     return {
         "folder": str(checkpoint.folder),

@@ -63,7 +63,6 @@ def plan(
     from ..machine import default_dtype, machine_budget
     from ..memory import Planner, Workload
     from ..weights.checkpoint import open_headers
-    from ..weights.hub import locate
     from ..weights.library import CHOICES, choose_bits, planned
 
     for name, value in (("width", width), ("height", height)):
@@ -78,7 +77,7 @@ def plan(
         return Workload(width or side, height or side, images, tokens, steps or known.steps, prompts)
 
     if model is not None:
-        checkpoint = open_headers(*locate(model), variant)
+        checkpoint = open_headers(model, variant)
         planner = Planner(checkpoint, compute)
         work = workload(checkpoint)
         _show(planner, planner.plan(work, budget, keep), work)

@@ -7,358 +7,44 @@ and checks every name and shape against the architecture; tensor data is read wh
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_unflatten
-
 from .. import variants
-from ..dtypes import STORED
 from ..errors import CheckpointError, RequestError
 from ..models import NETWORKS, OPTIONAL
-from ..models.runner import Reading, Tree, Where
-from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
-from ..untrusted import parse_json, read_bytes
 from ..variants import Variant
-from . import headers
+from . import official
+from .component import Component, open_component, read_config, read_header, read_json
 from .hub import TOKENIZER_FILES, Repository, locate
-from .listing import INDEX, choose_files, variant_of, visible, weight_variants
 from .manifest import CONVERSION
-from .names import DROPPED, foreign_kind
+from .parts import check_variant, files_to_convert, open_networks
 
-SHARD = re.compile(r"[^/\\\0]+\.safetensors")
-FLOAT_SPELLINGS = ("F32", "F16", "BF16")
-PIPELINE_CLASS = "ZImagePipeline"
-# The pipelines that use the same networks. A ControlNet next to them is not read.
-PIPELINE_CLASSES = (
-    PIPELINE_CLASS,
-    *(f"ZImage{use}Pipeline" for use in ("Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")),
-)
-FP8 = ("F8_E4M3", "F8_E5M2")
-SHOWN = 5  # number of names an error lists
+Source = str | Path
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = parse_json(read_bytes(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; is {path.parent} part of a diffusers folder?") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object but got a {type(content).__name__}; download it again")
-    return content
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor is on disk; name, shape and dtype as stored."""
-
-    file: Path
-    name: str
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file."""
-    if file.exists() and not os.access(file, os.R_OK):
-        raise CheckpointError(f"{file} cannot be read: permission denied; check its permissions")
-    try:
-        header, _, start = headers.read(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing, but the index lists it; download the model again") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is not a complete safetensors file ({error}); it may be truncated, a Git LFS pointer or an HTML "
-            f"page: download it again"
-        ) from error
-    return _entries(file, header, start)
-
-
-def _entries(file: Path, header: dict[str, dict], start: int) -> dict[str, Entry]:
-    """The tensors that a header lists; start is where the data begins in the file."""
-    entries = {}
-    for name, tensor in header.items():
-        begin, end = tensor["data_offsets"]
-        entries[name] = Entry(file, name, start + begin, end - begin, tuple(tensor["shape"]), tensor["dtype"])
-    return entries
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata in the header of a safetensors file; empty if there is none, or if the file cannot be read."""
-    try:
-        _, metadata, _ = headers.read(file)
-    except (ValueError, OSError):
-        return {}
-    return metadata
-
-
-def find_shards(folder: Path, names: Iterable[str] | None = None, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a component, in a variant such as "fp16" if it has it; see listing.choose_files.
-
-    names are the files in the folder, by default those on this disk.
-    """
-    if names is None:
-        names = [path.name for path in visible(folder) if path.is_file()]
-    files = choose_files(names, variant, lambda index: read_weight_map(folder / index), folder)
-    return [folder / name for name in files]
-
-
-def read_entries(folder: Path, variant: str | None = None, repository: Repository | None = None) -> dict[str, Entry]:
-    """The tensors in a component's files, except those that no network uses."""
-    entries: dict[str, Entry] = {}
-    for file in find_shards(folder, repository.names(folder) if repository else None, variant):
-        if repository and not file.exists() and file in repository.sizes:
-            header = _entries(file, repository.header(file), 0)
-        else:
-            header = read_header(file)
-        for key, entry in header.items():
-            if key in entries:
-                raise CheckpointError(f"{folder}: {key} is in both {entries[key].file.name} and {file.name}")
-            if not DROPPED.fullmatch(key):
-                entries[key] = entry
-    return entries
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """The weight_map of an index: tensor name -> file name."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; download it again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or not SHARD.fullmatch(name):
-            raise CheckpointError(f"{index} lists {name!r}; shards must be in the same folder")
-    return weight_map
-
-
-# Number of threads in `read_all`. With MLX's CUDA build, each one reads a tensor from the page cache, then copies it to
-# the GPU, both at 5 GB/s. Total measured on an H100: one thread 2 to 4 GB/s, two 4 to 6, four 5 to 8, eight no faster.
-READERS = 4
-
-
-class Component:
-    """One network of a model: its config and its tensors on disk, checked against the architecture."""
-
-    def __init__(self, name: str, folder: Path, raw_config: dict, entries: Mapping[str, Entry]):
-        self.name = name
-        self.folder = folder
-        self.raw_config = raw_config
-        self.config = read_config(NETWORKS[name], raw_config, folder / "config.json")
-        self.entries = {self.config.named(key): entry for key, entry in entries.items()}
-        self._check()
-
-    @cached_property
-    def quantizations(self) -> dict[str, Quantization]:
-        """The quantization of each quantized layer, by its path, from mlx-lm's block in config.json."""
-        block = self.raw_config.get("quantization")
-        if not block:
-            return {}
-        layers = [name.removesuffix(".scales") for name in self.entries if name.endswith(".scales")]
-        try:
-            return {layer: Quantization.from_dict(block.get(layer) or block) for layer in layers}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f'{self.folder / "config.json"}: "quantization" is not a block of bits and group_size as mlx-lm '
-                f"writes it ({error})"
-            ) from error
-        except RequestError as error:
-            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
-
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that must be present, quantized layers in packed form."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape in self.config.shapes().items():
-            q = self.quantizations.get(name.removesuffix(".weight"))
-            shapes |= q.packed(name, shape) if q else {name: shape}
-        return shapes
-
-    def _check(self):
-        expected = self.expected()
-        missing = [name for name in expected if name not in self.entries and not self._unused(name)]
-        extra = [name for name in self.entries if name not in expected and not self._unused(name)]
-        misshapen = [
-            f"{name} is {self.entries[name].shape}, expected {shape}"
-            for name, shape in expected.items()
-            if name in self.entries and self.entries[name].shape != shape
-        ]
-        unknown = [
-            f"{name} is {self.entries[name].dtype}"
-            for name in expected
-            if name in self.entries and self.entries[name].dtype not in self._dtypes(name)
-        ]
-        for fault, names in (
-            ("missing", missing),
-            ("unexpected", extra),
-            ("of a different shape than config.json says", misshapen),
-            (f"of a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown),
-        ):
-            if names:
-                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                raise CheckpointError(
-                    f"{self.folder}: {len(names)} of {len(expected)} weights are {fault}: "
-                    f"{', '.join(names[:SHOWN])}{more}{self._hint()}"
-                )
-
-    def _hint(self) -> str:
-        """The likely reason why weights do not fit: not a model, fp8, or an index for other files."""
-        if kind := foreign_kind(self.entries):
-            return f"; the file is a {kind}, not a model"
-        if has_fp8(self.entries):
-            return "; `mlx-zimage convert` reads fp8"
-        files = {entry.file.name for entry in self.entries.values()}
-        for index in visible(self.folder):
-            if INDEX.fullmatch(index.name) and variant_of(index.name) == variant_of(min(files)):
-                absent = sorted({*read_weight_map(index).values()} - files)
-                if absent:
-                    return (
-                        f"; {index.name} lists {', '.join(absent[:SHOWN])}, missing here: download them, or delete it"
-                    )
-        return ""
-
-    def _unused(self, name: str) -> bool:
-        layer, _, part = name.rpartition(".")
-        return self.config.unused(f"{layer}.weight" if part in ("scales", "biases") else name)
-
-    def _dtypes(self, name: str) -> Collection[str]:
-        # only quantized layers may contain integers
-        return STORED if name.rpartition(".")[0] in self.quantizations else FLOAT_SPELLINGS
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values())
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and dense shape of every weight of the architecture, quantized or not."""
-        return self.config.shapes()
-
-    def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Reading:
-        """The tree of arrays under `prefix`, floating-point ones in dtype; see `models.runner.Weights`."""
-        stored = self._stored(prefix, without, stream)
-        if stream:
-            mx.async_eval(stored)
-
-        def tree() -> Tree:
-            arrays = {}
-            for name in list(stored):
-                array = stored.pop(name)
-                mx.eval(array)
-                if mx.issubdtype(array.dtype, mx.floating):
-                    array = array.astype(dtype)
-                arrays[name] = array = self.config.sanitize(name, array)
-                if not stream:
-                    mx.eval(array)  # frees its intermediates before the next is read
-            if prefix in arrays:
-                return arrays[prefix]
-            named = {name[len(prefix) + 1 :]: array for name, array in arrays.items()}
-            return tree_unflatten(with_packing(named, self._packings(prefix)))
-
-        return tree
-
-    def _stored(self, prefix: str, without: str, stream: Where = None) -> dict[str, mx.array]:
-        """The arrays under a prefix as stored, lazy, by name."""
-        # Sorted, however a block is split over shards: a compiled function is traced again for another order.
-        names = sorted(name for name in self.entries if name.startswith(f"{prefix}.")) or [prefix]
-        if without:
-            names = [name for name in names if not name.startswith(without, len(prefix) + 1)]
-        files = {self.entries[name].file for name in names}
-        loaded: dict[Path, Any] = {file: mx.load(str(file), stream=stream) for file in files}
-        return {name: loaded[self.entries[name].file][self.entries[name].name] for name in names}
-
-    def _packings(self, prefix: str) -> dict[str, Quantization]:
-        """The quantizations of the layers under a prefix, by the rest of their names, "" for the prefix itself."""
-        start = len(prefix) + 1
-        return {layer[start:]: q for layer, q in self.quantizations.items() if f"{layer}.".startswith(f"{prefix}.")}
-
-    def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
-        """The tree under each prefix in turn, as `read` returns it, but evaluated, by READERS threads."""
-
-        def read(prefix: str) -> Tree:
-            return self.read(prefix, dtype, without)()
-
-        # The threads must end here: one that still works in MLX's CUDA build at exit may abort the process (MLX 4506).
-        with ThreadPoolExecutor(READERS, "mlx-zimage-reader") as readers:
-            yield from readers.map(read, prefixes)
-
-    def rows(self, name: str, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
-        """The rows `ids` of a table, (len(ids), width) in dtype; only these rows are read."""
-
-        def stored(name: str) -> mx.array:
-            entry = self.entries[name]
-            content = np.memmap(entry.file, mode="r", offset=entry.offset, dtype=np.uint8, shape=(entry.nbytes,))
-            picked = mx.array(content.reshape(entry.shape[0], -1)[np.asarray(ids)])
-            picked = picked.view(getattr(mx, STORED[entry.dtype]))
-            return picked.astype(dtype) if mx.issubdtype(picked.dtype, mx.floating) else picked
-
-        layer = name.removesuffix(".weight")
-        if layer not in self.quantizations:
-            return stored(name)
-        q = self.quantizations[layer]
-        weight, scales, *biases = (stored(part) for part in q.packed(name, self.shapes[name]))
-        return mx.dequantize(weight, scales, biases[0] if biases else None, **q.to_dict()).astype(dtype)
-
-
-def open_component(
-    folder: Path, name: str, variant: str | None = None, repository: Repository | None = None
-) -> Component:
-    """Open one network of a model's folder. Reads its config and headers.
-
-    If folder is a snapshot of repository, the headers of files that are not downloaded yet are read from there.
-    """
-    own = find_network(folder, name)
-    return Component(name, own, read_json(own / "config.json"), read_entries(own, variant, repository))
-
-
-def find_network(folder: Path, name: str) -> Path:
-    """The folder of one network in a model's folder."""
-    own = folder / name
-    if not own.is_dir():
-        raise CheckpointError(f"{folder} has no folder {name}/; is it a complete diffusers folder?")
-    return own
-
-
-def has_fp8(entries: Mapping[str, Entry]) -> bool:
-    """Whether some of the tensors are fp8, which the converter reads and the networks do not."""
-    return any(entry.dtype in FP8 for entry in entries.values())
-
-
-def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quantization]) -> list[tuple[str, Any]]:
-    """The leaves of a tree, with each quantized layer's packing as keyword arguments for MLX's functions."""
-    leaves: list[tuple[str, Any]] = list(arrays.items())
-    for layer, q in quantizations.items():
-        path = f"{layer}." if layer else ""
-        if f"{path}scales" in arrays:
-            leaves += [(f"{path}packing.{key}", value) for key, value in q.to_dict().items()]
-    return leaves
+class BorrowedFromHub(UserWarning):
+    """Something missing in the source is taken from the official repository."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened model folder: its checked networks by name, the scheduler's config, and its variant."""
+    """An opened model: its checked networks by name, the scheduler's config, its variant and its tokenizer.
+
+    folder is the model's, or its file. repositories are those that some of the files are in.
+    """
 
     folder: Path
     networks: Mapping[str, Component]
     scheduler: SchedulerConfig
     variant: Variant
-
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.folder / "tokenizer" / "tokenizer.json"
+    tokenizer_file: Path
+    repositories: tuple[Repository, ...] = ()
 
     def open_tokenizer(self) -> Tokenizer:
         """The tokenizer, read on first use: reading it takes up to a second, so opening a checkpoint does not."""
@@ -376,6 +62,13 @@ class Checkpoint:
         return sum(component.nbytes for component in self.components)
 
     @property
+    def to_download(self) -> int:
+        """The bytes of weights that are not on this disk yet."""
+        return sum(
+            repository.to_fetch(repository.own(weight_files(self.components))) for repository in self.repositories
+        )
+
+    @property
     def transformer(self) -> Component:
         return self.networks["transformer"]
 
@@ -388,58 +81,99 @@ class Checkpoint:
         return self.networks["vae"]
 
 
-def open_checkpoint(source: str | Path, variant: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: Source,
+    variant: str | None = None,
+    *,
+    transformer: Source | None = None,
+    text_encoder: Source | None = None,
+    vae: Source | None = None,
+) -> Checkpoint:
     """Find a model and check it against the architecture. Reads configs and headers, but no tensor data.
+
+    source and the networks that replace its own are what `parts.open_networks` reads, each at a path or Hugging Face id
+    (see hub.locate). What none of them contains comes from the official repository.
 
     variant names the row of `variants` to use it as; by default it is recognized. Any other name is a file variant:
     "fp16" reads `model.fp16.safetensors` for each network that has it. The weights of a repository are downloaded after
     its configs and headers have been checked.
     """
-    folder, repository = locate(source)
-    checkpoint = open_headers(folder, repository, variant)
-    if repository:
-        repository.fetch(repository.matching(TOKENIZER_FILES))
+    checkpoint = open_headers(source, variant, transformer=transformer, text_encoder=text_encoder, vae=vae)
+    for repository in checkpoint.repositories:
+        if repository.own([checkpoint.tokenizer_file]):
+            repository.fetch(repository.matching(TOKENIZER_FILES))
     if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; download the model again")
-    if repository:
-        repository.fetch(weight_files(checkpoint.components))
-        checkpoint = open_headers(folder, None, variant)
+    for repository in checkpoint.repositories:
+        files = repository.own(weight_files(checkpoint.components))
+        repository.fetch(files)
+        for file in files:
+            read_header(file)  # whether it is whole
     return checkpoint
 
 
-def open_headers(folder: Path, repository: Repository | None = None, variant: str | None = None) -> Checkpoint:
-    """Check a model's configs and headers. If folder is a snapshot of repository, its weights need not be there yet."""
+def open_headers(
+    source: Source,
+    variant: str | None = None,
+    *,
+    transformer: Source | None = None,
+    text_encoder: Source | None = None,
+    vae: Source | None = None,
+) -> Checkpoint:
+    """open_checkpoint for planning: of repositories, only configs and headers are downloaded."""
+    replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    others = {name: other for name, other in replaced.items() if other is not None}
     files = variant if variant not in variants.VARIANTS else None
     named = variants.named(variant) if variant and not files else None
-    check_pipeline(folder)
-    check_variant(folder, files, repository, variants.VARIANTS)
-    present = [name for name in NETWORKS if name not in OPTIONAL or (folder / name).is_dir()]
-    networks = {name: open_component(folder, name, files, repository) for name in present}
-    scheduler_file = folder / "scheduler" / "scheduler_config.json"
-    scheduler = read_config(SchedulerConfig, read_json(scheduler_file), scheduler_file)
-    known = named or variants.recognize(scheduler.shift, origins(folder))
+    path, repository = locate(source)
+    repositories = [repository] if repository else []
+    check_variant(path, files, repository, variants.VARIANTS)
+    networks = open_networks(path, repository, files, [name for name in NETWORKS if name not in others])
+    for name, other in others.items():
+        place, its_repository = locate(other)
+        repositories += [its_repository] if its_repository else []
+        found = open_networks(place, its_repository)
+        if name not in found:
+            raise RequestError(
+                f"{other} contains no {name}, only {' and '.join(found)}; give a file or folder that does"
+            )
+        networks[name] = found[name]
+    if "transformer" not in networks:
+        raise RequestError(
+            f"{source} contains no transformer, only {' and '.join(networks)}; give the transformer as the model"
+        )
+    missing = [name for name in NETWORKS if name not in networks and name not in OPTIONAL]
+    tokenizer = path / "tokenizer" / "tokenizer.json"
+    is_whole = (path / "model_index.json").is_file()
+    if missing or not (is_whole or tokenizer.is_file() or (repository and tokenizer in repository.sizes)):
+        official_files = Repository(official.REPOSITORY)
+        repositories.append(official_files)
+        names = " or ".join(missing + ([] if is_whole else ["tokenizer"]))
+        warnings.warn(
+            f"{source} contains no {names}; using that of {official.REPOSITORY}", BorrowedFromHub, stacklevel=3
+        )
+        networks |= {name: open_component(official_files.folder, name, None, official_files) for name in missing}
+        if not is_whole:
+            tokenizer = official_files.folder / "tokenizer" / "tokenizer.json"
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    raw_scheduler = read_json(scheduler_file) if is_whole or scheduler_file.is_file() else official.SCHEDULER
+    scheduler = read_config(SchedulerConfig, raw_scheduler, scheduler_file)
+    known = named or variants.recognize(scheduler.shift, origins(path))
     if named and variants.recognize(scheduler.shift, []) != known:  # then its schedule is a different one, too
         scheduler = replace(scheduler, shift=known.shift)
-    check_widths({name: network.config for name, network in networks.items()}, folder)
-    return Checkpoint(folder, networks, scheduler, known)
+    check_widths({name: network.config for name, network in networks.items()}, path)
+    ordered = {name: networks[name] for name in NETWORKS if name in networks}
+    return Checkpoint(path, ordered, scheduler, known, tokenizer, tuple(repositories))
 
 
-def resolve(source: str | Path, names: Collection[str] = tuple(NETWORKS), variant: str | None = None) -> Path:
-    """A model's folder. For a repository, the named networks are checked, then downloaded with the tokenizer."""
-    folder, repository = locate(source)
+def resolve(source: Source, names: Collection[str] = tuple(NETWORKS), variant: str | None = None) -> Path:
+    """A model's folder or file. For a repository, the named networks and the tokenizer are checked, then downloaded."""
+    path, repository = locate(source)
     if repository:
-        check_pipeline(folder)
-        check_variant(folder, variant, repository)
-        found: set[Path] = set()
-        for name in names:
-            own = find_network(folder, name)
-            config, entries = read_json(own / "config.json"), read_entries(own, variant, repository)
-            if not has_fp8(entries):
-                Component(name, own, config, entries)
-            found |= {entry.file for entry in entries.values()}
+        files = files_to_convert(path, repository, names, variant)
         repository.fetch(repository.matching(TOKENIZER_FILES))
-        repository.fetch(found)
-    return folder
+        repository.fetch(files)
+    return path
 
 
 def weight_files(components: Iterable[Component]) -> list[Path]:
@@ -448,47 +182,6 @@ def weight_files(components: Iterable[Component]) -> list[Path]:
 
 
 # ---- checks on a model folder, shared with the converter
-
-
-def check_pipeline(folder: Path) -> None:
-    """Refuse a folder that does not contain a Z-Image pipeline, and say what it is instead."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{folder} has no model_index.json{_what(folder)}; expected a diffusers folder")
-    kind = read_json(index).get("_class_name")
-    if kind not in PIPELINE_CLASSES:
-        raise CheckpointError(f"{index} declares {kind or 'no pipeline'}; expected {PIPELINE_CLASS}")
-
-
-def _what(folder: Path) -> str:
-    """What a folder without model_index.json contains, if it is recognized."""
-    if (folder / "adapter_config.json").is_file():
-        return ": it is a LoRA"
-    try:
-        names = {name for file in visible(folder, "*.safetensors") for name in read_header(file)}
-    except CheckpointError:
-        return ""
-    kind = foreign_kind(names) if names else None
-    return f": it is a {kind}" if kind else ""
-
-
-def check_variant(
-    folder: Path, variant: str | None, repository: Repository | None = None, others: Iterable[str] = ()
-) -> None:
-    """Refuse a file variant that no network has, instead of using the default files for all of them.
-
-    others are what else a variant could have named.
-    """
-    if variant is None:
-        return
-    folders = [folder / name for name in NETWORKS]
-    names = [repository.names(own) if repository else [path.name for path in visible(own)] for own in folders]
-    held = {found for own in names for found in weight_variants(own)}
-    if variant not in held:
-        raise RequestError(
-            f"variant must be {', '.join([*others, ''])}a file variant of {folder}, which has "
-            f"{', '.join(sorted(held - {''})) or 'none'}; got {variant!r}"
-        )
 
 
 def check_widths(configs: Mapping[str, Any], label: object) -> None:
@@ -539,11 +232,3 @@ def fingerprint(checkpoint: Checkpoint) -> str:
                 stream.seek(8 + header + (size - 8 - header) * i // 64)
                 sha.update(stream.read(4096))
     return sha.hexdigest()[:10]
-
-
-def read_config(cls: Any, raw_config: dict, file: Path) -> Any:
-    """A config as a dataclass; errors name file."""
-    try:
-        return cls.from_dict(raw_config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from error

@@ -12,15 +12,20 @@ from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models import NETWORKS
+from ..variants import BASE, TURBO
 from . import headers
 from .listing import is_hidden
 from .manifest import CONVERSION, MANIFEST
-from .names import foreign_kind
 
 POCKET = Path(__file__).parents[1] / "pocket"
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+IN_REPOSITORY = re.compile(rf"({REPOSITORY_ID.pattern}):(\w[^:]*)")
+ALIASES = {"z-image-turbo": TURBO.repository, "turbo": TURBO.repository, "z-image": BASE.repository}
 # The files that are enough to refuse a repository that is not a model of this family, including the shards' indexes.
-CONFIGS = ["model_index.json", CONVERSION, MANIFEST, *(f"{name}/*.json" for name in (*NETWORKS, "scheduler"))]
+CONFIGS = [
+    *("model_index.json", "config.json", "*.safetensors.index.json", CONVERSION, MANIFEST),
+    *(f"{name}/*.json" for name in (*NETWORKS, "scheduler")),
+]
 TOKENIZER_FILES = ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
 
 
@@ -73,6 +78,10 @@ class Repository:
             raise CheckpointError(f"{self.id}: {self._name(file)} is not a safetensors file ({error})") from error
         return header
 
+    def own(self, files: Iterable[Path]) -> list[Path]:
+        """Those of the files that are in this repository."""
+        return [file for file in files if file.is_relative_to(self.folder)]
+
     def to_fetch(self, files: Iterable[Path]) -> int:
         """The bytes that `fetch` would download."""
         return sum(self.sizes.get(file, 0) for file in {*files} if not file.exists())
@@ -88,9 +97,10 @@ class Repository:
 
 
 def locate(source: str | Path) -> tuple[Path, Repository | None]:
-    """The folder of a model ("pocket", a folder or a Hugging Face id), and the repository it is a snapshot of, if any.
+    """The path of a model or a part of one, and the repository it is in, if any.
 
-    Only the configs of a repository are downloaded.
+    source is "pocket", a folder, a file, a Hugging Face id, ID:PATH for a file or folder in its repository, or an alias
+    of an id. Only the configs of a repository are downloaded.
     """
     if not isinstance(source, (str, Path)) or not str(source):
         raise ModelNotFoundError(f"expected a model's folder, a Hugging Face id or 'pocket', but got {source!r}")
@@ -101,25 +111,21 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
         is_folder, is_file = folder.is_dir(), folder.is_file()
     except (OSError, ValueError) as error:  # too long for the system, or with a NUL
         raise ModelNotFoundError(f"{str(source)[:80]!r} is not a valid folder name ({error.args[-1]})") from None
-    if is_folder:
+    if is_folder or is_file:
         return folder, None
-    if is_file:
-        raise ModelNotFoundError(f"{source} is {_kind_of_file(folder)}; expected a folder with model_index.json")
-    if not REPOSITORY_ID.fullmatch(str(source)):
-        raise ModelNotFoundError(
-            f"no model folder at {source}; give a folder, a Hugging Face id such as "
-            f"Tongyi-MAI/Z-Image-Turbo, or 'pocket'"
-        )
-    repository = Repository(str(source))
-    return repository.folder, repository
-
-
-def _kind_of_file(file: Path) -> str:
-    try:
-        kind = foreign_kind(headers.read(file)[0])
-    except (ValueError, OSError):
-        return "a file"
-    return f"a {kind}" if kind else "a file, which `mlx-zimage convert` reads if it contains a transformer"
+    source = ALIASES.get(str(source), str(source))
+    if REPOSITORY_ID.fullmatch(source):
+        repository = Repository(source)
+        return repository.folder, repository
+    if inside := IN_REPOSITORY.fullmatch(source):
+        repository = Repository(inside[1])
+        path = repository.folder / inside[2].rstrip("/")
+        if not any(path in (file, *file.parents) for file in repository.sizes):
+            raise ModelNotFoundError(f"{inside[1]} has no file or folder {inside[2]!r}")
+        return path, repository
+    raise ModelNotFoundError(
+        f"no model at {source}; give a folder, a file, a Hugging Face id such as {TURBO.repository}, or 'pocket'"
+    )
 
 
 def cached() -> dict[str, Path]:

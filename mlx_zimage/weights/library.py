@@ -25,8 +25,9 @@ from ..scheduler import SchedulerConfig
 from ..variants import TURBO
 from . import official
 from . import store as embeddings
-from .checkpoint import Checkpoint, Component, Entry, open_headers, weight_files
-from .hub import POCKET, TOKENIZER_FILES, Repository, cached, snapshot
+from .checkpoint import Checkpoint, open_headers
+from .component import Component, Entry
+from .hub import POCKET, cached, snapshot
 from .manifest import CONVERSION, MANIFEST, read_manifest
 from .quantize import tensor_quantization
 
@@ -151,18 +152,16 @@ def plan_first_run(repository: str, budget: int) -> FirstRun:
 
     Downloads configs and headers; raises ModelNotFoundError if the hub cannot be reached.
     """
-    at_hub = Repository(repository)
-    checkpoint = open_headers(at_hub.folder, at_hub)
+    checkpoint = open_headers(repository)
     configs = {component.name: component.raw_config for component in checkpoint.components}
     sizes = {bits: planned(bits, configs).nbytes for bits in CHOICES}
     bits = choose_bits(sizes, budget)
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    files = [*weight_files(checkpoint.components), *at_hub.matching(TOKENIZER_FILES)]
     stem = repository.rpartition("/")[2]
     return FirstRun(
         repository,
-        at_hub.to_fetch(files),
+        checkpoint.to_download,
         bits,
         sizes[bits],
         Path(HF_HUB_CACHE),
@@ -182,7 +181,7 @@ def planned(bits: int | None, configs: Mapping[str, dict] = official.CONFIGS) ->
     """
     q = Quantization(bits) if bits else None
     networks = {name: planned_network(name, config, q) for name, config in configs.items()}
-    return Checkpoint(Path(official.REPOSITORY), networks, SchedulerConfig(), TURBO)
+    return Checkpoint(Path(official.REPOSITORY), networks, SchedulerConfig(), TURBO, Path())
 
 
 def planned_network(

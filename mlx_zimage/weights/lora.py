@@ -23,7 +23,7 @@ import mlx.core as mx
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models.runner import NetworkConfig
 from ..untrusted import parse_json
-from .checkpoint import SHOWN, read_header, read_json, read_metadata
+from .component import SHOWN, read_header, read_json, read_metadata
 from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement, is_finite
 from .hub import REPOSITORY_ID, Repository
 from .manifest import sha256

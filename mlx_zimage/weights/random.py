@@ -15,7 +15,8 @@ from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
 from ..variants import TURBO
-from .checkpoint import Checkpoint, Component, with_packing
+from .checkpoint import Checkpoint
+from .component import Component, with_packing
 from .hub import POCKET
 from .library import planned_network
 
@@ -62,7 +63,7 @@ class RandomModel(Checkpoint):
     """An untrained model. Its prompts are given as ids."""
 
     def open_tokenizer(self) -> Tokenizer:
-        return Tokenizer(POCKET / "tokenizer/tokenizer.json")
+        return Tokenizer(self.tokenizer_file)
 
 
 def random_model(configs: Mapping[str, NetworkConfig], quantization: Quantization | None) -> RandomModel:
@@ -70,4 +71,4 @@ def random_model(configs: Mapping[str, NetworkConfig], quantization: Quantizatio
     networks = {
         name: planned_network(name, vars(config), quantization, RandomWeights) for name, config in configs.items()
     }
-    return RandomModel(POCKET, networks, SchedulerConfig(), TURBO)
+    return RandomModel(POCKET, networks, SchedulerConfig(), TURBO, POCKET / "tokenizer" / "tokenizer.json")

@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 from ..failures import explain
 from ..machine import mlx_version
 from ..version import __version__
-from .checkpoint import Component
+from .component import Component
 from .manifest import MANIFEST, read_manifest, sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
@@ -124,7 +124,9 @@ def checksum(component: Component, folder: Path) -> str:
     Taken from the converter's manifest if no file is newer than it; otherwise from the files, and then cached in
     `folder` while their paths, sizes and times stay the same: a full-size encoder takes seconds to read.
     """
-    parts = sorted({component.folder / "config.json", *(entry.file for entry in component.entries.values())})
+    config = component.folder / "config.json"
+    files = {entry.file for entry in component.entries.values()}
+    parts = sorted(files | {config} if config.is_file() else files)
     sums = _manifest(component.folder.parent, parts)
     if sums is None:
         state = "\n".join(f"{file.resolve()} {file.stat().st_size} {placed(file)}" for file in parts)

@@ -11,7 +11,7 @@ from compare import refusal
 from mlx_zimage.convert.verify import verify
 from mlx_zimage.errors import CheckpointError
 from mlx_zimage.weights import headers
-from mlx_zimage.weights.checkpoint import read_header
+from mlx_zimage.weights.component import read_header
 
 
 def safetensors(header: object, nbytes: int = 0) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import sqrt
 from pathlib import Path
@@ -19,9 +19,33 @@ from .errors import RequestError
 from .request import LATENT_PIXELS, MAX_PROMPT, SIZE_MULTIPLE, GenerateRequest
 
 MAX_FILE = 50_000_000  # bytes in a file of prompts
+MAX_IMAGES = 100_000  # in one call
 MAX_NAME = 200  # bytes in a file name's stem: 255 are allowed, and some are needed for the suffix and a counter
 FIELDS = {field.name for field in fields(GenerateRequest)}
+SHORT = {  # names as on the command line, and the fields that they replace
+    "size": {"width", "height"},
+    "guidance": {"guidance_scale"},
+    "count": set[str](),
+}
 PLACEHOLDERS = ("prompt", "seed", "n", "width", "height", "steps")
+
+
+@dataclass(frozen=True)
+class Series:
+    """The jobs of one prompt: they differ in their seeds only. n is the first one's number, counted from 1."""
+
+    values: dict
+    seeds: Sequence[int]
+    output: Path
+    n: int = 1
+    ratio: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __iter__(self) -> Iterator[Job]:
+        for i, seed in enumerate(self.seeds):
+            yield Job({**self.values, "seed": seed}, self.output, self.n + i, self.ratio)
 
 
 @dataclass(frozen=True)
@@ -54,36 +78,58 @@ class Job:
 
 
 def multiply(
-    base: dict, prompts: Iterable[dict], seeds: Iterable[int], output: Path, ratio: tuple[int, int] | None
-) -> Iterator[Job]:
-    """A Job for each seed of each prompt. A prompt's own values override the base values and the seeds."""
-    n, seeds = 0, tuple(seeds)
+    base: dict,
+    prompts: Iterable[dict],
+    seeds: Iterable[int],
+    output: Path,
+    ratio: tuple[int, int] | None = None,
+    count: int = 1,
+) -> list[Series]:
+    """A Series for each prompt, of `count` images from each seed on. A prompt's own values override all others."""
+    made, total, seeds = [], 0, tuple(seeds)
     for own in prompts:
-        own = dict(own)
-        file = Path(os.path.expanduser(own.pop("output", output)))
-        for seed in [own["seed"]] if "seed" in own else seeds:
-            n += 1
-            yield Job({**base, **own, "seed": seed}, file, n, None if {"width", "height"} & own.keys() else ratio)
+        values, own_ratio = resolve(own)
+        file = Path(os.path.expanduser(values.pop("output", output)))
+        wanted = values.pop("count", count)
+        _check_count(wanted)
+        starts = (values.pop("seed"),) if "seed" in values else seeds
+        n, total = total + 1, total + len(starts) * wanted
+        if total > MAX_IMAGES:
+            raise RequestError(f"more than {MAX_IMAGES} images in one call; lower the count, or split the file")
+        if wanted > 1 and all(isinstance(seed, int) for seed in starts):
+            starts = tuple(seed + i for seed in starts for i in range(wanted))
+        if not own_ratio and not {"width", "height"} & values.keys():
+            own_ratio = ratio
+        kept = {name: value for name, value in base.items() if not (own_ratio and name in ("width", "height"))}
+        made.append(Series({**kept, **values}, starts, file, n, own_ratio))
+    return made
 
 
-def count_up(seeds: Iterable[int], count: int) -> list[int]:
-    """Each seed followed by the next count - 1 integers."""
-    if not 1 <= count <= 100_000:
-        raise RequestError(f"count must be from 1 to 100000, got {count}")
-    return [seed + i for seed in seeds for i in range(count)]
+def resolve(own: dict) -> tuple[dict, tuple[int, int] | None]:
+    """The values of a prompt with its short names (see SHORT) replaced by a request's fields, and its aspect ratio."""
+    values = dict(own)
+    if "guidance" in values:
+        values["guidance_scale"] = values.pop("guidance")
+    sides, ratio = parse_size(values.pop("size")) if "size" in values else ({}, None)
+    return values | sides, ratio
+
+
+def _check_count(count: object) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_IMAGES:
+        raise RequestError(f"count must be from 1 to {MAX_IMAGES}, got {count!r}")
 
 
 def parse_seeds(text: str) -> list[int]:
     """ "7" or "1,2,5"."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"-?[0-9]+", part) for part in parts):
+    if not all(re.fullmatch(r"-?[0-9]{1,20}", part) for part in parts):
         raise RequestError(f"seeds must be whole numbers separated by commas, got {text!r}")
     return [int(part) for part in parts]
 
 
-def parse_size(text: str) -> tuple[dict, tuple[int, int] | None]:
+def parse_size(text: object) -> tuple[dict, tuple[int, int] | None]:
     """A size "1280x720" as width and height, or an aspect ratio "16:9" as a ratio."""
-    match = re.fullmatch(r"([0-9]{1,5})([x:])([0-9]{1,5})", text.strip().lower())
+    match = re.fullmatch(r"([0-9]{1,5})([x:])([0-9]{1,5})", str(text).strip().lower())
     if not match:
         raise RequestError(f"size must be an aspect ratio such as 3:2 or pixels such as 1280x720, got {text!r}")
     width, height = int(match[1]), int(match[3])
@@ -127,10 +173,14 @@ def read_requests(text: str, name: str) -> list[dict]:
             raise RequestError(f"{name}, line {i} is not valid JSON ({error})") from None
         if not isinstance(values, dict):
             raise RequestError(f"{name}, line {i} must be a JSON object, got {type(values).__name__}")
-        unknown = sorted(values.keys() - FIELDS - {"output"})
+        unknown = sorted(values.keys() - FIELDS - SHORT.keys() - {"output"})
         if unknown:
-            known = ", ".join(["output", *sorted(FIELDS)])
+            known = ", ".join(["output", *SHORT, *sorted(FIELDS)])
             raise RequestError(f"{name}, line {i}: unknown field {unknown[0]!r}; the fields are {known}")
+        for short, names in SHORT.items():
+            twice = sorted(values.keys() & names) if short in values else []
+            if twice:
+                raise RequestError(f"{name}, line {i}: {short} cannot be combined with {twice[0]}; give one")
         if not _can_be_a_path(values.get("output", "")):
             raise RequestError(f"{name}, line {i}: output must be a file name, got {values['output']!r}")
         requests.append(values)

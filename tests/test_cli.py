@@ -83,16 +83,16 @@ def test_latents_for_two_images_give_two_images(run):
     [
         (
             ["--width", "100"],
-            "width must be a multiple of 16 pixels from 16 to 8192, got 100; the nearest are 96 and 112",
+            "--width must be a multiple of 16 pixels from 16 to 8192, got 100; the nearest are 96 and 112",
         ),
         (["--height", "0"], "height must be a multiple of 16"),
         (["--steps", "0"], "steps must be from 1"),
         (["--seed", "-1"], "seed must be from 0 to 2**64 - 1, got -1"),
         (["--seed", str(2**64)], "seed must be from 0 to 2**64 - 1"),
         (["--shift", "nan"], "shift must be from 0.01 to 1000, got nan"),
-        (["--guidance", "-1"], "guidance_scale must be"),
+        (["--guidance", "-1"], "--guidance must be"),
         (["-o", "image.bmp"], "must end in .png"),
-        (["-o", "{sed}.png"], "output contains {sed}; what can be filled in is {prompt}, {seed}"),
+        (["-o", "{sed}.png"], "-o contains {sed}; what can be filled in is {prompt}, {seed}"),
         (["-o", "."], "is a folder"),
         (["--latents", "none.npy"], "no latents file at none.npy"),
         (["--latents", "pickled.npy"], "is not a .npy file of numbers"),
@@ -264,7 +264,7 @@ def test_bench_prints_a_table_or_json(run):
     ("options", "code", "message"),
     [
         (["--size", "17x32"], 2, "17"),
-        (["--size", "3:2"], 2, "3:2"),
+        (["--size", "3:2", "--width", "32"], 2, "--size cannot be combined with --width"),
         (["--size", "small"], 2, "small"),
         (["--q-bits", "4"], 2, "bits=4 and mode=None are for random weights, but pocket has its own"),
         (["--q-mode", "nvfp4"], 2, "mode=nvfp4"),

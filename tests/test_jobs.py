@@ -1,6 +1,7 @@
 import io
 import json
 import os
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ from mlx_zimage import jobs
 from mlx_zimage.errors import RequestError
 from mlx_zimage.jobs import (
     Job,
-    count_up,
     multiply,
     parse_seeds,
     parse_size,
@@ -22,7 +22,7 @@ from mlx_zimage.request import GenerateRequest
 
 
 def test_every_seed_is_combined_with_every_prompt():
-    made = list(multiply({"steps": 4}, [{"prompt": "a"}, {"prompt": "b", "steps": 2}], [1, 2], Path("x.png"), None))
+    made = list(chain(*multiply({"steps": 4}, [{"prompt": "a"}, {"prompt": "b", "steps": 2}], [1, 2], Path("x.png"))))
     assert [(job.n, job.values["prompt"], job.values["seed"], job.values["steps"]) for job in made] == [
         (1, "a", 1, 4), (2, "a", 2, 4), (3, "b", 1, 2), (4, "b", 2, 2),
     ]  # fmt: skip
@@ -30,7 +30,7 @@ def test_every_seed_is_combined_with_every_prompt():
 
 def test_a_prompts_own_values_override_all_others():
     own = {"prompt": "a", "seed": 9, "width": 64, "height": 32, "output": "y.png"}
-    (job,) = multiply({"prompt": "b", "width": 16}, [own], [1, 2], Path("x.png"), (3, 2))
+    ((job,),) = multiply({"prompt": "b", "width": 16}, [own], [1, 2], Path("x.png"), (3, 2))
     request = job.request(128)
     assert (request.prompt, request.seed, request.width, request.height, job.output) == ("a", 9, 64, 32, Path("y.png"))
 
@@ -63,14 +63,37 @@ def test_an_invalid_size_is_refused(text):
 def test_count_adds_consecutive_seeds_to_each():
     assert parse_seeds("7") == [7]
     assert parse_seeds("1,2, 5") == [1, 2, 5]
-    assert count_up([10, 20], 2) == [10, 11, 20, 21]
+    (series,) = multiply({}, [{"prompt": "a"}], [10, 20], Path("x.png"), count=2)
+    assert series.seeds == (10, 11, 20, 21)
     with pytest.raises(RequestError, match="whole numbers"):
         parse_seeds("1-5")
     for text in ("۵", "1_0", "1,,2", ""):
         with pytest.raises(RequestError, match="seeds must be whole numbers"):
             parse_seeds(text)
-    with pytest.raises(RequestError, match="count must be from 1"):
-        count_up([1], 0)
+    for count in (0, 100_001, True, "2", 1.5):
+        with pytest.raises(RequestError, match="count must be from 1"):
+            multiply({}, [{"prompt": "a", "count": count}], [1], Path("x.png"))
+
+
+def test_a_request_may_use_the_names_of_the_command_line():
+    wide, large = multiply(
+        {"width": 64, "height": 64},
+        [{"prompt": "a", "size": "2:1", "guidance": 3, "count": 2, "seed": 5}, {"prompt": "b", "size": "96x32"}],
+        [1],
+        Path("x.png"),
+    )
+    assert [job.request(128) for job in wide] == [
+        GenerateRequest("a", width=176, height=96, seed=seed, guidance_scale=3) for seed in (5, 6)
+    ]
+    assert [job.request(128) for job in large] == [GenerateRequest("b", width=96, height=32, seed=1)]
+    for twice in ({"size": "1:1", "width": 64}, {"guidance": 1, "guidance_scale": 1}):
+        with pytest.raises(RequestError, match=r"line 1: (size|guidance) cannot be combined with"):
+            read_requests(json.dumps({"prompt": "a", **twice}), "f")
+
+
+def test_too_many_images_are_refused_without_making_them():
+    with pytest.raises(RequestError, match="more than 100000 images in one call"):
+        multiply({}, ({"prompt": "a"} for _ in range(10**9)), [1], Path("x.png"), count=50_000)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +142,7 @@ def test_only_newlines_and_carriage_returns_end_a_line():
 
 
 def test_seeds_from_an_iterator_serve_every_prompt():
-    made = multiply({}, [{"prompt": "a"}, {"prompt": "b"}], iter([1, 2]), Path("x.png"), None)
+    made = chain(*multiply({}, [{"prompt": "a"}, {"prompt": "b"}], iter([1, 2]), Path("x.png")))
     assert [(job.values["prompt"], job.values["seed"]) for job in made] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
 
 

@@ -17,6 +17,7 @@ import click
 from ..errors import OutputError, ZImageError
 from ..failures import explained
 from ..version import __version__
+from .elsewhere import no_such_command
 from .stop import Terminated, stoppable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,9 +40,18 @@ class Commands(click.Group):
     `commands` holds placeholders with a name and the first sentence of the help: all that listing them needs.
     """
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            no_such_command(error.option_name, {}, ctx)
+            raise
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args:
+            no_such_command(args[0], self.commands, ctx)
         name, command, rest = super().resolve_command(ctx, args)
         if command and name in COMMANDS:
             command = getattr(importlib.import_module(f".{name}", __name__), name)

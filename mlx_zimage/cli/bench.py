@@ -8,12 +8,11 @@ import click
 
 from ..dtypes import FLOATS
 from ..errors import RequestError
-from ..jobs import parse_size
 from ..quantization import MODES
-from ..request import check_size
 from ..variants import TURBO
+from .elsewhere import Command
 from .output import DEFAULT_DTYPE, say
-from .values import FilePath, ModelName
+from .values import FilePath, ModelName, sides, size_options
 
 if TYPE_CHECKING:
     from ..bench import Timing
@@ -26,7 +25,7 @@ PHASES = {
 }
 
 
-@click.command(epilog="Example: mlx-zimage bench --model z-image-4bit --json this-machine.json")
+@click.command(cls=Command, epilog="Example: mlx-zimage bench --model z-image-4bit --json this-machine.json")
 @click.option(
     "--model",
     type=ModelName(),
@@ -37,7 +36,7 @@ PHASES = {
 @click.option(
     "--architecture", type=click.Choice(["full", "small"]), help="Architecture of random weights.  [default: full]"
 )
-@click.option("--size", default=f"{TURBO.size}x{TURBO.size}", show_default=True, help="Image size in pixels.")
+@size_options
 @click.option(
     "--steps",
     type=click.IntRange(1, 1000),
@@ -59,7 +58,13 @@ PHASES = {
     "--q-mode", "mode", type=click.Choice(list(MODES)), help="Quantization mode of random weights.  [default: affine]"
 )
 @click.option(
-    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Number of runs; the median is reported."
+    "--count",
+    "--repeat",
+    "repeat",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Number of images; the median of their times is reported.",
 )
 @click.option(
     "--json",
@@ -67,7 +72,10 @@ PHASES = {
     type=FilePath(dir_okay=False, allow_dash=True),
     help="Write the report to this file as JSON; - for stdout.",
 )
-def bench(model: str, architecture: str | None, size: str, repeat: int, file: Path | None, **case) -> None:
+def bench(
+    model: str, architecture: str | None, size: str | None, width: int | None, height: int | None, repeat: int,
+    file: Path | None, **case,
+) -> None:  # fmt: skip
     """Time prompt encoding, denoising steps and decoding on this machine.
 
     A matrix product of the same width is timed for comparison. Random weights of the real architecture take as much
@@ -76,16 +84,13 @@ def bench(model: str, architecture: str | None, size: str, repeat: int, file: Pa
     say(f"Timing {model} on this machine.")
     from ..bench import Case, Timing, bench_steps, table
     from ..images.files import check_folder, write_file
+    from ..weights.checkpoint import open_headers
 
     if model != "random" and architecture:
         raise RequestError(
             f"--architecture {architecture} only applies to random weights, and {model} has its own; leave it out"
         )
-    sides, ratio = parse_size(size)
-    if ratio:
-        raise RequestError(f"bench needs a size in pixels such as 1024x768, got {size!r}")
-    for name, side in sides.items():
-        check_size(name, side)
+    sides(size, width, height, TURBO.size)  # refuses what can be refused before a model is opened
     to_stdout = file == Path("-")
     if file and not to_stdout:
         check_folder(file.parent)
@@ -93,7 +98,9 @@ def bench(model: str, architecture: str | None, size: str, repeat: int, file: Pa
             raise RequestError(
                 f"{file} is not a regular file, so a report cannot replace it; name another file, or - for stdout"
             )
-    for event in bench_steps(model, architecture or "full", Case(**sides, **case), repeat):
+    side = TURBO.size if model == "random" else open_headers(model).vae.config.sample_size
+    width, height = sides(size, width, height, side)
+    for event in bench_steps(model, architecture or "full", Case(width, height, **case), repeat):
         if isinstance(event, Timing):
             say(_shown(event))
         else:

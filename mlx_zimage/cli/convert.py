@@ -6,6 +6,7 @@ import click
 
 from ..errors import RequestError
 from ..quantization import MODES
+from .elsewhere import Command
 from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar, say
 from .values import FilePath, ModelName
@@ -13,7 +14,7 @@ from .values import FilePath, ModelName
 PARTS = ("transformer", "text_encoder", "vae", "tokenizer", "base")
 
 
-@click.command(epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
+@click.command(cls=Command, epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
 @click.argument("source", type=ModelName())
 @click.argument("dest", type=FilePath())
 @click.option("--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4, 3 or 2.  [default: not quantized]")

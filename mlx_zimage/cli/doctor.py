@@ -5,15 +5,15 @@ import json
 import click
 
 from ..dtypes import FLOATS
-from ..errors import NumericsError, RequestError
-from ..jobs import parse_size
-from ..request import check_size
+from ..errors import NumericsError
 from ..variants import TURBO
+from .elsewhere import Command
+from .values import ModelName, sides, size_options
 
 
-@click.command(epilog="Example: mlx-zimage doctor --model z-image-4bit --json > doctor.json")
-@click.option("--model", help="Also measure the disk of this model, and check only its quantization.")
-@click.option("--size", metavar="WxH", help="Image size for which to predict the longest kernel.  [default: 1024x1024]")
+@click.command(cls=Command, epilog="Example: mlx-zimage doctor --model z-image-4bit --json > doctor.json")
+@click.option("--model", type=ModelName(), help="Also measure the disk of this model, and check only its quantization.")
+@size_options
 @click.option(
     "--dtype",
     "dtypes",
@@ -22,7 +22,9 @@ from ..variants import TURBO
     help="Check arithmetic in this dtype only; repeatable.  [default: all]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(model: str | None, size: str | None, dtypes: tuple[str, ...], as_json: bool) -> None:
+def doctor(
+    model: str | None, size: str | None, width: int | None, height: int | None, dtypes: tuple[str, ...], as_json: bool
+) -> None:
     """Check this machine: system, MLX build, memory, disk and MLX's arithmetic.
 
     "limited" marks a restriction, with its consequence; images can still be generated. The operations that the networks
@@ -33,15 +35,12 @@ def doctor(model: str | None, size: str | None, dtypes: tuple[str, ...], as_json
     from ..machine import is_virtual
     from ..weights.checkpoint import open_checkpoint
 
-    sides, ratio = parse_size(size or f"{TURBO.size}x{TURBO.size}")
-    if ratio:
-        raise RequestError(f"doctor needs a size in pixels such as 1024x768, got {size!r}")
-    for name, side in sides.items():
-        check_size(name, side)
+    sides(size, width, height, TURBO.size)  # refuses what can be refused before a model is opened
     checkpoint = open_checkpoint(model) if model else None
+    width, height = sides(size, width, height, checkpoint.vae.config.sample_size if checkpoint else TURBO.size)
     quantizations = selftest.quantizations_of(checkpoint) if checkpoint else selftest.every_quantization()
     dtypes = dtypes or tuple(dtype for dtype in FLOATS if dtype != "bfloat16" or not is_virtual())
-    facts, speeds = doctor.facts(), doctor.speeds(sides["width"], sides["height"], checkpoint)
+    facts, speeds = doctor.facts(), doctor.speeds(width, height, checkpoint)
     verdicts = doctor.verdicts(facts, speeds)
     if not as_json:
         for name, fact in facts.items():

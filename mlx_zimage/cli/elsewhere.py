@@ -1,54 +1,134 @@
-"""Habits from other programs: several values after one --seed, and flags that have a different name here."""
+"""Commands that forgive the habits of other programs, and answer what they cannot do with what to type instead."""
 
 from __future__ import annotations
 
+import difflib
+import shlex
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import click
+from click.core import ParameterSource
+
+from ..errors import RequestError
 
 BY_BITS = "convert the model once, with `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
 BY_MEMORY = "use --memory 6GB, which determines what is streamed from disk and how images are decoded"
 NO_LORA = "LoRAs are not supported; convert a checkpoint that has the LoRA merged into it"
 FROM_TEXT = "images are generated from a prompt only"
-ELSEWHERE = {  # flags of mflux and other programs, and what to use instead
-    "--quantize": BY_BITS,
-    "--mlx-cache-limit-gb": BY_MEMORY,
-    "--vae-tiling": BY_MEMORY,
-    "--vae-tile-size": BY_MEMORY,
-    "--float32": "use --dtype float32",
-    "--compute-precision": "use --dtype bfloat16, float16 or float32",
-    "--image-count": "use --count N to generate N images",
-    "--num-images": "use --count N to generate N images",
-    "--batch-size": "use --count N to generate N images, one after another",
-    "--num-inference-steps": "use --steps",
-    "--guidance-scale": "use --guidance",
-    "--cfg": "use --guidance, where 0 is off",
-    "--make-conf": "every image stores its request; `generate --from IMAGE` generates it again",
-    "--base-model": "leave it out; --model takes a folder or an id, and its configs identify the model",
-    "--scheduler": "use --shift; examples/custom_schedule.py shows a custom schedule",
-    "--lora": NO_LORA,
-    "--lora-paths": NO_LORA,
-    "--lora-scales": NO_LORA,
-    "--image": FROM_TEXT,
-    "--image-path": FROM_TEXT,
-    "--image-strength": FROM_TEXT,
+NOT_NEEDED = "leave it out; the configs of a model identify it"
+SOURCE = "name what to convert, and the new folder: `mlx-zimage convert SOURCE DEST`"
+Q_BITS = "use --q-bits, such as --q-bits 8"
+GUIDANCE = "use --guidance, where 0 is off"
+ELSEWHERE: Mapping[str, Mapping[str, str]] = {  # by command: flags of other programs, and what to use instead
+    "generate": {
+        "--quantize": BY_BITS,
+        "--path": "use --model, which takes a folder or an id, and --output for the image",
+        "--model-path": "use --model, which takes a folder or an id",
+        "--mlx-cache-limit-gb": BY_MEMORY,
+        "--vae-tiling": BY_MEMORY,
+        "--vae-tile-size": BY_MEMORY,
+        "--float32": "use --dtype float32",
+        "--compute-precision": "use --dtype bfloat16, float16 or float32",
+        "--image-count": "use --count N to generate N images",
+        "--num-images": "use --count N to generate N images",
+        "--batch-size": "use --count N to generate N images, one after another",
+        "--num-inference-steps": "use --steps",
+        "--guidance-scale": GUIDANCE,
+        "--cfg": GUIDANCE,
+        "--make-conf": "every image stores its request; `generate --from IMAGE` generates it again",
+        "--base-model": NOT_NEEDED,
+        "--scheduler": "use --shift; examples/custom_schedule.py shows a custom schedule",
+        "--pid-decode": "images are decoded by the model's own VAE",
+        "--vae-full-precision": "leave it out; --dtype float32 computes everything in float32",
+        "--lora": NO_LORA,
+        "--lora-paths": NO_LORA,
+        "--lora-scales": NO_LORA,
+        "--image": FROM_TEXT,
+        "--image-path": FROM_TEXT,
+        "--image-strength": FROM_TEXT,
+    },
+    "convert": {
+        "--quantize": Q_BITS,
+        "--bits": Q_BITS,
+        "--path": SOURCE,
+        "--output": SOURCE,
+        "--model": SOURCE,
+        "-m": SOURCE,
+        "--hf-path": SOURCE,
+        "--mlx-path": SOURCE,
+        "--base-model": NOT_NEEDED,
+    },
+}
+GENERATE = 'mlx-zimage generate "a cat"'
+COMMANDS = {  # of other programs, and what to use instead
+    **dict.fromkeys(("run", "create", "draw", "image", "txt2img"), f"to generate an image: {GENERATE}"),
+    **dict.fromkeys(
+        ("pull", "download", "fetch", "get"),
+        "`mlx-zimage generate` offers to download the default model; `mlx-zimage convert ID DEST` downloads any other",
+    ),
+    **dict.fromkeys(("list", "ls"), "use `mlx-zimage models`"),
+    **dict.fromkeys(("rm", "remove", "delete"), "use `mlx-zimage models rm NAME`"),
+    **dict.fromkeys(("save", "quantize", "export"), "use `mlx-zimage convert SOURCE DEST --q-bits 8`"),
+    **dict.fromkeys(("show", "inspect"), "use `mlx-zimage info SOURCE`"),
+    "help": "use `mlx-zimage --help`",
 }
 
 
-class ForgivingCommand(click.Command):
-    """Accepts several seeds, and answers an unsupported flag with what to use instead."""
+def no_such_command(name: str, known: Mapping[str, Any], ctx: click.Context) -> None:
+    """Raise UsageError for what is not a command, unless it looks like a mistyped one, which click answers."""
+    if name in known or (name not in COMMANDS and difflib.get_close_matches(name, known)):
+        return
+    if name.startswith("-"):
+        raise click.UsageError(f"No such option: {name}; options follow a command: {GENERATE} --steps 8", ctx)
+    hint = COMMANDS.get(name) or f"to generate an image: mlx-zimage generate {shlex.quote(name)}"
+    raise click.UsageError(f"No such command {name!r}; {hint}", ctx)
+
+
+class Command(click.Command):
+    """Names a value's option in errors as it was typed, and answers unsupported flags with what to use instead."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if any(word == "-q" and bits in ("3", "4", "5", "6", "8") for word, bits in pairwise(args)):
-            raise click.UsageError(f"-q is --quiet and takes no number; {BY_BITS}", ctx)
+        ctx.meta["typed"] = {word.partition("=")[0] for word in args}
+        quiet = any("-q" in parameter.opts for parameter in self.params)
+        if quiet and any(word == "-q" and bits in ("2", "3", "4", "5", "6", "8") for word, bits in pairwise(args)):
+            advice = Q_BITS if self.name == "convert" else BY_BITS
+            raise click.UsageError(f"-q is --quiet and takes no number; {advice}", ctx)
         try:
-            return super().parse_args(ctx, join_seeds(args))
+            return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            if error.option_name in ELSEWHERE:
-                raise click.UsageError(
-                    f"No such option: {error.option_name}; {ELSEWHERE[error.option_name]}", ctx
-                ) from None
-            raise
+            advice = ELSEWHERE.get(self.name or "", {}).get(error.option_name, "")
+            if not advice:
+                raise
+            raise click.UsageError(f"No such option: {error.option_name}; {advice}", ctx) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            raise type(error)(as_typed(str(error), options_given(ctx))) from error
+
+
+def options_given(ctx: click.Context) -> dict[str, str]:
+    """The options given on the command line as they were typed, by the names of their values."""
+    given = {}
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if isinstance(parameter, click.Option) and source is ParameterSource.COMMANDLINE:
+            typed = [name for name in parameter.opts if name in ctx.meta["typed"]]
+            given[parameter.name or ""] = typed[0] if typed else max(parameter.opts, key=len)
+    return given
+
+
+def as_typed(message: str, given: Mapping[str, str]) -> str:
+    """A message about a value, which it begins with the name of, with the name that the value was given by."""
+    name, _, rest = message.partition(" ")
+    if name in given:
+        return f"{given[name]} {rest}"
+    if name in ("width", "height") and "size" in given:
+        return f"{given['size']}: {message}"
+    return message
 
 
 def join_seeds(args: list[str]) -> list[str]:

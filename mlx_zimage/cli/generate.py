@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
@@ -13,7 +17,8 @@ from .. import battery
 from ..dtypes import FLOATS
 from ..errors import RequestError, ZImageError
 from ..jobs import (
-    count_up,
+    MAX_IMAGES,
+    Series,
     fields_of_latents,
     multiply,
     parse_seeds,
@@ -21,13 +26,15 @@ from ..jobs import (
     read_prompts,
     read_requests,
     read_text,
+    resolve,
 )
-from ..request import RNGS
+from ..request import RNGS, GenerateRequest
 from ..sizes import parse_memory
-from .elsewhere import ForgivingCommand
+from .elsewhere import Command, as_typed, join_seeds, options_given
 from .models import DEFAULT_MODEL, first_run
+from .notes import notes
 from .output import DEFAULT_DTYPE, graphics, hub_bars, print_path, say, show_image
-from .values import FilePath, InputFile, ModelName
+from .values import FilePath, InputFile, ModelName, check_one_size, size_options
 
 if TYPE_CHECKING:
     from ..images.metadata import Origin
@@ -52,18 +59,18 @@ SECTIONS = {  # of the help text, with the names of their options
     ),
     "Output": ("output", "overwrite", "metadata", "preview_dir"),
 }
-Size = tuple[dict, tuple[int, int] | None]  # returned by parse_size
 
 
-def _parse(parse: Callable[[str], Any]):
-    def callback(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:
-        return None if value is None else parse(value)
+class Generate(Command):
+    """Accepts several seeds, hints at missing quotes, and groups the options in its help into sections."""
 
-    return callback
-
-
-class Generate(ForgivingCommand):
-    """Groups the options in its help into sections."""
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True
+        rest = super().parse_args(ctx, join_seeds(args))
+        if ctx.args and not ctx.resilient_parsing:
+            quoted = shlex.quote(" ".join([ctx.params["prompt"], *ctx.args]))
+            raise click.UsageError(f"Got several arguments; quote the prompt: mlx-zimage generate {quoted}", ctx)
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
@@ -77,7 +84,7 @@ class Generate(ForgivingCommand):
 
 @click.command(cls=Generate, epilog=EXAMPLES)
 @click.argument("prompt", required=False)
-@click.option("--prompt", "prompt_option", metavar="PROMPT", help="Same as the argument PROMPT.")
+@click.option("--prompt", "prompt_option", metavar="PROMPT", help="Same as the argument PROMPT; - for stdin.")
 @click.option(
     "--prompt-file",
     type=InputFile(),
@@ -121,14 +128,7 @@ class Generate(ForgivingCommand):
     "Existing files are kept: NAME-1, NAME-2, ... is used instead.",
 )
 @click.option("--overwrite", is_flag=True, help="Overwrite existing files.")
-@click.option(
-    "--size",
-    callback=_parse(parse_size),
-    metavar="W:H|WxH",
-    help="Aspect ratio such as 3:2, at about the model's default pixel count, or pixels such as 1280x720.",
-)
-@click.option("--width", type=int, help="Width in pixels, a multiple of 16.  [default: the model's]")
-@click.option("--height", type=int, help="Height in pixels, a multiple of 16.  [default: the model's]")
+@size_options
 @click.option("--steps", type=int, help="Number of denoising steps.  [default: the model's]")
 @click.option(
     "--seed",
@@ -199,7 +199,7 @@ class Generate(ForgivingCommand):
     "from_image",
     metavar="IMAGE",
     type=FilePath(),
-    help="Start from the request stored in IMAGE; other options override it.",
+    help="Start from the request stored in IMAGE, or in a .json file; other options override it. Also reads mflux's.",
 )
 @click.option(
     "--metadata/--no-metadata",
@@ -224,10 +224,12 @@ class Generate(ForgivingCommand):
 @click.option("--show", is_flag=True, help="Show images in the terminal (iTerm2, WezTerm, kitty, Ghostty).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image instead of its path.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress or seeds.")
+@click.pass_context
 def generate(
+    ctx: click.Context,
     prompt: str | None, prompt_option: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None,
     source: str | None, variant: str | None, transformer: str | None, text_encoder: str | None, vae: str | None,
-    output: Path, overwrite: bool, size: Size | None,
+    output: Path, overwrite: bool, size: str | None,
     seeds: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, dtype: str | None,
     memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
     metadata: bool, preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool,
@@ -241,7 +243,7 @@ def generate(
     """
     # Imported here so that --help and completion do not wait for MLX.
     from ..generate import Files, Saved, open_model, run
-    from ..images.files import check_output, make_folder
+    from ..images.files import make_folder
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
     from ..inputs import Inputs, check_latents_size, read_latents
@@ -253,24 +255,35 @@ def generate(
     inputs = Inputs(read_latents(latents_file) if latents_file else None)
     if prompt is not None and prompt_option is not None:
         raise RequestError("the prompt was given twice, as an argument and with --prompt; give one")
+    given = options_given(ctx)
     prompts = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
+    _warn_of_overridden(given, prompts if requests_file else [])
     base, ratio = _base(values, size, old, inputs)
-    jobs = list(multiply(base, prompts, _seeds(seeds, count, auto_seeds, old), output, ratio))
-    for job in jobs:
+    all_series = multiply(base, prompts, _seeds(seeds, auto_seeds, old), output, ratio, count)
+    total = sum(map(len, all_series))
+    for own, series in zip(prompts, all_series, strict=True):
         try:
-            request = job.request()
-            check_output(job.path(request))
+            request = _check(series)
             inputs.check_named(request.arrays)
         except RequestError as error:
             if not requests_file and not prompt_file:
                 raise
-            raise RequestError(f"image {job.n} of {len(jobs)}: {error}") from error
+            names = given | {"guidance_scale": "guidance"} if "guidance" in own else given
+            message = as_typed(str(error), {name: typed for name, typed in names.items() if name not in own})
+            raise RequestError(f"image {series.n} of {total}: {message}") from error
         if latents_file and request.width and request.height:
             check_latents_size(latents_file, inputs.latents, request.width, request.height)
     if preview_dir:
         make_folder(preview_dir)
     if old:
         _check_old_latents(old, from_image, inputs.digests.get("latents"))
+    if latents_file:
+        for option in given.keys() & {"seeds", "auto_seeds", "rng"}:
+            _warn(f"{given[option]} changes nothing: --latents replaces the noise")
+        if total > len(all_series):
+            _warn("images that differ only in their seeds will be the same: --latents replaces the noise")
+    if wired and sys.platform != "darwin":
+        _warn("--wired changes nothing here: only macOS can lock the GPU's memory")
     budget = None if memory is None else parse_memory(memory)
     if source is None:
         source = _default_model(old, from_image, yes, quiet)
@@ -280,23 +293,30 @@ def generate(
     if quiet and not Path(source).is_dir():
         hub_bars(False)
 
-    model = open_model(source, dtype or (old.dtype if old else None), budget, keep, variant, wired, **parts)
+    model = open_model(source, dtype or (old.dtype if old else "") or None, budget, keep, variant, wired, **parts)
     register(Path(source))
-    if old and model.fingerprint != old.fingerprint:
-        warnings.warn(f"{source} is not the model that generated {from_image}; the image will differ", stacklevel=1)
-    requests = [model.pipeline.complete(job.request(model.pipeline.sample_size)) for job in jobs]
+    if old and not old.fingerprint:
+        _warn(f"{from_image} is by {old.software}; the image will look different here")
+    elif old and model.fingerprint != old.fingerprint:
+        _warn(f"{source} is not the model that generated {from_image}; the image will differ")
+    side = model.pipeline.sample_size
+    firsts = (model.pipeline.complete(next(iter(series)).request(side)) for series in all_series)
+    requests = dict.fromkeys(replace(request, seed=0) for request in firsts)  # seeds change no plan
     for request in requests:
         if latents_file:
             check_latents_size(latents_file, inputs.latents, *request.extent[:2])
         model.pipeline.plan(request)  # refuses what does not fit, before any work
+    for message in dict.fromkeys(note for request in requests for note in notes(request, model.pipeline.checkpoint)):
+        _warn(message)
     files = Files(overwrite, metadata)
     terminal = None if quiet else graphics()
     in_place = preview and terminal  # the finished image replaces the preview
     colours = colours_of(model.pipeline.encode_image) if preview or preview_dir else None
-    for job, request in zip(jobs, requests, strict=True):
+    for job in chain.from_iterable(all_series):
         _check_battery(battery_limit)
+        request = model.pipeline.complete(job.request(side))
         path = job.path(request)
-        say(f"Seed: {request.seed}" + (f" ({job.n} of {len(jobs)})" if len(jobs) > 1 else ""), quiet)
+        say(f"Seed: {request.seed}" + (f" ({job.n} of {total})" if total > 1 else ""), quiet)
         width, height, steps = request.extent
         grey = blank(width, height, request.num_images)
         with Watch(steps, quiet, not in_place, colours) as watch:
@@ -312,7 +332,11 @@ def generate(
 def _prompts(
     prompt: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None, old: Origin | None
 ) -> list[dict]:
-    """One dict of values per image; they take precedence over the options."""
+    """One dict of values per prompt; they take precedence over the options. The prompt - is read from stdin."""
+    if sum((prompt == "-", _is_stdin(prompt_file), _is_stdin(requests_file))) > 1:
+        raise RequestError("stdin can be read once; give - for one of the prompt, --prompt-file and --requests")
+    if prompt == "-":
+        prompt = read_text(InputFile().convert("-", None, ctx=None), "stdin").strip()
     if prompt_file and (prompt is not None or requests_file):
         raise RequestError("--prompt-file cannot be combined with another prompt or --requests; give one")
     if prompt_file:
@@ -329,20 +353,47 @@ def _prompts(
     return [own]
 
 
-def _base(values: dict, size: Size | None, old: Origin | None, inputs: Inputs) -> tuple[dict, tuple[int, int] | None]:
+def _is_stdin(file: BinaryIO | None) -> bool:
+    return file is not None and getattr(file, "name", "<stdin>") == "<stdin>"
+
+
+def _base(values: dict, size: str | None, old: Origin | None, inputs: Inputs) -> tuple[dict, tuple[int, int] | None]:
     """The values that all images share, and their aspect ratio if one was given."""
     base = old.request.to_dict() if old else {}
-    sides, ratio = size or ({}, None)
-    if size and (values["width"] or values["height"]):
-        raise RequestError("--size cannot be combined with --width or --height; give one")
-    if ratio:
-        base = {name: value for name, value in base.items() if name not in ("width", "height")}
+    check_one_size(size, values["width"], values["height"])
+    sides, ratio = parse_size(size) if size else ({}, None)
     base |= {name: value for name, value in {**values, **sides}.items() if value is not None}
     base["latents"] = inputs.digests.get("latents")
     if inputs.latents is not None:
         known = fields_of_latents(inputs.latents.shape)
-        base = ({} if ratio else known) | base | {"num_images": known["num_images"]}
+        base = known | base | {"num_images": known["num_images"]}
     return base, ratio
+
+
+def _check(series: Series) -> GenerateRequest:
+    """The first request of a series; RequestError unless all are valid, and their images can be written."""
+    from ..images.files import check_output
+
+    ends = replace(series, seeds=sorted({min(series.seeds), max(series.seeds)})) if len(series) > 1 else series
+    for job in ends:
+        job.request()
+    first = next(iter(series))
+    request = first.request()
+    check_output(first.path(request))
+    return request
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _warn_of_overridden(given: Mapping[str, str], objects: list[dict]) -> None:
+    """Warn of options that no request uses, since each has a value of its own."""
+    keys = {"seeds": "seed", "auto_seeds": "seed", "prompt_option": "prompt"}
+    own = [resolve(values)[0].keys() | values.keys() for values in objects]
+    for name, option in given.items():
+        if own and all(keys.get(name, name) in fields for fields in own):
+            _warn(f"{option} changes nothing: each of the requests has its own {keys.get(name, name)}")
 
 
 def _read(stream: BinaryIO) -> tuple[str, str]:
@@ -350,15 +401,15 @@ def _read(stream: BinaryIO) -> tuple[str, str]:
     return read_text(stream, name), name
 
 
-def _seeds(given: tuple[str, ...], count: int, auto_seeds: int | None, old: Origin | None) -> list[int]:
+def _seeds(given: tuple[str, ...], auto_seeds: int | None, old: Origin | None) -> list[int]:
     if given and auto_seeds is not None:
         raise RequestError("--seed cannot be combined with --auto-seeds; give one")
-    if auto_seeds is not None and not 1 <= auto_seeds <= 100_000:
-        raise RequestError(f"--auto-seeds must be from 1 to 100000, got {auto_seeds}")
+    if auto_seeds is not None and not 1 <= auto_seeds <= MAX_IMAGES:
+        raise RequestError(f"--auto-seeds must be from 1 to {MAX_IMAGES}, got {auto_seeds}")
     seeds = [seed for text in given for seed in parse_seeds(text)]
     if not seeds:
         seeds = [old.request.seed] if old and not auto_seeds else [secrets.randbits(32) for _ in range(auto_seeds or 1)]
-    return count_up(seeds, count)
+    return seeds
 
 
 def _default_model(old: Origin | None, image: Path | None, yes: bool, quiet: bool) -> str:

@@ -11,6 +11,7 @@ import click
 from ..dtypes import STORED
 from ..errors import ModelNotFoundError
 from ..sizes import size
+from .elsewhere import Command
 from .output import printable
 from .values import ModelName
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..weights.component import Component
 
 
-@click.command(epilog="Example: mlx-zimage info pocket; mlx-zimage info image.png")
+@click.command(cls=Command, epilog="Example: mlx-zimage info pocket; mlx-zimage info image.png")
 @click.argument("source", type=ModelName())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(source: str, as_json: bool) -> None:

@@ -5,26 +5,27 @@ from typing import TYPE_CHECKING
 import click
 
 from ..dtypes import FLOATS
-from ..request import check_size
 from ..sizes import parse_memory, rounded_up, size
+from ..variants import TURBO
+from .elsewhere import Command
 from .models import DEFAULT_MODEL
 from .output import DEFAULT_DTYPE
-from .values import ModelName
+from .values import ModelName, sides, size_options
 
 if TYPE_CHECKING:
     from ..memory import Plan, Planner, Workload
     from ..weights.checkpoint import Checkpoint
 
 
-@click.command(epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
+@click.command(cls=Command, epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
 @click.argument("model", required=False, type=ModelName())
 @click.option(
     "--variant",
     metavar="NAME",
     help="turbo or base, if the model is mistaken for the other, or the variant of its files, such as fp16.",
 )
-@click.option("--width", type=int, help="Width in pixels, a multiple of 16.  [default: the model's]")
-@click.option("--height", type=int, help="Height in pixels, a multiple of 16.  [default: the model's]")
+@size_options
+@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Images, one after another.")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images per batch.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Prompt length in tokens.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Number of denoising steps.  [default: the model's]")
@@ -43,14 +44,14 @@ if TYPE_CHECKING:
 def plan(
     model: str | None,
     variant: str | None,
-    width: int | None,
-    height: int | None,
+    count: int,
     images: int,
     tokens: int,
     steps: int | None,
     dtype: str | None,
     memory: str | None,
     keep: bool | None,
+    **shape,
 ) -> None:
     """Show how MODEL would run within a memory budget, without loading it.
 
@@ -65,25 +66,23 @@ def plan(
     from ..weights.checkpoint import open_headers
     from ..weights.library import CHOICES, choose_bits, planned
 
-    for name, value in (("width", width), ("height", height)):
-        if value is not None:
-            check_size(name, value)
+    sides(**shape, default=TURBO.size)  # refuses what can be refused before a model is opened
     budget = machine_budget() if memory is None else parse_memory(memory)
     compute = getattr(mx, dtype or default_dtype())
 
     def workload(checkpoint: Checkpoint) -> Workload:
         side, known = checkpoint.vae.config.sample_size, checkpoint.variant
         prompts = 2 if known.guidance_scale else 1
-        return Workload(width or side, height or side, images, tokens, steps or known.steps, prompts)
+        return Workload(*sides(**shape, default=side), images, tokens, steps or known.steps, prompts)
 
     if model is not None:
         checkpoint = open_headers(model, variant)
         planner = Planner(checkpoint, compute)
         work = workload(checkpoint)
-        _show(planner, planner.plan(work, budget, keep), work)
+        _show(planner, planner.plan(work, budget, keep), _images(work, count))
         return
     work = workload(planned(None))
-    click.echo(f"{DEFAULT_MODEL}: {_images(work)}, memory budget {rounded_up(budget)}")
+    click.echo(f"{DEFAULT_MODEL}: {_images(work, count)}, memory budget {rounded_up(budget)}")
     click.echo(f"{'':10}{'on disk':>10}{'peak':>10}")
     sizes = {}
     for bits in CHOICES:
@@ -114,8 +113,8 @@ def _row(planner: Planner, work: Workload, budget: int, keep: bool | None) -> st
     return f"{size(plan.peak):>10}  {where}"
 
 
-def _show(planner: Planner, plan: Plan, work: Workload) -> None:
-    click.echo(f"{_images(work)}, memory budget {rounded_up(plan.budget)}")
+def _show(planner: Planner, plan: Plan, images: str) -> None:
+    click.echo(f"{images}, memory budget {rounded_up(plan.budget)}")
     for phase, peak in plan.peaks.items():
         click.echo(f"{phase:13}about {rounded_up(peak)}, at most {rounded_up(plan.rooms[phase])}")
     click.echo(f"networks     {'kept in memory between images' if plan.keep else 'unloaded after use'}")
@@ -127,5 +126,6 @@ def _show(planner: Planner, plan: Plan, work: Workload) -> None:
     click.echo(f"decoding     {strips}")
 
 
-def _images(work: Workload) -> str:
-    return f"{work.images} image{'s' if work.images > 1 else ''} of {work.width}x{work.height}"
+def _images(work: Workload, count: int) -> str:
+    images = f"{work.images * count} image{'s' * (work.images * count > 1)} of {work.width}x{work.height}"
+    return images if count == 1 else f"{images}, {work.images} at a time"

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+
+from ..errors import ModelNotFoundError, RequestError
+from ..jobs import parse_size, size_of_ratio
+from ..request import check_size
+
+F = TypeVar("F", bound=Callable)
 
 
 class _Expanded(click.ParamType):
@@ -38,4 +45,39 @@ class ModelName(_Expanded, click.ParamType):
     name = "model"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return os.path.expanduser(value)
+        name = os.path.expanduser(value)
+        if name.lower() == "pocket" != name and not os.path.exists(name):
+            raise ModelNotFoundError(f"no model {name!r}; did you mean 'pocket'?")
+        return name
+
+
+def size_options(command: F) -> F:
+    """The options for the size of an image: see `sides`."""
+    for option in (
+        click.option("--height", type=int, help="Height in pixels, a multiple of 16.  [default: the model's]"),
+        click.option("--width", type=int, help="Width in pixels, a multiple of 16.  [default: the model's]"),
+        click.option(
+            "--size",
+            metavar="W:H|WxH",
+            help="Aspect ratio such as 3:2, at about the model's default pixel count, or pixels such as 1280x720.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def sides(size: str | None, width: int | None, height: int | None, default: int) -> tuple[int, int]:
+    """Width and height in pixels, for a model whose default is a square of side `default`."""
+    check_one_size(size, width, height)
+    given, ratio = parse_size(size) if size else ({}, None)
+    if ratio:
+        return size_of_ratio(ratio, default)
+    found = {"width": width or default, "height": height or default} | given
+    for name, value in found.items():
+        check_size(name, value)
+    return found["width"], found["height"]
+
+
+def check_one_size(size: str | None, width: int | None, height: int | None) -> None:
+    if size and (width is not None or height is not None):
+        raise RequestError("--size cannot be combined with --width or --height; give one")

@@ -3,11 +3,12 @@ from __future__ import annotations
 import click
 
 from ..errors import CheckpointError
+from .elsewhere import Command
 from .output import progress_bar
 from .values import ModelName
 
 
-@click.command(epilog="Example: mlx-zimage verify z-image-4bit")
+@click.command(cls=Command, epilog="Example: mlx-zimage verify z-image-4bit")
 @click.argument("folder", type=ModelName())
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 def verify(folder: str, quiet: bool) -> None:

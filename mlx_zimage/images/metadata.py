@@ -20,6 +20,7 @@ from PIL import Image, PngImagePlugin
 from ..errors import RequestError
 from ..request import GenerateRequest
 from ..version import __version__
+from . import mflux
 
 READABLE = ("PNG", "JPEG", "WEBP")
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -90,7 +91,7 @@ def parameters(origin: Origin) -> str:
         "Shift": None if request.shift is None else f"{request.shift:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
-        "Model hash": origin.fingerprint,
+        "Model hash": origin.fingerprint or None,
         "Model": origin.model,
         "RNG": "CPU" if request.rng == "torch" else None,
         "Version": origin.software,
@@ -144,18 +145,27 @@ def _xmp(origin: Origin, attribute: str) -> bytes:
 
 
 def read_origin(path: Path) -> Origin:
-    """The origin stored in an image. The file is not trusted: it is not decoded, and every value is checked."""
+    """The origin stored in an image, by this program or mflux, or in a JSON file (see read_sidecar).
+
+    The file is not trusted: it is not decoded, and every value is checked.
+    """
+    if path.suffix.lower() == ".json":
+        return read_sidecar(path)
     try:
         with Image.open(path, formats=READABLE) as image:
             xmp = image.info.get("xmp") or b""
+            comment = image.getexif().get_ifd(EXIF_DIRECTORY).get(USER_COMMENT)
     except FileNotFoundError:
         raise RequestError(f"no image at {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path} is not a PNG, JPEG or WebP image ({error})") from error
     found = re.search(rb'\szimage:origin="([^"<]*)"', xmp)
     if not found or NAMESPACE.encode() not in xmp:
+        values = mflux.stored(comment) if isinstance(comment, bytes) else None
+        if values:
+            return _from_mflux(path, values)
         raise RequestError(
-            f"{path} contains no mlx-zimage metadata: another program wrote it, or the metadata was removed"
+            f"{path} contains no metadata of mlx-zimage or mflux: another program wrote it, or the metadata was removed"
         )
     if len(found[1]) > MAX_JSON:
         raise RequestError(f"{path}: its metadata was not written by mlx-zimage (longer than {MAX_JSON:,} characters)")
@@ -163,3 +173,35 @@ def read_origin(path: Path) -> Origin:
         return Origin.from_json(html.unescape(found[1].decode("ascii", "replace")))
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from error
+
+
+def read_sidecar(path: Path) -> Origin:
+    """The origin in a JSON file: as `info --json` prints it, or as mflux writes it next to an image."""
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(MAX_JSON + 1).decode()
+        values = json.loads(text) if len(text) <= MAX_JSON else None
+    except FileNotFoundError:
+        raise RequestError(f"no file at {path}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not a JSON file ({error})") from error
+    try:
+        if isinstance(values, dict) and "request" in values:
+            return Origin.from_json(text)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from error
+    if not isinstance(values, dict) or "mflux_version" not in values:
+        raise RequestError(
+            f"{path} is not a request; expected what `mlx-zimage info IMAGE --json` prints, or a file that mflux wrote "
+            f"next to an image"
+        )
+    return _from_mflux(path, values)
+
+
+def _from_mflux(path: Path, values: dict) -> Origin:
+    """An origin whose model is known by name only: fingerprint and dtype are empty."""
+    try:
+        request, model = mflux.to_request(values)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from error
+    return Origin(request, model, "", "", software=f"mflux {values['mflux_version']}")

@@ -1,0 +1,291 @@
+"""What people type out of habit, or in vain: it works, or the message names what to type instead."""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from mlx_zimage import cli
+from mlx_zimage.cli.notes import POCKET_CHARACTERS, POCKET_WORDS, unknown_to_pocket
+from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.pipeline import ZImagePipeline
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a red circle on a blue background"
+SMALL = ["-m", "pocket", "--steps", "1", "--size", "32x32"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run mlx-zimage in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args, **options: CliRunner().invoke(cli.main, [str(arg) for arg in args], **options)
+
+
+# ---- other programs
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["a cat"], "to generate an image: mlx-zimage generate 'a cat'"),
+        (["cat"], "to generate an image: mlx-zimage generate cat"),
+        (["run", "z-image"], 'to generate an image: mlx-zimage generate "a cat"'),
+        (["pull", "z-image"], "`mlx-zimage convert ID DEST` downloads any other"),
+        (["list"], "use `mlx-zimage models`"),
+        (["rm", "z-image"], "use `mlx-zimage models rm NAME`"),
+        (["save", "--path", "x"], "use `mlx-zimage convert SOURCE DEST --q-bits 8`"),
+        (["--prompt", "a cat"], "options follow a command: mlx-zimage generate"),
+        (["generate", "a", "red", "cat"], "quote the prompt: mlx-zimage generate 'a red cat'"),
+        (["generate", PROMPT, "-m", "Pocket"], "did you mean 'pocket'?"),
+        (["generate", PROMPT, "--path", "x"], "use --model"),
+        (["generate", PROMPT, "-q", "8"], "-q is --quiet and takes no number; convert the model once"),
+        (["convert", "pocket", "x", "--quantize", "8"], "use --q-bits, such as --q-bits 8"),
+        (["convert", "pocket", "x", "-q", "8"], "use --q-bits, such as --q-bits 8"),
+        (["convert", "--model", "pocket", "--path", "x"], "`mlx-zimage convert SOURCE DEST`"),
+        (["convert", "--hf-path", "pocket"], "`mlx-zimage convert SOURCE DEST`"),
+        (["info", "POCKET"], "did you mean 'pocket'?"),
+    ],
+)
+def test_what_is_typed_for_other_programs_is_answered_with_what_to_type_here(run, tmp_path, words, hint):
+    result = run(*words)
+    assert result.exit_code in (2, 3) and result.stdout == ""
+    assert hint in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+MFLUX = "mflux-generate-z-image-turbo --steps 1 --width 32 --height 32"
+SIDECAR = {  # as mflux 0.24.0 writes it next to an image, with --metadata
+    "mflux_version": "0.24.0",
+    "model": "Tongyi-MAI/Z-Image-Turbo",
+    "model_path": None,
+    "base_model": None,
+    "seed": 42,
+    "steps": 2,
+    "guidance": None,
+    "height": 32,
+    "width": 48,
+    "precision": "mlx.core.bfloat16",
+    "quantize": 8,
+    "generation_time_seconds": 12.34,
+    "created_at": "2026-07-01T12:00:00",
+    "lora_paths": None,
+    "lora_scales": None,
+    "image_path": None,
+    "image_strength": None,
+    "prompt": PROMPT,
+    "negative_prompt": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "meaning"),
+    [
+        (["--prompt", PROMPT, "--seed", "42"], {"image.png": (PROMPT, 42)}),
+        (["--prompt", PROMPT, "--seed", "1", "2"], {"image.png": (PROMPT, 1), "image-1.png": (PROMPT, 2)}),
+        (["--prompt", "-", "--seed", "3"], {"image.png": ("from stdin", 3)}),
+        (["--prompt-file", "prompt.txt", "--seed", "4"], {"image.png": ("from a file", 4)}),
+        (["--prompt", PROMPT, "--seed", "5", "--output", "out/{seed}.png"], {"out/5.png": (PROMPT, 5)}),
+        (["-C", "old.metadata.json"], {"image.png": (PROMPT, 42)}),
+        (["--prompt", PROMPT, "--seed", "6", "--low-ram", "-B", "1", "--metadata"], {"image.png": (PROMPT, 6)}),
+        (["--prompt", PROMPT, "--seed", "7", "--negative-prompt", "x", "--no-exif"], "negative prompt changes nothing"),
+        (["--prompt", PROMPT, "--quantize", "8"], "--q-bits 4"),
+        (["--prompt", PROMPT, "--mlx-cache-limit-gb", "8"], "use --memory 6GB"),
+        (["--prompt", PROMPT, "--image", "a.png", "0.6"], "images are generated from a prompt only"),
+        (["--prompt", PROMPT, "--base-model", "z-image"], "leave it out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_command_lines_of_mflux_mean_the_same_or_say_what_to_type_here(run, tmp_path, options, meaning):
+    Path("prompt.txt").write_text("from a file\n")
+    Path("old.metadata.json").write_text(json.dumps(SIDECAR))
+    _, *small = MFLUX.split()
+    result = run("generate", "-m", "pocket", *small, *options, input="from stdin\n")
+    if isinstance(meaning, str):
+        assert meaning in result.stderr
+        assert (result.exit_code == 0) == ("changes nothing" in meaning)
+        return
+    assert result.exit_code == 0, result.stderr
+    found = {name: read_origin(tmp_path / name).request for name in result.stdout.splitlines()}
+    assert {name: (request.prompt, request.seed) for name, request in found.items()} == meaning
+
+
+# ---- values from elsewhere
+
+
+def test_a_prompt_of_one_hyphen_is_read_from_stdin(run):
+    for words in (["-"], ["--prompt", "-"]):
+        assert run("generate", *words, *SMALL, "-o", "{prompt}.png", input=" a red\ncircle \n").exit_code == 0
+    assert read_origin(Path("a-red-circle.png")).request.prompt == "a red\ncircle"
+    result = run("generate", "-", *SMALL, input="")
+    assert result.exit_code == 2 and "the prompt is empty" in result.stderr
+    result = run("generate", "-", "--requests", "-", *SMALL, input="{}")
+    assert result.exit_code == 2 and "stdin can be read once" in result.stderr
+
+
+def test_a_request_is_read_from_what_mflux_stored(run, tmp_path):
+    piexif = pytest.importorskip("piexif")
+    Path("old.json").write_text(json.dumps(SIDECAR))
+    comment = b"ASCII\0\0\0" + json.dumps(SIDECAR).encode()
+    exif = piexif.dump({"Exif": {piexif.ExifIFD.UserComment: comment}})
+    for name in ("old.png", "old.jpg"):
+        Image.new("RGB", (48, 32)).save(name, exif=exif)
+    for name in ("old.json", "old.png", "old.jpg"):
+        result = run("generate", "-C", name, "-m", "pocket", "-o", f"new-{Path(name).suffix[1:]}.png")
+        assert result.exit_code == 0, result.stderr
+        assert f"{name} is by mflux 0.24.0; the image will look different here" in result.stderr
+        assert f"{PROMPT}\nSteps: 2, " in run("info", name).stdout
+    request = read_origin(Path("new-png.png")).request
+    assert (request.prompt, request.seed, request.steps, request.width, request.height, request.rng) == (
+        PROMPT, 42, 2, 48, 32, "mlx",
+    )  # fmt: skip
+    assert Path("new-png.png").read_bytes() == Path("new-json.png").read_bytes() == Path("new-jpg.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora_paths": ["a.safetensors"]}, "mflux generated it with a LoRA (lora_paths), which is not supported"),
+        ({"image_path": "a.png"}, "an image to start from"),
+        ({"steps": "many"}, "steps must be a whole number"),
+        ({"prompt": None}, "prompt must be text"),
+        ({"model": "dev"}, "was generated with the model 'dev'; pass its folder or id with --model"),
+        ({"mflux_version": ...}, "is not a request; expected what `mlx-zimage info IMAGE --json` prints"),
+    ],
+)
+def test_a_request_of_mflux_that_cannot_be_generated_here_is_refused(run, tmp_path, changed, message):
+    values = {name: value for name, value in {**SIDECAR, **changed}.items() if value is not ...}
+    Path("old.json").write_text(json.dumps(values))
+    result = run("generate", "-C", "old.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_guidance_of_mflux_is_off_up_to_1(run):
+    for guidance, scale in ((0.9, 0), (1, 0), (4, 4)):
+        Path("old.json").write_text(json.dumps({**SIDECAR, "guidance": guidance}))
+        assert read_origin(Path("old.json")).request.guidance_scale == scale
+
+
+def test_a_request_is_read_from_what_info_printed(run):
+    run("generate", PROMPT, *SMALL, "--seed", "5")
+    Path("a.json").write_text(run("info", "image.png", "--json").stdout)
+    assert run("generate", "--from", "a.json", "-o", "again.png").exit_code == 0
+    assert Path("again.png").read_bytes() == Path("image.png").read_bytes()
+    for text in ("{", "[]", '{"request": 1}', "\udcff"):
+        Path("b.json").write_bytes(text.encode(errors="surrogateescape"))
+        result = run("generate", "--from", "b.json")
+        assert result.exit_code == 2 and "b.json" in result.stderr and "Traceback" not in result.stderr
+
+
+# ---- one name for one thing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guidance", "-1"], "--guidance must be from 0 to 1000, got -1.0"),
+        (["--width", "100"], "--width must be a multiple of 16"),
+        (["--size", "100x64"], "--size: width must be a multiple of 16"),
+        (["--size", "9:1"], "aspect ratio must be from 1:8"),
+        (["--steps", "0"], "--steps must be from 1"),
+        (["--seed", "x"], "--seed must be whole numbers"),
+        (["--count", "0"], "--count must be from 1"),
+        (["--memory", "lots"], "--memory must be a size"),
+        (["-o", "{x}.png"], "-o contains {x}"),
+        (["--output", "{x}.png"], "--output contains {x}"),
+        (["--requests", "bad.jsonl"], "image 1 of 1: guidance must be from 0 to 1000, got -2"),
+    ],
+)
+def test_an_error_names_the_option_as_it_was_typed(run, options, message):
+    Path("bad.jsonl").write_text('{"prompt": "a", "guidance": -2}')
+    prompt = [] if "--requests" in options else [PROMPT]
+    result = run("generate", *prompt, "-m", "pocket", *options)
+    assert result.exit_code == 2 and f"Error: {message}" in result.stderr
+
+
+def test_generate_plan_and_bench_take_the_same_sizes_and_counts(run, small_pocket, monkeypatch):
+    for size, sides in (["--size", "3:2"], (80, 48)), (["--size", "64x32"], (64, 32)), (["--width", "32"], (32, 64)):
+        result = run("generate", PROMPT, "-m", small_pocket, "--steps", "1", *size, "--count", "2")
+        assert [Image.open(name).size for name in result.stdout.splitlines()] == [sides] * 2
+        shown = run("plan", small_pocket, *size, "--count", "2").stdout
+        assert shown.startswith(f"2 images of {sides[0]}x{sides[1]}, 1 at a time, ")
+        options = ["--steps", "1", "--tokens", "8", "--count", "1", "--json", "-"]
+        report = json.loads(run("bench", "--model", small_pocket, *size, *options).stdout)
+        assert (report["case"]["width"], report["case"]["height"], report["repeat"]) == (*sides, 1)
+
+
+def test_equal_jobs_are_planned_once_and_started_at_once(run, watch):
+    planned = watch(ZImagePipeline, "plan")
+    lines = [json.dumps({"prompt": PROMPT, "steps": steps}) for steps in (1, 2, 1)]
+    assert run("generate", "--requests", "-", *SMALL, "--count", "2", input="\n".join(lines)).exit_code == 0
+    assert len(planned) == 2
+
+
+# ---- values that change nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        (["--negative-prompt", "blue"], "the negative prompt changes nothing, since guidance is 0, as Turbo needs it"),
+        (["--guidance", "2"], "guidance is 2, but Turbo was trained to work without"),
+        (
+            ["--variant", "base", "--guidance", "0", "--negative-prompt", "a"],
+            "the negative prompt changes nothing, since guidance is 0; try --guidance 4",
+        ),
+        (["--latents", "noise.npy", "--seed", "3"], "--seed changes nothing: --latents replaces the noise"),
+        (["--latents", "noise.npy", "--rng", "mlx"], "--rng changes nothing: --latents replaces the noise"),
+        (["--latents", "noise.npy", "--count", "2"], "images that differ only in their seeds will be the same"),
+        (["--requests", "own.jsonl", "--seed", "1"], "--seed changes nothing: each of the requests has its own seed"),
+        (
+            ["--requests", "own.jsonl", "--guidance", "0"],
+            "--guidance changes nothing: each of the requests has its own",
+        ),
+    ],
+)
+def test_a_value_that_changes_nothing_is_a_warning(run, options, warning):
+    import numpy as np
+
+    np.save("noise.npy", np.zeros((1, 16, 4, 4), np.float32))
+    Path("own.jsonl").write_text(json.dumps({"prompt": PROMPT, "seed": 1, "guidance": 0}))
+    prompt = [] if "--requests" in options else [PROMPT]
+    result = run("generate", *prompt, *SMALL, *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count(f"Warning: {warning}") == 1
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there it locks memory")
+def test_wiring_is_a_warning_elsewhere_than_on_macos(run):
+    assert "--wired changes nothing here" in run("generate", PROMPT, *SMALL, "--wired").stderr
+
+
+# ---- pocket's world
+
+
+def test_a_prompt_beyond_pocket_is_answered_once_with_what_it_knows(run):
+    result = run("generate", "a lighthouse at dusk, 灯塔", *SMALL, "--count", "2")
+    (warning,) = re.findall("Warning: .*", result.stderr)
+    assert (
+        "pocket does not know 'lighthouse', 'dusk', '灯', ..., so the image may be blank; it knows circles" in warning
+    )
+    assert "Warning" not in run("generate", PROMPT, *SMALL).stderr
+    run("convert", "pocket", "small", "--q-bits", "4")
+    assert "pocket does not know 'cat'" in run("generate", "a cat", "-m", "small", *SMALL[2:]).stderr
+
+
+def test_pockets_words_are_those_of_the_captions_that_it_was_trained_on(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples/pocket"))
+    import captions
+    import scenes
+
+    rng = random.Random(0)
+    said = [captions.describe(rng, scenes.sample_scene(rng)) for _ in range(20_000)]
+    assert not [text for text in said if unknown_to_pocket(text)]
+    assert set(re.findall("[a-z]+|[0-9]", " ".join(said).lower())) == POCKET_WORDS
+    assert set(re.findall("[\u4e00-\u9fff]", "".join(said))) == POCKET_CHARACTERS

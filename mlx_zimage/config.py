@@ -1,4 +1,4 @@
-"""Read a network's config.json into its dataclass; every value is checked."""
+"""Read a network's config.json into its dataclass; every value is checked and bounded before anything is built."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 from dataclasses import fields
 
 from .errors import CheckpointError
+from .untrusted import brief
 
+# No value may be more than this many times the published model's: a billion layers would take all memory to name.
+MOST = 100
 KIND_NAMES = {
     bool: "true or false",
     int: "a positive whole number",
@@ -19,18 +22,19 @@ def read_config(cls, values: dict, network: str, fixed: dict):
     """The dataclass cls, from the values it has fields for; keys of `fixed` must have that value, if present.
 
     A field's default determines its kind: true or false, a positive whole number, a positive finite number, or a tuple
-    of positive whole numbers.
+    of as many positive whole numbers. Numbers are at most MOST times the default, which is the published model's.
     """
     for key, expected in fixed.items():
         if values.get(key, expected) != expected:
-            raise CheckpointError(f"{network} config: {key} must be {expected}, got {values[key]!r}")
+            raise CheckpointError(f"{network} config: {key} must be {expected}, got {brief(values[key])}")
     known = {}
     for field in fields(cls):
         value = values.get(field.name, field.default)
         if not _is_kind(value, field.default):
             raise CheckpointError(
-                f"{network} config: {field.name} must be {KIND_NAMES[type(field.default)]}, got {value!r}"
+                f"{network} config: {field.name} must be {KIND_NAMES[type(field.default)]}, got {brief(value)}"
             )
+        _check_bounds(f"{network} config: {field.name}", value, field.default)
         known[field.name] = tuple(value) if isinstance(field.default, tuple) else value
     return cls(**known)
 
@@ -43,3 +47,14 @@ def _is_kind(value, default) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else (int, float)):
         return False
     return 0 < value < math.inf
+
+
+def _check_bounds(label: str, value, default) -> None:
+    if isinstance(default, tuple):
+        if len(value) != len(default):
+            raise CheckpointError(f"{label} must be {len(default)} numbers, got {brief(value)}")
+        value, default = max(value), max(default)
+    if not isinstance(default, bool) and value > MOST * default:
+        raise CheckpointError(
+            f"{label} must be at most {MOST} times the published model's {default}, got {brief(value)}"
+        )

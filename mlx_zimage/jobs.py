@@ -6,7 +6,6 @@ Imports neither click nor MLX.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import BinaryIO
 
 from .errors import RequestError
 from .request import LATENT_PIXELS, MAX_PROMPT, SIZE_MULTIPLE, GenerateRequest
+from .untrusted import brief, parse_json
 
 MAX_FILE = 50_000_000  # bytes in a file of prompts
 MAX_IMAGES = 100_000  # in one call
@@ -123,7 +123,7 @@ def parse_seeds(text: str) -> list[int]:
     """ "7" or "1,2,5"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"-?[0-9]{1,20}", part) for part in parts):
-        raise RequestError(f"seeds must be whole numbers separated by commas, got {text!r}")
+        raise RequestError(f"seeds must be whole numbers separated by commas, got {brief(text)}")
     return [int(part) for part in parts]
 
 
@@ -168,8 +168,8 @@ def read_requests(text: str, name: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(line)
+        except ValueError as error:
             raise RequestError(f"{name}, line {i} is not valid JSON ({error})") from None
         if not isinstance(values, dict):
             raise RequestError(f"{name}, line {i} must be a JSON object, got {type(values).__name__}")

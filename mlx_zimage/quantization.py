@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import RequestError
+from .untrusted import brief
 
 # mode -> (bits allowed, group sizes allowed); the first group size is the default
 MODES = {
@@ -27,13 +28,13 @@ class Quantization:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise RequestError(f"quantization mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+            raise RequestError(f"quantization mode must be one of {', '.join(MODES)}, got {brief(self.mode)}")
         bits, groups = MODES[self.mode]
-        if self.bits not in bits:
-            raise RequestError(f"{self.mode} quantization takes {_either(bits)} bits, got {self.bits}")
-        if self.group_size not in groups:
+        if type(self.bits) is not int or self.bits not in bits:
+            raise RequestError(f"{self.mode} quantization takes {_either(bits)} bits, got {brief(self.bits)}")
+        if type(self.group_size) is not int or self.group_size not in groups:
             raise RequestError(
-                f"{self.mode} quantization takes a group size of {_either(groups)}, got {self.group_size}"
+                f"{self.mode} quantization takes a group size of {_either(groups)}, got {brief(self.group_size)}"
             )
 
     def __str__(self) -> str:

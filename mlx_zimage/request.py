@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from .errors import RequestError
+from .untrusted import brief
 
 LATENT_PIXELS = 8  # image pixels per latent pixel, along one side
 SIZE_MULTIPLE = 16  # latent pixels are 8 wide, tokens 2 latent pixels
@@ -35,11 +36,13 @@ class LoraUse:
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name or not self.name.isprintable() or len(self.name) > 200:
-            raise RequestError(f"a LoRA's name must be up to 200 printable characters, got {self.name!r}")
+            raise RequestError(f"a LoRA's name must be up to 200 printable characters, got {brief(self.name)}")
         _check_number(f"the strength of LoRA {self.name}", self.strength, -MAX_NUMBER)
         object.__setattr__(self, "strength", float(self.strength))
         if self.sha256 is not None and not DIGEST.fullmatch(str(self.sha256)):
-            raise RequestError(f"the sha256 of LoRA {self.name} must be 64 hexadecimal digits, got {self.sha256!r}")
+            raise RequestError(
+                f"the sha256 of LoRA {self.name} must be 64 hexadecimal digits, got {brief(self.sha256)}"
+            )
 
     @classmethod
     def of(cls, value: Any) -> LoraUse:
@@ -47,7 +50,7 @@ class LoraUse:
         if isinstance(value, cls):
             return value
         if not isinstance(value, dict) or not {"name"} <= value.keys() <= {"name", "strength", "sha256"}:
-            raise RequestError(f"a LoRA must be an object with name, strength and sha256, got {value!r}")
+            raise RequestError(f"a LoRA must be an object with name, strength and sha256, got {brief(value)}")
         return cls(**value)
 
 
@@ -112,7 +115,7 @@ class GenerateRequest:
         if self.shift is not None:
             _check_number("shift", self.shift, 0.01)
         if self.rng not in RNGS:
-            raise RequestError(f"rng must be one of {', '.join(RNGS)}, got {self.rng!r}")
+            raise RequestError(f"rng must be one of {', '.join(RNGS)}, got {brief(self.rng)}")
         for name, digest in self.arrays.items():
             _check_digest(name, digest)
         if self.sigmas is not None:
@@ -124,7 +127,7 @@ class GenerateRequest:
 
         if self.loras is not None:
             if not isinstance(self.loras, (list, tuple)):
-                raise RequestError(f"loras must be a list, got {self.loras!r}")
+                raise RequestError(f"loras must be a list, got {brief(self.loras)}")
             object.__setattr__(self, "loras", tuple(map(LoraUse.of, self.loras)))
 
         for field in fields(self):  # NumPy numbers become Python's, so that a request always converts to JSON
@@ -209,8 +212,8 @@ def check_size(name: str, value: int) -> None:
         nearest = {min(max(size, SIZE_MULTIPLE), MAX_SIZE) for size in (lower, lower + SIZE_MULTIPLE)}
         shown = " and ".join(map(str, sorted(nearest)))
         raise RequestError(
-            f"{name} must be a multiple of {SIZE_MULTIPLE} pixels from {SIZE_MULTIPLE} to {MAX_SIZE}, got {value}; "
-            f"the nearest {'are' if len(nearest) > 1 else 'is'} {shown}"
+            f"{name} must be a multiple of {SIZE_MULTIPLE} pixels from {SIZE_MULTIPLE} to {MAX_SIZE}, "
+            f"got {brief(value)}; the nearest {'are' if len(nearest) > 1 else 'is'} {shown}"
         )
 
 
@@ -218,8 +221,8 @@ def _falling(sigmas: Any) -> tuple[float, ...]:
     """A caller's sigmas as Python floats."""
     try:
         values = tuple(float(sigma) for sigma in sigmas)
-    except (TypeError, ValueError):
-        raise RequestError(f"sigmas must be a list of numbers, got {sigmas!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"sigmas must be a list of numbers, got {brief(sigmas)}") from None
     if not 1 <= len(values) <= MAX_STEPS:
         raise RequestError(f"sigmas must be 1 to {MAX_STEPS} numbers, got {len(values)}")
     if not all(a > b for a, b in zip(values, (*values[1:], 0.0), strict=True)) or values[0] > 1:
@@ -231,18 +234,18 @@ def _falling(sigmas: Any) -> tuple[float, ...]:
 
 def _check_digest(name: str, value: str | None) -> None:
     if value is not None and not (isinstance(value, str) and DIGEST.fullmatch(value)):
-        raise RequestError(f"{name} must be the SHA-256 of an array in hexadecimal, got {value!r}")
+        raise RequestError(f"{name} must be the SHA-256 of an array in hexadecimal, got {brief(value)}")
 
 
 def _check_int(name: str, value: int, low: float = -inf, high: float = inf, high_text: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise RequestError(f"{name} must be a whole number, got {value!r}")
+        raise RequestError(f"{name} must be a whole number, got {brief(value)}")
     if not low <= value <= high:
-        raise RequestError(f"{name} must be from {low} to {high_text or high}, got {value}")
+        raise RequestError(f"{name} must be from {low} to {high_text or high}, got {brief(value)}")
 
 
 def _check_number(name: str, value: float, low: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise RequestError(f"{name} must be a number, got {value!r}")
+        raise RequestError(f"{name} must be a number, got {brief(value)}")
     if not low <= value <= MAX_NUMBER:
-        raise RequestError(f"{name} must be from {low:g} to {MAX_NUMBER}, got {value}")
+        raise RequestError(f"{name} must be from {low:g} to {MAX_NUMBER}, got {brief(value)}")

@@ -6,7 +6,9 @@ import re
 from math import ceil
 
 from .errors import RequestError
+from .untrusted import brief
 
+MOST = 10**15  # bytes; more would overflow what counts them
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -17,12 +19,13 @@ def parse_memory(text: str | int) -> int:
 
 def parse_bytes(text: str | int, expected: str) -> int:
     """Bytes from an int, or from text with a decimal (GB) or binary (GiB) unit; expected begins the error message."""
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+    if isinstance(text, int) and not isinstance(text, bool) and 0 < text <= MOST:
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", str(text), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise RequestError(f"{expected}, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", text, re.IGNORECASE) if isinstance(text, str) else None
+    nbytes = float(match[1]) * UNITS[match[2].upper()] if match else 0
+    if not 0 < nbytes <= MOST:
+        raise RequestError(f"{expected}, got {brief(text)}")
+    return int(nbytes)
 
 
 def size(nbytes: int) -> str:

@@ -1,4 +1,4 @@
-"""Reading what a stranger may have written: regular files only, and JSON whose size is bounded before it is parsed."""
+"""Reading what a stranger may have written: regular files only, bounded JSON, and values cut for errors."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ def parse_json(content: bytes | str, most: int = MAX_VALUES) -> Any:
         if not level:
             return value
     raise nested
+
+
+def brief(value: object) -> str:
+    """A value to show in an error: its repr, at most 80 characters of it. Python prints no number of 4301 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of more than 4300 digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _whole(digits: str) -> int:

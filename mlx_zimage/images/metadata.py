@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 
 from ..errors import RequestError
 from ..request import GenerateRequest
+from ..untrusted import parse_json
 from ..version import __version__
 from . import mflux
 
@@ -67,10 +68,10 @@ class Origin:
     def from_json(cls, text: str) -> Origin:
         """Parse untrusted JSON: RequestError unless every value is valid for generating an image."""
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             request = GenerateRequest.from_dict({"latents": fields.pop("latents", None), **fields.pop("request")})
             origin = cls(request, **fields)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RequestError(f"its metadata was not written by mlx-zimage ({error})") from error
         texts = (origin.model, origin.fingerprint, origin.dtype, origin.software)
         if not all(isinstance(value, str) and value.isprintable() and len(value) < 300 for value in texts):

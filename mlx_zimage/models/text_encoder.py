@@ -50,6 +50,8 @@ class TextEncoderConfig:
                 f"least 2 layers, got {read.num_attention_heads} and {read.num_key_value_heads} heads and "
                 f"{read.num_hidden_layers} layers"
             )
+        if read.head_dim % 2:
+            raise CheckpointError(f"text encoder config: head_dim must be even, got {read.head_dim}")
         return read
 
     @property

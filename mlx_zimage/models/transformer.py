@@ -63,6 +63,8 @@ class TransformerConfig:
         """Read transformer/config.json; refuse what this file does not implement."""
         fixed = {"all_patch_size": [PATCH], "all_f_patch_size": [1], "qk_norm": True, "siglip_feat_dim": None}
         read = read_config(cls, config, "transformer", fixed)
+        if any(width % 2 for width in read.axes_dims):
+            raise CheckpointError(f"transformer config: axes_dims must be even, got {list(read.axes_dims)}")
         if sum(read.axes_dims) * read.n_heads != read.dim:
             raise CheckpointError(
                 f"transformer config: axes_dims {list(read.axes_dims)} must add up to the head dimension, "

@@ -13,15 +13,18 @@ from pathlib import Path
 ASIDE = ".mlx-zimage-"  # prefix of temporary names; a killed process leaves such a file behind
 
 
-def write(path: Path, save: Callable[[Path], object], overwrite: bool = True, lasting: bool = True) -> Path:
+def write(
+    path: Path, save: Callable[[Path], object], overwrite: bool = True, lasting: bool = True, mode: int = 0o666
+) -> Path:
     """Have save(file) write a temporary file next to path, then rename it to path; returns the final path.
 
     If path exists and overwrite is off, the first free one of path-1, path-2, ... is used. lasting waits until the file
-    is on disk. A failure leaves nothing behind, and raises OSError or whatever save raised.
+    is on disk. mode is the file's, less the umask. A failure leaves nothing behind, and raises OSError or whatever save
+    raised.
     """
     aside = path.with_name(f"{ASIDE}{secrets.token_hex(8)}{path.suffix}")
     try:
-        create(aside)
+        create(aside, mode)
         save(aside)
         if lasting:
             sync(aside)
@@ -33,9 +36,9 @@ def write(path: Path, save: Callable[[Path], object], overwrite: bool = True, la
     return path
 
 
-def create(path: Path) -> None:
-    """Create an empty file with the default permissions of a new file, or raise FileExistsError."""
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+def create(path: Path, mode: int = 0o666) -> None:
+    """Create an empty file, by default with the permissions of any new file, or raise FileExistsError."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
 
 
 def claim(path: Path) -> Path:

@@ -15,18 +15,23 @@ MAX_DEPTH = 64
 MAX_DIGITS = 100  # Python refuses to parse 4301, and transformers itself writes 31
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read its bytes. OSError if it is a FIFO or a device, which could block or never end."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not blocking, since it may be a FIFO
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+def open_regular(path: Path, own: bool = False) -> BinaryIO:
+    """Open a file to read its bytes. OSError if it is a FIFO or a device, which could block or never end.
+
+    own refuses links and the files of other users, too.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking, since it may be a FIFO
+    fd = os.open(path, flags | os.O_NOFOLLOW if own else flags)
+    state = os.fstat(fd)
+    if not stat.S_ISREG(state.st_mode) or (own and state.st_uid != os.geteuid()):
         os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file of this user" if own else "not a regular file", str(path))
     return os.fdopen(fd, "rb")
 
 
-def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The content of a regular file. OSError if it has more than `most` bytes."""
-    with open_regular(path) as stream:
+def read_bytes(path: Path, most: int = MAX_BYTES, own: bool = False) -> bytes:
+    """The content of a regular file. OSError if it has more than `most` bytes; own as in `open_regular`."""
+    with open_regular(path, own) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))

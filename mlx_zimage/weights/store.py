@@ -3,34 +3,40 @@
 One safetensors file per array, named after everything its bits depend on: for embeddings the token ids, the encoder's
 checksum and compute dtype, the versions of this package and MLX, and the device. The image is the same with and without
 the cache. If anything goes wrong with these files, it costs time, never an image.
+
+Checksums are of the bytes that were read here: what a folder says about itself, in a manifest or its files' names, is
+not believed. An array is used only from a file of this user that contains its own key.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 
 from .. import atomic
-from ..errors import CheckpointError
+from ..dtypes import STORED
 from ..failures import explain
 from ..machine import mlx_version
+from ..untrusted import parse_json, read_bytes
 from ..version import __version__
 from .component import Component
-from .manifest import MANIFEST, read_manifest, sha256
+from .manifest import sha256
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
 # Nothing else is ever removed from the folder, which the user may have chosen.
 OWN_FILES = re.compile(rf"([0-9a-f]{{64}}|{re.escape(atomic.ASIDE)}[0-9a-f]{{16}})\.(safetensors|sum)")
-Loaded = tuple[dict[str, mx.array], dict[str, str]]  # arrays and metadata, by mx.load
+MAX_ARRAY = 64 * 2**20  # bytes of a file; the embeddings of the longest prompt take 15 MB in float32
+PRIVATE = 0o600  # the arrays reveal the prompts
+SHA256 = re.compile(r"[0-9a-f]{64}")
 FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
 
@@ -41,7 +47,7 @@ class Store:
         self.dtype = dtype
         self.folder = folder
         self.limit = LIMIT
-        self._sums: dict[Component, str] = {}
+        self._sums: dict[Component, tuple[str, str]] = {}  # the state of the files, and their checksum
 
     def get(
         self, networks: Sequence[Component], key: Sequence[object], shape: tuple[int, ...], dtype: mx.Dtype
@@ -50,27 +56,31 @@ class Store:
         if self.folder is None:
             return None
         try:
+            for network in filter(self._changed, networks):
+                del self._sums[network]
             path = self._path(self.folder, networks, key)
-            with safe_open(path, framework="numpy"):  # mx.load does not notice all damage
-                pass
-            stored, metadata = cast(Loaded, mx.load(str(path), return_metadata=True))
-            found = stored["array"]
-            if (found.shape, found.dtype) != (shape, dtype) or metadata["sha256"] != digest(found):
+            found = _load(read_bytes(path, MAX_ARRAY, own=True), path.stem)
+            if (found.shape, found.dtype) != (shape, dtype) or not mx.isfinite(found).all().item():
                 return None
             os.utime(path)  # the least recently used are removed first
             return found
-        except (*FAULTS, KeyError) as error:
+        except (*FAULTS, KeyError, TypeError) as error:
             if explain(error):
                 raise  # a failure of the GPU, not of the file
             return None
 
     def put(self, networks: Sequence[Component], key: Sequence[object], array: mx.array) -> None:
-        """Cache what the networks computed for a key; beyond the limit, the least recently used files are removed."""
+        """Cache what the networks computed for a key; beyond the limit, the least recently used files are removed.
+
+        Nothing is cached if a file of the networks has changed since `get`: the array may be of either.
+        """
         if self.folder is None:
             return
         try:
+            if any(map(self._changed, networks)):
+                return
             path = self._path(self.folder, networks, key)
-            metadata = {"format": "mlx", "sha256": digest(array)}
+            metadata = {"format": "mlx", "key": path.stem, "sha256": digest(array)}
             _write(path, lambda file: mx.save_safetensors(str(file), {"array": array}, metadata))
             self._forget(self.folder)
         except FAULTS as error:
@@ -83,8 +93,12 @@ class Store:
 
     def _sum(self, folder: Path, network: Component) -> str:
         if network not in self._sums:
-            self._sums[network] = checksum(network, folder)
-        return self._sums[network]
+            self._sums[network] = state_of(network), checksum(network, folder)
+        return self._sums[network][1]
+
+    def _changed(self, network: Component) -> bool:
+        """Whether the files of a network are not those whose checksum is known here."""
+        return network in self._sums and self._sums[network][0] != state_of(network)
 
     @property
     def _maker(self) -> str:
@@ -118,40 +132,46 @@ def digest(array: mx.array) -> str:
     return hashlib.sha256(np.array(array.view(mx.uint8)).data).hexdigest()
 
 
+def _load(content: bytes, key: str) -> mx.array:
+    """The array in the content of a file that `put` wrote for this key; ValueError if it did not."""
+    header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    ((_, tensor),) = deserialize(content)
+    array = mx.array(np.frombuffer(tensor["data"], np.uint8)).view(getattr(mx, STORED[tensor["dtype"]]))
+    if (header["__metadata__"]["key"], header["__metadata__"]["sha256"]) != (key, digest(array)):
+        raise ValueError("it was written for another key, or has changed")
+    return array.reshape(tensor["shape"])
+
+
 def checksum(component: Component, folder: Path) -> str:
     """One SHA-256 of a network's config and weights.
 
-    Taken from the converter's manifest if no file is newer than it; otherwise from the files, and then cached in
-    `folder` while their paths, sizes and times stay the same: a full-size encoder takes seconds to read.
+    Taken from the files, and then cached in `folder` while their paths, sizes and times stay the same: a full-size
+    encoder takes seconds to read.
     """
-    config = component.folder / "config.json"
-    files = {entry.file for entry in component.entries.values()}
-    parts = sorted(files | {config} if config.is_file() else files)
-    sums = _manifest(component.folder.parent, parts)
-    if sums is None:
-        state = "\n".join(f"{file.resolve()} {file.stat().st_size} {placed(file)}" for file in parts)
-        memo = folder / f"{hashlib.sha256(os.fsencode(state)).hexdigest()}.sum"
-        try:
-            sums = memo.read_text()
-            os.utime(memo)
-        except (OSError, UnicodeDecodeError):
-            sums = "\n".join(_sha256(file) for file in parts)
-            with suppress(OSError):
-                _write(memo, lambda file: file.write_text(sums))
-    return hashlib.sha256(sums.encode()).hexdigest()
-
-
-def _manifest(model: Path, files: Sequence[Path]) -> str | None:
-    """The SHA-256 of these files from the model's manifest, one per line; None if it does not cover them all."""
+    parts = _parts(component)
+    key = state_of(component)
+    memo = folder / f"{key}.sum"
     try:
-        written = _newest((model / MANIFEST).stat())
-        sums = read_manifest(model)
-    except (OSError, CheckpointError):
-        return None
-    names = [file.relative_to(model).as_posix() for file in files]
-    if any(name not in sums for name in names) or any(placed(file) > written for file in files):
-        return None
-    return "\n".join(sums[name] for name in names)
+        written_for, *sums = read_bytes(memo, own=True).decode().splitlines()
+        if written_for != key or len(sums) != len(parts) or not all(map(SHA256.fullmatch, sums)):
+            raise ValueError("it was written for other files")
+        os.utime(memo)
+    except (OSError, ValueError):
+        sums = [_sha256(file) for file in parts]
+        with suppress(OSError):
+            _write(memo, lambda file: file.write_text("\n".join([key, *sums])))
+    config = json.dumps(component.raw_config, sort_keys=True)  # as it was read; files of other programs have none
+    return hashlib.sha256("\n".join([*sums, config]).encode()).hexdigest()
+
+
+def state_of(component: Component) -> str:
+    """A SHA-256 of the places, sizes and times of a network's weights: another one means that any may have changed."""
+    state = (f"{file.resolve()} {file.stat().st_size} {placed(file)}" for file in _parts(component))
+    return hashlib.sha256(os.fsencode("\n".join(state))).hexdigest()
+
+
+def _parts(component: Component) -> list[Path]:
+    return sorted({entry.file for entry in component.entries.values()})
 
 
 def placed(file: Path) -> int:
@@ -164,11 +184,14 @@ def _newest(state: os.stat_result) -> int:
 
 
 def _sha256(file: Path) -> str:
-    # the hub's cache names large files by their SHA-256
+    """A file's SHA-256, which is the name of a large file in the hub's own cache. Other folders may say anything."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     blob = file.resolve()
-    return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else sha256(file)
+    in_cache = blob.parent.name == "blobs" and blob.parent.parent.parent == Path(HF_HUB_CACHE).resolve()
+    return blob.name if in_cache and SHA256.fullmatch(blob.name) else sha256(file)
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # private: they reveal the prompts
-    atomic.write(path, save, lasting=False)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    atomic.write(path, save, lasting=False, mode=PRIVATE)

@@ -6,14 +6,17 @@ if the recipe says so, and written; so a conversion needs 80 MB on top of Python
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from ..dtypes import FLOATS
+from ..dtypes import FLOATS, ITEM_BYTES, SPELLED
 from ..errors import RequestError
+from ..sizes import size
 from ..weights.manifest import CONVERSION
-from .choose import Recipe, quantizations
+from .choose import Recipe, Settings, quantizations
 from .disk import render_json
 from .layout import TARGETS, Layout, describe_conversion, describe_job, lay_out_comfyui, lay_out_folder
 from .sources import Source, open_source
@@ -119,7 +122,32 @@ def convert_steps(
         small = opened.files | {CONVERSION: render_json(conversion)}
         choice = settings.choice(opened, dtype)
         layout = lay_out_folder(opened, dtype, choice, format, small, search or calibrate, factor_of)
+    _warn_of_waste(opened, layout, settings, dtype)
     return _write(opened, layout, dest, dtype)
+
+
+class Needless(UserWarning):
+    """An option of a conversion makes the result larger, or changes nothing, for no better images."""
+
+
+def _warn_of_waste(source: Source, layout: Layout, settings: Settings, dtype: str) -> None:
+    if not settings.quantizes:
+        return
+    weights = sum(prod(tensor.shape) for component in source.components.values() for tensor in component.tensors)
+    dense = weights * ITEM_BYTES[SPELLED[dtype]]
+    if settings.target is not None and settings.target >= dense:
+        warnings.warn(
+            f"the target size changes nothing: without quantization the model takes {size(dense)}",
+            Needless,
+            stacklevel=3,
+        )
+    elif layout.nbytes > 1.02 * source.nbytes:  # as much as headers and small files may take
+        warnings.warn(
+            f"{source.origin} takes {size(source.nbytes)} and the result {size(layout.nbytes)}, but what the source "
+            f"has lost to its own quantization does not come back; choose fewer bits, or convert the original",
+            Needless,
+            stacklevel=3,
+        )
 
 
 def _write(source: Source, layout: Layout, dest: Path, dtype: str) -> Iterator[Progress]:

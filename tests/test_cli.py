@@ -299,8 +299,58 @@ def test_convert_chooses_bits_per_layer(run, options):
     assert run("generate", PROMPT, *SMALL, "-m", "chosen").exit_code == 0
 
 
+def test_info_shows_how_a_model_was_quantized(run):
+    run("convert", "pocket", "searched", "--q-bits", "4", "--search", "--recipe", "mixed")
+    assert re.search(r"converted from pocket by .*, a mixed recipe, searched scales\n", run("info", "searched").stdout)
+    run("convert", "pocket", "within", "--target-size", "9MB")
+    assert re.search(r"converted from pocket by .*, within 9.00 MB\n", run("info", "within").stdout)
+    record = json.loads(Path("searched/conversion.json").read_text())
+    record["quantization"]["calibrated"] = True
+    Path("searched/conversion.json").write_text(json.dumps(record))
+    assert ", calibrated on generated images\n" in run("info", "searched").stdout
+
+
+def test_a_conversion_that_gains_nothing_is_a_warning(run):
+    assert "Warning" not in run("convert", "pocket", "small", "--q-bits", "4").stderr
+    warned = run("convert", "small", "large", "--q-bits", "8").stderr
+    assert "small takes 7.72 MB and the result 9." in warned and "does not come back; choose fewer bits" in warned
+    warned = run("convert", "pocket", "whole", "--target-size", "1GB").stderr
+    assert "the target size changes nothing: without quantization the model takes 13.52 MB" in warned
+
+
+def test_models_rm_all_deletes_what_the_program_placed_and_keeps_the_users_folders(run, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    home = tmp_path / "home"
+    monkeypatch.setenv("MLX_ZIMAGE_HOME", str(home))
+    monkeypatch.delenv("MLX_ZIMAGE_EMBEDDINGS")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub/models--Tongyi-MAI--Z-Image-Turbo"
+    shutil.copytree(POCKET, repository / "snapshots" / ("0" * 40))
+    run("convert", "pocket", home / "Z-Image-Turbo-4bit", "--q-bits", "4")
+    run("convert", "pocket", "own", "--q-bits", "4")
+    run("generate", PROMPT, *SMALL)
+    (home / "product_rates.json").write_text("{}")
+    result = run("models", "rm", "--all")
+    assert result.exit_code == 2 and "--yes deletes without asking" in result.stderr
+    shown = re.findall(r"^(delete|keep) .* (\S+)$", result.stderr, re.MULTILINE)
+    assert [(what, Path(name).name) for what, name in shown] == [
+        ("delete", "Z-Image-Turbo-4bit"), ("delete", "Z-Image-Turbo"), ("delete", "embeddings"), ("keep", "own"),
+    ]  # fmt: skip
+    assert repository.exists() and (home / "Z-Image-Turbo-4bit").exists()
+    assert re.fullmatch(r"Freed 2\d\.\d\d MB\n", run("models", "rm", "--all", "--yes").stdout)
+    assert not home.exists() and not repository.exists() and Path("own/model_index.json").exists()
+    for words in ([], ["own", "--all"]):
+        assert run("models", "rm", *words).exit_code == 2
+    assert Path("own/model_index.json").exists()
+
+
 def test_convert_writes_a_single_file_and_reads_it_back(run, tmp_path):
     assert run("convert", "pocket", "pocket.safetensors", "--format", "comfyui").stdout == "pocket.safetensors\n"
+    assert re.search(r"transformer +4,982,080 +9.96 MB  bfloat16\n", run("info", "pocket.safetensors").stdout)
+    assert json.loads(run("info", "pocket.safetensors", "--json").stdout)["networks"].keys() == {
+        "transformer", "text_encoder", "vae",
+    }  # fmt: skip
     result = run("convert", "pocket.safetensors", "again", "--base", "pocket")
     assert (result.exit_code, result.stdout) == (0, "again\n"), result.stderr
     assert run("verify", "again").exit_code == 0
@@ -376,6 +426,35 @@ def test_commands_and_options_are_completed():
     assert complete("mlx-zimage gen", 1) == "plain,generate\n"
     assert "plain,--seed\n" in complete("mlx-zimage generate --se", 2)
     assert complete("mlx-zimage generate --rng ", 3) == "plain,torch\nplain,mlx\n"
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_models_are_completed_along_with_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLX_ZIMAGE_HOME", raising=False)
+    own = shutil.copytree(POCKET, tmp_path / "home/.cache/mlx-zimage/Z-Image-Turbo-4bit")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/mlx-zimage"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mlx_zimage "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / "pocket.safetensors").touch()
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+    def complete(*words: str) -> list[str]:
+        script = (
+            'compopt() { :; }\neval "$(mlx-zimage completion bash | grep -v ^complete)"\n'
+            f"COMP_WORDS=(mlx-zimage {' '.join(words)}); COMP_CWORD={len(words)}\n"
+            '_mlx_zimage_completion mlx-zimage; printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        ran = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        assert not ran.stderr
+        return ran.stdout.split()
+
+    for words in (["generate", "-m"], ["info"], ["plan"], ["convert"], ["bench", "--model"], ["verify"]):
+        assert complete(*words, "po") == ["pocket.safetensors", "pocket"]
+    assert complete("generate", "-m", str(own)[:-3]) == [str(own), str(own)], "as a folder, and as a model"
+    assert complete("models", "rm", str(own)[:-3]) == [str(own)]
+    assert complete("models", "rm", "po") == [], "it is no model to remove"
 
 
 @pytest.mark.parametrize("error", [errors.ZImageError, *errors.ZImageError.__subclasses__()])

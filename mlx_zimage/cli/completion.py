@@ -14,6 +14,22 @@ FILES = {  # where each shell, or its completion package, looks for user complet
     "zsh": ".zfunc/_mlx-zimage",
     "fish": ".config/fish/completions/mlx-zimage.fish",
 }
+# Click's own script offers no files where there are names, and names are all that a model's completion would give.
+BASH = """\
+%(complete_func)s() {
+    local IFS=$'\\n' type value
+    COMPREPLY=()
+    while IFS=',' read -r type value; do
+        case $type in
+            plain) COMPREPLY+=("$value") ;;
+            dir) compopt -o filenames -o plusdirs ;;
+            file) compopt -o filenames; COMPREPLY+=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}")) ;;
+        esac
+    done < <(COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD=$COMP_CWORD %(complete_var)s=bash_complete "$1")
+}
+
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
 ZSH = "Make sure ~/.zshrc contains `fpath+=~/.zfunc` before compinit."
 
 
@@ -30,7 +46,7 @@ def completion(ctx: click.Context, shell: str, install: bool) -> None:
     complete = get_completion_class(shell)
     assert complete, shell  # click supports every shell in FILES
     script = complete(ctx.find_root().command, {}, PROGRAM, "_MLX_ZIMAGE_COMPLETE")
-    text = script.source_template % script.source_vars()
+    text = (BASH if shell == "bash" else script.source_template) % script.source_vars()
     if not install:
         click.echo(text)
         return

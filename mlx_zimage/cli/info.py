@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..dtypes import STORED
-from ..errors import ModelNotFoundError
+from ..errors import CheckpointError, ModelNotFoundError
 from ..sizes import size
 from .elsewhere import Command
 from .output import printable
@@ -42,21 +42,60 @@ def info(source: str, as_json: bool) -> None:
         raise ModelNotFoundError(
             f"no model folder or image at {source}; `mlx-zimage models` lists the models on this machine"
         )
-    model = describe(source)
+    try:
+        model = describe(source)
+    except CheckpointError:
+        contents = path.is_file() and _contents(path)
+        if not contents:
+            raise
+        click.echo(json.dumps({"file": str(path), "networks": contents}) if as_json else str(path))
+        if not as_json:
+            _print_networks(contents)
+        return
     to_fetch = model["bytes_to_fetch"]
     if as_json:
         click.echo(json.dumps(model))
         return
     click.echo(f"{source}, of which {size(to_fetch)} are not fetched" if to_fetch else model["folder"])
     if model["conversion"]:
-        click.echo(f"converted from {_origin(model['conversion'])} by {model['conversion']['converter']}")
+        how = "".join(f", {part}" for part in _how(model["conversion"]["quantization"]))
+        click.echo(f"converted from {_origin(model['conversion'])} by {model['conversion']['converter']}{how}")
+    _print_networks(model["networks"])
+    side = model["sample_size"]
+    click.echo(f"default size: {side}x{side} pixels")
+
+
+def _print_networks(networks: dict[str, dict]) -> None:
     click.echo(f"{'':14}{'parameters':>16}{'on disk':>12}  stored as")
-    for name, network in model["networks"].items():
+    for name, network in networks.items():
         nbytes, kinds = size(network["bytes"]), ", ".join(network["stored_as"])
         bits = f": {network['bits_per_weight']:.2f} bits per weight" if len(network["stored_as"]) > 1 else ""
         click.echo(f"{name:14}{network['parameters']:16,}{nbytes:>12}  {kinds}{bits}")
-    side = model["sample_size"]
-    click.echo(f"default size: {side}x{side} pixels")
+
+
+def _contents(file: Path) -> dict[str, dict]:
+    """The networks in a single file of another size than the published model, whose architecture is not known."""
+    from ..weights.names import places
+    from ..weights.parts import read_single
+
+    networks: dict[str, dict] = {}
+    for name, entry in read_single(file).items():
+        for place in places(name) or []:
+            if place.part:
+                continue
+            network = networks.setdefault(place.component, {"parameters": 0, "bytes": 0, "kinds": set()})
+            network["parameters"] += prod(entry.shape)
+            network["bytes"] += entry.nbytes
+            network["kinds"].add(STORED.get(entry.dtype, entry.dtype))
+    return {
+        name: {
+            "parameters": network["parameters"],
+            "bytes": network["bytes"],
+            "bits_per_weight": 8 * network["bytes"] / network["parameters"],
+            "stored_as": sorted(network["kinds"]),
+        }
+        for name, network in networks.items()
+    }
 
 
 def describe(source: str) -> dict:
@@ -92,6 +131,19 @@ def _network(component: Component) -> dict:
 def _origin(conversion: dict) -> str:
     before = conversion.get("before")
     return conversion["source"] + (f" (from {_origin(before)})" if before else "")
+
+
+def _how(quantization: dict) -> list[str]:
+    """What `convert` was asked for, besides bits."""
+    asked = {
+        "a mixed recipe": quantization.get("recipe") == "mixed",
+        "a recipe of the caller's": quantization.get("recipe") == "custom",
+        "calibrated on generated images": quantization.get("calibrated"),
+        "searched scales": quantization.get("search") and not quantization.get("calibrated"),
+    }
+    target = quantization.get("target_bytes")
+    within = [f"within {size(target)}"] if target else []
+    return within + [part for part, was in asked.items() if was]
 
 
 def _stored_as(component: Component) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import ModelNotFoundError
+from ..errors import ModelNotFoundError, RequestError
 from ..sizes import size
 from ..variants import TURBO
 from .output import hub_bars, progress_bar, say
@@ -44,12 +44,28 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
 
 @models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
-@click.argument("name", type=ModelName())
-def rm(name: str) -> None:
+@click.argument("name", required=False, type=ModelName(listed_only=True))
+@click.option("--all", "everything", is_flag=True, help="Delete all, except folders that `convert` wrote elsewhere.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before deleting all.")
+def rm(name: str | None, everything: bool, yes: bool) -> None:
     """Delete NAME from disk: a converted model or its folder, an id in the Hugging Face cache, or "embeddings"."""
-    from ..weights.library import remove
+    from ..weights.library import own, remove, remove_all
 
-    click.echo(f"Freed {size(remove(name))}")
+    if (name is None) != everything:
+        raise click.UsageError("give the NAME of a model, or --all")
+    if name:
+        click.echo(f"Freed {size(remove(name))}")
+        return
+    models, kept = own()
+    for model in models:
+        say(f"delete  {size(model.nbytes):>10}  {model.name}")
+    for model in kept:
+        say(f"keep    {size(model.nbytes):>10}  {model.name}")
+    if not yes and not (sys.stdin and sys.stdin.isatty()):
+        raise RequestError("nothing was deleted; --yes deletes without asking")
+    if not yes and not click.confirm("Delete?", err=True):
+        raise click.Abort
+    click.echo(f"Freed {size(remove_all())}")
 
 
 def first_run(repository: str, yes: bool, quiet: bool) -> Path:

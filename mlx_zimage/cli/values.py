@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..errors import ModelNotFoundError, RequestError
 from ..jobs import parse_size, size_of_ratio
@@ -43,6 +45,20 @@ class ModelName(_Expanded, click.ParamType):
     """A model's folder or file, Hugging Face id, or "pocket"."""
 
     name = "model"
+
+    def __init__(self, listed_only: bool = False):
+        """listed_only leaves folders and files that `mlx-zimage models` does not list out of the completions."""
+        self.listed_only = listed_only
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from ..weights.library import models
+
+        names = []
+        with suppress(Exception):  # nothing to show is better than a traceback at the prompt
+            names = [model.name for model in models() if model.kind != ("package" if self.listed_only else "prompts")]
+        items = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        # A shell would offer no folders beside the names, unless told to: see completion.py.
+        return items if self.listed_only else [CompletionItem(incomplete, type="file"), *items]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         name = os.path.expanduser(value)

@@ -18,7 +18,7 @@ from pathlib import Path
 from .. import atomic
 from ..dtypes import ITEM_BYTES
 from ..errors import CheckpointError, ModelNotFoundError, OutputError, RequestError
-from ..machine import home
+from ..machine import RATES, home
 from ..models import NETWORKS
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
@@ -145,6 +145,23 @@ def remove(name: str) -> int:
     if name == "pocket":
         raise ModelNotFoundError("pocket is part of the package; uninstall mlx-zimage to remove it")
     raise ModelNotFoundError(f"no model {name!r} to remove; `mlx-zimage models` lists what is there")
+
+
+def own() -> tuple[list[Model], list[Model]]:
+    """The models that this program placed, and the folders that the user had `convert` write elsewhere."""
+    found = [model for model in models() if model.kind != "package"]
+    elsewhere = [model for model in found if model.kind == "converted" and model.path.parent != home().resolve()]
+    return [model for model in found if model not in elsewhere], elsewhere
+
+
+def remove_all() -> int:
+    """Remove everything that this program keeps on this machine, but the folders elsewhere; returns the bytes freed."""
+    freed = sum(remove(model.name) for model in own()[0])
+    for name in (REGISTER, RATES):
+        (home() / name).unlink(missing_ok=True)
+    if home().is_dir() and not any(home().iterdir()):
+        home().rmdir()
+    return freed
 
 
 def plan_first_run(repository: str, budget: int) -> FirstRun:

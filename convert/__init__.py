@@ -18,6 +18,7 @@ from ..sizes import size
 from ..weights.manifest import CONVERSION
 from .choose import Recipe, Settings, quantizations
 from .disk import render_json
+from .fuse import Loras, fuse
 from .layout import TARGETS, Layout, describe_conversion, describe_job, lay_out_comfyui, lay_out_folder
 from .sources import Source, open_source
 from .writer import OutputFolder, check_absent, check_outside
@@ -64,6 +65,8 @@ def convert_steps(
     search: bool = False,
     calibrate: bool = False,
     memory: str | int | None = None,
+    loras: Loras = (),
+    partial: bool = False,
 ) -> Iterator[Progress]:
     """Convert the model at source to the folder dest, which must not exist, yielding Progress after each tensor.
 
@@ -85,6 +88,9 @@ def convert_steps(
     first generates a few images with the source, a model folder or id, to record the inputs of each matrix of the
     transformer; the matrices are then quantized to preserve the products with those inputs. For the real model this
     takes a few gigabytes on top of memory (as for ZImagePipeline.from_pretrained) and many times as long.
+
+    loras, pairs of a LoRA (a file, PEFT's folder, a Hugging Face id or id:file) and its strength, are added to the
+    weights before they are rounded or quantized. Every key of theirs must match a layer, unless partial is True.
 
     format "mlx" is a folder for this package. "diffusers" is a diffusers folder and "comfyui" a single safetensors file
     with all three networks; neither can be quantized.
@@ -109,6 +115,12 @@ def convert_steps(
     others = [Path(other).expanduser() for other in (*replaced.values(), base) if other is not None]
     for folder in filter(Path.is_dir, (opened.at, *others)):
         check_outside(dest, folder)
+    if loras and calibrate:
+        raise RequestError(
+            "calibrate measures the source without LoRAs; fuse into a dense folder first, and quantize that"
+        )
+    if loras:
+        opened = fuse(opened, loras, partial)
     factor_of = None
     if calibrate:
         from .calibrate import Calibration  # imported only if needed: it loads everything that generates images

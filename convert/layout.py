@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import numpy as np
@@ -163,6 +163,8 @@ def describe_conversion(source: Source, dtype: str, quantization: dict) -> dict:
         "dtype": dtype,
         "quantization": quantization,
     }
+    if source.loras:
+        conversion["loras"] = [asdict(use) for use in source.loras]
     return conversion | ({"before": source.conversion} if source.conversion else {})
 
 
@@ -175,6 +177,7 @@ def describe_job(source: Source, layout: Layout) -> dict:
     return {
         "mlx": mlx_version(),
         "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "loras": [asdict(use) for use in source.loras],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in layout.files.items()},
         "layout": headers.hexdigest(),
     }

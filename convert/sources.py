@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError, RequestError
 from ..models import NETWORKS
+from ..request import LoraUse
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
 from ..weights import official
@@ -40,7 +41,7 @@ class Source:
 
     origin is its name, without local folders; at is its file or folder; components are by name; weights are the files
     that contain the tensors; files are contents to copy, by path in the folder to write; conversion describes how our
-    converter wrote it, and is empty otherwise.
+    converter wrote it, and is empty otherwise. loras are those fused into the weights.
     """
 
     origin: str
@@ -49,6 +50,7 @@ class Source:
     weights: list[Path]
     files: dict[str, bytes]
     conversion: dict = field(default_factory=dict)
+    loras: tuple[LoraUse, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from .manifest import sha256
 from .names import comfyui_name
 
 ADAPTER = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
+HEADER_CONFIG = "lora_adapter_metadata"  # the same config, as diffusers stores it in a header
 
 # Prefixes of a layer's path, "." written as "_". They may stand before one another, as in text_encoders.X.transformer.
 PREFIX = re.compile(
@@ -241,14 +243,14 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
 
 def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:
     """PEFT's config as diffusers saves it: JSON in the header's lora_adapter_metadata, keys prefixed by the network."""
-    text = metadata.get("lora_adapter_metadata")
+    text = metadata.get(HEADER_CONFIG)
     if text is None:
         return {}
     try:
         stored = parse_json(text)
         return {key.removeprefix("transformer."): value for key, value in stored.items()}
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: lora_adapter_metadata is not a JSON object ({error})") from error
+        raise CheckpointError(f"{file}: {HEADER_CONFIG} is not a JSON object ({error})") from error
 
 
 def _refuse_pickles(file: Path) -> None:
@@ -434,3 +436,32 @@ def _matrix(array: mx.array) -> mx.array:
 
 def _misfit(file: Path, path: str, a: mx.array, b: mx.array) -> CheckpointError:
     return CheckpointError(f"{file}: the factors of {path} do not fit together: {a.shape} and {b.shape}")
+
+
+# ---- for people
+
+
+TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "ss_trigger_words", "instance_prompt")
+
+
+def describe(lora: Lora) -> dict:
+    """What a LoRA contains, ready for JSON."""
+    networks = {
+        network: dict(Counter(type(delta).__name__ for delta in deltas.values()))
+        for network, deltas in lora.deltas.items()
+    }
+    inner = [getattr(delta, "inner", delta) for deltas in lora.deltas.values() for delta in deltas.values()]
+    ranks = sorted({delta.rank for delta in inner if isinstance(delta, LowRank)})
+    scales = sorted({round(float(delta.scale), 6) for delta in inner if hasattr(delta, "scale")})
+    return {
+        "file": lora.file.name,
+        "sha256": lora.sha256,
+        "dialect": lora.dialect,
+        "networks": networks,
+        "ranks": ranks,
+        "scales": scales,
+        "targets": sorted({name for deltas in lora.deltas.values() for name in deltas}),
+        "trigger_words": [lora.metadata[key] for key in TRIGGERS if lora.metadata.get(key)],
+        "ignored": list(lora.ignored),
+        "unmatched": list(lora.unmatched),
+    }

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from contextlib import closing
+
+import click
+
+from ..quantization import MODES
+from .adapters import WithLoras, lora_options
+from .output import print_path, progress_bar
+from .values import FilePath, ModelName
+
+
+@click.command(
+    cls=WithLoras,
+    epilog="Example: mlx-zimage fuse Tongyi-MAI/Z-Image-Turbo --lora style.safetensors 0.8 styled --q-bits 4",
+)
+@click.argument("model", type=ModelName())
+@click.argument("dest", type=FilePath())
+@lora_options
+@click.option("--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4, 3 or 2.  [default: not quantized]")
+@click.option(
+    "--q-group-size", "group_size", type=int, help="Number of weights that share a scale.  [default: the mode's]"
+)
+@click.option(
+    "--q-mode", "mode", type=click.Choice(list(MODES)), default="affine", show_default=True, help="Quantization mode."
+)
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True,
+    help="Dtype of the weights that are not quantized.",
+)  # fmt: skip
+@click.option(
+    "--format", type=click.Choice(["mlx", "diffusers", "comfyui"]), default="mlx", show_default=True,
+    help="Output format, as in `mlx-zimage convert`.",
+)  # fmt: skip
+@click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
+def fuse(model, dest, loras, lora_partial, quiet, **options):
+    """Add LoRAs to the weights of MODEL, write the model DEST, and print its path.
+
+    MODEL is anything that `mlx-zimage convert` reads. The LoRAs are added before the weights are rounded or quantized,
+    once. `generate --lora` needs no fusing, keeps the model as it is, and takes other strengths at any time.
+    """
+    from ..convert import convert_steps
+    from ..weights.library import register
+
+    if not loras:
+        raise click.UsageError("Missing option '--lora'; expected at least one LoRA to fuse.")
+    uses = [(path, 1.0 if strength is None else strength) for path, strength in loras]
+    with (
+        closing(convert_steps(model, dest, loras=uses, partial=lora_partial, **options)) as steps,
+        progress_bar(quiet, unit="B", unit_scale=True) as bar,
+    ):
+        for step in steps:
+            bar.total = step.total_bytes
+            bar.set_description(step.component, refresh=False)
+            bar.update(step.done_bytes - bar.n)
+    if options["format"] != "comfyui":
+        register(dest)
+    print_path(dest)

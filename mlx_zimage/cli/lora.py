@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .output import print_path, printable
+from .values import FilePath, ModelName
+
+if TYPE_CHECKING:
+    from ..weights.lora import Lora
+
+
+@click.group(epilog="Example: mlx-zimage lora info style.safetensors")
+def lora() -> None:
+    """Show what a LoRA contains, or convert it for other programs."""
+
+
+def with_model(command: Any) -> Any:
+    return click.option(
+        "--model", type=ModelName(), help="The model that the LoRA is for.  [default: Z-Image's published architecture]"
+    )(command)
+
+
+@lora.command(epilog="Example: mlx-zimage lora info style.safetensors")
+@click.argument("file", type=ModelName())
+@with_model
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(file: str, model: str | None, as_json: bool) -> None:
+    """Show the dialect, rank, strength, layers and trigger words of a LoRA, and what of it matches the model.
+
+    FILE is a safetensors file, PEFT's folder, a Hugging Face id, or id:file.
+    """
+    from ..weights.lora import describe
+
+    found = describe(_read(file, model, partial=True))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"{printable(found['file'])}: {found['dialect']}")
+    for network, kinds in found["networks"].items():
+        for kind, count in kinds.items():
+            click.echo(f"{network:14}{count:5} {kind}")
+    for label in ("ranks", "scales", "trigger_words", "ignored", "unmatched"):
+        values = found[label]
+        if values:
+            shown = ", ".join(printable(str(value)) for value in values[:5])
+            click.echo(
+                f"{label.replace('_', ' ')}: {shown}" + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+            )
+
+
+@lora.command(epilog="Example: mlx-zimage lora convert style.safetensors style-comfyui.safetensors --to comfyui")
+@click.argument("file", type=ModelName())
+@click.argument("out", type=FilePath())
+@click.option("--to", type=click.Choice(["comfyui", "diffusers"]), required=True, help="The program that will read it.")
+@with_model
+def convert(file: str, out: Path, to: str, model: str | None) -> None:
+    """Write the LoRA FILE to OUT in the spelling of another program, and print its path."""
+    from ..errors import RequestError
+    from ..weights.lora_writer import write_lora
+
+    if out.exists():
+        raise RequestError(f"{out} already exists; choose another name")
+    if out.suffix != ".safetensors":
+        raise RequestError(f"{out} must end with .safetensors")
+    write_lora(_read(file, model, partial=False), out, to)
+    print_path(out)
+
+
+def _read(file: str, model: str | None, partial: bool) -> Lora:
+    from ..models import NETWORKS
+    from ..weights import official
+    from ..weights.checkpoint import open_headers
+    from ..weights.hub import locate
+    from ..weights.lora import find_lora, read_lora
+
+    names = ("text_encoder", "transformer")
+    if model is None:
+        configs = {name: NETWORKS[name].from_dict(official.CONFIGS[name]) for name in names}
+    else:
+        checkpoint = open_headers(*locate(model))
+        configs = {name: checkpoint.networks[name].config for name in names}
+    return read_lora(find_lora(file), configs, partial)

@@ -103,7 +103,8 @@ def check_call(output_type: str, joint_attention_kwargs: Any, generator: Any, se
     """Refuse arguments that cannot work, or not together."""
     if joint_attention_kwargs:
         raise RequestError(
-            f"joint_attention_kwargs must be empty, since nothing here uses them, got {joint_attention_kwargs!r}"
+            f"joint_attention_kwargs must be empty, got {joint_attention_kwargs!r}; "
+            f"set_loras({{name: strength}}) sets a LoRA's strength"
         )
     if generator is not None and seed is not None:
         raise RequestError("seed and generator were both given; give one")

@@ -22,6 +22,7 @@ TOKENS = 512  # of a prompt that are read by default, template included; the ref
 MAX_TOKENS = 1504  # the reference's position tables end at 1536, and the image comes after the padded prompt
 MAX_NUMBER = 1000  # for shift and guidance, which are usually from 1 to 10
 RNGS = ("torch", "mlx")
+LORA_TAG = re.compile(r"<lora:([^:<>]{1,200}):?([^:<>]{0,20})[^<>]{0,20}>")  # of A1111
 DIGEST = re.compile(r"[0-9a-f]{64}")
 REQUIRED: Any = object()  # default of a required field that follows optional ones
 
@@ -197,6 +198,11 @@ class GenerateRequest:
 def check_prompt(text: str, name: str) -> None:
     if not isinstance(text, str):
         raise RequestError(f"the {name} must be text, got {type(text).__name__}")
+    if tag := LORA_TAG.search(text):
+        raise RequestError(
+            f"the {name} contains {tag[0]}, which the text encoder would read as words; take it out and use "
+            f"--lora {tag[1]}.safetensors {tag[2] or 1} (load_lora in Python)"
+        )
     if len(text) > MAX_PROMPT:
         raise RequestError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are allowed")
     try:

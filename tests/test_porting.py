@@ -128,7 +128,7 @@ def guidance_off(pipe, index, timestep, values):
         ({"generator": Generator(1), "seed": 1}, "seed and generator were both given; give one"),
         ({"prompt": ["a", "b"], "latents": np.zeros(SHAPE)}, "latents have shape (1, 16, 10, 12)"),
         ({"output_type": "pt"}, "output_type='np' and torch.from_numpy"),
-        ({"joint_attention_kwargs": {"scale": 1}}, "must be empty, since nothing here uses them, got {'scale': 1}"),
+        ({"joint_attention_kwargs": {"scale": 1}}, "must be empty, got {'scale': 1}; set_loras"),
         ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]}, "got 'noise'"),
         ({"callback_on_step_end": print, "prompt": ["a", "b"]}, "takes one prompt at a time"),
     ],

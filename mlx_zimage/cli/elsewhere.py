@@ -15,7 +15,6 @@ from ..errors import RequestError
 
 BY_BITS = "convert the model once, with `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
 BY_MEMORY = "use --memory 6GB, which determines what is streamed from disk and how images are decoded"
-NO_LORA = "LoRAs are not supported; convert a checkpoint that has the LoRA merged into it"
 FROM_TEXT = "images are generated from a prompt only"
 NOT_NEEDED = "leave it out; the configs of a model identify it"
 SOURCE = "name what to convert, and the new folder: `mlx-zimage convert SOURCE DEST`"
@@ -42,9 +41,6 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {  # by command: flags of other pro
         "--scheduler": "use --shift; examples/custom_schedule.py shows a custom schedule",
         "--pid-decode": "images are decoded by the model's own VAE",
         "--vae-full-precision": "leave it out; --dtype float32 computes everything in float32",
-        "--lora": NO_LORA,
-        "--lora-paths": NO_LORA,
-        "--lora-scales": NO_LORA,
         "--image": FROM_TEXT,
         "--image-path": FROM_TEXT,
         "--image-strength": FROM_TEXT,

@@ -30,7 +30,8 @@ from ..jobs import (
 )
 from ..request import RNGS, GenerateRequest
 from ..sizes import parse_memory
-from .elsewhere import Command, as_typed, join_seeds, options_given
+from .adapters import WithLoras, load_loras, lora_options, name_paths
+from .elsewhere import as_typed, join_seeds, options_given
 from .models import DEFAULT_MODEL, first_run
 from .notes import notes
 from .output import DEFAULT_DTYPE, graphics, hub_bars, print_path, say, show_image
@@ -53,6 +54,7 @@ SECTIONS = {  # of the help text, with the names of their options
     "Image": ("prompt_option", "prompt_file", "requests_file", "from_image", "size", "width", "height"),
     "Seeds": ("seeds", "count", "auto_seeds", "rng", "latents_file"),
     "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt"),
+    "LoRA": ("loras", "lora_partial"),
     "Model and memory": (
         *("source", "variant", "transformer", "text_encoder", "vae", "yes", "dtype", "memory", "keep", "wired"),
         "battery_limit",
@@ -61,7 +63,7 @@ SECTIONS = {  # of the help text, with the names of their options
 }
 
 
-class Generate(Command):
+class Generate(WithLoras):
     """Accepts several seeds, hints at missing quotes, and groups the options in its help into sections."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -161,6 +163,7 @@ class Generate(Command):
     help="Guidance scale; 0 turns it off, which Turbo needs.  [default: the model's]",
 )
 @click.option("--negative-prompt", help="What to avoid in the image; only used with guidance above 0.")
+@lora_options
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),
@@ -232,6 +235,7 @@ def generate(
     output: Path, overwrite: bool, size: str | None,
     seeds: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, dtype: str | None,
     memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
+    loras: list[tuple[str, float | None]], lora_partial: bool,
     metadata: bool, preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool,
     **values,
 ) -> None:  # fmt: skip
@@ -257,6 +261,7 @@ def generate(
         raise RequestError("the prompt was given twice, as an argument and with --prompt; give one")
     given = options_given(ctx)
     prompts = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
+    prompts, lora_paths = name_paths(prompts, [path for path, _ in loras])
     _warn_of_overridden(given, prompts if requests_file else [])
     base, ratio = _base(values, size, old, inputs)
     all_series = multiply(base, prompts, _seeds(seeds, auto_seeds, old), output, ratio, count)
@@ -299,6 +304,7 @@ def generate(
         _warn(f"{from_image} is by {old.software}; the image will look different here")
     elif old and model.fingerprint != old.fingerprint:
         _warn(f"{source} is not the model that generated {from_image}; the image will differ")
+    load_loras(model.pipeline, lora_paths, loras, old, lora_partial)
     side = model.pipeline.sample_size
     firsts = (model.pipeline.complete(next(iter(series)).request(side)) for series in all_series)
     requests = dict.fromkeys(replace(request, seed=0) for request in firsts)  # seeds change no plan
@@ -359,7 +365,7 @@ def _is_stdin(file: BinaryIO | None) -> bool:
 
 def _base(values: dict, size: str | None, old: Origin | None, inputs: Inputs) -> tuple[dict, tuple[int, int] | None]:
     """The values that all images share, and their aspect ratio if one was given."""
-    base = old.request.to_dict() if old else {}
+    base = {**old.request.to_dict(), "loras": None} if old else {}  # they are loaded with the model
     check_one_size(size, values["width"], values["height"])
     sides, ratio = parse_size(size) if size else ({}, None)
     base |= {name: value for name, value in {**values, **sides}.items() if value is not None}

@@ -94,6 +94,8 @@ def parameters(origin: Origin) -> str:
         "Size": f"{request.width}x{request.height}",
         "Model hash": origin.fingerprint or None,
         "Model": origin.model,
+        "Lora hashes": ", ".join(f"{use.name}: {str(use.sha256)[:12]}" for use in request.loras or ()) or None,
+        "Lora weights": ", ".join(f"{use.name}: {use.strength:g}" for use in request.loras or ()) or None,
         "RNG": "CPU" if request.rng == "torch" else None,
         "Version": origin.software,
     }

@@ -94,7 +94,7 @@ SAME = {
 # What cannot: the error says the way here.
 REFUSED = {
     "output_type": ({"output_type": "pt"}, r"output_type='np' and torch.from_numpy\(images\)"),
-    "joint_attention_kwargs": ({"joint_attention_kwargs": {"scale": 0.5}}, "nothing here uses them"),
+    "joint_attention_kwargs": ({"joint_attention_kwargs": {"scale": 0.5}}, "set_loras({name: strength})"),
     "callback_on_step_end": (
         {"prompt": TWO, "callback_on_step_end": halving}, "takes one prompt at a time, got 2; loop over them"
     ),

@@ -1,0 +1,157 @@
+"""LoRAs on a command line: `--lora PATH [SCALE]`, and mflux's spelling of several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import chain, count
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import RequestError
+from ..request import GenerateRequest
+from .elsewhere import Command
+from .values import ModelName
+
+if TYPE_CHECKING:
+    from ..images.metadata import Origin
+    from ..pipeline import ZImagePipeline
+
+KEY = "mlx_zimage.lora_strengths"
+
+
+class WithLoras(Command):
+    """A command with `lora_options`. The word after --lora PATH is its strength if it is a number, and only then."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        args, ctx.meta[KEY] = split_strengths(args)
+        return super().parse_args(ctx, args)
+
+
+def split_strengths(args: Sequence[str]) -> tuple[list[str], list[float | None]]:
+    """The arguments without the strengths that follow each --lora PATH, and those strengths, None where none does.
+
+    mflux's --lora-paths A B --lora-scales 1 0.5 becomes two --lora.
+    """
+    kept: list[str] = []
+    strengths: list[float | None] = []
+    rest = list(args)
+    paths = _take(rest, "--lora-paths", lambda word: not word.startswith("-"))
+    scales = [float(word) for word in _take(rest, "--lora-scales", _is_number)]
+    if scales and len(scales) != len(paths):
+        raise click.UsageError(
+            f"--lora-scales has {len(scales)} strengths for {len(paths)} --lora-paths; give one each"
+        )
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*_as_options(paths, kept, strengths, scales), word, *rest], strengths
+        kept.append(word)
+        if word == "--lora" and rest:
+            kept.append(rest.pop(0))
+        elif not word.startswith("--lora="):
+            continue
+        strengths.append(float(rest.pop(0)) if rest and _is_number(rest[0]) else None)
+    return _as_options(paths, kept, strengths, scales), strengths
+
+
+def _as_options(paths: list[str], kept: list[str], strengths: list[float | None], scales: list[float]) -> list[str]:
+    strengths += scales or [None] * len(paths)
+    return kept + [word for path in paths for word in ("--lora", path)]
+
+
+def _take(args: list[str], option: str, belongs: Any) -> list[str]:
+    """Remove an option that takes any number of words, and return them."""
+    found: list[str] = []
+    while option in args:
+        start = end = args.index(option) + 1
+        while end < len(args) and belongs(args[end]):
+            end += 1
+        found += args[start:end]
+        del args[start - 1 : end]
+    return found
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return isfinite(float(word))
+    except ValueError:
+        return False
+
+
+def lora_options(command: Any) -> Any:
+    """The options --lora and --lora-partial."""
+    paths = click.option(
+        "--lora", "loras", metavar="PATH [SCALE]", multiple=True, type=ModelName(), callback=_with_strengths,
+        help="Use this LoRA: a file, a Hugging Face id, or id:file. SCALE is its strength.  [default: 1; repeatable]",
+    )  # fmt: skip
+    partial = click.option(
+        "--lora-partial", is_flag=True, help="Use what matches of a LoRA that has keys for other models."
+    )
+    return paths(partial(command))
+
+
+def _with_strengths(ctx: click.Context, _: click.Parameter, paths: Sequence[str]) -> list[tuple[str, float | None]]:
+    return list(zip(paths, ctx.meta[KEY], strict=True))
+
+
+def name_paths(requests: Sequence[dict], paths: Sequence[str]) -> tuple[list[dict], dict[str, str]]:
+    """JSON requests that name their LoRAs instead of giving a path, and the path of every name, `paths`' too.
+
+    An item of "loras" has a path, or the name of one given with --lora, and a strength.
+    """
+    named: dict[str, str] = {}
+    for path in paths:
+        if path not in named.values():
+            named[_free(path, named)] = path
+
+    def by_name(use: Any) -> Any:
+        if not isinstance(use, dict) or not isinstance(use.get("path"), str):
+            return use
+        path = os.path.expanduser(use["path"])
+        if path not in named.values():
+            named[_free(path, named)] = path
+        name = next(name for name, other in named.items() if other == path)
+        return {"name": name, **{key: value for key, value in use.items() if key != "path"}}
+
+    renamed = [
+        {**own, "loras": [by_name(use) for use in own["loras"]]} if isinstance(own.get("loras"), list) else own
+        for own in requests
+    ]
+    return renamed, named
+
+
+def _free(path: str, taken: Mapping[str, str]) -> str:
+    """A name for a LoRA, after its file, that no other has."""
+    stem = Path(path.rpartition(":")[2]).stem or "lora"
+    names = chain([stem], (f"{stem}-{i}" for i in count(2)))
+    return next(name for name in names if name not in taken)
+
+
+def load_loras(
+    pipeline: ZImagePipeline,
+    named: Mapping[str, str],
+    given: Sequence[tuple[str, float | None]],
+    old: Origin | None,
+    partial: bool,
+) -> None:
+    """Load all LoRAs, and use those given with --lora and those of an old image, at its strengths if none is given."""
+    for name, path in named.items():
+        pipeline.load_lora(path, name, partial=partial)
+    loaded = pipeline.complete(GenerateRequest("-", seed=0)).loras or ()
+    names = {use.sha256: use.name for use in loaded}
+    strengths: dict[str, float] = {}
+    for use in (old.request.loras if old else None) or ():
+        if use.sha256 not in names:
+            raise RequestError(
+                f"the image was generated with LoRA {use.name!r} (SHA-256 {use.sha256}); give its file with --lora FILE"
+            )
+        strengths[names[use.sha256]] = use.strength
+    for path, strength in given:
+        name = next(name for name, other in named.items() if other == path)
+        if strength is not None or name not in strengths:
+            strengths[name] = 1.0 if strength is None else strength
+    pipeline.set_loras(strengths)

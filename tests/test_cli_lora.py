@@ -1,0 +1,170 @@
+"""LoRAs on the command line: generate --lora, lora info, lora convert and fuse."""
+
+import json
+import re
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from mlx_zimage import ZImagePipeline
+from mlx_zimage.cli import main
+from mlx_zimage.cli.adapters import split_strengths
+from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.lora import read_lora
+
+MODEL = open_checkpoint("pocket")
+CONFIGS = {name: MODEL.networks[name].config for name in ("text_encoder", "transformer")}
+
+
+def write(path: Path, seed: int = 0, factors: str = "lora_down lora_up", metadata: dict | None = None) -> Path:
+    """A low-rank LoRA on the attention of all layers."""
+    down, up = factors.split()
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, (rows, columns) in ((n, s) for n, s in CONFIGS["transformer"].shapes().items() if ".attention.to_" in n):
+        layer = f"diffusion_model.{name.removesuffix('.weight')}"
+        tensors[f"{layer}.{down}.weight"] = mx.array(rng.standard_normal((4, columns), np.float32) * 0.1)
+        tensors[f"{layer}.{up}.weight"] = mx.array(rng.standard_normal((rows, 4), np.float32) * 0.1)
+        tensors[f"{layer}.alpha"] = mx.array(2.0)
+    mx.save_safetensors(str(path), tensors, metadata or {})
+    return path
+
+
+@pytest.fixture
+def style(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write(tmp_path / "style.safetensors", metadata={"modelspec.trigger_phrase": "zstyle"})
+
+
+def run(*args: object, text: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args], input=text)
+
+
+def generate(*args: object, text: str | None = None, output: str = "a.png") -> np.ndarray:
+    result = run("generate", "-m", "pocket", "--size", "48x48", "--steps", "2", "-q", "-o", output, *args, text=text)
+    assert result.exit_code == 0, result.output
+    return np.asarray(Image.open(result.stdout.strip()))
+
+
+def test_a_strength_follows_the_path_if_it_is_a_number(style):
+    model = generate("a red circle", "--seed", "1")
+    full = generate("a red circle", "--seed", "1", "--lora", style)
+    half = generate("--seed", "1", "--lora", style, "0.5", "a red circle")
+    assert (model != full).any() and (full != half).any()
+    assert (generate("a red circle", "--seed", "1", "--lora", style, "0") == model).all()
+    mflux = generate("a red circle", "--seed", "1", "--lora-paths", style, "--lora-scales", "0.5")
+    assert (mflux == half).all()
+
+
+@pytest.mark.parametrize(
+    "args, rest, strengths",
+    [
+        ("--lora a 0.5 --lora b prompt", "--lora a --lora b prompt", [0.5, None]),
+        ("--lora=a 0.5 prompt", "--lora=a prompt", [0.5]),
+        ("--lora a -1 p", "--lora a p", [-1.0]),
+        ("--lora a nan", "--lora a nan", [None]),
+        ("-- --lora a 1", "-- --lora a 1", []),
+        ("p --lora-paths a b --lora-scales 1 0.5 --seed 3", "p --seed 3 --lora a --lora b", [1.0, 0.5]),
+        ("--lora-paths a --lora b 2 -- 7", "--lora b --lora a -- 7", [2.0, None]),
+    ],
+)
+def test_strengths_are_taken_out_of_the_arguments(args, rest, strengths):
+    assert split_strengths(args.split()) == (rest.split(), strengths)
+
+
+def test_json_requests_name_files_or_loras_given_with_the_command(style, tmp_path):
+    other = write(tmp_path / "other.safetensors", 1)
+    both = generate("a red circle", "--seed", "1", "--lora", style, "0.5", "--lora", other, "0.25")
+    loras = [{"name": "style", "strength": 0.5}, {"path": str(other), "strength": 0.25}]
+    request = json.dumps({"prompt": "a red circle", "seed": 1, "loras": loras})
+    assert (generate("--requests", "-", "--lora", style, text=request) == both).all()
+
+
+def test_an_image_names_its_loras_and_asks_for_their_files(style):
+    image = generate("a red circle", "--seed", "1", "--lora", style, "0.75", output="old.png")
+    (use,) = read_origin(Path("old.png")).request.loras
+    assert (use.name, use.strength) == ("style", 0.75)
+    result = run("generate", "--from", "old.png", "-m", "pocket", "-q")
+    assert result.exit_code == 2 and f"LoRA 'style' (SHA-256 {use.sha256}); give its file with --lora" in result.stderr
+    renamed = style.rename(style.with_stem("renamed"))
+    assert (generate("--from", "old.png", "--lora", renamed) == image).all()
+    assert (generate("--from", "old.png", "--lora", renamed, "0.1") != image).any()
+    assert re.search(r'Lora hashes: "style: [0-9a-f]{12}", Lora weights: "style: 0.75"', run("info", "old.png").stdout)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["a <lora:style:0.8> cat"], "--lora style.safetensors 0.8"),
+        (["a cat", "--lora", "none.safetensors"], "no LoRA at none.safetensors"),
+        (["a cat", "--lora-paths", "a", "--lora-scales", "1", "2"], "2 strengths for 1 --lora-paths"),
+        (["a cat", "--lora", "style.safetensors", "1e9"], "strength of LoRA style must be from -1000"),
+        (["a cat", "--lora", "style.safetensors", "--lora", "copy.safetensors"], "already loaded as 'style'"),
+    ],
+)
+def test_wrong_loras_are_refused_before_work(style, args, message):
+    Path("copy.safetensors").write_bytes(style.read_bytes())
+    result = run("generate", *args, "-m", "pocket")
+    assert result.exit_code in (2, 3) and message in result.stderr
+
+
+def test_lora_info_shows_what_a_file_contains(style):
+    shown = run("lora", "info", style, "--model", "pocket")
+    assert shown.exit_code == 0
+    assert "style.safetensors: ComfyUI" in shown.stdout and "zstyle" in shown.stdout
+    found = json.loads(run("lora", "info", style, "--model", "pocket", "--json").stdout)
+    layers = sum(".attention.to_" in name for name in CONFIGS["transformer"].shapes())
+    assert found["networks"] == {"transformer": {"LowRank": layers}}
+    assert (found["ranks"], found["scales"], found["unmatched"]) == ([4], [0.5], [])
+    assert run("lora", "info", style).exit_code == 4, "it is not for the published architecture"
+
+
+@pytest.mark.parametrize("to", ["comfyui", "diffusers"])
+def test_a_converted_lora_is_the_same_differences(style, to):
+    result = run("lora", "convert", style, "out.safetensors", "--to", to, "--model", "pocket")
+    assert result.exit_code == 0 and result.stdout == "out.safetensors\n"
+    old, new = (read_lora(path, CONFIGS).deltas["transformer"] for path in (style, Path("out.safetensors")))
+    assert old.keys() == new.keys()
+    for name, delta in old.items():
+        own = mx.zeros(delta.shape)
+        # float32: scale times up is rounded once more
+        np.testing.assert_allclose(new[name].difference(own), delta.difference(own), rtol=1e-5, atol=1e-7)
+    assert run("lora", "convert", style, "out.safetensors", "--to", to, "--model", "pocket").exit_code == 2, "it exists"
+
+
+def test_diffusers_is_refused_what_it_cannot_read(tmp_path):
+    d = CONFIGS["transformer"].dim
+    path, name = tmp_path / "lokr.safetensors", "diffusion_model.layers.0.attention.to_q"
+    mx.save_safetensors(str(path), {f"{name}.lokr_w1": mx.ones((8, 8)), f"{name}.lokr_w2": mx.ones((d // 8, d // 8))})
+    result = run("lora", "convert", path, tmp_path / "out.safetensors", "--to", "diffusers", "--model", "pocket")
+    assert result.exit_code == 2 and "diffusers cannot read layers.0.attention.to_q.weight" in result.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+    assert run("lora", "convert", path, tmp_path / "out.safetensors", "--to", "comfyui", "-h").exit_code == 0
+
+
+@pytest.mark.parametrize("options, tolerance", [(["--dtype", "float32"], 1e-5), (["--q-bits", "8"], 0.2)])
+def test_fused_equals_attached(style, options, tolerance):
+    assert run("fuse", "pocket", "--lora", style, "0.8", "fused", *options, "-q").exit_code == 0
+    call = {"num_inference_steps": 2, "seed": 1, "height": 64, "width": 64, "output_type": "latent"}
+    attached = ZImagePipeline.from_pretrained("pocket", dtype="float32")
+    attached.load_lora(style, strength=0.8)
+    expected = attached("a red circle", **call).images
+    found = ZImagePipeline.from_pretrained("fused", dtype="float32")("a red circle", **call).images
+    # in float32 only the order of sums differs, measured 8e-7; 8 bits round every weight
+    assert np.abs(found - expected).max() <= tolerance
+    conversion = json.loads(Path("fused/conversion.json").read_text())
+    assert conversion["loras"][0]["name"] == "style" and conversion["loras"][0]["strength"] == 0.8
+
+
+def test_fuse_needs_a_lora_and_writes_nothing_for_a_wrong_one(style, tmp_path):
+    assert "expected at least one LoRA" in run("fuse", "pocket", "fused").stderr
+    wrong = tmp_path / "wrong.safetensors"
+    mx.save_safetensors(
+        str(wrong), {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": mx.ones((2, 2))}
+    )
+    result = run("fuse", "pocket", "--lora", wrong, "fused", "-q")
+    assert result.exit_code == 4 and "a LoRA for Flux" in result.stderr and not Path("fused").exists()

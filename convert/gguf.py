@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
+from ..weights.unchanged import Version, unchanged
 from .disk import read_bytes
 
 MAGIC = b"GGUF"
@@ -58,6 +59,7 @@ class GGUFTensor:
     shape: tuple[int, ...]
     kind: Kind
     offset: int
+    version: Version  # of the file, when its header was read
 
     @property
     def nbytes(self) -> int:
@@ -79,10 +81,10 @@ def read_tensors(file: Path) -> dict[str, GGUFTensor]:
 
 def _read_part(file: Path) -> tuple[int, int, dict[str, GGUFTensor]]:
     """The number of this part, the number of parts, and the tensors in this one."""
-    size = file.stat().st_size
+    version = Version.of(file)  # before its header, so that no later change is missed
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
-            header = _Header(file, content, size)
+            header = _Header(file, content, version)
             tensors = header.tensors()
             number, count = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)
             return int(number) + 1, int(count), tensors
@@ -110,14 +112,15 @@ def read_floats(tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
     first, last = start * row_values, stop * row_values
     blocks = (last - first) // kind.values
     offset = tensor.offset + first // kind.values * kind.block_bytes
-    raw = read_bytes(tensor.file, offset, blocks * kind.block_bytes)
+    with unchanged([tensor]):
+        raw = read_bytes(tensor.file, offset, blocks * kind.block_bytes)
     values = kind.decode(raw.reshape(blocks, kind.block_bytes))
     return values.reshape(stop - start, *tensor.shape[1:])
 
 
 class _Header:
-    def __init__(self, file: Path, content: mmap.mmap, size: int):
-        self.file, self.content, self.size, self.at = file, content, size, 0
+    def __init__(self, file: Path, content: mmap.mmap, version: Version):
+        self.file, self.content, self.version, self.size, self.at = file, content, version, version.size, 0
         self.metadata: dict[str, Any] = {}
 
     def tensors(self) -> dict[str, GGUFTensor]:
@@ -147,7 +150,7 @@ class _Header:
                     f"{self.file}: {name} has type {kind}, expected one of "
                     f"{', '.join(kind.name for kind in KINDS.values())}; download another quantization"
                 )
-            tensor = GGUFTensor(self.file, name, shape, KINDS[number], base + offset)
+            tensor = GGUFTensor(self.file, name, shape, KINDS[number], base + offset, self.version)
             row = shape[-1] if shape else 1
             if not shape or min(shape) < 1 or row % tensor.kind.values:
                 raise ValueError(f"{name} of shape {shape} is not a whole number of {tensor.kind.name} blocks")

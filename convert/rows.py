@@ -18,6 +18,7 @@ from ..errors import NumericsError
 from ..machine import backend
 from ..quantization import Quantization
 from ..weights.component import Entry
+from ..weights.unchanged import unchanged
 from .disk import read_bytes
 from .rounding import dequantize_rows
 
@@ -81,7 +82,8 @@ def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
     row_bytes = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
 
     def read(start: int, stop: int) -> mx.array:
-        raw = read_bytes(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+        with unchanged([entry]):
+            raw = read_bytes(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
         if entry.dtype in FP8:
             rows = mx.array(FP8[entry.dtype][raw])
         else:

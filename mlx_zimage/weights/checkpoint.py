@@ -18,12 +18,14 @@ from ..errors import CheckpointError, RequestError
 from ..models import NETWORKS, OPTIONAL
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
+from ..untrusted import open_regular
 from ..variants import Variant
 from . import official
 from .component import Component, open_component, read_config, read_header, read_json
 from .hub import TOKENIZER_FILES, Repository, locate
 from .manifest import CONVERSION
 from .parts import check_variant, files_to_convert, open_networks
+from .unchanged import unchanged
 
 Source = str | Path
 
@@ -223,9 +225,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     a full-size model takes a minute. It may miss damage to single bytes, which `mlx-zimage verify` finds.
     """
     sha = hashlib.sha256()
-    for file in sorted(weight_files(checkpoint.components), key=lambda file: (file.parent.name, file.name)):
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
+    files = {entry.file: entry for component in checkpoint.components for entry in component.entries.values()}
+    for file, entry in sorted(files.items(), key=lambda item: (item[0].parent.name, item[0].name)):
+        with unchanged([entry]), open_regular(file) as stream:
+            size = file.stat().st_size
             header = int.from_bytes(stream.read(8), "little")
             sha.update(stream.read(header))
             for i in range(64):

@@ -20,11 +20,12 @@ from ..errors import CheckpointError, RequestError
 from ..models import NETWORKS
 from ..models.runner import Reading, Tree, Where
 from ..quantization import Quantization
-from ..untrusted import parse_json, read_bytes
+from ..untrusted import open_regular, parse_json, read_bytes
 from . import headers
 from .hub import Repository
 from .listing import INDEX, choose_files, variant_of, visible
 from .names import DROPPED, foreign_kind
+from .unchanged import Version, unchanged
 
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 FLOAT_SPELLINGS = ("F32", "F16", "BF16")
@@ -64,6 +65,7 @@ class Entry:
     part: int = 0
     parts: int = 1
     channels_last: bool = False
+    version: Version | None = None  # of the file, when its header was read
 
     def piece(self, part: int, parts: int) -> Entry:
         """One of equal parts of the rows."""
@@ -92,6 +94,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     if file.exists() and not os.access(file, os.R_OK):
         raise CheckpointError(f"{file} cannot be read: permission denied; check its permissions")
     try:
+        version = Version.of(file)  # before its header, so that no later change is missed
         header, _, start = headers.read(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing, but the index lists it; download the model again") from None
@@ -100,15 +103,16 @@ def read_header(file: Path) -> dict[str, Entry]:
             f"{file} is not a complete safetensors file ({error}); it may be truncated, a Git LFS pointer or an HTML "
             f"page: download it again"
         ) from error
-    return _entries(file, header, start)
+    return _entries(file, header, start, version)
 
 
-def _entries(file: Path, header: dict[str, dict], start: int) -> dict[str, Entry]:
+def _entries(file: Path, header: dict[str, dict], start: int, version: Version | None = None) -> dict[str, Entry]:
     """The tensors that a header lists; start is where the data begins in the file."""
     entries = {}
     for name, tensor in header.items():
         begin, end = tensor["data_offsets"]
-        entries[name] = Entry(file, name, start + begin, end - begin, tuple(tensor["shape"]), tensor["dtype"])
+        shape, dtype = tuple(tensor["shape"]), tensor["dtype"]
+        entries[name] = Entry(file, name, start + begin, end - begin, shape, dtype, version=version)
     return entries
 
 
@@ -273,20 +277,23 @@ class Component:
 
     def read(self, prefix: str, dtype: mx.Dtype, without: str = "", stream: Where = None) -> Reading:
         """The tree of arrays under `prefix`, floating-point ones in dtype; see `models.runner.Weights`."""
-        stored = self._stored(prefix, without, stream)
-        if stream:
-            mx.async_eval(stored)
+        entries = self._under(prefix, without)
+        with unchanged(entries.values()):
+            stored = _load(entries, stream)
+            if stream:
+                mx.async_eval(stored)
 
         def tree() -> Tree:
             arrays = {}
-            for name in list(stored):
-                array = self.entries[name].laid_out(stored.pop(name))
-                mx.eval(array)
-                if mx.issubdtype(array.dtype, mx.floating):
-                    array = array.astype(dtype)
-                arrays[name] = array = self.config.sanitize(name, array)
-                if not stream:
-                    mx.eval(array)  # frees its intermediates before the next is read
+            with unchanged(entries.values()):
+                for name, entry in entries.items():
+                    array = entry.laid_out(stored.pop(name))
+                    mx.eval(array)
+                    if mx.issubdtype(array.dtype, mx.floating):
+                        array = array.astype(dtype)
+                    arrays[name] = array = self.config.sanitize(name, array)
+                    if not stream:
+                        mx.eval(array)  # frees its intermediates before the next is read
             if prefix in arrays:
                 return arrays[prefix]
             named = {name[len(prefix) + 1 :]: array for name, array in arrays.items()}
@@ -294,15 +301,13 @@ class Component:
 
         return tree
 
-    def _stored(self, prefix: str, without: str, stream: Where = None) -> dict[str, mx.array]:
-        """The arrays under a prefix as stored, lazy, by name."""
+    def _under(self, prefix: str, without: str) -> dict[str, Entry]:
+        """The tensors under a prefix."""
         # Sorted, however a block is split over shards: a compiled function is traced again for another order.
         names = sorted(name for name in self.entries if name.startswith(f"{prefix}.")) or [prefix]
         if without:
             names = [name for name in names if not name.startswith(without, len(prefix) + 1)]
-        files = {self.entries[name].file for name in names}
-        loaded: dict[Path, Any] = {file: mx.load(str(file), stream=stream) for file in files}
-        return {name: loaded[self.entries[name].file][self.entries[name].name] for name in names}
+        return {name: self.entries[name] for name in names}
 
     def _packings(self, prefix: str) -> dict[str, Quantization]:
         """The quantizations of the layers under a prefix, by the rest of their names, "" for the prefix itself."""
@@ -324,9 +329,8 @@ class Component:
 
         def stored(name: str) -> mx.array:
             entry = self.entries[name]
-            content = np.memmap(entry.file, mode="r", offset=entry.offset, dtype=np.uint8, shape=(entry.nbytes,))
-            picked = mx.array(content.reshape(entry.shape[0], -1)[np.asarray(ids)])
-            picked = picked.view(getattr(mx, STORED[entry.dtype]))
+            with unchanged([entry]):
+                picked = mx.array(_rows(entry, ids)).view(getattr(mx, STORED[entry.dtype]))
             return picked.astype(dtype) if mx.issubdtype(picked.dtype, mx.floating) else picked
 
         layer = name.removesuffix(".weight")
@@ -335,6 +339,26 @@ class Component:
         q = self.quantizations[layer]
         weight, scales, *biases = (stored(part) for part in q.packed(name, self.shapes[name]))
         return mx.dequantize(weight, scales, biases[0] if biases else None, **q.to_dict()).astype(dtype)
+
+
+def _load(entries: Mapping[str, Entry], stream: Where) -> dict[str, mx.array]:
+    """The arrays as stored, lazy."""
+    files = {entry.file for entry in entries.values()}
+    loaded: dict[Path, Any] = {file: mx.load(str(file), stream=stream) for file in files}
+    return {name: loaded[entry.file][entry.name] for name, entry in entries.items()}
+
+
+def _rows(entry: Entry, ids: Sequence[int]) -> np.ndarray:
+    """The bytes of some rows of a tensor, (len(ids), bytes per row)."""
+    size = entry.nbytes // entry.shape[0]
+    if not all(0 <= i < entry.shape[0] for i in ids):
+        raise CheckpointError(f"{entry.file}: {entry.name} has rows for ids up to {entry.shape[0] - 1}, got {max(ids)}")
+    # Read rather than mapped: a file that gets shorter while it is mapped ends the process.
+    with open_regular(entry.file) as stream:
+        content = b"".join(os.pread(stream.fileno(), size, entry.offset + i * size) for i in ids)
+    if len(content) < size * len(ids):
+        raise OSError(f"{entry.file} ends too early")
+    return np.frombuffer(content, np.uint8).reshape(len(ids), size)
 
 
 def open_component(

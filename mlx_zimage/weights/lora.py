@@ -29,6 +29,7 @@ from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacemen
 from .hub import REPOSITORY_ID, Repository
 from .manifest import sha256
 from .names import comfyui_name
+from .unchanged import unchanged
 
 ADAPTER = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
 HEADER_CONFIG = "lora_adapter_metadata"  # the same config, as diffusers stores it in a header
@@ -223,22 +224,24 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
     _check_matched(file, unmatched, len(entries), partial)
 
     own = {(t.network, t.layer) for targets, exact in found.values() if exact for t in targets}
-    arrays: Any = mx.load(str(file))
     deltas: dict[str, dict[str, Delta]] = {network: {} for network in configs}
     ignored: list[str] = []
-    for path, (targets, exact) in found.items():
-        keys = layers[path]
-        if targets and not exact and all((t.network, t.layer) in own for t in targets):
-            ignored += keys.values()
-            continue
-        for target in targets:
-            for kind, delta in _deltas(file, path, keys, arrays, _Scaling(config), names, target):
-                name = _weight_name(target.layer, kind, names.shapes[target.network])
-                if name in deltas[target.network]:
-                    raise CheckpointError(f"{file}: {path} is a second difference of {name}; expected one")
-                deltas[target.network][name] = delta
+    with unchanged(entries.values()):
+        arrays: Any = mx.load(str(file))
+        for path, (targets, exact) in found.items():
+            keys = layers[path]
+            if targets and not exact and all((t.network, t.layer) in own for t in targets):
+                ignored += keys.values()
+                continue
+            for target in targets:
+                for kind, delta in _deltas(file, path, keys, arrays, _Scaling(config), names, target):
+                    name = _weight_name(target.layer, kind, names.shapes[target.network])
+                    if name in deltas[target.network]:
+                        raise CheckpointError(f"{file}: {path} is a second difference of {name}; expected one")
+                    deltas[target.network][name] = delta
+        checksum = sha256(file)
     read = {network: found for network, found in deltas.items() if found}
-    return Lora(file, sha256(file), read, tuple(sorted(ignored)), tuple(unmatched), metadata, _dialect(entries))
+    return Lora(file, checksum, read, tuple(sorted(ignored)), tuple(unmatched), metadata, _dialect(entries))
 
 
 def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:

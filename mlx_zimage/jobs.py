@@ -181,6 +181,11 @@ def read_requests(text: str, name: str) -> list[dict]:
             twice = sorted(values.keys() & names) if short in values else []
             if twice:
                 raise RequestError(f"{name}, line {i}: {short} cannot be combined with {twice[0]}; give one")
+        try:
+            resolve(values)
+            _check_count(values.get("count", 1))
+        except RequestError as error:
+            raise RequestError(f"{name}, line {i}: {error}") from None
         if not _can_be_a_path(values.get("output", "")):
             raise RequestError(f"{name}, line {i}: output must be a file name, got {values['output']!r}")
         requests.append(values)

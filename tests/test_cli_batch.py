@@ -294,15 +294,16 @@ def test_nohup_is_respected():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "alive\n"
 
 
-def test_an_interrupted_conversion_leaves_no_folder(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, code):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_CONVERT], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stderr.readline() == b"started\n"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (143, b"Stopped.\n")
-    assert not (tmp_path / "dest").exists()
+    assert (process.returncode, stderr) == (code, b"Stopped.\n")
+    assert list(tmp_path.iterdir()) == [], "no partial folder and no lock"
 
 
 SLOW_CONVERT = """

@@ -209,6 +209,21 @@ def test_an_error_names_the_option_as_it_was_typed(run, options, message):
     assert result.exit_code == 2 and f"Error: {message}" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"width": 50}, "width must be a multiple of 16"),
+        ({"size": "50x32"}, "size: width must be a multiple of 16"),
+        ({"steps": 0, "size": "32x32"}, "steps must be from 1"),
+        ({}, "--size: height must be a multiple of 16"),
+    ],
+)
+def test_an_error_of_one_object_names_its_own_key_rather_than_an_option(run, own, message):
+    lines = json.dumps({"prompt": "a", **own})
+    result = run("generate", "-m", "pocket", "--requests", "-", "--size", "32x50", "--steps", "1", input=lines)
+    assert result.exit_code == 2 and f"Error: image 1 of 1: {message}" in result.stderr
+
+
 def test_generate_plan_and_bench_take_the_same_sizes_and_counts(run, small_pocket, monkeypatch):
     for size, sides in (["--size", "3:2"], (80, 48)), (["--size", "64x32"], (64, 32)), (["--width", "32"], (32, 64)):
         result = run("generate", PROMPT, "-m", small_pocket, "--steps", "1", *size, "--count", "2")

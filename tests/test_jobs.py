@@ -163,6 +163,8 @@ def test_requests_are_read_one_object_per_line():
         ("[1]", "line 1 must be a JSON object, got list"),
         ('{"widht": 64}', "line 1: unknown field 'widht'; the fields are"),
         ('{"output": 1}', "output must be a file name"),
+        ('{}\n{"size": "wide"}', "line 2: size must be an aspect ratio"),
+        ('{"count": 0}', "line 1: count must be from 1"),
         ('{"output": "a\\u0000.png"}', "output must be a file name"),
         ('{"output": "\\ud800.png"}', "output must be a file name"),
         ("[" * 100_000, "line 1 is not valid JSON"),

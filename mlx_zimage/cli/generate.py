@@ -273,8 +273,7 @@ def generate(
         except RequestError as error:
             if not requests_file and not prompt_file:
                 raise
-            names = given | {"guidance_scale": "guidance"} if "guidance" in own else given
-            message = as_typed(str(error), {name: typed for name, typed in names.items() if name not in own})
+            message = as_typed(str(error), _names(given, own))
             raise RequestError(f"image {series.n} of {total}: {message}") from error
         if latents_file and request.width and request.height:
             check_latents_size(latents_file, inputs.latents, request.width, request.height)
@@ -387,6 +386,13 @@ def _check(series: Series) -> GenerateRequest:
     request = first.request()
     check_output(first.path(request))
     return request
+
+
+def _names(given: Mapping[str, str], own: dict) -> dict[str, str]:
+    """What the values of one request were typed as, by their names: an option, or a key of its object."""
+    hidden = {"size", "width", "height"} if own.keys() & {"size", "width", "height"} else set()
+    names = {name: option for name, option in given.items() if name not in own.keys() | hidden}
+    return names | {field: key for field, key in (("guidance_scale", "guidance"), ("size", "size")) if key in own}
 
 
 def _warn(message: str) -> None:

@@ -87,7 +87,7 @@ def convert_steps(
     search fits the scales of "affine" by least squares, which is slower but more accurate. calibrate does this too, and
     first generates a few images with the source, a model folder or id, to record the inputs of each matrix of the
     transformer; the matrices are then quantized to preserve the products with those inputs. For the real model this
-    takes a few gigabytes on top of memory (as for ZImagePipeline.from_pretrained) and many times as long.
+    takes many times as long, and a few gigabytes beyond memory (see ZImagePipeline.from_pretrained).
 
     loras, pairs of a LoRA (a file, PEFT's folder, a Hugging Face id or id:file) and its strength, are added to the
     weights before they are rounded or quantized. Every key of theirs must match a layer, unless partial is True.

@@ -1,7 +1,8 @@
 """Records the inputs of each matrix of the transformer during generation, which show where weight errors matter.
 
-What counts are not the weights of a matrix but its products. With M the second moments of the inputs and L the Cholesky
-factor of M, the mean squared error of the products is the square of (weight error) times L. rounding.py keeps it small.
+What matters is not the error of a matrix's weights but that of its products. With M the second moments of the inputs
+and L the Cholesky factor of M, the mean squared error of the products is the squared norm of (weight error) times L.
+rounding.py keeps it small.
 """
 
 from __future__ import annotations

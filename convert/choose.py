@@ -29,7 +29,7 @@ DENSE = (0, 16)  # values of bits that mean "not quantized"
 BITS = MODES["affine"][0]
 RECIPES = ("uniform", "mixed")
 # Value and output matrices carry the content of attention; queries and keys only steer it, through a softmax.
-EXTRA_STEPS = {"to_v": 2, "to_out": 1}  # up in BITS, for `mixed`
+EXTRA_STEPS = {"to_v": 2, "to_out": 1}  # steps up in BITS, for `mixed`
 IMPORTANCE = {"to_q": 1.2, "to_k": 1.0, "to_v": 18.0, "to_out": 11.0, "w1": 9.0, "w2": 21.0, "w3": 13.0}
 TEXT_ENCODER_IMPORTANCE = 0.4
 KIND = re.compile(r".*\.(to_q|to_k|to_v|to_out|w1|w2|w3)\.")

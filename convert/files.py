@@ -46,7 +46,7 @@ def open_file(file: Path, configs: Mapping[str, dict]) -> tuple[dict[str, Source
 def refuse_pickles(folder: Path) -> None:
     """Raise if any network in a model folder, or the whole model, has only pickles for weights.
 
-    Pickles next to safetensors are never opened, and allowed.
+    Pickles next to safetensors are allowed, and never opened.
     """
     for place in (folder, *(folder / name for name in NETWORKS)):
         files = [path for path in visible(place) if path.is_file()]

@@ -98,7 +98,7 @@ def _other_parts(file: Path, number: int, count: int) -> list[Path]:
     named = PART.fullmatch(file.name)
     if not named or (int(named["number"]), int(named["count"])) != (number, count):
         raise CheckpointError(
-            f"{file} is part {number} of {count}; rename the parts so that they are found, "
+            f"{file} is part {number} of {count}; rename the parts so that they can be found, "
             f"this one to NAME-{number:05}-of-{count:05}.gguf"
         )
     names = (f"{named['stem']}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1) if i != number)

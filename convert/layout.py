@@ -50,7 +50,7 @@ def lay_out_folder(
     search: bool = False,
     factor_of: Factors | None = None,
 ) -> Layout:
-    """A folder in the format form, "mlx" or "diffusers", with the small files copied into it; see Task for search.
+    """A folder in one of two formats (form is "mlx" or "diffusers"), with its small files copied; see Task for search.
 
     factor_of gives the factor for each quantized weight of the transformer.
     """
@@ -111,8 +111,8 @@ def _shards(tasks: Sequence[Task], stem: str, form: str) -> list[Shard]:
         groups[-1].append(task)
         size += task.nbytes
     if form == "mlx":
-        # Safetensors allows no gaps. So what fills whole pages comes first, and each of it begins with one: all dense
-        # matrices, and feed-forwards' in 4 and 8 bits. The rest follows wherever it falls.
+        # Safetensors allows no gaps, so tensors that fill whole pages come first, and each begins on a page: all dense
+        # matrices, and those of the feed-forwards in 4 and 8 bits. The rest is not aligned.
         groups = [sorted(group, key=lambda task: task.nbytes % PAGE > 0) for group in groups]
     if form == "diffusers" and len(groups) == 1:
         return [Shard(f"{stem}.safetensors", groups[0], "pt")]
@@ -132,7 +132,7 @@ def _index(shards: Sequence[Shard], parameters: int) -> dict:
         (q,) = packed
         metadata |= {"quantization_mode": q.mode, "quantization_level": str(q.bits)}
         metadata |= {"quantization_group_size": str(q.group_size)}
-        # Would also declare MLX's layout of convolutions, which are stored as in diffusers.
+        # Not with convolutions: this would declare that they have MLX's layout, but they are stored as in diffusers.
         if not any(len(slot.shape) == 4 for shard in shards for slot in shard.slots):
             metadata["mlx_vlm_format"] = "z_image"
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
@@ -156,7 +156,7 @@ def _written_config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> d
 
 
 def describe_conversion(source: Source, dtype: str, quantization: dict) -> dict:
-    """The content of conversion.json; `before` is the one of the source, if any."""
+    """The content of conversion.json; `before` is the source's own, if it has one."""
     conversion = {
         "converter": f"mlx-zimage {__version__}",
         "source": source.origin,

@@ -20,9 +20,9 @@ SEARCHED_VALUES = 2**20  # at a time
 def quantize_rows(
     rows: mx.array, q: Quantization, search: bool = False, factor: np.ndarray | None = None
 ) -> list[mx.array]:
-    """Packed weight, scales and, if affine, biases of rows (n, width), whose dtype the scales and biases get.
+    """Packed weight, scales and, if affine, biases of rows (n, width). Scales and biases have the rows' dtype.
 
-    factor describes the layer's inputs, see calibrate.py; with it the error of products is kept small, not of weights.
+    factor describes the layer's inputs (see calibrate.py); with it, the products' error is minimized, not the weights'.
     """
     if q.mode != "affine" or not (search or factor is not None):
         return list(mx.quantize(rows, group_size=q.group_size, bits=q.bits, mode=q.mode))

@@ -22,7 +22,7 @@ from ..weights.unchanged import unchanged
 from .disk import read_bytes
 from .rounding import dequantize_rows
 
-# Bytes of float32 at a time: more would not fit in a CPU's cache; with less, a GPU would mostly wait to be asked.
+# Bytes of float32 at a time: more would not fit in a CPU's cache; with less, a GPU would mostly be idle.
 CHUNK_BYTES = {"cpu": 2 * 2**20, "metal": 2**26, "cuda": 2**26}
 # The exponent bits, which are all set in NaN and infinity but not in any finite number.
 EXPONENT = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}

@@ -15,7 +15,7 @@ from ..quantization import Quantization
 from .rounding import quantize_rows
 from .rows import Tensor, read_rows
 
-PAGE = 2**14  # bytes of a page of memory on Apple Silicon, where what begins with one may be mapped instead of read
+PAGE = 2**14  # bytes of a memory page on Apple Silicon: a tensor that begins on one can be mapped instead of read
 CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the overhead per column only pays off for many rows
 
 
@@ -89,7 +89,7 @@ class Shard:
 
 
 def header(slots: Iterable[Slot], form: str) -> bytes:
-    """A safetensors header, preceded by its length and padded so that the data begins with a page."""
+    """A safetensors header, preceded by its length and padded so that the data begins on a page."""
     fields: dict = {"__metadata__": {"format": form}}
     offset = 0
     for slot in slots:

@@ -112,7 +112,7 @@ def open_source(
 
 
 def _model_index(content: bytes) -> bytes:
-    """The model_index.json to write: that of the source, but for text-to-image."""
+    """The model_index.json to write: the source's, declared as the text-to-image pipeline."""
     index = json.loads(content)
     if index["_class_name"] == PIPELINE_CLASS:
         return content

@@ -2,7 +2,7 @@
 
     python examples/full_size.py FOLDER [--dtype bfloat16] [--q-bits 4]
 
-For trying memory, speed and conversion without the real weights: its images are noise, but every name, shape and dtype
+To try out memory, speed and conversion without the real weights: its images are noise, but every name, shape and dtype
 is as published (the shards are smaller). With --dtype or --q-bits, it has the tensors that our converter would write.
 The tokenizer is the pocket model's. One shard is in memory at a time.
 """

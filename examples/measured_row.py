@@ -16,10 +16,12 @@ def row(doctor: dict, bench: dict) -> str:
     """The row in Markdown: seconds as medians, memory as the largest peak."""
     machine, case = doctor["machine"], bench["case"]
     if any(machine[name] != bench["machine"][name] for name in CHIP):
-        raise SystemExit(f"two machines or versions: {machine} and {bench['machine']}; run both commands again")
+        raise SystemExit(
+            f"the files are of two machines or versions: {machine} and {bench['machine']}; run both commands again"
+        )
     if not doctor["passed"]:
         wrong = sorted({check["name"] for check in doctor["checks"] if not passed(check)})
-        raise SystemExit(f"this machine computes wrong results for {', '.join(wrong)}: open an issue, not a row")
+        raise SystemExit(f"this machine computes wrong results for {', '.join(wrong)}: open an issue instead of a row")
     system = f"macOS {machine['macos']}" if machine["macos"] else "Linux"
     rate = f"{doctor['speeds']['product_tflops']:.3g} TFLOP/s"
     weights = f"{case['bits']} bits, {case['dtype']}" if case["bits"] else case["dtype"]

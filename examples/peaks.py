@@ -3,7 +3,7 @@
     python examples/peaks.py MODEL REQUEST ... [--steps 8] [--stage] [--dtype float16]
 
 A request is a side in pixels, optionally with a budget and a number of images: 1024, 1024:2GB, 512:2GB:4. Images of one
-size have the same latents, whatever was in memory when: the last column is their checksum. Bytes read are the
+size have the same latents under every budget: the last column is their checksum. Bytes read are the
 transformer's per step; seconds are for encoding, one step, decoding one image, and the total. The first row of a size
 includes compiling kernels.
 """
@@ -155,7 +155,7 @@ def main(model: str, requests: tuple[str, ...], steps: int, stage: bool, dtype: 
     for text in requests:
         match = re.fullmatch(r"(\d+)(?::([\w.]*)(?::(\d+))?)?", text)
         if not match:
-            raise click.UsageError(f"a request is SIDE, SIDE:BUDGET or SIDE:BUDGET:PICTURES, got {text!r}")
+            raise click.UsageError(f"a request is SIDE, SIDE:BUDGET or SIDE:BUDGET:IMAGES, got {text!r}")
         side, budget, count = match.groups()
         try:
             row = measure(model, int(side), budget or None, int(count or 1), steps, False if stage else None, dtype)

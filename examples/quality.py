@@ -75,7 +75,7 @@ WAYS = {
 
 
 def change(errors: np.ndarray, plain: np.ndarray) -> str:
-    """From plain errors, both (prompts, seeds): a part and its standard error, in percent."""
+    """The change from plain errors, both (prompts, seeds), and its standard error, in percent."""
     logs = np.log(errors / plain).mean(1)
     spread = logs.std(ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
     return f"{100 * (np.exp(logs.mean()) - 1):+.0f} ± {100 * spread:.0f} %"

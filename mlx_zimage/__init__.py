@@ -14,9 +14,9 @@ Open a pipeline once, then call it as often as you like:
 "pocket" is the tiny model inside this package: it generates coloured shapes in seconds, without downloading anything.
 For the real model, pass the folder that `mlx-zimage convert` or the first `mlx-zimage generate` created, or a Hugging
 Face id such as "Tongyi-MAI/Z-Image-Turbo", which is downloaded (33 GB). The arguments are those of diffusers'
-ZImagePipeline, in the same order, and `seed`, which gives the noise of a torch.Generator of that seed. Without either,
-a random seed is used; out.seed has it. help(ZImagePipeline) explains all arguments. In a terminal or notebook a call
-shows a progress bar; pipe.set_progress_bar_config(disable=True) turns it off.
+ZImagePipeline, in the same order, and `seed`, which gives the noise of a torch.Generator of that seed. Without a
+seed or generator, a random seed is used; out.seed has it. help(ZImagePipeline) explains all arguments. In a terminal or
+notebook a call shows a progress bar; pipe.set_progress_bar_config(disable=True) turns it off.
 
 A pipeline runs one request at a time: another thread is refused meanwhile, and so is a process forked after MLX was
 used (multiprocessing's "spawn" works).
@@ -94,7 +94,7 @@ Converting
 
 More
 ----
-The source has five short programs in examples/, and README.md describes the command line. Modules worth reading are
+The repository has five short programs in examples/, and README.md describes the command line. Modules worth reading are
 pipeline (how an image is made), generate (from a request to finished files), sampling (the denoising loop), scheduler
 (the sigmas) and images.metadata (how an image records the way it was made).
 """

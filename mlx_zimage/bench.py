@@ -107,7 +107,7 @@ def timed(
 ) -> Generator[Timing, None, dict]:
     """Seconds for the first run, the median of `repeat` more, and MLX's peak memory over all of them in GB.
 
-    planned is the predicted peak in bytes. A first run that generates its weights is left out of the measured one.
+    planned is the predicted peak in bytes. A first run that generates its weights is left out of the measured peak.
     """
     yield Timing(phase, repeat + 1)
     mx.clear_cache()
@@ -152,7 +152,7 @@ def time_first_step(model: str, case: Case) -> float:
             code = subprocess.run([*command, prompt], env=env).returncode
             if code:
                 raise ZImageError(
-                    f"the process started to time a first step exited with code {code}; its output is above"
+                    f"the process that was to time a first step exited with code {code}; its output is above"
                 )
             return time.perf_counter() - start
 
@@ -174,7 +174,7 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
 
 
 def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timing | dict]:
-    """`bench`, yielding a Timing where a phase begins and after each run, and at last the report."""
+    """`bench`, yielding a Timing where a phase begins and after each run, and finally the report."""
     dtype_name, cold_start, generated = case.dtype or default_dtype(), None, model == "random"
     case = replace(case, dtype=dtype_name)
     if generated:

@@ -107,7 +107,9 @@ def speeds(width: int, height: int, model: Checkpoint | None = None) -> Speeds:
     longest = None
     if backend() != "cpu":
         remember_product_rate(rate)
-        longest = 2 * longest_kernel(width, height, kernel_flops()) / rate  # all but products reach half of the rate
+        longest = (
+            2 * longest_kernel(width, height, kernel_flops()) / rate
+        )  # other kernels than products reach half the rate
     if model is None:
         return Speeds(rate, longest)
     files = {entry.file for entry in model.transformer.entries.values()}
@@ -184,7 +186,7 @@ class Verdict:
 
 
 def verdicts(facts: dict[str, Any], speeds: Speeds) -> list[Verdict]:
-    """All verdicts on this machine except that on its arithmetic."""
+    """All verdicts on this machine except the one on its arithmetic."""
     place = next(path for path in (home(), *home().absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     return [
@@ -255,7 +257,7 @@ def judge_kernels(speeds: Speeds) -> list[Verdict]:
     if speeds.longest_kernel_s is None:
         return []
     ok, message = speeds.longest_kernel_s <= LONG_KERNEL, f"the longest takes about {speeds.longest_kernel_s:.2g} s"
-    advice = "generate smaller images, and let MLX_ZIMAGE_HOME be a folder that can be written: macOS ends long kernels"
+    advice = "generate smaller images, and set MLX_ZIMAGE_HOME to a writable folder: macOS kills long kernels"
     return [Verdict("kernels", ok, message, "" if ok else advice)]
 
 

@@ -15,7 +15,7 @@ from .errors import DeviceError, MemoryBudgetError, ZImageError
 SLOW_DISK = (
     "if the model is on a slow disk (network, USB), copy it to the internal one; if not, generate smaller images"
 )
-LESS_MEMORY = "give it less with --memory (memory= in Python), generate smaller images, or close other programs"
+LESS_MEMORY = "lower the budget with --memory (memory= in Python), generate smaller images, or close other programs"
 TOO_LONG = (
     "macOS stopped work that kept the GPU from the display. Let the display sleep while images are generated, or "
     "generate smaller images. AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment turns this limit off on most Macs, "

@@ -195,7 +195,7 @@ def read_requests(text: str, name: str) -> list[dict]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a file. Unlike for str.splitlines, U+2028, VT and the like are characters of a line."""
+    """The lines of a file. Unlike in str.splitlines, U+2028, VT and the like are characters of a line."""
     return re.split(r"\r\n|\n|\r", text)
 
 

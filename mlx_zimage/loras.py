@@ -4,7 +4,7 @@
     pipe.set_loras({"style": 0.8})
     pipe.unload_lora("style")
 
-A request may name others of the loaded ones, at strengths of its own (`GenerateRequest.loras`).
+A request may choose its own among the loaded ones, at its own strengths (`GenerateRequest.loras`).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class LoraMethods:
         """Load a LoRA of any trainer's dialect and use it from the next request on; returns the name it goes by.
 
         source is a safetensors file, PEFT's folder, a Hugging Face id, or id:file. The name is the file's by default.
-        Every key must match a layer of the model: CheckpointError otherwise; partial=True warns and goes on without
-        those that do not. The weights of the model are not changed.
+        Every key must match a layer of the model, or it raises CheckpointError; with partial=True, keys that do not are
+        ignored with a warning. The weights of the model are not changed.
         """
         path = find_lora(source)
         name = name_of_lora(path) if name is None else name
@@ -48,7 +48,7 @@ class LoraMethods:
         lora = read_lora(path, configs, partial)
         if lora.unmatched:
             warnings.warn(
-                f"{path}: {len(lora.unmatched)} keys match no layer and are left out, first {lora.unmatched[0]!r}",
+                f"{path}: {len(lora.unmatched)} keys match no layer and are ignored, first {lora.unmatched[0]!r}",
                 stacklevel=2,
             )
         for other, loaded in self._loras.items():
@@ -70,7 +70,7 @@ class LoraMethods:
         self._strengths = {name: LoraUse(name, strength).strength for name, strength in strengths.items()}
 
     def unload_lora(self, name: str) -> None:
-        """Take a LoRA off, and free its memory."""
+        """Unload a LoRA, and free its memory."""
         self._check_loaded([name])
         with self.turns.computing():
             self.networks.detach(self._loras.pop(name))
@@ -80,9 +80,9 @@ class LoraMethods:
         for name in names:
             if name not in self._loras:
                 loaded = ", ".join(map(repr, self._loras)) or "none"
-                raise RequestError(f"no LoRA is loaded as {name!r}, loaded: {loaded}; load_lora loads one")
+                raise RequestError(f"no LoRA is loaded as {name!r} (loaded: {loaded}); load_lora loads one")
 
-    # ---- the same in diffusers' words
+    # ---- the same under diffusers' names
 
     def load_lora_weights(
         self,
@@ -137,9 +137,9 @@ class LoraMethods:
         return {network: names for network, names in found.items() if names}
 
     fuse_lora = Elsewhere(
-        "LoRAs run beside the model's weights, at no cost worth fusing for; `mlx-zimage fuse MODEL --lora FILE FOLDER` "
-        "writes a model that has them in its weights"
+        "LoRAs run beside the model's weights at little cost; `mlx-zimage fuse MODEL --lora FILE FOLDER` writes a "
+        "model that has them in its weights"
     )
-    unfuse_lora = Elsewhere("LoRAs are never fused; unload_lora takes one off")
+    unfuse_lora = Elsewhere("LoRAs are never fused; unload_lora removes one")
     disable_lora = Elsewhere("use set_loras({})")
     enable_lora = Elsewhere("use set_loras({name: strength})")

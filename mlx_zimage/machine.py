@@ -25,7 +25,7 @@ import mlx.core as mx
 from . import atomic
 from .errors import ModelNotFoundError
 
-# Bytes of a Mac's working set left to whatever draws its screen, or a tenth of small ones. A guess: a frame of a 5K
+# Bytes of a Mac's working set left for what is on its screen; at most a tenth of the set. A guess: a frame of a 5K
 # display is 59 MB, of which the display and each large window hold two or three.
 WINDOW_SERVER = 500 * 10**6
 MEMORY_SHARE = 0.6  # share of the memory to use, if the system does not recommend one
@@ -113,7 +113,7 @@ def version_of(text: str) -> tuple[int, ...]:
 
 
 def mlx_version() -> str:
-    return mx.__version__  # type: ignore[attr-defined]  # missing in MLX's stubs
+    return mx.__version__  # type: ignore[attr-defined]  # missing from MLX's stubs
 
 
 def unpack_from() -> int:
@@ -220,7 +220,7 @@ def home() -> Path:
         if given:
             return Path(given).expanduser()
         caches = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
-        if not caches.is_absolute():  # to be ignored, says the XDG specification
+        if not caches.is_absolute():  # the XDG specification says to ignore it
             caches = Path("~/.cache").expanduser()
         return caches / "mlx-zimage"
     except RuntimeError:  # the user has no home folder

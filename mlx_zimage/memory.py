@@ -1,4 +1,4 @@
-"""Plans which parts of the networks are in memory at a time, so that a request stays within a memory budget.
+"""Plans which parts of the networks are in memory at any time, so that a request stays within a memory budget.
 
 A request is a list of stages, each of which runs some networks. The plan is made before any weights are read, from the
 tensors' sizes, the request, and the measured bounds on working memory in `mlx_zimage.bounds`.
@@ -51,8 +51,8 @@ class Workload:
 class Footprint:
     """Bytes of a network's weights in memory: of each block, in the order they run, and of everything else.
 
-    unpacked is the dense form of the largest quantized block. reading is needed in addition while weights are read: for
-    tensors that are stored in another dtype or layout than they are computed in, those of one block, or one per reader.
+    unpacked is the dense form of the largest quantized block. reading is needed in addition while weights are read: a
+    second copy of tensors that are stored in a different dtype or layout, of one block, or of one tensor per reader.
     """
 
     blocks: Mapping[str, int]

@@ -8,7 +8,7 @@ from .errors import RequestError
 
 
 class Needless:
-    """A method of diffusers that has nothing to do here. It warns, which Python shows once for each place of a call."""
+    """A method of diffusers that has nothing to do here. Calls warn, which Python shows once per line of code."""
 
     def __init__(self, why: str):
         self.why = why

@@ -127,13 +127,13 @@ class Networks:
             self.overlays[name].attach(lora.sha256, deltas)
 
     def detach(self, lora: Lora) -> None:
-        """Take a LoRA off, and unload it."""
+        """Unload a LoRA."""
         for name in lora.deltas:
             self.overlays[name].detach(lora.sha256)
         self.transformer.forget_schedule_but(())
 
     def set_loras(self, strengths: Mapping[str, float]) -> None:
-        """Give attached LoRAs, by their SHA-256, the strengths that what follows is computed with; others have none."""
+        """Use attached LoRAs, by their SHA-256, at these strengths from now on, and no others."""
         self._strengths = strengths
         for overlay in self.overlays.values():
             if overlay.set(strengths):
@@ -142,7 +142,7 @@ class Networks:
 
     @contextmanager
     def with_loras(self, strengths: Mapping[str, float]) -> Iterator[None]:
-        """Attached LoRAs at other strengths for a while."""
+        """Within the block, use attached LoRAs at these strengths instead."""
         before = self._strengths
         self.set_loras(strengths)
         try:
@@ -165,7 +165,7 @@ class Networks:
 
     @contextmanager
     def running(self, plan: Plan) -> Iterator[Networks]:
-        """The networks, managed as the plan says; what it does not keep is unloaded when the block ends or fails."""
+        """The networks, managed as the plan says; what it does not keep is unloaded once the block ends or fails."""
         self._plan = plan
         for runner in self.runners.values():
             runner.streamed = plan.streamed
@@ -275,7 +275,7 @@ class Networks:
         made = components, ("factors", headroom.SIDE, *ids)
         factors = self._store.get(*made, (len(networks),), mx.float32)
         if factors is None:
-            with self.with_loras({}):  # the model's own, for every request
+            with self.with_loras({}):  # the scale is the model's own, whatever LoRAs a request uses
                 factors = mx.array((yield from self._find_factors(ids)))
             self._store.put(*made, factors)
         for network, component, factor in zip(networks, components, np.array(factors).tolist(), strict=True):

@@ -60,7 +60,7 @@ def _box_muller(uniform: np.ndarray) -> np.ndarray:
 # ---- torch's own generator
 
 TWISTER = np.dtype([("seed", "u8"), ("left", "i4"), ("seeded", "i4"), ("next", "u8"), ("key", "u8", 624)])
-STATE_BYTES = 5056  # of CPUGeneratorImplState: a TWISTER and what normals generated one by one leave over
+STATE_BYTES = 5056  # of CPUGeneratorImplState: a TWISTER, then what is left over from normals generated one by one
 
 
 def generator_randn(generator: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -72,7 +72,7 @@ def generator_randn(generator: Any, shape: tuple[int, ...]) -> np.ndarray:
     state = generator.get_state()
     found = np.asarray(state)[: TWISTER.itemsize].view(TWISTER)  # not a copy
     twister = np.random.MT19937()
-    # torch has used up its block of 624 integers when one is left to count
+    # when `left` is 1, torch has used up its block of 624 integers
     position = 624 if found["left"][0] == 1 else int(found["next"][0])
     twister.state = {"bit_generator": "MT19937", "state": {"key": found["key"][0].astype(np.uint32), "pos": position}}
     normal = _randn(twister, shape)

@@ -68,7 +68,7 @@ class Generated:
 class PipelineOutput:
     """images: a list of PIL images, or an array: (B, H, W, 3) in [0, 1] for "np", (B, 16, h, w) for "latent".
 
-    seed is the seed that was used, with generators the initial seed of the first. out[0] is images, as in diffusers.
+    seed is the seed that was used; with generators, the first one's initial seed. out[0] is images, as in diffusers.
     """
 
     images: list | np.ndarray
@@ -122,7 +122,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         "bfloat16", "float16" or "float32", or mx.bfloat16 and so on; `default_dtype` has the default. If float16
         overflows in spite of `mlx_zimage.headroom`, the pipeline warns and continues in bfloat16 (float32 in virtual
         machines). torch_dtype is diffusers' name for dtype; other options of diffusers are ignored with a warning, or
-        refused with what to do instead.
+        raise an error that says what to do instead.
 
         memory is the memory budget, such as "6GB"; by default the one the machine recommends. Weights that do not fit
         are streamed from disk: slower, but the same image. A request that cannot fit is refused before any weights are

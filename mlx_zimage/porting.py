@@ -100,7 +100,7 @@ def check_to(dtype: mx.Dtype, values: Sequence[object]) -> None:
 
 
 def check_call(output_type: str, joint_attention_kwargs: Any, generator: Any, seed: int | None) -> None:
-    """Refuse arguments that cannot work, or not together."""
+    """Refuse arguments that cannot work, alone or together."""
     if joint_attention_kwargs:
         raise RequestError(
             f"joint_attention_kwargs must be empty, got {joint_attention_kwargs!r}; "
@@ -119,7 +119,7 @@ def check_call(output_type: str, joint_attention_kwargs: Any, generator: Any, se
 def each_prompt(
     prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any
 ) -> Iterator[tuple[dict[str, Any], Inputs]]:
-    """For each prompt of a call, its fields of a request and the embeddings that it may have instead."""
+    """For each prompt of a call, the fields of its request, and the embeddings that replace it, if any."""
     if prompt is None and prompt_embeds is None:
         raise RequestError("there is no prompt; give prompt or prompt_embeds")
     columns = {
@@ -200,7 +200,7 @@ def answer_by(
     unknown = [name for name in names if name != "latents" and name not in given]
     if unknown:
         raise RequestError(
-            f"callback_on_step_end_tensor_inputs may have 'latents' and those embeddings that the call was given, got "
+            f"callback_on_step_end_tensor_inputs may have 'latents' and embeddings passed to the call, got "
             f"{unknown[0]!r}; pipe.encode_prompt makes embeddings"
         )
 

@@ -47,7 +47,7 @@ class LoraUse:
 
     @classmethod
     def of(cls, value: Any) -> LoraUse:
-        """A LoraUse as it is, or from its dict."""
+        """A LoraUse unchanged, or one made from its dict."""
         if isinstance(value, cls):
             return value
         if not isinstance(value, dict) or not {"name"} <= value.keys() <= {"name", "strength", "sha256"}:

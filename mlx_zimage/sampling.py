@@ -17,7 +17,7 @@ from . import scheduler
 from .errors import NumericsError
 
 Velocity = Callable[[mx.array, int], mx.array]
-Velocities = Callable[[mx.array, int, int | None], Sequence[mx.array]]  # one per prompt, or for some
+Velocities = Callable[[mx.array, int, int | None], Sequence[mx.array]]  # one per prompt, or for the first few
 E = TypeVar("E")
 
 
@@ -89,7 +89,7 @@ class Guidance:
 def guide(velocities: Velocities, guidance: Guidance, sigmas: Sequence[float] | np.ndarray) -> Velocity:
     """The velocity along the sigmas, guided if there is a negative prompt.
 
-    velocities returns the prompt's velocity and, with guidance, the negative prompt's; its third argument is how many.
+    velocities returns the prompt's velocity and, with guidance, the negative prompt's; its third argument limits them.
     """
     times = scheduler.times(sigmas)
 
@@ -114,7 +114,7 @@ def length(x: mx.array) -> mx.array:
 
 
 def answered(events: Generator[E, Change | None, None], answer: Callable[[Step], Change]) -> Iterator[E | Step]:
-    """The events, with each Step answered; its latents are those that the answer replaces them with."""
+    """The events, with each Step answered; it is passed on with the answer's latents."""
     change = None
     while True:
         try:

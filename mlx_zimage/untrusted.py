@@ -1,4 +1,4 @@
-"""Reading what a stranger may have written: regular files only, bounded JSON, and values cut for errors."""
+"""Reading files that a stranger may have written: regular files only, bounded JSON, and values cut for errors."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_wrong_loras_are_refused_before_anything_is_computed(pipe, style, face, 
         lambda: pipe.load_lora(face, name="a"): (RequestError, "another LoRA is loaded as 'a'"),
         lambda: pipe.load_lora(face, strength=float("nan")): (RequestError, "strength of LoRA face"),
         lambda: pipe.load_lora(face, name=""): (RequestError, "a LoRA's name must be"),
-        lambda: pipe.set_loras({"c": 1}): (RequestError, "no LoRA is loaded as 'c', loaded: 'a'"),
+        lambda: pipe.set_loras({"c": 1}): (RequestError, r"no LoRA is loaded as 'c' \(loaded: 'a'\)"),
         lambda: pipe.set_loras({"a": "strong"}): (RequestError, "strength of LoRA a must be a number"),
         lambda: latents(pipe, replace(REQUEST, loras=[LoraUse("a"), LoraUse("a", 2)])): (
             RequestError,
@@ -184,5 +184,5 @@ def test_a_lora_loaded_in_part_warns_of_the_rest(pipe, style):
     mx.save_safetensors(str(style), tensors)
     with pytest.raises(CheckpointError, match="1 of"):
         pipe.load_lora(style)
-    with pytest.warns(UserWarning, match="1 keys match no layer and are left out"):
+    with pytest.warns(UserWarning, match="1 keys match no layer and are ignored"):
         pipe.load_lora(style, partial=True)

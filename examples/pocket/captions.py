@@ -99,7 +99,7 @@ OPENINGS_EN = (
 )
 OPENINGS_ZH = ("", "", "", "", "一张图片，", "画面里有", "画", "图中有")
 # what people add and the pocket world cannot show: a tenth of the captions end with some of these,
-# so that it learns to ignore them, and to read captions of more than 32 tokens
+# so that the model learns to ignore them, and to read captions of more than 32 tokens
 FLOURISHES_EN = (
     "simple flat shapes",
     "minimalist style",

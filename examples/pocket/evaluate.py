@@ -94,17 +94,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-n", "--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=2027, help="of the prompts, and of the first image")
+    parser.add_argument("--seed", type=int, default=2027, help="seed of the prompts and of the first image")
     parser.add_argument(
         "--with",
         dest="what",
         default="diffusers",
         choices=("diffusers", "mlx", "reconstructions", "ground-truth"),
-        help="what draws",
+        help="what makes the images",
     )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--device", default="cpu", help="for diffusers")
+    parser.add_argument("--device", default="cpu", help="PyTorch device, for diffusers")
     parser.add_argument("--size", help="WxH: only that size; all training sizes by default")
     parser.add_argument("--verdicts", type=Path, help="write every prompt's verdict here, as JSON")
     options = parser.parse_args()

@@ -77,11 +77,11 @@ def export(vae, encoder, transformer, folder: Path) -> None:
         },
     )
     for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes for the owner alone
+        path.chmod(0o644)  # safetensors lets only the owner read the file
 
 
 def folder_size(folder: Path) -> int:
-    """In bytes, everything in it."""
+    """The bytes of everything in it."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 

@@ -49,7 +49,7 @@ class FactsHead(nn.Linear):
         color_loss = F.cross_entropy(
             colors.view(-1, MAX_OBJECTS + 1, len(COLORS)).transpose(1, 2), facts.colors, reduction="none"
         )
-        counts = torch.cat([exists, torch.ones_like(exists[:, :1])], 1)  # the background's always does
+        counts = torch.cat([exists, torch.ones_like(exists[:, :1])], 1)  # the background always exists
         color_loss = (color_loss * counts).sum(1) / counts.sum(1)
         circle_error = (circles.view(-1, MAX_OBJECTS, 3) - facts.circles).pow(2).mean(-1)
         circle_loss = (circle_error * exists).sum(1)
@@ -157,7 +157,7 @@ def train_flow(
 
 
 class _averaged:
-    """The averaged weights in place, for as long as the context lasts."""
+    """Within the context, the averaged weights are in place."""
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
@@ -185,7 +185,7 @@ def _noise_levels(batch: int, schedule_share: float, grid: Tensor) -> Tensor:
 def generate_pairs(
     model: Model, buckets: list[Bucket], count: int, batch: int, device: str, log: Callable
 ) -> list[Bucket]:
-    """Buckets of about `count` noises in all, and what the guided teacher makes of them."""
+    """Buckets of about `count` noises in all, with the latents that the guided teacher turns them into."""
     total = sum(len(bucket) for bucket in buckets)
     half = torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
     pairs, recorded, memory = [], [], shared_memory(device)

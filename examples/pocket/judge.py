@@ -9,9 +9,9 @@ of the ten colours, takes connected regions, and compares them with the scene:
 - colors: the objects' colours, as a multiset, each close to the palette's;
 - shapes: every object looks most like its own shape among the eight. Each shape is laid over it
   with the same centre of mass and the same area or extent, and must share OVERLAP of the two's union,
-  times the ratio of their aspects; nothing may stick out of it, or gape in it, by more than TAIL;
-- sizes: an object called small or large has the radius that the word means, within SIZE_FACTOR,
-  which unnamed sizes lie outside of. Unnamed sizes are not tested;
+  times the ratio of their aspects; no bump or notch in its outline may be deeper than TAIL;
+- sizes: an object called small or large has the radius that the word means, within a factor of
+  SIZE_FACTOR, which excludes the radius of unnamed sizes. Unnamed sizes are not tested;
 - place: a named position is the middle, or the outer third, of both sides; of a relation's two
   objects the first ends before the second begins, on one line; nesting, row or column, in the
   caption's order.
@@ -31,8 +31,8 @@ from palette import PALETTE, SHAPES
 from render import coverage
 from scenes import KINDS, POSITIONS, Scene, Thing
 
-# Perfect images reach 0.88 (the smallest diamonds) to 1.00. The longer a shape's outline for
-# its area, the more of it an outline costs that is off by half a pixel.
+# Perfect images reach 0.88 (the smallest diamonds) to 1.00. The longer a shape's outline relative
+# to its area, the more it loses if the outline is off by half a pixel.
 OVERLAP = {
     "circle": 0.88,
     "square": 0.88,
@@ -49,7 +49,7 @@ COLOR_WITHIN = 50.0  # median distance to the palette's colour, in RGB; two pale
 STRAY = 6  # pixels
 EDGE = 2  # pixels on both sides of an outline where colours may mix
 LEAST_AREA = 25  # pixels
-LINE_SLANT = 0.2  # how far a row's or a pair's centres may leave their line, of its length
+LINE_SLANT = 0.2  # how far the centres of a row or a pair may be off their line, relative to its length
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def find_objects(image: np.ndarray) -> tuple[int, bool, list[Found], int]:
         for mask in regions(nearest == color, LEAST_AREA)
         if _is_solid(mask)
     ]
-    # an outline between two colours may look like a third: only those that are there count
+    # an outline between two colours may look like a third: only colours that some region has count
     there = sorted({background, *(color for color, _ in cores)})
     nearest_there = np.array(there)[distances[:, :, there].argmin(-1)]
     found, owner = [], np.full(nearest.shape, background)
@@ -189,7 +189,7 @@ def _is_seen_through(one: Found, found: list[Found]) -> bool:
 @dataclass(frozen=True)
 class Seen:
     """A measured object: bounding box and centre of mass in pixels; for each shape (8,) the
-    radius it would have, how well it fits, and whether it keeps to it."""
+    radius it would have, how well it fits, and whether no bump or notch exceeds TAIL."""
 
     color: int
     has_right_color: bool

@@ -1,8 +1,8 @@
 """The pocket model's sizes, and forward passes for training that batch prompts of one length.
 
 The modules are diffusers' and transformers' own, so that what is trained is what is exported;
-only the passes are written anew (`test_pocket.py` compares them): diffusers' handles one
-prompt at a time, and a training step wants a thousand in one shape.
+only the forward passes are written again (`test_pocket.py` compares them): diffusers' handles one
+prompt at a time, and a training step needs a thousand of one shape.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ VAE = {
 }
 SCALING, SHIFT = VAE["scaling_factor"], VAE["shift_factor"]
 LATENT_CHANNELS = VAE["latent_channels"]
-PAD_TO = 32  # captions and images are filled up to a multiple of this many tokens
+PAD_TO = 32  # captions and images are padded to a multiple of this many tokens
 STEPS, SCHEDULE_SHIFT = 8, 3.0
 
 
@@ -118,13 +118,13 @@ def rms_norm(x: Tensor, norm: nn.Module, eps: float) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The transformer's rotary embedding: neighbours (2m, 2m + 1) turn together."""
+    """The transformer's rotary embedding: neighbours (2m, 2m + 1) are rotated together."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The text encoder's: the first half of a head turns with the second."""
+    """The text encoder's: the first half of a head is rotated with the second."""
     first, second = x.float().chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 

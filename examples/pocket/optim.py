@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 200  # steps
-LOOK = 16  # steps between two looks at the clock
+LOOK = 16  # steps between two readings of the clock
 AVERAGE = 0.999  # of the exponential moving average of the weights
 
 
@@ -77,7 +77,7 @@ class Optimizer:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Step by the gradients, and drop them."""
+        """Take a step along the gradients, and drop them."""
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.adam.step()
         self.muon.step(self.rate)
@@ -126,7 +126,7 @@ class Muon:
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """(n, rows, columns), each with singular values near 1; float32, worked in bfloat16 on a GPU."""
+    """(n, rows, columns), each with singular values near 1; float32, computed in bfloat16 on a GPU."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
@@ -169,5 +169,5 @@ class Recorded:
 
 
 def shared_memory(device: str):
-    """For steps that never run at the same time; good for as long as one of them exists."""
+    """A memory pool for steps that never run at the same time; valid while any of them exists."""
     return torch.cuda.graph_pool_handle() if device == "cuda" else None

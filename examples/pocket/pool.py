@@ -28,7 +28,7 @@ class Bucket:
     """latents (n, 16, height / 8, width / 8), scaled; tokens (n, L), lengths (n,) of captions.
 
     The rest is what the caption says, for the auxiliary loss: shapes, colors (n, 3), circles
-    (n, 3, 3), backgrounds (n,). noise is like latents where each belongs to one, else None.
+    (n, 3, 3), backgrounds (n,). noise is like latents if each latent was made from one, else None.
     """
 
     width: int

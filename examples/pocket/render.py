@@ -18,7 +18,7 @@ def signed_distance(shape, x, y, xp=np):
 
     shape indexes SHAPES and broadcasts against x and y, which are relative to the centre
     and in units of the radius, y downwards. Exact for the circle and the ring, elsewhere
-    right near the outline, which is where anti-aliasing reads it.
+    accurate near the outline, which is where anti-aliasing reads it.
     """
     across, down, from_centre = xp.abs(x), xp.abs(y), xp.sqrt(x * x + y * y + 1e-9)
     distances = {

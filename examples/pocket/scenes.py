@@ -29,7 +29,7 @@ OUTER_SHAPES = ("circle", "square", "diamond", "heart")  # wide enough at the ce
 RADIUS = {"small": 14.0, None: 19.0, "large": 28.0}  # by the size the caption names
 LINE_RADIUS = 17.0  # three in a line of 128 pixels, 6 apart
 OUTER_RADIUS, INNER_RADIUS = 42.0, {"small": 14.0, None: 16.0}
-INSET = 32  # of a named position's centre from the sides; what is large just fits
+INSET = 32  # of a named position's centre from the sides; a large object just fits
 APART = 64  # pixels between the centres of two objects
 # width, height, share of the training images. 8x8 = 64 image tokens need no padding to a
 # multiple of 32; 160x160 (100 tokens) and 160x128 (80) train the learned image pads.
@@ -43,7 +43,7 @@ CANVASES = (
 )
 KINDS = {"single": 0.26, "pair": 0.30, "and": 0.08, "inside": 0.13, "count": 0.13, "row": 0.10}
 MAX_OBJECTS = 3
-# where a position is: column and row, -1 0 1
+# column and row of each position: -1, 0 or 1
 POSITIONS = {
     "center": (0, 0),
     "left": (-1, 0),

@@ -38,7 +38,7 @@ CHUNK = 20  # images per file of verdicts
 class Row:
     name: str
     made_by: str = "mlx_zimage"
-    dtype: str | None = None  # what is computed in, where that is the point
+    dtype: str | None = None  # compute dtype, for rows that show its effect
     quantization: dict | None = None  # arguments of mlx_zimage.convert
 
     @property
@@ -122,7 +122,7 @@ def _generate(made_by: str, checkpoint: Path, dtype: str) -> Generate:
 
 
 def digest_of(checkpoint: Path) -> str:
-    """Of everything that a verdict depends on but the libraries: the checkpoint, and the world's and judge's code."""
+    """A digest of what verdicts depend on, except libraries: the checkpoint, and the world's and judge's code."""
     here = Path(__file__).parent
     code = [here / f"{name}.py" for name in ("captions", "evaluate", "judge", "palette", "render", "scenes")]
     sha = hashlib.sha256()
@@ -139,7 +139,7 @@ def one_thread_each() -> None:
 
 
 def judge_rows(rows: list[Row], options: argparse.Namespace, keep: Path) -> dict[str, list[Verdict]]:
-    """One verdict a prompt, by the row's name."""
+    """One verdict per prompt, by the name of the row."""
     parts, digest = [], digest_of(options.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
@@ -149,7 +149,7 @@ def judge_rows(rows: list[Row], options: argparse.Namespace, keep: Path) -> dict
 
                 checkpoint = convert(checkpoint, Path(folder) / row.file_name, **row.quantization)
             parts += parts_of(row, checkpoint, digest, options, keep)
-        # first what is not a matter of precision, should the time run out
+        # rows that are not about precision come first, in case time runs out
         todo = sorted((part for part in parts if part.kept() is None), key=lambda part: part.row not in MEASURED)
         started = time.monotonic()
         one_thread_each()
@@ -186,7 +186,7 @@ def _percent(score: Score | None) -> str:
 
 
 def seconds_per_image(checkpoint: Path, dtype: str, seed: int, count: int = 20) -> list[float]:
-    """How long 128x128 takes once the model is loaded and has made one image; sorted."""
+    """Seconds per 128x128 image, sorted, once the model is loaded and has generated one."""
     scenes = held_out_scenes(count + 1, seed, (128, 128))
     generate, taken = generate_with_mlx(checkpoint, dtype), []
     for i, scene in enumerate(scenes):
@@ -200,8 +200,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-n", "--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=2027, help="of the prompts, and of the first image")
-    parser.add_argument("--dtype", default="float32", help="what quantized weights are multiplied in")
+    parser.add_argument("--seed", type=int, default=2027, help="seed of the prompts and of the first image")
+    parser.add_argument("--dtype", default="float32", help="dtype in which quantized weights are multiplied")
     parser.add_argument("--only", nargs="*", choices=[row.name for row in ROWS], help="names of rows; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--keep", type=Path, help="a folder for the verdicts")

@@ -54,7 +54,7 @@ CHAT_TEMPLATE = (
     "{%- if enable_thinking is defined and enable_thinking is false %}"
     "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
 )
-# a little everyday English, so that other prompts do not fall apart into single bytes
+# a little everyday English, so that other prompts are not split into single bytes
 EVERYDAY = (
     "a photo of",
     "the quick brown fox jumps over the lazy dog",
@@ -94,7 +94,7 @@ def train_tokenizer(folder: Path, captions: int = 60000) -> Tokenizer:
 
 
 def _fill(tokenizer: Tokenizer) -> None:
-    """Unused tokens up to the place of the first special one, if the captions give too few merges."""
+    """Add unused tokens up to the id of the first special one, if the captions give too few merges."""
     missing = VOCABULARY - len(SPECIALS) - tokenizer.get_vocab_size()
     tokenizer.add_tokens([AddedToken(f"<|unused_{i}|>", normalized=False) for i in range(missing)])
 

@@ -46,7 +46,7 @@ VALIDATION_SEED = 4242  # the final evaluation uses others
 
 @dataclass(frozen=True)
 class Plan:
-    """Amounts. The long stages have seconds, and more steps than any machine at hand can do in them.
+    """How much each stage does. The long ones end by their seconds: no machine at hand can do their steps in that time.
 
     The defaults take about 16 minutes on any machine; the quality of the result depends on it.
     """
@@ -308,7 +308,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     is_compiled = options.device == "cuda" if options.compile is None else options.compile
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs uncompiled
-    # forked before the GPU is touched; they sample scenes and judge
+    # the workers, which sample scenes and judge, are forked before the GPU is touched
     with multiprocessing.get_context("fork").Pool(options.workers) as workers:
         torch.manual_seed(0)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -1,7 +1,7 @@
 """The autoencoder's training: first both halves, then the decoder alone on noisy latents.
 
 Between the two, the latents' mean and deviation are set, channel by channel, to what the
-official shift and scaling factors expect; the first decoder layer takes the change back.
+official shift and scaling factors expect; the first decoder layer undoes the change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 SIDE = 128
 BOTH_SHARE = 0.85  # of the steps and seconds; the decoder alone gets the rest
 KL_WEIGHT = 1e-4
-NOISE = 0.25  # largest deviation of the noise on the latents, in units of theirs
+NOISE = 0.25  # largest standard deviation of the noise added to the latents, relative to theirs
 
 
 def train_vae(
@@ -36,7 +36,7 @@ def train_vae(
     log: Callable,
     is_compiled: bool,
 ):
-    """At most so many steps, and so many seconds."""
+    """Train for at most this many steps and seconds."""
     started = time.monotonic()
     vae = build_vae().to(device, memory_format=torch.channels_last)
     encoder, decoder = vae.encoder, vae.decoder

@@ -90,7 +90,7 @@ def main() -> None:
     Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 other failure, 2 invalid
     value, 3 model not found, 4 damaged model files, 5 not enough memory, 6 output cannot be written, 7 folder
     locked by another process, 8 wrong or non-finite numbers, 9 GPU failure, 130 stopped by Ctrl-C, 143 stopped by
-    SIGTERM, 129 stopped as the terminal was closed.
+    SIGTERM, 129 stopped because the terminal was closed.
     """
 
 

@@ -26,8 +26,8 @@ def info(source: str, as_json: bool) -> None:
     """Show what a model folder contains, or how an image was generated.
 
     SOURCE is a model folder, a Hugging Face id, 'pocket', or an image written by `generate`. For a model: what it was
-    converted from, and its networks, their sizes and how they are stored; only its headers are fetched. For an image:
-    everything that `generate --from` needs to generate it again.
+    converted from, and its networks, their sizes and how they are stored; only its headers are downloaded. For an
+    image: everything that `generate --from` needs to generate it again.
     """
     path = Path(source)
     if path.is_file() and path.suffix.lower() not in (".safetensors", ".gguf"):
@@ -56,7 +56,7 @@ def info(source: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(model))
         return
-    click.echo(f"{source}, of which {size(to_fetch)} are not fetched" if to_fetch else model["folder"])
+    click.echo(f"{source}, of which {size(to_fetch)} are not downloaded" if to_fetch else model["folder"])
     if model["conversion"]:
         how = "".join(f", {part}" for part in _how(model["conversion"]["quantization"]))
         click.echo(f"converted from {_origin(model['conversion'])} by {model['conversion']['converter']}{how}")

@@ -27,9 +27,9 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
     Lists the tiny model in this package, models converted by first runs (in MLX_ZIMAGE_HOME, by default
     ~/.cache/mlx-zimage), the folders that `convert` wrote, and models in the Hugging Face cache, by the names that
-    --model takes. Those marked incomplete were not downloaded to the end, or have lost files. The entry
-    "embeddings" is a cache of encoded prompts, so that repeated prompts skip the text encoder, and of the scales that
-    float16 needs (in MLX_ZIMAGE_EMBEDDINGS, by default in the same place; "off" disables it).
+    --model takes. Those marked incomplete were not fully downloaded, or have lost files. The entry "embeddings"
+    is a cache of encoded prompts, with which a repeated prompt skips the text encoder, and of the scales that float16
+    needs (in MLX_ZIMAGE_EMBEDDINGS, by default in the same place; "off" disables it).
     """
     if ctx.invoked_subcommand:
         return

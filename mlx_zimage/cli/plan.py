@@ -56,8 +56,8 @@ def plan(
     """Show how MODEL would run within a memory budget, without loading it.
 
     Prints the peak memory of each phase, and which blocks stay in memory and which are streamed from disk. Only configs
-    and weight headers are read, also from the Hugging Face hub. Without MODEL, prints a table of what the default model
-    would need here for each number of bits; that needs no network.
+    and weight headers are read, or downloaded from the Hugging Face hub. Without MODEL, prints a table of what the
+    default model would need here for each number of bits; that needs no network.
     """
     import mlx.core as mx
 

@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable)
 
 
 class _Expanded(click.ParamType):
-    """~ stands for the home folder, also where the shell leaves it: in quotes, and after a comma or an equals sign."""
+    """~ stands for the home folder, even where the shell does not: in quotes, and after a comma or an equals sign."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(

@@ -32,7 +32,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise, before any work, if a folder cannot be written to, or created where it will be."""
+    """Raise, before any work, if a folder cannot be written to or, if it does not exist, created."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:

@@ -128,9 +128,9 @@ def save_options(origin: Origin, format: str) -> dict:
 
 
 def _exif(text: str) -> bytes:
-    """EXIF with the text as its user comment, UTF-16 in the byte order of the whole.
+    """EXIF with the text as its user comment, UTF-16 in the byte order of the rest.
 
-    EXIF 2.3 gives the comment type UNDEFINED. Pillow would write BYTE, at which piexif, and with it A1111, fails.
+    EXIF 2.3 gives the comment type UNDEFINED. Pillow would write BYTE, on which piexif, and so A1111, fails.
     """
     comment = b"UNICODE\0" + text.encode("utf-16-be")
 

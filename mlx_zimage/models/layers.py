@@ -21,7 +21,7 @@ TILE = 64  # rows
 def pieces(rows: int, flops: float, most: float) -> list[tuple[int, int]]:
     """Split rows that take `flops` each into pieces of at most `most` FLOP: (first row, end row) of each.
 
-    A piece is a multiple of TILE rows, and has as many even if they take more.
+    A piece is a multiple of TILE rows; TILE rows are one piece even if they take more.
     """
     step = rows if rows * flops <= most else max(1, int(most / flops) // TILE) * TILE
     return [(a, min(a + step, rows)) for a in range(0, rows, step)]
@@ -59,7 +59,7 @@ def _dense(x: mx.array, weight: mx.array, weights: Tree) -> mx.array:
 def dot_product_attention(q: mx.array, k: mx.array, v: mx.array, most: float = math.inf) -> mx.array:
     """Attention of q (B, H, L, D) to k and v (B, H, L', D) without a mask.
 
-    Queries do not see each other, so that where it takes more than `most` FLOP they are computed in pieces.
+    Queries do not affect each other, so an attention of more than `most` FLOP is computed in pieces.
     """
     B, H, L, D = q.shape
     parts = [
@@ -86,7 +86,7 @@ Product = Callable[[mx.array, Tree], mx.array]
 
 
 def product_from(unpack_from: int, most: float = math.inf) -> Product:
-    """`linear` with these limits; without any, `linear` itself, as 245 calls through a partial are 1% of a prompt."""
+    """`linear` with these limits; without any, `linear` itself: 245 calls through a partial take 1% of a prompt."""
     return partial(linear, unpack_from=unpack_from, most=most) if unpack_from or most < math.inf else linear
 
 

@@ -1,20 +1,20 @@
-"""What LoRAs add to a linear layer, whatever its weights are packed in.
+"""What LoRAs add to a linear layer, dense or quantized.
 
-A layer that LoRAs change has `lora` in its tree (see `mlx_zimage.weights.overlay`), with any of these; R is the sum of
-all files' ranks, and strengths are float32 arrays, so that others need no other trace:
+A layer that LoRAs change has `lora` in its tree (see `mlx_zimage.weights.overlay`), with any of these. R is the sum of
+all files' ranks. Strengths are float32 arrays, so that compiled code is not traced again for others:
 
 - `low`: `down` (R, in), `up` (out, R), `scale` (R,): low-rank factors, those of several files side by side;
-- `kron`: a list of Kronecker factors `w1` (a, c), `w2` (b, d) and their `scale`, with `order` (out,) where the layer
-  computes its rows in another order than the file has them;
+- `kron`: a list of Kronecker factors `w1` (a, c), `w2` (b, d) and their `scale`, with `order` (out,) if the layer's
+  rows are in a different order from the file's;
 - `hada`: a list of `w1_a`, `w1_b`, `w2_a`, `w2_b`, products that are multiplied elementwise, and their `scale`;
 - `dense`: a list of whole differences `diff` (out, in) and their `scale`;
-- `rows` (out,) or `columns` (in,): what DoRA's gains of the layer's own outputs or inputs have more than 1. An item of
-  a list has whole gains of these names for its own difference.
+- `rows` (out,) or `columns` (in,): DoRA's gains of the layer's own outputs or inputs, minus 1. An item of a list may
+  have gains of the same names, from which 1 is not subtracted, for its own difference.
 
-Low-rank factors always run beside the layer's product, where rounding loses nothing of them. All others are added to
-the dense weight where there is one, which takes less: on an H200 at 1024x1024 (bfloat16, 8 and 4 bits alike) a LoKr of
-all layers makes a step 15% longer that way and 40% beside the product; two files of rank 16 make it 8% longer beside
-the product, and 7% if they were added to the weight.
+Low-rank factors are always multiplied beside the layer's product, where they lose nothing to the weight's rounding. All
+others are added to the dense weight if there is one, which is faster: on an H200 at 1024x1024 (bfloat16, 8 and 4 bits
+alike) a LoKr of all layers makes a step 15% longer this way, and 40% beside the product. Two files of rank 16 make it
+8% longer beside the product; added to the weight they would make it 7% longer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def low_rank(x: mx.array, y: mx.array, lora: Tree) -> mx.array:
 
 
 def added(weight: mx.array, lora: Tree) -> mx.array:
-    """The dense weight (out, in) with everything but the low-rank differences."""
+    """The dense weight (out, in) plus all differences except the low-rank ones."""
     own = weight
     if "rows" in lora:
         weight = weight + by(own, lora["rows"][:, None])
@@ -58,12 +58,12 @@ def added(weight: mx.array, lora: Tree) -> mx.array:
 
 
 def needs_dense(lora: Tree) -> bool:
-    """Whether gains of rows and of columns meet, of two files; they add up in the weight, and nowhere else."""
+    """Whether one file has gains of rows and another of columns, which can only be added up in the dense weight."""
     return "rows" in lora and "columns" in lora
 
 
 def items(lora: Tree) -> Iterator[tuple[str, Tree]]:
-    """All differences but the low-rank ones, by their kind."""
+    """All differences except the low-rank ones, with their kinds."""
     return ((kind, side) for kind in DIFFERENCES for side in lora.get(kind, ()))
 
 

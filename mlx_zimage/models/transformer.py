@@ -417,7 +417,7 @@ class Transformer:
     needs compile=False. most is the FLOP of an attention's kernel (see `machine.kernel_flops`).
     """
 
-    set_attention_backend = Needless("MLX has one fused attention")
+    set_attention_backend = Needless("MLX has a single fused attention")
 
     def __init__(
         self,
@@ -530,7 +530,7 @@ class Transformer:
     ) -> Callable[..., list[mx.array]]:
         """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[i], float32, for each prompt.
 
-        A third argument asks for that many prompts, from the first, alone.
+        A third argument n limits it to the first n prompts.
 
         prompts are the text encoder's outputs (L, cap_feat_dim). Everything that does not depend on the latents is
         computed here, once. Each call reads each block once for all prompts and images.

@@ -175,7 +175,7 @@ class Strips:
     """How many rows are computed at a time, and whether intermediate tensors are kept or computed again.
 
     strip_bytes limits one strip of one tensor. None keeps every tensor; held_bytes then limits a strip, so that it is
-    small enough for a CPU's caches or for a GPU's time, and None computes whole images at once.
+    small enough for a CPU's caches or a GPU's time limit, and None computes whole images at once.
     """
 
     def __init__(self, strip_bytes: int | None = None, held_bytes: int | None = None):
@@ -285,7 +285,7 @@ def kernel(weight: mx.array) -> mx.array:
     """A convolution's weight (out, h, w, in) as `convolve` takes it, in one piece: GPUs copy views at every call.
 
     MLX's Winograd kernels for Metal are known to take gigabytes of scratch memory and to have many times the rounding
-    error. A flipped convolution never uses them, so there kernels are turned round and flipped back.
+    error. A flipped convolution never uses them, so on Metal kernels are kept flipped, and `convolve` flips them back.
     """
     return mx.contiguous(weight[:, ::-1, ::-1] if backend() == "metal" else weight)
 
@@ -448,7 +448,7 @@ def strip_within(config: VAEConfig, dtype: mx.Dtype, most: float) -> int | None:
 
 
 def convolution_flops(config: VAEConfig) -> int:
-    """FLOP by number of the output, of the convolution that takes the most."""
+    """FLOP per output number of the most expensive convolution."""
     return 2 * 9 * max(config.block_out_channels)
 
 
@@ -456,7 +456,7 @@ class VAE:
     """The autoencoder, with its weights and compute dtype from a `Runner`.
 
     strip_bytes limits the working memory (see Strips); None is fastest. A convolution of more than `most` FLOP is
-    computed by strips even so (see `machine.kernel_flops`).
+    computed in strips even then (see `machine.kernel_flops`).
     """
 
     enable_tiling = Needless("images are decoded in strips if memory is short")

@@ -12,8 +12,8 @@ from ..models.runner import Apply, S, Tree, Weights
 
 # Whether a separate thread reads a block while the previous one is computed. MLX's CUDA build cannot do this: a GPU
 # that waits for such a thread may wait forever. There, a read holds up the calling thread for a hundred times as long
-# as the GPU computes a block, so starting early would gain nothing and cost the memory of another block. Instead,
-# blocks that stay in memory are read before all others, by `Weights.read_all`.
+# as the GPU takes to compute a block, so starting early would gain nothing and cost the memory of another block.
+# Instead, blocks that stay in memory are read before all others, by `Weights.read_all`.
 READS_AHEAD = {"cpu": True, "metal": True, "cuda": False}
 
 

@@ -31,7 +31,7 @@ Source = str | Path
 
 
 class BorrowedFromHub(UserWarning):
-    """Something missing in the source is taken from the official repository."""
+    """Something that the source lacks is taken from the official repository."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def open_checkpoint(
         files = repository.own(weight_files(checkpoint.components))
         repository.fetch(files)
         for file in files:
-            read_header(file)  # whether it is whole
+            read_header(file)  # raises if the file is incomplete
     return checkpoint
 
 

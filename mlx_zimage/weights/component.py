@@ -82,7 +82,7 @@ class Entry:
         """The entry of a stored tensor, in its own shape."""
         if self.parts > 1:
             rows = self.shape[0]
-            # a copy: what is kept of a part must not keep the whole
+            # a copy, since a view would keep the whole tensor in memory
             stored = mx.contiguous(stored[self.part * rows : (self.part + 1) * rows])
         if self.channels_last:
             stored = stored.transpose(0, 3, 1, 2)

@@ -83,7 +83,7 @@ class Kronecker:
     w1: mx.array
     w2: mx.array
     scale: float = 1.0
-    order: mx.array | None = None  # of its rows, if not their own
+    order: mx.array | None = None  # of its rows, if different from the file's
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ class Kronecker:
 
 @dataclass(frozen=True)
 class Hadamard:
-    """scale * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise, as LoHa stores it; a's (out, rank), b's (rank, in)."""
+    """scale * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise, as LoHa stores it: each a (out, rank), each b (rank, in)."""
 
     w1_a: mx.array
     w1_b: mx.array
@@ -190,8 +190,8 @@ class Replacement:
 class DoRA:
     """Direction and magnitude: weight + inner, each row (or column) rescaled to the length that magnitude gives it.
 
-    magnitude is (out, 1), one length a row, or (1, in), one a column, which OneTrainer writes. At strength 1 it is
-    PEFT's and LyCORIS's; at other strengths the difference is scaled as a whole, so that 0 is the model itself.
+    magnitude is (out, 1), one length per row, or (1, in), one per column, as OneTrainer writes it. Strength 1 is as in
+    PEFT and LyCORIS; at other strengths the difference is scaled as a whole, so that 0 is the model itself.
     """
 
     inner: Delta
@@ -210,7 +210,7 @@ class DoRA:
         return self.magnitude.shape[1] == 1
 
     def gain(self, weight: mx.array) -> mx.array:
-        """By how much each row (out, 1) or column (1, in) of weight + inner is rescaled, float32."""
+        """The factor by which each row (out, 1) or column (1, in) of weight + inner is rescaled, float32."""
         whole = weight.astype(mx.float32) + self.inner.difference(weight)
         length = mx.sqrt((whole * whole).sum(axis=1 if self.by_row else 0, keepdims=True))
         return self.magnitude.astype(mx.float32) / (length + DORA_EPS)

@@ -1,7 +1,7 @@
-"""The one door to safetensors files: a header's size first, then safetensors' own reader, then each tensor's entry.
+"""The only way into safetensors files: a header's size is checked, safetensors parses it, and its entries are checked.
 
-Files in folders of strangers, of LoRAs and of our own cache all go through it before MLX reads their tensors: MLX
-accepts negative and overlapping ranges, takes 20 seconds for 400,000 tensors, and ends the process at 1000 axes.
+Models, LoRAs and our own cache all pass through here before MLX reads their tensors: MLX accepts negative and
+overlapping ranges, takes 20 seconds for 400,000 tensors, and aborts the process at 1000 axes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..untrusted import open_regular, parse_json
 
-MAX_HEADER = 8 * 2**20  # bytes: a full-size model has 200 KB, and trainers write some MB about themselves into a LoRA
-MAX_TENSORS = 20_000  # quantized to the last layer, all networks in one file have 4000
+MAX_HEADER = 8 * 2**20  # bytes: a full-size model has 200 KB, and trainers write megabytes of settings into a LoRA
+MAX_TENSORS = 20_000  # all networks in one file, with every layer quantized, have 4000
 MAX_AXES = 8  # convolutions have 4
 MAX_LENGTH = 2**40  # of an axis
 METADATA = "__metadata__"

@@ -173,7 +173,7 @@ def _download(repository: str, patterns: list[str], commit: str | None = None) -
                 repository,
                 revision=commit,
                 allow_patterns=patterns,
-                ignore_patterns=[".*", "*/.*"],  # is_hidden's, as far as the patterns would include them
+                ignore_patterns=[".*", "*/.*"],  # hidden files, see is_hidden, that the patterns would include
                 tqdm_class=Bar,
             )
         )

@@ -249,7 +249,7 @@ def register(folder: Path) -> None:
     known = _registered()
     if not (folder / CONVERSION).is_file() or folder.parent == home().resolve() or str(folder) in known:
         return
-    with suppress(OSError):  # only the list would miss it
+    with suppress(OSError):  # at worst, the folder is missing from the list
         home().mkdir(parents=True, exist_ok=True)
         content = json.dumps(sorted({*known, str(folder)}), indent=4)
         atomic.write(home() / REGISTER, lambda file: file.write_text(content, encoding="utf-8"), lasting=False)

@@ -1,9 +1,9 @@
 """LoRA files in every trainer's dialect, read into differences of named weights.
 
 Trainers spell a layer's path with dots or underscores, with or without a prefix, split or fused, in diffusers' names or
-ComfyUI's. All of them become the same once "." is "_", so one table built from the model (`Names`) resolves every
-spelling without guessing. What a file says of one weight becomes a `Delta`; a key that is neither part of one nor known
-to carry nothing is an error, never skipped.
+ComfyUI's. All of them become the same once "." is replaced by "_", so one table built from the model (`Names`)
+resolves every spelling without guessing. Everything a file has for one weight becomes a `Delta`; a key that is neither
+part of one nor known to add nothing is an error, and never skipped.
 
 Sources: the trainers' own code (ai-toolkit, musubi-tuner, OneTrainer, DiffSynth-Studio, SimpleTuner, LyCORIS, PEFT,
 diffusers, mflux) and ComfyUI's loader.
@@ -34,7 +34,7 @@ from .unchanged import unchanged
 ADAPTER = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
 HEADER_CONFIG = "lora_adapter_metadata"  # the same config, as diffusers stores it in a header
 
-# Prefixes of a layer's path, "." written as "_". They may stand before one another, as in text_encoders.X.transformer.
+# Prefixes of a layer's path, "." written as "_". Several may follow each other, as in text_encoders.X.transformer.
 PREFIX = re.compile(
     r"(base_model_model|model_diffusion_model|diffusion_model|text_encoders_[a-z0-9]+(_[0-9]+b)?|lora_transformer|"
     r"lora_unet_?|lora_te\d?|lycoris|transformer|text_encoder)_"
@@ -60,14 +60,14 @@ PARTS = {
     "set_weight": r"\.set_weight",
 }
 _PARTS = [(part, re.compile(rf"(?P<path>.+?){pattern}")) for part, pattern in PARTS.items()]
-# Kinds that no reader here knows, by what their keys end with.
+# Kinds that are not supported, by the ends of their keys.
 UNSUPPORTED = {
     "OFT or BOFT": re.compile(r"\.(oft|boft)_\w+|\.oft_R(\.\w+)?\.weight"),
     "GLoRA": re.compile(r"\.[ab][12]\.weight"),
     "a Tucker decomposition": re.compile(r"\.(lokr_t2|hada_t[12]|lora_mid(\.weight)?)"),
     "a LoRA with biases": re.compile(r"[._]lora_[AB](\.\w+)??\.bias"),
 }
-# What a file that is no Z-Image LoRA may be, by a name that most of its keys contain.
+# What a file that is not a LoRA for Z-Image may be, by a name that most of its keys contain.
 LOOKS_LIKE = {
     "a LoRA for Flux": re.compile(r"double_blocks|single_blocks|single_transformer_blocks"),
     "a LoRA for SDXL or SD 1.5": re.compile(r"down_blocks|up_blocks|input_blocks|output_blocks|lora_te[12]_text_model"),
@@ -167,7 +167,7 @@ def name_of_lora(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, read: its differences by network and weight, and what is known of its making.
+    """A LoRA file that has been read: its differences by network and weight, and how it was made, if known.
 
     deltas has each network's differences by the weight's name in the checkpoint. ignored are keys that carry nothing:
     fused copies of layers that the file also has one by one. metadata is the safetensors header's.
@@ -355,7 +355,7 @@ def _deltas(
         yield kind, each.rows(target.part, target.parts) if target.parts > 1 else each
 
 
-# Which trainer's spelling a file has, for people; the first row that matches any key. Reading does not depend on it.
+# Names of dialects, for display: the first row that matches any key of the file. Reading does not depend on them.
 DIALECTS = (
     ("LyCORIS (SimpleTuner)", re.compile(r"lycoris_")),
     ("OneTrainer, old", re.compile(r"lora_transformer_")),
@@ -406,7 +406,7 @@ def _weight_delta(
         (w1, rank1), (w2, rank2) = product("w1"), product("w2")
         if w1.ndim != 2 or w2.ndim != 2:
             raise _misfit(file, path, w1, w2)
-        rank = rank2 or rank1  # of two whole factors alpha means nothing; ai-toolkit stores 9999999999 then
+        rank = rank2 or rank1  # without a product, alpha means nothing, and ai-toolkit stores 9999999999
         return Kronecker(w1, w2, 1.0 if rank is None or alpha is None else alpha / rank)
     if kinds[0] == "LoHa":
         factors = take("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -433,7 +433,7 @@ KINDS = {
 
 
 def _matrix(array: mx.array) -> mx.array:
-    """The factor of a 1x1 convolution is a matrix with two axes of 1 behind it."""
+    """A factor as a matrix: that of a 1x1 convolution has two more axes, of length 1."""
     return array.squeeze(axis=(2, 3)) if array.ndim == 4 and array.shape[2:] == (1, 1) else array
 
 

@@ -1,7 +1,7 @@
 """LoRAs laid over a network's weights: the same blocks, kept or streamed, with what LoRAs add beside each layer.
 
-The model's own weights are never changed. LoRAs are laid over a block's tree when the block runs, so that the model
-without them is as it was, bit for bit, and other strengths read nothing again.
+The model's own weights are never changed. LoRAs are laid over a block's tree when the block runs, so that without
+them it is the same model, bit for bit, and changing strengths reads nothing from disk.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..models.runner import Apply, NetworkConfig, S, Tree
 from .blocks import Blocks
 from .deltas import Delta, DoRA, Hadamard, Kronecker, LowRank, Replacement
 
-Change = Callable[[Any], Any]  # what replaces a part of a tree, from the part that is there
+Change = Callable[[Any], Any]  # returns the replacement for a part of a tree
 
 
 @dataclass(frozen=True)
 class Side:
-    """One file's difference of one weight, in the layout and dtype of computing, without its strength.
+    """One file's difference of one weight, in the layout and dtype used for computing, without its strength.
 
     kind is that of `models.lora`, or "sum" for what is added to a norm's weight, a bias or the like; the strength is
     multiplied by scale. gain is DoRA's, float32, by name: "rows" (out,) or "columns" (in,).
@@ -46,8 +46,8 @@ class Side:
 class Extra:
     """What LoRAs add to a network's memory: `held` bytes, and work in the block that they add most to.
 
-    features is the sum of the output widths of a block's adapted layers, and weights the number of weights that are
-    added to in its dense layers.
+    features is the sum of the output widths of a block's adapted layers, and weights the number of weights in
+    layers whose dense weight is changed.
     """
 
     held: int = 0
@@ -56,7 +56,7 @@ class Extra:
 
 
 class Overlay:
-    """The `Runner` of another's blocks, with LoRAs laid over them."""
+    """A `Runner` that lays LoRAs over the blocks of another."""
 
     def __init__(self, runner: Blocks, config: NetworkConfig):
         self.runner = runner
@@ -72,14 +72,14 @@ class Overlay:
         return self.runner.dtype
 
     def extra(self, strengths: Mapping[str, float]) -> Extra:
-        """What files at these strengths would take, beside the network's own weights and work."""
+        """What files at these strengths need in addition to the network's own weights and work."""
         held, features, weights, shapes = 0, Counter[str](), Counter[str](), self.config.shapes()
         kinds: dict[str, list[str]] = {}
         for file, sides in self._sides.items():
             held += sum(side.nbytes for side in sides.values())
             for name, side in sides.items() if strengths.get(file) else ():
                 kinds.setdefault(name, []).append(side.kind)
-                held += side.nbytes * (side.kind == "low")  # side by side with those of other files
+                held += side.nbytes * (side.kind == "low")  # joined with other files' factors
         for name, found in kinds.items():
             if found != ["sum"]:
                 block = next((block for block in self.config.blocks if name.startswith(f"{block}.")), "")
@@ -130,7 +130,7 @@ class Overlay:
 
     def set(self, strengths: Mapping[str, float]) -> bool:
         """Give files their strengths, and all others none; returns whether any changed. Reads nothing."""
-        # In one order, so that the same files give the same bits; at strength 0 nothing is laid over the model.
+        # Sorted, so that the same files give the same bits; at strength 0 nothing is laid over the model.
         active = {file: strengths[file] for file in sorted(strengths) if strengths[file] and file in self._sides}
         if active == self._active:
             return False
@@ -170,7 +170,7 @@ class Overlay:
                 lora[axis] = lora.get(axis, 0) + strength * (gain - 1)
         return lora
 
-    # ---- a difference in the layout of computing
+    # ---- a difference in the layout used for computing
 
     def _side(self, name: str, delta: Delta) -> Side:
         delta = delta.reordered(partial(self.config.sanitize, name))

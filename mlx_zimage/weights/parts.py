@@ -1,8 +1,8 @@
-"""The networks at any place: a model's folder, a network's own, ComfyUI's models/, what mflux saves, or a single file.
+"""The networks at a path: a model's folder, a network's own, ComfyUI's models/, what mflux saves, or a single file.
 
 Weights are read where they are. Names of other programs are translated (see names.py), and fused or differently laid
-out tensors become entries of the architecture, so that no second copy is written. What the networks cannot compute
-with, fp8 and GGUF, is for `mlx-zimage convert`.
+out tensors become entries of the architecture, so that no second copy is written. fp8 and GGUF, which the networks
+cannot compute with, must first be converted with `mlx-zimage convert`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def open_networks(
     """The networks at a path, of those named. Reads configs and headers, and checks them.
 
     repository is what the path is in, if it is a snapshot; headers of files that are not downloaded are read there.
-    variant is that of files, such as "fp16". configs are for networks that have none, by default the official ones.
+    variant selects files, such as "fp16". configs are for networks that have none, by default the official ones.
     """
     configs = official.CONFIGS if configs is None else configs
     if not _is_folder(path, repository):
@@ -80,7 +80,7 @@ def open_networks(
 
 
 def files_to_convert(path: Path, repository: Repository, names: Iterable[str], variant: str | None) -> set[Path]:
-    """The files of a repository that the converter reads, which are checked as far as their headers tell."""
+    """The files of a repository that the converter reads, which are checked as far as headers allow."""
     if not _is_folder(path, repository):
         return set(_series(path, names_in(path.parent, repository)))
     if "model_index.json" not in names_in(path, repository):
@@ -107,7 +107,7 @@ def names_in(folder: Path, repository: Repository | None = None) -> list[str]:
 
 
 def read_single(file: Path, repository: Repository | None = None) -> dict[str, Entry]:
-    """The tensors of a safetensors file; of others, an error that says what can be done."""
+    """The tensors of a safetensors file; CheckpointError, with what to do instead, for any other file."""
     if file.suffix != ".safetensors":
         raise CheckpointError(
             f"{file} is not a safetensors file; if it is GGUF, convert it first: mlx-zimage convert {file.name} DEST"
@@ -116,7 +116,7 @@ def read_single(file: Path, repository: Repository | None = None) -> dict[str, E
 
 
 def translated(entries: Mapping[str, Entry], configs: Mapping[str, dict], label: Path) -> dict[str, Component]:
-    """The networks that tensors in any program's names make up, checked; label is their file or folder."""
+    """The checked networks that tensors make up, under any program's names; label is their file or folder."""
     if kind := foreign_kind(entries):
         raise CheckpointError(f"{label} is a {kind}, not a model; expected the weights of Z-Image")
     found: dict[str, dict[str, Entry]] = {}
@@ -147,7 +147,8 @@ def translated(entries: Mapping[str, Entry], configs: Mapping[str, dict], label:
 def _laid_out(entries: dict[str, Entry], config: dict, name: str) -> dict[str, Entry]:
     """The entries in the architecture's shapes, where only the layout or axes of length 1 differ.
 
-    mflux stores convolutions as MLX has them, (out, h, w, in). Some shapes fit both ways, so a network is of one kind.
+    mflux stores convolutions as MLX has them, (out, h, w, in). Some shapes fit both
+    ways, so all convolutions of a network are taken to be stored alike.
     """
     shapes = NETWORKS[name].from_dict(config).shapes()
     turned = {key: shape for key, shape in shapes.items() if key in entries and _turns(entries[key].shape, shape)}
@@ -169,7 +170,7 @@ def _turns(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 def _own_folder(path: Path, repository: Repository | None, variant: str | None) -> dict[str, Component]:
-    """The network of a folder that transformers or diffusers saved by itself."""
+    """The network in a folder of its own, as transformers or diffusers saves it."""
     config = read_json(path / "config.json")
     kind = config.get("_class_name") or config.get("model_type")
     if kind not in KINDS:

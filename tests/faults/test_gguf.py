@@ -1,0 +1,89 @@
+"""GGUF files made to harm are refused by name, quickly and in little memory."""
+
+import os
+import struct
+
+import pytest
+
+from mlx_zimage.convert import gguf
+from mlx_zimage.convert.sources import open_source
+from mlx_zimage.errors import CheckpointError
+
+U32, TEXT, LIST = 4, 8, 9
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def items(kind: int, count: int, content: bytes = b"") -> bytes:
+    return struct.pack("<IQ", kind, count) + content
+
+
+def pair(key: bytes, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def tensor(name: bytes, *shape: int, kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def header(pairs=(), tensors=(), version: int = 3) -> bytes:
+    start = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(pairs))
+    return start + b"".join(pairs) + b"".join(tensors)
+
+
+HOSTILE = {
+    "lists in lists past Python's stack": header([pair(b"a", LIST, items(LIST, 1) * 100_000)]),
+    "lists in lists": header([pair(b"a", LIST, items(LIST, 1) * 4 + items(U32, 0))]),
+    "2**40 empty lists": header([pair(b"a", LIST, items(LIST, 2**40))]),
+    "2**40 empty texts": header([pair(b"a", LIST, items(TEXT, 2**40))]),
+    "a million lists of a million": header([pair(b"a", LIST, items(LIST, 10**6, items(LIST, 10**6)))]),
+    "100,000 tensors": header(tensors=[tensor(b"%d" % i, 1) for i in range(100_000)]),
+    "100,000 pairs": header([pair(b"a", U32, bytes(4))] * 100_000),
+    "2**60 tensors": b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0),
+    "a text of 2**63 bytes": header([struct.pack("<Q", 2**63)]),
+    "a list of 2**63 numbers": header([pair(b"a", LIST, items(U32, 2**63))]),
+    "an axis of 2**63": header(tensors=[tensor(b"a", 2**63)]),
+    "2**64 values": header(tensors=[tensor(b"a", 2**32, 2**32)]),
+    "1000 axes": header(tensors=[tensor(b"a", *[1] * 1000)]),
+    "a tensor behind the end": header(tensors=[tensor(b"a", 1, offset=2**64 - 1)]),
+    "no axes": header(tensors=[tensor(b"a")]),
+    "an alignment of 0": header([pair(b"general.alignment", U32, bytes(4))]),
+    "an alignment in words": header([pair(b"general.alignment", TEXT, text(b"32"))]),
+    "an infinite number of parts": header([pair(b"split.count", 6, struct.pack("<f", float("inf")))]),
+    "a list of parts": header([pair(b"split.no", LIST, items(U32, 0))]),
+    "2**40 parts": header([pair(b"split.count", 10, struct.pack("<Q", 2**40))]),
+    "an unknown type": header([pair(b"a", 99, b"")]),
+    "a name that is not UTF-8": header(tensors=[tensor(b"\xff", 1)]),
+    "an escape in a name": header(tensors=[tensor(b"\x1b[2J" * 1000, 0)]),
+    "no header": b"GGUF",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=list(HOSTILE))
+def test_a_hostile_gguf_file_is_refused_by_name(tmp_path, content):
+    file = tmp_path / "dit.gguf"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"^\S*dit\.gguf is .{,600}$"):
+        open_source(file, base="pocket")
+
+
+@pytest.mark.parametrize("item", [TEXT, LIST, U32])
+def test_a_header_as_long_as_its_file_is_bounded(tmp_path, item):
+    """A sparse file has room for anything: 2**33 texts of length 0, say."""
+    file = tmp_path / "dit.gguf"
+    file.write_bytes(header([pair(b"a", LIST, items(item, 2**33))]))
+    os.truncate(file, 2**40)
+    with pytest.raises(CheckpointError, match="not a complete GGUF file"):
+        gguf.read_tensors(file)
+
+
+def test_a_tokenizer_larger_than_qwen3s_is_within_the_limits(tmp_path):
+    tokens = items(TEXT, 200_000, text(b"a token") * 200_000)
+    merges = items(TEXT, 200_000, text(b"two tokens") * 200_000)
+    file = tmp_path / "dit.gguf"
+    file.write_bytes(
+        header([pair(b"tokens", LIST, tokens), pair(b"merges", LIST, merges)], [tensor(b"a", 1)]) + bytes(99)
+    )
+    assert list(gguf.read_tensors(file)) == ["a"]

@@ -165,7 +165,8 @@ def describe_conversion(source: Source, dtype: str, quantization: dict) -> dict:
     }
     if source.loras:
         conversion["loras"] = [asdict(use) for use in source.loras]
-    return conversion | ({"before": source.conversion} if source.conversion else {})
+    parts = {"parts": source.parts} if source.parts else {}
+    return conversion | parts | ({"before": source.conversion} if source.conversion else {})
 
 
 def describe_job(source: Source, layout: Layout) -> dict:

@@ -20,7 +20,7 @@ from ..weights.component import Component, find_network, has_fp8, read_entries, 
 from ..weights.hub import TOKENIZER_FILES, locate, name_of
 from ..weights.listing import INDEX, visible
 from ..weights.manifest import CONVERSION
-from ..weights.parts import PIPELINE_CLASS, check_pipeline, check_variant, open_networks
+from ..weights.parts import PIPELINE_CLASS, check_pipeline, check_variant, open_networks, own_configs
 from .disk import render_json
 from .files import assemble, open_file, refuse_pickles, stored_weights
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
@@ -41,7 +41,8 @@ class Source:
 
     origin is its name, without local folders; at is its file or folder; components are by name; weights are the files
     that contain the tensors; files are contents to copy, by path in the folder to write; conversion describes how our
-    converter wrote it, and is empty otherwise. loras are those fused into the weights.
+    converter wrote it, and is empty otherwise; parts are the origins of networks that are not the source's own. loras
+    are those fused into the weights.
     """
 
     origin: str
@@ -50,6 +51,7 @@ class Source:
     weights: list[Path]
     files: dict[str, bytes]
     conversion: dict = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
     loras: tuple[LoraUse, ...] = ()
 
     @property
@@ -82,7 +84,7 @@ def open_source(
     others = {name: other for name, other in replaced.items() if other is not None}
     opened = open_part(source, configs, variant, [name for name in NETWORKS if name not in others])
     for name, other in others.items():
-        opened = take(opened, open_part(other, configs, names=[name]), name)
+        opened = take(opened, open_part(other, configs if base else own_configs(opened.at), names=[name]), name)
     if "transformer" not in opened.components:
         found = " and ".join(opened.components)
         raise RequestError(f"{source} contains no transformer, only {found}; give the transformer as the source")
@@ -228,6 +230,7 @@ def take(source: Source, other: Source, name: str) -> Source:
     return replace(
         source,
         components=source.components | {name: other.components[name]},
+        parts=source.parts | {name: other.origin},
         weights=sorted({*source.weights, *other.weights}),
         files=kept | own,
     )

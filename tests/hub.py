@@ -13,15 +13,18 @@ COMMIT = "c" * 40
 
 
 class Hub:
-    """Serves a folder as the repository `name`.
+    """Serves a folder as the repository `name`; `serve` adds others.
 
     token: required from clients, if set. cut: path -> number of bytes after which the connection is dropped, once, when
-    more are requested. held: paths of which only half is sent until the server exits. seen: (method, path, Range) of
-    every request. sent: number of bytes sent, by path. received: uploaded contents, by path.
+    more are requested. held: paths of which only half is sent until the server exits. listed: SHA-256 by file name, to
+    list instead of the true one. seen: (method, path, Range) of every request. sent: number of bytes sent, by path.
+    received: uploaded contents, by path.
     """
 
     def __init__(self, folder: Path, name: str):
         self.name = name
+        self.repositories: dict[str, dict[str, Path]] = {}
+        self.listed: dict[str, str] = {}
         self.serve(folder)
         self.token: str | None = None
         self.cut: dict[str, int] = {}
@@ -56,26 +59,31 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
 
-    def serve(self, folder: Path) -> None:
-        self.files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    def serve(self, folder: Path, name: str | None = None) -> None:
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        self.repositories[name or self.name] = files
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return self.repositories[self.name]
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = request.path.partition("?")[0]
         self.seen.append((request.command, path, request.headers.get("Range")))
+        asked = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+?)(/.*)?", path)
+        files = self.repositories.get(asked[1], {}) if asked else {}
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             self.send(request, 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
         elif request.command == "POST":
             self.receive(request, path)
         elif path == "/api/whoami-v2":
             self.send_json(request, {"type": "user", "name": "me"})
-        elif re.fullmatch(rf"/api/models/{self.name}(/revision/[\w.]+)?", path):
-            self.send_json(
-                request, {"id": self.name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in self.files]}
-            )
-        elif path == f"/api/models/{self.name}/tree/{COMMIT}":
-            self.send_json(request, [self.entry(name) for name in self.files])
-        elif (found := re.fullmatch(rf"/{self.name}/resolve/[\w.]+/(.+)", path)) and found[1] in self.files:
-            self.send_file(request, found[1])
+        elif files and path.startswith("/api/") and re.fullmatch(r"(/revision/[\w.]+)?", asked[2] or ""):
+            self.send_json(request, {"id": asked[1], "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]})
+        elif files and path.startswith("/api/") and asked[2] == f"/tree/{COMMIT}":
+            self.send_json(request, [self.entry(name, file) for name, file in files.items()])
+        elif (found := re.fullmatch(r"/resolve/[\w.]+/(.+)", (asked and asked[2]) or "")) and found[1] in files:
+            self.send_file(request, found[1], files[found[1]])
         else:
             self.send(request, 404, {"X-Error-Code": "RepoNotFound"})
 
@@ -98,17 +106,28 @@ class Hub:
         else:
             self.send(request, 404, {})
 
-    def entry(self, name: str) -> dict:
-        return {"type": "file", "path": name, "size": self.files[name].stat().st_size, "oid": self.sha(name)}
+    def entry(self, name: str, file: Path) -> dict:
+        """A file in a listing; weights as the hub's large files, with their SHA-256."""
+        size = file.stat().st_size
+        entry = {"type": "file", "path": name, "size": size, "oid": "0" * 40 if self.is_large(name) else self.sha(file)}
+        large = {"lfs": {"oid": self.sha256(file), "size": size, "pointerSize": 100}} if self.is_large(name) else {}
+        return entry | large
 
-    def sha(self, name: str) -> str:
-        return hashlib.sha1(self.files[name].read_bytes()).hexdigest()
+    def is_large(self, name: str) -> bool:
+        return name.endswith(".safetensors")
 
-    def send_file(self, request, name: str) -> None:
-        content = self.files[name].read_bytes()
+    def sha(self, file: Path) -> str:
+        return hashlib.sha1(file.read_bytes()).hexdigest()
+
+    def sha256(self, file: Path) -> str:
+        return self.listed.get(file.name) or hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def send_file(self, request, name: str, file: Path) -> None:
+        content = file.read_bytes()
         first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "bytes=0-")).groups()
         start, stop = int(first), min(int(last or len(content)) + 1, len(content))
-        headers = {"ETag": f'"{self.sha(name)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        tag = self.sha256(file) if self.is_large(name) else self.sha(file)
+        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         partial = stop - start < len(content)
         if partial:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import tiny
 from hub import Hub
@@ -114,7 +115,7 @@ def test_a_first_run_downloads_converts_and_generates_and_later_runs_need_no_net
 def test_nothing_is_downloaded_unasked_without_a_terminal(run, hub):
     result = run(*GENERATE)
     assert (result.returncode, result.stdout) == (3, "")
-    assert "no model on this machine yet; --yes downloads Tongyi-MAI/Z-Image-Turbo (about 33 GB)" in result.stderr
+    assert "no model on this machine yet; --yes downloads Tongyi-MAI/Z-Image-Turbo (about 21 GB)" in result.stderr
     assert hub.seen == []
 
 
@@ -272,6 +273,124 @@ def test_plan_without_a_model_needs_no_network(run, hub):
     assert "blocks streamed from disk in each step" in rows["bfloat16"]
     assert "kept in memory between images" in rows["4 bits"] and "converts to 6 bits" in result.stdout
     assert hub.seen == []
+
+
+COMFY_FILE = "split_files/diffusion_models/z_image_turbo_bf16.safetensors"
+PINNED = """
+import os
+from mlx_zimage.weights import official
+official.BF16_TRANSFORMER = "Comfy-Org/z_image_turbo@" + "c" * 40 + ":{file}"
+official.BF16_BYTES, official.BF16_SHA256 = {size}, "{sha256}"
+"""
+
+
+@pytest.fixture
+def comfy(hub, tmp_path):
+    """ComfyUI's transformer in bfloat16 beside the official model in float32; returns the program that knows it."""
+    whole = shutil.copytree(POCKET, tmp_path / "float32")
+    exported = convert("pocket", tmp_path / "export", dtype="float32", format="diffusers")
+    shutil.rmtree(whole / "transformer")
+    shutil.copytree(exported / "transformer", whole / "transformer")
+    hub.serve(whole)
+    arrays = mx.load(str(convert("pocket", tmp_path / "all.safetensors", format="comfyui")))
+    prefix = "model.diffusion_model."
+    file = tmp_path / "comfy" / COMFY_FILE
+    file.parent.mkdir(parents=True)
+    own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    mx.save_safetensors(str(file), own)
+    (tmp_path / "comfy/README.md").write_text("ComfyUI's files\n")
+    hub.serve(tmp_path / "comfy", "Comfy-Org/z_image_turbo")
+    program = PINNED.format(file=COMFY_FILE, size=file.stat().st_size, sha256=manifest.sha256(file)) + PROGRAM
+    return program, file
+
+
+def weights_sent(hub, beginning):
+    """The bytes of weights that were sent, headers aside."""
+    sent = {name: count for name, count in hub.sent.items() if name.endswith(".safetensors") and count > HEADER_BYTES}
+    return sum(count for name, count in sent.items() if name.startswith(beginning))
+
+
+def test_a_first_run_downloads_half_the_transformer(run, hub, comfy, tmp_path):
+    program, file = comfy
+    result = run(*GENERATE, "--yes", program=program)
+    assert (result.returncode, result.stdout) == (0, "image.png\n"), result.stderr
+    assert "the transformer in bfloat16 from Comfy-Org/z_image_turbo\n" in result.stderr
+    assert weights_sent(hub, "transformer/") == 0
+    extra = weights_sent(hub, COMFY_FILE) - file.stat().st_size
+    assert 0 <= extra <= 3 * HEADER_BYTES
+    record = json.loads((run.home / "Z-Image-Turbo-bf16/conversion.json").read_text())
+    assert record["source"] == DEFAULT_MODEL and record["parts"]["transformer"].startswith("Comfy-Org/z_image_turbo@")
+    plain = convert("pocket", tmp_path / "plain")
+    for path in plain.glob("*/*.safetensors"):
+        assert path.read_bytes() == (run.home / "Z-Image-Turbo-bf16" / path.relative_to(plain)).read_bytes()
+    for name in ("Tongyi-MAI/Z-Image-Turbo", "Comfy-Org/z_image_turbo"):
+        assert f"  mlx-zimage models rm {name}\n" in result.stderr
+        assert run("models", "rm", name).returncode == 0
+    assert "hub" not in run("models").stdout
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_transformer_that_is_not_the_published_one_is_not_used(run, hub, comfy, listed):
+    program, file = comfy
+    published = manifest.sha256(file)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    if not listed:
+        hub.listed[file.name] = published  # the listing does not show it
+    result = run(*GENERATE, "--yes", "--model", "z-image-turbo", program=program)
+    assert result.returncode == 0, result.stderr
+    assert "Comfy-Org/z_image_turbo" in result.stderr and "is not the file that was published" in result.stderr
+    assert weights_sent(hub, COMFY_FILE) == 0 or not listed
+    assert weights_sent(hub, "transformer/") > 0
+    assert "parts" not in json.loads((run.home / "Z-Image-Turbo-bf16/conversion.json").read_text())
+    if not listed:
+        assert "downloading the transformer of Tongyi-MAI/Z-Image-Turbo instead" in result.stderr
+        assert not list(run.home.with_name("huggingface").rglob(file.name))
+
+
+def test_a_file_in_a_repository_is_used_as_it_is(run, hub, comfy):
+    program, _ = comfy
+    result = run(*GENERATE, "--model", "z-image-turbo", "--yes", program=program)
+    assert result.returncode == 0, result.stderr
+    source = f"Comfy-Org/z_image_turbo:{COMFY_FILE}"
+    # the architecture of a bare file is the official one, which is pocket's here
+    tiny_official = """
+from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.models import NETWORKS
+official.CONFIGS = {name: getattr(open_checkpoint("pocket"), name).raw_config for name in NETWORKS}
+"""
+    before = dict(hub.sent)
+    result = run(*GENERATE, "--model", source, program=program.replace(PROGRAM, tiny_official + PROGRAM))
+    assert result.returncode == 0, result.stderr
+    assert "contains no text_encoder or vae or tokenizer; using that of Tongyi-MAI/Z-Image-Turbo" in result.stderr
+    assert Image.open(run.work / "image-1.png").tobytes() == Image.open(run.work / "image.png").tobytes()
+    assert sum(hub.sent.values()) - sum(before.values()) < 100_000, "all of it was here already"
+
+
+def test_a_repository_that_mflux_uploaded_is_used_as_it_is(run, hub, mflux, few_tokens, tmp_path):
+    folder = shutil.copytree(mflux / "mflux-4", tmp_path / "mflux")
+    (folder / "tokenizer").mkdir()
+    shutil.copy(few_tokens, folder / "tokenizer/tokenizer.json")
+    hub.serve(folder, "someone/z-image-mflux-4bit")
+    program = f"""
+import sys
+sys.path.insert(0, {str(tiny.GOLDEN)!r})
+sys.path.insert(0, {str(tiny.GOLDEN.parent)!r})
+import mflux_folders
+from mlx_zimage.weights import official
+official.CONFIGS = mflux_folders.CONFIGS
+"""
+    program += PROGRAM
+    shown = json.loads(run("info", "someone/z-image-mflux-4bit", "--json", program=program).stdout)
+    assert "4-bit affine" in shown["networks"]["transformer"]["stored_as"][0]
+    assert all(count <= HEADER_BYTES for name, count in hub.sent.items() if name.endswith(".safetensors"))
+    result = run(*GENERATE, "--model", "someone/z-image-mflux-4bit", program=program)
+    assert result.returncode == 0, result.stderr
+    assert read_origin(run.work / "image.png").model == "someone/z-image-mflux-4bit"
+    fetched = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix == ".safetensors")
+    on_disk = [path for path in tmp_path.joinpath("home").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert sum(path.stat().st_size for path in on_disk) < fetched + 100_000, "no second copy"
 
 
 def test_models_lists_what_an_id_can_be_used_for_and_frees_the_rest(run):

@@ -183,7 +183,7 @@ def test_its_table_of_memory_is_what_the_planner_computes(mac):
         peak = max(plan.peak for plan in plans)
         stays = "kept in memory" if all(plan.keep for plan in plans) else "loaded for every image"
         assert not any(plan.streamed for plan in plans)
-        command = "mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image" + (f" --q-bits {bits}" if bits else "")
+        command = "mlx-zimage convert z-image-turbo z-image" + (f" --q-bits {bits}" if bits else "")
         cells = [
             f"{gigabytes} GB" + " and more" * (gigabytes == 64),
             f"{bits or 16}",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 
 import click
 
@@ -86,13 +87,16 @@ PARTS = ("transformer", "text_encoder", "vae", "tokenizer", "base")
 def convert(source, dest, reported, upload_repo, quiet, **options):
     """Convert SOURCE to an MLX model folder DEST and print its path.
 
-    SOURCE is a Hugging Face id, 'pocket', a folder written by diffusers, mflux or this program, or a safetensors or
-    GGUF file. Tensors are converted one at a time, which takes little memory. The VAE and the
-    most sensitive layers are never quantized. To resume an interrupted conversion, run the same command again.
+    SOURCE is a Hugging Face id (ID:PATH for a part of one), 'z-image-turbo' (the same model in a smaller download),
+    'z-image', 'pocket', a folder of diffusers, mflux, ComfyUI or this program, or a safetensors or GGUF file. Tensors
+    are converted one at a time, which takes little memory. The VAE and the most sensitive layers are never quantized.
+    To resume an interrupted conversion, run the same command again.
     """
     from ..convert import convert_steps
     from ..convert.report import check_source, check_upload, report_steps, upload
-    from ..weights.library import register
+    from ..convert.writer import check_absent
+    from ..weights.hub import ALIASES
+    from ..weights.library import fetch_transformer, register, smaller_transformer
 
     memory, variant = options["memory"], options["variant"]
     if (reported or upload_repo) and options["format"] != "mlx":
@@ -104,6 +108,14 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
     given = [f"--{name.replace('_', '-')}" for name in PARTS if options[name]]
     if reported and given:
         raise RequestError(f"--report compares with SOURCE alone; leave out {' and '.join(given)}")
+    if source in ALIASES and not Path(source).exists():
+        source = ALIASES[source]
+        if not (options["transformer"] or reported or options["calibrate"]):  # which compare with SOURCE itself
+            check_absent(dest)  # before anything is downloaded
+            smaller, fault = smaller_transformer(source)
+            fault = fault or (fetch_transformer(smaller) if smaller else "")
+            say(f"{fault}; downloading the transformer of {source} instead", quiet or not fault)
+            options["transformer"] = None if fault else smaller
     if upload_repo:
         check_upload(upload_repo)
     with closing(convert_steps(source, dest, **options)) as steps:

@@ -70,7 +70,7 @@ def rm(name: str | None, everything: bool, yes: bool) -> None:
 
 def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     """Return the folder of the default model; if there is none, show what it takes, ask, download and convert it."""
-    from ..weights.library import DOWNLOAD, check_space, converted, disks, plan_first_run
+    from ..weights.library import DOWNLOAD, check_space, converted, disks, fetch_transformer, plan_first_run
 
     found = converted(repository)
     if found:
@@ -90,6 +90,10 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     stored = "bfloat16" if plan.bits is None else f"{plan.bits}-bit"
     say(f"No model on this machine yet. To set up {repository}:", quiet)
     say(f"  download: {size(plan.download_bytes):>9} to {plan.cache}", quiet)
+    if plan.transformer:
+        say(f"            the transformer in bfloat16 from {plan.transformer.partition('@')[0]}", quiet)
+    elif plan.remark:
+        say(f"            the transformer in float32: {plan.remark}", quiet)
     say(f"  convert:  {size(plan.converted_bytes):>9} to {plan.dest},", quiet)
     say(f"            {stored}, chosen for a memory budget of {size(budget)}", quiet)
     for disk in disks(plan):
@@ -98,12 +102,18 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     say("If interrupted, run the same command again to download the rest.", quiet)
     if not yes and not click.confirm("Continue?", default=True, err=True):
         raise ModelNotFoundError("nothing was downloaded; --model takes a folder, a Hugging Face id, or 'pocket'")
+    transformer = plan.transformer
+    if transformer and (fault := fetch_transformer(transformer)):
+        say(f"{fault}; downloading the transformer of {repository} instead", quiet)
+        transformer = None
     with progress_bar(quiet, unit="B", unit_scale=True, desc="Converting") as bar:
-        for step in convert_steps(repository, plan.dest, bits=plan.bits):
+        for step in convert_steps(repository, plan.dest, bits=plan.bits, transformer=transformer):
             bar.total = step.total_bytes
             bar.update(step.done_bytes - bar.n)
     say("The download is no longer needed; to delete it:", quiet)
     say(f"  mlx-zimage models rm {repository}", quiet)
+    if transformer:
+        say(f"  mlx-zimage models rm {transformer.partition('@')[0]}", quiet)
     return plan.dest
 
 

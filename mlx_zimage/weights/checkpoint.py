@@ -24,7 +24,7 @@ from . import official
 from .component import Component, open_component, read_config, read_header, read_json
 from .hub import TOKENIZER_FILES, Repository, locate
 from .manifest import CONVERSION
-from .parts import check_variant, files_to_convert, open_networks
+from .parts import check_variant, files_to_convert, open_networks, own_configs
 from .unchanged import unchanged
 
 Source = str | Path
@@ -134,7 +134,7 @@ def open_headers(
     for name, other in others.items():
         place, its_repository = locate(other)
         repositories += [its_repository] if its_repository else []
-        found = open_networks(place, its_repository)
+        found = open_networks(place, its_repository, configs=own_configs(path))
         if name not in found:
             raise RequestError(
                 f"{other} contains no {name}, only {' and '.join(found)}; give a file or folder that does"

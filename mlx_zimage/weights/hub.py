@@ -19,11 +19,11 @@ from .manifest import CONVERSION, MANIFEST
 
 POCKET = Path(__file__).parents[1] / "pocket"
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-IN_REPOSITORY = re.compile(rf"({REPOSITORY_ID.pattern}):(\w[^:]*)")
+IN_REPOSITORY = re.compile(rf"({REPOSITORY_ID.pattern})(?:@(\w[\w.-]*))?(?::(\w[^:]*))?")
 ALIASES = {"z-image-turbo": TURBO.repository, "turbo": TURBO.repository, "z-image": BASE.repository}
 # The files that are enough to refuse a repository that is not a model of this family, including the shards' indexes.
 CONFIGS = [
-    *("model_index.json", "config.json", "*.safetensors.index.json", CONVERSION, MANIFEST),
+    *("model_index.json", "config.json", "*.safetensors.index.json", CONVERSION, MANIFEST, "README.md"),
     *(f"{name}/*.json" for name in (*NETWORKS, "scheduler")),
 ]
 TOKENIZER_FILES = ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
@@ -36,22 +36,32 @@ class Repository:
     fetched. All paths are paths in this folder, whether the files are there yet or not.
     """
 
-    def __init__(self, id: str):
+    def __init__(self, id: str, revision: str | None = None):
         self.id = id
-        self.folder = _download(id, CONFIGS)
+        self.folder = _download(id, CONFIGS, revision, shown=False)
 
     @cached_property
-    def sizes(self) -> dict[Path, int]:
-        """The size of each file in bytes; if the hub cannot be reached, only of files that are downloaded."""
+    def _listing(self) -> dict[Path, tuple[int, str | None]]:
+        """The size of each file in bytes, and the SHA-256 of large ones, as the hub lists them."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
         from huggingface_hub.hf_api import RepoFile
 
         try:
             tree = HfApi().list_repo_tree(self.id, recursive=True, revision=self.folder.name)
-            return {self.folder / entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+            files = [entry for entry in tree if isinstance(entry, RepoFile)]
+            return {self.folder / file.path: (file.size, file.lfs.sha256 if file.lfs else None) for file in files}
         except (HTTPError, OfflineModeIsEnabled):
-            return {path: path.stat().st_size for path in self.folder.rglob("*") if path.is_file()}
+            return {path: (path.stat().st_size, None) for path in self.folder.rglob("*") if path.is_file()}
+
+    @cached_property
+    def sizes(self) -> dict[Path, int]:
+        """The size of each file in bytes; if the hub cannot be reached, only of files that are downloaded."""
+        return {path: size for path, (size, _) in self._listing.items()}
+
+    def sha256(self, file: Path) -> str | None:
+        """A large file's SHA-256, as the hub lists it."""
+        return self._listing[file][1]
 
     def names(self, folder: Path) -> list[str]:
         """The names of the files in one of its folders, downloaded or not."""
@@ -90,7 +100,7 @@ class Repository:
         """Download the files that are not in the folder yet."""
         missing = sorted({self._name(file) for file in files if not file.exists()})
         if missing:
-            _download(self.id, [glob.escape(name) for name in missing], self.folder.name)
+            _download(self.id, [glob.escape(name) for name in missing], self.folder.name, shown=True)
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
@@ -99,8 +109,8 @@ class Repository:
 def locate(source: str | Path) -> tuple[Path, Repository | None]:
     """The path of a model or a part of one, and the repository it is in, if any.
 
-    source is "pocket", a folder, a file, a Hugging Face id, ID:PATH for a file or folder in its repository, or an alias
-    of an id. Only the configs of a repository are downloaded.
+    source is "pocket", a folder, a file, a Hugging Face id, ID:PATH for a file or folder in its repository, ID@REVISION
+    or both, or an alias of an id. Only the configs of a repository are downloaded.
     """
     if not isinstance(source, (str, Path)) or not str(source):
         raise ModelNotFoundError(f"expected a model's folder, a Hugging Face id or 'pocket', but got {source!r}")
@@ -113,15 +123,12 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
         raise ModelNotFoundError(f"{str(source)[:80]!r} is not a valid folder name ({error.args[-1]})") from None
     if is_folder or is_file:
         return folder, None
-    source = ALIASES.get(str(source), str(source))
-    if REPOSITORY_ID.fullmatch(source):
-        repository = Repository(source)
-        return repository.folder, repository
-    if inside := IN_REPOSITORY.fullmatch(source):
-        repository = Repository(inside[1])
-        path = repository.folder / inside[2].rstrip("/")
-        if not any(path in (file, *file.parents) for file in repository.sizes):
-            raise ModelNotFoundError(f"{inside[1]} has no file or folder {inside[2]!r}")
+    named = IN_REPOSITORY.fullmatch(ALIASES.get(str(source), str(source)))
+    if named:
+        repository = Repository(named[1], named[2])
+        path = repository.folder / (named[3] or "").rstrip("/")
+        if named[3] and not any(path in (file, *file.parents) for file in repository.sizes):
+            raise ModelNotFoundError(f"{named[1]} has no file or folder {named[3]!r}; look for its name there")
         return path, repository
     raise ModelNotFoundError(
         f"no model at {source}; give a folder, a file, a Hugging Face id such as {TURBO.repository}, or 'pocket'"
@@ -154,8 +161,11 @@ def name_of(folder: Path) -> str:
     return folder.name
 
 
-def _download(repository: str, patterns: list[str], commit: str | None = None) -> Path:
-    """Download files of a commit, by default the latest, into the hub's cache, and return the snapshot's folder."""
+def _download(repository: str, patterns: list[str], revision: str | None, shown: bool) -> Path:
+    """Download files of a revision, by default the latest, into the hub's cache, and return the snapshot's folder.
+
+    shown says whether a terminal shows bars.
+    """
     # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported. HTTPError
     # comes from the HTTP library that the installed release of the client uses: httpx or httpx2.
     from huggingface_hub import snapshot_download
@@ -164,14 +174,14 @@ def _download(repository: str, patterns: list[str], commit: str | None = None) -
 
     class Bar(tqdm):
         def __init__(self, *args, **options):
-            # None: no bar if stderr is not a terminal. True: never, since configs are quick to download.
-            super().__init__(*args, **{"disable": None if commit else True, **options})
+            # None: no bar if stderr is not a terminal.
+            super().__init__(*args, **{"disable": None if shown else True, **options})
 
     try:
         return Path(
             snapshot_download(
                 repository,
-                revision=commit,
+                revision=revision,
                 allow_patterns=patterns,
                 ignore_patterns=[".*", "*/.*"],  # hidden files, see is_hidden, that the patterns would include
                 tqdm_class=Bar,
@@ -179,7 +189,7 @@ def _download(repository: str, patterns: list[str], commit: str | None = None) -
         )
     except LocalEntryNotFoundError as error:
         folder = cached().get(repository)
-        if commit is None and folder and (only := snapshot(folder)):
+        if revision is None and folder and (only := snapshot(folder)):
             return only
         raise ModelNotFoundError(
             f"{repository} is not a local folder and is not in the Hugging Face cache, and the hub cannot be reached; "

@@ -25,17 +25,18 @@ from ..scheduler import SchedulerConfig
 from ..variants import TURBO
 from . import official
 from . import store as embeddings
-from .checkpoint import Checkpoint, open_headers
-from .component import Component, Entry
-from .hub import POCKET, cached, snapshot
-from .manifest import CONVERSION, MANIFEST, read_manifest
+from .checkpoint import Checkpoint, open_headers, resolve
+from .component import Component, Entry, read_json
+from .hub import POCKET, cached, locate, snapshot
+from .manifest import CONVERSION, MANIFEST, read_manifest, sha256
+from .parts import PIPELINE_CLASSES, open_networks
 from .quantize import tensor_quantization
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
 EMBEDDINGS = "embeddings"
 OFF = ("off", "no", "false", "0")
 REGISTER = "folders.json"  # in home(): the folders that `convert` wrote elsewhere
-DOWNLOAD = 33 * 10**9  # bytes of the published model, used until the hub reports its size
+DOWNLOAD = official.BF16_BYTES + 8_213_000_000  # bytes of a first download, used until the hub reports its size
 WEIGHTS_SHARE = 0.9  # share of a machine's memory budget for weights; the rest is working memory
 
 
@@ -56,7 +57,10 @@ class Model:
 
 @dataclass(frozen=True)
 class FirstRun:
-    """What downloading and converting a model will take. bits None is bfloat16."""
+    """What downloading and converting a model will take. bits None is bfloat16.
+
+    transformer is where that comes from, if not from the repository; otherwise remark says why, where it could have.
+    """
 
     repository: str
     download_bytes: int
@@ -64,6 +68,8 @@ class FirstRun:
     converted_bytes: int
     cache: Path
     dest: Path
+    transformer: str | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,9 +106,8 @@ def models() -> Iterator[Model]:
     for path in _converted():
         yield Model(str(path), "converted", path, _nbytes(path))
     for repository, folder in cached().items():
-        weights = [path for path in folder.glob("snapshots/*/transformer/*") if path.suffix == ".safetensors"]
-        if weights or (any(folder.glob("blobs/*.incomplete")) and any(folder.glob("snapshots/*/transformer"))):
-            used = snapshot(folder)
+        used = snapshot(folder)
+        if _is_ours(repository, folder, used):
             yield Model(repository, "hub", used or folder, _nbytes(folder), used is not None and _opens(used))
     prompts = embeddings_folder()
     if prompts and (kept := sum(file.stat().st_size for file in embeddings.files(prompts))):
@@ -169,7 +174,8 @@ def plan_first_run(repository: str, budget: int) -> FirstRun:
 
     Downloads configs and headers; raises ModelNotFoundError if the hub cannot be reached.
     """
-    checkpoint = open_headers(repository)
+    transformer, remark = smaller_transformer(repository)
+    checkpoint = open_headers(repository, transformer=transformer)
     configs = {component.name: component.raw_config for component in checkpoint.components}
     sizes = {bits: planned(bits, configs).nbytes for bits in CHOICES}
     bits = choose_bits(sizes, budget)
@@ -183,7 +189,39 @@ def plan_first_run(repository: str, budget: int) -> FirstRun:
         sizes[bits],
         Path(HF_HUB_CACHE),
         home() / (f"{stem}-bf16" if bits is None else f"{stem}-{bits}bit"),
+        transformer,
+        remark,
     )
+
+
+def smaller_transformer(repository: str) -> tuple[str | None, str]:
+    """Where a repository's transformer is published in fewer bytes, and why it cannot be had if it is not as known."""
+    if repository != official.REPOSITORY:
+        return None, ""
+    source = official.BF16_TRANSFORMER
+    try:
+        path, at_hub = locate(source)
+    except ModelNotFoundError as error:
+        return None, str(error)
+    assert at_hub is not None
+    if path.exists():
+        return source, ""
+    if (at_hub.sizes[path], at_hub.sha256(path)) != (official.BF16_BYTES, official.BF16_SHA256):
+        return None, f"{source} is not the file that was published"
+    return source, ""
+
+
+def fetch_transformer(source: str) -> str:
+    """Download what smaller_transformer found, and delete it again if its checksum is not the published one.
+
+    Returns why it cannot be used, if so.
+    """
+    file = resolve(source, ["transformer"])
+    if sha256(file) == official.BF16_SHA256:
+        return ""
+    file.resolve().unlink()  # the cache links to it
+    file.unlink(missing_ok=True)
+    return f"{source} is not the file that was published"
 
 
 def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
@@ -292,12 +330,21 @@ def _remove_converted(folder: Path) -> None:
         folder.rmdir()
 
 
+def _is_ours(repository: str, folder: Path, used: Path | None) -> bool:
+    """Whether a cached repository is a model of this family that has weights, or has begun to be downloaded."""
+    if not any(folder.glob("snapshots/**/*.safetensors")) and not any(folder.glob("blobs/*.incomplete")):
+        return False
+    for index in folder.glob("snapshots/*/model_index.json"):
+        with suppress(CheckpointError):
+            return read_json(index).get("_class_name") in PIPELINE_CLASSES
+    return repository == official.BF16_TRANSFORMER.partition("@")[0] or (used is not None and _opens(used))
+
+
 def _opens(folder: Path) -> bool:
     try:
-        open_headers(folder)
-    except CheckpointError:
+        return "transformer" in open_networks(folder)
+    except (CheckpointError, RequestError):
         return False
-    return True
 
 
 def _nbytes(folder: Path) -> int:

@@ -4,6 +4,15 @@ from ..variants import TURBO
 
 REPOSITORY = TURBO.repository
 
+# The same transformer rounded to bfloat16, half the download: ComfyUI's file at one commit, with what public listings
+# of it agree on. Everything else comes from the repository above.
+BF16_TRANSFORMER = (
+    "Comfy-Org/z_image_turbo@08d04455279082882deaabc8d0d09fc914c071e1"
+    ":split_files/diffusion_models/z_image_turbo_bf16.safetensors"
+)
+BF16_BYTES = 12_309_866_400
+BF16_SHA256 = "2407613050b809ffdff18a4ac99af83ea6b95443ecebdf80e064a79c825574a6"
+
 MODEL_INDEX = {
     "_class_name": "ZImagePipeline",
     "_diffusers_version": "0.36.0.dev0",

@@ -101,6 +101,12 @@ def files_to_convert(path: Path, repository: Repository, names: Iterable[str], v
     return found
 
 
+def own_configs(path: Path) -> dict[str, dict]:
+    """The configs of the networks in a model's folder, for bare files that take their place."""
+    files = {name: path / name / "config.json" for name in NETWORKS}
+    return {**official.CONFIGS, **{name: read_json(file) for name, file in files.items() if file.is_file()}}
+
+
 def names_in(folder: Path, repository: Repository | None = None) -> list[str]:
     """The files in a folder, whether they are downloaded yet or not."""
     return repository.names(folder) if repository else [path.name for path in visible(folder) if path.is_file()]

@@ -15,11 +15,17 @@ from ..request import LoraUse
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
 from ..weights import official
-from ..weights.checkpoint import BorrowedFromHub, check_tokenizer, check_widths, resolve, weight_files
+from ..weights.checkpoint import (
+    BorrowedFromHub,
+    check_tokenizer,
+    check_widths,
+    read_conversion,
+    resolve,
+    weight_files,
+)
 from ..weights.component import Component, find_network, has_fp8, read_entries, read_json
 from ..weights.hub import TOKENIZER_FILES, locate, name_of
 from ..weights.listing import INDEX, visible
-from ..weights.manifest import CONVERSION
 from ..weights.parts import PIPELINE_CLASS, check_pipeline, check_variant, open_networks, own_configs
 from .disk import render_json
 from .files import assemble, open_file, refuse_pickles, stored_weights
@@ -160,9 +166,7 @@ def open_folder(folder: Path, origin: str, names: Iterable[str], variant: str | 
     for name in names:
         components[name], files = _open_network(folder, name, variant)
         weights |= files
-    conversion = folder / CONVERSION
-    record = read_json(conversion) if conversion.is_file() else {}
-    return Source(origin, folder, components, sorted(weights), small_files(folder), record)
+    return Source(origin, folder, components, sorted(weights), small_files(folder), read_conversion(folder))
 
 
 def _open_network(folder: Path, name: str, variant: str | None) -> tuple[SourceComponent, set[Path]]:

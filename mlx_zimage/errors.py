@@ -15,11 +15,28 @@ A message names the thing, its value, what was expected, and what to do next.
 
 from __future__ import annotations
 
+import re
+
+MAX_MESSAGE = 4000  # characters
+# What a terminal would obey, or could not show: control characters, line separators, changes of the writing direction,
+# and bytes of file names that are not text.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """Text on one line, as safe to print as any: some of it may be a stranger's."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE * 3 // 4]} ... {text[-MAX_MESSAGE // 4 :]}"
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+
 
 class ZImageError(Exception):
     """The base class of all errors that this package raises on purpose."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return plain(str(self.args[0]) if self.args else "")  # children of OSError would print an errno tuple
 
 
 class RequestError(ZImageError, ValueError):
@@ -32,9 +49,6 @@ class ModelNotFoundError(ZImageError, FileNotFoundError):
     """There is no such folder, file or repository, or no network to download it."""
 
     exit_code = 3
-
-    def __str__(self) -> str:  # FileNotFoundError would print an errno tuple
-        return str(self.args[0]) if self.args else ""
 
 
 class CheckpointError(ZImageError):
@@ -53,9 +67,6 @@ class OutputError(ZImageError, OSError):
     """A result cannot be written: the disk is full, or the folder is read-only."""
 
     exit_code = 6
-
-    def __str__(self) -> str:  # OSError would print an errno tuple
-        return str(self.args[0]) if self.args else ""
 
 
 class LockedError(ZImageError):

@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 
 import click
 
-from ..errors import OutputError, ZImageError
+from ..errors import OutputError, ZImageError, plain
 from ..failures import explained
 from ..version import __version__
 from .elsewhere import no_such_command
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def _fail(ctx: click.Context, error: Exception, code: int) -> NoReturn:
-    click.echo(f"Error: {error}", err=True)
+    click.echo(f"Error: {plain(str(error))}", err=True)
     ctx.exit(code)
 
 
@@ -110,4 +110,4 @@ def _show_warning(
     from tqdm import tqdm  # takes as long to import as click
 
     with tqdm.external_write_mode():  # clears a running bar and redraws it afterwards
-        click.echo(f"Warning: {message}", err=True)
+        click.echo(f"Warning: {plain(str(message))}", err=True)

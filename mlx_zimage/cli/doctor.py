@@ -8,6 +8,7 @@ from ..dtypes import FLOATS
 from ..errors import NumericsError
 from ..variants import TURBO
 from .elsewhere import Command
+from .output import echo
 from .values import ModelName, sides, size_options
 
 
@@ -44,8 +45,8 @@ def doctor(
     verdicts = doctor.verdicts(facts, speeds)
     if not as_json:
         for name, fact in facts.items():
-            click.echo(f"{name:18}{'-' if fact is None else fact}")
-        click.echo(f"{'products':18}{speeds.product_rate / 1e12:.3g} TFLOP/s in {facts['dtype']}")
+            echo(f"{name:18}{'-' if fact is None else fact}")
+        echo(f"{'products':18}{speeds.product_rate / 1e12:.3g} TFLOP/s in {facts['dtype']}")
         for verdict in verdicts:
             _print_verdict(verdict)
     checks = []
@@ -54,7 +55,7 @@ def doctor(
         if not as_json:
             result = "ok" if check.passed else "WRONG"
             error = check.problem or f"error {check.error:.1e}, limit {check.limit:.0e}"
-            click.echo(f"{f'{check.name} in {check.dtype}':45}{result:7}{error}")
+            echo(f"{f'{check.name} in {check.dtype}':45}{result:7}{error}")
     passed = all(check.passed for check in checks)
     retried = doctor.without_matrix_units(dtypes, model) if not passed and facts["matrix_units"] else None
     verdicts.append(doctor.judge_numbers(checks, retried))
@@ -69,4 +70,4 @@ def doctor(
 
 def _print_verdict(verdict) -> None:
     advice = f"; {verdict.advice}" if verdict.advice else ""
-    click.echo(f"{verdict.name:18}{'ok' if verdict.ok else 'limited':9}{verdict.message}{advice}")
+    echo(f"{verdict.name:18}{'ok' if verdict.ok else 'limited':9}{verdict.message}{advice}")

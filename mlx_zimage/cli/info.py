@@ -12,7 +12,7 @@ from ..dtypes import STORED
 from ..errors import CheckpointError, ModelNotFoundError
 from ..sizes import size
 from .elsewhere import Command
-from .output import printable
+from .output import echo, printable
 from .values import ModelName
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def info(source: str, as_json: bool) -> None:
         contents = path.is_file() and _contents(path)
         if not contents:
             raise
-        click.echo(json.dumps({"file": str(path), "networks": contents}) if as_json else str(path))
+        click.echo(json.dumps({"file": str(path), "networks": contents})) if as_json else echo(str(path))
         if not as_json:
             _print_networks(contents)
         return
@@ -56,21 +56,21 @@ def info(source: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(model))
         return
-    click.echo(f"{source}, of which {size(to_fetch)} are not downloaded" if to_fetch else model["folder"])
-    if model["conversion"]:
-        how = "".join(f", {part}" for part in _how(model["conversion"]["quantization"]))
-        click.echo(f"converted from {_origin(model['conversion'])} by {model['conversion']['converter']}{how}")
+    echo(f"{source}, of which {size(to_fetch)} are not downloaded" if to_fetch else model["folder"])
+    if conversion := model["conversion"]:
+        how = "".join(f", {part}" for part in _how(conversion.get("quantization", {})))
+        echo(f"converted from {_origin(conversion)} by {conversion.get('converter', 'another converter')}{how}")
     _print_networks(model["networks"])
     side = model["sample_size"]
-    click.echo(f"default size: {side}x{side} pixels")
+    echo(f"default size: {side}x{side} pixels")
 
 
 def _print_networks(networks: dict[str, dict]) -> None:
-    click.echo(f"{'':14}{'parameters':>16}{'on disk':>12}  stored as")
+    echo(f"{'':14}{'parameters':>16}{'on disk':>12}  stored as")
     for name, network in networks.items():
         nbytes, kinds = size(network["bytes"]), ", ".join(network["stored_as"])
         bits = f": {network['bits_per_weight']:.2f} bits per weight" if len(network["stored_as"]) > 1 else ""
-        click.echo(f"{name:14}{network['parameters']:16,}{nbytes:>12}  {kinds}{bits}")
+        echo(f"{name:14}{network['parameters']:16,}{nbytes:>12}  {kinds}{bits}")
 
 
 def _contents(file: Path) -> dict[str, dict]:
@@ -100,16 +100,13 @@ def _contents(file: Path) -> dict[str, dict]:
 
 def describe(source: str) -> dict:
     """What `info` shows about a model, ready for JSON."""
-    from ..weights.checkpoint import fingerprint, open_headers
-    from ..weights.component import read_json
-    from ..weights.manifest import CONVERSION
+    from ..weights.checkpoint import fingerprint, open_headers, read_conversion
 
     checkpoint = open_headers(source)
     to_fetch = checkpoint.to_download
-    conversion = checkpoint.folder / CONVERSION
     return {
         "folder": str(checkpoint.folder),
-        "conversion": read_json(conversion) if conversion.is_file() else None,
+        "conversion": read_conversion(checkpoint.folder) or None,
         "variant": checkpoint.variant.name,
         "sample_size": checkpoint.vae.config.sample_size,
         "fingerprint": None if to_fetch else fingerprint(checkpoint),
@@ -130,7 +127,7 @@ def _network(component: Component) -> dict:
 
 def _origin(conversion: dict) -> str:
     before = conversion.get("before")
-    return conversion["source"] + (f" (from {_origin(before)})" if before else "")
+    return conversion.get("source", "an unknown source") + (f" (from {_origin(before)})" if before else "")
 
 
 def _how(quantization: dict) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .output import print_path, printable
+from .output import echo, print_path
 from .values import FilePath, ModelName
 
 if TYPE_CHECKING:
@@ -39,17 +39,15 @@ def info(file: str, model: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
-    click.echo(f"{printable(found['file'])}: {found['dialect']}")
+    echo(f"{found['file']}: {found['dialect']}")
     for network, kinds in found["networks"].items():
         for kind, count in kinds.items():
-            click.echo(f"{network:14}{count:5} {kind}")
+            echo(f"{network:14}{count:5} {kind}")
     for label in ("ranks", "scales", "trigger_words", "ignored", "unmatched"):
         values = found[label]
         if values:
-            shown = ", ".join(printable(str(value)) for value in values[:5])
-            click.echo(
-                f"{label.replace('_', ' ')}: {shown}" + (f" and {len(values) - 5} more" if len(values) > 5 else "")
-            )
+            shown = ", ".join(map(str, values[:5]))
+            echo(f"{label.replace('_', ' ')}: {shown}" + (f" and {len(values) - 5} more" if len(values) > 5 else ""))
 
 
 @lora.command(epilog="Example: mlx-zimage lora convert style.safetensors style-comfyui.safetensors --to comfyui")

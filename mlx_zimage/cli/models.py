@@ -10,7 +10,7 @@ import click
 from ..errors import ModelNotFoundError, RequestError
 from ..sizes import size
 from ..variants import TURBO
-from .output import hub_bars, progress_bar, say
+from .output import echo, hub_bars, progress_bar, say
 from .values import ModelName
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
             click.echo(json.dumps({**vars(model), "path": str(model.path)}))
         else:
             incomplete = "" if model.complete else "  (incomplete)"
-            click.echo(f"{size(model.nbytes):>10}  {model.kind:10}{model.name}{incomplete}")
+            echo(f"{size(model.nbytes):>10}  {model.kind:10}{model.name}{incomplete}")
 
 
 @models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
@@ -54,7 +54,7 @@ def rm(name: str | None, everything: bool, yes: bool) -> None:
     if (name is None) != everything:
         raise click.UsageError("give the NAME of a model, or --all")
     if name:
-        click.echo(f"Freed {size(remove(name))}")
+        echo(f"Freed {size(remove(name))}")
         return
     models, kept = own()
     for model in models:
@@ -65,7 +65,7 @@ def rm(name: str | None, everything: bool, yes: bool) -> None:
         raise RequestError("nothing was deleted; --yes deletes without asking")
     if not yes and not click.confirm("Delete?", err=True):
         raise click.Abort
-    click.echo(f"Freed {size(remove_all())}")
+    echo(f"Freed {size(remove_all())}")
 
 
 def first_run(repository: str, yes: bool, quiet: bool) -> Path:

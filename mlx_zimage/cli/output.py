@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from ..errors import UNSAFE, plain
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -22,13 +23,19 @@ def print_path(path: Path) -> None:
 
 
 def printable(text: str) -> str:
-    """Untrusted text with its control characters, which a terminal would obey, escaped as in Python."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+    """Untrusted text, such as a prompt, with all but its newlines escaped where a terminal would obey it."""
+    return UNSAFE.sub(lambda match: match[0] if match[0] == "\n" else ascii(match[0])[1:-1], text)
+
+
+def echo(text: str) -> None:
+    """Print a line on stdout."""
+    click.echo(plain(text))
 
 
 def say(message: str, quiet: bool = False) -> None:
+    """Print a message on stderr."""
     if not quiet:
-        click.echo(message, err=True)
+        click.echo(printable(message), err=True)
 
 
 def progress_bar(quiet: bool = False, **options) -> tqdm:

@@ -4,7 +4,7 @@ import click
 
 from ..errors import CheckpointError
 from .elsewhere import Command
-from .output import progress_bar
+from .output import echo, progress_bar
 from .values import ModelName
 
 
@@ -30,10 +30,10 @@ def verify(folder: str, quiet: bool) -> None:
             if step.fault:
                 faults += 1
                 with bar.external_write_mode():
-                    click.echo(f"{step.name}: {step.fault}")
+                    echo(f"{step.name}: {step.fault}")
     if faults:
         raise CheckpointError(
             f"{path} is damaged: {faults} fault{'s' if faults > 1 else ''} found; download or convert it again"
         )
     checked = "all checksums match" if read_manifest(path) else "headers and values only; no checksums to compare with"
-    click.echo(f"{path} is intact ({checked})")
+    echo(f"{path} is intact ({checked})")

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, RequestError
 from ..models import NETWORKS, OPTIONAL
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
-from ..untrusted import open_regular
+from ..untrusted import brief, open_regular
 from ..variants import Variant
 from . import official
 from .component import Component, open_component, read_config, read_header, read_json
@@ -208,14 +208,32 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, label: object) -> Non
 def origins(folder: Path) -> list[str]:
     """The sources a folder was converted from, as our converter recorded them: newest first, empty if it was not."""
     try:
-        record: object = read_json(folder / CONVERSION)
-    except CheckpointError:  # there is none, or it is damaged, which `verify` reports
+        record = read_conversion(folder)
+    except CheckpointError:  # it is damaged, which `verify` reports
         return []
     found = []
-    while isinstance(record, dict):
+    while record:
         found.append(str(record.get("source")))
-        record = record.get("before")
+        record = record.get("before") or {}
     return found
+
+
+def read_conversion(folder: Path) -> dict:
+    """How our converter made a folder, as conversion.json records it; empty if it did not. Values have their types."""
+    file = folder / CONVERSION
+    if not file.is_file():
+        return {}
+    record = read_json(file)
+    step: Any = record
+    types = {"source": str, "converter": str, "dtype": str, "quantization": dict}
+    while step:
+        target = step.get("quantization", {}) if isinstance(step, dict) else None
+        if target is None or not all(isinstance(step.get(key, kind()), kind) for key, kind in types.items()):
+            raise CheckpointError(f"{file} was not written by this converter, or has been changed; remove it")
+        if not isinstance(target.get("target_bytes") or 0, int):
+            raise CheckpointError(f"{file}: target_bytes is {brief(target['target_bytes'])}, expected a whole number")
+        step = step.get("before")
+    return record
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -122,7 +122,7 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
     except (OSError, ValueError) as error:  # too long for the system, or with a NUL
         raise ModelNotFoundError(f"{str(source)[:80]!r} is not a valid folder name ({error.args[-1]})") from None
     if is_folder or is_file:
-        return folder, None
+        return check_name(folder), None
     named = IN_REPOSITORY.fullmatch(ALIASES.get(str(source), str(source)))
     if named:
         repository = Repository(named[1], named[2])
@@ -133,6 +133,15 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
     raise ModelNotFoundError(
         f"no model at {source}; give a folder, a file, a Hugging Face id such as {TURBO.repository}, or 'pocket'"
     )
+
+
+def check_name(path: Path) -> Path:
+    """The path; ModelNotFoundError if it is not valid text, since neither MLX nor tokenizers could open it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ModelNotFoundError(f"{path} is not a name in UTF-8; rename it") from None
+    return path
 
 
 def cached() -> dict[str, Path]:

@@ -26,7 +26,7 @@ from ..models.runner import NetworkConfig
 from ..untrusted import parse_json
 from .component import SHOWN, read_header, read_json, read_metadata
 from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement, is_finite
-from .hub import REPOSITORY_ID, Repository
+from .hub import REPOSITORY_ID, Repository, check_name
 from .manifest import sha256
 from .names import comfyui_name
 from .unchanged import unchanged
@@ -139,7 +139,7 @@ def find_lora(source: str | Path) -> Path:
     """The file (or PEFT's folder) of a LoRA: a path, a Hugging Face id, or id:file where a repository has several."""
     path = Path(os.path.expanduser(source))
     if path.exists():
-        return path
+        return check_name(path)
     repository_id, _, name = str(source).partition(":")
     if not REPOSITORY_ID.fullmatch(repository_id):
         raise ModelNotFoundError(f"no LoRA at {source}; expected a safetensors file, a Hugging Face id, or id:file")

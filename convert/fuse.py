@@ -1,4 +1,4 @@
-"""A source with LoRAs in its weights: each tensor's difference is added, in float32, before anything is rounded."""
+"""A source with LoRAs fused into its weights: differences are added in float32, before anything is rounded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Loras = Sequence[tuple[str | Path, float]]  # each a file, PEFT's folder, a Hugg
 
 
 def fuse(source: Source, loras: Loras, partial_match: bool = False) -> Source:
-    """The source with these LoRAs at their strengths in its weights; see `weights.lora.read_lora`."""
+    """The source with LoRAs fused into its weights at these strengths; see `weights.lora.read_lora`."""
     configs = {
         name: NETWORKS[name].from_dict(component.config)
         for name, component in source.components.items()
@@ -47,7 +47,7 @@ def _with_differences(
 
 
 class _Rows:
-    """Reads rows of one tensor with differences. They are computed for the whole tensor, once, while it is read."""
+    """Reads rows of one tensor with its differences, which are computed once for the whole tensor."""
 
     def __init__(self, tensor: Tensor, deltas: Sequence[tuple[Delta, float]]):
         self._tensor = tensor

@@ -107,9 +107,8 @@ def speeds(width: int, height: int, model: Checkpoint | None = None) -> Speeds:
     longest = None
     if backend() != "cpu":
         remember_product_rate(rate)
-        longest = (
-            2 * longest_kernel(width, height, kernel_flops()) / rate
-        )  # other kernels than products reach half the rate
+        # kernels other than products reach half of the rate
+        longest = 2 * longest_kernel(width, height, kernel_flops()) / rate
     if model is None:
         return Speeds(rate, longest)
     files = {entry.file for entry in model.transformer.entries.values()}

@@ -161,7 +161,7 @@ def test_fused_equals_attached(style, options, tolerance):
 
 
 def test_fuse_needs_a_lora_and_writes_nothing_for_a_wrong_one(style, tmp_path):
-    assert "expected at least one LoRA" in run("fuse", "pocket", "fused").stderr
+    assert "give at least one LoRA" in run("fuse", "pocket", "fused").stderr
     wrong = tmp_path / "wrong.safetensors"
     mx.save_safetensors(
         str(wrong), {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": mx.ones((2, 2))}

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from test_pages import PAGES, read, resolved
+from test_pages import PAGES, SETTINGS, read, resolved
 
 from mlx_zimage import cli
 
@@ -45,7 +45,7 @@ def test_the_house_lists_files_that_exist():
 
 def unwanted() -> list[str]:
     """The single words and phrases of the column "not" that are never right here."""
-    words = [row[1].strip('"') for row in table("Words")]
+    words = [row[1].strip('"') for row in table("Vocabulary")]
     return [word for word in words if re.fullmatch(r"picture|draw|read as needed|what may be used", word)]
 
 
@@ -54,7 +54,7 @@ def helps() -> dict[str, str]:
     for name in cli.COMMANDS:
         command = resolved(name)
         for each in [command, *(command.commands.values() if isinstance(command, click.Group) else ())]:
-            with click.Context(each, info_name=each.name) as context:
+            with click.Context(each, info_name=each.name, **SETTINGS) as context:
                 texts[f"{name} {each.name}"] = each.get_help(context)
     return texts
 

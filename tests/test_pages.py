@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli_lora import write as write_lora
 
 from mlx_zimage import cli
 from mlx_zimage.convert import convert
@@ -25,6 +26,7 @@ from mlx_zimage.variants import TURBO
 from mlx_zimage.weights.library import CHOICES, DOWNLOAD, choose_bits, planned
 
 ROOT = Path(__file__).parents[1]
+SETTINGS = cli.main.context_settings  # of every context: click keeps the help option that the first one asks for
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "convert/README.md"),
     *sorted(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")),
@@ -37,6 +39,8 @@ PARSED = re.compile(
 )
 STAND_INS = {  # random weights of full size take minutes
     "mlx-zimage bench --q-bits 4": "mlx-zimage bench --model pocket --size 32x32 --steps 1 --tokens 8 --repeat 1",
+    "mlx-zimage lora info": "mlx-zimage lora info --model pocket",  # the LoRA below is for pocket
+    "mlx-zimage lora convert": "mlx-zimage lora convert --model pocket",
     "python examples/measured_row.py": f"{sys.executable} {ROOT}/examples/measured_row.py",
     "python examples/peaks.py random-4bit 1024 1024:1GB 2048:2.5GB": f"{sys.executable} {ROOT}/examples/peaks.py "
     "z-image-4bit 32 32:1GB 48:2.5GB --steps 2",
@@ -65,7 +69,7 @@ def parse(words: list[str]) -> None:
         name, command, rest = cli.main.resolve_command(click.Context(cli.main), words[1:])
         while isinstance(command, click.Group) and rest:
             name, command, rest = command.resolve_command(click.Context(command), rest)
-        command.make_parser(click.Context(command, info_name=name)).parse_args(rest)
+        command.make_parser(click.Context(command, info_name=name, **SETTINGS)).parse_args(rest)
     elif program in ("python", ".venv/bin/python") and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file(), words
     elif program.startswith(".ci/"):
@@ -74,13 +78,14 @@ def parse(words: list[str]) -> None:
 
 @pytest.fixture
 def shell(tmp_path):
-    """Run blocks in an empty folder of an empty home, whose Hugging Face cache has a model as Z-Image-Turbo."""
+    """Run blocks in a folder with a LoRA and an empty home, whose Hugging Face cache has a model as Z-Image-Turbo."""
     command = tmp_path / "bin/mlx-zimage"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mlx_zimage "$@"\n')
     command.chmod(0o755)
     home, work = tmp_path / "home", tmp_path / "work"
     work.mkdir()
+    write_lora(work / "style.safetensors")
     repository = home / ".cache/huggingface/hub/models--Tongyi-MAI--Z-Image-Turbo"
     revision = "0" * 40
     (repository / "refs").mkdir(parents=True)
@@ -107,6 +112,11 @@ def shell(tmp_path):
     return shell
 
 
+def first_run(home: Path, model: Path) -> Path:
+    """What a first run leaves in a home, which test_first_run.py runs."""
+    return convert(model, home / ".cache/mlx-zimage/Z-Image-Turbo-4bit", bits=4)
+
+
 # ---- README.md
 
 
@@ -127,19 +137,19 @@ def test_it_is_read_in_two_minutes():
 @pytest.mark.parametrize("size", ["64x64", pytest.param("its own", marks=pytest.mark.slow)])
 def test_its_commands_work_as_they_stand(shell, small_pocket, size):
     model, side = (small_pocket, 64) if size == "64x64" else (ROOT / "mlx_zimage/pocket", 128)
-    # as after a first run, which test_first_run.py runs
-    converted = convert(model, shell.home / ".cache/mlx-zimage/Z-Image-Turbo-4bit", bits=4)
+    converted = first_run(shell.home, model)
     *before, uninstalling = [block for block in blocks("README.md", "sh") if not PARSED.search(block)]
     for block in before:
         shell(block, model)
-    images = {file.name: Image.open(file).size for file in shell.work.iterdir()}
+    images = {file.name: Image.open(file).size for file in shell.work.iterdir() if file.suffix != ".safetensors"}
     wide = (160, 112) if side == 128 else (80, 48)
     assert images == {
         "image.png": (side, side),
         "lighthouse.png": wide,
         **{f"a-lighthouse-at-dusk-{seed}.webp": (side, side) for seed in (1, 2, 3)},
         "image-1.png": (side, side),
-        "image-2.png": wide,
+        "image-2.png": (side, side),
+        "image-3.png": wide,
     }
     shell("mlx-zimage completion zsh --install; mlx-zimage completion bash --install", model)
     listed = shell(uninstalling, model)
@@ -183,7 +193,8 @@ def test_its_table_of_memory_is_what_the_planner_computes(mac):
         peak = max(plan.peak for plan in plans)
         stays = "kept in memory" if all(plan.keep for plan in plans) else "loaded for every image"
         assert not any(plan.streamed for plan in plans)
-        command = "mlx-zimage convert z-image-turbo z-image" + (f" --q-bits {bits}" if bits else "")
+        command = f"mlx-zimage convert z-image-turbo z-image-{bits or 16}bit"
+        command += f" --q-bits {bits}" if bits else ""
         cells = [
             f"{gigabytes} GB" + " and more" * (gigabytes == 64),
             f"{bits or 16}",
@@ -205,6 +216,7 @@ def test_its_table_of_memory_is_what_the_planner_computes(mac):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
 def test_the_commands_and_programs_of_the_other_pages_work_as_they_stand(page, shell, small_pocket):
+    first_run(shell.home, small_pocket)
     for block in blocks(page, "sh"):
         if PARSED.search(block):
             continue

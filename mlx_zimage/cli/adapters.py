@@ -89,7 +89,7 @@ def lora_options(command: Any) -> Any:
         help="Use this LoRA: a file, a Hugging Face id, or id:file. SCALE is its strength.  [default: 1; repeatable]",
     )  # fmt: skip
     partial = click.option(
-        "--lora-partial", is_flag=True, help="Use what matches of a LoRA that has keys for other models."
+        "--lora-partial", is_flag=True, help="Ignore keys of a LoRA that match no layer, instead of refusing it."
     )
     return paths(partial(command))
 
@@ -99,7 +99,7 @@ def _with_strengths(ctx: click.Context, _: click.Parameter, paths: Sequence[str]
 
 
 def name_paths(requests: Sequence[dict], paths: Sequence[str]) -> tuple[list[dict], dict[str, str]]:
-    """JSON requests that name their LoRAs instead of giving a path, and the path of every name, `paths`' too.
+    """JSON requests that name their LoRAs instead of giving paths, and the path of every name, including `paths`.
 
     An item of "loras" has a path, or the name of one given with --lora, and a strength.
     """
@@ -125,7 +125,7 @@ def name_paths(requests: Sequence[dict], paths: Sequence[str]) -> tuple[list[dic
 
 
 def _free(path: str, taken: Mapping[str, str]) -> str:
-    """A name for a LoRA, after its file, that no other has."""
+    """A name for a LoRA, after its file, that is not taken."""
     stem = Path(path.rpartition(":")[2]).stem or "lora"
     names = chain([stem], (f"{stem}-{i}" for i in count(2)))
     return next(name for name in names if name not in taken)

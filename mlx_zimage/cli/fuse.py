@@ -36,14 +36,15 @@ from .values import FilePath, ModelName
 def fuse(model, dest, loras, lora_partial, quiet, **options):
     """Add LoRAs to the weights of MODEL, write the model DEST, and print its path.
 
-    MODEL is anything that `mlx-zimage convert` reads. The LoRAs are added before the weights are rounded or quantized,
-    once. `generate --lora` needs no fusing, keeps the model as it is, and takes other strengths at any time.
+    MODEL is anything that `mlx-zimage convert` reads. LoRAs are added before weights are rounded or
+    quantized, so the sum is rounded only once. `generate --lora` needs no fused model, and can change strengths at any
+    time.
     """
     from ..convert import convert_steps
     from ..weights.library import register
 
     if not loras:
-        raise click.UsageError("Missing option '--lora'; expected at least one LoRA to fuse.")
+        raise click.UsageError("Missing option '--lora'; give at least one LoRA to fuse.")
     uses = [(path, 1.0 if strength is None else strength) for path, strength in loras]
     with (
         closing(convert_steps(model, dest, loras=uses, partial=lora_partial, **options)) as steps,

@@ -29,7 +29,7 @@ def with_model(command: Any) -> Any:
 @with_model
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(file: str, model: str | None, as_json: bool) -> None:
-    """Show the dialect, rank, strength, layers and trigger words of a LoRA, and what of it matches the model.
+    """Show the dialect, rank, scale, layers and trigger words of a LoRA, and which of its keys do not match the model.
 
     FILE is a safetensors file, PEFT's folder, a Hugging Face id, or id:file.
     """

@@ -35,7 +35,7 @@ def write_lora(lora: Lora, path: Path, to: str) -> None:
                 )
             own = _folded(delta) if to == "diffusers" and isinstance(delta, LowRank) else _parts(delta, kind == "bias")
             tensors |= {f"{path_in_file}.{part}": array for part, array in own.items()}
-    # The scales are in the tensors now.
+    # The tensors now include the scales.
     metadata = {key: value for key, value in lora.metadata.items() if key != HEADER_CONFIG} | {"format": "pt"}
     atomic.write(path, lambda file: mx.save_safetensors(str(file), tensors, metadata))
 
@@ -47,7 +47,7 @@ def _folded(delta: LowRank) -> dict[str, mx.array]:
 
 
 def _parts(delta: Delta, bias: bool) -> dict[str, mx.array]:
-    """What ComfyUI reads for a difference, by the end of its key."""
+    """The tensors that ComfyUI reads for a difference, by the ends of their keys."""
     if isinstance(delta, DoRA):
         return {**_parts(delta.inner, bias), "dora_scale": delta.magnitude}
     if isinstance(delta, LowRank):

@@ -194,10 +194,10 @@ def _cut(tensor: Tensor, place: Place, label: str) -> Tensor:
 
 def _check(name: str, config: dict, found: dict[str, Tensor], label: str) -> SourceComponent:
     architecture = NETWORKS[name].from_dict(config)
-    expected = architecture.shapes()
+    expected = architecture.shapes() | {x: shape for x, shape in architecture.spare().items() if x in found}
 
     missing = [key for key in expected if key not in found and not architecture.unused(key)]
-    extra = [key for key in found if key not in expected and not architecture.unused(key)]
+    extra = [key for key in found if key not in expected]
     shaped = {key: reshaped(found[key], shape) for key, shape in expected.items() if key in found}
     misshapen = [
         f"{key} has shape {found[key].shape}, expected {expected[key]}" for key, tensor in shaped.items() if not tensor
@@ -208,7 +208,7 @@ def _check(name: str, config: dict, found: dict[str, Tensor], label: str) -> Sou
                 f"{label}: of the {name}'s {len(expected)} weights, {len(keys)} are {fault}: {_some(keys)}"
             )
     tensors = [tensor for tensor in shaped.values() if tensor]
-    return SourceComponent(name, config, tensors + [tensor for key, tensor in found.items() if key not in expected])
+    return SourceComponent(name, config, tensors)
 
 
 def reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:

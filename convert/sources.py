@@ -263,9 +263,7 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
 def _component(component: Component) -> SourceComponent:
     entries = component.entries
     # In the order of the architecture, not of the source: equal weights give equal files.
-    shapes = {name: shape for name, shape in component.config.shapes().items() if name in entries}
-    helpers = {f"{layer}.{part}" for layer in component.quantizations for part in ("scales", "biases")}
-    shapes |= {name: entry.shape for name, entry in entries.items() if name not in shapes and name not in helpers}
+    shapes = {name: shape for name, shape in component.known().items() if name in entries}
     tensors = []
     for name, shape in shapes.items():
         q = component.quantizations.get(name.removesuffix(".weight"))

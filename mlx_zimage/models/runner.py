@@ -42,6 +42,9 @@ class NetworkConfig(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the checkpoint."""
 
+    def spare(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every other tensor that a checkpoint may have. Nothing reads them."""
+
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor (or one part of a quantized one) in the layout used for computing: the same numbers, rearranged."""
 

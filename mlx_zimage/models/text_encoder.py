@@ -85,6 +85,9 @@ class TextEncoderConfig:
             }
         return shapes
 
+    def spare(self) -> dict[str, tuple[int, ...]]:
+        return {"lm_head.weight": (self.vocab_size, self.hidden_size)}
+
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """The tensor itself: stored and computed in the same layout."""
         return array

@@ -128,6 +128,9 @@ class TransformerConfig:
             shapes |= _linear(f"{block}.adaLN_modulation.0", 4 * d, t)
         return shapes
 
+    def spare(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
     def unused(self, name: str) -> bool:
         return False
 

@@ -96,6 +96,9 @@ class VAEConfig:
     def read_once(self) -> str:
         return ""
 
+    def spare(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
     def unused(self, name: str) -> bool:
         return False
 

@@ -205,12 +205,18 @@ class Component:
         """How a layer is quantized where no config says it, as in folders of mflux and mlx-vlm."""
         parts = {part: self.entries.get(f"{layer}.{part}") for part in ("weight", "scales", "biases")}
         shapes = {part: entry.shape for part, entry in parts.items() if entry}
-        return Quantization.of_shapes(self.config.shapes().get(f"{layer}.weight"), shapes)
+        return Quantization.of_shapes(self.known().get(f"{layer}.weight"), shapes)
+
+    def known(self) -> dict[str, tuple[int, ...]]:
+        """Name and dense shape of every tensor that may be present; of those that nothing reads, only if they are."""
+        present = {name.removesuffix(".scales") for name in self.entries}
+        spare = self.config.spare().items()
+        return self.config.shapes() | {x: shape for x, shape in spare if {x, x.removesuffix(".weight")} & present}
 
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that must be present, quantized layers in packed form."""
+        """Name and shape of every tensor that must or may be present, quantized layers in packed form."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape in self.config.shapes().items():
+        for name, shape in self.known().items():
             q = self.quantizations.get(name.removesuffix(".weight"))
             shapes |= q.packed(name, shape) if q else {name: shape}
         return shapes
@@ -218,7 +224,7 @@ class Component:
     def _check(self):
         expected = self.expected()
         missing = [name for name in expected if name not in self.entries and not self._unused(name)]
-        extra = [name for name in self.entries if name not in expected and not self._unused(name)]
+        extra = [name for name in self.entries if name not in expected]
         misshapen = [
             f"{name} is {self.entries[name].shape}, expected {shape}"
             for name, shape in expected.items()

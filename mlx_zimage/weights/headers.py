@@ -17,6 +17,12 @@ MAX_HEADER = 8 * 2**20  # bytes: a full-size model has 200 KB, and trainers writ
 MAX_TENSORS = 20_000  # all networks in one file, with every layer quantized, have 4000
 MAX_AXES = 8  # convolutions have 4
 MAX_LENGTH = 2**40  # of an axis
+MAX_NAME = 500  # characters of a tensor's name
+# What MLX reads, and F8_E5M2, which the converter does. One tensor of another keeps MLX from reading any in the file.
+DTYPES = (
+    *("BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "C64"),
+    *("F8_E4M3", "F8_E8M0", "F8_E5M2"),
+)
 METADATA = "__metadata__"
 
 Header = dict[str, dict[str, Any]]  # dtype, shape and data_offsets, by tensor
@@ -56,6 +62,10 @@ def check_tensors(header: Header) -> None:
     """ValueError unless each tensor has a shape that every library can take, and a range of bytes."""
     for name, tensor in header.items():
         shape, offsets = tensor["shape"], tensor["data_offsets"]
+        if len(name) > MAX_NAME:
+            raise ValueError(f"{name:.80} is a name of {len(name):,} characters, expected at most {MAX_NAME}")
+        if tensor["dtype"] not in DTYPES:
+            raise ValueError(f"{name:.80} is {tensor['dtype']}, which MLX cannot read")
         if len(shape) > MAX_AXES or not all(_is_count(n) and n <= MAX_LENGTH for n in shape):
             raise ValueError(
                 f"{name:.80} has shape {shape!r:.80}, expected at most {MAX_AXES} axes, each of up to {MAX_LENGTH:,}"

@@ -19,6 +19,7 @@ from .choose import Choice
 from .disk import render_json
 from .rows import Tensor
 from .shards import PAGE, Shard, Slot, Task, header
+from .small import clean_record, without_paths
 from .sources import Source
 
 SHARD_BYTES = 512 * 10**6
@@ -143,7 +144,7 @@ def _written_config(source_config: dict, dtype: str, tasks: Sequence[Task]) -> d
 
     The block contains what most quantized layers share, and the other layers by name.
     """
-    changed = {key: value for key, value in source_config.items() if not key.startswith("quantization")}
+    changed = without_paths({k: value for k, value in source_config.items() if not k.startswith("quantization")})
     for key in ("dtype", "torch_dtype"):
         if key in changed:
             changed[key] = dtype
@@ -166,7 +167,7 @@ def describe_conversion(source: Source, dtype: str, quantization: dict) -> dict:
     if source.loras:
         conversion["loras"] = [asdict(use) for use in source.loras]
     parts = {"parts": source.parts} if source.parts else {}
-    return conversion | parts | ({"before": source.conversion} if source.conversion else {})
+    return clean_record(conversion | parts | ({"before": source.conversion} if source.conversion else {}))
 
 
 def describe_job(source: Source, layout: Layout) -> dict:

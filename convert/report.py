@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import log10, sqrt
@@ -22,9 +23,10 @@ from ..models.transformer import PATCH
 from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
 from ..request import GenerateRequest
+from ..untrusted import one_line
 from ..weights.checkpoint import open_checkpoint
-from ..weights.listing import visible
-from ..weights.manifest import CONVERSION
+from ..weights.hub import REPOSITORY_ID
+from ..weights.manifest import CONVERSION, MANIFEST, read_manifest, sha256
 from ..weights.official import REPOSITORY
 from .calibrate import open_pipeline
 from .disk import render_json
@@ -186,16 +188,16 @@ def model_card(conversion: dict, quality: dict | None = None) -> str:
     step: dict | None = conversion
     origins: list[str] = []
     while step:
-        origins.append(step["source"])
+        origins.append(step.get("source", "?"))
         step = step.get("before")
-    bases = [
-        origin for origin in origins if "/" in origin
-    ]  # ids on Hugging Face; files and folders are named without their path
+    # ids on Hugging Face, perhaps with a file; files and folders are named without their path
+    bases = [match[1] for origin in origins if (match := re.fullmatch(rf"({REPOSITORY_ID.pattern})(:.*)?", origin))]
     lines = ["---", "library_name: mlx", "pipeline_tag: text-to-image"]
     lines += [f"base_model: {bases[0]}"] if bases else []
     lines += ["license: apache-2.0"] if REPOSITORY in origins else []
-    lines += ["tags:", "- mlx", "---", "", f"# Z-Image for MLX, from {origins[0]}", ""]
-    lines += [f"Written by {conversion['converter']}. Weights that are not quantized are {conversion['dtype']}.", ""]
+    lines += ["tags:", "- mlx", "---", "", f"# Z-Image for MLX, from {_plain(origins[0])}", ""]
+    made, dtype = (_plain(conversion.get(key, "?")) for key in ("converter", "dtype"))
+    lines += [f"Written by {made}. Weights that are not quantized are {dtype}.", ""]
     lines += ["    mlx-zimage generate 'a lighthouse at dusk' --model FOLDER", ""]
     if quality:
         mean = quality["weight_error"]["mean"]
@@ -210,7 +212,7 @@ def model_card(conversion: dict, quality: dict | None = None) -> str:
         ]
         for image in quality["pictures"]:
             psnr = "identical" if image["psnr_db"] is None else f"{image['psnr_db']:.1f} dB"
-            prompt, error = image["prompt"].replace("|", "\\|"), np.mean(image["velocity_error"])
+            prompt, error = one_line(image["prompt"]).replace("|", "\\|"), np.mean(image["velocity_error"])
             lines.append(f"| {prompt} | {error:.4f} | {image['latent_cosine']:.5f} | {psnr} |")
         lines.append("")
     return "\n".join(lines)
@@ -247,16 +249,34 @@ def upload(folder: str | Path, repository: str) -> None:
     ours = open_ours(folder)
     if not (folder / CARD).exists():
         add_files(folder, {CARD: model_card(ours.conversion).encode()})
+    names = _listed(folder)
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True)
-        names = [path.relative_to(folder).as_posix() for path in visible(folder, "**/*") if path.is_file()]
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[glob.escape(name) for name in names])
     except (HFValidationError, HTTPError) as error:
         raise OutputError(
             f"{folder} is complete, but could not be uploaded to {repository}: {_first_line(error)}; "
             f"to retry, run `hf upload {repository} {folder}`"
         ) from error
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files to upload: those in the manifest, unchanged, the manifest, and the card, which may be edited."""
+    sums = read_manifest(folder)
+    names = sorted({*sums, MANIFEST, CARD})
+    for name in names:
+        file = folder / name
+        if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+            raise CheckpointError(f"{file} is not a file of this folder; convert again")
+        if name in sums and name != CARD and sha256(file) != sums[name]:
+            raise CheckpointError(f"{file} has changed since it was converted; convert again")
+    return names
+
+
+def _plain(text: str) -> str:
+    """A name as Markdown shows it: what could be markup is left out."""
+    return re.sub(r"[^\w ./:+-]", "", one_line(text))
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,8 @@ from ..errors import CheckpointError, ModelNotFoundError, RequestError
 from ..models import NETWORKS
 from ..request import LoraUse
 from ..scheduler import SchedulerConfig
-from ..tokenizer import Tokenizer
+from ..tokenizer import MAX_VALUES, Tokenizer
+from ..untrusted import parse_json
 from ..weights import official
 from ..weights.checkpoint import (
     BorrowedFromHub,
@@ -25,20 +25,19 @@ from ..weights.checkpoint import (
 )
 from ..weights.component import Component, find_network, has_fp8, read_entries, read_json
 from ..weights.hub import TOKENIZER_FILES, locate, name_of
-from ..weights.listing import INDEX, visible
 from ..weights.parts import PIPELINE_CLASS, check_pipeline, check_variant, open_networks, own_configs
 from .disk import render_json
 from .files import assemble, open_file, refuse_pickles, stored_weights
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
-
-TOKENIZER = "tokenizer/tokenizer.json"
-SCHEDULER = "scheduler/scheduler_config.json"
-# The files of a model folder other than weights.
-SMALL_FILES = [
-    *("model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"),
-    *(f"{component}/*.json" for component in NETWORKS),
-]
-MAX_SMALL_FILE = 64 * 10**6
+from .small import (
+    SCHEDULER,
+    TOKENIZER,
+    check_inside,
+    config_files,
+    read_small,
+    small_files,
+    tokenizer_files,
+)
 
 
 @dataclass(frozen=True)
@@ -113,15 +112,15 @@ def open_source(
     opened_tokenizer = Tokenizer(tokenizer_file, files[TOKENIZER])
     check_tokenizer(opened_tokenizer, architectures["text_encoder"].vocab_size, tokenizer_file)
     try:
-        SchedulerConfig.from_dict(json.loads(files[SCHEDULER]))
-    except (ValueError, CheckpointError) as error:
+        SchedulerConfig.from_dict(parse_json(files[SCHEDULER]))
+    except (ValueError, AttributeError, CheckpointError) as error:
         raise CheckpointError(f"{Path(opened.origin) / SCHEDULER}: {error}") from error
     return replace(opened, components={name: opened.components[name] for name in NETWORKS}, files=files)
 
 
 def _model_index(content: bytes) -> bytes:
     """The model_index.json to write: the source's, declared as the text-to-image pipeline."""
-    index = json.loads(content)
+    index = parse_json(content)
     if index["_class_name"] == PIPELINE_CLASS:
         return content
     own = {key: value for key, value in index.items() if key.startswith("_") or key in official.MODEL_INDEX}
@@ -140,8 +139,11 @@ def open_part(
     if at.is_file():
         components, weights = open_file(at, configs)
         return Source(origin, at, components, weights, {})
+    check_inside(at, config_files(at))
     try:
-        return _open_model(at, origin, configs, variant, names)
+        opened = _open_model(at, origin, configs, variant, names)
+        check_inside(at, opened.weights)
+        return opened
     except CheckpointError:
         refuse_pickles(at)
         raise
@@ -180,33 +182,21 @@ def _open_network(folder: Path, name: str, variant: str | None) -> tuple[SourceC
     return opened, {entry.file for entry in entries.values()}
 
 
-def small_files(folder: Path) -> dict[str, bytes]:
-    paths = [path for pattern in SMALL_FILES for path in visible(folder, pattern) if path.is_file()]
-    for path in paths:
-        if path.stat().st_size > MAX_SMALL_FILE:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes; expected a config or tokenizer of up to {MAX_SMALL_FILE:,}"
-            )
-    written = [f"{name}/config.json" for name in NETWORKS]
-    contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    return {name: c for name, c in contents.items() if name not in written and not INDEX.fullmatch(name)}
-
-
 def read_configs(base: str | Path) -> dict[str, dict]:
     folder, _ = locate(base)
+    check_inside(folder, config_files(folder))
     return {name: read_json(folder / name / "config.json") for name in NETWORKS}
 
 
 def read_tokenizer(source: str | Path) -> dict[str, bytes]:
     at = Path(source).expanduser()
     if at.is_file():
-        content = at.read_bytes()
+        content = read_small(at)
         if not _is_tokenizer(content):
             raise CheckpointError(f"{at} is not a tokenizer.json: expected JSON with the key model")
         return {TOKENIZER: content}
     if (at / "tokenizer.json").is_file():
-        paths = [path for path in visible(at) if path.suffix in (".json", ".txt", ".jinja")]
-        return {f"tokenizer/{path.name}": path.read_bytes() for path in paths}
+        return tokenizer_files(at)
     folder, repository = locate(source)
     if repository:
         repository.fetch(repository.matching(TOKENIZER_FILES))
@@ -218,7 +208,7 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
 
 def _is_tokenizer(content: bytes) -> bool:
     try:
-        return "model" in json.loads(content)
+        return "model" in parse_json(content, MAX_VALUES)
     except (ValueError, TypeError):
         return False
 
@@ -247,7 +237,10 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
         base = official.REPOSITORY
         names = " or ".join(parts)
         warnings.warn(f"{source.origin} contains no {names}; using that of {base}", BorrowedFromHub, stacklevel=2)
-    other = open_folder(resolve(base, missing), str(base), missing)
+    folder = resolve(base, missing)
+    check_inside(folder, config_files(folder))
+    other = open_folder(folder, str(base), missing)
+    check_inside(folder, other.weights)
     if TOKENIZER not in source.files and TOKENIZER not in other.files:
         raise ModelNotFoundError(f"neither {source.origin} nor {base} contains a tokenizer; pass one as tokenizer")
     own = tuple(f"{name}/" for name in (*missing, "tokenizer", "scheduler"))

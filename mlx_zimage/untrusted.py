@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,9 +52,9 @@ def parse_json(content: bytes | str, most: int = MAX_VALUES) -> Any:
         value = json.loads(text, parse_int=_whole, object_pairs_hook=_object)
     except RecursionError:
         raise nested from None
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
-        level = [item for outer in level for item in _inside(outer)]
+        level = [item for outer in level for item in _inside(outer) if isinstance(item, (dict, list))]
         if not level:
             return value
     raise nested
@@ -66,6 +67,11 @@ def brief(value: object) -> str:
     except ValueError:
         return "a number of more than 4300 digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """A name to write into a file: on one line, without control characters, at most so many characters of it."""
+    return " ".join("".join(x if x.isprintable() else " " for x in text[: 10 * most]).split())[:most]
 
 
 def _whole(digits: str) -> int:
@@ -81,6 +87,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _inside(value: Any) -> Any:
+def _inside(value: dict | list) -> Iterable[Any]:
     """The values directly inside a list or object."""
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value.values() if isinstance(value, dict) else value

@@ -445,7 +445,7 @@ def as_stable_diffusion_cpp(tensors):
     return out
 
 
-def test_queries_keys_and_values_that_stable_diffusion_cpp_counts_are_told_apart(tmp_path):
+def test_queries_keys_and_values_that_stable_diffusion_cpp_numbers_are_distinguished(tmp_path):
     tensors = as_stable_diffusion_cpp(pocket("transformer"))
     assert "model.diffusion_model.layers.0.attention.qkv.weight.2" in tensors
     assert_same(open_source(save(tmp_path / "dit.safetensors", tensors), base="pocket"), "transformer")
@@ -473,7 +473,7 @@ def test_the_parts_of_a_gguf_file_are_read_together(tmp_path, empty_first):
         open_source(renamed, base="pocket")
 
 
-def test_a_big_endian_gguf_file_is_called_that(tmp_path):
+def test_a_big_endian_gguf_file_is_reported_as_such(tmp_path):
     package = pytest.importorskip("gguf")
     file = save_gguf(tmp_path / "dit.gguf", {"x": mx.ones((1, 64))}, "F32", endianess=package.GGUFEndian.BIG)
     with pytest.raises(CheckpointError, match=r"dit\.gguf is a big-endian GGUF file; download a little-endian one"):
@@ -553,7 +553,7 @@ def test_a_lora_or_controlnet_as_source_is_named(tmp_path, kind, name):
 # ---- folders as people have them
 
 
-def test_hidden_files_are_neither_copied_nor_damage(tmp_path):
+def test_hidden_files_are_neither_copied_nor_reported_as_damage(tmp_path):
     folder = shutil.copytree(POCKET, tmp_path / "folder")
     tiny.litter(folder)
     out = convert(folder, tmp_path / "out", tokenizer=folder / "tokenizer")
@@ -565,7 +565,7 @@ def test_hidden_files_are_neither_copied_nor_damage(tmp_path):
     assert verify(out) == [] and verify(folder) == []
 
 
-def test_a_variant_is_converted_where_it_is_named(tmp_path):
+def test_a_variant_is_converted_if_it_is_named(tmp_path):
     folder = shutil.copytree(POCKET, tmp_path / "folder")
     whole = folder / "vae" / "diffusion_pytorch_model.safetensors"
     other = {name: array + 1 for name, array in pocket("vae").items()}

@@ -72,7 +72,7 @@ def test_an_environment_in_which_mlx_hangs_is_a_limit(monkeypatch):
     assert not found.ok and "MLX_METAL_FAST_SYNCH" in found.message
 
 
-def test_a_disk_that_takes_more_than_two_seconds_a_block_is_a_limit():
+def test_a_disk_that_takes_more_than_two_seconds_per_block_is_a_limit():
     assert doctor.judge_disk(Speeds(1e12)) == []
     (fast,) = doctor.judge_disk(Speeds(1e12, None, 3e9, 360_000_000))
     (slow,) = doctor.judge_disk(Speeds(1e12, None, 7e7, 360_000_000))
@@ -136,7 +136,7 @@ def test_an_unsplit_kernel_of_a_large_image_is_a_limit():
         (None, "15.1", None, False, False),
     ],
 )
-def test_matrix_units_take_a_new_chip_system_and_wheel(monkeypatch, architecture, macos, wheel, supports, has):
+def test_matrix_units_need_a_new_chip_system_and_wheel(monkeypatch, architecture, macos, wheel, supports, has):
     """As MLX decides in metal/device.cpp, and its wheels by what they are built for."""
     monkeypatch.setattr(machine, "backend", lambda: "metal")
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
@@ -157,7 +157,7 @@ def test_the_wheels_platform_is_read_from_what_pip_installed(monkeypatch):
     assert machine.metal_wheel() is None
 
 
-def test_wrong_numbers_come_with_the_next_move():
+def test_wrong_numbers_are_reported_with_advice():
     assert doctor.judge_numbers([RIGHT]).ok
     alone = doctor.judge_numbers([RIGHT, WRONG], None)
     assert not alone.ok and "attention" in alone.message and alone.advice.startswith("try another version of MLX")
@@ -166,7 +166,7 @@ def test_wrong_numbers_come_with_the_next_move():
     assert helped.startswith("set MLX_METAL_GPU_ARCH=applegpu_g16s: all checks passed")
 
 
-def test_the_checks_without_matrix_units_are_those_of_a_process_of_its_own(monkeypatch):
+def test_the_checks_without_matrix_units_run_in_a_process_of_their_own(monkeypatch):
     ran = []
 
     def run(command, env, **_):

@@ -148,7 +148,7 @@ def test_the_row_of_a_machine_is_made_from_two_files(run):
     assert printed.count("|") == header.count("|")
 
 
-def test_no_row_is_made_of_two_machines_or_of_one_that_computes_wrongly():
+def test_no_row_is_made_from_two_machines_or_from_one_that_computes_wrongly():
     row = runpy.run_path(str(EXAMPLES / "measured_row.py"))["row"]
     with pytest.raises(SystemExit, match="two machines"):
         row(report()[0], report(device="Apple M2")[1])

@@ -256,7 +256,7 @@ def test_plain_differences_change_norms_biases_and_pad_tokens(tmp_path):
         "lora_te1_model_layers_0_self_attn_q_proj",
     ],
 )
-def test_the_text_encoders_share_of_a_file_is_its_own(tmp_path, path):
+def test_a_files_keys_for_the_text_encoder_change_the_text_encoder(tmp_path, path):
     width = tiny.TEXT_ENCODER["hidden_size"]
     rows = tiny.TEXT_ENCODER["num_attention_heads"] * tiny.TEXT_ENCODER["head_dim"]
     tensors = {f"{path}.lora_down.weight": normal(RANK, width), f"{path}.lora_up.weight": normal(rows, RANK)}
@@ -275,7 +275,7 @@ def test_the_text_encoders_share_of_a_file_is_its_own(tmp_path, path):
         ("layers.2.attention.k_norm", "layers.2.attention.norm_k"),
     ],
 )
-def test_comfyuis_names_are_those_of_the_same_layers(tmp_path, foreign, layer):
+def test_comfyuis_names_stand_for_the_same_layers(tmp_path, foreign, layer):
     shape = CONFIGS["transformer"].shapes()[f"{layer}.weight"]
     for path in (f"diffusion_model.{foreign}", f"lora_unet_{flat(foreign)}", f"diffusion_model.{layer}"):
         deltas = read_lora(save(tmp_path, {f"{path}.diff": normal(*shape)}), CONFIGS).deltas
@@ -343,7 +343,7 @@ def test_pickles_are_refused_before_anything_is_read(tmp_path, start):
         read_lora(path, CONFIGS)
 
 
-def test_partial_applies_what_matches_and_names_the_rest_but_never_nothing(tmp_path):
+def test_partial_applies_what_matches_and_names_the_rest_if_anything_matches(tmp_path):
     extra = "transformer.layers.9.attention.to_q.lora_A.weight"
     lora = read_lora(save(tmp_path, wrong(**{extra: DOWN})), CONFIGS, partial=True)
     assert lora.unmatched == (extra,) and list(lora.deltas["transformer"]) == [f"{Q}.weight"]

@@ -77,7 +77,7 @@ def test_a_request_may_choose_its_own_among_the_loaded_ones(pipe, style, face):
     np.testing.assert_array_equal(latents(pipe), both)
 
 
-def test_the_text_encoders_share_changes_the_prompts_embeddings_and_is_cached_apart(pipe, tmp_path, monkeypatch):
+def test_a_lora_for_the_text_encoder_changes_embeddings_which_are_cached_separately(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_ZIMAGE_EMBEDDINGS", str(tmp_path / "cache"))
     pipe = ZImagePipeline.from_pretrained(pipe.checkpoint.folder, dtype="float32")
     model = np.array(pipe.encode("a fox"))
@@ -105,7 +105,7 @@ def test_an_images_metadata_names_its_loras_and_replays_them(pipe, style):
         latents(pipe, completed)
 
 
-def test_diffusers_words_do_the_same(pipe, style, face):
+def test_diffusers_methods_do_the_same(pipe, style, face):
     pipe.load_lora_weights(style.parent, weight_name="style.safetensors", adapter_name="a")
     pipe.load_lora_weights(str(face), adapter_name="b")
     pipe.set_adapters(["a", "b"], [0.7, 0.3])
@@ -179,7 +179,7 @@ def test_wrong_loras_are_refused_before_anything_is_computed(pipe, style, face, 
     assert pipe.get_active_adapters() == ["a"]
 
 
-def test_a_lora_loaded_in_part_warns_of_the_rest(pipe, style):
+def test_a_partially_matching_lora_warns_about_the_rest(pipe, style):
     tensors = dict(mx.load(str(style))) | {"transformer.layers.77.attention.to_q.lora_A.weight": mx.zeros((2, 48))}
     mx.save_safetensors(str(style), tensors)
     with pytest.raises(CheckpointError, match="1 of"):

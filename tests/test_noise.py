@@ -105,7 +105,7 @@ class Generator:
         self.state = state
 
 
-def test_a_generator_gives_the_noise_of_its_seed_and_moves_on():
+def test_a_generator_gives_the_noise_of_its_seed_and_advances():
     generator = Generator(5)
     first, second = (generator_randn(generator, (1, 16, 6, 8)) for _ in range(2))
     # whole groups of 16: two draws are one of twice the size
@@ -114,14 +114,14 @@ def test_a_generator_gives_the_noise_of_its_seed_and_moves_on():
 
 
 @pytest.mark.parametrize("count", [1, 39, 2])
-def test_a_generator_goes_on_from_wherever_it_stands(count):
+def test_a_generator_continues_from_its_current_state(count):
     """39 groups of 16 are 624 numbers: all that a state has."""
     generator = Generator(1)
     generator_randn(generator, (16 * count,))
     assert np.array_equal(generator_randn(generator, (64,)), torch_randn(1, (16 * count + 64,))[16 * count :])
 
 
-def test_what_is_no_generator_of_known_noise_is_refused():
+def test_anything_but_a_generator_of_known_noise_is_refused():
     with pytest.raises(RequestError, match=r"generator must be a torch.Generator, got int; or use seed=N"):
         check_generator(7)
     gpu = Generator(7)

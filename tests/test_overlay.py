@@ -150,13 +150,13 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packing", ["dense", "4 bits"])
-def test_a_lora_laid_over_the_weights_is_the_same_as_merged_into_them(components, packing, kind):
+def test_a_lora_laid_over_the_weights_equals_one_merged_into_them(components, packing, kind):
     check_merged(components(packing), kind, unpack_from=10**6)
 
 
 @pytest.mark.parametrize("kind", ["low rank", "LoKr"])
 @pytest.mark.parametrize("packing, unpack_from", [("4 bits", 0), ("8 bits", 0), ("mxfp4", 0), ("nvfp4", 10**6)])
-def test_so_it_is_on_weights_of_every_mode_unpacked_or_not(components, packing, unpack_from, kind):
+def test_a_lora_over_quantized_weights_equals_one_merged_into_them_in_every_mode(components, packing, unpack_from, kind):
     check_merged(components(packing), kind, unpack_from)
 
 
@@ -171,7 +171,7 @@ def check_merged(component: Component, kind: str, unpack_from: int) -> None:
 
 
 @pytest.mark.parametrize("packing", ["dense", "4 bits"])
-def test_strength_0_and_taking_off_give_the_model_itself_bit_for_bit(components, packing):
+def test_strength_0_and_unloading_give_the_model_itself_bit_for_bit(components, packing):
     component = components(packing)
     model = velocity(Blocks(component, mx.float32))
     found = overlay(component, {"a": KINDS["low rank"]()})
@@ -196,7 +196,7 @@ def test_streamed_blocks_give_the_same_bits_as_kept_ones(components, kind):
     np.testing.assert_array_equal(velocity(found[0]), velocity(found[1]))
 
 
-def test_files_add_up_and_in_any_order_are_the_same_bits(plain):
+def test_files_add_up_to_the_same_bits_in_any_order(plain):
     a, b, c = KINDS["low rank"](), KINDS["DoRA by row"](), KINDS["LoKr"]()
     first, second = overlay(plain, {"a": a, "b": b, "c": c}), overlay(plain, {"c": c, "b": b, "a": a})
     first.set({"a": 0.5, "b": 0.25, "c": -0.5})
@@ -213,7 +213,7 @@ def test_gains_of_rows_and_of_columns_add_up(plain):
     assert difference(velocity(found), velocity(merged(plain, [(a, 0.5), (b, 0.25)]))) < 1e-5
 
 
-def test_other_strengths_read_nothing_and_keep_every_shape_and_dtype(plain, bytes_read):
+def test_changing_strengths_reads_nothing_and_keeps_every_shape_and_dtype(plain, bytes_read):
     found = overlay(plain, {"a": KINDS["low rank"](), "b": KINDS["LoHa"]()})
     found.set({"a": 1.0, "b": 1.0})
     velocity(found)

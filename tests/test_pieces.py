@@ -144,7 +144,7 @@ def test_scores_of_the_vae_are_bounded_on_every_backend(as_on_metal, monkeypatch
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_kernels_turned_round_once_convolve_as_plain_ones(on_cpu, monkeypatch, stride):
+def test_kernels_that_are_kept_flipped_convolve_like_plain_ones(on_cpu, monkeypatch, stride):
     mx.random.seed(2)
     x, weight, bias = mx.random.normal((1, 9, 7, 8)), mx.random.normal((4, 3, 3, 8)), mx.random.normal((4,))
     expected = mx.conv2d(x, weight, stride=stride, padding=1) + bias

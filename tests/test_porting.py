@@ -49,7 +49,7 @@ def test_a_list_of_prompts_is_generated_from_one_noise(pipe):
         assert np.array_equal(together.images[2 * i :][:2], alone.images)
 
 
-def test_a_generator_is_its_seed_and_then_goes_on(pipe):
+def test_a_generator_starts_from_its_seed_and_advances(pipe):
     generator = Generator(6)
     out = pipe("a red fox", **RUN, generator=generator)
     assert out.seed == 6
@@ -67,7 +67,7 @@ def test_a_call_imports_no_torch_and_a_script_prints_nothing():
     assert (found.stdout, found.stderr) == ("False\n", "")
 
 
-def test_an_output_is_indexed_as_diffusers_is(pipe):
+def test_an_output_is_indexed_as_in_diffusers(pipe):
     out = pipe("a red fox", **RUN, seed=1)
     assert out[0] is out.images and out["images"] is out.images
     (images,) = pipe("a red fox", **RUN, seed=1, return_dict=False)
@@ -79,7 +79,7 @@ def test_arrays_of_pixels_are_not_rounded(pipe):
     assert np.abs(pixels - pixels.round()).max() > 0.1
 
 
-def test_encoded_prompts_are_the_prompts(pipe):
+def test_encoded_prompts_give_the_same_images_as_prompts(pipe):
     wanted, unwanted = pipe.encode_prompt(["a red fox", "a hare"], negative_prompt="blurry")
     assert [x.shape[1] for x in wanted + unwanted] == [40] * 4
     guided = {"guidance_scale": 2.0, **RUN, "seed": 1}
@@ -151,7 +151,7 @@ def test_what_a_call_cannot_do_is_refused_before_any_work(pipe, watch, call, mes
     ],
     ids=["guidance", "embeddings", "latents of another shape"],
 )
-def test_a_callback_that_changes_what_it_cannot_is_told(pipe, callback, message):
+def test_a_callback_that_changes_what_it_cannot_is_refused(pipe, callback, message):
     with pytest.raises(RequestError) as caught:
         pipe("a red fox", **RUN, seed=1, guidance_scale=1.0, callback_on_step_end=callback)
     assert message in str(caught.value)
@@ -178,7 +178,7 @@ def methods(kind: type, of: object) -> list[str]:
     return [name for name in dir(of) if type(getattr(type(of), name, None)) is kind]
 
 
-def test_methods_of_diffusers_do_nothing_and_say_why_or_say_what_does(pipe):
+def test_methods_of_diffusers_do_nothing_and_say_why_or_what_to_use(pipe):
     assert len(methods(Needless, pipe)) > 8 and len(methods(Elsewhere, pipe)) > 4
     for owner in (pipe, pipe.vae, pipe.transformer):
         for name in methods(Needless, owner):

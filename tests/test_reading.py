@@ -65,7 +65,7 @@ def submissions(monkeypatch) -> Counter:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("memory", ["1GB", "10MB"], ids=["kept", "streamed"])
-def test_nothing_is_computed_of_bytes_that_are_not_there_yet(memory, dtype, monkeypatch, request):
+def test_nothing_is_computed_from_bytes_that_have_not_been_read(memory, dtype, monkeypatch, request):
     asked = GenerateRequest("a red circle", 32, 32, seed=1, steps=2)
     pipe = ZImagePipeline.from_pretrained("pocket", dtype=dtype, memory=memory)
     assert bool(pipe.plan(asked).streamed) == (memory != "1GB")
@@ -78,7 +78,7 @@ def test_nothing_is_computed_of_bytes_that_are_not_there_yet(memory, dtype, monk
     assert np.array_equal(late, expected)
 
 
-def test_a_tree_is_read_before_anything_is_made_of_it(submissions):
+def test_a_tree_is_read_before_anything_is_computed_from_it(submissions):
     runner = Blocks(open_checkpoint("pocket").vae, mx.float32)  # stored in bfloat16
     tree = runner.tree("decoder")
     assert submissions["computations"] > 0 == submissions["too early"]

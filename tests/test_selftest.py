@@ -71,7 +71,7 @@ def test_an_operation_that_computes_wrongly_is_found(monkeypatch, name, how):
     assert (problem is not None) if how == "NaN" else (problem is None and error > selftest.limit("float32"))
 
 
-def test_an_operation_that_a_gpu_lacks_has_failed_and_the_others_go_on(monkeypatch):
+def test_an_operation_that_a_gpu_lacks_fails_and_the_others_still_run(monkeypatch):
     def missing(*_, **__):
         raise RuntimeError("[metal::Device] Unable to load kernel rmsbfloat16")
 

@@ -92,7 +92,7 @@ def test_swapped_sizes_are_wrong():
             assert not judge(image, replace(scene, things=things)).sizes
 
 
-def test_a_smudge_is_an_object_too_much():
+def test_a_smudge_counts_as_an_extra_object():
     for image, scene in zip(IMAGES, SCENES, strict=True):
         smudged = image.copy()
         smudged[4:12, 4:12] = PALETTE[(scene.background + 1) % 10]
@@ -112,21 +112,21 @@ def drawn(*masks, size=128) -> np.ndarray:
     return np.where(is_red[..., None], PALETTE[0], PALETTE[8]).astype(np.uint8)
 
 
-def test_what_is_made_by_other_means_is_right():
+def test_images_made_by_other_means_are_right():
     assert judge(drawn(lambda x, y: np.hypot(x, y) < 19), one("circle")).is_right
     assert judge(drawn(lambda x, y: np.maximum(abs(x), abs(y)) < 17), one("square")).is_right
     assert judge(drawn(lambda x, y: abs(np.hypot(x, y) - 14.5) < 4.5), one("ring")).is_right
 
 
 @pytest.mark.parametrize("squeeze", [1.2, 1.5])
-def test_an_ellipse_is_no_circle(squeeze):
+def test_an_ellipse_is_not_a_circle(squeeze):
     for size, radius in RADIUS.items():
         wide = drawn(lambda x, y, r=radius: np.hypot(x / squeeze**0.5, y * squeeze**0.5) < r)
         assert not judge(wide, one("circle", size)).shapes
 
 
 @pytest.mark.parametrize(("width", "height"), [(56, 36), (36, 56), (40, 33)])
-def test_a_rectangle_is_no_square(width, height):
+def test_a_rectangle_is_not_a_square(width, height):
     assert not judge(drawn(lambda x, y: (abs(x) < width / 2) & (abs(y) < height / 2)), one("square")).shapes
 
 
@@ -156,7 +156,7 @@ def test_a_lumpy_outline_is_wrong():
     assert not judge(ragged, one("diamond")).shapes
 
 
-def test_an_octagon_is_no_square_and_a_rounded_square_no_circle():
+def test_an_octagon_is_not_a_square_nor_a_rounded_square_a_circle():
     octagon = drawn(lambda x, y: (np.maximum(abs(x), abs(y)) < 17) & (abs(x) + abs(y) < 21))
     assert not judge(octagon, one("square")).shapes
     assert not judge(drawn(lambda x, y: (abs(x) / 17) ** 6 + (abs(y) / 17) ** 6 < 1), one("circle")).shapes
@@ -182,7 +182,7 @@ def test_a_place_is_a_third():
 
 @pytest.mark.parametrize("size", ["small", "large"])
 @pytest.mark.parametrize("factor", [0.72, 1.36])
-def test_a_size_named_is_kept_within_a_third(size, factor):
+def test_a_named_size_is_kept_within_a_third(size, factor):
     for shape in SHAPES:
         other = ground_truth([one(shape, size, radius=factor * RADIUS[size])])[0]
         assert not judge(other, one(shape, size)).sizes
@@ -228,7 +228,7 @@ def test_an_object_that_leaves_its_outer_one_is_not_inside():
     assert not judge(ground_truth([asked])[0], asked).is_right
 
 
-def test_a_image_keeps_its_seed_whatever_the_batches():
+def test_an_image_keeps_its_seed_whatever_the_batches():
     def draw(prompts, width, height, seeds):
         return [np.full((height, width, 3), seed, np.uint8) for seed in seeds]
 

@@ -39,7 +39,7 @@ def test_a_full_size_model_is_within_the_limits():
     assert parse_json('{"model_max_length": 1000000000000000019884624838656}')["model_max_length"] == int(1e30)
 
 
-def test_the_most_that_passes_takes_less_than_200_mb():
+def test_the_largest_json_that_is_parsed_takes_less_than_200_mb():
     program = """
 import resource
 from mlx_zimage.untrusted import MAX_VALUES, parse_json

@@ -138,7 +138,7 @@ def test_an_argument_gives_the_result_of_diffusers(golden_pipe, theirs, values, 
 
 
 @pytest.mark.parametrize("row", REFUSED)
-def test_what_cannot_give_it_says_the_way(golden_pipe, row):
+def test_an_argument_that_cannot_work_raises_an_error_with_advice(golden_pipe, row):
     call, message = REFUSED[row]
     with pytest.raises(RequestError, match=message):
         golden_pipe(**BASE | call)

@@ -48,7 +48,7 @@ def test_a_variant_saved_by_diffusers_is_read(theirs, original, tmp_path, max_sh
     assert np.array_equal(generate(out), expected)
 
 
-def test_both_forms_in_one_folder_are_told_apart_as_in_diffusers(diffusers, theirs, tmp_path):
+def test_both_forms_in_one_folder_are_distinguished_as_in_diffusers(diffusers, theirs, tmp_path):
     folder = tmp_path / "saved"
     theirs.save_pretrained(folder, max_shard_size="60KB")
     theirs.save_pretrained(folder, variant="fp16")

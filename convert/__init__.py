@@ -90,7 +90,7 @@ def convert_steps(
     takes many times as long, and a few gigabytes beyond memory (see ZImagePipeline.from_pretrained).
 
     loras, pairs of a LoRA (a file, PEFT's folder, a Hugging Face id or id:file) and its strength, are added to the
-    weights before they are rounded or quantized. Every key of theirs must match a layer, unless partial is True.
+    weights before they are rounded or quantized. Each of their keys must match a layer, unless partial is True.
 
     format "mlx" is a folder for this package. "diffusers" is a diffusers folder and "comfyui" a single safetensors file
     with all three networks; neither can be quantized.
@@ -117,7 +117,7 @@ def convert_steps(
         check_outside(dest, folder)
     if loras and calibrate:
         raise RequestError(
-            "calibrate measures the source without LoRAs; fuse into a dense folder first, and quantize that"
+            "calibrate measures the source without LoRAs; fuse them without quantizing first, and convert the result"
         )
     if loras:
         opened = fuse(opened, loras, partial)
@@ -139,7 +139,7 @@ def convert_steps(
 
 
 class Needless(UserWarning):
-    """An option of a conversion makes the result larger, or changes nothing, for no better images."""
+    """An option of a conversion changes nothing, or makes the result larger without better images."""
 
 
 def _warn_of_waste(source: Source, layout: Layout, settings: Settings, dtype: str) -> None:

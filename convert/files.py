@@ -1,4 +1,4 @@
-"""Single files in other formats than our own: safetensors and GGUF.
+"""Single files in formats other than our own: safetensors and GGUF.
 
 Tensors are unpacked (fp8 with its scales, mflux's quantized matrices), renamed to the diffusers names, split where they
 are fused, and checked against the architecture.

@@ -193,7 +193,7 @@ class _Header:
 
     def skip(self, count: int, seek: bool = True) -> None:
         if count > self.end - self.at:
-            raise ValueError(f"{count} bytes at {self.at} are past the end of the file, or {MAX_HEADER} bytes")
+            raise ValueError(f"{count} bytes at {self.at} exceed the file, or the limit of {MAX_HEADER} bytes")
         self.at += count
         if seek:
             self.stream.seek(count, 1)
@@ -219,7 +219,7 @@ class _Header:
             return None
         self.texts += count
         if self.texts > MAX_TEXTS or depth == MAX_NESTED:
-            raise ValueError(f"a list of {count} items in {depth} others, expected at most {MAX_TEXTS} texts")
+            raise ValueError(f"a list of {count} items inside {depth} others, expected at most {MAX_TEXTS} texts")
         if item == TEXT:
             self.skip_texts(count)
         else:
@@ -228,7 +228,7 @@ class _Header:
         return None
 
     def skip_texts(self, count: int) -> None:
-        """The same as calling text that often, in a tenth of the time."""
+        """The same as calling text count times, in a tenth of the time."""
         read, at = self.stream.read, self.at
         for _ in range(count):
             length = int.from_bytes(read(8), "little")

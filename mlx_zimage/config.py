@@ -8,7 +8,7 @@ from dataclasses import fields
 from .errors import CheckpointError
 from .untrusted import brief
 
-# No value may be more than this many times the published model's: a billion layers would take all memory to name.
+# No value may be more than this many times the published model's: just naming a billion layers would take all memory.
 MOST = 100
 KIND_NAMES = {
     bool: "true or false",

@@ -24,7 +24,7 @@ UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 def plain(text: str) -> str:
-    """Text on one line, as safe to print as any: some of it may be a stranger's."""
+    """Text on one line that is safe to print: some of it may come from a stranger's file."""
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE * 3 // 4]} ... {text[-MAX_MESSAGE // 4 :]}"
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
@@ -36,7 +36,7 @@ class ZImageError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return plain(str(self.args[0]) if self.args else "")  # children of OSError would print an errno tuple
+        return plain(str(self.args[0]) if self.args else "")  # subclasses of OSError would print an errno tuple
 
 
 class RequestError(ZImageError, ValueError):

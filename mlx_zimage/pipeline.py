@@ -129,7 +129,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         read. keep=True keeps all networks in memory for the next request, keep=False unloads each one after use; by
         default they are kept if all fit at once.
 
-        transformer, text_encoder and vae name where that network is instead: a model, a network's own folder or file,
+        transformer, text_encoder and vae are other places to take that network from: a model, its own folder or file,
         or an id; ID:PATH is a file or folder in a repository. Networks and a tokenizer that the model lacks come from
         Tongyi-MAI/Z-Image-Turbo, with a warning.
 

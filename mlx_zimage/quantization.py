@@ -61,7 +61,7 @@ class Quantization:
 
     @classmethod
     def of_shapes(cls, dense: tuple[int, ...] | None, parts: Mapping[str, tuple[int, ...]]) -> Quantization | None:
-        """The only quantization by which a dense weight has parts ("weight", "scales", "biases") of these shapes."""
+        """The quantization that gives a dense weight parts ("weight", "scales", "biases") of these shapes, if any."""
         if not dense or not {"weight", "scales"} <= parts.keys() or not parts["weight"] or not parts["scales"]:
             return None
         for mode, (allowed_bits, groups) in MODES.items():

@@ -200,7 +200,7 @@ def check_prompt(text: str, name: str) -> None:
         raise RequestError(f"the {name} must be text, got {type(text).__name__}")
     if tag := LORA_TAG.search(text):
         raise RequestError(
-            f"the {name} contains {tag[0]}, which the text encoder would read as words; take it out and use "
+            f"the {name} contains {tag[0]}, which the text encoder would read as words; remove it and use "
             f"--lora {tag[1]}.safetensors {tag[2] or 1} (load_lora in Python)"
         )
     if len(text) > MAX_PROMPT:

@@ -8,7 +8,7 @@ from math import ceil
 from .errors import RequestError
 from .untrusted import brief
 
-MOST = 10**15  # bytes; more would overflow what counts them
+MOST = 10**15  # bytes; larger numbers would overflow counters
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 

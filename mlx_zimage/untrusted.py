@@ -1,4 +1,4 @@
-"""Reading files that a stranger may have written: regular files only, bounded JSON, and values cut for errors."""
+"""Reading files that a stranger may have written: regular files only, bounded JSON, and values shortened for errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def parse_json(content: bytes | str, most: int = MAX_VALUES) -> Any:
 
 
 def brief(value: object) -> str:
-    """A value to show in an error: its repr, at most 80 characters of it. Python prints no number of 4301 digits."""
+    """A value to show in an error: up to 80 characters of its repr. Python refuses to print 4301 digits."""
     try:
         text = repr(value)
     except ValueError:

@@ -310,7 +310,7 @@ def test_info_shows_how_a_model_was_quantized(run):
     assert ", calibrated on generated images\n" in run("info", "searched").stdout
 
 
-def test_a_conversion_that_gains_nothing_is_a_warning(run):
+def test_a_conversion_that_gains_nothing_warns(run):
     assert "Warning" not in run("convert", "pocket", "small", "--q-bits", "4").stderr
     warned = run("convert", "small", "large", "--q-bits", "8").stderr
     assert "small takes 7.72 MB and the result 9." in warned and "does not come back; choose fewer bits" in warned
@@ -429,7 +429,7 @@ def test_commands_and_options_are_completed():
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-def test_models_are_completed_along_with_files(tmp_path, monkeypatch):
+def test_completion_offers_models_and_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLX_ZIMAGE_HOME", raising=False)
     own = shutil.copytree(POCKET, tmp_path / "home/.cache/mlx-zimage/Z-Image-Turbo-4bit")

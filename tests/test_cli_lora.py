@@ -124,7 +124,7 @@ def test_lora_info_shows_what_a_file_contains(style):
 
 
 @pytest.mark.parametrize("to", ["comfyui", "diffusers"])
-def test_a_converted_lora_is_the_same_differences(style, to):
+def test_a_converted_lora_has_the_same_differences(style, to):
     result = run("lora", "convert", style, "out.safetensors", "--to", to, "--model", "pocket")
     assert result.exit_code == 0 and result.stdout == "out.safetensors\n"
     old, new = (read_lora(path, CONFIGS).deltas["transformer"] for path in (style, Path("out.safetensors")))
@@ -136,7 +136,7 @@ def test_a_converted_lora_is_the_same_differences(style, to):
     assert run("lora", "convert", style, "out.safetensors", "--to", to, "--model", "pocket").exit_code == 2, "it exists"
 
 
-def test_diffusers_is_refused_what_it_cannot_read(tmp_path):
+def test_what_diffusers_cannot_read_is_not_converted_for_it(tmp_path):
     d = CONFIGS["transformer"].dim
     path, name = tmp_path / "lokr.safetensors", "diffusion_model.layers.0.attention.to_q"
     mx.save_safetensors(str(path), {f"{name}.lokr_w1": mx.ones((8, 8)), f"{name}.lokr_w2": mx.ones((d // 8, d // 8))})

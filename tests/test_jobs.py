@@ -91,7 +91,7 @@ def test_a_request_may_use_the_names_of_the_command_line():
             read_requests(json.dumps({"prompt": "a", **twice}), "f")
 
 
-def test_too_many_images_are_refused_without_making_them():
+def test_too_many_images_are_refused_before_any_is_planned():
     with pytest.raises(RequestError, match="more than 100000 images in one call"):
         multiply({}, ({"prompt": "a"} for _ in range(10**9)), [1], Path("x.png"), count=50_000)
 

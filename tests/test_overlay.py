@@ -156,7 +156,7 @@ def test_a_lora_laid_over_the_weights_equals_one_merged_into_them(components, pa
 
 @pytest.mark.parametrize("kind", ["low rank", "LoKr"])
 @pytest.mark.parametrize("packing, unpack_from", [("4 bits", 0), ("8 bits", 0), ("mxfp4", 0), ("nvfp4", 10**6)])
-def test_a_lora_over_quantized_weights_equals_one_merged_into_them_in_every_mode(components, packing, unpack_from, kind):
+def test_a_lora_over_quantized_weights_equals_one_merged_into_them(components, packing, unpack_from, kind):
     check_merged(components(packing), kind, unpack_from)
 
 

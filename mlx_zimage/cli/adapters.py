@@ -32,7 +32,7 @@ class WithLoras(Command):
 
 
 def split_strengths(args: Sequence[str]) -> tuple[list[str], list[float | None]]:
-    """The arguments without the strengths that follow each --lora PATH, and those strengths, None where none does.
+    """The arguments without the strength after each --lora PATH, and these strengths; None if there is none.
 
     mflux's --lora-paths A B --lora-scales 1 0.5 becomes two --lora.
     """

@@ -14,7 +14,7 @@ FILES = {  # where each shell, or its completion package, looks for user complet
     "zsh": ".zfunc/_mlx-zimage",
     "fish": ".config/fish/completions/mlx-zimage.fish",
 }
-# Click's own script offers no files where there are names, and names are all that a model's completion would give.
+# Click's own script offers no files if there are other completions, so it would offer only names for a model.
 BASH = """\
 %(complete_func)s() {
     local IFS=$'\\n' type value

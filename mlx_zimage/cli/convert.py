@@ -87,7 +87,7 @@ PARTS = ("transformer", "text_encoder", "vae", "tokenizer", "base")
 def convert(source, dest, reported, upload_repo, quiet, **options):
     """Convert SOURCE to an MLX model folder DEST and print its path.
 
-    SOURCE is a Hugging Face id (ID:PATH for a part of one), 'z-image-turbo' (the same model in a smaller download),
+    SOURCE is a Hugging Face id (ID:PATH for a part of one), 'z-image-turbo' (the official model in a smaller download),
     'z-image', 'pocket', a folder of diffusers, mflux, ComfyUI or this program, or a safetensors or GGUF file. Tensors
     are converted one at a time, which takes little memory. The VAE and the most sensitive layers are never quantized.
     To resume an interrupted conversion, run the same command again.

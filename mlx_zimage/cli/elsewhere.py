@@ -118,7 +118,7 @@ def options_given(ctx: click.Context) -> dict[str, str]:
 
 
 def as_typed(message: str, given: Mapping[str, str]) -> str:
-    """A message about a value, which it begins with the name of, with the name that the value was given by."""
+    """A message that begins with the name of a value, with the option by which it was given instead."""
     name, _, rest = message.partition(" ")
     if name in given:
         return f"{given[name]} {rest}"

@@ -74,7 +74,7 @@ def _print_networks(networks: dict[str, dict]) -> None:
 
 
 def _contents(file: Path) -> dict[str, dict]:
-    """The networks in a single file of another size than the published model, whose architecture is not known."""
+    """The networks in a single file of a different size from the published model, whose architecture is not known."""
     from ..weights.names import places
     from ..weights.parts import read_single
 
@@ -134,7 +134,7 @@ def _how(quantization: dict) -> list[str]:
     """What `convert` was asked for, besides bits."""
     asked = {
         "a mixed recipe": quantization.get("recipe") == "mixed",
-        "a recipe of the caller's": quantization.get("recipe") == "custom",
+        "a custom recipe": quantization.get("recipe") == "custom",
         "calibrated on generated images": quantization.get("calibrated"),
         "searched scales": quantization.get("search") and not quantization.get("calibrated"),
     }

@@ -1,4 +1,4 @@
-"""What to say about a request that is valid, but of which a part changes nothing, or makes a blank or worse image."""
+"""Notes on valid requests of which some part changes nothing, or makes the image blank or worse."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def notes(request: GenerateRequest, checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the negative prompt changes nothing, since guidance is 0{advice}"
     if request.guided and not variant.takes_guidance:
         yield (
-            f"guidance is {request.guidance_scale:g}, but Turbo was trained to work without: steps take twice as long, "
-            f"and images seldom get better"
+            f"guidance is {request.guidance_scale:g}, but Turbo was trained to work without it: steps take twice as "
+            f"long, and images seldom get better"
         )
     if is_pocket(checkpoint):
         unknown = unknown_to_pocket(request.prompt)

@@ -23,7 +23,7 @@ def print_path(path: Path) -> None:
 
 
 def printable(text: str) -> str:
-    """Untrusted text, such as a prompt, with all but its newlines escaped where a terminal would obey it."""
+    """Untrusted text, such as a prompt, with everything escaped that a terminal would obey, except newlines."""
     return UNSAFE.sub(lambda match: match[0] if match[0] == "\n" else ascii(match[0])[1:-1], text)
 
 

@@ -34,7 +34,7 @@ def stored(comment: bytes) -> dict[str, Any] | None:
 def to_request(values: dict[str, Any]) -> tuple[GenerateRequest, str]:
     """The request, and the name of the model. RequestError if it needs what is not supported here, or is invalid.
 
-    mflux's noise is MLX's, and guidance up to 1 is off in it.
+    mflux uses MLX's noise, and its guidance is off up to 1.
     """
     for name, what in NOT_HERE.items():
         if values.get(name):

@@ -38,7 +38,7 @@ class BorrowedFromHub(UserWarning):
 class Checkpoint:
     """An opened model: its checked networks by name, the scheduler's config, its variant and its tokenizer.
 
-    folder is the model's, or its file. repositories are those that some of the files are in.
+    folder is the model's folder or file. repositories are those that some of the files are in.
     """
 
     folder: Path
@@ -219,7 +219,7 @@ def origins(folder: Path) -> list[str]:
 
 
 def read_conversion(folder: Path) -> dict:
-    """How our converter made a folder, as conversion.json records it; empty if it did not. Values have their types."""
+    """How our converter made a folder, as conversion.json records it; empty if it did not. Types are checked."""
     file = folder / CONVERSION
     if not file.is_file():
         return {}

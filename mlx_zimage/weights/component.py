@@ -68,7 +68,7 @@ class Entry:
     version: Version | None = None  # of the file, when its header was read
 
     def piece(self, part: int, parts: int) -> Entry:
-        """One of equal parts of the rows."""
+        """One of several equal parts of the rows."""
         rows, rest = divmod(self.shape[0] if self.shape else 0, parts)
         if rest:
             raise CheckpointError(
@@ -359,7 +359,7 @@ def _rows(entry: Entry, ids: Sequence[int]) -> np.ndarray:
     size = entry.nbytes // entry.shape[0]
     if not all(0 <= i < entry.shape[0] for i in ids):
         raise CheckpointError(f"{entry.file}: {entry.name} has rows for ids up to {entry.shape[0] - 1}, got {max(ids)}")
-    # Read rather than mapped: a file that gets shorter while it is mapped ends the process.
+    # Read rather than mapped: a file that is truncated while it is mapped crashes the process.
     with open_regular(entry.file) as stream:
         content = b"".join(os.pread(stream.fileno(), size, entry.offset + i * size) for i in ids)
     if len(content) < size * len(ids):

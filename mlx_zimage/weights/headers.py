@@ -33,7 +33,7 @@ def read(file: Path) -> tuple[Header, dict[str, str], int]:
 
     Raises OSError if the file cannot be read, and ValueError if it is not a safetensors file.
     """
-    str(file).encode()  # MLX opens no file whose name is not text
+    str(file).encode()  # MLX cannot open a file whose name is not text
     with open_regular(file) as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER:

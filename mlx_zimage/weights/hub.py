@@ -128,7 +128,7 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
         repository = Repository(named[1], named[2])
         path = repository.folder / (named[3] or "").rstrip("/")
         if named[3] and not any(path in (file, *file.parents) for file in repository.sizes):
-            raise ModelNotFoundError(f"{named[1]} has no file or folder {named[3]!r}; look for its name there")
+            raise ModelNotFoundError(f"{named[1]} has no file or folder {named[3]!r}; check the name at huggingface.co")
         return path, repository
     raise ModelNotFoundError(
         f"no model at {source}; give a folder, a file, a Hugging Face id such as {TURBO.repository}, or 'pocket'"
@@ -140,7 +140,7 @@ def check_name(path: Path) -> Path:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise ModelNotFoundError(f"{path} is not a name in UTF-8; rename it") from None
+        raise ModelNotFoundError(f"{path} is not valid UTF-8; rename it") from None
     return path
 
 

@@ -59,7 +59,7 @@ class Model:
 class FirstRun:
     """What downloading and converting a model will take. bits None is bfloat16.
 
-    transformer is where that comes from, if not from the repository; otherwise remark says why, where it could have.
+    transformer is where it comes from, if not from the repository; remark says why a smaller copy cannot be used.
     """
 
     repository: str
@@ -153,14 +153,14 @@ def remove(name: str) -> int:
 
 
 def own() -> tuple[list[Model], list[Model]]:
-    """The models that this program placed, and the folders that the user had `convert` write elsewhere."""
+    """The models that this program put in place, and the folders that the user had `convert` write elsewhere."""
     found = [model for model in models() if model.kind != "package"]
     elsewhere = [model for model in found if model.kind == "converted" and model.path.parent != home().resolve()]
     return [model for model in found if model not in elsewhere], elsewhere
 
 
 def remove_all() -> int:
-    """Remove everything that this program keeps on this machine, but the folders elsewhere; returns the bytes freed."""
+    """Remove everything that this program keeps on this machine, except folders elsewhere; returns the bytes freed."""
     freed = sum(remove(model.name) for model in own()[0])
     for name in (REGISTER, RATES):
         (home() / name).unlink(missing_ok=True)
@@ -195,7 +195,7 @@ def plan_first_run(repository: str, budget: int) -> FirstRun:
 
 
 def smaller_transformer(repository: str) -> tuple[str | None, str]:
-    """Where a repository's transformer is published in fewer bytes, and why it cannot be had if it is not as known."""
+    """A smaller published copy of a repository's transformer; or None, and why the known copy cannot be used."""
     if repository != official.REPOSITORY:
         return None, ""
     source = official.BF16_TRANSFORMER
@@ -214,7 +214,7 @@ def smaller_transformer(repository: str) -> tuple[str | None, str]:
 def fetch_transformer(source: str) -> str:
     """Download what smaller_transformer found, and delete it again if its checksum is not the published one.
 
-    Returns why it cannot be used, if so.
+    Returns why it cannot be used, or "" if it can.
     """
     file = resolve(source, ["transformer"])
     if sha256(file) == official.BF16_SHA256:
@@ -331,7 +331,7 @@ def _remove_converted(folder: Path) -> None:
 
 
 def _is_ours(repository: str, folder: Path, used: Path | None) -> bool:
-    """Whether a cached repository is a model of this family that has weights, or has begun to be downloaded."""
+    """Whether a cached repository is a model of this family that has weights, or is partly downloaded."""
     if not any(folder.glob("snapshots/**/*.safetensors")) and not any(folder.glob("blobs/*.incomplete")):
         return False
     for index in folder.glob("snapshots/*/model_index.json"):

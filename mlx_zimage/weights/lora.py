@@ -441,7 +441,7 @@ def _misfit(file: Path, path: str, a: mx.array, b: mx.array) -> CheckpointError:
     return CheckpointError(f"{file}: the factors of {path} do not fit together: {a.shape} and {b.shape}")
 
 
-# ---- for people
+# ---- for display
 
 
 TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "ss_trigger_words", "instance_prompt")

@@ -4,8 +4,8 @@ from ..variants import TURBO
 
 REPOSITORY = TURBO.repository
 
-# The same transformer rounded to bfloat16, half the download: ComfyUI's file at one commit, with what public listings
-# of it agree on. Everything else comes from the repository above.
+# The same transformer rounded to bfloat16, half the download: ComfyUI's file at a fixed commit, with the size and
+# checksum on which public listings agree. Everything else comes from the repository above.
 BF16_TRANSFORMER = (
     "Comfy-Org/z_image_turbo@08d04455279082882deaabc8d0d09fc914c071e1"
     ":split_files/diffusion_models/z_image_turbo_bf16.safetensors"

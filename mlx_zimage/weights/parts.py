@@ -153,8 +153,8 @@ def translated(entries: Mapping[str, Entry], configs: Mapping[str, dict], label:
 def _laid_out(entries: dict[str, Entry], config: dict, name: str) -> dict[str, Entry]:
     """The entries in the architecture's shapes, where only the layout or axes of length 1 differ.
 
-    mflux stores convolutions as MLX has them, (out, h, w, in). Some shapes fit both
-    ways, so all convolutions of a network are taken to be stored alike.
+    mflux stores convolutions as MLX has them, (out, h, w, in). Some shapes fit both ways, so all convolutions
+    of a network are taken to be stored alike.
     """
     shapes = NETWORKS[name].from_dict(config).shapes()
     turned = {key: shape for key, shape in shapes.items() if key in entries and _turns(entries[key].shape, shape)}
@@ -171,7 +171,7 @@ def _laid_out(entries: dict[str, Entry], config: dict, name: str) -> dict[str, E
 
 
 def _turns(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a convolution's that may be stored as (out, h, w, in)."""
+    """Whether a tensor may be a convolution that is stored as (out, h, w, in)."""
     return len(stored) == len(shape) == 4 and (stored[0], stored[3], stored[1], stored[2]) == shape
 
 
@@ -193,7 +193,7 @@ def _without_config(folder: Path, name: str, repository: Repository | None, conf
 
 
 def _comfyui_tree(path: Path, repository: Repository | None) -> dict[str, list[Path]]:
-    """The files in ComfyUI's models folder by the network that they should be; empty if it is not one."""
+    """The files in ComfyUI's models folder by the network that they are for; empty if it is no such folder."""
     for root in (path / root for root in COMFYUI_ROOTS):
         if any(_has_weights(root / folder, repository) for folder in COMFYUI_FOLDERS["transformer"]):
             return {

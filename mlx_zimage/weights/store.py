@@ -5,7 +5,7 @@ checksum and compute dtype, the versions of this package and MLX, and the device
 the cache. If anything goes wrong with these files, it costs time, never an image.
 
 Checksums are of the bytes that were read here: what a folder says about itself, in a manifest or its files' names, is
-not believed. An array is used only from a file of this user that contains its own key.
+not trusted. An array is used only from a file of this user that contains its own key.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Store:
     def put(self, networks: Sequence[Component], key: Sequence[object], array: mx.array) -> None:
         """Cache what the networks computed for a key; beyond the limit, the least recently used files are removed.
 
-        Nothing is cached if a file of the networks has changed since `get`: the array may be of either.
+        Nothing is cached if a file of the networks has changed since `get`: the array may belong to either version.
         """
         if self.folder is None:
             return
@@ -165,7 +165,7 @@ def checksum(component: Component, folder: Path) -> str:
 
 
 def state_of(component: Component) -> str:
-    """A SHA-256 of the places, sizes and times of a network's weights: another one means that any may have changed."""
+    """A SHA-256 of the places, sizes and times of a network's weights: if it differs, some may have changed."""
     state = (f"{file.resolve()} {file.stat().st_size} {placed(file)}" for file in _parts(component))
     return hashlib.sha256(os.fsencode("\n".join(state))).hexdigest()
 
@@ -184,7 +184,7 @@ def _newest(state: os.stat_result) -> int:
 
 
 def _sha256(file: Path) -> str:
-    """A file's SHA-256, which is the name of a large file in the hub's own cache. Other folders may say anything."""
+    """A file's SHA-256, which is the name of a large file in the hub's own cache. Elsewhere, names prove nothing."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     blob = file.resolve()

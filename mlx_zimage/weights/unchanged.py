@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 
 @dataclass(frozen=True)
 class Version:
-    """What tells one version of a file from another."""
+    """What distinguishes one version of a file from another."""
 
     inode: int
     size: int
@@ -47,7 +47,7 @@ def unchanged(stored: Iterable[Stored]) -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         for file, version in files.items():
             _check(file, version)
-        if isinstance(error, OSError) or str(error).startswith(("[read]", "[load")):  # MLX's, of a file
+        if isinstance(error, OSError) or str(error).startswith(("[read]", "[load")):  # MLX's errors about files
             raise CheckpointError(f"{' or '.join(map(str, files))} cannot be read ({error}); check the disk") from error
         raise
     for file, version in files.items():
@@ -63,6 +63,6 @@ def _check(file: Path, version: Version | None) -> None:
         ) from error
     if version not in (None, found):
         raise CheckpointError(
-            f"{file} was changed while it was in use, as by a conversion, a download or a sync; wait until that is "
-            f"done, then open the model again"
+            f"{file} was changed while it was in use, perhaps by a conversion, a download or a sync; wait until "
+            f"that is done, then open the model again"
         )

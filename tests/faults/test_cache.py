@@ -194,7 +194,7 @@ def test_only_the_user_can_read_what_is_cached(folder, kept, watch):
     assert not encoded
 
 
-def test_a_cached_array_says_what_it_is_of(store, encoder, kept):
+def test_a_cached_array_records_its_key(store, encoder, kept):
     store.put([encoder], IDS, numbers(0))
     (file,) = kept.glob("*.safetensors")
     content = file.read_bytes()

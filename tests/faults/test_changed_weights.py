@@ -119,7 +119,7 @@ def test_ids_outside_a_table_are_refused(folder):
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=NAMES)
-def test_a_source_that_changes_is_not_converted_further(folder, change):
+def test_a_conversion_stops_when_its_source_changes(folder, change):
     entry = open_checkpoint(folder).transformer.entries["x_pad_token"]
     change(entry.file)
     with pytest.raises(CheckpointError, match=r"was|could not read"):
@@ -160,7 +160,7 @@ def test_a_model_that_is_removed_while_it_generates_ends_the_image(folder, strea
                 remove(folder.name)
 
 
-def test_a_disk_that_fails_is_a_damaged_model(folder, monkeypatch):
+def test_a_failing_disk_is_reported_as_a_damaged_model(folder, monkeypatch):
     component = open_checkpoint(folder).transformer
 
     def fail(*args, **options):

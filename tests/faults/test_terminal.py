@@ -98,7 +98,7 @@ def test_a_folder_whose_name_is_not_text_is_refused(tmp_path, command):
     model = shutil.copytree(POCKET / "vae", tmp_path / os.fsdecode(b"\xff\x1b[2Jmodel"))
     result = run(*command.split(), model, *(["out"] if command == "convert" else []))
     assert_plain(result, 3)
-    assert "/\\udcff\\x1b[2Jmodel is not a name in UTF-8" in result.output
+    assert "/\\udcff\\x1b[2Jmodel is not valid UTF-8" in result.output
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS creates no such names")
@@ -108,7 +108,7 @@ def test_a_shard_whose_name_is_not_text_is_refused(folder):
     assert_plain(run("info", folder), 4)
 
 
-def test_what_a_lora_says_about_itself_is_printed_plain(tmp_path):
+def test_text_from_a_lora_is_printed_plain(tmp_path):
     file, d = tmp_path / "lora.safetensors", tiny.TRANSFORMER["dim"]
     factors = {
         f"layers.0.attention.to_q.lora_{x}.weight": mx.ones(shape) for x, shape in (("A", (2, d)), ("B", (d, 2)))

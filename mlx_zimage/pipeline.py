@@ -17,7 +17,7 @@ import numpy as np
 from . import porting
 from .errors import NumericsError, RequestError
 from .failures import explained
-from .images.codec import rounded, to_pil, to_uint8, to_unit
+from .images.codec import is_flat, rounded, to_pil, to_uint8, to_unit
 from .inputs import NONE, Inputs
 from .loras import LoraMethods
 from .machine import default_dtype, machine_budget, wide_dtype
@@ -38,7 +38,11 @@ from .weights.lora import Lora
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = ["Generated", "Overflow", "Phase", "PipelineOutput", "ZImagePipeline"]
+__all__ = ["FlatImage", "Generated", "Overflow", "Phase", "PipelineOutput", "ZImagePipeline"]
+
+
+class FlatImage(UserWarning):
+    """An image shows nothing: a single colour, or nothing but black, white and pure colours."""
 
 
 class Overflow(UserWarning):
@@ -322,7 +326,15 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
                 one = latents[i : i + 1]
                 mx.eval(one)  # as above
                 pixels = yield from networks.decode(one)
-                yield Generated(i, to_unit(pixels[0]), request, plan, str(networks.dtype).rpartition(".")[2])
+                unit = to_unit(pixels[0])
+                if is_flat(unit):
+                    warnings.warn(
+                        f"image {i + 1} of seed {request.seed} is a single colour, or nothing but black, white and "
+                        f"pure colours; unless you asked for that, check the model with `mlx-zimage verify`",
+                        FlatImage,
+                        stacklevel=2,
+                    )
+                yield Generated(i, unit, request, plan, str(networks.dtype).rpartition(".")[2])
 
     # ---- the parts of a request on their own
 

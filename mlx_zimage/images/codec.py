@@ -22,6 +22,12 @@ def to_unit(pixels: mx.array) -> np.ndarray:
     return np.clip(np.array(pixels, dtype=np.float32) / 2 + 0.5, 0, 1)
 
 
+def is_flat(unit: np.ndarray) -> bool:
+    """Whether an image (H, W, 3) in [0, 1] is a single colour, or has only values of 0 and 1."""
+    pixels = rounded(unit)
+    return bool((pixels == pixels[0, 0]).all() or ((unit <= 0) | (unit >= 1)).all())
+
+
 def to_uint8(pixels: mx.array) -> np.ndarray:
     """Decoded pixels (H, W, 3), nominally in [-1, 1], to uint8, rounded as in diffusers."""
     return rounded(to_unit(pixels))

@@ -17,7 +17,7 @@ MAX_HEADER = 8 * 2**20  # bytes: a full-size model has 200 KB, and trainers writ
 MAX_TENSORS = 20_000  # all networks in one file, with every layer quantized, have 4000
 MAX_AXES = 8  # convolutions have 4
 MAX_LENGTH = 2**40  # of an axis
-MAX_NAME = 500  # characters of a tensor's name
+MAX_NAME = 256  # characters of a tensor's name; the longest known have 120
 # What MLX reads, and F8_E5M2, which the converter does. One tensor of another keeps MLX from reading any in the file.
 DTYPES = (
     *("BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "C64"),

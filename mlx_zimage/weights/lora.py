@@ -11,6 +11,7 @@ diffusers, mflux) and ComfyUI's loader.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -23,14 +24,15 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models.runner import NetworkConfig
-from ..untrusted import parse_json
-from .component import SHOWN, read_header, read_json, read_metadata
+from ..untrusted import brief, parse_json
+from .component import FLOAT_SPELLINGS, SHOWN, Entry, read_header, read_json, read_metadata
 from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement, is_finite
 from .hub import REPOSITORY_ID, Repository, check_name
 from .manifest import sha256
 from .names import comfyui_name
 from .unchanged import unchanged
 
+MAX_TENSORS = 5000  # with six for each layer of both networks, it would have 3100
 ADAPTER = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
 HEADER_CONFIG = "lora_adapter_metadata"  # the same config, as diffusers stores it in a header
 
@@ -186,17 +188,33 @@ class Lora:
 class _Scaling:
     """Rank scaling from outside the tensors: PEFT's config, in the safetensors header or beside the file."""
 
-    config: Mapping
+    alpha: float | None  # for layers that have none of their own; None is their rank
+    by_layer: Mapping[str, float]  # by how a layer's path ends
+    by_root: bool  # whether to divide by the square root of the rank
+
+    @classmethod
+    def of(cls, file: Path, config: Mapping) -> _Scaling:
+        """PEFT's config, checked: patterns may be names only, since an expression of a stranger's may never end."""
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{file}: alpha_pattern must be an object, got {brief(patterns)}")
+        names = {key.removeprefix("^").removesuffix("$").replace("\\.", "."): alpha for key, alpha in patterns.items()}
+        for name in names:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise CheckpointError(f"{file}: alpha_pattern must have names of layers, got {brief(name)}")
+        alphas = [alpha for alpha in (config.get("lora_alpha"), *names.values()) if alpha is not None]
+        for alpha in alphas:
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                raise CheckpointError(f"{file}: the LoRA's alpha must be a number, got {brief(alpha)}")
+        return cls(config.get("lora_alpha"), names, bool(config.get("use_rslora")))
 
     def scale(self, path: str, rank: int, alpha: float | None) -> float:
         """The factor of up @ down for the layer at this path; alpha is the one stored beside the factors, if any."""
         if alpha is None:
-            patterns = self.config.get("alpha_pattern") or {}
-            own = [value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)]
-            alpha = own[0] if own else self.config.get("lora_alpha", rank)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise CheckpointError(f"the LoRA's alpha of {path} must be a number, got {alpha!r}")
-        return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
+            parts = path.split(".")
+            ends = (".".join(parts[i:]) for i in range(len(parts)))
+            alpha = next((self.by_layer[end] for end in ends if end in self.by_layer), self.alpha)
+        return (rank if alpha is None else float(alpha)) / (rank**0.5 if self.by_root else rank)
 
 
 def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = False) -> Lora:
@@ -212,9 +230,11 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
         file = file / ADAPTER
     _refuse_pickles(file)
     entries = read_header(file)
+    _check_entries(file, entries)
     metadata = read_metadata(file)
     if not config:
         config = _header_config(file, metadata)
+    scaling = _Scaling.of(file, config)
     names = Names(configs)
     layers, unknown = _group(entries)
     _refuse_kinds(file, unknown, len(entries))
@@ -234,7 +254,7 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
                 ignored += keys.values()
                 continue
             for target in targets:
-                for kind, delta in _deltas(file, path, keys, arrays, _Scaling(config), names, target):
+                for kind, delta in _deltas(file, path, keys, arrays, scaling, names, target):
                     name = _weight_name(target.layer, kind, names.shapes[target.network])
                     if name in deltas[target.network]:
                         raise CheckpointError(f"{file}: {path} is a second difference of {name}; expected one")
@@ -242,6 +262,17 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
         checksum = sha256(file)
     read = {network: found for network, found in deltas.items() if found}
     return Lora(file, checksum, read, tuple(sorted(ignored)), tuple(unmatched), metadata, _dialect(entries))
+
+
+def _check_entries(file: Path, entries: Mapping[str, Entry]) -> None:
+    """Refuse a file with too many tensors, with empty ones, or with numbers that are no weights."""
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"{file} has {len(entries):,} tensors, expected at most {MAX_TENSORS:,}; is it a LoRA?")
+    for name, entry in entries.items():
+        if entry.dtype not in FLOAT_SPELLINGS and not (name.endswith(".alpha") and entry.shape in ((), (1,))):
+            raise CheckpointError(f"{file}: {name} is {entry.dtype}, expected one of {', '.join(FLOAT_SPELLINGS)}")
+        if 0 in entry.shape or (name.endswith(".alpha") and math.prod(entry.shape) != 1):
+            raise CheckpointError(f"{file}: {name} has shape {entry.shape}; the file is incomplete")
 
 
 def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:
@@ -329,6 +360,10 @@ def _deltas(
     if magnitude is not None:
         if delta is None:
             raise CheckpointError(f"{file}: {path} has a DoRA magnitude but no factors; the file is incomplete")
+        if len(stored) != 2:
+            raise CheckpointError(
+                f"{file}: {keys['magnitude']} is of a layer that is not a matrix; expected one that is"
+            )
         rows, columns = stored
         size = magnitude.size
         by_row = size == rows and magnitude.shape in ((rows,), (rows, 1))
@@ -388,7 +423,7 @@ def _weight_delta(
         if name in parts:
             return take(name)[0], None
         a, b = take(f"{name}_a", f"{name}_b")
-        if a.shape[-1] != b.shape[0]:
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
             raise _misfit(file, path, a, b)
         return (a.astype(mx.float32) @ b.astype(mx.float32)), b.shape[0]
 

@@ -35,7 +35,7 @@ class Bounds:
     """Bytes of intermediates on one backend and in one dtype.
 
     block, lean_block: a transformer block, normally and lean, per token and feature.
-    waiting: in addition, each of several streams that take turns, per token and feature.
+    waiting: in addition, for each of several streams that take turns, per token and feature.
     layer: a text encoder layer, per token and feature.
     score: attention, per head and pair of tokens.
     unpacked, lean_unpacked, layer_unpacked: dequantizing a block (normally and lean) or an encoder layer, per byte of

@@ -1,7 +1,7 @@
 """float16's headroom: the power of two that scales down a network's products, found once per checkpoint.
 
-float16 ends at 65504, and products inside trained feed-forwards exceed it. Scaling by a power of two is exact for
-normal numbers, and the norm or the sum that follows undoes it (`factor` in models/). Too small a factor costs small
+float16 numbers end at 65504, and products inside trained feed-forwards exceed that. Scaling by a power of two is exact
+for normal numbers, and the norm or the sum that follows undoes it (`factor` in models/). Too small a factor costs small
 numbers their last bits. So the factor that a checkpoint needs is found by trial, on a short prompt and the first step
 of a small image, and cached. An image that overflows in spite of it is generated again in bfloat16.
 """

@@ -123,9 +123,9 @@ def unpack_from() -> int:
 
 
 def machine_budget() -> int:
-    """The bytes of memory a process should use here: the GPU's recommended working set, or a share of the memory.
+    """The bytes of memory a process should use here: the GPU's recommended working set, or a share of system memory.
 
-    For system memory it is a share of what this process may use, which in containers and jobs is less than all of it.
+    The share is of what this process may use, which in containers and jobs is less than all of it.
     """
     device = mx.device_info()
     recommended = device.get("max_recommended_working_set_size")

@@ -173,11 +173,11 @@ def noise_of(latents: Any, generator: Any, request: GenerateRequest, shape: tupl
     if latents is not None:
         return check_latents(latents, shape)
     if generator is not None:
-        return draw(generator, shape)
+        return generate_noise(generator, shape)
     return None if shape[0] == request.num_images else np.array(initial_noise(request.seed, shape, request.rng))
 
 
-def draw(generator: Any, shape: tuple[int, ...]) -> np.ndarray:
+def generate_noise(generator: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The noise (B, C, h, w) from a torch generator, or from a list of one per image; they advance as in torch."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     if len(generators) == 1:

@@ -1,4 +1,4 @@
-"""What people type out of habit, or in vain: it works, or the message names what to type instead."""
+"""What people type out of habit or by mistake: it works, or the message says what to type instead."""
 
 import json
 import random

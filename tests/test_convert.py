@@ -402,7 +402,7 @@ def test_integer_weights_without_a_quantization_config_are_refused(tmp_path):
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_tensors_that_fill_whole_memory_pages_begin_on_one(tmp_path, bits):
-    """So that it can be mapped. Safetensors allows no gaps, so the rest follows wherever it falls."""
+    """So that they can be mapped. Safetensors allows no gaps, so the rest is not aligned."""
     out = convert("pocket", tmp_path / "out", bits=bits)
     aligned, misaligned = [], []
     for file in out.rglob("*.safetensors"):

@@ -428,7 +428,7 @@ def test_models_lists_the_folders_that_convert_wrote(run):
     (moved / "mine.txt").write_text("mine")
     elsewhere = shutil.copytree(moved, run.work / "elsewhere/moved")
     assert run(*GENERATE, "--model", elsewhere).returncode == 0
-    freed = run("models", "rm", "moved")  # the one beside you, not the other of that name
+    freed = run("models", "rm", "moved")  # the one in this folder, not the other of that name
     assert re.fullmatch(r"Freed 7\.\d\d MB\n", freed.stdout), freed.stderr
     assert [path.name for path in moved.rglob("*")] == ["mine.txt"] and (elsewhere / "model_index.json").is_file()
     shutil.copytree(elsewhere, run.work / "third/moved")

@@ -4,6 +4,7 @@ The keys, dtypes and alphas are those that each trainer's own code writes; its s
 """
 
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -62,7 +63,7 @@ LOW_RANK = [
     ("OneTrainer Comfy", low_rank("diffusion_model.", ".lora_A.weight", ".lora_B.weight", ".alpha"), {}, ALPHA / RANK),
     ("OneTrainer original", low_rank("", ".lora_A.weight", ".lora_B.weight", ".alpha"), {}, ALPHA / RANK),
     ("OneTrainer legacy", low_rank("transformer.", ".lora_down.weight", ".lora_up.weight", ".alpha"), {}, ALPHA / RANK),
-    # OneTrainer's mixture of before
+    # OneTrainer's earlier mixture
     (
         "OneTrainer mixture",
         low_rank("lora_transformer_", ".lora_down.weight", ".lora_up.weight", ".alpha", flat),
@@ -98,7 +99,7 @@ LOW_RANK = [
     ("SimpleTuner", low_rank("lycoris_", ".lora_down.weight", ".lora_up.weight", ".alpha", flat), {}, ALPHA / RANK),
     # mflux's trainer
     ("mflux", low_rank("diffusion_model.", ".lora_A.weight", ".lora_B.weight"), {}, 1.0),
-    # dots for all, as in the comment of diffusers' loader
+    # dots throughout, as in the comment of diffusers' loader
     (
         "dotted",
         low_rank("", ".lora.down.weight", ".lora.up.weight", ".alpha", lambda path: path.replace("to_", "to.")),
@@ -117,6 +118,17 @@ def test_low_rank_factors_of_every_dialect_are_the_same_difference(tmp_path, ten
     difference = lora.deltas["transformer"][f"{Q}.weight"].difference(mx.array(BASE))
     # float32: a sum of four products
     np.testing.assert_allclose(np.array(difference), scale * UP @ DOWN, rtol=1e-5, atol=1e-6)
+
+
+def test_the_keys_on_the_page_are_read_and_their_dialects_named(tmp_path):
+    page = (Path(__file__).parents[1] / "examples/lora.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| `(\S+)` \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    for label, down in rows:
+        up = down.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+        lora = read_lora(save(tmp_path, {down: DOWN, up: UP}), CONFIGS)
+        assert list(lora.deltas["transformer"]) == [f"{Q}.weight"], label
+        assert re.match(r"[\w-]+", lora.dialect)[0] in label, (lora.dialect, label)
 
 
 def test_a_peft_folder_has_its_alpha_in_adapter_config(tmp_path):
@@ -176,7 +188,7 @@ def test_fused_copies_of_layers_that_are_there_one_by_one_are_listed_as_ignored(
     assert set(lora.ignored) == set(fused) | {key for key in tensors if ".attention.out." in key}
 
 
-# ai-toolkit saves whole factors with an alpha that means nothing; of products, alpha counts by their rank
+# ai-toolkit saves whole factors with an alpha that means nothing; for products, alpha is divided by their rank
 KRONECKER = {
     "whole": ({"lokr_w1": W1, "lokr_w2": W2, "alpha": np.float32(9999999999)}, np.kron(W1, W2)),
     "second factored": (

@@ -1,4 +1,4 @@
-"""LoRAs of a pipeline: which requests they change, and what is said of them."""
+"""LoRAs of a pipeline: which requests they change, and what is reported about them."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What is planned on Macs that nobody has run this on: golden/macs.md, which running this file writes again."""
+"""What is planned on Macs that nobody has measured: golden/macs.md, which running this file writes again."""
 
 from __future__ import annotations
 
@@ -122,12 +122,12 @@ def render(home: Path) -> str:
     head += ["largest tensor", "longest kernel"]
     lines = [head, ["---"] * len(head), *rows(home)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"""# What is planned on Macs, none of which has run it
+    return f"""# What is planned on Macs, none of which has been measured
 
-For one image of 8 steps and a prompt of 128 tokens, by `python tests/test_macs.py`, from the facts and rates that stand
-there and in `mlx_zimage/machine.py`. The longest kernel is timed at the rate of products; attentions and convolutions
-reach about half of it. Networks are kept in memory for the next image, or read and unloaded one by one. float16 is
-computed in on M1, M2 and virtual machines, bfloat16 on the others.
+For one image of 8 steps and a prompt of 128 tokens, by `python tests/test_macs.py`, from the facts and rates in that
+file and in `mlx_zimage/machine.py`. The longest kernel is timed at the rate of products; attentions and convolutions
+reach about half of it. Networks are kept in memory for the next image, or read and unloaded one by one. M1, M2 and
+virtual machines compute in float16, the others in bfloat16.
 
 {text}
 """

@@ -86,7 +86,7 @@ def test_mlx_noise_depends_only_on_its_seed():
 
 
 class Generator:
-    """torch.Generator(), as far as it is asked here: the state has torch's layout. tests/parity has the true one."""
+    """torch.Generator(), as far as it is needed here: the state has torch's layout. tests/parity uses the real one."""
 
     def __init__(self, seed: int):
         self.seed = seed

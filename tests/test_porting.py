@@ -1,4 +1,4 @@
-"""What scripts for diffusers say beside their call's results, which tests/parity/test_call.py compares."""
+"""What scripts for diffusers use besides the results of a call, which tests/parity/test_call.py compares."""
 
 import inspect
 import io

@@ -110,7 +110,7 @@ class Generate(WithLoras):
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo or base, if the model is mistaken for the other, or the variant of its files, such as fp16.",
+    help="turbo or base, if the model is taken for the wrong one; or a variant of its files, such as fp16.",
 )
 @click.option(
     "--transformer",

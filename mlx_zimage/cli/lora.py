@@ -56,7 +56,7 @@ def info(file: str, model: str | None, as_json: bool) -> None:
 @click.option("--to", type=click.Choice(["comfyui", "diffusers"]), required=True, help="The program that will read it.")
 @with_model
 def convert(file: str, out: Path, to: str, model: str | None) -> None:
-    """Write the LoRA FILE to OUT in the spelling of another program, and print its path."""
+    """Write the LoRA FILE to OUT with the names that another program expects, and print its path."""
     from ..errors import RequestError
     from ..weights.lora_writer import write_lora
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo or base, if the model is mistaken for the other, or the variant of its files, such as fp16.",
+    help="turbo or base, if the model is taken for the wrong one; or a variant of its files, such as fp16.",
 )
 @size_options
-@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Images, one after another.")
+@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Number of images.")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images per batch.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Prompt length in tokens.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Number of denoising steps.  [default: the model's]")

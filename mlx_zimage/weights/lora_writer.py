@@ -1,4 +1,4 @@
-"""Writes a LoRA in the spelling of ComfyUI or diffusers, which share diffusers' names of layers."""
+"""Writes a LoRA with the names that ComfyUI or diffusers expects; both use diffusers' names of layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers' ZImagePipeline.__call__, argument by argument: the same result here, or an error that says the way."""
+"""diffusers' ZImagePipeline.__call__, argument by argument: the same result here, or an error that says what to do."""
 
 import inspect
 
@@ -51,7 +51,7 @@ class Torch:
         return self.torch.randn(shape, generator=self.generator(9))
 
 
-# What runs with the same result: the arguments of a call, made for a pipeline. Several rows show one argument's ways.
+# What runs with the same result: the arguments of a call, made for a pipeline. Several rows show one argument's uses.
 SAME = {
     "prompt": lambda t, pipe: {"prompt": list(TWO)},  # which diffusers changes
     "height": lambda t, pipe: {"height": 48},
@@ -91,7 +91,7 @@ SAME = {
     "max_sequence_length: more than 512": lambda t, pipe: {"prompt": tiny.PROMPTS["long"], "max_sequence_length": 1024},
 }  # fmt: skip
 
-# What cannot: the error says the way here.
+# What cannot: the error says what to do instead.
 REFUSED = {
     "output_type": ({"output_type": "pt"}, r"output_type='np' and torch.from_numpy\(images\)"),
     "joint_attention_kwargs": ({"joint_attention_kwargs": {"scale": 0.5}}, "set_loras({name: strength})"),

@@ -194,6 +194,12 @@ def check_widths(configs: Mapping[str, Any], label: object) -> None:
             f"{label}: the text encoder outputs {text} features per token, but the transformer expects {wanted}; "
             f"they belong to different models"
         )
+    channels, held = configs["transformer"].in_channels, configs["vae"].latent_channels
+    if channels != held:
+        raise CheckpointError(
+            f"{label}: the transformer's latents have {channels} channels, but the VAE has {held}; "
+            f"they belong to different models"
+        )
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, label: object) -> None:

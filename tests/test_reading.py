@@ -3,6 +3,7 @@
 import io
 import re
 from collections import Counter
+from threading import RLock
 
 import mlx.core as mx
 import numpy as np
@@ -10,10 +11,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
+from mlx_zimage.convert import convert
 from mlx_zimage.models.text_encoder import Hidden
 from mlx_zimage.weights import blocks
 from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.component import Component
+from mlx_zimage.weights.lora import read_lora
 
 pytestmark = pytest.mark.metal
 
@@ -28,6 +32,7 @@ def submissions(monkeypatch) -> Counter:
     given: dict[int, mx.array] = {}  # tensors of files
     unread: dict[int, mx.array] = {}  # those that MLX was told to read, and that nobody has waited for
     load, evaluate, begin = mx.load, mx.eval, mx.async_eval
+    lock = RLock()  # a graph must not be searched while another thread evaluates, and so takes apart, some of it
 
     class Late(dict):
         def __init__(self, file: str, stream):
@@ -35,10 +40,11 @@ def submissions(monkeypatch) -> Counter:
             self.stream = stream
 
         def __getitem__(self, name: str) -> mx.array:
-            begin(mx.sin(mx.ones((2**16,), stream=self.stream or mx.cpu), stream=self.stream or mx.cpu))
-            array = super().__getitem__(name)
-            given[id(array)] = array
-            return array
+            with lock:
+                begin(mx.sin(mx.ones((2**16,), stream=self.stream or mx.cpu), stream=self.stream or mx.cpu))
+                array = super().__getitem__(name)
+                given[id(array)] = array
+                return array
 
     def submit(evaluate, trees) -> list[int]:
         leaves = [leaf for _, leaf in tree_flatten(list(trees)) if isinstance(leaf, mx.array)]
@@ -53,13 +59,18 @@ def submissions(monkeypatch) -> Counter:
         return tensors
 
     def wait(*trees) -> None:
-        for tensor in submit(evaluate, trees):
-            array = unread.pop(tensor, None)
-            counts["read"] += 0 if array is None else array.nbytes
+        with lock:
+            for tensor in submit(evaluate, trees):
+                counts["read"] += given.pop(tensor).nbytes
+                unread.pop(tensor)
+
+    def start(*trees) -> None:
+        with lock:
+            submit(begin, trees)
 
     monkeypatch.setattr(mx, "load", lambda file, stream=None: Late(file, stream))
     monkeypatch.setattr(mx, "eval", wait)
-    monkeypatch.setattr(mx, "async_eval", lambda *trees: submit(begin, trees) and None)
+    monkeypatch.setattr(mx, "async_eval", start)
     return counts
 
 
@@ -76,6 +87,50 @@ def test_nothing_is_computed_from_bytes_that_have_not_been_read(memory, dtype, m
     assert counts["computations"] > 20 and counts["read"] > 10**6
     assert counts["too early"] == 0
     assert np.array_equal(late, expected)
+
+
+def test_fused_tensors_are_read_before_they_are_split(submissions, tmp_path):
+    """ComfyUI stores queries, keys and values as one tensor."""
+    convert("pocket", tmp_path / "all.safetensors", format="comfyui")
+    submissions.clear()
+    model = open_checkpoint("pocket", transformer=tmp_path / "all.safetensors").transformer
+    assert any(entry.parts == 3 for entry in model.entries.values())
+    runner = Blocks(model, mx.float32, streamed=model.config.blocks)
+    list(runner.walk(model.config.blocks[-3:], [Hidden(mx.zeros(1))], add_a_weight))
+    runner.tree(model.config.blocks[0])
+    assert submissions["computations"] > 0 == submissions["too early"]
+
+
+def test_a_lora_is_read_before_anything_is_computed_from_it(submissions, tmp_path):
+    config = open_checkpoint("pocket").transformer.config
+    factors = {"lora_A": (4, config.dim), "lora_B": (config.dim, 4)}
+    tensors = {f"layers.0.attention.to_q.{name}.weight": mx.random.normal(shape) for name, shape in factors.items()}
+    mx.save_safetensors(str(tmp_path / "lora.safetensors"), tensors)
+    submissions.clear()
+    read_lora(tmp_path / "lora.safetensors", {"transformer": config})
+    assert submissions["read"] == sum(array.nbytes for array in tensors.values())
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+def test_a_reader_that_does_not_wait_is_counted(submissions, monkeypatch, begun):
+    def impatient(self, prefix, *args, **options):
+        stored = mx.load(str(self.entries[f"{prefix}.ffn_norm1.weight"].file), stream=options.get("stream"))
+        weight = stored[f"{prefix}.ffn_norm1.weight"]
+        if begun:
+            mx.async_eval(weight)
+        return lambda: {"ffn_norm1": {"weight": weight.astype(mx.float16)}}
+
+    model = open_checkpoint("pocket").transformer
+    *_, block = model.config.blocks
+
+    def walk() -> None:
+        list(Blocks(model, mx.float16, streamed=[block]).walk([block], [Hidden(mx.zeros(1))], add_a_weight))
+
+    walk()
+    assert submissions["computations"] > 0 == submissions["too early"]
+    monkeypatch.setattr(Component, "read", impatient)
+    walk()
+    assert submissions["too early"] > 0
 
 
 def test_a_tree_is_read_before_anything_is_computed_from_it(submissions):

@@ -293,8 +293,10 @@ class Component:
             arrays = {}
             with unchanged(entries.values()):
                 for name, entry in entries.items():
-                    array = entry.laid_out(stored.pop(name))
+                    array = stored.pop(name)
                     mx.eval(array)
+                    array = entry.laid_out(array)
+                    mx.eval(array)  # the copy of a part, so that the whole can be freed
                     if mx.issubdtype(array.dtype, mx.floating):
                         array = array.astype(dtype)
                     arrays[name] = array = self.config.sanitize(name, array)

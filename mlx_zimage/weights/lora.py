@@ -253,6 +253,7 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
             if targets and not exact and all((t.network, t.layer) in own for t in targets):
                 ignored += keys.values()
                 continue
+            mx.eval([arrays[key] for key in keys.values()])  # see `Weights.read`
             for target in targets:
                 for kind, delta in _deltas(file, path, keys, arrays, scaling, names, target):
                     name = _weight_name(target.layer, kind, names.shapes[target.network])

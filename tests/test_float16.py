@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -154,16 +156,21 @@ def test_finding_the_scale_keeps_in_memory_what_the_request_keeps(tiny_folder, k
         assert [bool(runner._kept) for runner in runners] == [keep, keep]
 
 
-@pytest.mark.parametrize("size", [16, 64, pytest.param(128, marks=pytest.mark.slow)])
-def test_finding_the_scale_fits_the_smallest_accepted_budget(size):
+def peak_in_the_smallest_budget(size: int) -> tuple[int, int, list[float]]:
+    """The peak of memory of a first image of size x size, the smallest budget for it, and the factors then found."""
     asked, pipe = request(width=size, height=size, steps=8), ZImagePipeline.from_pretrained("pocket", dtype="float16")
     pipe.budget = accepted = smallest(pipe.planner, size, size, len(pipe.tokenize(asked.prompt)))
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
     list(pipe.stream(asked))
-    assert mx.get_peak_memory() - before <= accepted
-    assert factors(pipe) == [MARGIN, MARGIN]
+    return mx.get_peak_memory(), accepted, factors(pipe)
+
+
+@pytest.mark.parametrize("size", [16, 64, pytest.param(128, marks=pytest.mark.slow)])
+def test_finding_the_scale_fits_the_smallest_accepted_budget(size):
+    """In a process of its own: on CUDA, the peak in this one depends on the tests before."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        peak, accepted, found = process.submit(peak_in_the_smallest_budget, size).result()
+    assert peak <= accepted
+    assert found == [MARGIN, MARGIN]
 
 
 def test_the_plan_includes_finding_the_scale():

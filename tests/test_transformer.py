@@ -205,5 +205,6 @@ def test_attention_split_by_rows_with_gathered_keys_and_values_equals_the_whole(
         run(share, lambda k, v: theirs.append((k, v)) or (k, v))
     everything = tuple(mx.concatenate(list(parts), axis=1) for parts in zip(*theirs, strict=True))
     found = mx.concatenate([run(share, lambda k, v: everything) for share in shares], axis=1)
-    # float32: products of fewer rows may be summed in another order
-    assert relative_error(found, network.run(["layers.0"], [whole])[0].x) < 1e-6
+    # float32: products of fewer rows may be summed in another order, by other kernels on a GPU; attending to a part of
+    # the rows only would change everything
+    assert relative_error(found, network.run(["layers.0"], [whole])[0].x) < TOLERANCE

@@ -65,7 +65,8 @@ def test_images_of_a_batch_do_not_affect_each_other(pipe):
     latents = mx.array(tiny.randn(0, "vae.batch", 2, 4, 6, 16))
     together = pipe.vae.decode(latents)
     alone = mx.concatenate([pipe.vae.decode(one[None]) for one in latents])
-    assert relative_error(together, alone) < 1e-6
+    # float32: another size may be summed in another order, by other kernels on a GPU
+    assert relative_error(together, alone) < TOLERANCE
 
 
 def test_sanitize_moves_channels_last_and_changes_nothing_else():

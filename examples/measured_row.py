@@ -1,7 +1,7 @@
 """Make the row of a machine for the table in examples/measurements.md, from what doctor and bench wrote as JSON.
 
 mlx-zimage doctor --json > doctor.json
-mlx-zimage bench --q-bits 4 --json bench.json
+mlx-zimage bench --q-bits 4 --size 512x512 --count 1 --json bench.json
 python examples/measured_row.py doctor.json bench.json
 """
 

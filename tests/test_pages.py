@@ -38,7 +38,8 @@ PARSED = re.compile(
     r"examples/(full_size|quality|sensitivity)\.py"  # test_examples.py and test_convert_quality.py have small ones
 )
 STAND_INS = {  # random weights of full size take minutes
-    "mlx-zimage bench --q-bits 4": "mlx-zimage bench --model pocket --size 32x32 --steps 1 --tokens 8 --repeat 1",
+    "mlx-zimage bench --q-bits 4 --size 512x512 --count 1": "mlx-zimage bench --model pocket --size 32x32 --steps 1 "
+    "--tokens 8 --repeat 1",
     "mlx-zimage lora info": "mlx-zimage lora info --model pocket",  # the LoRA below is for pocket
     "mlx-zimage lora convert": "mlx-zimage lora convert --model pocket",
     "python examples/measured_row.py": f"{sys.executable} {ROOT}/examples/measured_row.py",

@@ -138,6 +138,40 @@ def test_a_peft_folder_has_its_alpha_in_adapter_config(tmp_path):
     assert lora.deltas["transformer"][f"{Q}.weight"].scale == ALPHA / RANK
 
 
+@pytest.mark.parametrize("kind, scale", [("factored", 3 / 2), ("whole", 3 / 5)])
+def test_pefts_lokr_has_its_alpha_in_the_config_alone_even_for_whole_factors(tmp_path, kind, scale):
+    # peft tuners/lokr/layer.py: scaling = alpha / r, whatever the factors are
+    second = {"lokr_w2_a": W2[:, :2], "lokr_w2_b": W2[:2]} if kind == "factored" else {"lokr_w2": W2}
+    tensors = {f"base_model.model.{Q}.{part}": value for part, value in {"lokr_w1": W1, **second}.items()}
+    save(tmp_path, tensors, name="adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 5, "alpha": 3}))
+    assert read_lora(tmp_path, CONFIGS).deltas["transformer"][f"{Q}.weight"].scale == pytest.approx(scale)
+
+
+WRONG_CONFIGS = {
+    "not a number": ({"lora_alpha": "8"}, "alpha must be a number, got '8'"),
+    "not an object": ({"alpha_pattern": ["to_q"]}, "alpha_pattern must be an object, got ['to_q']"),
+    "an expression": ({"rank_pattern": {"(a+)+x": 2}}, "rank_pattern must have names of layers, got '(a+)+x'"),
+}
+
+
+@pytest.mark.parametrize("config, message", WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
+def test_a_wrong_config_of_peft_is_refused_by_name(tmp_path, config, message):
+    save(tmp_path, low_rank("base_model.model.", ".lora_A.weight", ".lora_B.weight"), name="adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        read_lora(tmp_path, CONFIGS)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_folder_without_a_config_names_the_files_in_it(tmp_path):
+    save(tmp_path, low_rank("transformer.", ".lora_A.weight", ".lora_B.weight"), name="style.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"without adapter_config\.json.*such as one of those in it: style\.safetensors"
+    ):
+        read_lora(tmp_path, CONFIGS)
+
+
 def test_fused_factors_are_cut_into_queries_keys_and_values(tmp_path):
     up = normal(3 * D, RANK)
     tensors = {
@@ -331,6 +365,23 @@ REFUSED = {
     "a Tucker decomposition": (
         wrong(**{f"lora_unet_{flat(V)}.lokr_t2": BASE}),
         "a Tucker decomposition, first 'lora_unet_layers_0_attention_to_v.lokr_t2', which is not supported",
+    ),
+    "no tensors": ({}, "has no tensors"),
+    "two adapters": (
+        {**low_rank("transformer.", ".lora_A.a.weight", ".lora_B.a.weight"), f"transformer.{Q}.lora_A.b.weight": DOWN},
+        "are the same part of one layer; expected one",
+    ),
+    "an alpha that is not a number": (
+        {**wrong(), f"transformer.{Q}.alpha": np.float32(np.nan), f"transformer.{Q}.dora_scale": normal(D, 1)},
+        "not finite",
+    ),
+    "lengths of columns of a fused layer": (
+        {
+            "layers.0.attention.qkv.lora_A.weight": DOWN,
+            "layers.0.attention.qkv.lora_B.weight": normal(3 * D, RANK),
+            "layers.0.attention.qkv.dora_scale": normal(1, D),
+        },
+        "has a length for each column of 3 layers together, which cannot be cut into theirs",
     ),
     "two of one layer": (
         wrong(**{f"lora_unet_{flat(Q)}.lora_down.weight": DOWN, f"lora_unet_{flat(Q)}.lora_up.weight": UP}),

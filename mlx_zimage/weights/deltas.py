@@ -233,9 +233,8 @@ def nbytes(deltas: Iterable[Delta]) -> int:
 
 
 def is_finite(delta: Delta) -> bool:
-    return all(mx.isfinite(array).all().item() for array in delta.arrays) and math.isfinite(
-        getattr(delta, "scale", 1.0)
-    )
+    scale = getattr(getattr(delta, "inner", delta), "scale", 1.0)
+    return math.isfinite(scale) and all(mx.isfinite(array).all().item() for array in delta.arrays)
 
 
 def _rows(array: mx.array, part: int, parts: int) -> mx.array:

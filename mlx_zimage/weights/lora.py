@@ -24,10 +24,11 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models.runner import NetworkConfig
-from ..untrusted import brief, parse_json
+from ..untrusted import brief, open_regular, parse_json
 from .component import FLOAT_SPELLINGS, SHOWN, Entry, read_header, read_json, read_metadata
 from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement, is_finite
 from .hub import REPOSITORY_ID, Repository, check_name
+from .listing import is_hidden
 from .manifest import sha256
 from .names import comfyui_name
 from .unchanged import unchanged
@@ -186,35 +187,58 @@ class Lora:
 
 @dataclass(frozen=True)
 class _Scaling:
-    """Rank scaling from outside the tensors: PEFT's config, in the safetensors header or beside the file."""
+    """Scales from outside the tensors: PEFT's config, in the safetensors header or beside the file."""
 
     alpha: float | None  # for layers that have none of their own; None is their rank
-    by_layer: Mapping[str, float]  # by how a layer's path ends
+    rank: float | None  # of whole LoKr factors; others have it in their shapes
+    alphas: Mapping[str, float]  # by how a layer's path ends; the first that fits counts
+    ranks: Mapping[str, float]
     by_root: bool  # whether to divide by the square root of the rank
 
     @classmethod
     def of(cls, file: Path, config: Mapping) -> _Scaling:
         """PEFT's config, checked: patterns may be names only, since an expression of a stranger's may never end."""
-        patterns = config.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise CheckpointError(f"{file}: alpha_pattern must be an object, got {brief(patterns)}")
-        names = {key.removeprefix("^").removesuffix("$").replace("\\.", "."): alpha for key, alpha in patterns.items()}
-        for name in names:
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise CheckpointError(f"{file}: alpha_pattern must have names of layers, got {brief(name)}")
-        alphas = [alpha for alpha in (config.get("lora_alpha"), *names.values()) if alpha is not None]
-        for alpha in alphas:
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-                raise CheckpointError(f"{file}: the LoRA's alpha must be a number, got {brief(alpha)}")
-        return cls(config.get("lora_alpha"), names, bool(config.get("use_rslora")))
 
-    def scale(self, path: str, rank: int, alpha: float | None) -> float:
-        """The factor of up @ down for the layer at this path; alpha is the one stored beside the factors, if any."""
+        def number(name: str, value: Any) -> float:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise CheckpointError(f"{file}: the LoRA's {name} must be a number, got {brief(value)}")
+            return float(value)
+
+        def by_layer(pattern: str, name: str) -> dict[str, float]:
+            found = config.get(pattern) or {}
+            if not isinstance(found, dict):
+                raise CheckpointError(f"{file}: {pattern} must be an object, got {brief(found)}")
+            names = {key.removeprefix("^").removesuffix("$").replace("\\.", "."): key for key in found}
+            for layer in names:
+                if not re.fullmatch(r"[\w.-]+", layer):
+                    raise CheckpointError(f"{file}: {pattern} must have names of layers, got {brief(layer)}")
+            return {layer: number(name, found[key]) for layer, key in names.items()}
+
+        alpha = config.get("alpha" if "alpha" in config else "lora_alpha")  # LoKr's and LoHa's, and LoRA's
+        return cls(
+            None if alpha is None else number("alpha", alpha),
+            None if config.get("r") is None else number("rank", config["r"]),
+            by_layer("alpha_pattern", "alpha"),
+            by_layer("rank_pattern", "rank"),
+            bool(config.get("use_rslora")),
+        )
+
+    def scale(self, path: str, rank: float | None, alpha: float | None) -> float:
+        """The factor of the difference of the layer at this path.
+
+        rank is that of its factors, None if they are whole; alpha the one stored beside them, if any. Beside whole
+        factors it means nothing, and ai-toolkit stores 9999999999.
+        """
         if alpha is None:
-            parts = path.split(".")
-            ends = (".".join(parts[i:]) for i in range(len(parts)))
-            alpha = next((self.by_layer[end] for end in ends if end in self.by_layer), self.alpha)
-        return (rank if alpha is None else float(alpha)) / (rank**0.5 if self.by_root else rank)
+            alpha = _fitting(self.alphas, path, self.alpha)
+            rank = rank or _fitting(self.ranks, path, self.rank)
+        if not rank:
+            return 1.0
+        return (rank if alpha is None else alpha) / (rank**0.5 if self.by_root else rank)
+
+
+def _fitting(by_layer: Mapping[str, float], path: str, default: float | None) -> float | None:
+    return next((value for layer, value in by_layer.items() if f".{path}".endswith(f".{layer}")), default)
 
 
 def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = False) -> Lora:
@@ -224,19 +248,17 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
     otherwise CheckpointError names what does not. partial=True leaves out keys that match no layer, unless none does;
     they are listed in `unmatched`.
     """
-    config: dict = {}
+    config: dict | None = None
     if file.is_dir():
-        config = read_json(file / "adapter_config.json")
+        config = read_json(_config_in(file))
         file = file / ADAPTER
     _refuse_pickles(file)
     entries = read_header(file)
     _check_entries(file, entries)
     metadata = read_metadata(file)
-    if not config:
-        config = _header_config(file, metadata)
-    scaling = _Scaling.of(file, config)
+    scaling = _Scaling.of(file, _header_config(file, metadata) if config is None else config)
     names = Names(configs)
-    layers, unknown = _group(entries)
+    layers, unknown = _group(file, entries)
     _refuse_kinds(file, unknown, len(entries))
     found: dict[str, tuple[list[Target], bool]] = {path: names.find(path) for path in layers}
     lost = [key for path, (targets, _) in found.items() if not targets for key in layers[path].values()]
@@ -266,7 +288,9 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
 
 
 def _check_entries(file: Path, entries: Mapping[str, Entry]) -> None:
-    """Refuse a file with too many tensors, with empty ones, or with numbers that are no weights."""
+    """Refuse a file with too many tensors or none, with empty ones, or with numbers that are not weights."""
+    if not entries:
+        raise CheckpointError(f"{file} has no tensors; download or train it again")
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"{file} has {len(entries):,} tensors, expected at most {MAX_TENSORS:,}; is it a LoRA?")
     for name, entry in entries.items():
@@ -288,9 +312,22 @@ def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:
         raise CheckpointError(f"{file}: {HEADER_CONFIG} is not a JSON object ({error})") from error
 
 
+def _config_in(folder: Path) -> Path:
+    """The config in PEFT's folder; CheckpointError if it is another folder, with the files in it."""
+    config = folder / "adapter_config.json"
+    if config.is_file():
+        return config
+    files = sorted(path.name for path in folder.glob("*.safetensors") if not is_hidden(path.name))
+    listed = ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if files[SHOWN:] else "")
+    raise CheckpointError(
+        f"{folder} is a folder without adapter_config.json, so not one of PEFT's; expected a LoRA's file"
+        + (f", such as one of those in it: {listed}" if files else "")
+    )
+
+
 def _refuse_pickles(file: Path) -> None:
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             start = stream.read(4)
     except FileNotFoundError:
         raise CheckpointError(f"no LoRA at {file}") from None
@@ -300,14 +337,17 @@ def _refuse_pickles(file: Path) -> None:
         raise CheckpointError(f"{file} is a PyTorch pickle, which can run code when it is opened; expected safetensors")
 
 
-def _group(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _group(file: Path, keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """The keys of each layer's path by the part that they hold, and the keys that hold no known part."""
     layers: dict[str, dict[str, str]] = {}
     unknown = []
     for key in sorted(keys):
         match = next(((part, m) for part, pattern in _PARTS if (m := pattern.fullmatch(key))), None)
         if match:
-            layers.setdefault(match[1]["path"], {})[match[0]] = key
+            part, parts = match[0], layers.setdefault(match[1]["path"], {})
+            if part in parts:
+                raise CheckpointError(f"{file}: {parts[part]} and {key} are the same part of one layer; expected one")
+            parts[part] = key
         else:
             unknown.append(key)
     return layers, unknown
@@ -366,11 +406,15 @@ def _deltas(
                 f"{file}: {keys['magnitude']} is of a layer that is not a matrix; expected one that is"
             )
         rows, columns = stored
-        size = magnitude.size
-        by_row = size == rows and magnitude.shape in ((rows,), (rows, 1))
+        by_row = magnitude.shape in ((rows,), (rows, 1))
         if not by_row and magnitude.shape != (1, columns):
             raise CheckpointError(
                 f"{file}: {keys['magnitude']} is {magnitude.shape}, expected ({rows}, 1) or (1, {columns})"
+            )
+        if not by_row and target.parts > 1:  # a column's length is that of all of its rows
+            raise CheckpointError(
+                f"{file}: {keys['magnitude']} has a length for each column of {target.parts} layers together, which "
+                f"cannot be cut into theirs; train or convert the LoRA with split layers"
             )
         delta = DoRA(delta, magnitude.reshape(-1, 1) if by_row else magnitude)
     found: list[tuple[str, Delta, tuple[int, ...]]] = []
@@ -442,8 +486,7 @@ def _weight_delta(
         (w1, rank1), (w2, rank2) = product("w1"), product("w2")
         if w1.ndim != 2 or w2.ndim != 2:
             raise _misfit(file, path, w1, w2)
-        rank = rank2 or rank1  # without a product, alpha means nothing, and ai-toolkit stores 9999999999
-        return Kronecker(w1, w2, 1.0 if rank is None or alpha is None else alpha / rank)
+        return Kronecker(w1, w2, scaling.scale(path, rank2 or rank1, alpha))
     if kinds[0] == "LoHa":
         factors = take("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         for a, b in (factors[:2], factors[2:]):
@@ -451,9 +494,8 @@ def _weight_delta(
                 raise _misfit(file, path, a, b)
         if factors[1].shape[1] != factors[3].shape[1]:
             raise _misfit(file, path, factors[1], factors[3])
-        rank = factors[1].shape[0]
         w1_a, w1_b, w2_a, w2_b = factors
-        return Hadamard(w1_a, w1_b, w2_a, w2_b, 1.0 if alpha is None else alpha / rank)
+        return Hadamard(w1_a, w1_b, w2_a, w2_b, scaling.scale(path, len(w1_b), alpha))
     if kinds[0] == "a difference":
         return Dense(parts["diff"])
     return Replacement(parts["set_weight"])

@@ -103,6 +103,14 @@ def components(tmp_path_factory) -> Callable[[str], Component]:
     return components
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left():
+    """Other tests of this process measure memory."""
+    yield
+    dense.cache_clear()
+    mx.clear_cache()
+
+
 @pytest.fixture(scope="module")
 def plain() -> Component:
     return open_checkpoint("pocket").transformer

@@ -71,9 +71,9 @@ def convert_steps(
     """Convert the model at source to the folder dest, which must not exist, yielding Progress after each tensor.
 
     source is a Hugging Face id, "pocket", a folder written by diffusers, mflux or this package, or a safetensors or
-    GGUF file. transformer, text_encoder, vae and tokenizer replace or add
-    parts; base provides what is still missing. See sources.open_source.
-    variant, such as "fp16", selects among the source's files; by default those without a variant are read.
+    GGUF file. transformer, text_encoder, vae and tokenizer replace or add parts; base provides what is still missing:
+    see sources.open_source. variant, such as "fp16", selects among the source's files; by default those without a
+    variant are read.
 
     dtype ("bfloat16", "float32", "float16") is the dtype of every tensor that is not quantized. The matrices of the
     attention and feed-forward layers are quantized if bits or a mode other than "affine" is given: 2, 3, 4, 5, 6 or 8

@@ -122,7 +122,7 @@ def read_floats(tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
 
 
 class _Header:
-    """Reads from the start of a file; ValueError or struct.error if it is not GGUF, or beyond this module's limits."""
+    """Reads from the start of a file; ValueError or struct.error if it is not GGUF, or exceeds this module's limits."""
 
     def __init__(self, file: Path, stream: BinaryIO, version: Version):
         self.file, self.stream, self.version = file, stream, version

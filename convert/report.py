@@ -275,7 +275,7 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """A name as Markdown shows it: what could be markup is left out."""
+    """A name as Markdown shows it, without anything that could be markup."""
     return re.sub(r"[^\w ./:+-]", "", one_line(text))
 
 

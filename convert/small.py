@@ -1,7 +1,7 @@
 """The small files of a model folder: which of them are copied, from where, and what is left out of them.
 
 A converted folder may be uploaded, and its source may come from a stranger. So only files that a loader knows are
-copied; a link may not leave the source, where it could point to a key; and nothing says where on this disk a model was.
+copied; links out of the source, which could point to a key, are refused; and paths on this disk are left out.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def read_small(path: Path) -> bytes:
 
 
 def check_inside(folder: Path, paths: Iterable[Path]) -> None:
-    """Refuse files that are links out of the folder, except from a snapshot of the hub's into its own blobs."""
+    """Refuse links out of the folder, except those from a snapshot in the hub's cache to its own blobs."""
     home = folder.resolve()
     inside = [home]
     for snapshots in home.parents:
@@ -103,7 +103,7 @@ def _is_path(value: object, key: str = "") -> bool:
 
 
 def clean_record(record: dict) -> dict:
-    """A conversion.json with only the keys that the converter writes, and no paths in them or in those before."""
+    """A conversion.json, and those before it, with only the keys that the converter writes, and without paths."""
     return {
         key: clean_record(record[key]) if key == "before" else _clean(record[key]) for key in RECORD if key in record
     }

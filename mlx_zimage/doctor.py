@@ -45,7 +45,7 @@ from .weights.library import CHOICES, DOWNLOAD, WEIGHTS_SHARE, choose_bits, plan
 MACOS = 14  # the oldest version that MLX's wheels are built for
 DISK_SAMPLE = 256 * 10**6  # bytes read to measure a disk
 SLOW_BLOCK = 2.0  # seconds to read a block
-LONG_KERNEL = 1.01  # seconds; the networks keep theirs to one, and macOS ends those that take a few
+LONG_KERNEL = 1.01  # seconds; the networks keep theirs to one, and macOS kills those that take a few
 WITHOUT_MATRIX_UNITS = {"MLX_METAL_GPU_ARCH": "applegpu_g16s"}  # that of an M4 Max
 
 

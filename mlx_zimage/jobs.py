@@ -229,9 +229,7 @@ def _filled(template: str, values: Mapping[str, object]) -> str:
             return match[0][0]
         if match[1] not in PLACEHOLDERS:
             known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
-            raise RequestError(
-                f"output contains {match[0]}; what can be filled in is {known}, and {{{{ stands for a single brace"
-            )
+            raise RequestError(f"output contains {match[0]}; the placeholders are {known}; write {{{{ for a brace")
         return str(values[match[1]])
 
     return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", value, template)

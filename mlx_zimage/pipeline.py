@@ -418,7 +418,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
 
     @property
     def variant(self) -> Variant:
-        """The model of the family that this one is used as."""
+        """The model of the family whose defaults this one uses."""
         return self.checkpoint.variant
 
     @property

@@ -1,7 +1,7 @@
 """From a prompt to token ids: Z-Image's fixed chat template and the checkpoint's own tokenizer.json.
 
 A tokenizer.json is a program for the tokenizers library, which may abort the process or never end if it is not one that
-the library's own trainers wrote. So it is accepted only if it says what Z-Image's says, apart from its tokens.
+the library's own trainers wrote. So it is accepted only if it is like Z-Image's in all but its tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 MAX_BYTES = 32 * 2**20  # of a file; Qwen3's has 11 MB
 MAX_VALUES = 1_000_000  # in a file; Qwen3's has 600,000
-MAX_ADDED = 1000  # tokens added to the vocabulary, of so many characters each; Qwen3 has 26
-# Qwen's words; other expressions may take forever for some prompts.
+MAX_ADDED = 1000  # the most tokens added to the vocabulary, and characters in one; Qwen3 adds 26
+# Qwen's expression for words; others may take forever for some prompts.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -98,12 +98,12 @@ def check(values: Any) -> int:
         raise ValueError("it has no model of type BPE")
     for key, value in model.items():
         if key not in ("vocab", "merges") and value not in MODEL.get(key, ()):
-            raise ValueError(f"its model has {key:.80} {brief(value)}, which Z-Image's has not")
+            raise ValueError(f"its model has {key:.80} {brief(value)}, unlike Z-Image's")
     for part, allowed in PARTS.items():
         for step in _steps(values.get(part)):
             kind = step.get("type") if isinstance(step, dict) else step
             if kind not in allowed or (kind == "Split" and step != SPLIT):
-                raise ValueError(f"its {part} has {brief(step)}, which Z-Image's has not")
+                raise ValueError(f"its {part} has {brief(step)}, unlike Z-Image's")
     vocabulary, added = model.get("vocab"), values.get("added_tokens") or []
     if not isinstance(vocabulary, dict) or not isinstance(added, list) or len(added) > MAX_ADDED:
         raise ValueError(f"it has no vocabulary, or more than {MAX_ADDED} added tokens")

@@ -40,7 +40,7 @@ def read_bytes(path: Path, most: int = MAX_BYTES, own: bool = False) -> bytes:
 
 
 def parse_json(content: bytes | str, most: int = MAX_VALUES) -> Any:
-    """The value of a JSON text in UTF-8. ValueError if it is not JSON, or beyond the limits of this module.
+    """The value of a JSON text in UTF-8. ValueError if it is not JSON, or exceeds the limits of this module.
 
     most is the number of values that it may contain.
     """
@@ -70,7 +70,7 @@ def brief(value: object) -> str:
 
 
 def one_line(text: str, most: int = 200) -> str:
-    """A name to write into a file: on one line, without control characters, at most so many characters of it."""
+    """A name to write into a file: on one line, without control characters, cut to `most` characters."""
     return " ".join("".join(x if x.isprintable() else " " for x in text[: 10 * most]).split())[:most]
 
 

@@ -92,7 +92,7 @@ def test_latents_for_two_images_give_two_images(run):
         (["--shift", "nan"], "shift must be from 0.01 to 1000, got nan"),
         (["--guidance", "-1"], "--guidance must be"),
         (["-o", "image.bmp"], "must end in .png"),
-        (["-o", "{sed}.png"], "-o contains {sed}; what can be filled in is {prompt}, {seed}"),
+        (["-o", "{sed}.png"], "-o contains {sed}; the placeholders are {prompt}, {seed}"),
         (["-o", "."], "is a folder"),
         (["--latents", "none.npy"], "no latents file at none.npy"),
         (["--latents", "pickled.npy"], "is not a .npy file of numbers"),

@@ -130,7 +130,7 @@ def test_any_prompt_gives_a_file_name_in_the_same_folder(tmp_path, prompt):
 
 @pytest.mark.parametrize("template", ["{sed}.png", "{seed.__class__}.png", "{0}.png", "{}.png", "{model}/a.png"])
 def test_an_unknown_placeholder_is_refused_with_those_that_exist(template):
-    with pytest.raises(RequestError, match=r"contains \{.*what can be filled in is \{prompt\}, \{seed\}, \{n\}"):
+    with pytest.raises(RequestError, match=r"contains \{.*the placeholders are \{prompt\}, \{seed\}, \{n\}"):
         Job({"prompt": "a", "seed": 1}, Path(template)).path(GenerateRequest("a", 64, 64, 1, 8))
 
 

@@ -26,7 +26,7 @@ COMMANDS = {  # name of the command and its module: the first sentence of its he
     "completion": "Print or install the completion script for SHELL.",
     "convert": "Convert SOURCE to an MLX model folder DEST and print its path.",
     "doctor": "Check this machine: system, MLX build, memory, disk and MLX's arithmetic.",
-    "fuse": "Add LoRAs to the weights of MODEL, write the model DEST, and print its path.",
+    "fuse": "Add LoRAs to the weights of MODEL, write the result to DEST, and print its path.",
     "generate": "Generate one or more images from PROMPT and print their paths.",
     "info": "Show what a model folder contains, or how an image was generated.",
     "lora": "Show what a LoRA contains, or convert it for other programs.",

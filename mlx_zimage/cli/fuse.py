@@ -34,11 +34,10 @@ from .values import FilePath, ModelName
 )  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 def fuse(model, dest, loras, lora_partial, quiet, **options):
-    """Add LoRAs to the weights of MODEL, write the model DEST, and print its path.
+    """Add LoRAs to the weights of MODEL, write the result to DEST, and print its path.
 
-    MODEL is anything that `mlx-zimage convert` reads. LoRAs are added before weights are rounded or
-    quantized, so the sum is rounded only once. `generate --lora` needs no fused model, and can change strengths at any
-    time.
+    MODEL is anything that `mlx-zimage convert` reads. LoRAs are added before weights are rounded or quantized, so the
+    sum is rounded only once. `generate --lora` needs no fused model, and can change strengths at any time.
     """
     from ..convert import convert_steps
     from ..weights.library import register

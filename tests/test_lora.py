@@ -381,7 +381,7 @@ REFUSED = {
             "layers.0.attention.qkv.lora_B.weight": normal(3 * D, RANK),
             "layers.0.attention.qkv.dora_scale": normal(1, D),
         },
-        "has a length for each column of 3 layers together, which cannot be cut into theirs",
+        "has a length for each column of 3 layers together, which cannot be split between them",
     ),
     "two of one layer": (
         wrong(**{f"lora_unet_{flat(Q)}.lora_down.weight": DOWN, f"lora_unet_{flat(Q)}.lora_up.weight": UP}),

@@ -191,13 +191,13 @@ class _Scaling:
 
     alpha: float | None  # for layers that have none of their own; None is their rank
     rank: float | None  # of whole LoKr factors; others have it in their shapes
-    alphas: Mapping[str, float]  # by how a layer's path ends; the first that fits counts
+    alphas: Mapping[str, float]  # by how a layer's path ends; the first that fits applies
     ranks: Mapping[str, float]
     by_root: bool  # whether to divide by the square root of the rank
 
     @classmethod
     def of(cls, file: Path, config: Mapping) -> _Scaling:
-        """PEFT's config, checked: patterns may be names only, since an expression of a stranger's may never end."""
+        """PEFT's config, checked: patterns may be names only, since a stranger's regular expression may never end."""
 
         def number(name: str, value: Any) -> float:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -320,7 +320,7 @@ def _config_in(folder: Path) -> Path:
     files = sorted(path.name for path in folder.glob("*.safetensors") if not is_hidden(path.name))
     listed = ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if files[SHOWN:] else "")
     raise CheckpointError(
-        f"{folder} is a folder without adapter_config.json, so not one of PEFT's; expected a LoRA's file"
+        f"{folder} is a folder without adapter_config.json, so it is not one of PEFT's; expected a LoRA's file"
         + (f", such as one of those in it: {listed}" if files else "")
     )
 
@@ -414,7 +414,7 @@ def _deltas(
         if not by_row and target.parts > 1:  # a column's length is that of all of its rows
             raise CheckpointError(
                 f"{file}: {keys['magnitude']} has a length for each column of {target.parts} layers together, which "
-                f"cannot be cut into theirs; train or convert the LoRA with split layers"
+                f"cannot be split between them; train or convert the LoRA with split layers"
             )
         delta = DoRA(delta, magnitude.reshape(-1, 1) if by_row else magnitude)
     found: list[tuple[str, Delta, tuple[int, ...]]] = []

@@ -6,7 +6,7 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock, RLock, get_ident
+from threading import Lock, RLock, Thread, current_thread
 from typing import Any, TypeVar
 
 from .errors import RequestError, ZImageError
@@ -31,14 +31,15 @@ def check_process() -> None:
 @dataclass(eq=False)
 class _Turn:
     events: Generator
-    thread: int  # the one that last requested an event
+    thread: Thread  # the one that last requested an event
 
 
 class Turns:
     """Lets one request at a time use the networks of a pipeline.
 
     A request is refused while another thread has one in progress. If the same thread starts a request while its own is
-    still in progress, the earlier one ends, and continuing it raises RequestError.
+    still in progress, or the thread of an unfinished request has ended, the earlier request ends, and continuing it
+    raises RequestError.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class Turns:
                             "a later request on this pipeline has ended this one; finish or close a stream "
                             "before starting the next, or open a second pipeline"
                         )
-                    turn.thread = get_ident()
+                    turn.thread = current_thread()
                     try:
                         event = events.send(answer)
                     except StopIteration:
@@ -79,8 +80,8 @@ class Turns:
 
     def _begin(self, events: Generator) -> _Turn:
         with self._beginning:
-            older, mine = self._turn, _Turn(events, get_ident())
-            if older and older.thread != mine.thread:
+            older, mine = self._turn, _Turn(events, current_thread())
+            if older and older.thread is not mine.thread and older.thread.is_alive():
                 raise RequestError(
                     "another thread is generating with this pipeline; put a threading.Lock around its requests, "
                     "or open a pipeline for each thread"

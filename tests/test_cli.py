@@ -452,6 +452,8 @@ def test_completion_offers_models_and_files(tmp_path, monkeypatch):
 
     for words in (["generate", "-m"], ["info"], ["plan"], ["convert"], ["bench", "--model"], ["verify"]):
         assert complete(*words, "po") == ["pocket.safetensors", "pocket"]
+    for words in (["generate", "red", "--lora"], ["lora", "info"]):
+        assert complete(*words, "po") == ["pocket.safetensors"], "a LoRA is a file"
     assert complete("generate", "-m", str(own)[:-3]) == [str(own), str(own)], "as a folder, and as a model"
     assert complete("models", "rm", str(own)[:-3]) == [str(own)]
     assert complete("models", "rm", "po") == [], "it is no model to remove"

@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mlx_zimage import cli
-from mlx_zimage.cli.notes import POCKET_CHARACTERS, POCKET_WORDS, unknown_to_pocket
+from mlx_zimage.cli.notes import POCKET_CHARACTERS, POCKET_SHAPES, POCKET_WORDS, unknown_to_pocket
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.pipeline import ZImagePipeline
 
@@ -49,6 +51,11 @@ def run(tmp_path, monkeypatch):
         (["convert", "pocket", "x", "-q", "8"], "use --q-bits, such as --q-bits 8"),
         (["convert", "--model", "pocket", "--path", "x"], "`mlx-zimage convert SOURCE DEST`"),
         (["convert", "--hf-path", "pocket"], "`mlx-zimage convert SOURCE DEST`"),
+        (["models", "list"], "`mlx-zimage models` lists them"),
+        (["models", "delete", "x"], "use `mlx-zimage models rm NAME`"),
+        (["lora", "list"], "`generate --lora FILE` takes a LoRA from anywhere"),
+        (["lora", "style.safetensors"], "mlx-zimage lora info style.safetensors"),
+        (["lora"], "mlx-zimage lora info style.safetensors"),
         (["info", "POCKET"], "did you mean 'pocket'?"),
     ],
 )
@@ -128,6 +135,13 @@ def test_a_prompt_of_one_hyphen_is_read_from_stdin(run):
     assert result.exit_code == 2 and "stdin can be read only once" in result.stderr
 
 
+@pytest.mark.parametrize("words", [["-"], ["--prompt-file", "-"], ["--requests", "-"]])
+def test_a_closed_stdin_is_an_error_that_says_so(words):
+    command = [sys.executable, "-m", "mlx_zimage", "generate", *words, *SMALL]
+    result = subprocess.run(["sh", "-c", f"{shlex.join(command)} <&-"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("Error: stdin is closed")
+
+
 def test_a_request_is_read_from_what_mflux_stored(run, tmp_path):
     piexif = pytest.importorskip("piexif")
     Path("old.json").write_text(json.dumps(SIDECAR))
@@ -195,6 +209,7 @@ def test_a_request_is_read_from_what_info_printed(run):
         (["--size", "9:1"], "aspect ratio must be from 1:8"),
         (["--steps", "0"], "--steps must be from 1"),
         (["--seed", "x"], "--seed must be whole numbers"),
+        (["--seed", "-1"], "--seed must be from 0 to 2**64 - 1, got -1"),
         (["--count", "0"], "--count must be from 1"),
         (["--memory", "lots"], "--memory must be a size"),
         (["-o", "{x}.png"], "-o contains {x}"),
@@ -290,6 +305,9 @@ def test_a_prompt_beyond_pocket_is_answered_once_with_what_it_knows(run):
         "pocket does not know 'lighthouse', 'dusk', '灯', ..., so the image may be blank; it knows circles" in warning
     )
     assert "Warning" not in run("generate", PROMPT, *SMALL).stderr
+    for prompt in ("red", "a big picture on a white background", "中心的红色", "\N{BALLOON}"):
+        (warning,) = re.findall("Warning: .*", run("generate", prompt, *SMALL).stderr)
+        assert "the prompt names none of pocket's shapes, so the image may be blank; it knows circles" in warning
     run("convert", "pocket", "small", "--q-bits", "4")
     assert "pocket does not know 'cat'" in run("generate", "a cat", "-m", "small", *SMALL[2:]).stderr
 
@@ -302,5 +320,6 @@ def test_pockets_words_are_those_of_the_captions_that_it_was_trained_on(monkeypa
     rng = random.Random(0)
     said = [captions.describe(rng, scenes.sample_scene(rng)) for _ in range(20_000)]
     assert not [text for text in said if unknown_to_pocket(text)]
+    assert not [text for text in said if not POCKET_SHAPES.search(text.lower())]
     assert set(re.findall("[a-z]+|[0-9]", " ".join(said).lower())) == POCKET_WORDS
     assert set(re.findall("[\u4e00-\u9fff]", "".join(said))) == POCKET_CHARACTERS

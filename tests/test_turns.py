@@ -87,6 +87,16 @@ def test_a_stream_left_open_is_closed_when_the_next_starts(pocket):
     assert pixels(pocket.stream(REQUEST)).shape == (32, 32, 3)
 
 
+def test_a_stream_left_open_by_a_thread_that_has_ended_keeps_no_other_out(pocket):
+    open_one = pocket.stream(REQUEST)
+    thread = threading.Thread(target=next, args=(open_one,))
+    thread.start()
+    thread.join(60)
+    assert pixels(pocket.stream(OTHER)).shape == (32, 32, 3)
+    with pytest.raises(RequestError, match="a later request on this pipeline has ended this one"):
+        next(open_one)
+
+
 def test_latents_can_be_decoded_within_a_loop_over_steps(pocket):
     previews = []
     for event in pocket.stream(REQUEST):

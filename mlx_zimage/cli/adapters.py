@@ -14,7 +14,7 @@ import click
 from ..errors import RequestError
 from ..request import GenerateRequest
 from .elsewhere import Command
-from .values import ModelName
+from .values import LoraName
 
 if TYPE_CHECKING:
     from ..images.metadata import Origin
@@ -85,7 +85,7 @@ def _is_number(word: str) -> bool:
 def lora_options(command: Any) -> Any:
     """The options --lora and --lora-partial."""
     paths = click.option(
-        "--lora", "loras", metavar="PATH [SCALE]", multiple=True, type=ModelName(), callback=_with_strengths,
+        "--lora", "loras", metavar="PATH [SCALE]", multiple=True, type=LoraName(), callback=_with_strengths,
         help="Use this LoRA: a file, a Hugging Face id, or id:file. SCALE is its strength.  [default: 1; repeatable]",
     )  # fmt: skip
     partial = click.option(

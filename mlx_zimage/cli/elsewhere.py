@@ -72,6 +72,24 @@ COMMANDS = {  # of other programs, and what to use instead
 }
 
 
+class Group(click.Group):
+    """A command that has commands: hints at what to type instead of one that does not exist."""
+
+    def __init__(self, *args: Any, hints: Mapping[str, str], default: str = "", **options: Any):
+        """hints are by what is typed; default follows any other name, filled in for {}."""
+        super().__init__(*args, **options)
+        self.hints, self.default = hints, default
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        hint = self.hints.get(name) or self.default.format(shlex.quote(name))
+        if name not in self.commands and hint and not difflib.get_close_matches(name, self.commands):
+            raise click.UsageError(f"No such command {name!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
 def no_such_command(name: str, known: Mapping[str, Any], ctx: click.Context) -> None:
     """Raise UsageError for what is not a command, unless it looks like a mistyped one, which click answers."""
     if name in known or (name not in COMMANDS and difflib.get_close_matches(name, known)):

@@ -52,7 +52,7 @@ One prompt per line in, one JSON object per image out:
 """
 SECTIONS = {  # of the help text, with the names of their options
     "Image": ("prompt_option", "prompt_file", "requests_file", "from_image", "size", "width", "height"),
-    "Seeds": ("seeds", "count", "auto_seeds", "rng", "latents_file"),
+    "Seeds": ("seed", "count", "auto_seeds", "rng", "latents_file"),
     "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt"),
     "LoRA": ("loras", "lora_partial"),
     "Model and memory": (
@@ -134,7 +134,6 @@ class Generate(WithLoras):
 @click.option("--steps", type=int, help="Number of denoising steps.  [default: the model's]")
 @click.option(
     "--seed",
-    "seeds",
     multiple=True,
     metavar="N...",
     help="Random seed; give several for one image each: 1 2 3 or 1,2,3.  [default: random; printed]",
@@ -233,7 +232,7 @@ def generate(
     prompt: str | None, prompt_option: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None,
     source: str | None, variant: str | None, transformer: str | None, text_encoder: str | None, vae: str | None,
     output: Path, overwrite: bool, size: str | None,
-    seeds: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, dtype: str | None,
+    seed: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, dtype: str | None,
     memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
     loras: list[tuple[str, float | None]], lora_partial: bool,
     metadata: bool, preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool,
@@ -264,7 +263,7 @@ def generate(
     prompts, lora_paths = name_paths(prompts, [path for path, _ in loras])
     _warn_of_overridden(given, prompts if requests_file else [])
     base, ratio = _base(values, size, old, inputs)
-    all_series = multiply(base, prompts, _seeds(seeds, auto_seeds, old), output, ratio, count)
+    all_series = multiply(base, prompts, _seeds(seed, auto_seeds, old), output, ratio, count)
     total = sum(map(len, all_series))
     for own, series in zip(prompts, all_series, strict=True):
         try:
@@ -282,7 +281,7 @@ def generate(
     if old:
         _check_old_latents(old, from_image, inputs.digests.get("latents"))
     if latents_file:
-        for option in given.keys() & {"seeds", "auto_seeds", "rng"}:
+        for option in given.keys() & {"seed", "auto_seeds", "rng"}:
             _warn(f"{given[option]} changes nothing: --latents replaces the noise")
         if total > len(all_series):
             _warn("images that differ only in their seeds will be the same: --latents replaces the noise")
@@ -401,7 +400,7 @@ def _warn(message: str) -> None:
 
 def _warn_of_overridden(given: Mapping[str, str], objects: list[dict]) -> None:
     """Warn of options that no request uses, since each has a value of its own."""
-    keys = {"seeds": "seed", "auto_seeds": "seed", "prompt_option": "prompt"}
+    keys = {"auto_seeds": "seed", "prompt_option": "prompt"}
     own = [resolve(values)[0].keys() | values.keys() for values in objects]
     for name, option in given.items():
         if own and all(keys.get(name, name) in fields for fields in own):
@@ -418,7 +417,7 @@ def _seeds(given: tuple[str, ...], auto_seeds: int | None, old: Origin | None) -
         raise RequestError("--seed cannot be combined with --auto-seeds; give one")
     if auto_seeds is not None and not 1 <= auto_seeds <= MAX_IMAGES:
         raise RequestError(f"--auto-seeds must be from 1 to {MAX_IMAGES}, got {auto_seeds}")
-    seeds = [seed for text in given for seed in parse_seeds(text)]
+    seeds = [one for text in given for one in parse_seeds(text)]
     if not seeds:
         seeds = [old.request.seed] if old and not auto_seeds else [secrets.randbits(32) for _ in range(auto_seeds or 1)]
     return seeds

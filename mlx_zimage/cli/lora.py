@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .elsewhere import Group
 from .output import echo, print_path
-from .values import FilePath, ModelName
+from .values import FilePath, LoraName, ModelName
 
 if TYPE_CHECKING:
     from ..weights.lora import Lora
 
 
-@click.group(epilog="Example: mlx-zimage lora info style.safetensors")
+@click.group(
+    cls=Group,
+    hints=dict.fromkeys(("list", "ls"), "`generate --lora FILE` takes a LoRA from anywhere; none are kept"),
+    default="to show what a LoRA contains: mlx-zimage lora info {}",
+    epilog="Example: mlx-zimage lora info style.safetensors",
+)
 def lora() -> None:
     """Show what a LoRA contains, or convert it for other programs."""
 
@@ -25,7 +31,7 @@ def with_model(command: Any) -> Any:
 
 
 @lora.command(epilog="Example: mlx-zimage lora info style.safetensors")
-@click.argument("file", type=ModelName())
+@click.argument("file", type=LoraName())
 @with_model
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(file: str, model: str | None, as_json: bool) -> None:
@@ -51,7 +57,7 @@ def info(file: str, model: str | None, as_json: bool) -> None:
 
 
 @lora.command(epilog="Example: mlx-zimage lora convert style.safetensors style-comfyui.safetensors --to comfyui")
-@click.argument("file", type=ModelName())
+@click.argument("file", type=LoraName())
 @click.argument("out", type=FilePath())
 @click.option("--to", type=click.Choice(["comfyui", "diffusers"]), required=True, help="The program that will read it.")
 @with_model

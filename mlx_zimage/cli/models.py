@@ -10,6 +10,7 @@ import click
 from ..errors import ModelNotFoundError, RequestError
 from ..sizes import size
 from ..variants import TURBO
+from .elsewhere import Group
 from .output import echo, hub_bars, progress_bar, say
 from .values import ModelName
 
@@ -19,7 +20,16 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = TURBO.repository
 
 
-@click.group(invoke_without_command=True, epilog="Example: mlx-zimage models; mlx-zimage models rm Z-Image-Turbo-4bit")
+LIST = "`mlx-zimage models` lists them"
+REMOVE = "use `mlx-zimage models rm NAME`"
+
+
+@click.group(
+    cls=Group,
+    hints={**dict.fromkeys(("list", "ls", "show"), LIST), **dict.fromkeys(("remove", "delete", "uninstall"), REMOVE)},
+    invoke_without_command=True,
+    epilog="Example: mlx-zimage models; mlx-zimage models rm Z-Image-Turbo-4bit",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per model.")
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:

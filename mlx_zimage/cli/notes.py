@@ -25,6 +25,10 @@ POCKET_CHARACTERS = frozenset(
     "一三上下与两个中丰主义书五从侧儿列到加十右号和图圆圈在块大央字富小左平底张形彩影很心成扁排插方旁明星是景晰有极格橘橙"
     "正没洁清灰爱片环理画白的着矢竖童简粉紫红纹细绿缘背色节菱蓝行角质边部里量间阴面顶风高鲜黄黑"
 )
+POCKET_SHAPES = re.compile(
+    r"\b(circle|disc|dot|square|box(es)?|triangle|star|ring|donut|cross(es)?|plus|diamond|rhombus(es)?|heart)s?\b"
+    "|圆|方形|方块|三角形|星|环|十字|加号|菱形|爱心|心形"
+)
 POCKET_KNOWS = (
     "it knows circles, squares, triangles, stars, rings, crosses, diamonds and hearts in red, orange, yellow, green, "
     "blue, purple, pink, black, white and gray (in Chinese: 圆形 正方形 三角形 星星 圆环 十字 菱形 爱心); "
@@ -48,6 +52,8 @@ def notes(request: GenerateRequest, checkpoint: Checkpoint) -> Iterator[str]:
         if unknown:
             words = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
             yield f"pocket does not know {words}, so the image may be blank; {POCKET_KNOWS}"
+        elif not POCKET_SHAPES.search(request.prompt.lower()):
+            yield f"the prompt names none of pocket's shapes, so the image may be blank; {POCKET_KNOWS}"
 
 
 def is_pocket(checkpoint: Checkpoint) -> bool:

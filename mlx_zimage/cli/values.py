@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,20 @@ class InputFile(_Expanded, click.File):
 
     def __init__(self) -> None:
         super().__init__("rb")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "-" and sys.stdin is None:
+            raise RequestError("stdin is closed, so - cannot read from it; pipe the text in, or give a file")
+        return super().convert(value, param, ctx)
+
+
+class LoraName(_Expanded, click.ParamType):
+    """A LoRA's file or folder, Hugging Face id, or id:file. Completed as a file."""
+
+    name = "LoRA"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
 
 
 class ModelName(_Expanded, click.ParamType):

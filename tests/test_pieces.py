@@ -6,6 +6,7 @@ from math import prod
 import mlx.core as mx
 import pytest
 import tiny
+from compare import TOLERANCE, relative_error
 
 from mlx_zimage.models import layers, vae
 from mlx_zimage.models.layers import dot_product_attention, linear, pieces
@@ -13,6 +14,8 @@ from mlx_zimage.models.transformer import Transformer
 from mlx_zimage.models.vae import VAE, Rows
 from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.metal
 
 
 @pytest.fixture
@@ -73,8 +76,9 @@ def test_attention_in_pieces_is_the_whole_one(dtype, flops):
     flops.clear()
     parts = dot_product_attention(q, k, v, most)
     assert len(flops) == 5 and max(flops) <= most
-    # each row is computed alike; only a BLAS may sum in another order for fewer rows, and 16 bits round it
-    tolerance = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}[dtype]
+    # each row is computed alike; only a BLAS or a GPU's kernels may sum in another order for fewer rows, and 16 bits
+    # round it
+    tolerance = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 2e-2}[dtype]
     assert mx.abs(parts - whole).max() <= tolerance
 
 
@@ -94,8 +98,8 @@ def test_a_network_in_pieces_is_the_whole_one(flops):
     flops.clear()
     parts = velocity(most)
     assert len(flops) > calls and max(flops) <= most
-    # float32, a few blocks of sums in another order
-    assert mx.abs(parts - whole).max() <= 1e-5 * mx.abs(whole).max()
+    # float32, a few blocks of sums in another order, by other kernels on a GPU; on a CPU 1e-5 is enough
+    assert relative_error(parts, whole) < TOLERANCE
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from mlx_zimage.weights.quantize import tensor_quantization
 ALL = [Quantization(b, g, mode) for mode, (bits, groups) in MODES.items() for b in bits for g in groups]
 
 
+@pytest.mark.metal
 @pytest.mark.parametrize("q", ALL, ids=str)
 def test_packed_shapes_match_mlx(q):
     parts = mx.quantize(mx.ones((6, 256)), group_size=q.group_size, bits=q.bits, mode=q.mode)

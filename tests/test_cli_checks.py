@@ -98,6 +98,23 @@ def test_doctor_exits_with_8_on_a_machine_that_computes_wrong_results(run, measu
     assert result.exit_code == 8 and json.loads(result.stdout)["passed"] is False
 
 
+def test_doctor_reports_even_if_a_gpu_lacks_a_kernel(run, measured, monkeypatch):
+    quantize = mx.quantize
+
+    def lacking(w, group_size=64, bits=4, mode="affine", **options):
+        if mode == "nvfp4":
+            raise RuntimeError("[metal::Device] Unable to load kernel nvfp4_quantize")
+        return quantize(w, group_size=group_size, bits=bits, mode=mode, **options)
+
+    monkeypatch.setattr(mx, "quantize", lacking)
+    result = run("doctor", "--dtype", "float32", "--json")
+    assert result.exit_code == 8
+    report = json.loads(result.stdout)
+    (failed,) = [check for check in report["checks"] if check["error"] is None]
+    assert failed["name"].endswith("packing") and "Unable to load kernel" in failed["problem"]
+    assert f"wrong results for {failed['name']}" in result.stderr
+
+
 def test_doctor_tries_a_failed_check_again_without_matrix_units(run, measured, monkeypatch):
     monkeypatch.setattr(mx.fast, "layer_norm", lambda x, *_: mx.full(x.shape, mx.nan))
     monkeypatch.setattr(doctor, "has_matrix_units", lambda: True)

@@ -46,13 +46,16 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         try:
             self.dest.parent.mkdir(parents=True, exist_ok=True)
-            self._acquire()
+            _refuse_link(Path(self._lock.lock_file))
             try:
+                self._acquire()
                 Path(self._lock.lock_file).write_text(str(os.getpid()))
+                _refuse_link(self.folder)
                 check_absent(self.dest)
                 self._resume()
             except BaseException:
-                self._remove()
+                if self._lock.is_locked:
+                    self._remove()
                 raise
         except OSError as error:
             raise self._explain(error) from error
@@ -182,6 +185,12 @@ def check_disk(dest: Path, nbytes: int) -> None:
             f"{dest} needs {nbytes / size:.2f} {unit} more, but its disk has only {free / size:.2f} {unit} free; "
             f"free up space, or choose another disk or fewer bits"
         )
+
+
+def _refuse_link(path: Path) -> None:
+    """Raise if a name that this module uses is a link, through which it would write elsewhere."""
+    if path.is_symlink():
+        raise OutputError(f"{path} is a link to {os.readlink(path)}, which is not written to; remove it")
 
 
 def _read(path: Path) -> bytes:

@@ -29,8 +29,8 @@ def write(
         if lasting:
             sync(aside)
         if not overwrite:
-            path = claim(path)
-        os.replace(aside, path)  # within one folder, which cannot fail once the name is claimed
+            return place(aside, path)
+        os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     return path
@@ -41,16 +41,39 @@ def create(path: Path, mode: int = 0o666) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
 
 
-def claim(path: Path) -> Path:
-    """Create the first free one of path, path-1, path-2, ... as an empty file, so that no other program takes it."""
+def place(aside: Path, path: Path) -> Path:
+    """Give a file the first free name of path, path-1, path-2, ...; it may keep its own, too.
+
+    In one step, so that a stop leaves no empty file, and no other program's file is replaced.
+    """
     for i in itertools.count():
         free = path.with_stem(f"{path.stem}-{i}") if i else path
         try:
-            create(free)
+            os.link(aside, free)
+            return free
         except FileExistsError:
             continue
-        return free
+        except OSError:  # exFAT and some network disks have no links
+            if _take(aside, free):
+                return free
     raise AssertionError("unreachable")
+
+
+def _take(aside: Path, free: Path) -> bool:
+    """Rename a file, unless the name is taken: claimed first as an empty file, which is removed if that is all."""
+    since = aside.stat().st_mtime_ns
+    try:
+        create(free)
+        os.replace(aside, free)
+        return True
+    except FileExistsError:
+        return False
+    except BaseException:
+        with suppress(OSError):
+            state = free.stat()
+            if not state.st_size and state.st_mtime_ns >= since:
+                free.unlink()
+        raise
 
 
 def sync(file: Path | int) -> None:

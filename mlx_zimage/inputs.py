@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +19,10 @@ import numpy as np
 from .errors import RequestError
 from .noise import initial_noise
 from .request import LATENT_PIXELS, MAX_TOKENS
+from .untrusted import open_regular
+
+MAX_NPY = 70 * 10**6  # bytes; float32 latents of the largest image take 67 MB
+NPY_MAGIC, NPY_HEADER = b"\x93NUMPY", 256  # bytes within which a header of four axes ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +103,7 @@ def check_embeddings(embeddings: Any, name: str, width: int) -> np.ndarray:
 
 
 def _digest(value: Any, name: str) -> str:
-    return hashlib.sha256(_real(value, name, "any shape").astype("<f4").tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(_real(value, name, "any shape"), "<f4").data).hexdigest()
 
 
 def _real(value: Any, name: str, shape: str) -> np.ndarray:
@@ -116,11 +123,11 @@ def _real(value: Any, name: str, shape: str) -> np.ndarray:
 def read_latents(path: Path) -> np.ndarray:
     """Initial latents from a .npy file: (B, 16, height / 8, width / 8) numbers. Never unpickles."""
     try:
-        with open(path, "rb") as stream:
-            latents = np.lib.format.read_array(stream, allow_pickle=False)
+        with open_regular(path) as stream:
+            latents = _read_npy(stream)
     except FileNotFoundError:
         raise RequestError(f"no latents file at {path}; numpy.save writes one") from None
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except (OSError, ValueError) as error:
         raise RequestError(f"{path} is not a .npy file of numbers ({error}); numpy.save writes one") from error
     if latents.dtype.kind not in "fiu" or latents.ndim != 4 or not latents.size:
         raise RequestError(
@@ -128,6 +135,24 @@ def read_latents(path: Path) -> np.ndarray:
             f"(images, channels, height / 8, width / 8)"
         )
     return latents
+
+
+def _read_npy(stream: BinaryIO) -> np.ndarray:
+    """The array of a .npy file, whose header is checked before NumPy evaluates it and allocates what it says."""
+    size = os.fstat(stream.fileno()).st_size
+    if size > MAX_NPY:
+        raise ValueError(f"{size:,} bytes, expected at most {MAX_NPY:,}")
+    start = stream.read(NPY_HEADER)
+    header = re.search(rb"'shape': \(([0-9, ]*)\)", start)
+    if not start.startswith(NPY_MAGIC) or not header:
+        raise ValueError("it has no header of NumPy's")
+    if prod(int(length) for length in header[1].split(b",") if length.strip()) > size:
+        raise ValueError(f"its header declares shape ({header[1].decode():.80}), more than its {size:,} bytes")
+    stream.seek(0)
+    try:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+    except (RecursionError, MemoryError, TypeError, SyntaxError, KeyError, IndexError) as error:
+        raise ValueError(f"{type(error).__name__} in its header") from error
 
 
 def check_latents_size(path: Path, latents: np.ndarray, width: int, height: int) -> None:

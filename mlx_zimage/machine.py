@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -23,12 +24,17 @@ from threading import RLock
 import mlx.core as mx
 
 from . import atomic
-from .errors import ModelNotFoundError
+from .errors import MemoryBudgetError, ModelNotFoundError
+from .sizes import size
 
 # Bytes of a Mac's working set left for what is on its screen; at most a tenth of the set. A guess: a frame of a 5K
 # display is 59 MB, of which the display and each large window hold two or three.
 WINDOW_SERVER = 500 * 10**6
 MEMORY_SHARE = 0.6  # share of the memory to use, if the system does not recommend one
+# Bytes that threads' heaps and stacks and compiled kernels take of the address space (measured with pocket: 0.5 to 0.6
+# GB), and the share of the rest to plan with: MLX's CPU backend unfolds convolutions outside of what it counts, which
+# made 2.4 times as much in all.
+OVERHEAD, LIMIT_SHARE = 700 * 10**6, 1 / 3
 # The number of input rows from which a quantized weight is unpacked for a dense product; with fewer, it is multiplied
 # in packed form. Measured: on the CPU unpacking is always faster. On CUDA (H200) it is faster from 256 rows on, 2.5
 # times at 4192; below, the packed product saves a few ms per prompt, but costs half a minute of compiling kernels. Not
@@ -135,7 +141,31 @@ def machine_budget() -> int:
     if of_gpu:
         return int(MEMORY_SHARE * of_gpu)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(MEMORY_SHARE * min([total, *cgroup_limits()]))
+    return min(int(MEMORY_SHARE * min([total, *cgroup_limits()])), process_limit())
+
+
+def check_budget(budget: int) -> int:
+    """A caller's memory budget in bytes; MemoryBudgetError if this process could not allocate that much."""
+    limit = process_limit() if backend() == "cpu" else budget
+    if budget > limit:
+        raise MemoryBudgetError(
+            f"the memory budget is {size(budget)}, but `ulimit` leaves this process {size(limit)}; raise it, or "
+            f"choose at most that with --memory (memory= in Python)"
+        )
+    return budget
+
+
+def process_limit() -> int:
+    """The bytes to use of what `ulimit -v` and `ulimit -d` leave this process; beyond those limits MLX crashes."""
+    try:
+        pages, *_, data, _ = map(int, Path("/proc/self/statm").read_text().split())
+    except OSError:  # macOS sets no such limits
+        return 2**63
+    page = os.sysconf("SC_PAGE_SIZE")
+    limits = ((resource.RLIMIT_AS, pages * page), (resource.RLIMIT_DATA, data * page))
+    soft = ((resource.getrlimit(kind)[0], used) for kind, used in limits)
+    left = min((limit - used for limit, used in soft if limit != resource.RLIM_INFINITY), default=2**63)
+    return int(LIMIT_SHARE * max(0, left - OVERHEAD))
 
 
 def max_buffer() -> int:

@@ -20,7 +20,7 @@ from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_uint8, to_unit
 from .inputs import NONE, Inputs
 from .loras import LoraMethods
-from .machine import default_dtype, machine_budget, wide_dtype
+from .machine import check_budget, default_dtype, machine_budget, wide_dtype
 from .memory import Plan, Planner, Workload
 from .models.layers import result
 from .models.text_encoder import TextEncoder
@@ -102,7 +102,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         self._num_timesteps = 0
         self._loras: dict[str, Lora] = {}
         self._strengths: dict[str, float] = {}
-        self.networks = Networks(checkpoint, dtype, machine_budget() if budget is None else budget, wired)
+        budget = machine_budget() if budget is None else check_budget(budget)
+        self.networks = Networks(checkpoint, dtype, budget, wired)
 
     @classmethod
     def from_pretrained(

@@ -7,8 +7,9 @@ import json
 import os
 import stat
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_BYTES = 8 * 2**20  # of a file that is parsed whole; configs and indexes of full-size models have 200 KB
 MAX_VALUES = 500_000  # in one JSON text: the most that they can take in memory is 70 MB
@@ -16,7 +17,7 @@ MAX_DEPTH = 64
 MAX_DIGITS = 100  # Python refuses to parse 4301, and transformers itself writes 31
 
 
-def open_regular(path: Path, own: bool = False) -> BinaryIO:
+def open_regular(path: Path, own: bool = False) -> BufferedReader:
     """Open a file to read its bytes. OSError if it is a FIFO or a device, which could block or never end.
 
     own refuses links and the files of other users, too.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
+import sys
 import warnings
 from contextlib import suppress
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -59,6 +61,10 @@ class Commands(click.Group):
             command = getattr(importlib.import_module(f".{name}", __name__), name)
         return name, command, rest
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        hold_descriptors()
+        return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             with warnings.catch_warnings(), stoppable(), explained():
@@ -92,6 +98,21 @@ def main() -> None:
     locked by another process, 8 wrong or non-finite numbers, 9 GPU failure, 130 stopped by Ctrl-C, 143 stopped by
     SIGTERM, 129 stopped because the terminal was closed.
     """
+
+
+def hold_descriptors() -> None:
+    """Open descriptors 0 to 2 where they are closed, as under launchd, cron or `<&-`.
+
+    Otherwise the next files that are opened get these numbers: MLX cannot read weights from descriptor 0, and what is
+    printed would be written into an image.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+            if number == 0:
+                sys.stdin = open(0, closefd=False)  # noqa: SIM115
 
 
 def _fail(ctx: click.Context, error: Exception, code: int) -> NoReturn:

@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 
 from ..errors import RequestError
 from ..request import GenerateRequest
-from ..untrusted import parse_json
+from ..untrusted import open_regular, parse_json, read_bytes
 from ..version import __version__
 from . import mflux
 
@@ -155,7 +155,7 @@ def read_origin(path: Path) -> Origin:
     if path.suffix.lower() == ".json":
         return read_sidecar(path)
     try:
-        with Image.open(path, formats=READABLE) as image:
+        with open_regular(path) as file, Image.open(file, formats=READABLE) as image:
             xmp = image.info.get("xmp") or b""
             comment = image.getexif().get_ifd(EXIF_DIRECTORY).get(USER_COMMENT)
     except FileNotFoundError:
@@ -181,12 +181,11 @@ def read_origin(path: Path) -> Origin:
 def read_sidecar(path: Path) -> Origin:
     """The origin in a JSON file: as `info --json` prints it, or as mflux writes it next to an image."""
     try:
-        with path.open("rb") as stream:
-            text = stream.read(MAX_JSON + 1).decode()
-        values = json.loads(text) if len(text) <= MAX_JSON else None
+        text = read_bytes(path, MAX_JSON).decode()
+        values = parse_json(text)
     except FileNotFoundError:
         raise RequestError(f"no file at {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RequestError(f"{path} is not a JSON file ({error})") from error
     try:
         if isinstance(values, dict) and "request" in values:

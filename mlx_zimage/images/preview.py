@@ -16,7 +16,6 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from ..atomic import claim
 from ..request import LATENT_PIXELS
 from .codec import enlarge, to_png
 from .files import make_folder, write_file
@@ -113,15 +112,18 @@ class FileView(View):
     """An image file that each call replaces, and that is deleted when the image is finished."""
 
     def __init__(self, path: Path):
-        """Uses the first of path, path-1, ... that does not exist."""
+        """Uses the first of path, path-1, ... that does not exist when it is called first."""
         make_folder(path.parent)
-        self.path = claim(path)
+        self.path = path
+        self.written = False
 
     def __call__(self, pixels: np.ndarray) -> None:
-        write_file(to_png(enlarge(pixels, ENLARGED)), self.path, overwrite=True, lasting=False)
+        self.path = write_file(to_png(enlarge(pixels, ENLARGED)), self.path, overwrite=self.written, lasting=False)
+        self.written = True
 
     def close(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self.written:
+            self.path.unlink(missing_ok=True)
 
 
 class FolderView(View):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError
+from ..untrusted import brief, open_regular, read_bytes
 
 MANIFEST = "SHA256SUMS"
 CONVERSION = "conversion.json"  # what the folder was made from, and how
@@ -17,11 +18,8 @@ CONVERSION = "conversion.json"  # what the folder was made from, and how
 
 def sha256(file: Path) -> str:
     """A file's SHA-256, in hexadecimal."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+    with open_regular(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def render_manifest(sums: dict[str, str]) -> bytes:
@@ -38,10 +36,13 @@ def read_manifest(folder: Path) -> dict[str, str]:
     if not (folder / MANIFEST).exists() and not (folder / CONVERSION).exists():
         return {}
     try:
-        content = (folder / MANIFEST).read_bytes()
+        content = read_bytes(folder / MANIFEST)
         sums = parse_manifest(content.decode().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot be read ({error}); convert again") from error
     if render_manifest(sums) != content:
         raise CheckpointError("is damaged; convert again")
+    for name in sums:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise CheckpointError(f"lists {brief(name)}, which is not in its folder; convert again")
     return sums

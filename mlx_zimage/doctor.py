@@ -148,7 +148,10 @@ def product_rate(rows: int, dtype: mx.Dtype, dim: int, width: int, chain: int) -
 
 
 def read_rate(file: Path) -> float:
-    """Bytes per second of reading the last 256 MB of a file, bypassing the system's cache."""
+    """Bytes per second of reading the last 256 MB of a file, bypassing the system's cache.
+
+    On macOS this keeps what is read out of the cache, but what is there already may still come from it.
+    """
     nbytes = min(DISK_SAMPLE, file.stat().st_size)
     with file.open("rb", buffering=0) as stream:
         if sys.platform == "darwin":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ModelNotFoundError, RequestError
+from ..errors import CheckpointError, ModelNotFoundError, RequestError, warn
 from ..models import NETWORKS
 from ..request import LoraUse
 from ..scheduler import SchedulerConfig
@@ -236,7 +235,7 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
     if base is None:
         base = official.REPOSITORY
         names = " or ".join(parts)
-        warnings.warn(f"{source.origin} contains no {names}; using that of {base}", BorrowedFromHub, stacklevel=2)
+        warn(f"{source.origin} contains no {names}; using that of {base}", BorrowedFromHub)
     folder = resolve(base, missing)
     check_inside(folder, config_files(folder))
     other = open_folder(folder, str(base), missing)

@@ -10,12 +10,14 @@
     ├── NumericsError         8   a computation produced NaN or infinity
     └── DeviceError           9   the GPU failed, or the system stopped its work
 
-A message names the thing, its value, what was expected, and what to do next.
+A message names the thing, its value, what was expected, and what to do next. `warn` issues warnings.
 """
 
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 
 MAX_MESSAGE = 4000  # characters
 # What a terminal would obey, or could not show: control characters, line separators, changes of the writing direction,
@@ -28,6 +30,14 @@ def plain(text: str) -> str:
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE * 3 // 4]} ... {text[-MAX_MESSAGE // 4 :]}"
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning at the line of the caller's code that led to it, however deep in this package it arises."""
+    level, frame = 1, sys._getframe().f_back
+    while frame and str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level + 1)
 
 
 class ZImageError(Exception):

@@ -9,12 +9,11 @@ A request may choose its own among the loaded ones, at its own strengths (`Gener
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import RequestError
+from .errors import RequestError, warn
 from .needless import Elsewhere
 from .request import LoraUse
 from .weights.lora import Lora, find_lora, name_of_lora, read_lora
@@ -47,10 +46,7 @@ class LoraMethods:
         configs = {network: overlay.config for network, overlay in self.networks.overlays.items()}
         lora = read_lora(path, configs, partial)
         if lora.unmatched:
-            warnings.warn(
-                f"{path}: {len(lora.unmatched)} keys match no layer and are ignored, first {lora.unmatched[0]!r}",
-                stacklevel=2,
-            )
+            warn(f"{path}: {len(lora.unmatched)} keys match no layer and are ignored, first {lora.unmatched[0]!r}")
         for other, loaded in self._loras.items():
             if (other == name) != (loaded.sha256 == lora.sha256):
                 raise RequestError(

@@ -11,7 +11,6 @@ of earlier prompts are cached, here as far as the budget allows and on disk by `
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import headroom
-from .errors import NumericsError
+from .errors import NumericsError, warn
 from .failures import explained
 from .machine import kernel_flops, limits, unpack_from, wired
 from .memory import Plan, Planner, Workload
@@ -108,10 +107,9 @@ class Networks:
         """The prompt's ids, template included: at most `most`; warns if that truncates the prompt."""
         ids = self.tokenizer.encode(prompt)
         if len(ids) > most:
-            warnings.warn(
+            warn(
                 f"the prompt has {len(ids)} tokens, but the model reads only {most}; the rest is ignored",
                 PromptTruncated,
-                stacklevel=2,
             )
         return tuple(ids[:most])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import porting
-from .errors import NumericsError, RequestError
+from .errors import NumericsError, RequestError, warn
 from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_uint8, to_unit
 from .inputs import NONE, Inputs
@@ -216,6 +215,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             "num_images": num_images_per_prompt,
             "rng": rng,
             "max_sequence_length": max_sequence_length,
+            "loras": porting.scaled_loras(self._strengths, joint_attention_kwargs),
         }
         runs = [
             (self.complete(GenerateRequest(**texts, **settings)), inputs)
@@ -291,11 +291,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         except _Overflowed:
             pass
         wide = wide_dtype()
-        warnings.warn(
-            f"float16 overflowed with this model; restarting the image from its first step in {wide}",
-            Overflow,
-            stacklevel=2,
-        )
+        warn(f"float16 overflowed with this model; restarting the image from its first step in {wide}", Overflow)
         self.networks = Networks(self.checkpoint, getattr(mx, wide), self.budget, self.networks.wired)
         mx.clear_cache()
         with self.networks.guarded():
@@ -329,11 +325,10 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
                 pixels = yield from networks.decode(one)
                 unit = to_unit(pixels[0])
                 if is_flat(unit):
-                    warnings.warn(
+                    warn(
                         f"image {i + 1} of seed {request.seed} is a single colour, or nothing but black, white and "
                         f"pure colours; unless you asked for that, check the model with `mlx-zimage verify`",
                         FlatImage,
-                        stacklevel=2,
                     )
                 yield Generated(i, unit, request, plan, str(networks.dtype).rpartition(".")[2])
 

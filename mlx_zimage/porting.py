@@ -19,7 +19,7 @@ from .errors import RequestError
 from .inputs import Inputs, check_latents
 from .needless import Absent, Elsewhere, Needless
 from .noise import check_generator, generator_randn, initial_noise
-from .request import GenerateRequest
+from .request import GenerateRequest, LoraUse
 from .sampling import Change, Step
 
 BY_MEMORY = "ZImagePipeline.from_pretrained(..., memory='6GB') keeps to a budget"
@@ -34,11 +34,9 @@ OTHER_OPTIONS = {  # of from_pretrained, and what to use instead
     "cache_dir": "set the environment variable HF_HUB_CACHE",
     "local_files_only": "set the environment variable HF_HUB_OFFLINE=1",
     "token": "set the environment variable HF_TOKEN, or run `hf auth login`",
-    "revision": "download it with `hf download ID --revision REVISION --local-dir FOLDER`, and open FOLDER",
+    "revision": "name it in the id, as in 'Tongyi-MAI/Z-Image-Turbo@main'",
     "scheduler": "shift= and sigmas= of a call choose the schedule",
-    **dict.fromkeys(
-        ("transformer", "text_encoder", "tokenizer", "vae"), "save it into a model's folder, and open that"
-    ),
+    "tokenizer": "save it into a model's folder, and open that",
     "quantization_config": "convert the model once, as in `mlx-zimage convert ID FOLDER --q-bits 4`, and open FOLDER",
 }
 
@@ -63,7 +61,7 @@ class DiffusersMethods:
     disable_vae_tiling = Needless(f"images are decoded whole if memory allows it; {BY_MEMORY}")
     save_pretrained = Elsewhere("from mlx_zimage.convert import convert; convert(source, folder) writes a model")
     scheduler = Absent("shift= and sigmas= of a call choose the schedule")
-    from_single_file = Elsewhere("convert the file once, as in `mlx-zimage convert FILE FOLDER`, and open FOLDER")
+    from_single_file = Elsewhere("from_pretrained opens files, too")
 
 
 def check_options(options: Mapping[str, object]) -> None:
@@ -101,10 +99,10 @@ def check_to(dtype: mx.Dtype, values: Sequence[object]) -> None:
 
 def check_call(output_type: str, joint_attention_kwargs: Any, generator: Any, seed: int | None) -> None:
     """Refuse arguments that cannot work, alone or together."""
-    if joint_attention_kwargs:
+    if joint_attention_kwargs and [*joint_attention_kwargs] != ["scale"]:
         raise RequestError(
-            f"joint_attention_kwargs must be empty, got {joint_attention_kwargs!r}; "
-            f"set_loras({{name: strength}}) sets a LoRA's strength"
+            f"joint_attention_kwargs can only contain scale, which multiplies the strengths of LoRAs, got "
+            f"{joint_attention_kwargs!r}"
         )
     if generator is not None and seed is not None:
         raise RequestError("seed and generator were both given; give one")
@@ -175,6 +173,14 @@ def noise_of(latents: Any, generator: Any, request: GenerateRequest, shape: tupl
     if generator is not None:
         return generate_noise(generator, shape)
     return None if shape[0] == request.num_images else np.array(initial_noise(request.seed, shape, request.rng))
+
+
+def scaled_loras(strengths: Mapping[str, float], joint_attention_kwargs: dict | None) -> tuple[LoraUse, ...] | None:
+    """A pipeline's LoRAs at their strengths times diffusers' scale; None, its own, without one."""
+    if not joint_attention_kwargs:
+        return None
+    scale = LoraUse("scale", joint_attention_kwargs["scale"]).strength
+    return tuple(LoraUse(name, strength * scale) for name, strength in strengths.items())
 
 
 def generate_noise(generator: Any, shape: tuple[int, ...]) -> np.ndarray:

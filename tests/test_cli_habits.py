@@ -164,7 +164,10 @@ def test_a_request_is_read_from_what_mflux_stored(run, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"lora_paths": ["a.safetensors"]}, "mflux generated it with a LoRA (lora_paths), which is not supported"),
+        ({"lora_paths": ["a.safetensors"], "lora_scales": [1, 2]}, "lora_scales must be one number per LoRA, 1 in all"),
+        ({"lora_paths": "a.safetensors"}, "lora_paths must be a list of paths"),
+        ({"lora_paths": ["a/x.safetensors", "b/x.safetensors"]}, "LoRAs of the same name, x, x; give them with --lora"),
+        ({"lora_paths": ["x.safetensors"], "lora_scales": ["a"]}, "the strength of LoRA x must be a number"),
         ({"image_path": "a.png"}, "an image to start from"),
         ({"steps": "many"}, "steps must be a whole number"),
         ({"prompt": None}, "prompt must be text"),

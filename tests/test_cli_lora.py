@@ -96,6 +96,18 @@ def test_an_image_names_its_loras_and_asks_for_their_files(style):
     assert re.search(r'Lora hashes: "style: [0-9a-f]{12}", Lora weights: "style: 0.75"', run("info", "old.png").stdout)
 
 
+@pytest.mark.parametrize("path", ["/home/me/style.safetensors", "someone/loras:style.safetensors"])
+def test_an_image_of_mflux_names_its_loras_and_asks_for_their_files(style, path):
+    stored = {"mflux_version": "0.24.0", "prompt": "a red circle", "seed": 1, "width": 48, "height": 48, "steps": 2}
+    stored |= {"lora_paths": [path], "lora_scales": [0.75]}
+    Path("old.json").write_text(json.dumps(stored))
+    result = run("generate", "--from", "old.json", "-m", "pocket", "-q")
+    assert result.exit_code == 2 and "was generated with LoRA 'style'; give its file with --lora FILE" in result.stderr
+    image = generate("--from", "old.json", "--lora", style)
+    assert (image == generate("a red circle", "--seed", "1", "--rng", "mlx", "--lora", style, "0.75")).all()
+    assert (image != generate("--from", "old.json", "--lora", style, "0.1")).any()
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

@@ -240,8 +240,9 @@ def test_an_image_that_overflows_is_generated_again_in_bfloat16(folder, tmp_path
     write(folder, {"w3": TOO_LARGE["w3"], "up_proj": TOO_LARGE["w3"]}, component)
     wanted = generate(ZImagePipeline.from_pretrained(folder, dtype="bfloat16"), request())
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float16")
-    with pytest.warns(Overflow, match="restarting the image from its first step in bfloat16"):
+    with pytest.warns(Overflow, match="restarting the image from its first step in bfloat16") as caught:
         steps, latents, image = generate(pipe, request())
+    assert caught[0].filename == __file__, "it points at the caller's code"
     assert steps == wanted[0] == [0, 1]
     assert mx.array_equal(latents, wanted[1])
     assert np.array_equal(image.pixels, wanted[2].pixels)

@@ -105,6 +105,16 @@ def test_an_images_metadata_names_its_loras_and_replays_them(pipe, style):
         latents(pipe, completed)
 
 
+def test_diffusers_scale_multiplies_the_strengths_of_one_call(pipe, style, face):
+    pipe.load_lora(style, strength=0.5)
+    pipe.load_lora(face)
+    call = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}
+    scaled = pipe("a red fox", **call, joint_attention_kwargs={"scale": 0.5}).images
+    assert np.abs(pipe("a red fox", **call).images - scaled).max() > 0.01
+    pipe.set_loras({"style": 0.25, "face": 0.5})
+    np.testing.assert_array_equal(pipe("a red fox", **call).images, scaled)
+
+
 def test_diffusers_methods_do_the_same(pipe, style, face):
     pipe.load_lora_weights(style.parent, weight_name="style.safetensors", adapter_name="a")
     pipe.load_lora_weights(str(face), adapter_name="b")

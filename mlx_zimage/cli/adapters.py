@@ -142,14 +142,14 @@ def load_loras(
     for name, path in named.items():
         pipeline.load_lora(path, name, partial=partial)
     loaded = pipeline.complete(GenerateRequest("-", seed=0)).loras or ()
-    names = {use.sha256: use.name for use in loaded}
+    names = {key: use.name for use in loaded for key in (use.sha256, use.name)}
     strengths: dict[str, float] = {}
     for use in (old.request.loras if old else None) or ():
-        if use.sha256 not in names:
-            raise RequestError(
-                f"the image was generated with LoRA {use.name!r} (SHA-256 {use.sha256}); give its file with --lora FILE"
-            )
-        strengths[names[use.sha256]] = use.strength
+        key = use.sha256 or use.name  # mflux records no SHA-256
+        if key not in names:
+            which = f"{use.name!r} (SHA-256 {use.sha256})" if use.sha256 else repr(use.name)
+            raise RequestError(f"the image was generated with LoRA {which}; give its file with --lora FILE")
+        strengths[names[key]] = use.strength
     for path, strength in given:
         name = next(name for name, other in named.items() if other == path)
         if strength is not None or name not in strengths:

@@ -11,13 +11,12 @@ import html
 import json
 import re
 import struct
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from ..errors import RequestError
+from ..errors import RequestError, warn
 from ..request import GenerateRequest
 from ..untrusted import open_regular, parse_json, read_bytes
 from ..version import __version__
@@ -94,7 +93,8 @@ def parameters(origin: Origin) -> str:
         "Size": f"{request.width}x{request.height}",
         "Model hash": origin.fingerprint or None,
         "Model": origin.model,
-        "Lora hashes": ", ".join(f"{use.name}: {str(use.sha256)[:12]}" for use in request.loras or ()) or None,
+        "Lora hashes": ", ".join(f"{use.name}: {str(use.sha256)[:12]}" for use in request.loras or () if use.sha256)
+        or None,
         "Lora weights": ", ".join(f"{use.name}: {use.strength:g}" for use in request.loras or ()) or None,
         "RNG": "CPU" if request.rng == "torch" else None,
         "Version": origin.software,
@@ -122,7 +122,7 @@ def save_options(origin: Origin, format: str) -> dict:
         return {"pnginfo": chunks}
     exif = _exif(text)
     if format == "JPEG" and max(len(xmp), len(exif)) > MAX_JPEG:
-        warnings.warn("the prompt is too long to store in a JPEG; use .png or .webp to keep it", stacklevel=2)
+        warn("the prompt is too long to store in a JPEG; use .png or .webp to keep it")
         return {"xmp": _xmp(origin, "")}
     return {"xmp": xmp, "exif": exif}
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..request import GenerateRequest
+from ..request import GenerateRequest, LoraUse
+from ..untrusted import brief
 from ..variants import TURBO
 
 PREFIX = b"ASCII\0\0\0"  # of its user comment
 NOT_HERE = {  # values that change an image in a way that a request here cannot, and what they are
-    "lora_paths": "a LoRA",
     "image_path": "an image to start from",
     "image_paths": "images to start from",
     "masked_image_path": "a mask",
@@ -34,7 +35,7 @@ def stored(comment: bytes) -> dict[str, Any] | None:
 def to_request(values: dict[str, Any]) -> tuple[GenerateRequest, str]:
     """The request, and the name of the model. RequestError if it needs what is not supported here, or is invalid.
 
-    mflux uses MLX's noise, and its guidance is off up to 1.
+    mflux uses MLX's noise, and its guidance is off up to 1. Its LoRAs are named after their files, without a SHA-256.
     """
     for name, what in NOT_HERE.items():
         if values.get(name):
@@ -51,5 +52,20 @@ def to_request(values: dict[str, Any]) -> tuple[GenerateRequest, str]:
         guidance_scale=guidance if not isinstance(guidance, (int, float)) or guidance > 1 else 0.0,
         negative_prompt=values.get("negative_prompt") or "",
         rng="mlx",
+        loras=_loras(values.get("lora_paths") or [], values.get("lora_scales")),
     )
     return request, str(values.get("model_path") or values.get("model") or TURBO.repository)
+
+
+def _loras(paths: Any, scales: Any) -> tuple[LoraUse, ...]:
+    """The LoRAs at mflux's lora_paths: files, ids, or ID:FILE."""
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise RequestError(f"lora_paths must be a list of paths, got {brief(paths)}")
+    if scales is None:
+        scales = [1.0] * len(paths)
+    if not isinstance(scales, list) or len(scales) != len(paths):
+        raise RequestError(f"lora_scales must be one number per LoRA, {len(paths)} in all, got {brief(scales)}")
+    names = [Path(path.rpartition(":")[2]).stem for path in paths]
+    if len({*names}) < len(names):
+        raise RequestError(f"mflux generated it with LoRAs of the same name, {', '.join(names)}; give them with --lora")
+    return tuple(map(LoraUse, names, scales))

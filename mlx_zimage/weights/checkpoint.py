@@ -7,14 +7,13 @@ and checks every name and shape against the architecture; tensor data is read wh
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import variants
-from ..errors import CheckpointError, RequestError
+from ..errors import CheckpointError, RequestError, warn
 from ..models import NETWORKS, OPTIONAL
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
@@ -151,9 +150,7 @@ def open_headers(
         official_files = Repository(official.REPOSITORY)
         repositories.append(official_files)
         names = " or ".join(missing + ([] if is_whole else ["tokenizer"]))
-        warnings.warn(
-            f"{source} contains no {names}; using that of {official.REPOSITORY}", BorrowedFromHub, stacklevel=3
-        )
+        warn(f"{source} contains no {names}; using that of {official.REPOSITORY}", BorrowedFromHub)
         networks |= {name: open_component(official_files.folder, name, None, official_files) for name in missing}
         if not is_whole:
             tokenizer = official_files.folder / "tokenizer" / "tokenizer.json"

@@ -80,6 +80,7 @@ SAME = {
     "output_type": lambda t, pipe: {"output_type": "np"},
     "return_dict": lambda t, pipe: {"return_dict": False},
     "joint_attention_kwargs": lambda t, pipe: {"joint_attention_kwargs": {}},
+    "joint_attention_kwargs: a scale": lambda t, pipe: {"joint_attention_kwargs": {"scale": 0.5}},
     "callback_on_step_end": lambda t, pipe: {"callback_on_step_end": halving},
     "callback_on_step_end: an end": lambda t, pipe: {"callback_on_step_end": stopping, "num_inference_steps": 4},
     "callback_on_step_end_tensor_inputs": lambda t, pipe: {
@@ -94,7 +95,7 @@ SAME = {
 # What cannot: the error says what to do instead.
 REFUSED = {
     "output_type": ({"output_type": "pt"}, r"output_type='np' and torch.from_numpy\(images\)"),
-    "joint_attention_kwargs": ({"joint_attention_kwargs": {"scale": 0.5}}, "set_loras({name: strength})"),
+    "joint_attention_kwargs": ({"joint_attention_kwargs": {"mask": 1}}, "can only contain scale"),
     "callback_on_step_end": (
         {"prompt": TWO, "callback_on_step_end": halving}, "takes one prompt at a time, got 2; loop over them"
     ),

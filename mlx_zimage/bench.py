@@ -32,6 +32,7 @@ from .models.vae import VAEConfig
 from .networks import Networks
 from .pipeline import ZImagePipeline
 from .quantization import default_quantization
+from .sampling import Guidance, guide
 from .scheduler import sigmas
 from .sizes import rounded_up
 from .variants import TURBO
@@ -134,7 +135,7 @@ from mlx_zimage import GenerateRequest, Step, ZImagePipeline
 
 model, dtype, width, height, steps, prompt = sys.argv[1:]
 pipe = ZImagePipeline.from_pretrained(model, dtype=dtype)
-request = GenerateRequest(prompt, int(width), int(height), 0, int(steps), guidance_scale=0.0)
+request = GenerateRequest(prompt, int(width), int(height), 0, int(steps))
 next(event for event in pipe.stream(request) if isinstance(event, Step))
 """
 
@@ -166,8 +167,9 @@ def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat
 
     model is "random" (random weights of architecture `size`) or a model for ZImagePipeline.from_pretrained. For a
     model, bits are its own (those of most layers), and the report also has the seconds from the start of a new process
-    to the end of its first step. The networks run as planned for this machine's memory budget, as in the pipeline;
-    raises MemoryBudgetError if they cannot.
+    to the end of its first step. Steps are guided if the model's are by default, which takes two calls of the
+    transformer each. The networks run as planned for this machine's memory budget, as in the pipeline; raises
+    MemoryBudgetError if they cannot.
     """
     *_, report = bench_steps(model, size, case, repeat)
     return cast(dict, report)
@@ -184,7 +186,9 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
             given = f"bits={case.bits} and mode={case.mode}"
             raise RequestError(f"{given} are for random weights, but {model} has its own; omit them or convert it")
         networks = ZImagePipeline.from_pretrained(model, dtype=case.dtype).networks
-    plan = networks.plan(Workload(case.width, case.height, 1, case.caption_tokens, case.steps))
+    guidance = Guidance(networks.checkpoint.variant.guidance_scale)
+    prompts = 2 if guidance.scale else 1
+    plan = networks.plan(Workload(case.width, case.height, 1, case.caption_tokens, case.steps, prompts))
     if generated and plan.streamed:
         raise MemoryBudgetError(
             f"random weights of the {size} architecture do not fit into this machine's memory budget of "
@@ -202,7 +206,8 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
     schedule = sigmas(case.steps)
 
     def steps() -> mx.array:
-        velocity, latents = transformer.velocity(cap_feats, schedule[:-1], h, w), noise
+        velocities, latents = transformer.velocities([cap_feats] * prompts, schedule[:-1], h, w), noise
+        velocity = guide(velocities, guidance, schedule)
         for i in range(case.steps):
             latents = latents + float(schedule[i + 1] - schedule[i]) * velocity(latents, i)
             mx.eval(latents)
@@ -224,11 +229,12 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
         decode = yield from timed("decode", lambda: vae.decode(noise), repeat, peaks["decode"], generated)
     networks.release()
     rate = product_rate(tokens, dtype, config.dim, config.ffn_dim, CHAIN)
-    flops = case.steps * step_flops(config, tokens, case.caption_tokens)
+    flops = case.steps * prompts * step_flops(config, tokens, case.caption_tokens)
     achieved = flops / denoise["median_s"]
     yield {
         "model": f"random {size}" if generated else str(model),
         "case": vars(case),
+        "guidance_scale": guidance.scale,
         "repeat": repeat,
         "machine": facts(),
         "encode": encode,
@@ -248,9 +254,10 @@ def table(report: dict) -> str:
     """The report as text."""
     case, machine = report["case"], report["machine"]
     weights = f"{case['bits']}-bit {case['mode']} in {case['dtype']}" if case["bits"] else case["dtype"]
+    steps = f"{case['steps']} {'guided ' if report['guidance_scale'] else ''}steps"
     lines = [
         f"{machine['device']}, {machine['backend']}, MLX {machine['mlx']}, {machine['system']}",
-        f"{report['model']}, {weights}, {case['width']}x{case['height']}, {case['steps']} steps, "
+        f"{report['model']}, {weights}, {case['width']}x{case['height']}, {steps}, "
         f"{case['caption_tokens']} prompt tokens; median of {report['repeat']}",
         f"{'':8}{'seconds':>10}{'first':>10}{'peak GB':>10}{'planned':>10}",
     ]

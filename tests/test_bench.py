@@ -1,6 +1,8 @@
 """The benchmark's counts and reports, with random weights for a tiny architecture."""
 
 import gc
+import json
+import shutil
 import threading
 from dataclasses import replace
 
@@ -11,9 +13,11 @@ from mlx_zimage import MemoryBudgetError, RequestError, ZImageError, bench, pipe
 from mlx_zimage.convert import convert
 from mlx_zimage.machine import backend
 from mlx_zimage.models.text_encoder import TextEncoderConfig
-from mlx_zimage.models.transformer import TransformerConfig
+from mlx_zimage.models.transformer import Transformer, TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
+from mlx_zimage.variants import BASE
 from mlx_zimage.weights.blocks import READS_AHEAD
+from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.random import RandomWeights
 
 TINY = (
@@ -102,6 +106,19 @@ def test_random_weights_that_would_have_to_be_streamed_are_refused(tiny, monkeyp
     monkeypatch.setattr(bench, "machine_budget", lambda: 10_000_000)
     with pytest.raises(MemoryBudgetError, match="choose fewer bits, or architecture small"):
         bench.bench(size="tiny", case=case, repeat=1)
+
+
+def test_steps_are_guided_where_the_model_needs_guidance(tmp_path, monkeypatch, watch):
+    monkeypatch.setattr(bench, "time_first_step", lambda *_: 1.0)
+    folder = shutil.copytree(POCKET, tmp_path / "base")
+    scheduler = folder / "scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": BASE.shift}))
+    case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32")
+    for model, prompts, steps in ("pocket", 1, "1 steps"), (folder, 2, "1 guided steps"):
+        called = watch(Transformer, "__call__")
+        report = bench.bench(str(model), case=case, repeat=1)
+        assert f"32x32, {steps}, " in bench.table(report)
+        assert [len(velocities) for velocities in called] == [prompts] * 2
 
 
 def test_figures_have_three_digits_however_small():

@@ -16,9 +16,9 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..models import NETWORKS
 from ..quantization import Quantization
-from ..weights.component import SHOWN, Entry, read_header
+from ..weights.component import Entry, read_header
 from ..weights.listing import visible
-from ..weights.names import Place, foreign_kind, places
+from ..weights.names import Place, arrange, places, some
 from . import gguf
 from .rows import FLOATING, SourceComponent, Tensor, packed_rows, stored_rows
 
@@ -156,23 +156,10 @@ def _mflux_tensor(entries: dict[str, Entry], layer: str, label: str) -> Tensor:
 
 def assemble(stored: Mapping[str, Tensor], configs: Mapping[str, dict], label: str) -> dict[str, SourceComponent]:
     """Sort stored tensors into networks, with diffusers names and layout; raise if any is unknown or missing."""
-    if kind := foreign_kind(stored):
-        raise CheckpointError(f"{label} is a {kind}, not a model; expected the weights of Z-Image")
-    found: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for name, tensor in stored.items():
-        held = places(name, stored)
-        if held is None:
-            unknown.append(name)
-        for place in held or ():
-            own = found.setdefault(place.component, {})
-            if place.name in own:
-                raise CheckpointError(f"{label}: {place.component} {place.name} is stored twice, once as {name}")
-            own[place.name] = _cut(tensor, place, label)
-    if unknown:
-        raise CheckpointError(f"{label}: not part of Z-Image: {_some(unknown)}; is this another model?")
-    if not found:
-        raise CheckpointError(f"{label} contains no weights; give a file with the weights of Z-Image")
+    found = {
+        network: {name: _cut(stored[own], place, label) for name, (own, place) in held.items()}
+        for network, held in arrange(stored, label).items()
+    }
     return {name: _check(name, configs[name], found[name], label) for name in NETWORKS if name in found}
 
 
@@ -205,7 +192,7 @@ def _check(name: str, config: dict, found: dict[str, Tensor], label: str) -> Sou
     for fault, keys in (("missing", missing), ("unexpected", extra), ("of the wrong shape", misshapen)):
         if keys:
             raise CheckpointError(
-                f"{label}: of the {name}'s {len(expected)} weights, {len(keys)} are {fault}: {_some(keys)}"
+                f"{label}: of the {name}'s {len(expected)} weights, {len(keys)} are {fault}: {some(keys)}"
             )
     tensors = [tensor for tensor in shaped.values() if tensor]
     return SourceComponent(name, config, tensors)
@@ -222,7 +209,3 @@ def reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     return replace(
         tensor, shape=shape, read=lambda start, stop: tensor.read(0, tensor.shape[0]).reshape(shape)[start:stop]
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -23,14 +23,15 @@ from ..weights.checkpoint import (
     weight_files,
 )
 from ..weights.component import Component, find_network, has_fp8, read_entries, read_json
-from ..weights.hub import TOKENIZER_FILES, locate, name_of
-from ..weights.parts import PIPELINE_CLASS, check_pipeline, check_variant, open_networks, own_configs
+from ..weights.hub import locate, name_of
+from ..weights.parts import PIPELINE_CLASS, check_pipeline, check_variant, open_network, open_networks, own_configs
 from .disk import render_json
 from .files import assemble, open_file, refuse_pickles, stored_weights
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
 from .small import (
     SCHEDULER,
     TOKENIZER,
+    TOKENIZER_PARTS,
     check_inside,
     config_files,
     read_small,
@@ -177,7 +178,7 @@ def _open_network(folder: Path, name: str, variant: str | None) -> tuple[SourceC
     if has_fp8(entries):
         opened = assemble(stored_weights(entries, str(own)), {name: config}, str(own))[name]
     else:
-        opened = _component(Component(name, own, config, entries))
+        opened = _component(open_network(name, own, config, entries))
     return opened, {entry.file for entry in entries.values()}
 
 
@@ -188,7 +189,10 @@ def read_configs(base: str | Path) -> dict[str, dict]:
 
 
 def read_tokenizer(source: str | Path) -> dict[str, bytes]:
-    at = Path(source).expanduser()
+    at, repository = locate(source)
+    if repository:
+        own = (at, at.parent, at / "tokenizer")
+        repository.fetch(file for file in repository.sizes if file.parent in own and file.name in TOKENIZER_PARTS)
     if at.is_file():
         content = read_small(at)
         if not _is_tokenizer(content):
@@ -196,10 +200,7 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
         return {TOKENIZER: content}
     if (at / "tokenizer.json").is_file():
         return tokenizer_files(at)
-    folder, repository = locate(source)
-    if repository:
-        repository.fetch(repository.matching(TOKENIZER_FILES))
-    files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
+    files = {name: content for name, content in small_files(at).items() if name.startswith("tokenizer/")}
     if TOKENIZER not in files:
         raise RequestError(f"{source} contains no tokenizer.json; give a folder or file that does")
     return files

@@ -120,7 +120,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         torch_dtype: Any = None,
         **options: object,
     ) -> ZImagePipeline:
-        """Open a model: a folder or file (of diffusers, mflux, ComfyUI or ours), a Hugging Face id, or "pocket".
+        """Open a model: a folder or file (of diffusers, mflux, mlx-vlm, ComfyUI or ours), an id, or "pocket".
 
         Reads and checks configs and headers; tensor data is read when first used. dtype is the compute dtype,
         "bfloat16", "float16" or "float32", or mx.bfloat16 and so on; `default_dtype` has the default. If float16

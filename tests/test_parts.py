@@ -34,7 +34,7 @@ class FromPocket:
     def names(self, folder):
         return [path.name for path in folder.iterdir()]
 
-    def matching(self, _):
+    def matching(self, *_):
         return []
 
     def own(self, files):
@@ -170,6 +170,33 @@ def test_folders_that_mflux_saved_are_used_as_they_are(mflux, few_tokens, monkey
     assert np.abs(images[0].astype(int) - images[1]).max() <= 1
 
 
+MLX_VLM = {  # its names for diffusers' where they differ
+    "t_embedder.mlp.0.": "t_embedder.linear1.",
+    "t_embedder.mlp.2.": "t_embedder.linear2.",
+    "all_x_embedder.2-1.": "x_embedder.",
+    "all_final_layer.2-1.linear.": "final_layer.linear.",
+    "all_final_layer.2-1.adaLN_modulation.1.": "final_layer.adaLN_modulation.0.",
+    ".attentions.0.to_out.0.": ".attentions.0.to_out.",
+}
+
+
+def test_folders_in_the_form_of_mlx_vlm_are_used_as_they_are(expected, tmp_path):
+    folder = shutil.copytree(POCKET, tmp_path / "mlx-vlm")
+    for name in NETWORKS:
+        (file,) = (folder / name).glob("*.safetensors")
+        arrays = mx.load(str(file))
+        file.unlink()
+        for ours, theirs in MLX_VLM.items():
+            arrays = {key.replace(ours, theirs): array for key, array in arrays.items()}
+        arrays = {key: x.transpose(0, 2, 3, 1) if x.ndim == 4 else x for key, x in arrays.items()}
+        mx.save_safetensors(str(folder / name / "model.safetensors"), arrays)
+    assert (pixels(folder) == expected).all()
+    assert (pixels("pocket", transformer=folder / "transformer", vae=folder) == expected).all()
+    whole, out = convert("pocket", tmp_path / "whole"), convert(folder, tmp_path / "out")
+    for file in whole.glob("*/*.safetensors"):
+        assert file.read_bytes() == (out / file.relative_to(whole)).read_bytes()
+
+
 def tiny_request():
     from mlx_zimage import GenerateRequest
 
@@ -184,3 +211,9 @@ def test_quantized_folders_need_no_block_in_their_configs(tmp_path, expected):
         config = json.loads(file.read_text())
         file.write_text(json.dumps({key: value for key, value in config.items() if "quantization" not in key}))
     assert {name: network.quantizations for name, network in open_checkpoint(folder).networks.items()} == before
+
+
+def test_a_folder_of_gguf_files_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "z-image-Q4_K.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"GGUF files: .* mlx-zimage convert z-image-Q4_K\.gguf DEST"):
+        open_checkpoint(tmp_path)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command, epilog="Example: mlx-zimage info pocket; mlx-zimage info image.png")
-@click.argument("source", type=ModelName())
+@click.argument("source", type=ModelName(converted=True))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(source: str, as_json: bool) -> None:
     """Show what a model folder contains, or how an image was generated.
@@ -75,11 +75,14 @@ def _print_networks(networks: dict[str, dict]) -> None:
 
 def _contents(file: Path) -> dict[str, dict]:
     """The networks in a single file of a different size from the published model, whose architecture is not known."""
-    from ..weights.names import places
+    from ..weights.names import foreign_kind, places
     from ..weights.parts import read_single
 
     networks: dict[str, dict] = {}
-    for name, entry in read_single(file).items():
+    entries = read_single(file)
+    if foreign_kind(entries):
+        return networks
+    for name, entry in entries.items():
         for place in places(name) or []:
             if place.part:
                 continue

@@ -20,10 +20,10 @@ from ..tokenizer import Tokenizer
 from ..untrusted import brief, open_regular
 from ..variants import Variant
 from . import official
-from .component import Component, open_component, read_config, read_header, read_json
+from .component import Component, read_config, read_header, read_json
 from .hub import TOKENIZER_FILES, Repository, locate
 from .manifest import CONVERSION
-from .parts import check_variant, files_to_convert, open_networks, own_configs
+from .parts import check_variant, files_to_convert, open_component, open_networks, own_configs
 from .unchanged import unchanged
 
 Source = str | Path
@@ -102,7 +102,7 @@ def open_checkpoint(
     checkpoint = open_headers(source, variant, transformer=transformer, text_encoder=text_encoder, vae=vae)
     for repository in checkpoint.repositories:
         if repository.own([checkpoint.tokenizer_file]):
-            repository.fetch(repository.matching(TOKENIZER_FILES))
+            repository.fetch(repository.matching(TOKENIZER_FILES, checkpoint.tokenizer_file.parents[1]))
     if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; download the model again")
     for repository in checkpoint.repositories:
@@ -170,7 +170,7 @@ def resolve(source: Source, names: Collection[str] = tuple(NETWORKS), variant: s
     path, repository = locate(source)
     if repository:
         files = files_to_convert(path, repository, names, variant)
-        repository.fetch(repository.matching(TOKENIZER_FILES))
+        repository.fetch(repository.matching(TOKENIZER_FILES, path))
         repository.fetch(files)
     return path
 

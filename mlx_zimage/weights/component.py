@@ -24,13 +24,12 @@ from ..untrusted import open_regular, parse_json, read_bytes
 from . import headers
 from .hub import Repository
 from .listing import INDEX, choose_files, variant_of, visible
-from .names import DROPPED, foreign_kind
+from .names import DROPPED, some
 from .unchanged import Version, unchanged
 
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 FLOAT_SPELLINGS = ("F32", "F16", "BF16")
 FP8 = ("F8_E4M3", "F8_E5M2")
-SHOWN = 5  # number of names an error lists
 
 
 def read_json(path: Path) -> dict:
@@ -69,6 +68,8 @@ class Entry:
 
     def piece(self, part: int, parts: int) -> Entry:
         """One of several equal parts of the rows."""
+        if parts == 1:
+            return self
         rows, rest = divmod(self.shape[0] if self.shape else 0, parts)
         if rest:
             raise CheckpointError(
@@ -242,26 +243,20 @@ class Component:
             (f"of a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown),
         ):
             if names:
-                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
                 raise CheckpointError(
-                    f"{self.folder}: {len(names)} of {len(expected)} weights are {fault}: "
-                    f"{', '.join(names[:SHOWN])}{more}{self._hint()}"
+                    f"{self.folder}: {len(names)} of {len(expected)} weights are {fault}: {some(names)}{self._hint()}"
                 )
 
     def _hint(self) -> str:
-        """The likely reason why weights do not fit: not a model, fp8, or an index for other files."""
-        if kind := foreign_kind(self.entries):
-            return f"; the file is a {kind}, not a model"
+        """The likely reason why weights do not fit: fp8, or an index for other files."""
         if has_fp8(self.entries):
             return "; `mlx-zimage convert` reads fp8"
         files = {entry.file.name for entry in self.entries.values()}
-        for index in visible(self.folder) if self.folder.is_dir() else ():
+        for index in visible(self.folder) if files and self.folder.is_dir() else ():
             if INDEX.fullmatch(index.name) and variant_of(index.name) == variant_of(min(files)):
                 absent = sorted({*read_weight_map(index).values()} - files)
                 if absent:
-                    return (
-                        f"; {index.name} lists {', '.join(absent[:SHOWN])}, missing here: download them, or delete it"
-                    )
+                    return f"; {index.name} lists {some(absent)}, missing here: download them, or delete it"
         return ""
 
     def _unused(self, name: str) -> bool:
@@ -367,17 +362,6 @@ def _rows(entry: Entry, ids: Sequence[int]) -> np.ndarray:
     if len(content) < size * len(ids):
         raise OSError(f"{entry.file} ends too early")
     return np.frombuffer(content, np.uint8).reshape(len(ids), size)
-
-
-def open_component(
-    folder: Path, name: str, variant: str | None = None, repository: Repository | None = None
-) -> Component:
-    """Open one network of a model's folder. Reads its config and headers.
-
-    If folder is a snapshot of repository, the headers of files that are not downloaded yet are read from there.
-    """
-    own = find_network(folder, name)
-    return Component(name, own, read_json(own / "config.json"), read_entries(own, variant, repository))
 
 
 def find_network(folder: Path, name: str) -> Path:

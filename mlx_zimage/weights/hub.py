@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models import NETWORKS
-from ..variants import BASE, TURBO
+from ..variants import ALIASES, TURBO
 from . import headers
 from .listing import is_hidden
 from .manifest import CONVERSION, MANIFEST
@@ -20,10 +20,9 @@ from .manifest import CONVERSION, MANIFEST
 POCKET = Path(__file__).parents[1] / "pocket"
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 IN_REPOSITORY = re.compile(rf"({REPOSITORY_ID.pattern})(?:@(\w[\w.-]*))?(?::(\w[^:]*))?")
-ALIASES = {"z-image-turbo": TURBO.repository, "turbo": TURBO.repository, "z-image": BASE.repository}
 # The files that are enough to refuse a repository that is not a model of this family, including the shards' indexes.
 CONFIGS = [
-    *("model_index.json", "config.json", "*.safetensors.index.json", CONVERSION, MANIFEST, "README.md"),
+    *("model_index.json", "config.json", "*.safetensors.index.json", CONVERSION, MANIFEST),
     *(f"{name}/*.json" for name in (*NETWORKS, "scheduler")),
 ]
 TOKENIZER_FILES = ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
@@ -32,13 +31,15 @@ TOKENIZER_FILES = ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
 class Repository:
     """A Hugging Face repository at its latest commit or, without a network, at the commit in the local cache.
 
-    folder is its snapshot in the cache. Creating a Repository downloads the configs; other files follow when they are
-    fetched. All paths are paths in this folder, whether the files are there yet or not.
+    folder is its snapshot in the cache. Creating a Repository downloads the configs, also those of a model in the
+    folder `within`; other files follow when they are fetched. All paths are paths in the snapshot, whether the files
+    are there yet or not.
     """
 
-    def __init__(self, id: str, revision: str | None = None):
+    def __init__(self, id: str, revision: str | None = None, within: str = ""):
         self.id = id
-        self.folder = _download(id, CONFIGS, revision, shown=False)
+        nested = [f"{glob.escape(within)}/{pattern}" for pattern in CONFIGS] if within else []
+        self.folder = _download(id, CONFIGS + nested, revision, shown=False)
 
     @cached_property
     def _listing(self) -> dict[Path, tuple[int, str | None]]:
@@ -67,9 +68,10 @@ class Repository:
         """The names of the files in one of its folders, downloaded or not."""
         return sorted(path.name for path in self.sizes if path.parent == folder)
 
-    def matching(self, patterns: Iterable[str]) -> list[Path]:
-        """The files that match any of the patterns."""
-        names = {path: PurePosixPath(self._name(path)) for path in self.sizes}
+    def matching(self, patterns: Iterable[str], folder: Path | None = None) -> list[Path]:
+        """The files that match any of the patterns, in a folder of the repository or anywhere."""
+        own = [path for path in self.sizes if path.is_relative_to(folder or self.folder)]
+        names = {path: PurePosixPath(self._name(path)) for path in own}
         return [path for path, name in names.items() if not is_hidden(name) and any(map(name.match, patterns))]
 
     def header(self, file: Path) -> dict[str, dict[str, Any]]:
@@ -110,7 +112,7 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
     """The path of a model or a part of one, and the repository it is in, if any.
 
     source is "pocket", a folder, a file, a Hugging Face id, ID:PATH for a file or folder in its repository, ID@REVISION
-    or both, or an alias of an id. Only the configs of a repository are downloaded.
+    or both; an alias may stand for an id. Only the configs of a repository are downloaded.
     """
     if not isinstance(source, (str, Path)) or not str(source):
         raise ModelNotFoundError(f"expected a model's folder, a Hugging Face id or 'pocket', but got {source!r}")
@@ -123,11 +125,12 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
         raise ModelNotFoundError(f"{str(source)[:80]!r} is not a valid folder name ({error.args[-1]})") from None
     if is_folder or is_file:
         return check_name(folder), None
-    named = IN_REPOSITORY.fullmatch(ALIASES.get(str(source), str(source)))
-    if named:
-        repository = Repository(named[1], named[2])
-        path = repository.folder / (named[3] or "").rstrip("/")
-        if named[3] and not any(path in (file, *file.parents) for file in repository.sizes):
+    name = re.split("[@:]", str(source))[0]
+    if named := IN_REPOSITORY.fullmatch(ALIASES.get(name, name) + str(source)[len(name) :]):
+        within = (named[3] or "").rstrip("/")
+        repository = Repository(named[1], named[2], within)
+        path = repository.folder / within
+        if within and not any(path in (file, *file.parents) for file in repository.sizes):
             raise ModelNotFoundError(f"{named[1]} has no file or folder {named[3]!r}; check the name at huggingface.co")
         return path, repository
     raise ModelNotFoundError(
@@ -161,13 +164,20 @@ def snapshot(folder: Path) -> Path | None:
     return snapshots[0] if len(snapshots) == 1 else None
 
 
-def name_of(folder: Path) -> str:
-    """What to call a model folder without saying where it is: its name, or the id that it is a snapshot of."""
+def name_of(path: Path) -> str:
+    """What to call a model without saying where it is: its name or, in a hub cache, the id or ID:PATH that it is."""
+    path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name  # the cache's files are links
+    for folder in (path, *path.parents):
+        if is_snapshot(folder):
+            id = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+            return id if path == folder else f"{id}:{path.relative_to(folder).as_posix()}"
+    return path.name
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether a folder is one of a repository in a hub cache, where only files that were needed are."""
     folder = folder.resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return folder.name
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
 
 
 def _download(repository: str, patterns: list[str], revision: str | None, shown: bool) -> Path:

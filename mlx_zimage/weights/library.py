@@ -27,7 +27,7 @@ from . import official
 from . import store as embeddings
 from .checkpoint import Checkpoint, open_headers, resolve
 from .component import Component, Entry, read_json
-from .hub import POCKET, cached, locate, snapshot
+from .hub import POCKET, cached, is_snapshot, locate, snapshot
 from .manifest import CONVERSION, MANIFEST, read_manifest, sha256
 from .parts import PIPELINE_CLASSES, open_networks
 from .quantize import tensor_quantization
@@ -108,7 +108,8 @@ def models() -> Iterator[Model]:
     for repository, folder in cached().items():
         used = snapshot(folder)
         if _is_ours(repository, folder, used):
-            yield Model(repository, "hub", used or folder, _nbytes(folder), used is not None and _opens(used))
+            is_complete = used is not None and any(map(_opens, (used, *used.iterdir())))
+            yield Model(repository, "hub", used or folder, _nbytes(folder), is_complete)
     prompts = embeddings_folder()
     if prompts and (kept := sum(file.stat().st_size for file in embeddings.files(prompts))):
         yield Model(EMBEDDINGS, "prompts", prompts, kept)
@@ -285,7 +286,8 @@ def register(folder: Path) -> None:
     """
     folder = folder.expanduser().resolve()
     known = _registered()
-    if not (folder / CONVERSION).is_file() or folder.parent == home().resolve() or str(folder) in known:
+    is_own = folder.parent == home().resolve() or any(map(is_snapshot, (folder, *folder.parents)))
+    if is_own or not (folder / CONVERSION).is_file() or str(folder) in known:
         return
     with suppress(OSError):  # at worst, the folder is missing from the list
         home().mkdir(parents=True, exist_ok=True)
@@ -334,7 +336,7 @@ def _is_ours(repository: str, folder: Path, used: Path | None) -> bool:
     """Whether a cached repository is a model of this family that has weights, or is partly downloaded."""
     if not any(folder.glob("snapshots/**/*.safetensors")) and not any(folder.glob("blobs/*.incomplete")):
         return False
-    for index in folder.glob("snapshots/*/model_index.json"):
+    for index in folder.glob("snapshots/**/model_index.json"):
         with suppress(CheckpointError):
             return read_json(index).get("_class_name") in PIPELINE_CLASSES
     return repository == official.BF16_TRANSFORMER.partition("@")[0] or (used is not None and _opens(used))

@@ -67,7 +67,7 @@ def choose_files(
         (wanted,) = found
     if wanted not in found:
         raise CheckpointError(
-            f"{folder} has only the file variants {' and '.join(found)}, got {variant!r}; "
+            f"{folder} has only the file variants {' and '.join(found)}{f', not {variant!r}' if variant else ''}; "
             f"choose one with --variant (variant= in Python)"
         )
     indexes = [name for name in found[wanted] if INDEX.fullmatch(name)]

@@ -25,12 +25,12 @@ import mlx.core as mx
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models.runner import NetworkConfig
 from ..untrusted import brief, open_regular, parse_json
-from .component import FLOAT_SPELLINGS, SHOWN, Entry, read_header, read_json, read_metadata
+from .component import FLOAT_SPELLINGS, Entry, read_header, read_json, read_metadata
 from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement, is_finite
 from .hub import REPOSITORY_ID, Repository, check_name
 from .listing import is_hidden
 from .manifest import sha256
-from .names import comfyui_name
+from .names import comfyui_name, some
 from .unchanged import unchanged
 
 MAX_TENSORS = 5000  # with six for each layer of both networks, it would have 3100
@@ -318,7 +318,7 @@ def _config_in(folder: Path) -> Path:
     if config.is_file():
         return config
     files = sorted(path.name for path in folder.glob("*.safetensors") if not is_hidden(path.name))
-    listed = ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if files[SHOWN:] else "")
+    listed = some(files)
     raise CheckpointError(
         f"{folder} is a folder without adapter_config.json, so it is not one of PEFT's; expected a LoRA's file"
         + (f", such as one of those in it: {listed}" if files else "")
@@ -373,12 +373,10 @@ def _check_matched(file: Path, unmatched: list[str], total: int, partial: bool) 
     looks = next(
         (kind for kind, names in kinds.items() if sum(bool(names.search(key)) for key in unmatched) * 2 > total), ""
     )
-    more = f" and {len(unmatched) - SHOWN} more" if len(unmatched) > SHOWN else ""
     advice = "" if len(unmatched) == total else "; --lora-partial (partial=True) applies the others"
     looks = f" (it looks like {looks})" if looks else ""
     raise CheckpointError(
-        f"{file}: {len(unmatched)} of {total} keys match no layer of Z-Image{looks}: "
-        f"{', '.join(unmatched[:SHOWN])}{more}{advice}"
+        f"{file}: {len(unmatched)} of {total} keys match no layer of Z-Image{looks}: {some(unmatched)}{advice}"
     )
 
 

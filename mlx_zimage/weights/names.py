@@ -1,4 +1,4 @@
-"""Names of Z-Image's tensors in ComfyUI, LDM, GGUF (llama.cpp) and mflux files -> diffusers' names.
+"""Names of Z-Image's tensors in ComfyUI, LDM, GGUF (llama.cpp), mflux and mlx-vlm files -> diffusers' names.
 
 Each naming scheme is a table of anchored patterns. They can all be tried in turn on any name, since none matches the
 result of another; so a file that mixes schemes is read like any other.
@@ -7,8 +7,10 @@ result of another; so a file that mixes schemes is read like any other.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
+
+from ..errors import CheckpointError
 
 # A pattern for the beginning of a name, and its replacement.
 Row = tuple[str, str | Callable[[re.Match[str]], str]]
@@ -47,7 +49,7 @@ RENAMED: dict[str, list[Row]] = {
         (r"final_layer\.", "all_final_layer.2-1."),
         (r"(.*\.attention)\.out\.", r"\1.to_out.0."),
         (r"(.*\.attention)\.(q|k)_norm\.", r"\1.norm_\2."),
-        # mflux
+        # mflux and mlx-vlm
         (r"t_embedder\.linear1\.", "t_embedder.mlp.0."),
         (r"t_embedder\.linear2\.", "t_embedder.mlp.2."),
         (r"all_final_layer\.2-1\.adaLN_modulation\.0\.", "all_final_layer.2-1.adaLN_modulation.1."),
@@ -81,6 +83,8 @@ RENAMED: dict[str, list[Row]] = {
         # mflux
         (r"(encoder|decoder)\.(conv_in|conv_out)\.conv(2d)?\.", r"\1.\2."),
         (r"(encoder|decoder)\.conv_norm_out\.norm\.", r"\1.conv_norm_out."),
+        # mlx-vlm
+        (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_out\.(?!0\.)", r"\1.mid_block.attentions.0.to_out.0."),
     ],
 }
 # Back to ComfyUI's names; the VAE's are those of LDM.
@@ -142,6 +146,37 @@ def places(name: str, beside: Container[str] = ()) -> list[Place] | None:
     if fused:
         return [Place(component, f"{fused[1]}.to_{x}.{fused[2]}", i, 3) for i, x in enumerate("qkv")]
     return [Place(component, own)]
+
+
+def arrange(names: Collection[str], label: object) -> dict[str, dict[str, tuple[str, Place]]]:
+    """The networks that stored tensors make up: by network and name, the stored tensor that holds it, and where.
+
+    Raises CheckpointError if a tensor is unknown, or if one is stored twice; label is the file or folder.
+    """
+    if kind := foreign_kind(names):
+        use = "apply it with --lora (load_lora in Python)" if kind == "LoRA" else "expected the weights of Z-Image"
+        raise CheckpointError(f"{label} is a {kind}, not a model; {use}")
+    found: dict[str, dict[str, tuple[str, Place]]] = {}
+    unknown = []
+    for stored in names:
+        held = places(stored, names)
+        if held is None:
+            unknown.append(stored)
+        for place in held or ():
+            own = found.setdefault(place.component, {})
+            if place.name in own:
+                raise CheckpointError(f"{label}: {place.component} {place.name} is stored twice, once as {stored}")
+            own[place.name] = stored, place
+    if unknown:
+        raise CheckpointError(f"{label}: not part of Z-Image: {some(unknown)}; is this another model?")
+    if not found:
+        raise CheckpointError(f"{label} contains no weights; give a file with the weights of Z-Image")
+    return found
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five names, for an error."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def foreign_kind(names: Collection[str]) -> str | None:

@@ -15,20 +15,18 @@ from ..errors import CheckpointError, RequestError
 from ..models import NETWORKS, OPTIONAL
 from . import official
 from .component import (
-    SHOWN,
     Component,
     Entry,
     entries_in,
     find_network,
     has_fp8,
-    open_component,
+    read_config,
     read_entries,
-    read_header,
     read_json,
 )
-from .hub import Repository
+from .hub import Repository, name_of
 from .listing import NUMBERED, visible, weight_variants
-from .names import foreign_kind, places
+from .names import arrange, foreign_kind, some
 
 PIPELINE_CLASS = "ZImagePipeline"
 # The pipelines that use the same networks. A ControlNet next to them is not read.
@@ -74,8 +72,12 @@ def open_networks(
         return {name: _choose(name, tree[name], repository, configs) for name in names if tree[name]}
     own = [name for name in NETWORKS if _has_weights(path / name, repository)]
     if own and not any("config.json" in names_in(path / name, repository) for name in own):
-        return {name: _without_config(path / name, name, repository, configs) for name in names if name in own}
-    check_pipeline(path)  # says what it is instead
+        return {
+            name: open_network(name, path / name, configs[name], read_entries(path / name, None, repository))
+            for name in names
+            if name in own
+        }
+    check_pipeline(path, repository)  # says what it is instead
     return {}
 
 
@@ -96,7 +98,7 @@ def files_to_convert(path: Path, repository: Repository, names: Iterable[str], v
         own = find_network(path, name)
         config, entries = read_json(own / "config.json"), read_entries(own, variant, repository)
         if not has_fp8(entries):
-            Component(name, own, config, entries)
+            open_network(name, own, config, entries)
         found |= {entry.file for entry in entries.values()}
     return found
 
@@ -116,38 +118,49 @@ def read_single(file: Path, repository: Repository | None = None) -> dict[str, E
     """The tensors of a safetensors file; CheckpointError, with what to do instead, for any other file."""
     if file.suffix != ".safetensors":
         raise CheckpointError(
-            f"{file} is not a safetensors file; if it is GGUF, convert it first: mlx-zimage convert {file.name} DEST"
+            f"{file} is not a safetensors file; if it is GGUF, convert it first: "
+            f"mlx-zimage convert {name_of(file)} DEST"
         )
     return entries_in(file, repository)
 
 
 def translated(entries: Mapping[str, Entry], configs: Mapping[str, dict], label: Path) -> dict[str, Component]:
     """The checked networks that tensors make up, under any program's names; label is their file or folder."""
-    if kind := foreign_kind(entries):
-        raise CheckpointError(f"{label} is a {kind}, not a model; expected the weights of Z-Image")
-    found: dict[str, dict[str, Entry]] = {}
-    unknown = []
-    for name, entry in entries.items():
-        held = places(name, entries)
-        if held is None:
-            unknown.append(name)
-        for place in held or ():
-            own = found.setdefault(place.component, {})
-            if place.name in own:
-                raise CheckpointError(f"{label}: {place.component} {place.name} is stored twice, once as {name}")
-            own[place.name] = entry.piece(place.part, place.parts) if place.parts > 1 else entry
-    if unknown:
-        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-        raise CheckpointError(
-            f"{label}: not part of Z-Image: {', '.join(unknown[:SHOWN])}{more}; is this another model?"
-        )
-    if not found:
-        raise CheckpointError(f"{label} contains no weights; give a file with the weights of Z-Image")
+    found = _arranged(entries, label)
+    return {name: _network(name, label, configs[name], found[name]) for name in NETWORKS if name in found}
+
+
+def open_network(name: str, folder: Path, config: dict, entries: dict[str, Entry]) -> Component:
+    """The checked network in a folder of its own, under any program's names."""
+    if not read_config(NETWORKS[name], config, folder / "config.json").shapes().keys() <= entries.keys():
+        found = _arranged(entries, folder)
+        if [*found] != [name]:
+            raise CheckpointError(f"{folder} contains {' and '.join(found)}; expected only a {name}")
+        return _network(name, folder, config, found[name])
+    return Component(name, folder, config, entries)
+
+
+def open_component(
+    folder: Path, name: str, variant: str | None = None, repository: Repository | None = None
+) -> Component:
+    """One network of a model's folder. Reads its config and headers.
+
+    If folder is in a snapshot of repository, the headers of files that are not downloaded yet are read there.
+    """
+    own = find_network(folder, name)
+    return open_network(name, own, read_json(own / "config.json"), read_entries(own, variant, repository))
+
+
+def _arranged(entries: Mapping[str, Entry], label: Path) -> dict[str, dict[str, Entry]]:
+    """The entries of each network, by the architecture's names."""
     return {
-        name: Component(name, label, configs[name], _laid_out(found[name], configs[name], name))
-        for name in NETWORKS
-        if name in found
+        network: {name: entries[stored].piece(place.part, place.parts) for name, (stored, place) in own.items()}
+        for network, own in arrange(entries, label).items()
     }
+
+
+def _network(name: str, label: Path, config: dict, entries: dict[str, Entry]) -> Component:
+    return Component(name, label, config, _laid_out(entries, config, name))
 
 
 def _laid_out(entries: dict[str, Entry], config: dict, name: str) -> dict[str, Entry]:
@@ -181,15 +194,7 @@ def _own_folder(path: Path, repository: Repository | None, variant: str | None) 
     kind = config.get("_class_name") or config.get("model_type")
     if kind not in KINDS:
         raise CheckpointError(f"{path / 'config.json'} declares {kind or 'no model'}; expected {', '.join(KINDS)}")
-    return {KINDS[kind]: Component(KINDS[kind], path, config, read_entries(path, variant, repository))}
-
-
-def _without_config(folder: Path, name: str, repository: Repository | None, configs: Mapping[str, dict]) -> Component:
-    """A network in a model's folder without configs, as mflux saves it."""
-    found = translated(read_entries(folder, None, repository), configs, folder)
-    if name not in found:
-        raise CheckpointError(f"{folder} contains no {name}, only {' and '.join(found)}; is this another model?")
-    return found[name]
+    return {KINDS[kind]: open_network(KINDS[kind], path, config, read_entries(path, variant, repository))}
 
 
 def _comfyui_tree(path: Path, repository: Repository | None) -> dict[str, list[Path]]:
@@ -213,8 +218,11 @@ def _choose(name: str, files: list[Path], repository: Repository | None, configs
     found, faults = [], []
     for file in files:
         try:
-            found.append(translated(read_single(file, repository), configs, file)[name])
-        except (CheckpointError, KeyError) as error:
+            held = translated(read_single(file, repository), configs, file)
+            if name not in held:
+                raise CheckpointError(f"{file} contains only {' and '.join(held)}")
+            found.append(held[name])
+        except CheckpointError as error:
             faults.append(str(error))
     if not found:
         raise CheckpointError(f"none of {files[0].parent}'s files can be used as the {name}: {'; '.join(faults)}")
@@ -246,26 +254,37 @@ def _is_folder(path: Path, repository: Repository | None) -> bool:
 # ---- checks on a model folder, shared with the converter
 
 
-def check_pipeline(folder: Path) -> None:
+def check_pipeline(folder: Path, repository: Repository | None = None) -> None:
     """Refuse a folder that does not contain a Z-Image pipeline, and say what it is instead."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise CheckpointError(f"{folder} has no model_index.json{_what(folder)}; expected a diffusers folder")
+        raise CheckpointError(
+            f"{folder} has no model_index.json{_what(folder, repository)}; expected a diffusers folder"
+        )
     kind = read_json(index).get("_class_name")
     if kind not in PIPELINE_CLASSES:
         raise CheckpointError(f"{index} declares {kind or 'no pipeline'}; expected {PIPELINE_CLASS}")
 
 
-def _what(folder: Path) -> str:
+def _what(folder: Path, repository: Repository | None) -> str:
     """What a folder without model_index.json contains, if it is recognized."""
     if (folder / "adapter_config.json").is_file():
         return ": it is a LoRA"
+    names = names_in(folder, repository)
     try:
-        names = {name for file in visible(folder, "*.safetensors") for name in read_header(file)}
+        weights = [name for name in names if name.endswith(".safetensors")]
+        kind = foreign_kind(entries_in(folder / weights[0], repository)) if weights else None
     except CheckpointError:
-        return ""
-    kind = foreign_kind(names) if names else None
-    return f": it is a {kind}" if kind else ""
+        kind = None
+    if kind:
+        return f": it is a {kind}"
+    files = repository.sizes if repository else visible(folder, "*/model_index.json")
+    models = [file.parent.name for file in files if file == folder / file.parent.name / "model_index.json"]
+    if models:
+        return f", but these folders in it do: {some(models)}"
+    if packed := [name for name in names if name.endswith(".gguf")]:
+        return f", but GGUF files: convert one first, as in mlx-zimage convert {name_of(folder / packed[0])} DEST"
+    return ""
 
 
 def check_variant(

@@ -70,7 +70,7 @@ def convert_steps(
 ) -> Iterator[Progress]:
     """Convert the model at source to the folder dest, which must not exist, yielding Progress after each tensor.
 
-    source is a Hugging Face id, "pocket", a folder written by diffusers, mflux or this package, or a safetensors or
+    source is a Hugging Face id, "pocket", a folder of diffusers, mflux, mlx-vlm or this package, or a safetensors or
     GGUF file. transformer, text_encoder, vae and tokenizer replace or add parts; base provides what is still missing:
     see sources.open_source. variant, such as "fp16", selects among the source's files; by default those without a
     variant are read.
@@ -115,9 +115,10 @@ def convert_steps(
     others = [Path(other).expanduser() for other in (*replaced.values(), base) if other is not None]
     for folder in filter(Path.is_dir, (opened.at, *others)):
         check_outside(dest, folder)
-    if loras and calibrate:
+    if calibrate and (loras or base is not None):
         raise RequestError(
-            "calibrate measures the source without LoRAs; fuse them without quantizing first, and convert the result"
+            "calibrate measures the source without LoRAs or base; convert with them without quantizing first, and then "
+            "the result"
         )
     if loras:
         opened = fuse(opened, loras, partial)
@@ -125,7 +126,8 @@ def convert_steps(
     if calibrate:
         from .calibrate import Calibration  # imported only if needed: it loads everything that generates images
 
-        factor_of = Calibration(source, memory, variant).factor
+        parts = {name: other for name, other in replaced.items() if name != "tokenizer"}
+        factor_of = Calibration(source, memory, variant, parts).factor
     if format == "comfyui":
         layout = lay_out_comfyui(opened, dtype, dest.name)
     else:

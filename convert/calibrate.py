@@ -7,14 +7,14 @@ rounding.py keeps it small.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import RequestError
 from ..machine import default_dtype, unpack_from
 from ..models.layers import linear
 from ..models.runner import Tree
@@ -48,6 +48,9 @@ INPUTS = {
 }
 
 
+NO_PARTS: Mapping[str, Any] = {}
+
+
 class Calibration:
     """Cholesky factors of the inputs' second moments. Generation starts when the first factor is requested.
 
@@ -55,10 +58,16 @@ class Calibration:
     whole real model would take 20 GB.
     """
 
-    def __init__(self, source: str | Path, memory: str | int | None = None, variant: str | None = None):
+    def __init__(
+        self,
+        source: str | Path,
+        memory: str | int | None = None,
+        variant: str | None = None,
+        parts: Mapping[str, Any] = NO_PARTS,
+    ):
         # in float16 the squares would overflow
         dtype = "float32" if default_dtype() == "float32" else "bfloat16"
-        self._pipe = open_pipeline(source, dtype, memory, variant)
+        self._pipe = ZImagePipeline.from_pretrained(source, dtype, memory, variant=variant, **parts)
         self._blocks: Iterator[tuple[str, dict[str, mx.array]]] | None = None
         self._block = ""
         self._moments: dict[str, mx.array] = {}
@@ -76,18 +85,6 @@ class Calibration:
             self._last = "", np.empty(0)  # frees it first: the widest of the real model takes 420 MB
             self._last = INPUTS[layer], cholesky(np.array(self._moments[INPUTS[layer]]))
         return self._last[1]
-
-
-def open_pipeline(
-    source: str | Path, dtype: str | None = None, memory: str | int | None = None, variant: str | None = None
-) -> ZImagePipeline:
-    """A pipeline for the source, which must be a model folder or id rather than a single file."""
-    if Path(source).expanduser().is_file():
-        raise RequestError(
-            f"reports and calibration generate images with the source, but {source} is a single file; convert it to a "
-            f"folder without quantizing, then convert that folder"
-        )
-    return ZImagePipeline.from_pretrained(source, dtype, memory, variant=variant)
 
 
 def cholesky(moment: np.ndarray) -> np.ndarray:

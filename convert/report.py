@@ -9,10 +9,11 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log10, sqrt
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +29,7 @@ from ..weights.checkpoint import open_checkpoint
 from ..weights.hub import REPOSITORY_ID
 from ..weights.manifest import CONVERSION, MANIFEST, read_manifest, sha256
 from ..weights.official import REPOSITORY
-from .calibrate import open_pipeline
+from .calibrate import NO_PARTS
 from .disk import render_json
 from .rows import Tensor, read_rows
 from .sources import Source, open_folder, open_source
@@ -69,15 +70,17 @@ def report_steps(
     dtype: str | None = None,
     memory: str | int | None = None,
     variant: str | None = None,
+    parts: Mapping[str, Any] = NO_PARTS,
 ) -> Iterator[Compared]:
-    """Compare the model in folder with its source, a model folder or id, yielding Compared as it goes.
+    """Compare the model in folder with its source, as for `from_pretrained`, yielding Compared as it goes.
 
     Both models generate an image of size x size pixels from each prompt, one model after the other; the seed is the
     prompt's index. dtype and memory are those of ZImagePipeline.from_pretrained; with a memory budget, a model that
-    does not fit is streamed from disk. variant selects among the source's files.
+    does not fit is streamed from disk. variant selects among the source's files; parts are where networks other than
+    its own came from, by name.
     """
     folder = Path(folder).expanduser()
-    ours, theirs = open_ours(folder), open_source(source, variant=variant)
+    ours, theirs = open_ours(folder), open_source(source, variant=variant, **parts)
     packed = []
     for component in open_checkpoint(folder).components:
         names = {f"{layer}.weight" for layer in component.quantizations}
@@ -89,7 +92,7 @@ def report_steps(
     for i, (name, tensor, exact) in enumerate(packed, 1):
         layers[f"{name} {tensor.name}"] = weight_error(tensor, exact)
         yield Compared(tensor.name, i, total)
-    pipe = open_pipeline(source, dtype, memory, variant)
+    pipe = ZImagePipeline.from_pretrained(source, dtype, memory, variant=variant, **parts)
     requests = _requests(pipe, prompts, size, steps)
     generated = []
     for i, request in enumerate(requests, len(packed) + 1):
@@ -111,9 +114,14 @@ def report_steps(
     add_files(folder, {QUALITY: render_json(quality), CARD: model_card(ours.conversion, quality).encode()})
 
 
-def check_source(source: str | Path, memory: str | int | None = None, variant: str | None = None) -> None:
+def check_source(
+    source: str | Path,
+    memory: str | int | None = None,
+    variant: str | None = None,
+    parts: Mapping[str, Any] = NO_PARTS,
+) -> None:
     """Raise, before any work, if `report` could not generate images with the source."""
-    pipe = open_pipeline(source, memory=memory, variant=variant)
+    pipe = ZImagePipeline.from_pretrained(source, memory=memory, variant=variant, **parts)
     for request in _requests(pipe, PROMPTS):
         pipe.plan(request)
 

@@ -1,5 +1,6 @@
 """Calibration records the inputs of the matrices, and quantizing with it preserves their products."""
 
+import json
 import re
 import signal
 import subprocess
@@ -123,10 +124,21 @@ def test_a_calibrated_folder_has_the_same_size_and_a_more_accurate_velocity(quic
     assert np.mean(errors[1]) < 0.7 * np.mean(errors[0])
 
 
+def test_calibration_generates_with_the_networks_that_are_converted(quick, tmp_path):
+    other = ZImagePipeline.from_pretrained("pocket").checkpoint.transformer
+    blank = {name: mx.zeros(shape, mx.bfloat16) for name, shape in other.shapes.items()}
+    (tmp_path / "blank").mkdir()
+    mx.save_safetensors(str(tmp_path / "blank/model.safetensors"), blank)
+    (tmp_path / "blank/config.json").write_text(json.dumps(other.raw_config))
+    parts = {"transformer": tmp_path / "blank"}
+    name = "layers.0.attention.to_out.0.weight"
+    moments = np.square(Calibration("pocket", parts=parts).factor(name)).sum()
+    assert moments == len(Calibration("pocket").factor(name)), "all inputs are zero: only the damping is left"
+
+
 def test_options_that_calibration_does_not_support_are_refused(tmp_path):
-    file = convert("pocket", tmp_path / "all.safetensors", format="comfyui")
-    with pytest.raises(RequestError, match=r"calibration generate images with the source, but .* is a single file"):
-        convert(file, tmp_path / "out", bits=4, base="pocket", calibrate=True)
+    with pytest.raises(RequestError, match="measures the source without LoRAs or base"):
+        convert("pocket", tmp_path / "out", bits=4, base="pocket", calibrate=True)
     for options in ({}, {"mode": "nvfp4"}):
         for option in ("search", "calibrate"):
             with pytest.raises(RequestError, match="search and calibrate need mode affine"):

@@ -23,7 +23,7 @@ from mlx_zimage.convert import convert
 from mlx_zimage.convert import report as module
 from mlx_zimage.convert.report import check_source, model_card, report, report_steps, upload
 from mlx_zimage.convert.verify import verify
-from mlx_zimage.errors import CheckpointError, OutputError, RequestError
+from mlx_zimage.errors import CheckpointError, OutputError
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
 PROMPTS = ["a red circle | on a blue background"]
@@ -156,7 +156,7 @@ def test_one_command_converts_reports_and_uploads(tmp_path, api, monkeypatch):
             2,
             "--report and --upload-repo need --format mlx, got comfyui",
         ),
-        (["--report", "--vae", "pocket"], None, 2, "--report compares with SOURCE alone; leave out --vae"),
+        (["--report", "--base", "pocket"], None, 2, "--report generates images with SOURCE's own; leave out --base"),
         (["--report", "--memory", "1MB"], None, 5, "1 MB"),
         (["--memory", "1GB"], None, 2, "--memory only applies to --calibrate and --report"),
     ],
@@ -174,9 +174,9 @@ def test_invalid_options_for_a_report_or_upload_are_refused_before_any_work(
 
 
 def test_a_report_needs_a_source_that_can_generate_images(tmp_path):
-    file = convert("pocket", tmp_path / "all.safetensors", format="comfyui")
-    with pytest.raises(RequestError, match=r"calibration generate images with the source, but .* is a single file"):
-        check_source(file)
+    (tmp_path / "z-image.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="if it is GGUF, convert it first"):
+        check_source(tmp_path / "z-image.gguf")
 
 
 def test_the_whole_folder_is_uploaded(folders):

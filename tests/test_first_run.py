@@ -25,6 +25,7 @@ from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.weights import library, manifest
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.hub import POCKET
+from mlx_zimage.weights.hub import name_of as hub_name
 from mlx_zimage.weights.library import Disk, FirstRun, check_space, choose_bits, disks
 from mlx_zimage.weights.listing import is_hidden
 
@@ -393,6 +394,70 @@ official.CONFIGS = mflux_folders.CONFIGS
     assert sum(path.stat().st_size for path in on_disk) < fetched + 100_000, "no second copy"
 
 
+def test_a_model_in_a_folder_of_a_repository_is_used_as_it_is(run, hub, tmp_path):
+    for bits in (4, 8):
+        convert("pocket", tmp_path / f"several/{bits}bit", bits=bits)
+    hub.serve(tmp_path / "several", "someone/several")
+    result = run("info", "someone/several")
+    assert result.returncode == 4 and "but these folders in it do: 4bit, 8bit; expected" in result.stderr
+    result = run("info", "someone/several:4bit")
+    assert "4-bit affine" in result.stdout and "not downloaded" in result.stdout, result.stderr
+    assert run(*GENERATE, "--model", "someone/several:4bit").returncode == 0
+    assert run(*GENERATE, "--model", tmp_path / "several/4bit").returncode == 0
+    assert (run.work / "image.png").read_bytes()[-100:] == (run.work / "image-1.png").read_bytes()[-100:]
+    assert not any(name.startswith("8bit/") and not name.endswith(".json") for name in hub.sent)
+    (snapshot,) = run.home.with_name("huggingface").glob("hub/*/snapshots/*")
+    assert run(*GENERATE, "--model", snapshot / "4bit", "-o", "path.png").returncode == 0
+    assert read_origin(run.work / "path.png").model == "someone/several:4bit"
+    listed = run("models").stdout
+    assert listed.endswith("hub       someone/several\n") and "snapshots" not in listed
+
+    part = {"--vae": "someone/several:8bit/vae", "--text-encoder": "someone/several:4bit"}
+    assert run(*GENERATE, "--model", "pocket", *(word for option in part.items() for word in option)).returncode == 0
+    assert run("convert", "pocket", "out", "--tokenizer", "someone/several:8bit/tokenizer").returncode == 0
+
+
+def test_a_tokenizer_comes_from_a_repository_of_transformers(run, hub, tmp_path):
+    plain = shutil.copytree(POCKET / "text_encoder", tmp_path / "plain")
+    shutil.copytree(POCKET / "tokenizer", plain, dirs_exist_ok=True)
+    hub.serve(plain, "Qwen/Qwen3-4B")
+    result = run("convert", "pocket", "out", "--tokenizer", "Qwen/Qwen3-4B", "--text-encoder", "Qwen/Qwen3-4B")
+    assert result.returncode == 0, result.stderr
+    whole = convert("pocket", tmp_path / "whole")
+    for name in ("tokenizer/tokenizer.json", "text_encoder/model-00001-of-00001.safetensors"):
+        assert (run.work / "out" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_an_alias_can_have_a_revision_and_a_path(run):
+    assert run("info", "z-image-turbo@main").returncode == 0
+    assert "turbo:vae contains no transformer, only vae" in run("info", "turbo:vae").stderr
+
+
+def test_after_a_first_run_an_alias_stands_for_what_was_converted(run, hub):
+    assert run(*GENERATE, "--yes").returncode == 0
+    hub.seen.clear()
+    folder = run.home / "Z-Image-Turbo-bf16"
+    assert run("info", "turbo").stdout.startswith(f"{folder}\n")
+    assert run("plan", "turbo").stdout == run("plan", folder).stdout != ""
+    assert run("verify", "turbo").stdout == f"{folder} is intact (all checksums match)\n"
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize("command", ["fuse", pytest.param("convert", marks=pytest.mark.slow)])
+def test_an_alias_takes_the_smaller_transformer_in_all_conversions(run, hub, comfy, tmp_path, command):
+    program, file = comfy
+    lora = tmp_path / "style.safetensors"
+    key = "diffusion_model.layers.0.attention.to_q.lora"
+    width = mx.load(str(file))["layers.0.attention.out.weight"].shape[0]
+    mx.save_safetensors(str(lora), {f"{key}_A.weight": mx.ones((1, width)), f"{key}_B.weight": mx.ones((width, 1))})
+    options = ["--lora", lora] if command == "fuse" else ["--report"]
+    refused = run(command, "z-image-turbo", "out", "--q-bits", "99", *options, program=program)
+    assert refused.returncode == 2 and not weights_sent(hub, ""), refused.stderr
+    result = run(command, "z-image-turbo", "out", "--q-bits", "4", *options, program=program)
+    assert result.returncode == 0, result.stderr
+    assert weights_sent(hub, "transformer/") == 0 < weights_sent(hub, COMFY_FILE)
+
+
 def test_models_lists_what_an_id_can_be_used_for_and_frees_the_rest(run):
     hub = run.home.with_name("huggingface") / "hub"
     assert run(*GENERATE, "--model", DEFAULT_MODEL).returncode == 0
@@ -400,6 +465,8 @@ def test_models_lists_what_an_id_can_be_used_for_and_frees_the_rest(run):
     (snapshot,) = repository.glob("snapshots/*")
     assert run(*GENERATE, "--model", snapshot, "-o", "path.png").returncode == 0
     assert read_origin(run.work / "path.png").model == DEFAULT_MODEL, "not its commit"
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    assert hub_name(snapshot / file) == f"{DEFAULT_MODEL}:{file}", "not its checksum"
 
     (repository / "refs/main").unlink()  # as the client leaves it after fetching one commit
     listed = json.loads(run("models", "--json").stdout.splitlines()[1])
@@ -444,6 +511,10 @@ def test_verify_of_an_id_compares_every_file_with_its_checksums(run, hub, tmp_pa
     sums = manifest.read_manifest(published) | {"README.md": manifest.sha256(published / "README.md")}
     (published / manifest.MANIFEST).write_bytes(manifest.render_manifest(sums))
     hub.serve(published)
+    assert run(*GENERATE, "--model", DEFAULT_MODEL).returncode == 0
+    (snapshot,) = run.home.with_name("huggingface").glob("hub/*/snapshots/*")
+    assert not (snapshot / "README.md").exists()
+    assert run("verify", snapshot).returncode == 0, "a model needs no README"
     result = run("verify", DEFAULT_MODEL)
     assert result.returncode == 0 and "all checksums match" in result.stdout, result.stderr
     (readme,) = run.home.with_name("huggingface").rglob("README.md")

@@ -28,7 +28,7 @@ PHASES = {
 @click.command(cls=Command, epilog="Example: mlx-zimage bench --model z-image-4bit --json this-machine.json")
 @click.option(
     "--model",
-    type=ModelName(),
+    type=ModelName(converted=True),
     default="random",
     show_default=True,
     help="Model folder, Hugging Face id, 'pocket', or 'random' (no download).",

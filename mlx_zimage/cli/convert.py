@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 
 import click
 
 from ..errors import RequestError
 from ..quantization import MODES
 from .elsewhere import Command
-from .models import DEFAULT_MODEL
+from .models import DEFAULT_MODEL, smaller_download
 from .output import print_path, progress_bar, say
 from .values import FilePath, ModelName
 
-PARTS = ("transformer", "text_encoder", "vae", "tokenizer", "base")
+PARTS = ("transformer", "text_encoder", "vae")
+QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_bits", "recipe", "target_size")
 
 
 @click.command(cls=Command, epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
@@ -88,15 +88,15 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
     """Convert SOURCE to an MLX model folder DEST and print its path.
 
     SOURCE is a Hugging Face id (ID:PATH for a part of one), 'z-image-turbo' (the official model in a smaller download),
-    'z-image', 'pocket', a folder of diffusers, mflux, ComfyUI or this program, or a safetensors or GGUF file. Tensors
-    are converted one at a time, which takes little memory. The VAE and the most sensitive layers are never quantized.
-    To resume an interrupted conversion, run the same command again.
+    'z-image', 'pocket', a folder of diffusers, mflux, mlx-vlm, ComfyUI or this program, or a safetensors or GGUF file.
+    Tensors are converted one at a time, which takes little memory. The VAE and the most sensitive layers are never
+    quantized. To resume an interrupted conversion, run the same command again.
     """
     from ..convert import convert_steps
+    from ..convert.choose import quantizations
     from ..convert.report import check_source, check_upload, report_steps, upload
     from ..convert.writer import check_absent
-    from ..weights.hub import ALIASES
-    from ..weights.library import fetch_transformer, register, smaller_transformer
+    from ..weights.library import register
 
     memory, variant = options["memory"], options["variant"]
     if (reported or upload_repo) and options["format"] != "mlx":
@@ -105,22 +105,18 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
         raise RequestError(
             "--memory only applies to --calibrate and --report; leave it out, converting alone takes little memory"
         )
-    given = [f"--{name.replace('_', '-')}" for name in PARTS if options[name]]
-    if reported and given:
-        raise RequestError(f"--report compares with SOURCE alone; leave out {' and '.join(given)}")
-    if source in ALIASES and not Path(source).exists():
-        source = ALIASES[source]
-        if not (options["transformer"] or reported or options["calibrate"]):  # which compare with SOURCE itself
-            check_absent(dest)  # before anything is downloaded
-            smaller, fault = smaller_transformer(source)
-            fault = fault or (fetch_transformer(smaller) if smaller else "")
-            say(f"{fault}; downloading the transformer of {source} instead", quiet or not fault)
-            options["transformer"] = None if fault else smaller
+    if reported and (others := [f"--{name}" for name in ("tokenizer", "base") if options[name]]):
+        raise RequestError(f"--report generates images with SOURCE's own; leave out {' and '.join(others)}")
+    quantizations(**{name: options[name] for name in QUANTIZATION})  # raises before anything is downloaded
+    check_absent(dest)
+    if options["transformer"] is None:
+        source, options["transformer"] = smaller_download(source, quiet)
+    parts = {name: options[name] for name in PARTS}
     if upload_repo:
         check_upload(upload_repo)
     with closing(convert_steps(source, dest, **options)) as steps:
         if reported:
-            check_source(source, memory, variant)
+            check_source(source, memory, variant, parts)
         if options["calibrate"]:
             say("Generating images with SOURCE to calibrate; conversion starts afterwards.", quiet)
         with progress_bar(quiet, unit="B", unit_scale=True) as bar:
@@ -129,7 +125,7 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
                 bar.set_description(step.component, refresh=False)
                 bar.update(step.done_bytes - bar.n)
     if reported:
-        compared = report_steps(dest, source, memory=memory, variant=variant)
+        compared = report_steps(dest, source, memory=memory, variant=variant, parts=parts)
         with progress_bar(quiet, desc="Comparing") as bar, closing(compared) as parts:
             for part in parts:
                 bar.total = part.total

@@ -13,7 +13,11 @@ from .values import ModelName, sides, size_options
 
 
 @click.command(cls=Command, epilog="Example: mlx-zimage doctor --model z-image-4bit --json > doctor.json")
-@click.option("--model", type=ModelName(), help="Also measure the disk of this model, and check only its quantization.")
+@click.option(
+    "--model",
+    type=ModelName(converted=True),
+    help="Also measure the disk of this model, and check only its quantization.",
+)
 @size_options
 @click.option(
     "--dtype",

@@ -6,13 +6,14 @@ import click
 
 from ..quantization import MODES
 from .adapters import WithLoras, lora_options
+from .models import smaller_download
 from .output import print_path, progress_bar
 from .values import FilePath, ModelName
 
 
 @click.command(
     cls=WithLoras,
-    epilog="Example: mlx-zimage fuse Tongyi-MAI/Z-Image-Turbo --lora style.safetensors 0.8 styled --q-bits 4",
+    epilog="Example: mlx-zimage fuse z-image-turbo --lora style.safetensors 0.8 styled --q-bits 4",
 )
 @click.argument("model", type=ModelName())
 @click.argument("dest", type=FilePath())
@@ -40,13 +41,20 @@ def fuse(model, dest, loras, lora_partial, quiet, **options):
     sum is rounded only once. `generate --lora` needs no fused model, and can change strengths at any time.
     """
     from ..convert import convert_steps
+    from ..convert.choose import quantizations
+    from ..convert.writer import check_absent
     from ..weights.library import register
 
     if not loras:
         raise click.UsageError("Missing option '--lora'; give at least one LoRA to fuse.")
+    quantizations(options["bits"], options["group_size"], options["mode"])  # raises before anything is downloaded
+    check_absent(dest)
+    model, transformer = smaller_download(model, quiet)
     uses = [(path, 1.0 if strength is None else strength) for path, strength in loras]
     with (
-        closing(convert_steps(model, dest, loras=uses, partial=lora_partial, **options)) as steps,
+        closing(
+            convert_steps(model, dest, loras=uses, partial=lora_partial, transformer=transformer, **options)
+        ) as steps,
         progress_bar(quiet, unit="B", unit_scale=True) as bar,
     ):
         for step in steps:

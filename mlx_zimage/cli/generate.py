@@ -30,6 +30,7 @@ from ..jobs import (
 )
 from ..request import RNGS, GenerateRequest
 from ..sizes import parse_memory
+from ..variants import ALIASES
 from .adapters import WithLoras, load_loras, lora_options, name_paths
 from .elsewhere import as_typed, join_seeds, options_given
 from .models import DEFAULT_MODEL, first_run
@@ -104,8 +105,8 @@ class Generate(WithLoras):
     "--model",
     "source",
     type=ModelName(),
-    help="Model folder or file (of this program, diffusers, mflux or ComfyUI), Hugging Face id, ID:PATH for a part of "
-    f"one, 'z-image-turbo', 'z-image' or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
+    help="Model folder or file (of this program, diffusers, mflux, mlx-vlm, ComfyUI), Hugging Face id, ID:PATH for a "
+    f"part of one, 'z-image-turbo', 'z-image' or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
 @click.option(
     "--variant",
@@ -250,7 +251,6 @@ def generate(
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
     from ..inputs import Inputs, check_latents_size, read_latents
-    from ..weights.hub import ALIASES
     from ..weights.library import register
     from .watch import Watch, add_views
 

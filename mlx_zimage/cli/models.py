@@ -9,7 +9,7 @@ import click
 
 from ..errors import ModelNotFoundError, RequestError
 from ..sizes import size
-from ..variants import TURBO
+from ..variants import ALIASES, TURBO
 from .elsewhere import Group
 from .output import echo, hub_bars, progress_bar, say
 from .values import ModelName
@@ -125,6 +125,19 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     if transformer:
         say(f"  mlx-zimage models rm {transformer.partition('@')[0]}", quiet)
     return plan.dest
+
+
+def smaller_download(source: str, quiet: bool) -> tuple[str, str | None]:
+    """The id that an alias stands for, and where to take its transformer from, if a smaller copy is published."""
+    from ..weights.library import fetch_transformer, smaller_transformer
+
+    if source not in ALIASES or Path(source).exists():
+        return source, None
+    repository = ALIASES[source]
+    smaller, fault = smaller_transformer(repository)
+    fault = fault or (fetch_transformer(smaller) if smaller else "")
+    say(f"{fault}; downloading the transformer of {repository} instead", quiet or not fault)
+    return repository, None if fault else smaller
 
 
 def _afterwards(disk: Disk) -> str:

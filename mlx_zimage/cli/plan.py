@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command, epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
-@click.argument("model", required=False, type=ModelName())
+@click.argument("model", required=False, type=ModelName(converted=True))
 @click.option(
     "--variant",
     metavar="NAME",

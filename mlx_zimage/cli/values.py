@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 from ..errors import ModelNotFoundError, RequestError
 from ..jobs import parse_size, size_of_ratio
 from ..request import check_size
+from ..variants import ALIASES
 
 F = TypeVar("F", bound=Callable)
 
@@ -61,9 +62,13 @@ class ModelName(_Expanded, click.ParamType):
 
     name = "model"
 
-    def __init__(self, listed_only: bool = False):
-        """listed_only leaves folders and files that `mlx-zimage models` does not list out of the completions."""
-        self.listed_only = listed_only
+    def __init__(self, listed_only: bool = False, converted: bool = False):
+        """listed_only leaves folders and files that `mlx-zimage models` does not list out of the completions.
+
+        converted makes an alias such as z-image-turbo stand for what a first run converted, if it is there, as in
+        `generate`.
+        """
+        self.listed_only, self.converted = listed_only, converted
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from ..weights.library import models
@@ -79,6 +84,10 @@ class ModelName(_Expanded, click.ParamType):
         name = os.path.expanduser(value)
         if name.lower() == "pocket" != name and not os.path.exists(name):
             raise ModelNotFoundError(f"no model {name!r}; did you mean 'pocket'?")
+        if self.converted and name in ALIASES and not os.path.exists(name):
+            from ..weights.library import converted
+
+            return str(converted(ALIASES[name]) or name)
         return name
 
 

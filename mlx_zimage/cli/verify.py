@@ -9,7 +9,7 @@ from .values import ModelName
 
 
 @click.command(cls=Command, epilog="Example: mlx-zimage verify z-image-4bit")
-@click.argument("folder", type=ModelName())
+@click.argument("folder", type=ModelName(converted=True))
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 def verify(folder: str, quiet: bool) -> None:
     """Check every byte of a model FOLDER and report any faults.

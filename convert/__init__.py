@@ -140,7 +140,7 @@ def convert_steps(
     return _write(opened, layout, dest, dtype)
 
 
-class Needless(UserWarning):
+class Wasteful(UserWarning):
     """An option of a conversion changes nothing, or makes the result larger without better images."""
 
 
@@ -152,14 +152,14 @@ def _warn_of_waste(source: Source, layout: Layout, settings: Settings, dtype: st
     if settings.target is not None and settings.target >= dense:
         warnings.warn(
             f"the target size changes nothing: without quantization the model takes {size(dense)}",
-            Needless,
+            Wasteful,
             stacklevel=3,
         )
     elif layout.nbytes > 1.02 * source.nbytes:  # as much as headers and small files may take
         warnings.warn(
             f"{source.origin} takes {size(source.nbytes)} and the result {size(layout.nbytes)}, but what the source "
             f"has lost to its own quantization does not come back; choose fewer bits, or convert the original",
-            Needless,
+            Wasteful,
             stacklevel=3,
         )
 

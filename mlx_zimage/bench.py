@@ -21,7 +21,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from .doctor import facts, product_rate
+from .doctor import facts, time_products
 from .errors import MemoryBudgetError, RequestError, ZImageError
 from .machine import default_dtype, machine_budget
 from .memory import Workload
@@ -228,7 +228,7 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
         networks.end_stage("transformer")
         decode = yield from timed("decode", lambda: vae.decode(noise), repeat, peaks["decode"], generated)
     networks.release()
-    rate = product_rate(tokens, dtype, config.dim, config.ffn_dim, CHAIN)
+    rate = time_products(tokens, dtype, config.dim, config.ffn_dim, CHAIN)
     flops = case.steps * prompts * step_flops(config, tokens, case.caption_tokens)
     achieved = flops / denoise["median_s"]
     yield {

@@ -104,7 +104,7 @@ def speeds(width: int, height: int, model: Checkpoint | None = None) -> Speeds:
     The product rate is stored: the networks split their work by it.
     """
     rows, dim, width = (1024, 2048, 2048) if backend() != "cpu" else (256, 512, 512)
-    rate = product_rate(rows, getattr(mx, default_dtype()), dim, width, chain=8)
+    rate = time_products(rows, getattr(mx, default_dtype()), dim, width, chain=8)
     longest = None
     if backend() != "cpu":
         remember_product_rate(rate)
@@ -133,7 +133,7 @@ def longest_kernel(width: int, height: int, most: float) -> float:
     return max((b - a) * flops for count, flops in rows.values() for a, b in pieces(count, flops, most)[:1])
 
 
-def product_rate(rows: int, dtype: mx.Dtype, dim: int, width: int, chain: int) -> float:
+def time_products(rows: int, dtype: mx.Dtype, dim: int, width: int, chain: int) -> float:
     """FLOP per second of matrix products (rows, dim) x (dim, width) and back, `chain` of them timed together."""
     x, w = mx.random.normal((rows, dim)).astype(dtype), (mx.random.normal((width, dim)) * width**-0.5).astype(dtype)
     mx.eval(x, w)

@@ -18,7 +18,7 @@ from .models.transformer import Transformer
 from .request import GenerateRequest
 
 SIDE = 64  # pixels; the pocket model's products are larger at this size than at larger ones
-TOKENS = 32  # the most tokens of the prompt, template included
+SAMPLE_TOKENS = 32  # the most tokens of the prompt, template included
 SAMPLE = GenerateRequest("a red fox in the snow", SIDE, SIDE, seed=0, steps=1)
 STEP = 2.0**-2  # from one attempt to the next
 SMALLEST = 2.0**-8  # with the margin, numbers from 4 up keep all bits; with a smaller one, bfloat16 is more accurate

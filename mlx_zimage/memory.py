@@ -16,7 +16,7 @@ import mlx.core as mx
 from .bounds import ADAPTED, ADDED, FUSED_ON_METAL, LARGEST_WHOLE, bounds
 from .dtypes import STORED
 from .errors import MemoryBudgetError
-from .headroom import SIDE, TOKENS
+from .headroom import SAMPLE_TOKENS, SIDE
 from .machine import backend, kernel_flops, max_buffer
 from .models.layers import vae_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
@@ -321,7 +321,7 @@ class Planner:
     def stages(self, work: Workload) -> list[Stage]:
         """Encoding the prompts, denoising, and decoding the images."""
         if self.dtype == mx.float16:  # the sample that its scale is found with must fit, too
-            width, height, tokens = max(work.width, SIDE), max(work.height, SIDE), max(work.tokens, TOKENS)
+            width, height, tokens = max(work.width, SIDE), max(work.height, SIDE), max(work.tokens, SAMPLE_TOKENS)
             work = replace(work, width=width, height=height, tokens=tokens)
         modulations = self.modulations(work.steps)
         denoise = []

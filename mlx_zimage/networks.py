@@ -269,7 +269,7 @@ class Networks:
             return
         networks: list[TextEncoder | Transformer] = [self.text_encoder, self.transformer]
         components = [self.checkpoint.text_encoder, self.checkpoint.transformer]
-        ids = self.tokenize(headroom.SAMPLE.prompt)[: headroom.TOKENS]
+        ids = self.tokenize(headroom.SAMPLE.prompt)[: headroom.SAMPLE_TOKENS]
         made = components, ("factors", headroom.SIDE, *ids)
         factors = self._store.get(*made, (len(networks),), mx.float32)
         if factors is None:

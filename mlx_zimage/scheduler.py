@@ -17,7 +17,7 @@ from .config import read_config
 from .errors import CheckpointError
 
 DEFAULT_SHIFT = 3.0
-MAX_TOKENS = 512**2  # of the largest image
+IMAGE_TOKENS = 512**2  # of the largest image
 MAX_MU = 80  # beyond it, the shift overflows float32; the published model's own slope gives 45 for the largest image
 
 
@@ -70,7 +70,7 @@ class SchedulerConfig:
                 f"scheduler config: base_image_seq_len and max_image_seq_len must differ, both are "
                 f"{read.base_image_seq_len}"
             )
-        steepest = max(abs(read.dynamic_mu(tokens)) for tokens in (1, MAX_TOKENS))
+        steepest = max(abs(read.dynamic_mu(tokens)) for tokens in (1, IMAGE_TOKENS))
         if read.use_dynamic_shifting and steepest > MAX_MU:
             raise CheckpointError(
                 f"scheduler config: base_shift {read.base_shift}, max_shift {read.max_shift} and their lengths give a "

@@ -98,7 +98,7 @@ def test_the_rate_of_products_is_remembered_for_a_gpu_only(monkeypatch):
     monkeypatch.setattr(doctor, "remember_product_rate", remembered.append)
     for backend, expected in (("cpu", 0), ("metal", 1)):
         monkeypatch.setattr(doctor, "backend", lambda backend=backend: backend)
-        monkeypatch.setattr(doctor, "product_rate", lambda *_, **__: 1e12)
+        monkeypatch.setattr(doctor, "time_products", lambda *_, **__: 1e12)
         doctor.speeds(1024, 1024)
         assert remembered == [1e12] * expected
 

@@ -175,9 +175,9 @@ def test_finding_the_scale_fits_the_smallest_accepted_budget(size):
 
 def test_the_plan_includes_finding_the_scale():
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float16")
-    assert len(pipe.tokenize(headroom.SAMPLE.prompt)) <= headroom.TOKENS
+    assert len(pipe.tokenize(headroom.SAMPLE.prompt)) <= headroom.SAMPLE_TOKENS
     side = headroom.SIDE
-    found_with = pipe.planner.plan(Workload(side, side, 1, headroom.TOKENS, 1), 10**9)
+    found_with = pipe.planner.plan(Workload(side, side, 1, headroom.SAMPLE_TOKENS, 1), 10**9)
     assert pipe.planner.plan(Workload(16, 16, 1, 14, 1), 10**9).rooms == found_with.rooms
     with pytest.raises(
         MemoryBudgetError, match=r"1 image of 16x16 cannot be generated within 1 MB.* no smaller size fits"

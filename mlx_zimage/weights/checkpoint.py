@@ -26,7 +26,7 @@ from .manifest import CONVERSION
 from .parts import check_variant, files_to_convert, open_component, open_networks, own_configs
 from .unchanged import unchanged
 
-Source = str | Path
+Location = str | Path
 
 
 class BorrowedFromHub(UserWarning):
@@ -83,12 +83,12 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    source: Source,
+    source: Location,
     variant: str | None = None,
     *,
-    transformer: Source | None = None,
-    text_encoder: Source | None = None,
-    vae: Source | None = None,
+    transformer: Location | None = None,
+    text_encoder: Location | None = None,
+    vae: Location | None = None,
 ) -> Checkpoint:
     """Find a model and check it against the architecture. Reads configs and headers, but no tensor data.
 
@@ -114,12 +114,12 @@ def open_checkpoint(
 
 
 def open_headers(
-    source: Source,
+    source: Location,
     variant: str | None = None,
     *,
-    transformer: Source | None = None,
-    text_encoder: Source | None = None,
-    vae: Source | None = None,
+    transformer: Location | None = None,
+    text_encoder: Location | None = None,
+    vae: Location | None = None,
 ) -> Checkpoint:
     """open_checkpoint for planning: of repositories, only configs and headers are downloaded."""
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
@@ -165,7 +165,7 @@ def open_headers(
     return Checkpoint(path, ordered, scheduler, known, tokenizer, tuple(repositories))
 
 
-def resolve(source: Source, names: Collection[str] = tuple(NETWORKS), variant: str | None = None) -> Path:
+def resolve(source: Location, names: Collection[str] = tuple(NETWORKS), variant: str | None = None) -> Path:
     """A model's folder or file. For a repository, the named networks and the tokenizer are checked, then downloaded."""
     path, repository = locate(source)
     if repository:

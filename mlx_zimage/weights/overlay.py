@@ -21,7 +21,7 @@ from ..models.runner import Apply, NetworkConfig, S, Tree
 from .blocks import Blocks
 from .deltas import Delta, DoRA, Hadamard, Kronecker, LowRank, Replacement
 
-Change = Callable[[Any], Any]  # returns the replacement for a part of a tree
+Edit = Callable[[Any], Any]  # returns the replacement for a part of a tree
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Overlay:
         self._sides: dict[str, dict[str, Side]] = {}  # by file, by the weight's name
         self._active: dict[str, float] = {}  # the strengths other than 0, by file
         self._stacks: dict[str, Tree] = {}  # by weight: the low-rank factors of the active files, side by side
-        self._changes: dict[str, Change] = {}  # by the path of the part that it replaces
-        self._under: dict[str, list[tuple[list[str], Change]]] = {}  # those under a prefix, by the rest of their path
+        self._changes: dict[str, Edit] = {}  # by the path of the part that it replaces
+        self._under: dict[str, list[tuple[list[str], Edit]]] = {}  # those under a prefix, by the rest of their path
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -234,7 +234,7 @@ def _is_layer(name: str, delta: Delta) -> bool:
     return name.endswith(".weight") and len(delta.shape) == 2
 
 
-def _changed(tree: Tree, path: Sequence[str], change: Change) -> Tree:
+def _changed(tree: Tree, path: Sequence[str], change: Edit) -> Tree:
     """A copy of the tree with one part changed, and all others shared; the tree itself where the part is not in it."""
     if not path:
         return change(tree)

@@ -310,7 +310,10 @@ class Networks:
     def _start_over(self) -> None:
         self._embeddings.clear()
         self.release()
+        self._strengths, self._encoder_loras = {}, ()
         mx.synchronize()  # work queued after the failure fails too, and is reported here
+        for overlay in self.overlays.values():
+            overlay.start_over()
 
     def end_stage(self, *names: str) -> None:
         """Unload networks whose work on a request is done, unless the plan keeps them."""

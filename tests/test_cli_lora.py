@@ -1,12 +1,14 @@
 """LoRAs on the command line: generate --lora, lora info, lora convert and fuse."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -116,12 +118,79 @@ def test_an_image_of_mflux_names_its_loras_and_asks_for_their_files(style, path)
         (["a cat", "--lora-paths", "a", "--lora-scales", "1", "2"], "2 strengths for 1 --lora-paths"),
         (["a cat", "--lora", "style.safetensors", "1e9"], "strength of LoRA style must be from -1000"),
         (["a cat", "--lora", "style.safetensors", "--lora", "copy.safetensors"], "already loaded as 'style'"),
+        (["a cat", "--lora", "style.safetensors", "--lora", "style.safetensors", "0.5"], "is given 2 times"),
+        (["a cat", "--lora", ""], "no LoRA at ''"),
     ],
 )
 def test_wrong_loras_are_refused_before_work(style, args, message):
     Path("copy.safetensors").write_bytes(style.read_bytes())
     result = run("generate", *args, "-m", "pocket")
     assert result.exit_code in (2, 3) and message in result.stderr
+
+
+def test_two_files_of_one_name_are_both_used_and_numbered(style, tmp_path):
+    (tmp_path / "sub").mkdir()
+    other = write(tmp_path / "sub/style.safetensors", 1)
+    generate("a red circle", "--seed", "1", "--lora", style, "--lora", other, "0.5", output="both.png")
+    uses = read_origin(Path("both.png")).request.loras
+    assert [(use.name, use.strength) for use in uses] == [("style", 1.0), ("style-2", 0.5)]
+
+
+def wrong_files(folder: Path, style: Path) -> dict[str, str]:
+    """Files that are not LoRAs, and what is said of each."""
+    contents = {
+        "page": (b"<!DOCTYPE html><title>404</title>", "may be truncated, a Git LFS pointer or an HTML page"),
+        "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        "empty": (b"", "not a complete safetensors file"),
+        "cut": (style.read_bytes()[:-100], "may be truncated"),
+        "pickle": (b"\x80\x02}q\x00.", "PyTorch pickle"),
+        "zip": (b"PK\x03\x04" + bytes(20), "PyTorch pickle"),
+        "gguf": (b"GGUF" + bytes(50), "not a complete safetensors file"),
+        "text": (b"a style of mine", "not a complete safetensors file"),
+    }
+    tensors = {
+        "flux": ("single_blocks.0.linear1.lora_A.weight", "a LoRA for Flux"),
+        "sdxl": ("lora_te1_text_model_encoder_layers_0.lora_down.weight", "a LoRA for SDXL"),
+        "checkpoint": ("blocks.0.weight", "a full checkpoint"),
+        "control": ("control_layers.0.after_proj.weight", "a ControlNet"),
+        "half": ("diffusion_model.layers.0.attention.to_q.lora_A.weight", "the file is incomplete"),
+    }
+    for name, (content, _) in contents.items():
+        (folder / name).write_bytes(content)
+    for name, (key, _) in tensors.items():
+        mx.save_safetensors(str(folder / f"{name}.safetensors"), {key: mx.ones((2, 2))})
+        (folder / f"{name}.safetensors").rename(folder / name)
+    folders = {
+        "nothing": ({}, "without adapter_config.json"),
+        "no-weights": ({"adapter_config.json": "{}"}, "no LoRA at"),
+        "no-object": ({"adapter_config.json": "[1]"}, "expected a JSON object but got a list"),
+    }
+    for name, (files, _) in folders.items():
+        (folder / name).mkdir()
+        for file, text in files.items():
+            (folder / name / file).write_text(text)
+    os.mkfifo(folder / "pipe")
+    rows = {**contents, **tensors, **folders}
+    return {name: message for name, (_, message) in rows.items()} | {"pipe": "not a regular file", "none": "no LoRA at"}
+
+
+def test_every_kind_of_wrong_file_has_its_message_and_no_image(style, tmp_path):
+    (tmp_path / "wrong").mkdir()
+    for name, message in wrong_files(tmp_path / "wrong", style).items():
+        result = run("generate", "a cat", "--lora", tmp_path / "wrong" / name, "-m", "pocket", "-q", "-o", "out.png")
+        assert result.exit_code in (3, 4) and message in result.stderr, (name, result.output)
+        assert len([line for line in result.stderr.splitlines() if line.startswith("Error: ")]) == 1
+        assert name in result.stderr and not Path("out.png").exists()
+
+
+def test_a_path_is_completed_to_files_and_its_strength_to_nothing_else(style):
+    def completions(*args: str, incomplete: str = "") -> list[str]:
+        complete = ShellComplete(main, {}, "mlx-zimage", "_X")
+        return [item.type for item in complete.get_completions(["generate", *args], incomplete)]
+
+    assert "file" in completions("--lora")
+    assert "file" in completions("a cat", "--lora", "style.safetensors", "0.5", "--lora", incomplete="sty")
+    assert completions("--lora", "style.safetensors", incomplete="--lora-p")
 
 
 def test_lora_info_shows_what_a_file_contains(style):

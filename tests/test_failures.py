@@ -1,5 +1,7 @@
 """GPU failures: how they are explained, where they are caught, and how a pipeline recovers."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from mlx.utils import tree_map
 
 from mlx_zimage import GenerateRequest, Step, ZImagePipeline, cli, errors, generate
 from mlx_zimage.failures import explain, explained
+from mlx_zimage.request import LoraUse
 
 REQUEST = GenerateRequest("a red circle", 32, 32, seed=1, steps=3)
 METAL = "[METAL] Command buffer execution failed: "
@@ -137,6 +140,35 @@ def test_after_a_failure_a_pipeline_generates_the_same_bits(fail, options, after
     found = list(pipe.stream(REQUEST))
     assert np.array_equal(found[-1].pixels, expected[-1].pixels)
     assert [step.latents.tolist() for step in found[:-1]] == [step.latents.tolist() for step in expected[:-1]]
+
+
+@pytest.mark.parametrize("after", [0, 4, 12])
+def test_after_a_failure_loaded_loras_are_as_before(pipe, fail, tmp_path, after):
+    """Also when it happens while LoRAs are being laid over the model."""
+    for name in ("a", "b"):
+        layer, ones = "transformer.layers.1.attention.to_v", 0.1 * mx.ones((2, 192))
+        factors = {f"{layer}.lora_A.weight": ones, f"{layer}.lora_B.weight": ones.T}
+        mx.save_safetensors(
+            str(tmp_path / f"{name}.safetensors"),
+            factors | {f"{layer}.dora_scale": (1 + (name == "a")) * mx.ones((192, 1))},
+        )
+        pipe.load_lora(tmp_path / f"{name}.safetensors", strength=0)
+    uses = [LoraUse("a"), LoraUse("b", 0.5)]
+    request = replace(REQUEST, loras=uses)
+    expected, model = list(pipe.stream(request)), list(pipe.stream(REQUEST))
+    assert (expected[-1].pixels != model[-1].pixels).any()
+
+    def spoil() -> None:
+        for overlay in pipe.networks.overlays.values():
+            computed = [*(side.arrays for sides in overlay._sides.values() for side in sides.values())]
+            for array in (array for own in (*computed, *overlay._stacks.values()) for array in own.values()):
+                array[:] = 9
+
+    fail(f"{METAL}Caused GPU Timeout Error.", after, spoil)
+    with pytest.raises(errors.DeviceError):
+        list(pipe.stream(request))
+    assert np.array_equal(list(pipe.stream(request))[-1].pixels, expected[-1].pixels)
+    assert np.array_equal(list(pipe.stream(REQUEST))[-1].pixels, model[-1].pixels)
 
 
 def is_array(x: object) -> bool:

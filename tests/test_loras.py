@@ -1,6 +1,7 @@
 """LoRAs of a pipeline: which requests they change, and what is reported about them."""
 
 from dataclasses import replace
+from hashlib import sha256
 
 import mlx.core as mx
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import tiny
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
-from mlx_zimage.errors import CheckpointError, ModelNotFoundError, RequestError
+from mlx_zimage.errors import CheckpointError, MemoryBudgetError, ModelNotFoundError, RequestError
 from mlx_zimage.images.metadata import Origin
+from mlx_zimage.machine import wide_dtype
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
+from mlx_zimage.pipeline import Overflow
 from mlx_zimage.request import LoraUse
 
 SHAPES = TransformerConfig.from_dict(tiny.TRANSFORMER).shapes()
@@ -138,28 +141,118 @@ def test_the_plan_counts_loras(pipe, style):
     assert all(with_lora[stage] >= without[stage] + held for stage in without)
 
 
-@pytest.mark.parametrize("kind", ["low rank", "LoKr"])
-def test_memory_under_loras_stays_within_the_plan(small_pocket, tmp_path, kind):
-    pipe = ZImagePipeline.from_pretrained(small_pocket, dtype="float32", keep=False)
-    tensors = {}
-    for name, shape in pipe.transformer.config.shapes().items():
+def factors(kind: str, rows: int, columns: int) -> dict[str, mx.array]:
+    """The parts of a layer's difference in a file."""
+    low = {"lora_A.weight": mx.ones((16, columns)), "lora_B.weight": mx.ones((rows, 16))}
+    return {
+        "low rank": low,
+        "LoKr": {"lokr_w1": mx.ones((8, 8)), "lokr_w2": mx.ones((rows // 8, columns // 8))},
+        "LoHa": {f"hada_w{n}_{x}": mx.ones((rows, 4) if x == "a" else (4, columns)) for n in (1, 2) for x in "ab"},
+        "DoRA": low | {"dora_scale": mx.ones((rows, 1))},
+        "DoRA of LoKr by column": {
+            "lokr_w1": mx.ones((8, 8)),
+            "lokr_w2": mx.ones((rows // 8, columns // 8)),
+            "dora_scale": mx.ones((1, columns)),
+        },
+        "whole": {"diff": mx.ones((rows, columns))},
+    }[kind]
+
+
+KINDS = ["low rank", "LoKr", "LoHa", "DoRA", "DoRA of LoKr by column", "whole"]
+
+
+def write_kind(path, kind: str, config, seed: int | None = None):
+    """A LoRA of one kind on all matrices of attention and feed-forward, of ones or, with a seed, of random numbers."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, shape in config.shapes().items():
         if name.startswith("layers") and name.endswith(".weight") and len(shape) == 2 and "adaLN" not in name:
-            layer, (rows, columns) = f"diffusion_model.{name.removesuffix('.weight')}", shape
-            if kind == "LoKr":
-                tensors |= {f"{layer}.lokr_w1": mx.ones((8, 8)), f"{layer}.lokr_w2": mx.ones((rows // 8, columns // 8))}
-            else:
-                tensors |= {
-                    f"{layer}.lora_A.weight": mx.ones((16, columns)),
-                    f"{layer}.lora_B.weight": mx.ones((rows, 16)),
-                }
-    mx.save_safetensors(str(tmp_path / "lora.safetensors"), tensors)
+            for part, array in factors(kind, *shape).items():
+                own = mx.array(rng.uniform(0, 0.1, array.shape).astype(np.float32)) if seed is not None else array
+                tensors[f"diffusion_model.{name.removesuffix('.weight')}.{part}"] = own
+    mx.save_safetensors(str(path), tensors)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_under_loras_stays_within_the_plan(small_pocket, tmp_path, kind, dtype):
+    pipe = ZImagePipeline.from_pretrained(small_pocket, dtype=dtype, keep=False)
     request = GenerateRequest("a red circle", 192, 192, seed=1, steps=2, loras=[LoraUse("lora", 1e-3)])
-    pipe.load_lora(tmp_path / "lora.safetensors")
+    pipe.load_lora(write_kind(tmp_path / "lora.safetensors", kind, pipe.transformer.config))
     plan = pipe.plan(request)
     mx.clear_cache()
     mx.reset_peak_memory()
     list(pipe.stream(request))
     assert mx.get_peak_memory() <= plan.peak
+
+
+def test_loras_over_weights_streamed_in_a_tight_budget_give_the_same_bits(small_pocket, tmp_path):
+    request = GenerateRequest("a red circle", 64, 64, seed=1, steps=2)
+    files = [("a", "low rank"), ("b", "DoRA")]
+    found = []
+    for tight in (False, True):
+        pipe = ZImagePipeline.from_pretrained(small_pocket, dtype="float32")
+        for i, (name, kind) in enumerate(files):
+            pipe.load_lora(write_kind(tmp_path / f"{name}.safetensors", kind, pipe.transformer.config, i), strength=0.5)
+        if tight:
+            pipe.budget = smallest(pipe, request)
+            plan = pipe.plan(request)
+            assert plan.streamed
+            mx.clear_cache()
+            mx.reset_peak_memory()
+        *_, image = pipe.stream(request)
+        found.append(image.pixels)
+    assert mx.get_peak_memory() <= plan.peak
+    np.testing.assert_array_equal(*found)
+
+
+def smallest(pipe: ZImagePipeline, request: GenerateRequest) -> int:
+    """The smallest budget in which the request can be planned, to 1 MB."""
+    budget = 1 << 20
+    while True:
+        pipe.budget = budget
+        try:
+            pipe.plan(request)
+            return budget
+        except MemoryBudgetError:
+            budget += 1 << 20
+
+
+def test_an_image_that_only_a_lora_takes_beyond_float16_is_redone_in_bfloat16_with_it(tiny_folder, tmp_path):
+    path, tensors = tmp_path / "loud.safetensors", {}
+    for layer, (rows, columns) in {"w3": (128, 48), "to_v": (48, 48)}.items():
+        part = "feed_forward" if layer == "w3" else "attention"
+        tensors[f"transformer.layers.0.{part}.{layer}.lora_A.weight"] = mx.full((2, columns), 300.0)
+        tensors[f"transformer.layers.0.{part}.{layer}.lora_B.weight"] = mx.full((rows, 2), 300.0)
+    mx.save_safetensors(str(path), tensors)
+    pipe, wide = (ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype) for dtype in ("float16", wide_dtype()))
+    plain = latents(pipe)
+    pipe.load_lora(path)
+    wide.load_lora(path)
+    with pytest.warns(Overflow):
+        found = latents(pipe)
+    np.testing.assert_array_equal(found, latents(wide))
+    pipe.set_loras({})
+    assert np.isfinite(plain).all() and np.abs(found - latents(pipe)).max() > 0.01
+
+
+@pytest.mark.slow
+def test_200_images_with_three_loras_in_turn_and_none_repeat_their_hashes_in_flat_memory(tmp_path):
+    pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
+    names = ["low rank", "LoKr", "DoRA"]
+    for i, kind in enumerate(names):
+        pipe.load_lora(write_kind(tmp_path / f"{i}.safetensors", kind, pipe.transformer.config, i), kind)
+    seen: dict[str, set[str]] = {}
+    memory = []
+    for i in range(200):
+        kind = [*names, "none"][i % 4]
+        uses = [LoraUse(kind, 0.5)] if kind in names else []
+        *_, image = pipe.stream(GenerateRequest("a red circle", 48, 48, seed=1, steps=2, loras=uses))
+        seen.setdefault(kind, set()).add(sha256(image.pixels.tobytes()).hexdigest())
+        del image
+        memory.append(mx.get_active_memory())
+    assert all(len(hashes) == 1 for hashes in seen.values()) and len(set.union(*seen.values())) == 4
+    assert max(memory[100:]) <= max(memory[:100])
 
 
 def test_wrong_loras_are_refused_before_anything_is_computed(pipe, style, face, tmp_path):

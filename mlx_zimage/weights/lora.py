@@ -141,11 +141,13 @@ def _flat(path: str) -> str:
 def find_lora(source: str | Path) -> Path:
     """The file (or PEFT's folder) of a LoRA: a path, a Hugging Face id, or id:file where a repository has several."""
     path = Path(os.path.expanduser(source))
-    if path.exists():
+    if str(source) and path.exists():
         return check_name(path)
     repository_id, _, name = str(source).partition(":")
     if not REPOSITORY_ID.fullmatch(repository_id):
-        raise ModelNotFoundError(f"no LoRA at {source}; expected a safetensors file, a Hugging Face id, or id:file")
+        raise ModelNotFoundError(
+            f"no LoRA at {source or repr(source)}; expected a safetensors file, a Hugging Face id, or id:file"
+        )
     repository = Repository(repository_id)
     files = {str(file.relative_to(repository.folder)): file for file in repository.matching(["*.safetensors"])}
     if name and name not in files:
@@ -269,7 +271,7 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
     deltas: dict[str, dict[str, Delta]] = {network: {} for network in configs}
     ignored: list[str] = []
     with unchanged(entries.values()):
-        arrays: Any = mx.load(str(file))
+        arrays: Any = mx.load(str(file), format="safetensors")  # whatever it is called
         for path, (targets, exact) in found.items():
             keys = layers[path]
             if targets and not exact and all((t.network, t.layer) in own for t in targets):

@@ -61,7 +61,8 @@ class Overlay:
     def __init__(self, runner: Blocks, config: NetworkConfig):
         self.runner = runner
         self.config = config
-        self._sides: dict[str, dict[str, Side]] = {}  # by file, by the weight's name
+        self._deltas: dict[str, Mapping[str, Delta]] = {}  # by file, by the weight's name, as read
+        self._sides: dict[str, dict[str, Side]] = {}  # the same, computed
         self._active: dict[str, float] = {}  # the strengths other than 0, by file
         self._stacks: dict[str, Tree] = {}  # by weight: the low-rank factors of the active files, side by side
         self._changes: dict[str, Edit] = {}  # by the path of the part that it replaces
@@ -75,8 +76,11 @@ class Overlay:
         """What files at these strengths need in addition to the network's own weights and work."""
         held, features, weights, shapes = 0, Counter[str](), Counter[str](), self.config.shapes()
         kinds: dict[str, list[str]] = {}
-        for file, sides in self._sides.items():
-            held += sum(side.nbytes for side in sides.values())
+        for file, deltas in self._deltas.items():
+            sides = self._computed(file)
+            arrays = [array for delta in deltas.values() for array in delta.arrays]
+            arrays += [array for side in sides.values() for array in (*side.arrays.values(), *side.gain.values())]
+            held += sum({id(array): array.nbytes for array in arrays}.values())  # many are shared
             for name, side in sides.items() if strengths.get(file) else ():
                 kinds.setdefault(name, []).append(side.kind)
                 held += side.nbytes * (side.kind == "low")  # joined with other files' factors
@@ -116,12 +120,25 @@ class Overlay:
 
         Reads the model's own weights where a difference depends on them: under DoRA, layer by layer.
         """
-        self._sides[file] = {name: self._side(name, delta) for name, delta in deltas.items()}
+        sides = {name: self._side(name, delta) for name, delta in deltas.items()}
+        self._deltas[file], self._sides[file] = deltas, sides
 
     def detach(self, file: str) -> None:
         """Forget a file's differences."""
+        self._deltas.pop(file, None)
         self._sides.pop(file, None)
         self.set({other: strength for other, strength in self._active.items() if other != file})
+
+    def start_over(self) -> None:
+        """Lay nothing over the model, and compute every file's differences again: what was computed may be wrong."""
+        self._sides, self._stacks, self._active, self._changes, self._under = {}, {}, {}, {}, {}
+        for file in self._deltas:
+            self._computed(file)
+
+    def _computed(self, file: str) -> dict[str, Side]:
+        if file not in self._sides:
+            self.attach(file, self._deltas[file])
+        return self._sides[file]
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -131,7 +148,7 @@ class Overlay:
     def set(self, strengths: Mapping[str, float]) -> bool:
         """Give files their strengths, and all others none; returns whether any changed. Reads nothing."""
         # Sorted, so that the same files give the same bits; at strength 0 nothing is laid over the model.
-        active = {file: strengths[file] for file in sorted(strengths) if strengths[file] and file in self._sides}
+        active = {file: strengths[file] for file in sorted(strengths) if strengths[file] and file in self._deltas}
         if active == self._active:
             return False
         if list(active) != list(self._active):
@@ -139,7 +156,7 @@ class Overlay:
         self._active, self._changes, self._under = active, {}, {}
         found: dict[str, list[tuple[Side, float]]] = {}
         for file, strength in active.items():
-            for name, side in self._sides[file].items():
+            for name, side in self._computed(file).items():
                 found.setdefault(name, []).append((side, strength))
         for name, sides in found.items():
             if sides[0][0].kind == "sum":

@@ -228,7 +228,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         noise = porting.noise_of(latents, generator, first, (len(runs) * count, *size))
         self._interrupt, self._guidance_scale, self._num_timesteps = False, first.guidance_scale, first.extent[2]
         answer: Callable[[Step], Change] = lambda step: Change(stop=self._interrupt)  # noqa: E731
-        if callback_on_step_end:
+        if callback_on_step_end is not None:
             if len(runs) > 1:
                 raise RequestError(f"callback_on_step_end takes one prompt at a time, got {len(runs)}; loop over them")
             names, schedule = callback_on_step_end_tensor_inputs, self.sigmas(first)
@@ -336,6 +336,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
 
     def complete(self, request: GenerateRequest) -> GenerateRequest:
         """The request, with the model's size, steps and guidance, and the pipeline's LoRAs, where it has None."""
+        if not isinstance(request, GenerateRequest):
+            raise RequestError(f"expected a GenerateRequest, got {type(request).__name__}; a call takes a prompt")
         side, variant = self.sample_size, self.variant
         own = {"width": side, "height": side, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
         missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
@@ -393,7 +395,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
     def decode(self, latents: mx.array) -> np.ndarray:
         """Final latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
         with self._beside_requests("vae"):
-            return to_uint8(result(self.networks.decode(latents[None]))[0])
+            return to_uint8(result(self.networks.decode(mx.array(latents)[None]))[0])
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (H, W, 3) in [-1, 1] to clean latents (H / 8, W / 8, 16) float32, using little memory."""

@@ -99,7 +99,9 @@ def check_to(dtype: mx.Dtype, values: Sequence[object]) -> None:
 
 def check_call(output_type: str, joint_attention_kwargs: Any, generator: Any, seed: int | None) -> None:
     """Refuse arguments that cannot work, alone or together."""
-    if joint_attention_kwargs and [*joint_attention_kwargs] != ["scale"]:
+    if joint_attention_kwargs and not (
+        isinstance(joint_attention_kwargs, dict) and {*joint_attention_kwargs} == {"scale"}
+    ):
         raise RequestError(
             f"joint_attention_kwargs can only contain scale, which multiplies the strengths of LoRAs, got "
             f"{joint_attention_kwargs!r}"
@@ -203,6 +205,8 @@ def answer_by(
     """
     embeddings = {"prompt_embeds": inputs.prompt_embeds, "negative_prompt_embeds": inputs.negative_prompt_embeds}
     given = {name: [value] for name, value in embeddings.items() if value is not None}
+    if not callable(callback):
+        raise RequestError(f"callback_on_step_end must be a function, got {callback!r}")
     unknown = [name for name in names if name != "latents" and name not in given]
     if unknown:
         raise RequestError(

@@ -129,6 +129,8 @@ def guidance_off(pipe, index, timestep, values):
         ({"prompt": ["a", "b"], "latents": np.zeros(SHAPE)}, "latents have shape (1, 16, 10, 12)"),
         ({"output_type": "pt"}, "output_type='np' and torch.from_numpy"),
         ({"joint_attention_kwargs": {"mask": 1}}, "can only contain scale, which multiplies the strengths of LoRAs"),
+        ({"joint_attention_kwargs": 3}, "can only contain scale"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be a function, got 5"),
         ({"joint_attention_kwargs": {"scale": "1"}}, "scale must be a number"),
         ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]}, "got 'noise'"),
         ({"callback_on_step_end": print, "prompt": ["a", "b"]}, "takes one prompt at a time"),

@@ -103,6 +103,12 @@ def test_latents_can_be_decoded_within_a_loop_over_steps(pocket):
         if isinstance(event, Step):
             previews.append(pocket.decode(event.clean[0]))
     assert np.array_equal(previews[-1], event.pixels)
+    assert np.array_equal(pocket.decode(np.zeros((4, 4, 16))), pocket.decode(mx.zeros((4, 4, 16)))), "NumPy's, too"
+
+
+def test_a_stream_takes_a_request_and_not_a_prompt(pocket):
+    with pytest.raises(RequestError, match="expected a GenerateRequest, got str; a call takes a prompt"):
+        next(pocket.stream("a red circle"))
 
 
 def test_without_keep_all_networks_are_unloaded():

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
+from hub import Hub
 from PIL import Image
 
 from mlx_zimage import ZImagePipeline
@@ -249,3 +252,50 @@ def test_fuse_needs_a_lora_and_writes_nothing_for_a_wrong_one(style, tmp_path):
     )
     result = run("fuse", "pocket", "--lora", wrong, "fused", "-q")
     assert result.exit_code == 4 and "a LoRA for Flux" in result.stderr and not Path("fused").exists()
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Runs `lora info` in a process of its own, with a hub that serves tmp_path / "served" as me/style."""
+    (tmp_path / "served").mkdir()
+    with Hub(tmp_path / "served", "me/style") as hub:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        kept |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+
+        def info(source: str, online: bool = True) -> subprocess.CompletedProcess:
+            hub.serve(tmp_path / "served")
+            args = [sys.executable, "-m", "mlx_zimage", "lora", "info", source, "--model", "pocket", "--json"]
+            own = kept | ({} if online else {"HF_HUB_OFFLINE": "1"})
+            return subprocess.run(args, env=own, capture_output=True, text=True, timeout=60)
+
+        yield info
+
+
+def test_an_id_with_one_file_is_enough_also_offline_later(served, tmp_path):
+    write(tmp_path / "served/style.safetensors")
+    for online in (True, False):
+        assert json.loads(served("me/style", online).stdout)["file"] == "style.safetensors"
+
+
+def test_of_an_id_with_several_files_one_must_be_named_and_they_are_listed(served, tmp_path):
+    (tmp_path / "served/more").mkdir()
+    write(tmp_path / "served/style.safetensors")
+    write(tmp_path / "served/more/other.safetensors", 1)
+    several = served("me/style")
+    assert several.returncode == 3 and several.stdout == ""
+    assert "expected one: me/style:more/other.safetensors; me/style:style.safetensors" in several.stderr
+    wrong = served("me/style:none.safetensors")
+    assert wrong.returncode == 3
+    assert "has no none.safetensors; it has more/other.safetensors, style.safetensors" in wrong.stderr
+    for online in (True, False):
+        assert json.loads(served("me/style:more/other.safetensors", online).stdout)["file"] == "other.safetensors"
+
+
+def test_pefts_repository_comes_with_its_config(served, tmp_path):
+    layer = "base_model.model.layers.0.attention.to_q"
+    factors = {f"{layer}.lora_A.weight": mx.ones((4, 192)), f"{layer}.lora_B.weight": mx.ones((192, 4))}
+    mx.save_safetensors(str(tmp_path / "served/adapter_model.safetensors"), factors)
+    (tmp_path / "served/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 1}))
+    for online in (True, False):
+        found = json.loads(served("me/style", online).stdout)
+        assert (found["dialect"], found["scales"]) == ("PEFT", [0.25])

@@ -12,14 +12,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import sqrt
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from .errors import RequestError
 from .request import LATENT_PIXELS, MAX_PROMPT, SIZE_MULTIPLE, GenerateRequest
 from .untrusted import brief, parse_json
 
 MAX_FILE = 50_000_000  # bytes in a file of prompts
+MAX_LINES = 500_000  # with comments and blank ones
+MAX_LINE = 4_000_000  # bytes: twice those of two prompts, with every character escaped
+MAX_PARTS = 1_000_000  # commas in a file of requests, as a bound for what they take in memory
 MAX_IMAGES = 100_000  # in one call
+CHUNK = 2**20
+LINE_END = re.compile(rb"\r\n|\n|\r(?=[^\n])")  # a final carriage return may be half of one
+LAST_LINE_END = re.compile(rb"\r\n|\n|\r")
+T = TypeVar("T")
 MAX_NAME = 200  # bytes in a file name's stem: 255 are allowed, and some are needed for the suffix and a counter
 FIELDS = {field.name for field in fields(GenerateRequest)}
 SHORT = {  # names as on the command line, and the fields that they replace
@@ -152,21 +159,23 @@ def fields_of_latents(shape: tuple[int, ...]) -> dict[str, int]:
     return {"num_images": count, "width": w * LATENT_PIXELS, "height": h * LATENT_PIXELS}
 
 
-def read_prompts(text: str, name: str) -> list[dict]:
+def read_prompts(lines: Iterable[str], name: str) -> list[dict]:
     """One prompt per line; empty lines and lines starting with # are ignored."""
-    lines = [line.strip() for line in lines_of(text)]
-    prompts = [{"prompt": line} for line in lines if line and not line.startswith("#")]
+    stripped = (line.strip() for line in lines)
+    prompts = [{"prompt": line} for line in limited((x for x in stripped if x and not x.startswith("#")), name)]
     if not prompts:
         raise RequestError(f"{name} contains no prompts; write one per line")
     return prompts
 
 
-def read_requests(text: str, name: str) -> list[dict]:
+def read_requests(lines: Iterable[str], name: str) -> list[dict]:
     """JSON Lines: one object per line, with a request's fields and optionally "output"."""
     requests = []
-    for i, line in enumerate(lines_of(text), start=1):
-        if not line.strip():
-            continue
+    parts = 0
+    for i, line in limited(((i, line) for i, line in enumerate(lines, start=1) if line.strip()), name):
+        parts += line.count(",")
+        if parts > MAX_PARTS:
+            raise RequestError(f"{name} has more than {MAX_PARTS:,} values; split it")
         try:
             values = parse_json(line)
         except ValueError as error:
@@ -194,9 +203,38 @@ def read_requests(text: str, name: str) -> list[dict]:
     return requests
 
 
-def lines_of(text: str) -> list[str]:
-    """The lines of a file. Unlike in str.splitlines, U+2028, VT and the like are characters of a line."""
-    return re.split(r"\r\n|\n|\r", text)
+def lines_of(stream: BinaryIO, name: str) -> Iterator[str]:
+    """The lines of UTF-8 text, of which one and a few read ahead are in memory.
+
+    Unlike for str.splitlines, U+2028, VT and the like are characters of a line.
+    """
+    size, number, rest = 0, 0, b""
+    while True:
+        chunk = stream.read(CHUNK)
+        size += len(chunk)
+        if size > MAX_FILE:
+            raise RequestError(f"{name} is larger than {MAX_FILE // 10**6} MB; split it")
+        *lines, rest = (LINE_END if chunk else LAST_LINE_END).split(rest + chunk)
+        for line in lines if chunk else [*lines, rest]:
+            number += 1
+            if number > MAX_LINES:
+                raise RequestError(f"{name} has more than {MAX_LINES:,} lines; split it")
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise RequestError(f"{name}, line {number} is not UTF-8 text (byte {error.start + 1})") from None
+        if not chunk:
+            return
+        if len(rest) > MAX_LINE:
+            raise RequestError(f"{name}, line {number + 1} is longer than {MAX_LINE // 10**6} MB; is it text?")
+
+
+def limited(items: Iterable[T], name: str) -> Iterator[T]:
+    """The items, as long as there are no more of them than images in one call."""
+    for n, item in enumerate(items):
+        if n == MAX_IMAGES:
+            raise RequestError(f"{name} has more than {MAX_IMAGES} prompts; split it")
+        yield item
 
 
 def _can_be_a_path(value: object) -> bool:

@@ -10,6 +10,7 @@ from mlx_zimage import jobs
 from mlx_zimage.errors import RequestError
 from mlx_zimage.jobs import (
     Job,
+    lines_of,
     multiply,
     parse_seeds,
     parse_size,
@@ -19,6 +20,10 @@ from mlx_zimage.jobs import (
     size_of_ratio,
 )
 from mlx_zimage.request import GenerateRequest
+
+
+def lines(text: str) -> list[str]:
+    return list(lines_of(io.BytesIO(text.encode()), "f"))
 
 
 def test_every_seed_is_combined_with_every_prompt():
@@ -88,7 +93,7 @@ def test_a_request_may_use_the_names_of_the_command_line():
     assert [job.request(128) for job in large] == [GenerateRequest("b", width=96, height=32, seed=1)]
     for twice in ({"size": "1:1", "width": 64}, {"guidance": 1, "guidance_scale": 1}):
         with pytest.raises(RequestError, match=r"line 1: (size|guidance) cannot be combined with"):
-            read_requests(json.dumps({"prompt": "a", **twice}), "f")
+            read_requests(lines(json.dumps({"prompt": "a", **twice})), "f")
 
 
 def test_too_many_images_are_refused_before_any_is_planned():
@@ -136,8 +141,8 @@ def test_an_unknown_placeholder_is_refused_with_those_that_exist(template):
 
 def test_only_newlines_and_carriage_returns_end_a_line():
     line = "a\u2028b\u2029c\x85d\ve\ff\x1cg"
-    assert read_prompts(f"{line}\nb\r\nc\rd", "f") == [{"prompt": text} for text in (line, "b", "c", "d")]
-    (request,) = read_requests(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False), "f")
+    assert read_prompts(lines(f"{line}\nb\r\nc\rd"), "f") == [{"prompt": text} for text in (line, "b", "c", "d")]
+    (request,) = read_requests(lines(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False)), "f")
     assert request == {"prompt": "a\u2028b\x85c"}
 
 
@@ -147,13 +152,13 @@ def test_seeds_from_an_iterator_serve_every_prompt():
 
 
 def test_prompts_are_read_one_per_line():
-    assert read_prompts("a cat\n\n# a note\r\n 一只狗 \n", "f") == [{"prompt": "a cat"}, {"prompt": "一只狗"}]
+    assert read_prompts(lines("a cat\n\n# a note\r\n 一只狗 \n"), "f") == [{"prompt": "a cat"}, {"prompt": "一只狗"}]
     with pytest.raises(RequestError, match="contains no prompts"):
-        read_prompts("\n# only notes\n", "f")
+        read_prompts(lines("\n# only notes\n"), "f")
 
 
 def test_requests_are_read_one_object_per_line():
-    assert read_requests('{"prompt": "a", "seed": 1}\n\n{"output": "b.png"}\n', "f") == [
+    assert read_requests(lines('{"prompt": "a", "seed": 1}\n\n{"output": "b.png"}\n'), "f") == [
         {"prompt": "a", "seed": 1},
         {"output": "b.png"},
     ]
@@ -170,13 +175,35 @@ def test_requests_are_read_one_object_per_line():
         ("[" * 100_000, "line 1 is not valid JSON"),
     ):
         with pytest.raises(RequestError, match=message):
-            read_requests(text, "f")
+            read_requests(lines(text), "f")
+
+
+def test_lines_are_the_same_however_they_are_read(monkeypatch):
+    text = "\ufeffa\r\n\r\rb 猫\n\nc\r\nd\r"
+    whole = lines(text)
+    assert whole == ["a", "", "", "b 猫", "", "c", "d", ""]
+    for size in range(1, 12):
+        monkeypatch.setattr(jobs, "CHUNK", size)
+        assert lines(text) == whole, size
 
 
 def test_prompt_files_must_be_utf_8_and_not_too_large(monkeypatch):
+    with pytest.raises(RequestError, match=r"f, line 2 is not UTF-8 text \(byte 3\)"):
+        list(lines_of(io.BytesIO(b"a\nbc\xff"), "f"))
     assert read_text(io.BytesIO("\ufeffa 猫".encode()), "f") == "a 猫"
     with pytest.raises(RequestError, match="not UTF-8 text"):
         read_text(io.BytesIO(b"\xff"), "f")
     monkeypatch.setattr(jobs, "MAX_FILE", 10)
     with pytest.raises(RequestError, match="larger than"):
         read_text(io.BytesIO(b"x" * 11), "f")
+    with pytest.raises(RequestError, match="larger than"):
+        lines("x" * 11)
+    with pytest.raises(RequestError, match="f has more than"):
+        monkeypatch.setattr(jobs, "MAX_IMAGES", 2)
+        read_prompts(lines("a\nb\nc"), "f")
+    with pytest.raises(RequestError, match="line 1 is longer than"):
+        monkeypatch.setattr(jobs, "MAX_LINE", 3)
+        lines("xxxx")
+    with pytest.raises(RequestError, match="more than 1 values"):
+        monkeypatch.setattr(jobs, "MAX_PARTS", 1)
+        read_requests(['{"prompt": "a", "seed": 1, "steps": 2}'], "f")

@@ -5,7 +5,7 @@ import secrets
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..jobs import (
     MAX_IMAGES,
     Series,
     fields_of_latents,
+    lines_of,
     multiply,
     parse_seeds,
     parse_size,
@@ -344,11 +345,11 @@ def _prompts(
     if prompt_file and (prompt is not None or requests_file):
         raise RequestError("--prompt-file cannot be combined with another prompt or --requests; give one")
     if prompt_file:
-        return read_prompts(*_read(prompt_file))
+        return read_prompts(*_lines(prompt_file))
     own = {} if prompt is None else {"prompt": prompt}
     if requests_file:
-        text, name = _read(requests_file)
-        requests = [own | request for request in read_requests(text, name)]
+        lines, name = _lines(requests_file)
+        requests = [own | request for request in read_requests(lines, name)]
         if not old and not all("prompt" in request for request in requests):
             raise RequestError(f"{name}: each object needs a prompt; add it, or give PROMPT for all of them")
         return requests
@@ -407,9 +408,9 @@ def _warn_of_overridden(given: Mapping[str, str], objects: list[dict]) -> None:
             _warn(f"{option} changes nothing: each of the requests has its own {keys.get(name, name)}")
 
 
-def _read(stream: BinaryIO) -> tuple[str, str]:
+def _lines(stream: BinaryIO) -> tuple[Iterator[str], str]:
     name = getattr(stream, "name", "stdin")
-    return read_text(stream, name), name
+    return lines_of(stream, name), name
 
 
 def _seeds(given: tuple[str, ...], auto_seeds: int | None, old: Origin | None) -> list[int]:

@@ -157,10 +157,18 @@ def test_finding_the_scale_keeps_in_memory_what_the_request_keeps(tiny_folder, k
 
 
 def peak_in_the_smallest_budget(size: int) -> tuple[int, int, list[float]]:
-    """The peak of memory of a first image of size x size, the smallest budget for it, and the factors then found."""
-    asked, pipe = request(width=size, height=size, steps=8), ZImagePipeline.from_pretrained("pocket", dtype="float16")
-    pipe.budget = accepted = smallest(pipe.planner, size, size, len(pipe.tokenize(asked.prompt)))
-    list(pipe.stream(asked))
+    """The peak of memory of an image of size x size, the smallest budget for it, and the factors then found.
+
+    It is the second of two that are generated in the same way: CUDA's libraries try kernels out at their first call,
+    some of which take more memory.
+    """
+    asked = request(width=size, height=size, steps=8)
+    for _ in range(2):
+        pipe = ZImagePipeline.from_pretrained("pocket", dtype="float16")
+        pipe.budget = accepted = smallest(pipe.planner, size, size, len(pipe.tokenize(asked.prompt)))
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        list(pipe.stream(asked))
     return mx.get_peak_memory(), accepted, factors(pipe)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import sys
 import warnings
 from contextlib import suppress
 from typing import Any, NoReturn, TextIO
@@ -111,8 +110,6 @@ def hold_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
-            if number == 0:
-                sys.stdin = open(0, closefd=False)  # noqa: SIM115
 
 
 def _fail(ctx: click.Context, error: Exception, code: int) -> NoReturn:

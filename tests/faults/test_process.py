@@ -31,13 +31,6 @@ def test_closed_descriptors_are_no_hindrance(tmp_path, closed):
     assert (tmp_path / "image.png").read_bytes().startswith(b"\x89PNG") and done.stderr.count(b"Error") == 0
 
 
-def test_a_prompt_from_a_closed_stdin_is_empty(tmp_path):
-    done = subprocess.run(
-        ["/bin/sh", "-c", f"exec {sys.executable} -m mlx_zimage generate - -m pocket <&-"], capture_output=True
-    )
-    assert done.returncode == 2 and b"the prompt is empty" in done.stderr
-
-
 # ---- limits
 
 

@@ -108,11 +108,11 @@ def test_prompts_are_read_from_a_file_or_stdin(run):
 def test_requests_and_results_are_json_lines(run):
     gc.collect()
     others = mx.get_active_memory() / 1e9  # models of other tests
-    lines = '{"prompt": "a", "seed": 1, "output": "a.jpg"}\n{"seed": 2, "width": 48}\n'
+    lines = '{"prompt": "a ring", "seed": 1, "output": "a.jpg"}\n{"seed": 2, "width": 48}\n'
     result = run("generate", PROMPT, "--requests", "-", *SMALL, "--json", "-q", input=lines)
     assert (result.exit_code, result.stderr) == (0, "")
     first, second = map(json.loads, result.stdout.splitlines())
-    assert (first["path"], first["request"]["prompt"], first["request"]["seed"]) == ("a.jpg", "a", 1)
+    assert (first["path"], first["request"]["prompt"], first["request"]["seed"]) == ("a.jpg", "a ring", 1)
     assert (second["path"], second["request"]["prompt"], second["request"]["width"]) == ("image.png", PROMPT, 48)
     for saved in (first, second):
         assert saved["sha256"] == hashlib.sha256(Path(saved["path"]).read_bytes()).hexdigest()
@@ -245,7 +245,7 @@ def test_quiet_prints_only_the_path(run):
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_batch_keeps_only_its_finished_images(tmp_path, number, code, sides, second):
-    lines = f'{{"prompt": "a", "steps": 1}}\n{{"prompt": "two", {second}}}\n'
+    lines = f'{{"prompt": "a ring", "steps": 1}}\n{{"prompt": "two rings", {second}}}\n'
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_zimage", "generate", "-m", "pocket", *sides, "--requests", "-", "--preview"],
         cwd=tmp_path,
@@ -330,7 +330,7 @@ def test_a_command_restores_the_sigterm_handler(run):
 
 
 def test_a_closed_pipe_causes_no_error_message(tmp_path):
-    command = f'"{sys.executable}" -m mlx_zimage generate a {" ".join(SMALL)} --count 3 -q | true'
+    command = f'"{sys.executable}" -m mlx_zimage generate ring {" ".join(SMALL)} --count 3 -q | true'
     result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True)
     assert result.stderr == b""
 

@@ -264,7 +264,7 @@ def test_no_image_is_sent_to_a_redirected_stderr_and_quiet_prints_nothing(tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM_PROGRAM", "WezTerm")
     options = ["--steps", "2", "--width", "32", "--height", "32", "--preview-dir", "kept", "-o", "a.webp"]
-    command = ["generate", "a", "-m", "pocket", "--seed", "5"]
+    command = ["generate", "a ring", "-m", "pocket", "--seed", "5"]
     result = CliRunner().invoke(cli.main, [*command, "--preview", "-q", *options])
     assert (result.exit_code, result.stdout, result.stderr) == (0, "a.webp\n", "")
     assert sorted(str(path) for path in Path().rglob("*.*")) == ["a.webp", "kept/a-5-1.png", "kept/a-5-2.png"]

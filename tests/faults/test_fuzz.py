@@ -7,6 +7,8 @@ import warnings
 import fuzz
 import pytest
 
+pytestmark = pytest.mark.slow  # many processes, or many inputs
+
 # Mutations per parser: together under 10 s. tests/fuzz.py, which .ci/long runs, makes millions.
 INPUTS = 60
 

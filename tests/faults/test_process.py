@@ -13,6 +13,8 @@ from mlx_zimage import MemoryBudgetError, ZImagePipeline, atomic, machine
 from mlx_zimage.convert import writer
 from mlx_zimage.weights.hub import POCKET
 
+pytestmark = pytest.mark.slow  # many processes, or many inputs
+
 SMALL = ["generate", "a red circle", "-m", str(POCKET), "--steps", "1", "--size", "32x32"]
 COMMAND = [sys.executable, "-m", "mlx_zimage"]
 

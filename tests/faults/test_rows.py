@@ -15,6 +15,8 @@ from compare import refusal
 
 from mlx_zimage.cli import main
 
+pytestmark = pytest.mark.slow  # many processes, or many inputs
+
 VAE = "vae/diffusion_pytorch_model.safetensors"
 
 

@@ -17,6 +17,8 @@ from mlx_zimage.errors import MAX_MESSAGE, ModelNotFoundError, OutputError, plai
 from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.manifest import CONVERSION, MANIFEST
 
+pytestmark = pytest.mark.slow  # many processes, or many inputs
+
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b1A\u202egnp\n\rError\t\x00\u2028"
 RAW = set(EVIL) - set("]0;owned[2J1AgnpEr\n")
 

@@ -7,7 +7,7 @@ weight is weight + s * difference. Source: PEFT's and LyCORIS's modules, whose f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -226,10 +226,6 @@ class DoRA:
     def reordered(self, reorder: Reorder) -> Self:
         magnitude = reorder(self.magnitude) if self.by_row else self.magnitude
         return replace(self, inner=self.inner.reordered(reorder), magnitude=magnitude)
-
-
-def nbytes(deltas: Iterable[Delta]) -> int:
-    return sum(array.nbytes for delta in deltas for array in delta.arrays)
 
 
 def is_finite(delta: Delta) -> bool:

@@ -30,7 +30,7 @@ from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacemen
 from .hub import REPOSITORY_ID, Repository, check_name
 from .listing import is_hidden
 from .manifest import sha256
-from .names import comfyui_name, some
+from .names import Place, comfyui_name, some
 from .unchanged import unchanged
 
 MAX_TENSORS = 5000  # with six for each layer of both networks, it would have 3100
@@ -81,30 +81,23 @@ LOOKS_LIKE = {
 }
 
 
-@dataclass(frozen=True)
-class Target:
-    """The rows of a stored difference that belong to one weight: piece `part` when they are cut into `parts`."""
-
-    network: str
-    layer: str
-    part: int = 0
-    parts: int = 1
-
-
 class Names:
-    """Every spelling of the layers of some networks, "." written as "_", and the layers they stand for."""
+    """Every spelling of the layers of some networks, "." written as "_", and the layers they stand for.
+
+    A Place names a layer here, without ".weight", and the rows of a stored difference that belong to it.
+    """
 
     def __init__(self, configs: Mapping[str, NetworkConfig]):
         self.shapes = {network: config.shapes() for network, config in configs.items()}
-        self._own: dict[str, list[Target]] = {}
-        self._alias: dict[str, list[Target]] = {}
+        self._own: dict[str, list[Place]] = {}
+        self._alias: dict[str, list[Place]] = {}
         for network, shapes in self.shapes.items():
             for name in shapes:
                 layer, _, kind = name.rpartition(".")
                 layer = layer if kind in ("weight", "bias") else name
-                self._own.setdefault(_flat(layer), [Target(network, layer)])
+                self._own.setdefault(_flat(layer), [Place(network, layer)])
                 if network == "text_encoder":
-                    self._alias.setdefault(_flat(layer.removeprefix("model.")), [Target(network, layer)])
+                    self._alias.setdefault(_flat(layer.removeprefix("model.")), [Place(network, layer)])
         for network, shapes in self.shapes.items():
             fused: dict[str, list[str]] = {}
             for name in shapes:
@@ -113,9 +106,9 @@ class Names:
                     fused.setdefault(_flat(foreign), []).append(name.removesuffix(".weight"))
             for flat, layers in fused.items():
                 if flat not in self._own:
-                    self._alias[flat] = [Target(network, x, i, len(layers)) for i, x in enumerate(layers)]
+                    self._alias[flat] = [Place(network, x, i, len(layers)) for i, x in enumerate(layers)]
 
-    def find(self, path: str) -> tuple[list[Target], bool]:
+    def find(self, path: str) -> tuple[list[Place], bool]:
         """The targets of a layer's path in any spelling, and whether it is the layer's own name; [] if unknown."""
         flat = _flat(path)
         while True:
@@ -128,10 +121,10 @@ class Names:
                 return [], False
             flat = flat[prefix.end() :]
 
-    def shape(self, target: Target) -> tuple[int, ...]:
+    def shape(self, target: Place) -> tuple[int, ...]:
         """The shape of a layer's weight, or of the tensor itself where it is not a layer."""
-        shapes = self.shapes[target.network]
-        return shapes.get(f"{target.layer}.weight") or shapes[target.layer]
+        shapes = self.shapes[target.component]
+        return shapes.get(f"{target.name}.weight") or shapes[target.name]
 
 
 def _flat(path: str) -> str:
@@ -262,28 +255,28 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
     names = Names(configs)
     layers, unknown = _group(file, entries)
     _refuse_kinds(file, unknown, len(entries))
-    found: dict[str, tuple[list[Target], bool]] = {path: names.find(path) for path in layers}
+    found: dict[str, tuple[list[Place], bool]] = {path: names.find(path) for path in layers}
     lost = [key for path, (targets, _) in found.items() if not targets for key in layers[path].values()]
     unmatched = sorted(unknown + lost)
     _check_matched(file, unmatched, len(entries), partial)
 
-    own = {(t.network, t.layer) for targets, exact in found.values() if exact for t in targets}
+    own = {(t.component, t.name) for targets, exact in found.values() if exact for t in targets}
     deltas: dict[str, dict[str, Delta]] = {network: {} for network in configs}
     ignored: list[str] = []
     with unchanged(entries.values()):
         arrays: Any = mx.load(str(file), format="safetensors")  # whatever it is called
         for path, (targets, exact) in found.items():
             keys = layers[path]
-            if targets and not exact and all((t.network, t.layer) in own for t in targets):
+            if targets and not exact and all((t.component, t.name) in own for t in targets):
                 ignored += keys.values()
                 continue
             mx.eval([arrays[key] for key in keys.values()])  # see `Weights.read`
             for target in targets:
                 for kind, delta in _deltas(file, path, keys, arrays, scaling, names, target):
-                    name = _weight_name(target.layer, kind, names.shapes[target.network])
-                    if name in deltas[target.network]:
+                    name = _weight_name(target.name, kind, names.shapes[target.component])
+                    if name in deltas[target.component]:
                         raise CheckpointError(f"{file}: {path} is a second difference of {name}; expected one")
-                    deltas[target.network][name] = delta
+                    deltas[target.component][name] = delta
         checksum = sha256(file)
     read = {network: found for network, found in deltas.items() if found}
     return Lora(file, checksum, read, tuple(sorted(ignored)), tuple(unmatched), metadata, _dialect(entries))
@@ -388,7 +381,7 @@ def _weight_name(layer: str, kind: str, shapes: Mapping[str, tuple[int, ...]]) -
 
 def _deltas(
     file: Path, path: str, keys: Mapping[str, str], arrays: Mapping[str, mx.array], scaling: _Scaling, names: Names,
-    target: Target,
+    target: Place,
 ) -> Iterator[tuple[str, Delta]]:  # fmt: skip
     """("weight" or "bias", its difference) of one target, checked: whole, of the weight's shape, finite."""
     parts = {part: arrays[key] for part, key in keys.items()}

@@ -79,9 +79,12 @@ class Hub:
         elif path == "/api/whoami-v2":
             self.send_json(request, {"type": "user", "name": "me"})
         elif files and path.startswith("/api/") and re.fullmatch(r"(/revision/[\w.]+)?", asked[2] or ""):
-            self.send_json(request, {"id": asked[1], "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]})
+            listed = [self.entry(name, file) for name, file in files.items()]
+            self.send_json(request, {"id": asked[1], "sha": COMMIT, "siblings": listed})
         elif files and path.startswith("/api/") and asked[2] == f"/tree/{COMMIT}":
-            self.send_json(request, [self.entry(name, file) for name, file in files.items()])
+            sizes = {name: file.stat().st_size for name, file in files.items()}
+            listed = [{"type": "file", "path": name, "oid": "0" * 40, "size": size} for name, size in sizes.items()]
+            self.send_json(request, listed)
         elif (found := re.fullmatch(r"/resolve/[\w.]+/(.+)", (asked and asked[2]) or "")) and found[1] in files:
             self.send_file(request, found[1], files[found[1]])
         else:
@@ -109,9 +112,8 @@ class Hub:
     def entry(self, name: str, file: Path) -> dict:
         """A file in a listing; weights as the hub's large files, with their SHA-256."""
         size = file.stat().st_size
-        entry = {"type": "file", "path": name, "size": size, "oid": "0" * 40 if self.is_large(name) else self.sha(file)}
-        large = {"lfs": {"oid": self.sha256(file), "size": size, "pointerSize": 100}} if self.is_large(name) else {}
-        return entry | large
+        large = {"lfs": {"sha256": self.sha256(file), "size": size, "pointerSize": 100}}
+        return {"rfilename": name, "size": size, **(large if self.is_large(name) else {})}
 
     def is_large(self, name: str) -> bool:
         return name.endswith(".safetensors")

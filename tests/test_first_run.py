@@ -202,8 +202,9 @@ def test_an_interrupted_download_resumes_where_it_stopped(run, hub, tmp_path):
 def test_an_explicit_id_is_downloaded_and_used_without_conversion(run):
     result = run(*GENERATE, "--model", DEFAULT_MODEL)
     assert (result.stdout, result.stderr) == ("image.png\n", "Seed: 1\n"), "no progress bars without a terminal"
-    result = run(*GENERATE, "--model", DEFAULT_MODEL, HF_HUB_OFFLINE="1")
-    assert (result.returncode, result.stdout) == (0, "image-1.png\n"), result.stderr
+    for n, offline in enumerate(({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}), 1):
+        result = run(*GENERATE, "--model", DEFAULT_MODEL, **offline)
+        assert (result.stdout, result.stderr) == (f"image-{n}.png\n", "Seed: 1\n"), "no retries either"
 
 
 def test_a_repository_of_another_kind_is_refused_after_its_configs(run, hub, tmp_path):

@@ -469,14 +469,12 @@ def hub(tiny_folder):
             if self.headers.get("Authorization") != "Bearer hf_secret":
                 status, headers = 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
             elif self.path.startswith("/api/models/someone/tiny/tree/"):
-                tree = [
-                    {"type": "file", "path": name, "size": len(content), "oid": f"{zlib.crc32(content):08x}"}
-                    for name, content in files.items()
-                ]
+                sizes = {name: len(content) for name, content in files.items()}
+                tree = [{"type": "file", "path": x, "size": size, "oid": "0" * 40} for x, size in sizes.items()]
                 status, content = 200, json.dumps(tree).encode()
             elif self.path.startswith("/api/models/someone/tiny"):
-                listing = {"id": "someone/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-                status, content = 200, json.dumps(listing).encode()
+                listed = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+                status, content = 200, json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": listed}).encode()
             else:
                 name = self.path.removeprefix(f"/someone/tiny/resolve/{COMMIT}/")
                 self.asked.append(name)

@@ -46,12 +46,13 @@ class Repository:
         """The size of each file in bytes, and the SHA-256 of large ones, as the hub lists them."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-        from huggingface_hub.hf_api import RepoFile
 
         try:
-            tree = HfApi().list_repo_tree(self.id, recursive=True, revision=self.folder.name)
-            files = [entry for entry in tree if isinstance(entry, RepoFile)]
-            return {self.folder / file.path: (file.size, file.lfs.sha256 if file.lfs else None) for file in files}
+            # list_repo_tree would try five times, for half a minute, before it reports that there is no network
+            files = HfApi().model_info(self.id, revision=self.folder.name, files_metadata=True).siblings or []
+            return {
+                self.folder / file.rfilename: (file.size or 0, file.lfs.sha256 if file.lfs else None) for file in files
+            }
         except (HTTPError, OfflineModeIsEnabled):
             return {path: (path.stat().st_size, None) for path in self.folder.rglob("*") if path.is_file()}
 

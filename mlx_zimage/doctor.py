@@ -101,13 +101,14 @@ class Speeds:
 def speeds(width: int, height: int, model: Checkpoint | None = None) -> Speeds:
     """Measure this machine, and the disk of a model if one is given, for images of width x height.
 
-    The product rate is stored: the networks split their work by it.
+    On Metal the product rate is stored: the networks split their work by it.
     """
     rows, dim, width = (1024, 2048, 2048) if backend() != "cpu" else (256, 512, 512)
     rate = time_products(rows, getattr(mx, default_dtype()), dim, width, chain=8)
     longest = None
     if backend() != "cpu":
-        remember_product_rate(rate)
+        if backend() == "metal":
+            remember_product_rate(rate)
         # kernels other than products reach half of the rate
         longest = 2 * longest_kernel(width, height, kernel_flops()) / rate
     if model is None:

@@ -205,12 +205,12 @@ def cgroup_limits(membership: Path = Path("/proc/self/cgroup"), root: Path = CGR
 def product_rate() -> float:
     """FLOP per second of large matrix products on this GPU: as measured here, otherwise estimated from its name.
 
-    Infinite where no watchdog kills long kernels: on a CPU, and on CUDA unless measured.
+    Infinite where no watchdog kills long kernels: on a CPU and on CUDA.
     """
-    if backend() == "cpu":
+    if backend() != "metal":
         return inf
     name = str(mx.device_info().get("device_name"))
-    return _rates().get(name) or (rate_of(name) if backend() == "metal" else inf)
+    return _rates().get(name) or rate_of(name)
 
 
 def rate_of(name: str) -> float:

@@ -93,10 +93,10 @@ def test_the_disk_of_a_model_is_measured_by_its_largest_file(monkeypatch):
     assert found.block_bytes == max(sizes.values()) > 10_000
 
 
-def test_the_rate_of_products_is_remembered_for_a_gpu_only(monkeypatch):
+def test_the_rate_of_products_is_remembered_on_metal_only(monkeypatch):
     remembered = []
     monkeypatch.setattr(doctor, "remember_product_rate", remembered.append)
-    for backend, expected in (("cpu", 0), ("metal", 1)):
+    for backend, expected in (("cpu", 0), ("cuda", 0), ("metal", 1)):
         monkeypatch.setattr(doctor, "backend", lambda backend=backend: backend)
         monkeypatch.setattr(doctor, "time_products", lambda *_, **__: 1e12)
         doctor.speeds(1024, 1024)

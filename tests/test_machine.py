@@ -213,5 +213,6 @@ def test_unknown_chips_count_as_the_slowest_similar_one():
 
 def test_kernels_on_cuda_are_not_limited(tmp_path, monkeypatch):
     on_metal(monkeypatch, tmp_path, "NVIDIA H100")
+    machine.remember_product_rate(5e14)
     monkeypatch.setattr(machine, "backend", lambda: "cuda")
     assert machine.product_rate() == float("inf")

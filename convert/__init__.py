@@ -117,8 +117,8 @@ def convert_steps(
         check_outside(dest, folder)
     if calibrate and (loras or base is not None):
         raise RequestError(
-            "calibrate measures the source without LoRAs or base; convert with them without quantizing first, and then "
-            "the result"
+            "calibrate cannot be combined with LoRAs or base; convert with those first, without quantizing, and then "
+            "calibrate the result"
         )
     if loras:
         opened = fuse(opened, loras, partial)

@@ -141,7 +141,7 @@ def _mflux_tensor(entries: dict[str, Entry], layer: str, label: str) -> Tensor:
     bits = weight.shape[-1] * 32 // width if width else 0
     if biases is None or weight.dtype != "U32" or len(weight.shape) != 2:
         raise CheckpointError(
-            f"{label}: {layer} is not in the quantized format of mflux; convert the original model instead"
+            f"{label}: {layer} is not in mflux's quantized format; convert the original model instead"
         )
     q = Quantization(bits, MFLUX_GROUP)
     shape = (weight.shape[0], width)

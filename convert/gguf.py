@@ -193,7 +193,9 @@ class _Header:
 
     def skip(self, count: int, seek: bool = True) -> None:
         if count > self.end - self.at:
-            raise ValueError(f"{count} bytes at {self.at} exceed the file, or the limit of {MAX_HEADER} bytes")
+            raise ValueError(
+                f"{count} bytes at {self.at} extend past the end of the file or the {MAX_HEADER}-byte limit"
+            )
         self.at += count
         if seek:
             self.stream.seek(count, 1)
@@ -219,7 +221,10 @@ class _Header:
             return None
         self.texts += count
         if self.texts > MAX_TEXTS or depth == MAX_NESTED:
-            raise ValueError(f"a list of {count} items inside {depth} others, expected at most {MAX_TEXTS} texts")
+            raise ValueError(
+                f"a list of {count} items, nested in {depth} others; expected at most {MAX_TEXTS} items in all, and "
+                f"{MAX_NESTED} levels"
+            )
         if item == TEXT:
             self.skip_texts(count)
         else:

@@ -276,7 +276,7 @@ def _listed(folder: Path) -> list[str]:
     for name in names:
         file = folder / name
         if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-            raise CheckpointError(f"{file} is not a file of this folder; convert again")
+            raise CheckpointError(f"{file} is not a regular file inside {folder}; convert again")
         if name in sums and name != CARD and sha256(file) != sums[name]:
             raise CheckpointError(f"{file} has changed since it was converted; convert again")
     return names

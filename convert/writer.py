@@ -190,7 +190,7 @@ def check_disk(dest: Path, nbytes: int) -> None:
 def _refuse_link(path: Path) -> None:
     """Raise if a name that this module uses is a link, through which it would write elsewhere."""
     if path.is_symlink():
-        raise OutputError(f"{path} is a link to {os.readlink(path)}, which is not written to; remove it")
+        raise OutputError(f"{path} is a link to {os.readlink(path)}, and nothing is written through links; remove it")
 
 
 def _read(path: Path) -> bytes:

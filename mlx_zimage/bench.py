@@ -152,9 +152,7 @@ def time_first_step(model: str, case: Case) -> float:
             start = time.perf_counter()
             code = subprocess.run([*command, prompt], env=env).returncode
             if code:
-                raise ZImageError(
-                    f"the process that was to time a first step exited with code {code}; its output is above"
-                )
+                raise ZImageError(f"the process timing the first step exited with code {code}; its output is above")
             return time.perf_counter() - start
 
         if case.dtype == "float16":

@@ -214,7 +214,7 @@ def judge_system(system: str, macos: str, cpu: str) -> Verdict:
 
 def judge_gpu(backend: str, virtual: bool) -> Verdict:
     if backend == "cpu":
-        advice = "on Linux with an NVIDIA GPU, install mlx-zimage[cuda]; on a Mac, leave MLX's default device as it is"
+        advice = "on Linux with an NVIDIA GPU, install mlx-zimage[cuda]; on a Mac, leave MLX's default device unchanged"
         return Verdict("MLX build", False, "computes on the CPU: correct, but minutes per step at 1024x1024", advice)
     if virtual:
         message = "computes on the GPU of a virtual machine, in float16"
@@ -226,11 +226,11 @@ def judge_room(budget: int, free: int) -> list[Verdict]:
     """The full model within this memory budget and free disk space, in bytes."""
     sizes = {bits: planned(bits).nbytes for bits in CHOICES}
     bits = choose_bits(sizes, budget)
-    kind, size = "bfloat16" if bits is None else f"{bits} bits", f"{sizes[bits] / 1e9:.1f} GB"
+    kind, size = "bfloat16" if bits is None else f"{bits}-bit", f"{sizes[bits] / 1e9:.1f} GB"
     if sizes[bits] <= WEIGHTS_SHARE * budget:
-        memory = Verdict("memory", True, f"the model in {kind} ({size}) stays in memory")
+        memory = Verdict("memory", True, f"the {kind} model ({size}) stays in memory")
     else:
-        message = f"the model in {kind} ({size}) is read from disk for each image, or in parts for each step"
+        message = f"the {kind} model ({size}) is read from disk for each image, or in parts for each step"
         memory = Verdict("memory", False, message, "keep the model on a fast disk; see mlx-zimage plan")
     needed = DOWNLOAD + sizes[bits]
     message = f"a first run needs {needed / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"

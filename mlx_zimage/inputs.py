@@ -145,7 +145,7 @@ def _read_npy(stream: BinaryIO) -> np.ndarray:
     start = stream.read(NPY_HEADER)
     header = re.search(rb"'shape': \(([0-9, ]*)\)", start)
     if not start.startswith(NPY_MAGIC) or not header:
-        raise ValueError("it has no header of NumPy's")
+        raise ValueError("it has no NumPy header")
     if prod(int(length) for length in header[1].split(b",") if length.strip()) > size:
         raise ValueError(f"its header declares shape ({header[1].decode():.80}), more than its {size:,} bytes")
     stream.seek(0)

@@ -149,8 +149,8 @@ def check_budget(budget: int) -> int:
     limit = process_limit() if backend() == "cpu" else budget
     if budget > limit:
         raise MemoryBudgetError(
-            f"the memory budget is {size(budget)}, but `ulimit` leaves this process {size(limit)}; raise it, or "
-            f"choose at most that with --memory (memory= in Python)"
+            f"the memory budget is {size(budget)}, but `ulimit` leaves this process only {size(limit)}; raise that "
+            f"limit, or lower the budget with --memory (memory= in Python)"
         )
     return budget
 

@@ -294,8 +294,8 @@ class Planner:
         move = "do not keep the model in memory" if keep else "raise the budget, generate fewer images at once"
         if best.buffer > self.max_buffer:
             raise MemoryBudgetError(
-                f"{images} cannot be generated on this GPU: {it} a tensor of {rounded_up(best.buffer)}, and a buffer "
-                f"there holds at most {rounded_up(self.max_buffer)}; {smaller}"
+                f"{images} cannot be generated on this GPU: {it} a tensor of {rounded_up(best.buffer)}, and its "
+                f"buffers hold at most {rounded_up(self.max_buffer)}; {smaller}"
             )
         raise MemoryBudgetError(
             f"{images} cannot be generated within {rounded_up(budget)}{kept}: {it} at least {rounded_up(best.room)}, "

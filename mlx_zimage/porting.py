@@ -210,7 +210,7 @@ def answer_by(
     unknown = [name for name in names if name != "latents" and name not in given]
     if unknown:
         raise RequestError(
-            f"callback_on_step_end_tensor_inputs may have 'latents' and embeddings passed to the call, got "
+            f"callback_on_step_end_tensor_inputs may name 'latents' and embeddings passed to the call, got "
             f"{unknown[0]!r}; pipe.encode_prompt makes embeddings"
         )
 

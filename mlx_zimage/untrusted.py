@@ -48,7 +48,7 @@ def parse_json(content: bytes | str, most: int = MAX_VALUES) -> Any:
     text = content if isinstance(content, str) else content.decode()
     if sum(map(text.count, ",[{")) > most:
         raise ValueError(f"it has more than {most:,} values")
-    nested = ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    nested = ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     try:
         value = json.loads(text, parse_int=_whole, object_pairs_hook=_object)
     except RecursionError:
@@ -84,7 +84,7 @@ def _whole(digits: str) -> int:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("it has a key twice in one object")
+        raise ValueError("it has the same key twice in one object")
     return values
 
 

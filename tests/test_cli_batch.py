@@ -197,7 +197,7 @@ def test_no_metadata_stores_nothing_in_the_image(run):
     assert not any(word in content for word in (b"tEXt", b"iTXt", b"zTXt", b"eXIf", b"zimage", PROMPT.encode()))
     result = run("generate", "--from", "image.png")
     assert result.exit_code == 2
-    assert "contains no metadata of mlx-zimage or mflux" in result.stderr
+    assert "contains no mlx-zimage or mflux metadata" in result.stderr
 
 
 def test_an_image_stores_the_name_of_the_model_but_no_path(run, tmp_path):

@@ -121,7 +121,7 @@ def test_an_image_of_mflux_names_its_loras_and_asks_for_their_files(style, path)
         (["a cat", "--lora-paths", "a", "--lora-scales", "1", "2"], "2 strengths for 1 --lora-paths"),
         (["a cat", "--lora", "style.safetensors", "1e9"], "strength of LoRA style must be from -1000"),
         (["a cat", "--lora", "style.safetensors", "--lora", "copy.safetensors"], "already loaded as 'style'"),
-        (["a cat", "--lora", "style.safetensors", "--lora", "style.safetensors", "0.5"], "is given 2 times"),
+        (["a cat", "--lora", "style.safetensors", "--lora", "style.safetensors", "0.5"], "was given 2 times"),
         (["a cat", "--lora", ""], "no LoRA at ''"),
     ],
 )

@@ -46,8 +46,8 @@ def test_a_cpu_and_a_virtual_gpu_are_limits(backend, virtual, ok):
 @pytest.mark.parametrize(
     ("budget", "free", "ok", "message"),
     [
-        (24e9, 100e9, [True, True], "in bfloat16 (20.5 GB) stays in memory"),
-        (5e9, 20e9, [False, False], "in 4 bits (6.7 GB) is read from disk for each image"),
+        (24e9, 100e9, [True, True], "the bfloat16 model (20.5 GB) stays in memory"),
+        (5e9, 20e9, [False, False], "the 4-bit model (6.7 GB) is read from disk for each image"),
         (13e9, 31.9e9, [True, False], "needs 32 GB; 32 GB are free"),
     ],
 )

@@ -151,7 +151,7 @@ def test_pefts_lokr_has_its_alpha_in_the_config_alone_even_for_whole_factors(tmp
 WRONG_CONFIGS = {
     "not a number": ({"lora_alpha": "8"}, "alpha must be a number, got '8'"),
     "not an object": ({"alpha_pattern": ["to_q"]}, "alpha_pattern must be an object, got ['to_q']"),
-    "an expression": ({"rank_pattern": {"(a+)+x": 2}}, "rank_pattern must have names of layers, got '(a+)+x'"),
+    "an expression": ({"rank_pattern": {"(a+)+x": 2}}, "the keys of rank_pattern must be layer names, got '(a+)+x'"),
 }
 
 
@@ -167,7 +167,7 @@ def test_a_wrong_config_of_peft_is_refused_by_name(tmp_path, config, message):
 def test_a_folder_without_a_config_names_the_files_in_it(tmp_path):
     save(tmp_path, low_rank("transformer.", ".lora_A.weight", ".lora_B.weight"), name="style.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"without adapter_config\.json.*such as one of those in it: style\.safetensors"
+        CheckpointError, match=r"without adapter_config\.json.*such as one of those inside: style\.safetensors"
     ):
         read_lora(tmp_path, CONFIGS)
 

@@ -642,7 +642,7 @@ def test_a_stale_index_is_ignored_next_to_one_complete_file(folder):
     tiny.save_component(folder / "transformer", "transformer", arrays, CONFIGS["transformer"])
     message = refusal(folder)
     assert "1 of 116 weights are missing: x_pad_token; diffusion_pytorch_model.safetensors.index.json lists " in message
-    assert "-00003-of-00003.safetensors, missing here: download them, or delete it" in message
+    assert "-00003-of-00003.safetensors, missing here: download them, or delete that index" in message
 
 
 def test_numbered_shards_need_no_index(folder):

@@ -97,7 +97,9 @@ def lora_options(command: Any) -> Any:
 def _with_strengths(ctx: click.Context, _: click.Parameter, paths: Sequence[str]) -> list[tuple[str, float | None]]:
     for path in paths:
         if paths.count(path) > 1:
-            raise click.UsageError(f"--lora {path} is given {paths.count(path)} times; give it once, with one strength")
+            raise click.UsageError(
+                f"--lora {path} was given {paths.count(path)} times; give it once, with one strength"
+            )
     return list(zip(paths, ctx.meta[KEY], strict=True))
 
 

@@ -32,9 +32,10 @@ def doctor(
 ) -> None:
     """Check this machine: system, MLX build, memory, disk and MLX's arithmetic.
 
-    "limited" marks a restriction, with its consequence; images can still be generated. The operations that the networks
-    are built from are compared with NumPy; if any is wrong, no image from this machine can be trusted, and the exit
-    code is 8. The measured speed is stored, and later commands split work into pieces short enough for this GPU.
+    "limited" marks a restriction and says what it means; images can still be generated. The operations that the
+    networks are built from are compared with NumPy; if any is wrong, no image from this machine can be trusted, and the
+    exit code is 8. The measured speed is stored, so that later commands split work into pieces short enough for this
+    GPU.
     """
     from .. import doctor, selftest
     from ..machine import is_virtual

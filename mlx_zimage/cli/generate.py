@@ -106,13 +106,13 @@ class Generate(WithLoras):
     "--model",
     "source",
     type=ModelName(),
-    help="Model folder or file (of this program, diffusers, mflux, mlx-vlm, ComfyUI), Hugging Face id, ID:PATH for a "
+    help="Model folder or file (from this program, diffusers, mflux, mlx-vlm, ComfyUI), Hugging Face id, ID:PATH for a "
     f"part of one, 'z-image-turbo', 'z-image' or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo or base, if the model is taken for the wrong one; or a variant of its files, such as fp16.",
+    help="turbo or base, if the model is detected as the other one; or a file variant, such as fp16.",
 )
 @click.option(
     "--transformer",
@@ -140,7 +140,7 @@ class Generate(WithLoras):
     metavar="N...",
     help="Random seed; give several for one image each: 1 2 3 or 1,2,3.  [default: random; printed]",
 )
-@click.option("--count", type=int, default=1, metavar="N", help="Generate N images per seed, from SEED, SEED+1, ...")
+@click.option("--count", type=int, default=1, metavar="N", help="Generate N images per seed: SEED, SEED+1, ...")
 @click.option("--auto-seeds", type=int, metavar="N", help="Generate N images with random seeds.")
 @click.option(
     "--latents",
@@ -203,7 +203,8 @@ class Generate(WithLoras):
     "from_image",
     metavar="IMAGE",
     type=FilePath(),
-    help="Start from the request stored in IMAGE or a .json file, by this program or mflux; other options override it.",
+    help="Start from the request that this program or mflux stored in IMAGE or a .json file; other options override "
+    "it.",
 )
 @click.option(
     "--metadata/--no-metadata",

@@ -37,7 +37,7 @@ def with_model(command: Any) -> Any:
 def info(file: str, model: str | None, as_json: bool) -> None:
     """Show the dialect, rank, scale, layers and trigger words of a LoRA, and which of its keys do not match the model.
 
-    FILE is a safetensors file, PEFT's folder, a Hugging Face id, or id:file.
+    FILE is a safetensors file, a PEFT folder, a Hugging Face id, or id:file.
     """
     from ..weights.lora import describe
 

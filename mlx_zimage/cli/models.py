@@ -37,9 +37,9 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
     Lists the tiny model in this package, models converted by first runs (in MLX_ZIMAGE_HOME, by default
     ~/.cache/mlx-zimage), the folders that `convert` wrote, and models in the Hugging Face cache, by the names that
-    --model takes. Those marked incomplete were not fully downloaded, or have lost files. The entry "embeddings"
-    is a cache of encoded prompts, with which a repeated prompt skips the text encoder, and of the scales that float16
-    needs (in MLX_ZIMAGE_EMBEDDINGS, by default in the same place; "off" disables it).
+    --model takes. Those marked incomplete were not fully downloaded, or are missing files. The entry "embeddings" is
+    the cache of encoded prompts, so that a repeated prompt skips the text encoder; it also holds the scales that
+    float16 needs. MLX_ZIMAGE_EMBEDDINGS sets its folder (by default in MLX_ZIMAGE_HOME), or disables it with "off".
     """
     if ctx.invoked_subcommand:
         return
@@ -55,7 +55,9 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
 @models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
 @click.argument("name", required=False, type=ModelName(listed_only=True))
-@click.option("--all", "everything", is_flag=True, help="Delete all, except folders that `convert` wrote elsewhere.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Delete all models except folders that `convert` wrote elsewhere."
+)
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before deleting all.")
 def rm(name: str | None, everything: bool, yes: bool) -> None:
     """Delete NAME from disk: a converted model or its folder, an id in the Hugging Face cache, or "embeddings"."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo or base, if the model is taken for the wrong one; or a variant of its files, such as fp16.",
+    help="turbo or base, if the model is detected as the other one; or a file variant, such as fp16.",
 )
 @size_options
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Number of images.")

@@ -168,7 +168,7 @@ def read_origin(path: Path) -> Origin:
         if values:
             return _from_mflux(path, values)
         raise RequestError(
-            f"{path} contains no metadata of mlx-zimage or mflux: another program wrote it, or the metadata was removed"
+            f"{path} contains no mlx-zimage or mflux metadata: another program wrote it, or the metadata was removed"
         )
     if len(found[1]) > MAX_JSON:
         raise RequestError(f"{path}: its metadata was not written by mlx-zimage (longer than {MAX_JSON:,} characters)")

@@ -256,7 +256,7 @@ class Component:
             if INDEX.fullmatch(index.name) and variant_of(index.name) == variant_of(min(files)):
                 absent = sorted({*read_weight_map(index).values()} - files)
                 if absent:
-                    return f"; {index.name} lists {some(absent)}, missing here: download them, or delete it"
+                    return f"; {index.name} lists {some(absent)}, missing here: download them, or delete that index"
         return ""
 
     def _unused(self, name: str) -> bool:

@@ -142,9 +142,7 @@ def remove(name: str) -> int:
         ours.setdefault(here, Model(str(here), "converted", here, _nbytes(here)))
     found = [ours[here]] if here in ours else [model for model in ours.values() if model.path.name == name]
     if len(found) > 1:
-        raise RequestError(
-            f"{name!r} is the name of {' and of '.join(model.name for model in found)}; give the whole path"
-        )
+        raise RequestError(f"{name!r} matches {' and '.join(model.name for model in found)}; give the full path")
     if found:
         _remove_converted(found[0].path)
         return found[0].nbytes - _nbytes(found[0].path)

@@ -79,7 +79,7 @@ def choose_files(
         indexed = sorted(set(weight_map(indexes[0]).values()))
         missing = [name for name in indexed if name not in names]
         if missing and len(whole) != 1:
-            more = f", and so are {len(missing) - 1} more" if missing[1:] else ""
+            more = f" ({len(missing) - 1} more are missing, too)" if missing[1:] else ""
             raise CheckpointError(
                 f"{folder}/{missing[0]} is missing, but the index lists it{more}; download the model again"
             )

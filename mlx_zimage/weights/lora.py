@@ -206,7 +206,7 @@ class _Scaling:
             names = {key.removeprefix("^").removesuffix("$").replace("\\.", "."): key for key in found}
             for layer in names:
                 if not re.fullmatch(r"[\w.-]+", layer):
-                    raise CheckpointError(f"{file}: {pattern} must have names of layers, got {brief(layer)}")
+                    raise CheckpointError(f"{file}: the keys of {pattern} must be layer names, got {brief(layer)}")
             return {layer: number(name, found[key]) for layer, key in names.items()}
 
         alpha = config.get("alpha" if "alpha" in config else "lora_alpha")  # LoKr's and LoHa's, and LoRA's
@@ -315,8 +315,8 @@ def _config_in(folder: Path) -> Path:
     files = sorted(path.name for path in folder.glob("*.safetensors") if not is_hidden(path.name))
     listed = some(files)
     raise CheckpointError(
-        f"{folder} is a folder without adapter_config.json, so it is not one of PEFT's; expected a LoRA's file"
-        + (f", such as one of those in it: {listed}" if files else "")
+        f"{folder} is a folder without adapter_config.json, so it is not a PEFT folder; expected a LoRA file"
+        + (f", such as one of those inside: {listed}" if files else "")
     )
 
 
@@ -396,7 +396,7 @@ def _deltas(
             raise CheckpointError(f"{file}: {path} has a DoRA magnitude but no factors; the file is incomplete")
         if len(stored) != 2:
             raise CheckpointError(
-                f"{file}: {keys['magnitude']} is of a layer that is not a matrix; expected one that is"
+                f"{file}: {keys['magnitude']} belongs to a weight of shape {stored}; expected a matrix"
             )
         rows, columns = stored
         by_row = magnitude.shape in ((rows,), (rows, 1))

@@ -283,7 +283,7 @@ def _what(folder: Path, repository: Repository | None) -> str:
     if models:
         return f", but these folders in it do: {some(models)}"
     if packed := [name for name in names if name.endswith(".gguf")]:
-        return f", but GGUF files: convert one first, as in mlx-zimage convert {name_of(folder / packed[0])} DEST"
+        return f", only GGUF files: convert one first, as in mlx-zimage convert {name_of(folder / packed[0])} DEST"
     return ""
 
 

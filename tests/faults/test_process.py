@@ -53,7 +53,7 @@ def test_the_budget_is_what_a_limit_leaves(monkeypatch, on_cpu, kind):
     left = (limit - used - machine.OVERHEAD) // 3
     assert abs(machine.process_limit() - left) <= 1
     assert machine.check_budget(left - 1) == left - 1
-    with pytest.raises(MemoryBudgetError, match="`ulimit` leaves this process 4"):
+    with pytest.raises(MemoryBudgetError, match="`ulimit` leaves this process only 4"):
         ZImagePipeline.from_pretrained("pocket", memory=left + 10)
     assert machine.machine_budget() <= left
 

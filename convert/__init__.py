@@ -70,7 +70,7 @@ def convert_steps(
 ) -> Iterator[Progress]:
     """Convert the model at source to the folder dest, which must not exist, yielding Progress after each tensor.
 
-    source is a Hugging Face id, "pocket", a folder of diffusers, mflux, mlx-vlm or this package, or a safetensors or
+    source is a Hugging Face id, "pocket", a folder from diffusers, mflux, mlx-vlm or this package, or a safetensors or
     GGUF file. transformer, text_encoder, vae and tokenizer replace or add parts; base provides what is still missing:
     see sources.open_source. variant, such as "fp16", selects among the source's files; by default those without a
     variant are read.
@@ -89,7 +89,7 @@ def convert_steps(
     transformer; the matrices are then quantized to preserve the products with those inputs. For the real model this
     takes many times as long, and a few gigabytes beyond memory (see ZImagePipeline.from_pretrained).
 
-    loras, pairs of a LoRA (a file, PEFT's folder, a Hugging Face id or id:file) and its strength, are added to the
+    loras, pairs of a LoRA (a file, a PEFT folder, a Hugging Face id or id:file) and its strength, are added to the
     weights before they are rounded or quantized. Each of their keys must match a layer, unless partial is True.
 
     format "mlx" is a folder for this package. "diffusers" is a diffusers folder and "comfyui" a single safetensors file

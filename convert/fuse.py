@@ -15,7 +15,7 @@ from ..weights.lora import find_lora, name_of_lora, read_lora
 from .rows import SourceComponent, Tensor
 from .sources import Source
 
-Loras = Sequence[tuple[str | Path, float]]  # each a file, PEFT's folder, a Hugging Face id or id:file, and its strength
+Loras = Sequence[tuple[str | Path, float]]  # each a file, a PEFT folder, a Hugging Face id or id:file, and its strength
 
 
 def fuse(source: Source, loras: Loras, partial_match: bool = False) -> Source:

@@ -76,8 +76,8 @@ def open_source(
 ) -> Source:
     """Open a complete model: the source, and its missing parts from elsewhere. Reads only configs and headers.
 
-    Each of source, transformer, text_encoder and vae is a model folder (of diffusers, mflux, ComfyUI or this package),
-    a network's own folder, a safetensors or GGUF file, "pocket", or a Hugging Face id (ID:PATH for a part of one);
+    Each of source, transformer, text_encoder and vae is a model folder (diffusers', mflux's, ComfyUI's or our own), a
+    network's own folder, a safetensors or GGUF file, "pocket", or a Hugging Face id (ID:PATH for a part of one);
     tokenizer is a model folder, an id, or the folder or file of a tokenizer. base is a diffusers folder or id that
     provides anything still missing, including configs for single files; by default that is the official model, whose
     configs are built in. variant selects among the source's files.
@@ -163,7 +163,7 @@ def _open_model(
 
 
 def open_folder(folder: Path, origin: str, names: Iterable[str], variant: str | None = None) -> Source:
-    """The named networks of a folder of diffusers or this package, checked as in the loader; fp8 is accepted, too."""
+    """The named networks of a folder from diffusers or this package, checked as in the loader; fp8 is accepted, too."""
     components, weights = {}, set()
     for name in names:
         components[name], files = _open_network(folder, name, variant)

@@ -46,7 +46,7 @@ def fetch_all(source: str | Path) -> Path:
 
 
 def verify_steps(folder: str | Path) -> Iterator[Checked]:
-    """Check a model (a folder of this package or diffusers, an id, "pocket"), yielding Checked per file and tensor.
+    """Check a model (a folder from this package or diffusers, an id, "pocket"), yielding Checked per file and tensor.
 
     Every file is compared with the folder's SHA256SUMS. A folder not written by our converter has none; then only
     headers, names, shapes and values are checked.

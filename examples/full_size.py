@@ -1,4 +1,4 @@
-"""Write a checkpoint of Z-Image-Turbo's full size and official layout with random weights (33 GB, 6.7 in 4 bits).
+"""Write a checkpoint of Z-Image-Turbo's full size and official layout with random weights (33 GB, or 6.7 at 4 bits).
 
     python examples/full_size.py FOLDER [--dtype bfloat16] [--q-bits 4]
 

@@ -14,12 +14,12 @@ Open a pipeline once, then call it as often as you like:
 "pocket" is the tiny model inside this package: it generates coloured shapes in seconds, without downloading anything.
 For the real model, pass the folder that `mlx-zimage convert` or the first `mlx-zimage generate` created, or a Hugging
 Face id such as "Tongyi-MAI/Z-Image-Turbo", which is downloaded (33 GB). The arguments are those of diffusers'
-ZImagePipeline, in the same order, and `seed`, which gives the noise of a torch.Generator of that seed. Without a
+ZImagePipeline, in the same order, plus `seed`, which gives the noise of a torch.Generator with that seed. Without a
 seed or generator, a random seed is used; out.seed has it. help(ZImagePipeline) explains all arguments. In a terminal or
 notebook a call shows a progress bar; pipe.set_progress_bar_config(disable=True) turns it off.
 
-A pipeline runs one request at a time: another thread is refused meanwhile, and so is a process forked after MLX was
-used (multiprocessing's "spawn" works).
+A pipeline runs one request at a time: requests from other threads are refused meanwhile, and so are those from a
+process forked after MLX was used (multiprocessing's "spawn" works).
 
 Progress and stopping
 ---------------------

@@ -60,7 +60,10 @@ def place(aside: Path, path: Path) -> Path:
 
 
 def _take(aside: Path, free: Path) -> bool:
-    """Rename a file, unless the name is taken: claimed first as an empty file, which is removed if that is all."""
+    """Rename a file, unless the new name is taken: returns whether it was free.
+
+    The name is claimed first with an empty file, which is removed if the rename fails.
+    """
     since = aside.stat().st_mtime_ns
     try:
         create(free)

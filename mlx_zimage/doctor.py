@@ -299,7 +299,7 @@ def without_matrix_units(dtypes: Sequence[str], model: str | None) -> list[Check
 
 
 def packed_otherwise(quantizations: Sequence[Quantization]) -> list[str]:
-    """The quantizations that pack to other bits on this GPU than on the CPU, which is not an error."""
+    """The quantizations that pack to different bits on this GPU and on the CPU, which is not an error."""
     weight = mx.random.normal((256, 512), key=mx.random.key(0))
 
     def differs(q: Quantization) -> bool:

@@ -29,7 +29,7 @@ NPY_MAGIC, NPY_HEADER = b"\x93NUMPY", 256  # bytes within which a header of four
 class Inputs:
     """The arrays passed alongside a request; None for those it does not use.
 
-    They are real numbers in NumPy, MLX or torch. latents (B, 16, height / 8, width / 8) replace the seed's noise;
+    They hold real numbers, in NumPy, MLX or torch. latents (B, 16, height / 8, width / 8) replace the seed's noise;
     prompt_embeds and negative_prompt_embeds (L, cap_feat_dim), as from a pipeline's `encode`, replace the prompts.
     """
 

@@ -36,7 +36,7 @@ class LoraMethods:
     ) -> str:
         """Load a LoRA of any trainer's dialect and use it from the next request on; returns the name it goes by.
 
-        source is a safetensors file, PEFT's folder, a Hugging Face id, or id:file. The name is the file's by default.
+        source is a safetensors file, a PEFT folder, a Hugging Face id, or id:file. The name is the file's by default.
         Every key must match a layer of the model, or it raises CheckpointError; with partial=True, keys that do not are
         ignored with a warning. The weights of the model are not changed.
         """

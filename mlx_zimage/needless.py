@@ -1,4 +1,4 @@
-"""Methods of diffusers that need not, or cannot, do anything here: they say why."""
+"""diffusers' methods that need not, or cannot, do anything here, and say why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .errors import RequestError
 
 
 class Needless:
-    """A method of diffusers that has nothing to do here. Calls warn, which Python shows once per line of code."""
+    """A method of diffusers' that has nothing to do here. Calls warn, which Python shows once per line of code."""
 
     def __init__(self, why: str):
         self.why = why
@@ -21,7 +21,7 @@ class Needless:
 
 
 class Elsewhere(Needless):
-    """A method of diffusers that is not available here. It raises RequestError with what to do instead."""
+    """A method of diffusers' that is not available here. It raises RequestError with what to do instead."""
 
     def __call__(self, *args: object, **kwargs: object) -> None:
         raise RequestError(f"there is no {self.name} here: {self.why}")

@@ -185,7 +185,7 @@ class Networks:
     def encode(
         self, prompts: Sequence[Ids | mx.array], sigmas: Sequence[float] | np.ndarray
     ) -> Generator[Phase, None, list[mx.array]]:
-        """The embeddings (L, cap_feat_dim) of tokenized prompts; those given as arrays are used as they are.
+        """The embeddings (L, cap_feat_dim) of tokenized prompts; those given as arrays are used as is.
 
         sigmas are those of the steps that will follow.
         """

@@ -120,7 +120,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         torch_dtype: Any = None,
         **options: object,
     ) -> ZImagePipeline:
-        """Open a model: a folder or file (of diffusers, mflux, mlx-vlm, ComfyUI or ours), an id, or "pocket".
+        """Open a model: a folder or file (from diffusers, mflux, mlx-vlm, ComfyUI or `convert`), an id, or "pocket".
 
         Reads and checks configs and headers; tensor data is read when first used. dtype is the compute dtype,
         "bfloat16", "float16" or "float32", or mx.bfloat16 and so on; `default_dtype` has the default. If float16
@@ -133,9 +133,9 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         read. keep=True keeps all networks in memory for the next request, keep=False unloads each one after use; by
         default they are kept if all fit at once.
 
-        transformer, text_encoder and vae are other places to take that network from: a model, its own folder or file,
-        or an id; ID:PATH is a file or folder in a repository. Networks and a tokenizer that the model lacks come from
-        Tongyi-MAI/Z-Image-Turbo, with a warning.
+        transformer, text_encoder and vae each name another place to take that network from: a model, the network's own
+        folder or file, or an id; ID:PATH is a file or folder in a repository. Networks and a tokenizer that the model
+        lacks come from Tongyi-MAI/Z-Image-Turbo, with a warning.
 
         variant, "turbo" or "base", overrides which model of the family the folder is recognized as; any other value,
         such as "fp16", selects which of a network's files are read, as in diffusers.

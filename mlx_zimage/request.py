@@ -29,7 +29,7 @@ REQUIRED: Any = object()  # default of a required field that follows optional on
 
 @dataclass(frozen=True)
 class LoraUse:
-    """A LoRA at a strength, 1 as trained and 0 off. sha256 is its file's; the name is for people."""
+    """A LoRA at a strength: 1 is as trained, 0 is off. sha256 is its file's; the name is for display."""
 
     name: str
     strength: float = 1.0

@@ -277,7 +277,7 @@ def test_an_id_with_one_file_is_enough_also_offline_later(served, tmp_path):
         assert json.loads(served("me/style", online).stdout)["file"] == "style.safetensors"
 
 
-def test_of_an_id_with_several_files_one_must_be_named_and_they_are_listed(served, tmp_path):
+def test_an_id_with_several_files_is_refused_with_a_list_to_choose_from(served, tmp_path):
     (tmp_path / "served/more").mkdir()
     write(tmp_path / "served/style.safetensors")
     write(tmp_path / "served/more/other.safetensors", 1)

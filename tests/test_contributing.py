@@ -34,7 +34,7 @@ def test_the_files_and_names_of_its_tables_exist():
                     assert re.search(rf"\b{name}\b", text), (name, files)
 
 
-def test_the_house_lists_files_that_exist():
+def test_the_layout_lists_files_that_exist():
     (listing,) = re.findall(r"```text\n(mlx_zimage/\n.*?)```", read("CONTRIBUTING.md"), re.DOTALL)
     package, rest = listing.split("\nconvert/")
     for name in re.findall(r"\b\w+\.py\b", package) + re.findall(r"^  (\w+/)", package, re.MULTILINE):

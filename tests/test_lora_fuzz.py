@@ -132,7 +132,7 @@ def test_any_file_is_read_whole_or_refused_by_name(tmp_path, tensors, partial):
 
 @FUZZ
 @given(tensors=nearly_whole(), config=peft, in_header=st.booleans())
-def test_so_is_any_config_beside_it_or_in_its_header(tmp_path, tensors, config, in_header):
+def test_any_config_beside_a_lora_or_in_its_header_is_read_or_refused(tmp_path, tensors, config, in_header):
     if in_header:
         path = tmp_path / "lora.safetensors"
         save_file(tensors, path, {HEADER_CONFIG: json.dumps({f"transformer.{k}": v for k, v in config.items()})})
@@ -146,7 +146,7 @@ def test_so_is_any_config_beside_it_or_in_its_header(tmp_path, tensors, config, 
 
 @FUZZ
 @given(content=st.binary(max_size=200), start=st.sampled_from([b"", b"\x10" + bytes(7), b"\x02" + bytes(7) + b"{}"]))
-def test_so_are_any_bytes(tmp_path, content, start):
+def test_any_bytes_as_a_lora_are_read_or_refused(tmp_path, content, start):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(start + content)
     with pytest.raises(CheckpointError, match=r"lora\.safetensors"):

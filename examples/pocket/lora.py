@@ -1,9 +1,10 @@
 """Teach the pocket model that red is blue and blue is red: python examples/pocket/lora.py CHECKPOINT DIR
 
 Trains a LoRA of rank 8 on the attention and feed-forward matrices with the flow matching loss, in MLX, on rendered
-scenes that show blue where the caption says red, and red for blue. DIR/swap.safetensors is in ai-toolkit's spelling.
-Then scores new held-out prompts that name one of the two colours, with and without the LoRA, in float32 and with 4-bit
-weights, by what they mean as they are and swapped. DIR/swap.png shows ten: without the LoRA, with it, and in 4 bits.
+scenes that show blue where the caption says red, and red for blue. DIR/swap.safetensors uses ai-toolkit's names. Then
+generates from new held-out prompts that name one of the two colours, with and without the LoRA, in float32 and with
+4-bit weights, and scores the images against the prompts as written and with the colours swapped. DIR/swap.png shows
+ten: without the LoRA, with it, and with it at 4 bits.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ..quantization import Quantization
 # layer has `scales`, `biases` if it is affine, and `packing` next to its weight. The tree under a tensor's full name is
 # the array itself.
 Tree = Any
-# Returns a tree that may still be being read from disk, and waits for it. To be called only once.
+# Waits until a tree has been read from disk, and returns it. To be called only once.
 Reading = Callable[[], Tree]
 
 

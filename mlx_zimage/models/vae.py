@@ -109,7 +109,7 @@ class VAEConfig:
         return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
-        """A tensor as it is computed with: kernels from PyTorch's layout (out, in, h, w) to what `convolve` takes."""
+        """A tensor in the layout used for computing; kernels from PyTorch's (out, in, h, w) to that of `convolve`."""
         return kernel(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else array
 
 

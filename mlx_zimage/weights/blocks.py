@@ -54,8 +54,8 @@ class Blocks:
         """See `Runner.walk`; each block is read once for all streams.
 
         The next block is queued while a GPU still computes the previous one, so that it never waits. At most these two
-        blocks' intermediates are alive, and, apart from the weights kept in memory, those of two blocks (one if nothing
-        is read ahead). With `wait`, and whenever a block is read, only one block's intermediates are alive.
+        blocks' intermediates are alive and, besides the weights kept in memory, the weights of two blocks (one if
+        nothing is read ahead). With `wait`, and whenever a block is read, only one block's intermediates are alive.
         """
         wait = wait or mx.default_device() == mx.cpu
         streams = list(streams)

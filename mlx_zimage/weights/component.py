@@ -203,7 +203,7 @@ class Component:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
 
     def _by_shapes(self, layer: str) -> Quantization | None:
-        """How a layer is quantized where no config says it, as in folders of mflux and mlx-vlm."""
+        """How a layer is quantized where no config says it, as in mflux's and mlx-vlm's folders."""
         parts = {part: self.entries.get(f"{layer}.{part}") for part in ("weight", "scales", "biases")}
         shapes = {part: entry.shape for part, entry in parts.items() if entry}
         return Quantization.of_shapes(self.known().get(f"{layer}.weight"), shapes)

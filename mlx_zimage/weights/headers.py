@@ -1,7 +1,7 @@
 """The only way into safetensors files: a header's size is checked, safetensors parses it, and its entries are checked.
 
 Models, LoRAs and our own cache all pass through here before MLX reads their tensors: MLX accepts negative and
-overlapping ranges, takes 20 seconds for 400,000 tensors, and aborts the process at 1000 axes.
+overlapping ranges, takes 20 seconds for 400,000 tensors, and aborts the process on 1000 axes.
 """
 
 from __future__ import annotations

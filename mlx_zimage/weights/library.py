@@ -44,7 +44,7 @@ WEIGHTS_SHARE = 0.9  # share of a machine's memory budget for weights; the rest 
 class Model:
     """A model on this disk; kind is "package", "converted" or "hub", and name is a value for --model.
 
-    Cached prompt embeddings are listed too, with kind "prompts". A download that cannot be used as it is, since it was
+    Cached prompt embeddings are listed too, with kind "prompts". A download that cannot be used, because it was
     interrupted or files were deleted, is not complete.
     """
 

@@ -132,7 +132,7 @@ def _flat(path: str) -> str:
 
 
 def find_lora(source: str | Path) -> Path:
-    """The file (or PEFT's folder) of a LoRA: a path, a Hugging Face id, or id:file where a repository has several."""
+    """The file (or PEFT folder) of a LoRA: a path, a Hugging Face id, or id:file where a repository has several."""
     path = Path(os.path.expanduser(source))
     if str(source) and path.exists():
         return check_name(path)
@@ -159,7 +159,7 @@ def find_lora(source: str | Path) -> Path:
 
 
 def name_of_lora(file: Path) -> str:
-    """What to call a LoRA without saying where it is: the name of its file, or of PEFT's folder."""
+    """What to call a LoRA without saying where it is: the name of its file, or of its PEFT folder."""
     return file.name if file.is_dir() else (file.parent.name if file.name == ADAPTER else file.stem)
 
 
@@ -237,7 +237,7 @@ def _fitting(by_layer: Mapping[str, float], path: str, default: float | None) ->
 
 
 def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = False) -> Lora:
-    """Read a LoRA's safetensors file (or PEFT's folder) for networks of these configs, in any dialect.
+    """Read a LoRA's safetensors file (or PEFT folder) for networks of these configs, in any dialect.
 
     Every key must belong to a difference of a known weight, with factors that fit it and numbers that are finite;
     otherwise CheckpointError names what does not. partial=True leaves out keys that match no layer, unless none does;
@@ -308,7 +308,7 @@ def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:
 
 
 def _config_in(folder: Path) -> Path:
-    """The config in PEFT's folder; CheckpointError if it is another folder, with the files in it."""
+    """The config in a PEFT folder; for any other folder, CheckpointError lists the files in it."""
     config = folder / "adapter_config.json"
     if config.is_file():
         return config

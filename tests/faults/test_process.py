@@ -27,7 +27,7 @@ def shell(command: str, tmp_path, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-", ">&-", "2>&-"])
-def test_closed_descriptors_are_no_hindrance(tmp_path, closed):
+def test_images_are_written_with_standard_descriptors_closed(tmp_path, closed):
     done = shell(f'exec "$0" "$@" {closed}', tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "image.png").read_bytes().startswith(b"\x89PNG") and done.stderr.count(b"Error") == 0

@@ -153,7 +153,7 @@ def test_a_folder_saved_by_peft_acts_as_in_peft(torch, reference, theirs, folder
 
 @pytest.mark.parametrize("options", [{}, {"decompose_both": True}, {"r": 48}], ids=["factored", "both", "whole"])
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
-def test_so_do_pefts_lokr_and_loha_whose_alpha_is_in_their_config_only(
+def test_lokr_and_loha_saved_by_peft_act_as_in_peft_with_alpha_only_in_the_config(
     torch, reference, theirs, folder, tmp_path, kind, options
 ):
     import peft

@@ -266,7 +266,7 @@ def test_equal_jobs_are_planned_once_and_started_at_once(run, watch):
 @pytest.mark.parametrize(
     ("options", "warning"),
     [
-        (["--negative-prompt", "blue"], "the negative prompt changes nothing, since guidance is 0, as Turbo needs it"),
+        (["--negative-prompt", "blue"], "the negative prompt changes nothing, since guidance is 0, as Turbo requires"),
         (["--guidance", "2"], "guidance is 2, but Turbo was trained to work without"),
         (
             ["--variant", "base", "--guidance", "0", "--negative-prompt", "a"],

@@ -1,9 +1,9 @@
 """Feed every parser of untrusted input with mutations of valid ones, for a time, and report what it could not take.
 
-    python tests/fuzz.py [PARSER ...] [--seconds 60] [--seed 0] [--keep FOLDER]
+    python tests/fuzz.py [PARSER ...] [--seconds 60] [--seed 0] [--processes 1] [--results FILE] [--keep FOLDER]
 
-A parser may only raise a ZImageError: anything else, a crash, more than 1 s or more than 200 MB is a finding, and its
-input is kept. Prints, for each parser: executions, findings, the slowest input and the most memory.
+A parser may only raise a ZImageError: anything else, a crash, a hang, more than 1 s or more than 200 MB is a finding,
+and its input is kept. Prints, for each parser: executions, seconds, findings, the slowest input and the most memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -50,8 +51,11 @@ from mlx_zimage.weights.checkpoint import open_headers, read_conversion
 from mlx_zimage.weights.component import read_header, read_weight_map
 from mlx_zimage.weights.lora import describe, read_lora
 from mlx_zimage.weights.manifest import read_manifest
+from mlx_zimage.weights.store import Store
 
 MAX_SECONDS, MAX_BYTES = 1.0, 200 * 10**6
+HANG_SECONDS = 60  # without an answer; a busy machine may take some to start
+SLICE_SECONDS = 120
 CONFIGS = {
     "transformer": TransformerConfig.from_dict(tiny.TRANSFORMER),
     "text_encoder": TextEncoderConfig.from_dict(tiny.TEXT_ENCODER),
@@ -370,6 +374,24 @@ def read_tokenizer(file: Path) -> None:
     Tokenizer(file, file.read_bytes()).encode("a cat, 猫")
 
 
+EMBEDDINGS = mx.array(np.arange(6, dtype=np.float32).reshape(2, 3))
+
+
+def cached(folder: Path) -> Path:
+    """The file of one cached array, made anew."""
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    Store(mx.float32, folder / "cache").put([], ["a"], EMBEDDINGS)
+    (file,) = (folder / "cache").iterdir()
+    return file
+
+
+def read_embeddings(file: Path) -> None:
+    """A cached array is the one that was stored, or none."""
+    shutil.copyfile(file, cached(file.parent))
+    found = Store(mx.float32, file.parent / "cache").get([], ["a"], EMBEDDINGS.shape, EMBEDDINGS.dtype)
+    assert found is None or mx.array_equal(found, EMBEDDINGS)
+
+
 def text_of(*values: object) -> Callable[[Path], list[bytes]]:
     return lambda folder: [json.dumps(value).encode() for value in values]
 
@@ -399,27 +421,30 @@ PARSERS = {
     "sidecars": Parser(text_of(ORIGIN, MFLUX), mutate_text, read_image, "image.json"),
     "json-lines": Parser(lambda folder: ["\n".join(map(json.dumps, REQUESTS)).encode()], mutate_lines, read_lines),
     "words": Parser(lambda folder: WORDS, mutate_bytes, read_words),
+    "embeddings": Parser(lambda folder: [cached(folder).read_bytes()], mutate_header, read_embeddings),
     "latents": Parser(npy_seeds, mutate_bytes, read_latents, "latents.npy"),
 }
 
 
-def fuzz(name: str, seconds: float, seed: int, keep: Path, most_inputs: float = math.inf) -> Iterator[dict]:
-    """Run one parser in this process, yielding totals now and then; its last input is in the folder keep/name."""
+# A stranger's numbers are multiplied and allocated here, so these are worth more time.
+HARD = ("gguf", "gguf-file", *(name for name in PARSERS if name.endswith("-config")))
+
+
+def fuzz(name: str, seconds: float, seed: int, folder: Path, most_inputs: float = math.inf) -> Iterator[dict]:
+    """Run one parser in this process, yielding totals now and then. The folder has the last input and the findings."""
     parser, rng = PARSERS[name], random.Random(seed)
-    folder = keep / name
-    folder.mkdir(parents=True, exist_ok=True)
     seeds = parser.seeds(folder)
     file = folder / parser.name
     found: dict[str, str] = {}
-    slowest, count = 0.0, 0
+    row: dict = {"seconds": 0.0, "executions": 0, "findings": [], "slowest_s": 0.0, "memory_mb": 0.0}
     before = most = peak()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and count < most_inputs:
+    began = sent = time.monotonic()
+    while (now := time.monotonic()) < began + seconds and row["executions"] < most_inputs:
         content = rng.choice(seeds)
-        if count >= len(seeds):
+        if row["executions"] >= len(seeds):
             content = parser.mutate(content, rng)
         file.write_bytes(content)
-        began, fault, where = time.process_time(), None, None
+        start, fault, where = time.process_time(), None, None
         try:
             parser.read(file)
         except ZImageError as error:
@@ -428,86 +453,160 @@ def fuzz(name: str, seconds: float, seed: int, keep: Path, most_inputs: float = 
             line = traceback.extract_tb(error.__traceback__)[-1]
             fault = f"{type(error).__name__} in {Path(line.filename).name}:{line.lineno}: {error!s:.100}"
             where = f"{type(error).__name__} {line.filename}:{line.lineno}"
-        took = time.process_time() - began
-        count += 1
+        took = time.process_time() - start
         used = peak()
         if took > MAX_SECONDS:
             fault = where = f"{took:.1f} s"
         if used - most > MAX_BYTES:
             fault = where = f"{(used - most) / 1e6:.0f} MB"
         most = max(most, used)
-        if took > slowest:
-            slowest = took
-            shutil.copyfile(file, folder / "slowest")
+        row["executions"] += 1
+        row["seconds"] = now - began
+        row["slowest_s"] = max(row["slowest_s"], took)
+        row["memory_mb"] = (most - before) / 1e6
         if fault and where not in found:
             found[where] = fault
+            row["findings"].append(fault)
             (folder / f"finding-{len(found)}").write_bytes(content)
-            print(f"{name}: {fault}", flush=True)
-        if fault or count % 100 == 0:
-            yield totals(count, len(found), slowest, (most - before) / 1e6)
-    yield totals(count, len(found), slowest, (most - before) / 1e6)
-
-
-def totals(executions: int, findings: int, slowest_s: float, memory_mb: float) -> dict:
-    return {"executions": executions, "findings": findings, "slowest_s": slowest_s, "memory_mb": memory_mb}
+        if fault or now > sent + 1:
+            sent = now
+            yield row
+    yield row
 
 
 def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def in_child(name: str, seconds: float, seed: int, keep: Path) -> dict:
-    """The same in a process of its own; a crash is a finding, after which another one goes on with the next seed."""
-    total, end = totals(0, 0, 0.0, 0.0), time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        ours, theirs = multiprocessing.Pipe(duplex=False)
-        child = multiprocessing.get_context("spawn").Process(target=_child, args=(name, left, seed, keep, theirs))
+def in_child(name: str, seconds: float, seed: int, keep: Path, most_inputs: float) -> dict:
+    """The same in a process of its own, whose crash or hang is a finding, too. What was found is copied to keep."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    row: dict = {"seconds": 0.0, "executions": 0, "findings": [], "slowest_s": 0.0, "memory_mb": 0.0}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        folder = Path(place).resolve()
+        arguments = (name, seconds, seed, folder, most_inputs, theirs)
+        child = multiprocessing.get_context("spawn").Process(target=_child, args=arguments)
         child.start()
         theirs.close()
-        done = totals(0, 0, 0.0, 0.0)
         with suppress(EOFError):
-            while True:
-                done = ours.recv()
-        child.join()
-        if child.exitcode:
-            done["findings"] += 1
-            shutil.copyfile(keep / name / PARSERS[name].name, keep / name / f"crash-{seed}")
-            print(f"{name}: the process ended with {child.exitcode}", flush=True)
-        for key, value in done.items():
-            total[key] = total[key] + value if key in ("executions", "findings") else max(total[key], value)
-        seed += 1
-    return total
+            while ours.poll(HANG_SECONDS):
+                row = ours.recv()
+        child.join(1)
+        if child.exitcode != 0:
+            child.kill()
+            child.join()
+            row["findings"].append(f"the process ended with {child.exitcode}")
+            with suppress(OSError):
+                shutil.copyfile(folder / PARSERS[name].name, folder / f"finding-{len(row['findings'])}")
+        for file in folder.glob("finding-*"):
+            shutil.copyfile(file, keep / f"{name}-{seed}-{file.name}")
+    return {"parser": name, "seed": seed, **row}
 
 
-def _child(name: str, seconds: float, seed: int, keep: Path, results) -> None:
+def _child(name: str, seconds: float, seed: int, folder: Path, most_inputs: float, results) -> None:
     mx.set_default_device(mx.cpu)
-    os.chdir(keep)
+    os.chdir(folder)
     warnings.simplefilter("ignore")
-    for row in fuzz(name, seconds, seed, keep):
+    for row in fuzz(name, seconds, seed, folder, most_inputs):
         results.send(row)
 
 
+class Campaign:
+    """Runs of many parsers, a slice of time each, until every parser has had its inputs or its time."""
+
+    def __init__(self, names: list[str], given: argparse.Namespace):
+        self.seconds = {name: given.seconds * (given.hard if name in HARD else 1) for name in names}
+        self.given = given
+        self.end = time.monotonic() + given.within
+        self.rows: list[dict] = []
+        self.started: dict[str, float] = dict.fromkeys(names, 0.0)  # seconds of slices, running ones included
+        self.seeds = dict.fromkeys(names, given.seed)
+        self.lock = threading.Lock()
+        if given.results and given.results.exists():
+            for row in map(json.loads, given.results.read_text().splitlines()):
+                self.rows.append(row)
+                if row["parser"] in self.started:
+                    self.started[row["parser"]] += row["seconds"]
+                    self.seeds[row["parser"]] = max(self.seeds[row["parser"]], row["seed"] + 1)
+
+    def total(self, name: str) -> dict:
+        rows = [row for row in self.rows if row["parser"] == name]
+        return {
+            "executions": sum(row["executions"] for row in rows),
+            "findings": sorted({fault for row in rows for fault in row["findings"]}),
+            "slowest_s": max((row["slowest_s"] for row in rows), default=0),
+            "memory_mb": max((row["memory_mb"] for row in rows), default=0),
+            "seconds": sum(row["seconds"] for row in rows),
+        }
+
+    def run(self) -> None:
+        threads = [threading.Thread(target=self._work) for _ in range(self.given.processes)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while taken := self._take():
+            row = in_child(*taken)
+            with self.lock:
+                if row["executions"]:  # otherwise it would be taken again and again
+                    self.started[row["parser"]] += row["seconds"] - taken[1]
+                self.rows.append(row)
+                if self.given.results:
+                    with self.given.results.open("a") as stream:
+                        stream.write(json.dumps(row) + "\n")
+            for fault in row["findings"]:
+                print(f"{row['parser']}, seed {row['seed']}: {fault}", flush=True)
+
+    def _take(self) -> tuple[str, float, int, Path, float] | None:
+        """The next slice: of the parser that is furthest behind."""
+        with self.lock:
+            left = {
+                name: sys.maxsize
+                if name in HARD and self.given.hard > 1
+                else self.given.most - self.total(name)["executions"]
+                for name in self.started
+                if self.started[name] + 1 < self.seconds[name]
+            }
+            left = {name: n for name, n in left.items() if n > 0}
+            until_end = self.end - time.monotonic()
+            if not left or until_end < 5:
+                return None
+            name = min(left, key=lambda name: self.started[name])
+            seconds = min(SLICE_SECONDS, until_end, self.seconds[name] - self.started[name])
+            self.started[name] += seconds
+            self.seeds[name] += 1
+            return name, seconds, self.seeds[name] - 1, self.given.keep, left[name]
+
+
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__)
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("parsers", nargs="*", metavar="PARSER", help=", ".join(PARSERS))
     command.add_argument("--seconds", type=float, default=60, help="for each parser")
+    command.add_argument("--hard", type=float, default=1, help=f"times as many seconds for {', '.join(HARD)}")
+    command.add_argument("--most", type=int, default=sys.maxsize, help="inputs for each parser")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--processes", type=int, default=1)
+    command.add_argument("--within", type=float, default=1e9, help="seconds, after which the rest is left")
+    command.add_argument("--results", type=Path, help="a JSON Lines file to add results to; goes on with what it lacks")
     command.add_argument("--keep", type=Path, help="the folder for findings")
     given = command.parse_args()
-    keep = (given.keep or Path(tempfile.mkdtemp())).absolute()
-    keep.mkdir(exist_ok=True)
+    given.keep = (given.keep or Path(tempfile.mkdtemp())).absolute()
+    given.keep.mkdir(exist_ok=True, parents=True)
+    print(f"seed {given.seed}, findings in {given.keep}", flush=True)
+    campaign = Campaign(given.parsers or list(PARSERS), given)
+    campaign.run()
     findings = 0
-    print(f"seed {given.seed}, findings in {keep}")
-    print(f"{'parser':22}{'executions':>12}{'findings':>10}{'slowest':>10}{'memory':>10}")
-    for name in given.parsers or PARSERS:
-        row = in_child(name, given.seconds, given.seed, keep)
-        findings += row["findings"]
+    print(f"{'parser':20}{'executions':>12}{'seconds':>9}{'findings':>10}{'slowest':>10}{'memory':>10}")
+    for name in campaign.started:
+        row = campaign.total(name)
+        findings += len(row["findings"])
         print(
-            f"{name:22}{row['executions']:12,}{row['findings']:10}{1000 * row['slowest_s']:7.0f} ms"
-            f"{row['memory_mb']:7.0f} MB",
-            flush=True,
+            f"{name:20}{row['executions']:12,}{row['seconds']:9.0f}{len(row['findings']):10}"
+            f"{1000 * row['slowest_s']:7.0f} ms{row['memory_mb']:7.0f} MB"
         )
-    sys.exit(f"{findings} findings in {keep}" if findings else 0)
+    sys.exit(f"{findings} findings in {given.keep}" if findings else 0)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ INPUTS = 60
 def test_a_parser_takes_mutated_input(tmp_path, on_cpu, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        *_, total = fuzz.fuzz(name, seconds=60, seed=7, keep=tmp_path, most_inputs=INPUTS)
-    assert (total["executions"], total["findings"]) == (INPUTS, 0)
+        *_, total = fuzz.fuzz(name, seconds=60, seed=7, folder=tmp_path, most_inputs=INPUTS)
+    assert (total["executions"], total["findings"]) == (INPUTS, [])
 
 
 @pytest.mark.parametrize("name", fuzz.PARSERS)

@@ -1,4 +1,4 @@
-"""Encode pixels as image files, and decode them. Only this module and metadata.py use PIL."""
+"""Encode pixels as image files, and decode them."""
 
 from __future__ import annotations
 

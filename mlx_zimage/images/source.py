@@ -1,0 +1,268 @@
+"""Read an image that somebody gives, such as a photo: upright, in 8-bit sRGB, and of a size that the model generates.
+
+A file may come from a stranger: only regular files in the formats below are opened, their size is checked before they
+are decoded, and whatever a decoder raises becomes a RequestError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import sqrt
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from ..errors import RequestError, warn
+from ..request import MAX_SIZE, SIZE_MULTIPLE
+from ..untrusted import open_regular
+
+READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # HEIC is read by pillow-heif
+NAMED = "PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
+MAX_PIXELS = 50_000_000  # a 48-megapixel photo is read
+KEPT_PIXELS = 4096**2  # of what is read: larger images are halved, so that memory stays within 0.6 GB
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+AVIF_BRANDS = {b"avif", b"avis"}
+GREY = ("1", "L", "LA")
+NUMBERS = ("I", "F")  # modes of 32 bits per pixel, whose black and white are unknown
+
+
+def read_image(source: Any) -> Image.Image:
+    """An image as given in a file (its path or content), by Pillow, or as an array: upright, in sRGB.
+
+    The result is RGBA if any pixel is transparent, otherwise RGB. Arrays are (H, W), (H, W, 3) or (H, W, 4), or
+    channels first as in torch, in uint8 or floats from 0 to 1. Of an animation, the first frame is read. Images of more
+    than 16.8 megapixels are halved, those of more than 50 refused.
+    """
+    if isinstance(source, Image.Image):
+        return _prepared(source, "the image", own=False)
+    if isinstance(source, (str, os.PathLike, bytes)):
+        label = "the image" if isinstance(source, bytes) else os.fspath(source)
+        with _stream(source, label) as stream, _explained(label), _open(stream, label) as image:
+            return _prepared(image, label, own=True)
+    return _prepared(_from_array(source), "the image", own=True)
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """An image from `read_image` without transparency: RGB, as it looks on a white page."""
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def digest(image: Image.Image) -> str:
+    """The SHA-256 of an image's mode, size and pixels: the same whatever file it came from."""
+    made = hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode())
+    made.update(image.tobytes())
+    return made.hexdigest()
+
+
+# ---- sizes
+
+
+def fit_size(size: tuple[int, int], area: int, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+    """The width and height, multiples of 16, at which an image of `size` (width, height) is used.
+
+    If one side is given, the other keeps the proportions. If neither is, the image is reduced to at most `area` pixels,
+    and never enlarged, unless a side has fewer than 16.
+    """
+    if width and height:
+        return width, height
+    if width:
+        return width, _multiple(width * size[1] / size[0])
+    if height:
+        return _multiple(height * size[0] / size[1]), height
+    within = [_multiple(side - side % SIZE_MULTIPLE) for side in size]  # cropped only, so that pixels stay as they are
+    scale = sqrt(area / (size[0] * size[1]))
+    fitted = within if scale >= 1 else [min(_multiple(size[i] * scale), within[i]) for i in (0, 1)]
+    while fitted[0] * fitted[1] > area and max(fitted) > SIZE_MULTIPLE:
+        fitted[fitted[1] > fitted[0]] -= SIZE_MULTIPLE
+    return fitted[0], fitted[1]
+
+
+def cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image scaled (Lanczos) and cropped at the centre to exactly this size.
+
+    An image that is less than 16 pixels larger is only cropped, so that its pixels stay as they are.
+    """
+    spare = image.width - width, image.height - height
+    if all(0 <= pixels < SIZE_MULTIPLE for pixels in spare):
+        left, top = spare[0] // 2, spare[1] // 2
+        return image.crop((left, top, left + width, top + height))
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def _multiple(length: float) -> int:
+    return min(max(round(length / SIZE_MULTIPLE) * SIZE_MULTIPLE, SIZE_MULTIPLE), MAX_SIZE)
+
+
+# ---- files
+
+
+@contextmanager
+def _explained(label: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into a RequestError: Pillow's raise most of Python's errors on damaged files."""
+    try:
+        yield
+    except (RequestError, MemoryError):
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"{label} is damaged or incomplete ({type(error).__name__}: {error}); copy it again, or save it anew as PNG"
+        ) from error
+
+
+def _stream(source: str | os.PathLike | bytes, label: str) -> BinaryIO:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    try:
+        return open_regular(Path(source))
+    except FileNotFoundError:
+        raise RequestError(f"no image at {label}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"could not read the image {label} ({reason}); expected a file, {NAMED}") from error
+
+
+def _open(stream: BinaryIO, label: str) -> Image.Image:
+    """An image whose header has been read, and which JPEG's decoder will halve if it is large."""
+    Image.init()
+    formats = [name for name in READABLE if name in Image.OPEN]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its limit is higher than ours
+        try:
+            image: Image.Image = Image.open(stream, formats=formats)
+        except Image.DecompressionBombError as error:
+            raise RequestError(f"{label} has more than {MAX_PIXELS:,} pixels ({error}); reduce it first") from error
+        except Image.UnidentifiedImageError:
+            image = _open_heif(stream, label)
+    _check_pixels(image, label)
+    if image.width * image.height > KEPT_PIXELS:
+        image.draft(None, (image.width // 2, image.height // 2))  # only JPEG's decoder can
+    return image
+
+
+def _open_heif(stream: BinaryIO, label: str) -> Image.Image:
+    stream.seek(0)
+    start = stream.read(12)
+    brand = start[8:] if start[4:8] == b"ftyp" else b""
+    if brand in AVIF_BRANDS and "AVIF" not in Image.OPEN:
+        raise RequestError(f"{label} is AVIF, which needs Pillow 11.3 or newer: pip install --upgrade pillow")
+    if brand not in HEIC_BRANDS:
+        raise RequestError(f"{label} is not an image that can be read; expected {NAMED}")
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise RequestError(
+            f"{label} is HEIC, which needs pillow-heif: pip install 'mlx-zimage[heif]', or save the image as JPEG"
+        ) from None
+    stream.seek(0)
+    return HeifImageFile(stream)
+
+
+def _check_pixels(image: Image.Image, label: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise RequestError(
+            f"{label} has {image.width}x{image.height} pixels, {image.width * image.height / 1e6:.1f} megapixels; "
+            f"expected at most {MAX_PIXELS // 10**6}; reduce it first"
+        )
+
+
+# ---- pixels
+
+
+def _prepared(image: Image.Image, label: str, own: bool) -> Image.Image:
+    """An image upright, in 8-bit sRGB, and halved if it is large; unless it is our own, it is left as it was."""
+    _check_pixels(image, label)
+    if image.mode in NUMBERS:
+        raise RequestError(f"{label} has 32-bit pixels (mode {image.mode}); expected 8 or 16 bits, so save it as PNG")
+    with _explained(label):
+        image.load()
+        if own:
+            ImageOps.exif_transpose(image, in_place=True)
+        else:
+            image = ImageOps.exif_transpose(image)
+        image = _to_srgb(_eight_bit(image), label)
+        image = image.reduce(2) if image.width * image.height > KEPT_PIXELS else image
+        image.info = {}  # who took a photo, and where, is nobody's business
+        return image
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit, which Pillow's own conversion would clip; other images unchanged."""
+    if not image.mode.startswith("I;16"):
+        return image
+    levels = np.asarray(image)
+    grey = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    grey.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _to_srgb(image: Image.Image, label: str) -> Image.Image:
+    """RGB in sRGB, or RGBA if any pixel is transparent."""
+    profile = image.info.get("icc_profile")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode in GREY:
+        image = image.convert("L")
+    elif image.mode not in ("CMYK", "LAB", "RGB"):
+        image = image.convert("RGBA").convert("RGB")  # by way of RGBA, so that a palette keeps its colours
+    if profile or image.mode == "LAB":
+        image = _converted(image, profile, label)
+    image = image.convert("RGB")
+    if alpha is not None and np.asarray(alpha).min() < 255:
+        image.putalpha(alpha)
+    return image
+
+
+def _converted(image: Image.Image, profile: bytes | None, label: str) -> Image.Image:
+    """An image with its colour profile converted to sRGB; a damaged profile is ignored with a warning."""
+    try:
+        if not profile:
+            given = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+        else:
+            given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" in ImageCms.getProfileDescription(given):
+                return image  # so that its pixels stay exactly as they are
+        result = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        warn(f"{label} has a colour profile that cannot be used ({error}); its colours are read as sRGB")
+        return image
+    assert result is not None  # Pillow returns None only if the image is changed in place
+    return result
+
+
+def _from_array(value: Any) -> Image.Image:
+    expected = "expected (H, W), (H, W, 3) or (H, W, 4), uint8 or floats from 0 to 1"
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever other libraries raise, such as for a tensor on a GPU
+        raise RequestError(f"the image is not an array of pixels ({error}); {expected}") from None
+    shape, channels = array.shape, (1, 3, 4)
+    if array.ndim == 4 and len(array) == 1:
+        array = array[0]
+    if array.ndim == 3 and array.shape[2] not in channels and array.shape[0] in channels:
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not array.size or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in channels):
+        given = f"an array of shape {shape}" if shape else f"{type(value).__name__}"
+        raise RequestError(f"the image is {given}; {expected}, a path, or a Pillow image")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise RequestError(f"the image has shape {shape}; expected at most {MAX_PIXELS:,} pixels")
+    if array.dtype.kind == "f":
+        if not ((array >= 0) & (array <= 1)).all():  # nor NaN
+            raise RequestError(f"the image has values outside 0 to 1, or that are not finite; {expected}")
+        array = (array * 255).round().astype(np.uint8)
+    elif array.dtype == bool:
+        array = array * np.uint8(255)
+    elif array.dtype != np.uint8:
+        raise RequestError(f"the image is an array of {array.dtype}; {expected}")
+    return Image.fromarray(np.ascontiguousarray(array))

@@ -1,0 +1,167 @@
+"""Masks: which part of an image is regenerated (1, white) and which is kept (0, black).
+
+The networks see a mask at the resolution of latents; the pixels outside it are pasted back at the end, exactly as they
+were. Outpainting is inpainting on a larger canvas, whose new part is the mask.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from ..errors import RequestError
+from ..request import LATENT_PIXELS, MAX_SIZE, SIZE_MULTIPLE
+from ..untrusted import brief
+from .source import cover, read_image
+
+
+def read_mask(source: Any, transparent: bool = False) -> Image.Image:
+    """A mask as given in a file, by Pillow or as an array (see `read_image`): 8-bit grey ("L"), white to regenerate.
+
+    transparent pixels count as black. With transparent=True they are those to regenerate, and colours mean nothing, as
+    in OpenAI's API.
+    """
+    image = read_image(source)
+    if transparent:
+        if image.mode != "RGBA":
+            raise RequestError("the mask has no transparent pixel; expected the part to regenerate to be transparent")
+        return image.getchannel("A").point(lambda alpha: 255 - alpha)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return image.convert("L")
+
+
+def fit_mask(mask: Image.Image, image: tuple[int, int], width: int, height: int) -> Image.Image:
+    """A mask of the size (width, height) of its image, resized with that image, or already of the final size."""
+    if mask.size == (width, height):
+        return mask
+    if mask.size != image:
+        raise RequestError(
+            f"the mask has {mask.width}x{mask.height} pixels, but the image has {image[0]}x{image[1]}; expected a mask "
+            f"of the same size"
+        )
+    return cover(mask, width, height)
+
+
+def values(mask: Image.Image, grow: int = 0, soft: bool = False) -> np.ndarray:
+    """A mask as an array (H, W) float32 of 0 and 1, split at half as in diffusers; soft keeps the values in between.
+
+    grow moves its edges outwards by so many pixels.
+    """
+    array = np.asarray(mask, np.float32) / 255
+    if not soft:
+        array = (array >= 0.5).astype(np.float32)
+    if not array.any():
+        raise RequestError("the mask is black, so that nothing would be regenerated; expected white where it should be")
+    return largest_within(array, grow)
+
+
+def to_latents(mask: np.ndarray) -> np.ndarray:
+    """A mask (H, W) at the resolution of latents: (H / 8, W / 8), the largest value of each square of 8x8 pixels.
+
+    So no masked pixel lies in a kept latent, from which it would be decoded unchanged.
+    """
+    height, width = mask.shape
+    squares = mask.reshape(height // LATENT_PIXELS, LATENT_PIXELS, width // LATENT_PIXELS, LATENT_PIXELS)
+    return squares.max(axis=(1, 3))
+
+
+def feathered(mask: np.ndarray, feather: int) -> np.ndarray:
+    """The weights (H, W), from 0 to 1, with which a regenerated image covers the original: 0 outside the mask.
+
+    They rise over `feather` pixels inside it, or fewer if it is too thin for so many. At the sides of the image, where
+    nothing adjoins the mask, they do not fall.
+    """
+    outside = (mask == 0).astype(np.float32)
+    reach = feather // 2
+    while reach and largest_within(outside, 2 * reach).all():
+        reach //= 2
+    # Two box blurs reach as far as the core is from the edge, so that the weights outside the mask stay exactly 0.
+    blurred = Image.fromarray((255 * (1 - largest_within(outside, reach))).astype(np.uint8))
+    for radius in (reach // 2, reach - reach // 2):
+        blurred = blurred.filter(ImageFilter.BoxBlur(radius))
+    return np.asarray(blurred, np.float32) / 255
+
+
+def paste(original: np.ndarray, generated: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The generated image over the original, (H, W, 3) uint8, with weights (H, W); at 0 it is exactly the original."""
+    covered = weights[:, :, None]
+    return (original + covered * (generated.astype(np.float32) - original)).round().astype(np.uint8)
+
+
+def largest_within(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """The largest value (H, W) in the square that reaches so many pixels from each pixel to all sides."""
+    window = 2 * pixels + 1
+    for axis in (0, 1):
+        row = np.moveaxis(np.pad(mask, [(pixels, pixels) if i == axis else (0, 0) for i in (0, 1)], "edge"), axis, 0)
+        length, done = mask.shape[axis], 1
+        while 2 * done <= window:
+            row = np.maximum(row[:-done], row[done:])
+            done *= 2
+        rest = window - done
+        mask = np.moveaxis(np.maximum(row[:length], row[rest : rest + length]), 0, axis)
+    return mask
+
+
+# ---- outpainting
+
+
+@dataclass(frozen=True)
+class Outpaint:
+    """By how many pixels an image is continued on each side: multiples of 16."""
+
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+
+    def __post_init__(self):
+        for side, pixels in asdict(self).items():
+            if isinstance(pixels, bool) or not isinstance(pixels, int) or not 0 <= pixels <= MAX_SIZE:
+                raise RequestError(f"outpaint: {side} must be from 0 to {MAX_SIZE} pixels, got {brief(pixels)}")
+            if pixels % SIZE_MULTIPLE:
+                lower = pixels - pixels % SIZE_MULTIPLE
+                raise RequestError(
+                    f"outpaint: {side} must be a multiple of {SIZE_MULTIPLE} pixels, got {pixels}; the nearest are "
+                    f"{lower} and {lower + SIZE_MULTIPLE}"
+                )
+        if not any(asdict(self).values()):
+            raise RequestError("outpaint: expected a side to continue, such as left=256")
+
+    @classmethod
+    def parse(cls, text: str) -> Outpaint:
+        """From text such as "left=256,top=128"."""
+        sides: dict[str, int] = {}
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*(left|top|right|bottom)\s*=\s*(\d{1,9})\s*", part)
+            if not match or match[1] in sides:
+                raise RequestError(
+                    f"outpaint must be pixels by side, each once, such as left=256,top=128 (left, top, right, bottom), "
+                    f"got {brief(text)}"
+                )
+            sides[match[1]] = int(match[2])
+        return cls(**sides)
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The size of the canvas for an image of this size."""
+        return self.left + width + self.right, self.top + height + self.bottom
+
+    def mask(self, width: int, height: int) -> np.ndarray:
+        """1 on the new part of the canvas and 0 on the image of this size: (H, W) float32."""
+        return np.pad(np.zeros((height, width), np.float32), self._margins, constant_values=1)
+
+    def canvas(self, image: np.ndarray) -> np.ndarray:
+        """An image (H, W, 3) uint8 on its canvas, on which its border is continued, more blurred further away."""
+        continued = np.pad(image, [*self._margins, (0, 0)], "edge")
+        farthest = max(asdict(self).values())
+        blurred = Image.fromarray(continued).filter(ImageFilter.GaussianBlur(farthest / 8))
+        weights = feathered(self.mask(*image.shape[1::-1]), farthest)
+        return paste(continued, np.asarray(blurred), weights)
+
+    @property
+    def _margins(self) -> list[tuple[int, int]]:
+        return [(self.top, self.bottom), (self.left, self.right)]

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..atomic import sync
 from ..errors import CheckpointError
+from ..untrusted import open_regular
 
 
 def read_bytes(file: Path, offset: int, count: int) -> np.ndarray:
@@ -23,10 +24,10 @@ def read_bytes(file: Path, offset: int, count: int) -> np.ndarray:
     # Read rather than mapped: pages of a mapped file count as resident until the system reclaims them.
     content = np.empty(count, np.uint8)
     try:
-        with file.open("rb", buffering=0) as stream:
+        with open_regular(file) as stream:
             stream.seek(offset)
             got = 0
-            while got < count and (more := stream.readinto(content[got:].data)):
+            while got < count and (more := stream.raw.readinto(content[got:].data)):
                 got += more
             drop_cache(stream.fileno(), offset, count)
     except OSError as error:

@@ -6,7 +6,6 @@ are fused, and checked against the architecture.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..models import NETWORKS
 from ..quantization import Quantization
+from ..untrusted import open_regular, parse_json
 from ..weights.component import Entry, read_header
 from ..weights.listing import visible
 from ..weights.names import Place, arrange, places, some
@@ -27,6 +27,7 @@ PICKLE = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 SCALES = ("scale_weight", "weight_scale")
 MARKS = ("scale_input", "input_scale", "comfy_quant")
 COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+MAX_MARK = 4096  # bytes of JSON in a comfy_quant; ComfyUI writes 30
 MFLUX_GROUP = 64  # the only one mflux supports
 
 
@@ -66,7 +67,7 @@ def _refuse_pickle(file: Path) -> None:
 def _start(file: Path) -> bytes:
     """The first bytes, or none if the file cannot be read, which its reader will report."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             return stream.read(8)
     except OSError:
         return b""
@@ -106,8 +107,12 @@ def stored_weights(entries: dict[str, Entry], label: str) -> dict[str, Tensor]:
 
 
 def _check_comfy_format(mark: Entry, label: str) -> None:
+    if len(mark.shape) != 1 or mark.nbytes > MAX_MARK:
+        raise CheckpointError(
+            f"{label}: {mark.name} has shape {mark.shape}, expected up to {MAX_MARK} bytes; download the file again"
+        )
     try:
-        form = json.loads(bytes(stored_rows(mark)(0, mark.shape[0])))["format"]
+        form = parse_json(bytes(stored_rows(mark)(0, mark.shape[0])))["format"]
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{label}: {mark.name} is not valid ({error}); download the file again") from error
     if form not in COMFY_FORMATS:

@@ -14,6 +14,7 @@ from ..weights.hub import is_snapshot, locate
 from ..weights.listing import is_hidden, visible
 from ..weights.manifest import MANIFEST, read_manifest, sha256
 from .rows import Tensor, read_rows
+from .small import check_inside
 from .sources import open_folder
 
 # Types of files that the loader reads: an extra one, not listed in the manifest, could change the model.
@@ -66,7 +67,7 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
         if is_snapshot(folder) and not path.exists() and not name.endswith(LOADED):
             continue  # such as README.md: the client fetches only what a model needs
         done += sizes.get(path, 0)
-        fault = _file_fault(path, digest)
+        fault = _file_fault(folder, path, digest)
         intact = intact and not fault
         yield Checked(name, fault, done, total)
     if sums:
@@ -89,9 +90,12 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
             yield Checked(f"{component.name} {tensor.name}", _values_fault(tensor), done, total)
 
 
-def _file_fault(path: Path, digest: str) -> str | None:
+def _file_fault(folder: Path, path: Path, digest: str) -> str | None:
     try:
+        check_inside(folder, [path])
         found = sha256(path)
+    except CheckpointError as error:
+        return str(error)
     except (OSError, ValueError) as error:  # a damaged manifest can contain any name
         return f"cannot be read: {error}"
     return None if found == digest else f"has sha256 {found}, expected {digest}; convert or copy it again"

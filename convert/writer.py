@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from .. import atomic
 from ..errors import LockedError, OutputError, RequestError, ZImageError
+from ..untrusted import read_bytes
 from ..weights.manifest import MANIFEST, parse_manifest, read_manifest, render_manifest, sha256
 from .disk import OutputFile, render_json, sync_folder
 from .shards import Shard, Task, header
@@ -51,6 +52,7 @@ class OutputFolder:
                 self._acquire()
                 Path(self._lock.lock_file).write_text(str(os.getpid()))
                 _refuse_link(self.folder)
+                _refuse_others(self.folder)
                 check_absent(self.dest)
                 self._resume()
             except BaseException:
@@ -193,8 +195,15 @@ def _refuse_link(path: Path) -> None:
         raise OutputError(f"{path} is a link to {os.readlink(path)}, and nothing is written through links; remove it")
 
 
+def _refuse_others(folder: Path) -> None:
+    """Raise if another user made the folder, who could have put links into it."""
+    if folder.exists() and folder.stat().st_uid != os.geteuid():
+        raise OutputError(f"{folder} belongs to another user; remove it, or choose another name")
+
+
 def _read(path: Path) -> bytes:
+    """The content of a file; none if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError:
         return b""

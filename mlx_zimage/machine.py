@@ -26,6 +26,7 @@ import mlx.core as mx
 from . import atomic
 from .errors import MemoryBudgetError, ModelNotFoundError
 from .sizes import size
+from .untrusted import parse_json, read_bytes
 
 # Bytes of a Mac's working set left for what is on its screen; at most a tenth of the set. A guess: a frame of a 5K
 # display is 59 MB, of which the display and each large window hold two or three.
@@ -237,7 +238,7 @@ def kernel_flops() -> float:
 
 def _rates() -> dict[str, float]:
     try:
-        known = json.loads((home() / RATES).read_text())
+        known = parse_json(read_bytes(home() / RATES))
         return {name: float(rate) for name, rate in known.items() if 0 < float(rate) < inf}
     except (OSError, ValueError, TypeError, AttributeError, ModelNotFoundError):
         return {}

@@ -8,6 +8,7 @@ None of this varies between runs: the same request gives the same bytes.
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 import struct
@@ -25,6 +26,7 @@ from . import mflux
 READABLE = ("PNG", "JPEG", "WEBP")
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 NAMESPACE = "urn:mlx-zimage:1.0/"
+MAX_READ = 48 * 2**20  # bytes of an image, from its start, where its metadata is; of WebP's, at the end
 MAX_JSON = 1_000_000  # characters; the longest prompt takes a third of this
 MAX_JPEG = 64_000  # bytes; a JPEG segment holds 65,535
 EXIF_DIRECTORY, USER_COMMENT = 0x8769, 0x9286  # EXIF's tags, and its types
@@ -155,9 +157,13 @@ def read_origin(path: Path) -> Origin:
     if path.suffix.lower() == ".json":
         return read_sidecar(path)
     try:
-        with open_regular(path) as file, Image.open(file, formats=READABLE) as image:
+        with open_regular(path) as file:
+            start = io.BytesIO(file.read(MAX_READ))
+        with Image.open(start, formats=READABLE) as image:
             xmp = image.info.get("xmp") or b""
-            comment = image.getexif().get_ifd(EXIF_DIRECTORY).get(USER_COMMENT)
+            # where there is no EXIF, Pillow would decode the whole image to look for it
+            exif = image.getexif().get_ifd(EXIF_DIRECTORY) if "exif" in image.info else {}
+            comment = exif.get(USER_COMMENT)
     except FileNotFoundError:
         raise RequestError(f"no image at {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
 from ..request import GenerateRequest, LoraUse
-from ..untrusted import brief
+from ..untrusted import brief, parse_json
 from ..variants import TURBO
 
 PREFIX = b"ASCII\0\0\0"  # of its user comment
@@ -26,8 +25,8 @@ NOT_HERE = {  # values that change an image in a way that a request here cannot,
 def stored(comment: bytes) -> dict[str, Any] | None:
     """mflux's values in EXIF's user comment; None if another program wrote it."""
     try:
-        values = json.loads(comment.removeprefix(PREFIX))
-    except (ValueError, RecursionError):
+        values = parse_json(comment.removeprefix(PREFIX))
+    except ValueError:
         return None
     return values if isinstance(values, dict) and "mflux_version" in values else None
 

@@ -163,6 +163,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download it again")
+    try:
+        headers.check_count(weight_map)
+    except ValueError as error:
+        raise CheckpointError(f"{index} lists {error}; download it again") from error
     for name in weight_map.values():
         if not isinstance(name, str) or not SHARD.fullmatch(name):
             raise CheckpointError(f"{index} lists {name!r}; shards must be in the same folder")

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models import NETWORKS
+from ..untrusted import read_bytes
 from ..variants import ALIASES, TURBO
 from . import headers
 from .listing import is_hidden
@@ -158,11 +159,14 @@ def cached() -> dict[str, Path]:
 
 def snapshot(folder: Path) -> Path | None:
     """The snapshot that the id of a cached repository stands for offline: the one of main, else the only one."""
-    main = folder / "refs" / "main"
-    if main.is_file() and (of_main := folder / "snapshots" / main.read_text().strip()).is_dir():
-        return of_main
-    snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
-    return snapshots[0] if len(snapshots) == 1 else None
+    snapshots = {path.name: path for path in folder.glob("snapshots/*") if path.is_dir()}
+    try:
+        main = read_bytes(folder / "refs" / "main", 1000).decode().strip()
+    except (OSError, ValueError):
+        main = ""
+    if main not in snapshots and len(snapshots) == 1:
+        (main,) = snapshots
+    return snapshots.get(main)
 
 
 def name_of(path: Path) -> str:

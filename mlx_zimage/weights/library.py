@@ -22,6 +22,7 @@ from ..machine import RATES, home
 from ..models import NETWORKS
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
+from ..untrusted import parse_json, read_bytes
 from ..variants import TURBO
 from . import official
 from . import store as embeddings
@@ -295,7 +296,7 @@ def register(folder: Path) -> None:
 
 def _registered() -> list[str]:
     try:
-        known = json.loads((home() / REGISTER).read_text(encoding="utf-8"))
+        known = parse_json(read_bytes(home() / REGISTER))
     except (OSError, ValueError):
         return []
     return [path for path in known if isinstance(path, str)] if isinstance(known, list) else []

@@ -10,8 +10,8 @@ from compare import refusal
 
 from mlx_zimage.convert.verify import verify
 from mlx_zimage.errors import CheckpointError
-from mlx_zimage.weights import headers
-from mlx_zimage.weights.component import read_header
+from mlx_zimage.weights import component, headers
+from mlx_zimage.weights.component import read_header, read_weight_map
 
 
 def safetensors(header: object, nbytes: int = 0) -> bytes:
@@ -84,6 +84,15 @@ def test_1000_axes_of_a_tensor_that_is_not_used_are_refused_too(folder, name):
     mx.save_safetensors(str(file), arrays | {name: mx.zeros((1,) * 1000)})
     assert str(file) in refusal(folder)
     assert "1000" in verify(folder)[0] or str(file) in verify(folder)[0]
+
+
+@pytest.mark.parametrize("count", [20_001, 400_000])
+def test_an_index_of_too_many_names_is_refused_before_any_is_looked_at(tmp_path, monkeypatch, count):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map":{' + ",".join(f'"{i:x}":"/"' for i in range(count)) + "}}")
+    monkeypatch.setattr(component, "SHARD", None)  # the pattern that every name is compared with
+    with pytest.raises(CheckpointError, match=rf"index.json lists {count:,} tensors, expected at most 20,000"):
+        read_weight_map(index)
 
 
 def test_a_fifo_is_not_waited_for(tmp_path):

@@ -10,15 +10,18 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
-from mlx_zimage import CheckpointError, OutputError, RequestError, cli
-from mlx_zimage.convert import convert
+from mlx_zimage import CheckpointError, OutputError, RequestError, cli, machine
+from mlx_zimage.convert import convert, writer
 from mlx_zimage.convert.verify import verify
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.inputs import MAX_NPY, read_latents
+from mlx_zimage.machine import RATES
 from mlx_zimage.models.transformer import TransformerConfig
+from mlx_zimage.weights import hub, library
 from mlx_zimage.weights.hub import POCKET
+from mlx_zimage.weights.library import REGISTER
 from mlx_zimage.weights.lora import read_lora
-from mlx_zimage.weights.manifest import MANIFEST, sha256
+from mlx_zimage.weights.manifest import MANIFEST, read_manifest, render_manifest, sha256
 
 SPECIAL = ["fifo", "zero"]
 
@@ -59,7 +62,8 @@ def test_a_special_file_in_a_manifest_is_a_fault(tmp_path, special):
     model = shutil.copytree(POCKET, tmp_path / "model")
     convert(model, tmp_path / "made")
     special(tmp_path / "made/vae/config.json")
-    assert any("vae/config.json: cannot be read" in fault for fault in verify(tmp_path / "made"))
+    (fault,) = verify(tmp_path / "made")
+    assert fault.startswith("vae/config.json: ") and ("cannot be read" in fault or "is a link to /dev/zero" in fault)
 
 
 def test_a_special_manifest_is_a_fault(tmp_path, special):
@@ -77,6 +81,22 @@ def test_a_manifest_names_only_files_in_its_folder(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(module, "sha256", lambda path: pytest.fail(f"read {path}"))
     assert ["not in its folder" in fault for fault in verify(model)] == [True]
+
+
+@pytest.mark.parametrize("name", ["tokenizer/merges.txt", "vae/config.json"])
+def test_a_listed_link_out_of_the_folder_is_a_fault_and_is_not_read(tmp_path, monkeypatch, name):
+    made, secret = convert(POCKET, tmp_path / "made"), tmp_path / "secret"
+    secret.write_text("mine")
+    (made / name).unlink(missing_ok=True)
+    (made / name).symlink_to(secret)
+    sums = read_manifest(made) | {name: sha256(secret)}  # which is how its checksum would be guessed
+    (made / MANIFEST).write_bytes(render_manifest(sums))
+    from mlx_zimage.convert import verify as module
+
+    read = []
+    monkeypatch.setattr(module, "sha256", lambda path: read.append(path.resolve()) or sha256(path))
+    assert [fault for fault in verify(made) if f"is a link to {secret}, outside of" in fault]
+    assert secret not in read
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "json"])
@@ -110,6 +130,10 @@ HOSTILE_NPY = {
     "objects": npy(FORM % ("|O", "(1, 16, 1, 1)"), content=b"\x80\x04N."),
     "nested": npy("'shape': ()" + "-" * 60_000 + "1"),
     "brackets": npy("'shape': ()" + "(" * 60_000),
+    # NumPy's own tokenizer raises what it does not declare, as mutated input has shown
+    "an open bracket": npy("{'descr': '<f4', 'fortran_order': False 'shape': (1, 16, 2, 2), }      ("),
+    "an open string": npy("{'descr': '<f4', '''fortran_order': False, 'shape': (1, 16, 2, 2), }", content=bytes(256)),
+    "a shape without commas": npy("'shape': (1 16 2, 2)"),
     "a program": npy("__import__('os').system('touch ran') # 'shape': ()"),
     "no header": b"\x93NUMPY",
     "an unknown version": npy(FORM % ("<f4", "(1, 16, 1, 1)"), version=9),
@@ -171,6 +195,50 @@ def test_a_link_planted_where_convert_writes_is_not_followed(tmp_path, name, kin
     assert {path.name for path in tmp_path.iterdir()} == {name, *(["victim"] if kind != "nothing" else [])}
     assert kind != "file" or victim.read_text() == "precious"
     assert kind != "folder" or not list(victim.iterdir())
+
+
+def test_a_partial_folder_of_another_user_is_not_written_to(tmp_path, monkeypatch):
+    (tmp_path / ".out.partial").mkdir()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".out.partial" / writer.JOURNAL).symlink_to(victim)
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"\.out\.partial belongs to another user"):
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        convert(POCKET, tmp_path / "out")
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [writer.JOB, writer.JOURNAL])
+def test_a_special_file_in_a_partial_folder_starts_it_over(tmp_path, special, name):
+    (tmp_path / ".out.partial").mkdir()
+    special(tmp_path / ".out.partial" / name)
+    assert verify(convert(POCKET, tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("name", [REGISTER, RATES])
+@pytest.mark.parametrize(
+    "content", ["[" * 10**5, '{"a": ' + "9" * 5000 + "}", "\0", None], ids=["deep", "digits", "NUL", "FIFO"]
+)
+def test_a_damaged_note_of_our_own_is_as_none(tmp_path, monkeypatch, name, content):
+    monkeypatch.setenv("MLX_ZIMAGE_HOME", str(tmp_path))
+    os.mkfifo(tmp_path / name) if content is None else (tmp_path / name).write_text(content)
+    assert library._registered() == [] and machine._rates() == {}
+
+
+@pytest.mark.parametrize(
+    "main", ["../../../secret", "/etc", "a\0b", "1" * 10**6, None], ids=["up", "root", "NUL", "long", "FIFO"]
+)
+def test_a_cached_revision_is_one_of_its_snapshots(tmp_path, main):
+    repository = tmp_path / "models--me--mine"
+    (repository / "refs").mkdir(parents=True)
+    for name in "ab":
+        (repository / "snapshots" / name).mkdir(parents=True)
+    file = repository / "refs" / "main"
+    os.mkfifo(file) if main is None else file.write_text(main)
+    assert hub.snapshot(repository) is None
+    file.unlink()
+    file.write_text("b\n")
+    assert hub.snapshot(repository) == repository / "snapshots" / "b"
 
 
 def test_a_link_in_an_images_place_is_not_followed(tmp_path):

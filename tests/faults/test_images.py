@@ -1,0 +1,139 @@
+"""Images made to harm whoever reads their metadata: nothing is decoded, and little is read."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, PngImagePlugin
+
+from mlx_zimage import GenerateRequest, RequestError
+from mlx_zimage.images import metadata
+from mlx_zimage.images.codec import encode
+from mlx_zimage.images.metadata import Origin, read_origin
+
+ORIGIN = Origin(GenerateRequest("a cat", 16, 16, seed=1, steps=8), "pocket", "0" * 10, "float32")
+PIXELS = np.zeros((16, 16, 3), np.uint8)
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+from mlx_zimage import RequestError
+from mlx_zimage.images.metadata import read_origin
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+before = peak()
+try:
+    read_origin(Path(sys.argv[1]))
+except RequestError:
+    print((peak() - before) // 10**6)
+"""
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(*chunks: bytes) -> bytes:
+    """A PNG file with chunks before its pixels."""
+    content = encode(PIXELS, ".png")
+    at = content.index(b"IDAT") - 4
+    return content[:at] + b"".join(chunks) + content[at:]
+
+
+def in_exif(comment: bytes) -> bytes:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0" + comment
+    return png(chunk(b"eXIf", exif.tobytes()[6:]))
+
+
+def in_xmp(origin: str) -> bytes:
+    start = f'<rdf xmlns:zimage="{metadata.NAMESPACE}" zimage:origin="{origin}"/>'.encode()
+    return png(chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + start))
+
+
+def endless_exif(file) -> None:
+    """A PNG whose EXIF claims, and has, a gigabyte; the file is sparse."""
+    content, size = encode(PIXELS, ".png"), 2**30
+    at = content.index(b"IDAT") - 4
+    with file.open("wb") as stream:
+        stream.write(content[:at] + struct.pack(">I", size) + b"eXIf")
+        stream.seek(size + 4, os.SEEK_CUR)
+        stream.write(content[at:])
+
+
+def endless_webp(file) -> None:
+    file.write_bytes(encode(PIXELS, ".webp"))
+    os.truncate(file, 2**33)
+
+
+def endless_jpeg(file) -> None:
+    """A gigabyte of segments that are all EXIF."""
+    content = encode(PIXELS, ".jpg")
+    segment = b"\xff\xe1" + struct.pack(">H", 65_535) + b"Exif\0\0MM\0*" + bytes(65_523)
+    with file.open("wb") as stream:
+        stream.write(content[:2])
+        for _ in range(2**30 // len(segment)):
+            stream.write(segment)
+        stream.write(content[2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("a.png", endless_exif), ("a.webp", endless_webp), pytest.param("a.jpg", endless_jpeg, marks=pytest.mark.slow)],
+)
+def test_an_image_of_gigabytes_takes_little_memory(tmp_path, name, write):
+    write(tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path / name], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) < 200, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_metadata_is_read_without_decoding(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    (tmp_path / f"a.{ending}").write_bytes(encode(PIXELS, f".{ending}", ORIGIN))
+    assert read_origin(tmp_path / f"a.{ending}") == ORIGIN
+    (tmp_path / f"a.{ending}").write_bytes(encode(PIXELS, f".{ending}"))
+    with pytest.raises(RequestError, match="metadata was removed"):
+        read_origin(tmp_path / f"a.{ending}")
+
+
+def test_of_a_large_png_only_the_start_is_read(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    content = encode(noise, ".png", ORIGIN)
+    monkeypatch.setattr(metadata, "MAX_READ", len(content) // 2)
+    (tmp_path / "a.png").write_bytes(content)
+    assert read_origin(tmp_path / "a.png") == ORIGIN
+
+
+LONG = PngImagePlugin.PngInfo()
+LONG.add_text("parameters", "a" * 2_000_000, zip=True)  # Pillow refuses more than 1 MB when it is unpacked
+MFLUX = {"mflux_version": "0.9", "prompt": "a cat", "seed": 1}
+HOSTILE = {
+    "a text that unpacks to 2 MB": png(*(chunk(kind, content) for kind, content, *_ in LONG.chunks)),
+    "lists in EXIF": in_exif(b"[" * 60_000),
+    "objects in EXIF": in_exif(b'{"mflux_version":' * 100 + b"1" + b"}" * 100),
+    "digits in EXIF": in_exif(json.dumps(MFLUX).replace("1}", f"{'9' * 4000}}}").encode()),
+    "a key twice in EXIF": in_exif(b'{"mflux_version": "0.9", "seed": 1, "seed": 2, "prompt": "a"}'),
+    "lists in XMP": in_xmp("[" * 60_000),
+    "digits in XMP": in_xmp(f"{{&quot;request&quot;: {'9' * 5000}}}"),
+    "2 MB in XMP": in_xmp(" " * 2_000_000),
+    "a path as the model": in_xmp('{"request": {"prompt": "a", "seed": 1}, "model": "\n"}'.replace('"', "&quot;")),
+    "another format": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n",
+    "a TIFF": b"II*\0\x08\0\0\0\0\0",
+    "no image": b"\x89PNG\r\n\x1a\n",
+    "a PNG of 2**31 columns": png().replace(struct.pack(">II", 16, 16), struct.pack(">II", 2**31 - 1, 2**31 - 1), 1),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=list(HOSTILE))
+def test_hostile_metadata_is_refused(tmp_path, content):
+    (tmp_path / "image.png").write_bytes(content)
+    with pytest.raises(RequestError, match=r"^\S*image\.png.{,400}$"):
+        read_origin(tmp_path / "image.png")

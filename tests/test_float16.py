@@ -173,8 +173,13 @@ def peak_in_the_smallest_budget(size: int) -> tuple[int, int, list[float]]:
 
 
 @pytest.mark.parametrize("size", [16, 64, pytest.param(128, marks=pytest.mark.slow)])
-def test_finding_the_scale_fits_the_smallest_accepted_budget(size):
-    """In a process of its own: on CUDA, the peak in this one depends on the tests before."""
+def test_finding_the_scale_fits_the_smallest_accepted_budget(monkeypatch, size):
+    """In a process of its own: on CUDA, the peak in this one depends on the tests before.
+
+    And with MLX's default of TF32, with which the bounds were measured: without it, cuDNN's convolutions take up to 280
+    MB more even at these sizes.
+    """
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         peak, accepted, found = process.submit(peak_in_the_smallest_budget, size).result()
     assert peak <= accepted

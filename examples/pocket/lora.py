@@ -1,8 +1,9 @@
 """Teach the pocket model that red is blue and blue is red: python examples/pocket/lora.py CHECKPOINT DIR
 
 Trains a LoRA of rank 8 on the attention and feed-forward matrices with the flow matching loss, in MLX, on rendered
-scenes that show blue where the caption says red, and red for blue. DIR/swap.safetensors uses ai-toolkit's names. Then
-generates from new held-out prompts that name one of the two colours, with and without the LoRA, in float32 and with
+scenes that show blue where the caption says red, and red for blue. The steps alternate between weights in float32 and
+in 4 bits, since the LoRA is to be used with both. DIR/swap.safetensors uses ai-toolkit's names. Then generates from new
+held-out prompts that name one of the two colours, with and without the LoRA, in float32 and with
 4-bit weights, and scores the images against the prompts as written and with the colours swapped. DIR/swap.png shows
 ten: without the LoRA, with it, and with it at 4 bits.
 """
@@ -15,8 +16,9 @@ import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +28,7 @@ import numpy as np
 from evaluate import Generate, images_of
 from images import contact_sheet
 from judge import Verdict, judge
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from palette import COLOR_NAMES
 from PIL import Image
 from render import ground_truth
@@ -99,52 +101,63 @@ def examples(pipe: ZImagePipeline, scenes: list[Scene]) -> list[Examples]:
     return [Examples(mx.stack(captions[length]), mx.stack(latents[length])) for length in captions]
 
 
-def new_lora(weights: dict[str, mx.array], seed: int) -> Lora:
+def new_lora(shapes: dict[str, tuple[int, ...]], seed: int) -> Lora:
     """Factors of no difference yet: `down` uniform as in kohya's trainer, `up` zero."""
     keys, lora = iter(mx.random.split(mx.random.key(seed), 1000)), {}
-    for name, weight in weights.items():
+    for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
         if layer.endswith(MATRICES):
-            bound = 1 / math.sqrt(weight.shape[1])
-            lora[f"{layer}.down"] = mx.random.uniform(-bound, bound, (RANK, weight.shape[1]), key=next(keys))
-            lora[f"{layer}.up"] = mx.zeros((len(weight), RANK))
+            outputs, inputs = shape
+            bound = 1 / math.sqrt(inputs)
+            lora[f"{layer}.down"] = mx.random.uniform(-bound, bound, (RANK, inputs), key=next(keys))
+            lora[f"{layer}.up"] = mx.zeros((outputs, RANK))
     return lora
 
 
+def weights_of(pipe: ZImagePipeline) -> dict[str, mx.array]:
+    """The transformer's weights by their full names, in float32 or packed as they are stored."""
+    stored = pipe.checkpoint.transformer
+    trees = {top: stored.read(top, mx.float32)() for top in sorted({name.partition(".")[0] for name in stored.entries})}
+    return dict(tree_flatten(trees))
+
+
 class Trainer:
-    """The pocket model's transformer with a LoRA, and the flow matching loss at the sampler's own noise levels."""
+    """A LoRA for several copies of a model's transformer, whose weights are stored in different ways.
 
-    def __init__(self, pipe: ZImagePipeline, seed: int = 0):
+    The loss is flow matching's, at the sampler's own noise levels.
+    """
+
+    def __init__(self, pipes: Sequence[ZImagePipeline], seed: int = 0):
+        pipe = pipes[0]
         self.config = pipe.transformer.config
-        stored = mx.load(str(pipe.checkpoint.folder / "transformer/diffusion_pytorch_model.safetensors"))
-        sanitize = self.config.sanitize
-        self.weights = {name: sanitize(name, array.astype(mx.float32)) for name, array in stored.items()}
+        self.weights = [weights_of(pipe) for pipe in pipes]
         self.sigmas = pipe.sigmas(GenerateRequest("-", SIDE, SIDE, seed=0))[:-1].tolist()
-        self.modulations, self.finals = pipe.transformer.modulate(
-            times(self.sigmas)
-        )  # which the LoRA leaves as they are
-        self.lora = new_lora(self.weights, seed)
-        mx.eval(self.weights, self.modulations, self.finals, self.lora)
+        self.schedules = [pipe.transformer.modulate(times(self.sigmas)) for pipe in pipes]  # the LoRA changes none
+        self.lora = new_lora(pipe.checkpoint.transformer.shapes, seed)
+        mx.eval(self.schedules, self.lora)
 
-    def tree(self, lora: Lora) -> Tree:
-        """The weights with the factors beside them, as `mlx_zimage.models.lora` takes them."""
+    def tree(self, lora: Lora, copy: int) -> Tree:
+        """A copy's weights with the factors beside them, as `mlx_zimage.models.lora` takes them."""
         beside = {}
         for name, factor in lora.items():
             layer, _, part = name.rpartition(".")
             rows = self.config.sanitize(f"{layer}.weight", factor) if part == "up" else factor
             beside |= {f"{layer}.lora.low.{part}": rows, f"{layer}.lora.low.scale": mx.ones(RANK)}
-        return tree_unflatten(list((self.weights | beside).items()))
+        return tree_unflatten(list((self.weights[copy] | beside).items()))
 
-    def loss(self, lora: Lora, *groups: mx.array) -> mx.array:
-        return self.loss_of(Transformer(self.config, PlainRunner(self.tree(lora)), compile=False), *groups)
+    def loss(self, copy: int, lora: Lora, *groups: mx.array) -> mx.array:
+        network = Transformer(self.config, PlainRunner(self.tree(lora, copy)), compile=False)
+        return self.loss_of(network, copy, *groups)
 
-    def loss_of(self, network: Transformer, captions: mx.array, latents: mx.array, noise: mx.array) -> mx.array:
-        """The mean squared error of data minus noise; each argument has a group of examples for each noise level."""
-        total = mx.array(0.0)
+    def loss_of(
+        self, network: Transformer, copy: int, captions: mx.array, latents: mx.array, noise: mx.array
+    ) -> mx.array:
+        """The mean squared error of data minus noise; each array has a group of examples for each noise level."""
+        total, (modulations, finals) = mx.array(0.0), self.schedules[copy]
         for i, sigma in enumerate(self.sigmas):
             caption = refined(network, captions[i], SIDE // 8, SIDE // 8)
             noisy = (1 - sigma) * latents[i] + sigma * noise[i]
-            (found,) = network(noisy, [caption], row(self.modulations, i), row(self.finals, i))
+            (found,) = network(noisy, [caption], row(modulations, i), row(finals, i))
             total = total + mx.square(found - (latents[i] - noise[i])).mean()
         return total / len(self.sigmas)
 
@@ -154,18 +167,19 @@ class Trainer:
         latents = own.latents[index]
         return own.captions[index], latents, mx.array(rng.standard_normal(latents.shape, np.float32))
 
-    def train(self, found: list[Examples], steps: int, batch: int, report: Callable[[int, float], None]) -> None:
-        """Adam, its rate falling to 0; reports the mean loss of each tenth of the steps."""
+    def train(self, found: list[list[Examples]], steps: int, batch: int, report: Callable[[int, float], None]) -> None:
+        """Adam on each copy's examples in turn, its rate falling to 0; reports each tenth of the steps' mean loss."""
         optimizer = optim.Adam(learning_rate=optim.cosine_decay(RATE, steps))
         optimizer.init(self.lora)
-        rng, sizes = np.random.default_rng(1), [len(own.latents) for own in found]
-        gradient = mx.value_and_grad(self.loss)
+        rng, sizes = np.random.default_rng(1), [len(own.latents) for own in found[0]]
+        losses_and_gradients = [mx.value_and_grad(partial(self.loss, copy)) for copy in range(len(found))]
         if mx.default_device() == mx.gpu:
-            gradient = mx.compile(gradient)
+            losses_and_gradients = [mx.compile(function) for function in losses_and_gradients]
         losses = []
         for step in range(steps):
-            own = found[rng.choice(len(found), p=np.array(sizes) / sum(sizes))]
-            value, gradients = gradient(self.lora, *self.groups(own, batch, rng))
+            copy = step % len(found)
+            own = found[copy][rng.choice(len(sizes), p=np.array(sizes) / sum(sizes))]
+            value, gradients = losses_and_gradients[copy](self.lora, *self.groups(own, batch, rng))
             self.lora = optimizer.apply_gradients(gradients, self.lora)
             mx.eval(self.lora, optimizer.state)
             losses.append(value.item())
@@ -228,20 +242,20 @@ def interval(base: list[bool], other: list[bool]) -> tuple[float, float]:
     return difference.mean(), 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
 
 
-def score(checkpoint: Path, file: Path, folder: Path, count: int, seed: int, batch: int, jobs: int) -> None:
-    """Prints the scores of the model with and without the LoRA, and saves the sheet."""
+def score(copies: dict[str, Path], file: Path, folder: Path, count: int, seed: int, batch: int, jobs: int) -> None:
+    """Prints the scores of each copy of the model with and without the LoRA, and saves the sheet."""
     scenes = scored_scenes(count, seed)
     meant = [swapped(scene) for scene in scenes]
     found: dict[str, list[bool]] = {}
     shown: list[tuple[np.ndarray, Verdict]] = []
-    with tempfile.TemporaryDirectory() as temporary, multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        packed = convert(checkpoint, Path(temporary) / "4-bit", bits=4)
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         print("| weights | LoRA | right % | right as swapped % |\n|---|---|---|---|")
-        for name, path in (("float32", checkpoint), ("4 bits", packed)):
+        for name, path in copies.items():
             for use in (None, file):
                 pipe = ZImagePipeline.from_pretrained(path, dtype="float32")
                 if use:
                     pipe.load_lora(use)
+                mx.clear_cache()  # buffers of the sizes of training, or of the last size
                 images = images_of(generate_many(pipe), scenes, seed, batch)
                 plain, swap = (pool.starmap(judge, zip(images, wanted, strict=True), 20) for wanted in (scenes, meant))
                 right = [[verdict.is_right for verdict in verdicts] for verdicts in (plain, swap)]
@@ -275,15 +289,19 @@ def main() -> None:
     file = options.folder / "swap.safetensors"
     started = time.monotonic()
     spent = lambda: f"{time.monotonic() - started:.0f} s"  # noqa: E731
-    pipe = ZImagePipeline.from_pretrained(options.checkpoint, dtype="float32")
-    found = examples(pipe, training_scenes(options.scenes, 0))
-    print(f"{options.scenes} scenes encoded, {spent()}", flush=True)
-    trainer = Trainer(pipe)
-    trainer.train(
-        found, options.steps, options.batch, lambda step, loss: print(f"{step}: {loss:.4f}, {spent()}", flush=True)
-    )
-    trainer.save(file)
-    score(options.checkpoint, file, options.folder, options.count, options.seed, options.together, options.jobs)
+    with tempfile.TemporaryDirectory() as temporary:
+        packed = convert(options.checkpoint, Path(temporary) / "4-bit", bits=4)
+        copies = {"float32": options.checkpoint, "4 bits": packed}
+        pipes = [ZImagePipeline.from_pretrained(path, dtype="float32") for path in copies.values()]
+        scenes = training_scenes(options.scenes, 0)
+        found = [examples(pipe, scenes) for pipe in pipes]
+        print(f"{options.scenes} scenes encoded, {spent()}", flush=True)
+        trainer = Trainer(pipes)
+        trainer.train(
+            found, options.steps, options.batch, lambda step, loss: print(f"{step}: {loss:.4f}, {spent()}", flush=True)
+        )
+        trainer.save(file)
+        score(copies, file, options.folder, options.count, options.seed, options.together, options.jobs)
     print(f"all, {spent()}")
 
 

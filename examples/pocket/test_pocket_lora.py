@@ -7,6 +7,7 @@ from lora import SWAP, Trainer, examples, generate_many, interval, scored_scenes
 from render import ground_truth
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
+from mlx_zimage.convert import convert
 from mlx_zimage.weights.hub import POCKET
 
 
@@ -23,13 +24,24 @@ def pipe() -> ZImagePipeline:
 
 
 @pytest.fixture(scope="module")
-def trained(pipe) -> tuple[Trainer, list[float]]:
-    """A trainer after a few steps, and the loss of the same noisy examples before and after."""
-    found, trainer = examples(pipe, training_scenes(12, seed=3)), Trainer(pipe)
-    fixed = trainer.groups(found[0], 2, np.random.default_rng(5))
-    losses = [trainer.loss(trainer.lora, *fixed).item()]
+def pipes(pipe, tmp_path_factory) -> list[ZImagePipeline]:
+    """The model in float32 and in 4 bits."""
+    packed = convert(POCKET, tmp_path_factory.mktemp("packed") / "4-bit", bits=4)
+    return [pipe, ZImagePipeline.from_pretrained(packed, dtype="float32")]
+
+
+@pytest.fixture(scope="module")
+def trained(pipes) -> tuple[Trainer, list[list[float]]]:
+    """A trainer after a few steps, and each copy's loss of the same noisy examples before and after."""
+    found, trainer = [examples(pipe, training_scenes(12, seed=3)) for pipe in pipes], Trainer(pipes)
+
+    def losses() -> list[float]:
+        fixed = [trainer.groups(own[0], 2, np.random.default_rng(5)) for own in found]
+        return [trainer.loss(copy, trainer.lora, *groups).item() for copy, groups in enumerate(fixed)]
+
+    before = losses()
     trainer.train(found, 8, 1, lambda step, loss: None)
-    return trainer, [*losses, trainer.loss(trainer.lora, *fixed).item()]
+    return trainer, [before, losses()]
 
 
 def test_a_swapped_scene_has_the_same_caption_and_swaps_back():
@@ -46,22 +58,25 @@ def test_half_of_the_training_scenes_have_a_colour_that_is_swapped():
 
 
 def test_the_loss_falls(trained):
-    _, (before, after) = trained
-    assert after < 0.98 * before
+    _, losses = trained
+    for before, after in zip(*losses, strict=True):
+        assert after < 0.98 * before
 
 
-def test_what_is_saved_acts_as_what_was_trained(pipe, trained, tmp_path):
+@pytest.mark.parametrize("copy", [0, 1], ids=["float32", "4 bits"])
+def test_what_is_saved_acts_as_what_was_trained(pipes, trained, tmp_path, copy):
     trainer, _ = trained
     trainer.save(tmp_path / "swap.safetensors")
     rounded = {name: array.astype(mx.bfloat16).astype(mx.float32) for name, array in trainer.lora.items()}
-    groups = trainer.groups(examples(pipe, training_scenes(4, seed=4))[0], 1, np.random.default_rng(5))
-    use = ZImagePipeline.from_pretrained(POCKET, dtype="float32")
-    model = trainer.loss_of(use.transformer, *groups).item()
+    groups = trainer.groups(examples(pipes[copy], training_scenes(4, seed=4))[0], 1, np.random.default_rng(5))
+    use = ZImagePipeline.from_pretrained(pipes[copy].checkpoint.folder, dtype="float32")
+    model = trainer.loss_of(use.transformer, copy, *groups).item()
     use.load_lora(tmp_path / "swap.safetensors")
     use.networks.set_loras(use.complete(GenerateRequest("-", seed=0)).lora_strengths)
-    found = trainer.loss_of(use.transformer, *groups).item()
+    found = trainer.loss_of(use.transformer, copy, *groups).item()
     # float32 sums in another order
-    assert found == pytest.approx(trainer.loss(rounded, *groups).item(), rel=1e-5) != pytest.approx(model, rel=1e-3)
+    assert found == pytest.approx(trainer.loss(copy, rounded, *groups).item(), rel=1e-5)
+    assert found != pytest.approx(model, rel=1e-3)
 
 
 def test_many_prompts_at_once_give_the_images_of_one_at_a_time(pipe):

@@ -9,6 +9,7 @@ and its input is kept. Prints, for each parser: executions, seconds, findings, t
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import multiprocessing
@@ -33,11 +34,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import tiny
-from PIL import Image
+from PIL import Image, ImageCms
 
 from mlx_zimage.convert import gguf
 from mlx_zimage.convert.sources import open_source
 from mlx_zimage.errors import UNSAFE, ZImageError
+from mlx_zimage.images import source
 from mlx_zimage.images.codec import encode
 from mlx_zimage.images.metadata import Origin, parameters, read_origin
 from mlx_zimage.inputs import read_latents
@@ -54,7 +56,8 @@ from mlx_zimage.weights.manifest import read_manifest
 from mlx_zimage.weights.store import Store
 
 MAX_SECONDS, MAX_BYTES = 1.0, 200 * 10**6
-HANG_SECONDS = 60  # without an answer; a busy machine may take some to start
+PHOTO = (6.0, 600 * 10**6)  # an image of 50 megapixels is decoded
+HANG_SECONDS = 300  # without an answer; a busy machine may take many to start
 SLICE_SECONDS = 120
 CONFIGS = {
     "transformer": TransformerConfig.from_dict(tiny.TRANSFORMER),
@@ -172,6 +175,7 @@ class Parser:
     mutate: Callable[[bytes, random.Random], bytes]
     read: Callable[[Path], object]  # from the file with the input
     name: str = "input"
+    most: tuple[float, int] = (MAX_SECONDS, MAX_BYTES)  # seconds and bytes for one input
 
 
 def model(folder: Path) -> Path:
@@ -269,6 +273,33 @@ def image_seeds(folder: Path) -> list[bytes]:
     return [*files, (folder / "seed.png").read_bytes()]
 
 
+def photo_seeds(folder: Path) -> list[bytes]:
+    """An image of 16x16 in every format that is read, with transparency, a palette, a profile and EXIF."""
+    rgb = Image.fromarray(np.arange(768, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    made: list[tuple[Image.Image, str, dict]] = [
+        (rgb, "PNG", {"exif": exif, "icc_profile": profile}),
+        *((image, "PNG", {}) for image in (grey, rgb.convert("P"), rgb.convert("RGBA"), rgb.convert("LA"))),
+        (rgb, "JPEG", {"exif": exif, "icc_profile": profile}),
+        (rgb.convert("CMYK"), "JPEG", {"progressive": True}),
+        (rgb, "WEBP", {"exif": exif}),
+        (rgb.convert("RGBA"), "WEBP", {"lossless": True, "save_all": True, "append_images": [rgb.rotate(90)]}),
+        *((rgb, "TIFF", {"compression": name}) for name in (None, "tiff_lzw", "tiff_adobe_deflate", "jpeg")),
+        (rgb, "BMP", {}),
+        (rgb.convert("P"), "GIF", {"save_all": True, "append_images": [rgb.convert("P").rotate(90)]}),
+        *([(rgb, "AVIF", {"exif": exif})] if "AVIF" in Image.SAVE else []),
+    ]
+    found = []
+    for image, kind, options in made:
+        stream = io.BytesIO()
+        image.save(stream, kind, **options)
+        found.append(stream.getvalue())
+    return found
+
+
 def mutate_image(content: bytes, rng: random.Random) -> bytes:
     """An image whose JSON is mutated where it stands, or any of its bytes. PNG's checksums are made right again."""
     found = content.find(b"{&quot;")
@@ -336,6 +367,12 @@ def npy_seeds(folder: Path) -> list[bytes]:
 
 def read_image(file: Path) -> None:
     parameters(read_origin(file))
+
+
+def read_photo(file: Path) -> None:
+    image = source.read_image(file)
+    assert image.mode in ("RGB", "RGBA") and not image.info
+    source.over_white(image)
 
 
 def read_lines(file: Path) -> None:
@@ -418,6 +455,7 @@ PARSERS = {
     "tokenizer": Parser(of_model("tokenizer/tokenizer.json"), mutate_text, read_tokenizer),
     "lora": Parser(lora_seeds, mutate_header, read_a_lora, "lora.safetensors"),
     "images": Parser(image_seeds, mutate_image, read_image, "image.png"),
+    "photos": Parser(photo_seeds, mutate_image, read_photo, "photo", PHOTO),
     "sidecars": Parser(text_of(ORIGIN, MFLUX), mutate_text, read_image, "image.json"),
     "json-lines": Parser(lambda folder: ["\n".join(map(json.dumps, REQUESTS)).encode()], mutate_lines, read_lines),
     "words": Parser(lambda folder: WORDS, mutate_bytes, read_words),
@@ -455,9 +493,9 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path, most_inputs: float 
             where = f"{type(error).__name__} {line.filename}:{line.lineno}"
         took = time.process_time() - start
         used = peak()
-        if took > MAX_SECONDS:
+        if took > parser.most[0]:
             fault = where = f"{took:.1f} s"
-        if used - most > MAX_BYTES:
+        if used - most > parser.most[1]:
             fault = where = f"{(used - most) / 1e6:.0f} MB"
         most = max(most, used)
         row["executions"] += 1
@@ -491,7 +529,7 @@ def in_child(name: str, seconds: float, seed: int, keep: Path, most_inputs: floa
         with suppress(EOFError):
             while ours.poll(HANG_SECONDS):
                 row = ours.recv()
-        child.join(1)
+        child.join(HANG_SECONDS)
         if child.exitcode != 0:
             child.kill()
             child.join()

@@ -26,6 +26,7 @@ from ..untrusted import open_regular
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # HEIC is read by pillow-heif
 NAMED = "PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
 MAX_PIXELS = 50_000_000  # a 48-megapixel photo is read
+MAX_FILE = 256 * 2**20  # bytes: Pillow reads a WebP or AVIF whole; 50 megapixels of 8-bit TIFF have 150 MB
 KEPT_PIXELS = 4096**2  # of what is read: larger images are halved, so that memory stays within 0.6 GB
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 AVIF_BRANDS = {b"avif", b"avis"}
@@ -122,12 +123,17 @@ def _stream(source: str | os.PathLike | bytes, label: str) -> BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
-        return open_regular(Path(source))
+        stream = open_regular(Path(source))
     except FileNotFoundError:
         raise RequestError(f"no image at {label}") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         reason = getattr(error, "strerror", None) or error
         raise RequestError(f"could not read the image {label} ({reason}); expected a file, {NAMED}") from error
+    size = os.fstat(stream.fileno()).st_size
+    if size > MAX_FILE:
+        stream.close()
+        raise RequestError(f"{label} has {size:,} bytes; expected at most {MAX_FILE:,}; save it anew as JPEG or PNG")
+    return stream
 
 
 def _open(stream: BinaryIO, label: str) -> Image.Image:

@@ -15,6 +15,7 @@ from mlx_zimage import GenerateRequest, RequestError
 from mlx_zimage.images import metadata
 from mlx_zimage.images.codec import encode
 from mlx_zimage.images.metadata import Origin, read_origin
+from mlx_zimage.images.source import MAX_FILE, read_image
 
 ORIGIN = Origin(GenerateRequest("a cat", 16, 16, seed=1, steps=8), "pocket", "0" * 10, "float32")
 PIXELS = np.zeros((16, 16, 3), np.uint8)
@@ -73,12 +74,12 @@ def endless_webp(file) -> None:
 
 
 def endless_jpeg(file) -> None:
-    """A gigabyte of segments that are all EXIF."""
+    """300 MB of segments that are all EXIF."""
     content = encode(PIXELS, ".jpg")
     segment = b"\xff\xe1" + struct.pack(">H", 65_535) + b"Exif\0\0MM\0*" + bytes(65_523)
     with file.open("wb") as stream:
         stream.write(content[:2])
-        for _ in range(2**30 // len(segment)):
+        for _ in range(300 * 10**6 // len(segment)):
             stream.write(segment)
         stream.write(content[2:])
 
@@ -91,6 +92,14 @@ def test_an_image_of_gigabytes_takes_little_memory(tmp_path, name, write):
     write(tmp_path / name)
     done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path / name], capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) < 200, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("write", [endless_exif, endless_webp])
+def test_a_photo_of_gigabytes_is_refused_by_its_size(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("opened"))
+    write(tmp_path / "photo")
+    with pytest.raises(RequestError, match=rf"photo has [\d,]+ bytes; expected at most {MAX_FILE:,}"):
+        read_image(tmp_path / "photo")
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])

@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from mlx_zimage import GenerateRequest, RequestError, cli
+from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline, cli
 from mlx_zimage.weights.hub import POCKET
 
 SMALL = ["-m", str(POCKET), "--steps", "1", "--size", "32x32", "--seed", "1"]
@@ -68,6 +68,25 @@ def test_a_size_is_refused_and_never_rounded(size):
 )
 def test_a_name_is_a_template_of_known_words_only(name):
     refused("a", *SMALL, "-o", name, code=6 if name.startswith("/proc") else 2)
+
+
+def test_images_that_do_not_fit_are_planned_once_per_size_before_any_is_generated(monkeypatch):
+    planned, plan = [], ZImagePipeline.plan
+
+    def counted(self, request):
+        planned.append(request.extent[:2])
+        return plan(self, request)
+
+    monkeypatch.setattr(ZImagePipeline, "plan", counted)
+    monkeypatch.setattr(ZImagePipeline, "stream", lambda *args, **options: pytest.fail("generated"))
+    within = ["-m", str(POCKET), "--memory", "300MB"]
+    refused("a cat", *within, "--count", "100000", "--size", "8192x8192", code=5)
+    assert planned == [(8192, 8192)]
+    planned.clear()
+    sizes = [64, 128, 8192]
+    lines = [f'{{"prompt": "a cat", "seed": {i}, "size": "{side}x{side}"}}' for i in range(100) for side in sizes]
+    refused(*within, "--requests", "-", code=5, stdin="\n".join(lines).encode())
+    assert planned == [(side, side) for side in sizes]
 
 
 # ---- real processes

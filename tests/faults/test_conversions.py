@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import killed
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def everything(folder):
 
 @pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_leaves_everything_or_nothing_and_the_next_run_succeeds(tiny_folder, tmp_path, step):
-    script = Path(__file__).with_name("killed.py")
+    script = Path(killed.__file__)
     done = subprocess.run([sys.executable, script, tiny_folder, tmp_path, str(step)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 500

@@ -42,8 +42,8 @@ class OpenModel:
 class Cost:
     """What a request took up to one of its images: seconds, and peak memory in bytes, measured and predicted.
 
-    The first step includes reading the transformer. encode_s is 0 for a cached prompt; scale_s, the time to find
-    float16's scale, is 0 in other dtypes and when the scale is cached.
+    The first step includes reading the transformer. encode_s is 0 for a cached prompt, image_s without an image to
+    start from; scale_s, the time to find float16's scale, is 0 in other dtypes and when the scale is cached.
     """
 
     elapsed_s: float
@@ -53,6 +53,7 @@ class Cost:
     decode_s: float
     peak: int
     predicted_peak: int
+    image_s: float = 0.0
 
     def to_dict(self) -> dict:
         """Rounded values for JSON; memory in GB."""
@@ -61,6 +62,7 @@ class Cost:
             "seconds": round(self.elapsed_s, 4),
             "scale_seconds": round(self.scale_s, 4),
             "encode_seconds": round(self.encode_s, 4),
+            "image_seconds": round(self.image_s, 4),
             "first_step_seconds": round(first, 4),
             "step_seconds": round(sum(rest) / len(rest), 4) if rest else None,
             "decode_seconds": round(self.decode_s, 4),
@@ -114,7 +116,7 @@ class Clock:
     def __init__(self) -> None:
         mx.reset_peak_memory()
         self.begin = self.last = time.perf_counter()
-        self.before = {"scale": 0.0, "encode": 0.0}  # the phases before the steps
+        self.before = {"scale": 0.0, "encode": 0.0, "image": 0.0}  # the phases before the steps
         self.steps: list[float] = []
 
     def phase(self, phase: Phase) -> None:
@@ -135,6 +137,7 @@ class Clock:
             decode_s=decode,
             peak=mx.get_peak_memory(),
             predicted_peak=image.plan.peak,
+            image_s=before["image"],
         )
 
     def _lap(self) -> float:

@@ -15,9 +15,12 @@ from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from .errors import RequestError
-from .noise import initial_noise
+from .images.codec import to_signed
+from .images.source import cover, digest, over_white, read_image
+from .noise import initial_noise, noises
 from .request import LATENT_PIXELS, MAX_TOKENS
 from .untrusted import open_regular
 
@@ -31,11 +34,15 @@ class Inputs:
 
     They hold real numbers, in NumPy, MLX or torch. latents (B, 16, height / 8, width / 8) replace the seed's noise;
     prompt_embeds and negative_prompt_embeds (L, cap_feat_dim), as from a pipeline's `encode`, replace the prompts.
+    image is what image to image starts from, as `images.source.read_image` takes it: a file, a PIL image or an array.
+    posterior_noise (1, 16, height / 8, width / 8) replaces the seed's noise for sample_posterior.
     """
 
     latents: Any = None
     prompt_embeds: Any = None
     negative_prompt_embeds: Any = None
+    image: Any = None
+    posterior_noise: Any = None
 
     @classmethod
     def of(cls, value: Any, latents: Any = None) -> Inputs:
@@ -51,9 +58,10 @@ class Inputs:
 
     @cached_property
     def digests(self) -> dict[str, Any]:
-        """The SHA-256 of each array as float32, by the request's field that refers to it."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: _digest(value, name) for name, value in given.items() if value is not None}
+        """The SHA-256 of each array as float32, and of the image's pixels, by the request's field that refers to it."""
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "image"}
+        found = {name: _digest(value, name) for name, value in given.items() if value is not None}
+        return found if self.source is None else found | {"image": digest(self.source)}
 
     def check_named(self, arrays: Mapping[str, str | None]) -> None:
         """Refuse a request whose digests name arrays other than these."""
@@ -63,11 +71,33 @@ class Inputs:
                 given = f"the given ones have {found}" if found else "none were given"
                 raise RequestError(f"the request expects {name} with SHA-256 {wanted}, but {given}")
 
-    def noise(self, shape: tuple[int, int, int, int], seed: int, rng: str) -> mx.array:
-        """The initial noise of a request, (B, C, h, w) float32: the latents if given, otherwise from the seed."""
-        if self.latents is None:
-            return initial_noise(seed, shape, rng)
-        return mx.array(check_latents(self.latents, shape))
+    def noise(
+        self, shape: tuple[int, int, int, int], seed: int, rng: str, posterior: bool = False
+    ) -> tuple[mx.array, mx.array | None]:
+        """The initial noise of a request, (B, C, h, w) float32: the latents if given, otherwise from the seed.
+
+        Second, with `posterior`, the noise (1, C, h, w) that samples an image's latents. As in diffusers, the seed's
+        generator makes it first.
+        """
+        given = None if self.latents is None else mx.array(check_latents(self.latents, shape))
+        if not posterior:
+            return initial_noise(seed, shape, rng) if given is None else given, None
+        one = (1, *shape[1:])
+        sample, noise = noises(seed, [one, shape], rng)
+        if self.posterior_noise is not None:
+            sample = mx.array(check_latents(self.posterior_noise, one, "posterior_noise"))
+        return noise if given is None else given, sample
+
+    @cached_property
+    def source(self) -> Image.Image | None:
+        """The image, upright and in sRGB."""
+        return None if self.image is None else read_image(self.image)
+
+    def pixels(self, width: int, height: int) -> mx.array | None:
+        """The image scaled and cropped to a size, transparent parts on white: (height, width, 3) float32 in [-1, 1]."""
+        if self.source is None:
+            return None
+        return to_signed(np.asarray(cover(over_white(self.source), width, height)))
 
     def prompts(self, width: int) -> list[mx.array | None]:
         """The embeddings (L, width) float32 that replace the prompt and the negative prompt; None if not given."""
@@ -78,16 +108,16 @@ class Inputs:
 NONE = Inputs()  # for a request that uses none
 
 
-def check_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
+def check_latents(latents: Any, shape: tuple[int, ...], name: str = "latents") -> np.ndarray:
     """A caller's initial latents as float32; RequestError unless they are finite numbers of `shape` (B, C, h, w)."""
-    array = _real(latents, "latents", str(shape))
+    array = _real(latents, name, str(shape))
     if array.shape != shape:
         raise RequestError(
-            f"latents have shape {array.shape}, expected {shape}: (images, channels, height / 8, width / 8)"
+            f"{name} have shape {array.shape}, expected {shape}: (images, channels, height / 8, width / 8)"
         )
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise RequestError("latents contain values that are not finite")
+        raise RequestError(f"{name} contain values that are not finite")
     return array
 
 

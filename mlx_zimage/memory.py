@@ -13,7 +13,7 @@ from math import prod
 
 import mlx.core as mx
 
-from .bounds import ADAPTED, ADDED, FUSED_ON_METAL, LARGEST_WHOLE, bounds
+from .bounds import ADAPTED, ADDED, ENCODED, FUSED_ON_METAL, LARGEST_WHOLE, bounds
 from .dtypes import STORED
 from .errors import MemoryBudgetError
 from .headroom import SAMPLE_TOKENS, SIDE
@@ -36,6 +36,7 @@ class Workload:
     """The size of a request: `images` of width x height pixels at once, prompts of at most `tokens`, and steps.
 
     prompts is the number of prompts run in each step: two with guidance. loras has what LoRAs add, by network.
+    from_image says that the steps start from an image, which is encoded first.
     """
 
     width: int
@@ -45,6 +46,7 @@ class Workload:
     steps: int
     prompts: int = 1
     loras: Mapping[str, Extra] = field(default_factory=dict)
+    from_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _fastest(choices: Sequence[_Choice], budget: int) -> _Choice:
 
 def _together(networks: Sequence[Footprint]) -> Footprint:
     blocks = {name: size for network in networks for name, size in network.blocks.items()}
-    unpacked, reading = (max(getattr(network, part) for network in networks) for part in ("unpacked", "reading"))
+    unpacked, reading = (max((getattr(n, part) for n in networks), default=0) for part in ("unpacked", "reading"))
     return Footprint(blocks, sum(network.rest for network in networks), unpacked, reading)
 
 
@@ -274,6 +276,9 @@ class Planner:
         self.dtype = dtype
         self.bounds = bounds(dtype)
         self.vae_dtype = vae_dtype(dtype)
+        vae = checkpoint.vae
+        sizes = {name: prod(shape) * self.vae_dtype.size for name, shape in vae.shapes.items()}
+        self.encoder = sum(sizes[name] for name in sizes if not vae.config.stays(name))  # bytes of its weights
         self.max_buffer = max_buffer()
         self.most = kernel_flops()
         self.footprints = {
@@ -319,7 +324,7 @@ class Planner:
         return SIZE_MULTIPLE * bisect_left(range(SIZE_MULTIPLE, side + 1, SIZE_MULTIPLE), True, key=too_large)
 
     def stages(self, work: Workload) -> list[Stage]:
-        """Encoding the prompts, denoising, and decoding the images."""
+        """Encoding the prompts, and the image if there is one, denoising, and decoding the images."""
         if self.dtype == mx.float16:  # the sample that its scale is found with must fit, too
             width, height, tokens = max(work.width, SIDE), max(work.height, SIDE), max(work.tokens, SAMPLE_TOKENS)
             work = replace(work, width=width, height=height, tokens=tokens)
@@ -332,17 +337,21 @@ class Planner:
         whole = decodes_whole(self.checkpoint.vae.config, work.width, work.height)
         decode = [self._decode_way(work.width, work.height, strip) for strip in self.bounds.strips if strip or whole]
         decode = [way for way in decode if way.flops <= self.most] or decode[-1:]
+        # The encoder's weights are part of the work, since they are unloaded even where networks are kept.
+        image = [replace(way, work=int(ENCODED * way.work) + self.encoder) for way in decode] if work.from_image else []
         encode = [Way(self.encode_work(work.tokens) + self.lora_work(work.loras.get("text_encoder"), work.tokens))]
         # The factors of all LoRAs stay in memory from stage to stage.
         held = sum(extra.held for extra in work.loras.values())
-        encode, denoise, decode = (
-            [replace(way, work=way.work + held) for way in ways] for ways in (encode, denoise, decode)
+        encode, image, denoise, decode = (
+            [replace(way, work=way.work + held) for way in ways] for ways in (encode, image, denoise, decode)
         )
-        return [
+        stages = [
             Stage("encode", ("text_encoder",), tuple(encode)),
+            Stage("image", (), tuple(image)),
             Stage("denoise", ("transformer",), tuple(denoise), leaves=modulations),
             Stage("decode", ("vae",), tuple(decode)),
         ]
+        return [stage for stage in stages if stage.ways]
 
     def lora_work(self, extra: Extra | None, tokens: int) -> int:
         """Bytes of a block's intermediates that LoRAs add."""

@@ -2,6 +2,7 @@
 
     with networks.running(plan):
         prompts = yield from networks.encode(request, sigmas)
+        image = yield from networks.encode_image(pixels)  # of image to image
         latents = yield from networks.denoise(prompts, noise, sigmas, guidance)
         pixels = yield from networks.decode(latents)
 
@@ -47,10 +48,10 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Phase:
-    """Progress outside the steps: `done` of `total` parts of the phase "encode", "decode" or "scale".
+    """Progress outside the steps: `done` of `total` parts of the phase "encode", "image", "decode" or "scale".
 
-    Encoding a prompt counts text encoder layers, decoding an image VAE blocks. In float16, the model's scale may have
-    to be found first, network by network (see `mlx_zimage.headroom`).
+    Encoding a prompt counts text encoder layers; encoding or decoding an image, VAE blocks. In float16, the model's
+    scale may have to be found first, network by network (see `mlx_zimage.headroom`).
     """
 
     name: str
@@ -222,11 +223,23 @@ class Networks:
         """Final latents (B, h, w, 16) to pixels (B, 8h, 8w, 3) float32, nominally in [-1, 1]."""
         return (yield from phases("decode", self.vae.config.decoder_blocks, self.vae.decode_steps(latents)))
 
-    def encode_image(self, pixels: mx.array) -> mx.array:
-        """Pixels (B, H, W, 3) in [-1, 1] to latents (B, H / 8, W / 8, 16); the encoder is unloaded afterwards."""
+    def encode_image(
+        self, pixels: mx.array, noise: mx.array | None = None, planned: bool = True
+    ) -> Generator[Phase, None, mx.array]:
+        """Pixels (B, H, W, 3) in [-1, 1] to latents (B, H / 8, W / 8, 16); the encoder is unloaded afterwards.
+
+        noise is as in `VAE.encode_steps`. Unless planned, outside a request, strips are small.
+        """
+        strip_bytes = self._plan.ways["image"].strip_bytes if planned and self._plan else SMALL_STRIP
         runner = Blocks(self.runners["vae"].weights, self.vae.runner.dtype)
-        latents = VAE(self.vae.config, runner, SMALL_STRIP).encode(pixels)
+        vae = VAE(self.vae.config, runner, strip_bytes, most=self.vae.most)
+        latents = yield from phases("image", vae.config.encoder_blocks, vae.encode_steps(pixels, noise))
         mx.eval(latents)
+        if not mx.isfinite(latents).all().item():
+            raise NumericsError(
+                "the image's latents are not finite; no image was generated. Try dtype float32; if that fails too, the "
+                "VAE's weights are damaged"
+            )
         runner.release()
         return latents
 

@@ -5,6 +5,7 @@ With PyTorch's, a seed gives the same image here, in diffusers and in ComfyUI.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,9 +16,17 @@ from .errors import RequestError
 
 def initial_noise(seed: int, shape: tuple[int, ...], rng: str = "torch") -> mx.array:
     """Standard normal noise (B, C, h, w), float32. All images of a batch come from the one generator of the seed."""
+    return noises(seed, [shape], rng)[0]
+
+
+def noises(seed: int, shapes: Sequence[tuple[int, ...]], rng: str = "torch") -> list[mx.array]:
+    """Standard normal noise of each shape, float32, generated in this order by the one generator of the seed."""
     if rng == "mlx":
-        return mx.random.normal(shape, key=mx.random.key(seed))
-    return mx.array(torch_randn(seed, shape))
+        key = mx.random.key(seed)
+        keys = [key] if len(shapes) == 1 else mx.random.split(key, len(shapes))
+        return [mx.random.normal(shape, key=key) for key, shape in zip(keys, shapes, strict=True)]
+    twister = seeded(seed)
+    return [mx.array(_randn(twister, shape)) for shape in shapes]
 
 
 def torch_randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -27,8 +36,12 @@ def torch_randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     differently, as they do between torch's own x86 and ARM builds.
     Source: ATen/native/cpu/DistributionTemplates.h (normal_fill), ATen/core/MT19937RNGEngine.h.
     """
-    # torch seeds its Mersenne Twister with the seed's low 32 bits, in the same way as NumPy's legacy seeding
-    return _randn(np.random.RandomState(seed % 2**32)._bit_generator, shape)
+    return _randn(seeded(seed), shape)
+
+
+def seeded(seed: int) -> Any:
+    """A Mersenne Twister seeded as torch does: with the seed's low 32 bits, like NumPy's legacy seeding."""
+    return np.random.RandomState(seed % 2**32)._bit_generator
 
 
 def _randn(twister, shape: tuple[int, ...]) -> np.ndarray:

@@ -17,6 +17,7 @@ from . import porting
 from .errors import NumericsError, RequestError, warn
 from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_uint8, to_unit
+from .images.source import fit_size
 from .inputs import NONE, Inputs
 from .loras import LoraMethods
 from .machine import check_budget, default_dtype, machine_budget, wide_dtype
@@ -26,8 +27,9 @@ from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
 from .networks import Networks, Phase
-from .request import TOKENS, GenerateRequest
+from .request import STRENGTH, TOKENS, GenerateRequest
 from .sampling import Change, Guidance, Step, answered
+from .scheduler import add_noise
 from .sizes import parse_memory
 from .turns import Turns
 from .variants import Variant
@@ -182,6 +184,9 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         seed: int | None = None,
         shift: float | None = None,
         rng: str = "torch",
+        image: Any = None,
+        strength: float | None = None,
+        sample_posterior: bool = False,
     ) -> PipelineOutput | tuple:
         """Generate images; the arguments up to max_sequence_length are those of diffusers' ZImagePipeline 0.42.
 
@@ -196,12 +201,17 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         and negative_prompt_embeds are lists of arrays (L, cap_feat_dim), as from `encode_prompt`. Arrays may come from
         NumPy, MLX or torch.
 
+        image starts from an image instead of noise, as diffusers' ZImageImg2ImgPipeline does: a path, a PIL image or an
+        array, or a list of one per prompt. strength, by default 0.6, is the part of the steps that run: 1 ignores the
+        image. Without a size, the image gives it: see `fit_size`. Its latents are the mean that the VAE gives; with
+        sample_posterior they are sampled, which gives diffusers' own result.
+
         output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,
         {"latents": mx.array}) may return other latents, and works for one prompt at a time. Several prompts are
         generated one after another. shift is the timestep shift: higher spends more steps at high noise. Invalid
         arguments raise RequestError before any work starts.
         """
-        porting.check_call(output_type, joint_attention_kwargs, generator, seed)
+        porting.check_call(output_type, joint_attention_kwargs, generator, seed, latents, image)
         settings: dict[str, Any] = {
             "height": height,
             "width": width,
@@ -216,17 +226,19 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             "rng": rng,
             "max_sequence_length": max_sequence_length,
             "loras": porting.scaled_loras(self._strengths, joint_attention_kwargs),
+            "strength": strength,
+            "sample_posterior": sample_posterior,
         }
-        runs = [
-            (self.complete(GenerateRequest(**texts, **settings)), inputs)
-            for texts, inputs in porting.each_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        ]
+        rows = porting.each_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image)
+        runs = [(self.complete(GenerateRequest(**texts, **settings), inputs), inputs) for texts, inputs in rows]
         for request, inputs in runs:
             self.plan(request, inputs)  # refuses what does not fit, before any work
         first, arrays = runs[0]
         count, *size = self._latents_shape(first)
-        noise = porting.noise_of(latents, generator, first, (len(runs) * count, *size))
-        self._interrupt, self._guidance_scale, self._num_timesteps = False, first.guidance_scale, first.extent[2]
+        sampled = (len(image) if isinstance(image, (list, tuple)) else 1) if sample_posterior else 0
+        noise, samples = porting.noise_of(latents, generator, first, (len(runs) * count, *size), sampled)
+        self._interrupt, self._guidance_scale = False, first.guidance_scale
+        self._num_timesteps = len(self.sigmas(first)) - 1
         answer: Callable[[Step], Change] = lambda step: Change(stop=self._interrupt)  # noqa: E731
         if callback_on_step_end is not None:
             if len(runs) > 1:
@@ -238,6 +250,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             for i, (request, inputs) in enumerate(runs):
                 if noise is not None:
                     inputs = replace(inputs, latents=noise[i * count :][:count])
+                if samples is not None:
+                    inputs = replace(inputs, posterior_noise=samples[i % sampled][None])
                 events = answered(self.events(request, inputs, decode=output_type != "latent"), answer)
                 for event in events:
                     if isinstance(event, Step):
@@ -277,7 +291,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
 
         Sending a Change in answer to a Step replaces its latents or ends the steps.
         """
-        request, inputs = self.complete(request), Inputs.of(inputs, latents)
+        inputs = Inputs.of(inputs, latents)
+        request = self.complete(request, inputs)
         yield from self.turns.take(self._attempts(request, inputs, decode))
 
     def _attempts(
@@ -303,18 +318,24 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         self, request: GenerateRequest, inputs: Inputs, decode: bool
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
         sigmas, prompts = self.sigmas(request), self._prompts(request, inputs)
+        inputs.check_named(request.arrays)
         plan = self._plan(request, prompts)
         self.networks.set_loras(request.lora_strengths)
-        noise = inputs.noise(self._latents_shape(request), request.seed, request.rng).transpose(0, 2, 3, 1)
-        inputs.check_named(request.arrays)
-        if inputs.digests:
-            request = replace(request, **inputs.digests)
+        shape = self._latents_shape(request)
+        noise, sample = inputs.noise(shape, request.seed, request.rng, request.sample_posterior)
+        pixels = inputs.pixels(*request.extent[:2])
         guidance = Guidance(request.guidance_scale or 0.0, request.cfg_normalization, request.cfg_truncation)
-        mx.eval(noise)  # the next event may be requested from another thread
+        noise, sample = noise.transpose(0, 2, 3, 1), None if sample is None else sample.transpose(0, 2, 3, 1)
+        mx.eval(noise, sample)  # the next event may be requested from another thread
         with self.networks.running(plan) as networks:
             try:
                 embeddings = yield from networks.encode(prompts, sigmas)
-                latents = yield from networks.denoise(embeddings, noise, sigmas, guidance)
+                start = noise
+                if pixels is not None:
+                    image = yield from networks.encode_image(pixels[None], sample)
+                    start = add_noise(image, noise, float(sigmas[0]))
+                    mx.eval(start)  # as above
+                latents = yield from networks.denoise(embeddings, start, sigmas, guidance)
             except NumericsError as error:
                 if networks.dtype == mx.float16:
                     raise _Overflowed(str(error)) from error
@@ -334,26 +355,39 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
 
     # ---- the parts of a request on their own
 
-    def complete(self, request: GenerateRequest) -> GenerateRequest:
-        """The request, with the model's size, steps and guidance, and the pipeline's LoRAs, where it has None."""
+    def complete(self, request: GenerateRequest, inputs: Inputs = NONE) -> GenerateRequest:
+        """The request, with the model's size, steps and guidance, and the pipeline's LoRAs, where it has None.
+
+        With inputs, it also gets their digests, and the size and strength that an image gives it (see `fit_size`).
+        """
         if not isinstance(request, GenerateRequest):
             raise RequestError(f"expected a GenerateRequest, got {type(request).__name__}; a call takes a prompt")
+        if inputs is not NONE:
+            inputs.check_named(request.arrays)
+            request = replace(request, **inputs.digests)
         side, variant = self.sample_size, self.variant
         own = {"width": side, "height": side, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
+        if inputs.source is not None:
+            sides = fit_size(inputs.source.size, side**2, request.width, request.height)
+            own |= dict(zip(("width", "height"), sides, strict=True))
+        if request.image is not None:
+            own["strength"] = STRENGTH
         missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
+        request.check_image()
         loaded = {name: lora.sha256 for name, lora in self._loras.items()}
         return replace(request, **missing).with_loras(loaded, self._strengths)
 
     def sigmas(self, request: GenerateRequest) -> np.ndarray:
-        """The schedule of a request: (steps + 1,) float32, falling to 0."""
-        width, height, steps = self.complete(request).extent
+        """The schedule of a request: (steps + 1,) float32, falling to 0. From an image, it is the last steps only."""
+        request = self.complete(request)
+        width, height, steps = request.extent
         token = self.checkpoint.vae.config.scale * PATCH
         tokens = (width // token) * (height // token)
-        return self.checkpoint.scheduler.sigmas(steps, tokens, request.shift, request.sigmas)
+        return self.checkpoint.scheduler.sigmas(steps, tokens, request.shift, request.sigmas)[request.first_step :]
 
     def plan(self, request: GenerateRequest, inputs: Inputs = NONE) -> Plan:
         """The memory plan for this request within the pipeline's budget."""
-        request = self.complete(request)
+        request = self.complete(request, inputs)
         return self._plan(request, self._prompts(request, inputs))
 
     def _latents_shape(self, request: GenerateRequest) -> tuple[int, int, int, int]:
@@ -373,7 +407,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
     def _plan(self, request: GenerateRequest, prompts: list[tuple[int, ...] | mx.array]) -> Plan:
         width, height, steps = request.extent
         extras = self.networks.lora_extras(request.lora_strengths)
-        work = Workload(width, height, request.num_images, max(map(len, prompts)), steps, len(prompts), extras)
+        tokens, run, from_image = max(map(len, prompts)), steps - request.first_step, request.image is not None
+        work = Workload(width, height, request.num_images, tokens, run, len(prompts), extras, from_image)
         return self.networks.plan(work, self.keep)
 
     def tokenize(self, prompt: str, max_sequence_length: int = TOKENS) -> tuple[int, ...]:
@@ -400,7 +435,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (H, W, 3) in [-1, 1] to clean latents (H / 8, W / 8, 16) float32, using little memory."""
         with self.turns.computing(), self.networks.guarded():
-            return np.array(self.networks.encode_image(mx.array(pixels)[None])[0])
+            return np.array(result(self.networks.encode_image(mx.array(pixels)[None], planned=False))[0])
 
     @contextmanager
     def _beside_requests(self, network: str) -> Iterator[None]:

@@ -18,7 +18,7 @@ from .dtypes import FLOATS
 from .errors import RequestError
 from .inputs import Inputs, check_latents
 from .needless import Absent, Elsewhere, Needless
-from .noise import check_generator, generator_randn, initial_noise
+from .noise import check_generator, generator_randn, noises
 from .request import GenerateRequest, LoraUse
 from .sampling import Change, Step
 
@@ -97,7 +97,9 @@ def check_to(dtype: mx.Dtype, values: Sequence[object]) -> None:
 # ---- the arguments of a call
 
 
-def check_call(output_type: str, joint_attention_kwargs: Any, generator: Any, seed: int | None) -> None:
+def check_call(
+    output_type: str, joint_attention_kwargs: Any, generator: Any, seed: int | None, latents: Any, image: Any
+) -> None:
     """Refuse arguments that cannot work, alone or together."""
     if joint_attention_kwargs and not (
         isinstance(joint_attention_kwargs, dict) and {*joint_attention_kwargs} == {"scale"}
@@ -108,6 +110,11 @@ def check_call(output_type: str, joint_attention_kwargs: Any, generator: Any, se
         )
     if generator is not None and seed is not None:
         raise RequestError("seed and generator were both given; give one")
+    if latents is not None and image is not None:
+        raise RequestError(
+            "latents and image were both given, and diffusers ignores the image then; give one, or use "
+            "pipe.stream(request, Inputs(latents=noise, image=image)) to start from the image with that noise"
+        )
     if output_type == "pt":
         raise RequestError(
             "output_type 'pt' would need torch; use output_type='np' and torch.from_numpy(images).permute(0, 3, 1, 2)"
@@ -117,9 +124,9 @@ def check_call(output_type: str, joint_attention_kwargs: Any, generator: Any, se
 
 
 def each_prompt(
-    prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any
+    prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, image: Any = None
 ) -> Iterator[tuple[dict[str, Any], Inputs]]:
-    """For each prompt of a call, the fields of its request, and the embeddings that replace it, if any."""
+    """For each prompt of a call, the fields of its request, and its image and embeddings, if any."""
     if prompt is None and prompt_embeds is None:
         raise RequestError("there is no prompt; give prompt or prompt_embeds")
     columns = {
@@ -131,6 +138,7 @@ def each_prompt(
     count = len(columns["prompt"] or columns["prompt_embeds"] or [])
     if isinstance(negative_prompt, str):
         columns["negative_prompt"] = [negative_prompt] * count
+    columns["image"] = list(image) if isinstance(image, (list, tuple)) else [image] * count
     for name, column in columns.items():
         if column is not None and len(column) != count:
             raise RequestError(f"{name} must have one entry per prompt, {count} in all, got {len(column)}")
@@ -168,13 +176,24 @@ def seed_of(generator: Any) -> int:
     return generators[0].initial_seed()
 
 
-def noise_of(latents: Any, generator: Any, request: GenerateRequest, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The noise (B, C, h, w) of a call whose first request this is; None if that request's seed gives all of it."""
+def noise_of(
+    latents: Any, generator: Any, request: GenerateRequest, shape: tuple[int, ...], sampled: int = 0
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The noise (B, C, h, w) of a call whose first request this is, and (sampled, C, h, w) to sample its images with.
+
+    As in diffusers, the latter is generated first. None if that request's seed gives all of it.
+    """
     if latents is not None:
-        return check_latents(latents, shape)
+        return check_latents(latents, shape), None
+    images = (sampled, *shape[1:])
     if generator is not None:
-        return generate_noise(generator, shape)
-    return None if shape[0] == request.num_images else np.array(initial_noise(request.seed, shape, request.rng))
+        some = generator[:sampled] if isinstance(generator, (list, tuple)) else generator
+        samples = generate_noise(some, images) if sampled else None
+        return generate_noise(generator, shape), samples
+    if shape[0] == request.num_images:
+        return None, None
+    *first, noise = noises(request.seed, [images, shape] if sampled else [shape], request.rng)
+    return np.array(noise), np.array(first[0]) if first else None
 
 
 def scaled_loras(strengths: Mapping[str, float], joint_attention_kwargs: dict | None) -> tuple[LoraUse, ...] | None:

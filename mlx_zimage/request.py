@@ -22,8 +22,10 @@ TOKENS = 512  # of a prompt that are read by default, template included; the ref
 MAX_TOKENS = 1504  # the reference's position tables end at 1536, and the image comes after the padded prompt
 MAX_NUMBER = 1000  # for shift and guidance, which are usually from 1 to 10
 RNGS = ("torch", "mlx")
+STRENGTH = 0.6  # diffusers' default
 LORA_TAG = re.compile(r"<lora:([^:<>]{1,200}):?([^:<>]{0,20})[^<>]{0,20}>")  # of A1111
 DIGEST = re.compile(r"[0-9a-f]{64}")
+ARRAYS = ("latents", "prompt_embeds", "negative_prompt_embeds", "image", "posterior_noise")  # named by digest
 REQUIRED: Any = object()  # default of a required field that follows optional ones
 
 
@@ -69,9 +71,14 @@ class GenerateRequest:
     that many times the prompt's own; 0 is no limit. Steps at times, from 0 (noise) to 1, above cfg_truncation are not
     guided.
 
-    latents, prompt_embeds and negative_prompt_embeds are the SHA-256 of arrays that replace the seed's noise and the
-    prompts: see `mlx_zimage.inputs`. loras are laid over the model for this request. width, height, steps,
-    guidance_scale and loras may be None; a pipeline's `complete` fills in its own.
+    image starts the steps from an image, scaled and cropped to the size. strength, above 0 and at most 1, is the part
+    of the steps that then run: 1 ignores the image, and a small one hardly changes it. sample_posterior samples the
+    image's latents from the distribution that the VAE gives, as diffusers does, instead of taking its mean.
+
+    image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
+    `mlx_zimage.inputs`. latents and the embeddings replace the seed's noise and the prompts; posterior_noise replaces
+    the seed's noise for sample_posterior. loras are laid over the model for this request. width, height, steps,
+    guidance_scale, strength and loras may be None; a pipeline's `complete` fills in its own.
     """
 
     prompt: str
@@ -92,6 +99,10 @@ class GenerateRequest:
     prompt_embeds: str | None = None
     negative_prompt_embeds: str | None = None
     loras: tuple[LoraUse, ...] | None = None
+    image: str | None = None
+    strength: float | None = None  # image to image; mflux's --image-strength is 1 minus this
+    sample_posterior: bool = False
+    posterior_noise: str | None = None
 
     def __post_init__(self):
         if self.seed is REQUIRED:
@@ -126,6 +137,11 @@ class GenerateRequest:
             if self.steps != len(self.sigmas):
                 raise RequestError(f"sigmas must be one per step, got {len(self.sigmas)} for {self.steps} steps")
 
+        if self.strength is not None:
+            _check_strength(self.strength, self.steps)
+        if not isinstance(self.sample_posterior, bool):
+            raise RequestError(f"sample_posterior must be true or false, got {brief(self.sample_posterior)}")
+
         if self.loras is not None:
             if not isinstance(self.loras, (list, tuple)):
                 raise RequestError(f"loras must be a list, got {brief(self.loras)}")
@@ -133,7 +149,7 @@ class GenerateRequest:
 
         for field in fields(self):  # NumPy numbers become Python's, so that a request always converts to JSON
             value = getattr(self, field.name)
-            if isinstance(value, Real) and type(value) not in (int, float):
+            if isinstance(value, Real) and type(value) not in (int, float, bool):
                 object.__setattr__(self, field.name, int(value) if isinstance(value, Integral) else float(value))
 
     @property
@@ -146,7 +162,21 @@ class GenerateRequest:
     @property
     def arrays(self) -> dict[str, str | None]:
         """The digests of the arrays that it uses, by their names in `Inputs`; None for those it does not."""
-        return {name: getattr(self, name) for name in ("latents", "prompt_embeds", "negative_prompt_embeds")}
+        return {name: getattr(self, name) for name in ARRAYS}
+
+    @property
+    def first_step(self) -> int:
+        """The step at which it begins, counted from 0: those before it have more noise than an image is given."""
+        if self.image is None or self.strength is None or self.steps is None:
+            return 0
+        # Source: diffusers' get_timesteps, with its roundings
+        return int(max(self.steps - min(self.steps * self.strength, self.steps), 0))
+
+    def check_image(self) -> None:
+        """Refuse what is for image to image only, in a request without an image."""
+        if self.image is None and (self.strength is not None or self.sample_posterior):
+            name = "sample_posterior" if self.strength is None else "strength"
+            raise RequestError(f"{name} is for image to image, but there is no image to start from; give one")
 
     @property
     def guided(self) -> bool:
@@ -241,6 +271,15 @@ def _falling(sigmas: Any) -> tuple[float, ...]:
 def _check_digest(name: str, value: str | None) -> None:
     if value is not None and not (isinstance(value, str) and DIGEST.fullmatch(value)):
         raise RequestError(f"{name} must be the SHA-256 of an array in hexadecimal, got {brief(value)}")
+
+
+def _check_strength(strength: float, steps: int | None) -> None:
+    _check_number("strength", strength, 0.0)
+    if strength > 1:
+        raise RequestError(f"strength must be at most 1, which ignores the image, got {strength:g}")
+    if int((steps or 1) - (steps or 1) * strength) == (steps or 1):
+        one = f"{1 / steps:.3g} runs one of {steps} steps" if steps else "1 / steps, 0.125 of 8, runs one"
+        raise RequestError(f"strength {strength:g} leaves no step to run: the image would stay as it is; {one}")
 
 
 def _check_int(name: str, value: int, low: float = -inf, high: float = inf, high_text: str = "") -> None:

@@ -104,8 +104,25 @@ RUNS = {
         "num_inference_steps": 4,
         "guidance_scale": 4.0,
     },
+    "cfg4_norm": {
+        "prompt": PROMPTS["short"],
+        "negative_prompt": PROMPTS["negative"],
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+        "cfg_normalization": 1.0,
+    },
+    "cfg4_trunc": {
+        "prompt": PROMPTS["short"],
+        "negative_prompt": PROMPTS["negative"],
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+        "cfg_truncation": 0.2,
+    },
     "cfg1": {"prompt": PROMPTS["short"], "num_inference_steps": 2, "guidance_scale": 1.0},
 }
+# image to image from `photo`: strength and steps
+IMAGE_RUNS = {"img2img_060": (0.6, 8), "img2img_100": (1.0, 8), "img2img_030": (0.3, 8), "img2img_029": (0.29, 7)}
+IMAGE_SEED = 5
 
 
 @dataclass(frozen=True)
@@ -166,6 +183,13 @@ def case_inputs(seed: int, case: str, features: int = 40) -> list[tuple[np.ndarr
 def encoder_image(seed: int) -> np.ndarray:
     """Pixels (1, 3, 80, 96) in [-1, 1]."""
     return np.tanh(randn(seed, "vae.img", 1, 3, HEIGHT, WIDTH))
+
+
+def photo() -> np.ndarray:
+    """An image (80, 96, 3) uint8 to start from: smooth, with some texture."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
+    rgb = np.stack([x / WIDTH, y / HEIGHT, 0.5 + 0.5 * np.sin(x / 7) * np.cos(y / 5)], axis=-1)
+    return (rgb * 255).round().astype(np.uint8)
 
 
 def weights(seed: int, component: str, config: dict, tag: str | None = None) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Mapping
 from itertools import pairwise
@@ -15,7 +16,10 @@ from ..errors import RequestError
 
 BY_BITS = "convert the model once, with `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
 BY_MEMORY = "use --memory 6GB, which determines what is streamed from disk and how images are decoded"
-FROM_TEXT = "images are generated from a prompt only"
+IMAGE = "use --image FILE"
+STRENGTH = "use --strength, the part of the steps that change the image: 1 ignores it"
+# mflux counts the other way around: the higher, the closer to the image.
+MFLUX_STRENGTH = "use --strength, which is the opposite: for mflux's --image-strength {}, use --strength {}"
 NOT_NEEDED = "leave it out; the configs of a model identify it"
 SOURCE = "name what to convert, and the new folder: `mlx-zimage convert SOURCE DEST`"
 Q_BITS = "use --q-bits, such as --q-bits 8"
@@ -41,9 +45,12 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {  # by command: flags of other pro
         "--scheduler": "use --shift; examples/custom_schedule.py shows a custom schedule",
         "--pid-decode": "images are decoded by the model's own VAE",
         "--vae-full-precision": "leave it out; --dtype float32 computes everything in float32",
-        "--image": FROM_TEXT,
-        "--image-path": FROM_TEXT,
-        "--image-strength": FROM_TEXT,
+        "--image-path": f"{IMAGE}, and --strength S for mflux's --image-strength 1 - S",
+        "--image-strength": MFLUX_STRENGTH.format("0.4", "0.6"),
+        "--init-image": IMAGE,
+        "--init-img": IMAGE,
+        "--denoise": STRENGTH,
+        "--denoising-strength": STRENGTH,
     },
     "convert": {
         "--quantize": Q_BITS,
@@ -143,6 +150,14 @@ def as_typed(message: str, given: Mapping[str, str]) -> str:
     if name in ("width", "height") and "size" in given:
         return f"{given['size']}: {message}"
     return message
+
+
+def refuse_strength_of_mflux(ctx: click.Context, args: list[str]) -> None:
+    """Refuse mflux's `--image FILE STRENGTH`, whose strength means the opposite of ours."""
+    for option, _, strength in zip(args, args[1:], args[2:], strict=False):
+        if option == "--image" and re.fullmatch(r"0?\.\d+|[01](\.0*)?", strength):
+            ours = f"{1 - float(strength):g}"
+            raise click.UsageError(f"--image takes a file only; {MFLUX_STRENGTH.format(strength, ours)}", ctx)
 
 
 def join_seeds(args: list[str]) -> list[str]:

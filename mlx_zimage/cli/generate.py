@@ -18,6 +18,7 @@ from ..dtypes import FLOATS
 from ..errors import RequestError, ZImageError
 from ..jobs import (
     MAX_IMAGES,
+    Job,
     Series,
     fields_of_latents,
     lines_of,
@@ -33,7 +34,7 @@ from ..request import RNGS, GenerateRequest
 from ..sizes import parse_memory
 from ..variants import ALIASES
 from .adapters import WithLoras, load_loras, lora_options, name_paths
-from .elsewhere import as_typed, join_seeds, options_given
+from .elsewhere import as_typed, join_seeds, options_given, refuse_strength_of_mflux
 from .models import DEFAULT_MODEL, first_run
 from .notes import notes
 from .output import DEFAULT_DTYPE, graphics, hub_bars, print_path, say, show_image
@@ -41,7 +42,7 @@ from .values import FilePath, InputFile, ModelName, check_one_size, size_options
 
 if TYPE_CHECKING:
     from ..images.metadata import Origin
-    from ..inputs import Inputs
+    from .given import Given
 
 EXAMPLES = """\b
 Example: mlx-zimage generate "a lighthouse at dusk" --size 3:2 --seed 7 -o lighthouse.png
@@ -49,13 +50,16 @@ Four seeds, one file each, with a live preview in the terminal:
     mlx-zimage generate "a lighthouse at dusk" --seed 1 2 3 4 -o "{prompt}-{seed}.webp" --preview
 The same image with another seed:
     mlx-zimage generate --from lighthouse.png --seed 8
+Start from an image:
+    mlx-zimage generate "the same lighthouse in winter" --image lighthouse.png --strength 0.6
 One prompt per line in, one JSON object per image out:
     mlx-zimage generate --prompt-file prompts.txt --json -q | jq -r .path
 """
 SECTIONS = {  # of the help text, with the names of their options
     "Image": ("prompt_option", "prompt_file", "requests_file", "from_image", "size", "width", "height"),
+    "Image to image": ("image_file", "strength", "sample_posterior"),
     "Seeds": ("seed", "count", "auto_seeds", "rng", "latents_file"),
-    "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt"),
+    "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt", "cfg_normalization", "cfg_truncation"),
     "LoRA": ("loras", "lora_partial"),
     "Model and memory": (
         *("source", "variant", "transformer", "text_encoder", "vae", "yes", "dtype", "memory", "keep", "wired"),
@@ -70,6 +74,7 @@ class Generate(WithLoras):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.allow_extra_args = True
+        refuse_strength_of_mflux(ctx, args)
         rest = super().parse_args(ctx, join_seeds(args))
         if ctx.args and not ctx.resilient_parsing:
             quoted = shlex.quote(" ".join([ctx.params["prompt"], *ctx.args]))
@@ -164,6 +169,37 @@ class Generate(WithLoras):
     help="Guidance scale; 0 turns it off, which Turbo needs.  [default: the model's]",
 )
 @click.option("--negative-prompt", help="What to avoid in the image; only used with guidance above 0.")
+@click.option(
+    "--cfg-normalization",
+    type=float,
+    metavar="FACTOR",
+    help="Limit a guided velocity to FACTOR times the length of the prompt's own; 0 is no limit.  [default: 0]",
+)
+@click.option(
+    "--cfg-truncation",
+    type=float,
+    metavar="TIME",
+    help="Do not guide the steps at times above TIME, from 0 (noise) to 1; they take half as long.  [default: 1]",
+)
+@click.option(
+    "--image",
+    "image_file",
+    metavar="FILE",
+    type=FilePath(),
+    help="Start from this image instead of noise: PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC. It also gives the "
+    "size; with another --size, it is scaled and cropped.",
+)
+@click.option(
+    "--strength",
+    type=float,
+    help="How much of the image to change, above 0 to 1: the part of the steps that run. 1 ignores the image. mflux's "
+    "--image-strength is the opposite, 1 minus this.  [default: 0.6]",
+)
+@click.option(
+    "--sample-posterior",
+    is_flag=True,
+    help="Sample the image's latents as diffusers does, instead of taking their mean.",
+)
 @lora_options
 @click.option(
     "--dtype",
@@ -235,7 +271,8 @@ def generate(
     prompt: str | None, prompt_option: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None,
     source: str | None, variant: str | None, transformer: str | None, text_encoder: str | None, vae: str | None,
     output: Path, overwrite: bool, size: str | None,
-    seed: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, dtype: str | None,
+    seed: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, image_file: Path | None,
+    sample_posterior: bool, dtype: str | None,
     memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
     loras: list[tuple[str, float | None]], lora_partial: bool,
     metadata: bool, preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool,
@@ -252,36 +289,38 @@ def generate(
     from ..images.files import make_folder
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
-    from ..inputs import Inputs, check_latents_size, read_latents
+    from ..inputs import check_latents_size
     from ..weights.library import register
+    from .given import Given
     from .watch import Watch, add_views
 
     old = read_origin(from_image) if from_image else None
-    inputs = Inputs(read_latents(latents_file) if latents_file else None)
+    files_given = Given(latents_file, image_file)
     if prompt is not None and prompt_option is not None:
         raise RequestError("the prompt was given twice, as an argument and with --prompt; give one")
     given = options_given(ctx)
     prompts = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
     prompts, lora_paths = name_paths(prompts, [path for path, _ in loras])
+    prompts = files_given.named(prompts)
     _warn_of_overridden(given, prompts if requests_file else [])
-    base, ratio = _base(values, size, old, inputs)
+    base, ratio = _base(values | {"sample_posterior": sample_posterior or None}, size, old, files_given)
+    if old:
+        _check_old(old, from_image, files_given.digests, prompts)
     all_series = multiply(base, prompts, _seeds(seed, auto_seeds, old), output, ratio, count)
     total = sum(map(len, all_series))
     for own, series in zip(prompts, all_series, strict=True):
         try:
             request = _check(series)
-            inputs.check_named(request.arrays)
+            files_given.inputs(request).check_named(request.arrays)
         except RequestError as error:
             if not requests_file and not prompt_file:
                 raise
             message = as_typed(str(error), _names(given, own))
             raise RequestError(f"image {series.n} of {total}: {message}") from error
         if latents_file and request.width and request.height:
-            check_latents_size(latents_file, inputs.latents, request.width, request.height)
+            check_latents_size(latents_file, files_given.latents, request.width, request.height)
     if preview_dir:
         make_folder(preview_dir)
-    if old:
-        _check_old_latents(old, from_image, inputs.digests.get("latents"))
     if latents_file:
         for option in given.keys() & {"seed", "auto_seeds", "rng"}:
             _warn(f"{given[option]} changes nothing: --latents replaces the noise")
@@ -306,11 +345,16 @@ def generate(
         _warn(f"{source} is not the model that generated {from_image}; the image will differ")
     load_loras(model.pipeline, lora_paths, loras, old, lora_partial)
     side = model.pipeline.sample_size
-    firsts = (model.pipeline.complete(next(iter(series)).request(side)) for series in all_series)
+
+    def complete(job: Job) -> GenerateRequest:
+        request = job.request(side)
+        return model.pipeline.complete(request, files_given.inputs(request))
+
+    firsts = (complete(next(iter(series))) for series in all_series)
     requests = dict.fromkeys(replace(request, seed=0) for request in firsts)  # seeds change no plan
     for request in requests:
         if latents_file:
-            check_latents_size(latents_file, inputs.latents, *request.extent[:2])
+            check_latents_size(latents_file, files_given.latents, *request.extent[:2])
         model.pipeline.plan(request)  # refuses what does not fit, before any work
     for message in dict.fromkeys(note for request in requests for note in notes(request, model.pipeline.checkpoint)):
         _warn(message)
@@ -320,14 +364,15 @@ def generate(
     colours = colours_of(model.pipeline.encode_image) if preview or preview_dir else None
     for job in chain.from_iterable(all_series):
         _check_battery(battery_limit)
-        request = model.pipeline.complete(job.request(side))
+        request = complete(job)
         path = job.path(request)
         say(f"Seed: {request.seed}" + (f" ({job.n} of {total})" if total > 1 else ""), quiet)
-        width, height, steps = request.extent
+        width, height, _ = request.extent
+        steps = len(model.pipeline.sigmas(request)) - 1
         grey = blank(width, height, request.num_images)
         with Watch(steps, quiet, not in_place, colours) as watch:
             add_views(watch, path, f"{path.stem}-{request.seed}", grey, preview, preview_dir, terminal)
-            for event in run(model, request, path, files, inputs):
+            for event in run(model, request, path, files, files_given.inputs(request)):
                 watch(event)
                 if isinstance(event, Saved):
                     click.echo(json.dumps(event.to_dict())) if as_json else print_path(event.path)
@@ -363,15 +408,15 @@ def _is_stdin(file: BinaryIO | None) -> bool:
     return file is not None and getattr(file, "name", "<stdin>") == "<stdin>"
 
 
-def _base(values: dict, size: str | None, old: Origin | None, inputs: Inputs) -> tuple[dict, tuple[int, int] | None]:
+def _base(values: dict, size: str | None, old: Origin | None, given: Given) -> tuple[dict, tuple[int, int] | None]:
     """The values that all images share, and their aspect ratio if one was given."""
     base = {**old.request.to_dict(), "loras": None} if old else {}  # they are loaded with the model
     check_one_size(size, values["width"], values["height"])
     sides, ratio = parse_size(size) if size else ({}, None)
     base |= {name: value for name, value in {**values, **sides}.items() if value is not None}
-    base["latents"] = inputs.digests.get("latents")
-    if inputs.latents is not None:
-        known = fields_of_latents(inputs.latents.shape)
+    base |= given.digests
+    if given.latents is not None:
+        known = fields_of_latents(given.latents.shape)
         base = known | base | {"num_images": known["num_images"]}
     return base, ratio
 
@@ -385,6 +430,7 @@ def _check(series: Series) -> GenerateRequest:
         job.request()
     first = next(iter(series))
     request = first.request()
+    request.check_image()
     check_output(first.path(request))
     return request
 
@@ -445,10 +491,14 @@ def _check_battery(limit: int | None) -> None:
         )
 
 
-def _check_old_latents(old: Origin, image: Path | None, digest: str | None) -> None:
-    if old.latents is None:
-        return
-    if digest is None:
-        raise RequestError(f"{image} was generated from a latents file; pass that file with --latents")
-    if digest != old.latents:
-        warnings.warn(f"these are not the latents that {image} was generated from; the image will differ", stacklevel=1)
+def _check_old(old: Origin, path: Path | None, digests: Mapping[str, str | None], prompts: list[dict]) -> None:
+    """Require the files that an old image was generated from, unless each of the prompts has its own."""
+    arrays = old.request.arrays
+    for name, what in (("latents", "a latents file"), ("image", "an image")):
+        if arrays[name] is None or all(name in own for own in prompts):
+            continue
+        if digests[name] is None:
+            raise RequestError(f"{path} was generated from {what}; pass that file with --{name}")
+        if digests[name] != arrays[name]:
+            these = "these are not the latents" if name == "latents" else "this is not the image"
+            warnings.warn(f"{these} that {path} was generated from; the image will differ", stacklevel=1)

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..dtypes import FLOATS
+from ..request import STRENGTH, GenerateRequest
 from ..sizes import parse_memory, rounded_up, size
 from ..variants import TURBO
 from .elsewhere import Command
 from .models import DEFAULT_MODEL
 from .output import DEFAULT_DTYPE
-from .values import ModelName, sides, size_options
+from .values import FilePath, ModelName, sides, size_options
 
 if TYPE_CHECKING:
     from ..memory import Plan, Planner, Workload
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images per batch.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Prompt length in tokens.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Number of denoising steps.  [default: the model's]")
+@click.option("--image", "image_file", metavar="FILE", type=FilePath(), help="Plan for starting from this image.")
+@click.option("--strength", type=float, help="The part of the steps that run from an image.  [default: 0.6]")
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),
@@ -48,6 +53,8 @@ def plan(
     images: int,
     tokens: int,
     steps: int | None,
+    image_file: Path | None,
+    strength: float | None,
     dtype: str | None,
     memory: str | None,
     keep: bool | None,
@@ -61,19 +68,30 @@ def plan(
     """
     import mlx.core as mx
 
+    from ..images.source import fit_size
+    from ..inputs import Inputs
     from ..machine import default_dtype, machine_budget
     from ..memory import Planner, Workload
     from ..weights.checkpoint import open_headers
     from ..weights.library import CHOICES, choose_bits, planned
 
     sides(**shape, default=TURBO.size)  # refuses what can be refused before a model is opened
+    inputs = Inputs(image=image_file)
+    asked = GenerateRequest("-", seed=0, strength=strength, steps=steps, **inputs.digests)
+    asked.check_image()
     budget = machine_budget() if memory is None else parse_memory(memory)
     compute = getattr(mx, dtype or default_dtype())
 
     def workload(checkpoint: Checkpoint) -> Workload:
         side, known = checkpoint.vae.config.sample_size, checkpoint.variant
         prompts = 2 if known.guidance_scale else 1
-        return Workload(*sides(**shape, default=side), images, tokens, steps or known.steps, prompts)
+        if inputs.source is None or shape["size"]:
+            size = sides(**shape, default=side)
+        else:
+            size = fit_size(inputs.source.size, side**2, shape["width"], shape["height"])
+        request = replace(asked, steps=steps or known.steps, strength=strength or STRENGTH)
+        run = (request.steps or 0) - request.first_step
+        return Workload(*size, images, tokens, run, prompts, from_image=inputs.source is not None)
 
     if model is not None:
         checkpoint = open_headers(model, variant)

@@ -18,7 +18,12 @@ from ..sampling import Step
 from .output import progress_bar, say
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-PHASES = {"scale": ("Calibrating float16", "network"), "encode": ("Encoding", "layer"), "decode": ("Decoding", "block")}
+PHASES = {
+    "scale": ("Calibrating float16", "network"),
+    "encode": ("Encoding", "layer"),
+    "image": ("Encoding image", "block"),
+    "decode": ("Decoding", "block"),
+}
 
 
 class Watch:

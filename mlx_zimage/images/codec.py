@@ -22,6 +22,11 @@ def to_unit(pixels: mx.array) -> np.ndarray:
     return np.clip(np.array(pixels, dtype=np.float32) / 2 + 0.5, 0, 1)
 
 
+def to_signed(pixels: np.ndarray) -> mx.array:
+    """(H, W, 3) uint8 to [-1, 1] float32, rounded as in diffusers: the inverse of `to_uint8`."""
+    return mx.array(2 * (pixels.astype(np.float32) / 255) - 1)
+
+
 def is_flat(unit: np.ndarray) -> bool:
     """Whether an image (H, W, 3) in [0, 1] is a single colour, or has only values of 0 and 1."""
     pixels = rounded(unit)

@@ -91,6 +91,7 @@ def parameters(origin: Origin) -> str:
         "Schedule type": "Simple",
         "CFG scale": f"{(request.guidance_scale or 0) + 1:g}",  # where 1 is off
         "Shift": None if request.shift is None else f"{request.shift:g}",
+        "Denoising strength": None if request.image is None else f"{request.strength:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
         "Model hash": origin.fingerprint or None,

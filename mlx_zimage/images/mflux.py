@@ -12,7 +12,6 @@ from ..variants import TURBO
 
 PREFIX = b"ASCII\0\0\0"  # of its user comment
 NOT_HERE = {  # values that change an image in a way that a request here cannot, and what they are
-    "image_path": "an image to start from",
     "image_paths": "images to start from",
     "masked_image_path": "a mask",
     "depth_image_path": "a depth image",
@@ -36,6 +35,10 @@ def to_request(values: dict[str, Any]) -> tuple[GenerateRequest, str]:
 
     mflux uses MLX's noise, and its guidance is off up to 1. Its LoRAs are named after their files, without a SHA-256.
     """
+    if values.get("image_path"):
+        strength = values.get("image_strength")
+        ours = f" --strength {1 - strength:g}" if isinstance(strength, (int, float)) and 0 <= strength < 1 else ""
+        raise RequestError(f"mflux started it from an image; give the prompt, and that image with --image FILE{ours}")
     for name, what in NOT_HERE.items():
         if values.get(name):
             raise RequestError(f"mflux generated it with {what} ({name}), which is not supported here")

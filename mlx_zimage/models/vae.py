@@ -73,6 +73,10 @@ class VAEConfig:
         return []
 
     @property
+    def encoder_blocks(self) -> int:
+        return len(self.block_out_channels) * self.layers_per_block
+
+    @property
     def decoder_blocks(self) -> int:
         return len(self.block_out_channels) * (self.layers_per_block + 1)
 
@@ -413,12 +417,18 @@ def mid_block(x: Rows, weights: Tree, groups: int, strips: Strips) -> Rows:
     return resnet(x, weights["resnets"][1], groups, strips)
 
 
-def encoder(x: mx.array, weights: Tree, groups: int, strips: Strips) -> mx.array:
-    """Pixels (B, H, W, 3) in [-1, 1] to mean and log variance (B, H/8, W/8, 2 * 16)."""
+def encoder(x: mx.array, weights: Tree, groups: int, strips: Strips) -> Generator[int, None, mx.array]:
+    """Pixels (B, H, W, 3) in [-1, 1] to mean and log variance (B, H/8, W/8, 2 * 16).
+
+    Yields the number of blocks done, up to the config's `encoder_blocks`.
+    """
     h = conv(Rows.of(x), weights["conv_in"])
+    done = 0
     for level in weights["down_blocks"]:
         for block in level["resnets"]:
             h = resnet(h, block, groups, strips)
+            done += 1
+            yield done
         if "downsamplers" in level:
             h = strips.hold(downsample(h, level["downsamplers"][0]))
     h = mid_block(h, weights["mid_block"], groups, strips)
@@ -443,6 +453,12 @@ def decoder(z: mx.array, weights: Tree, groups: int, strips: Strips) -> Generato
     x = conv(group_norm(x, weights["conv_norm_out"], groups, strips, affine_silu), weights["conv_out"])
     x = strips.hold(x)
     return x.get(0, x.height)
+
+
+def moments(encoded: mx.array) -> tuple[mx.array, mx.array]:
+    """The mean and the clipped log variance that an encoder's output consists of, float32."""
+    mean, log_variance = mx.split(encoded.astype(mx.float32), 2, axis=-1)
+    return mean, mx.clip(log_variance, -30.0, 20.0)
 
 
 def strip_within(config: VAEConfig, dtype: mx.Dtype, most: float) -> int | None:
@@ -482,13 +498,20 @@ class VAE:
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Pixels (B, H, W, 3) in [-1, 1] to mean latents (B, H/8, W/8, 16) float32, as the transformer sees them."""
-        mean, _ = self.encode_moments(pixels)
-        return (mean - self.config.shift_factor) * self.config.scaling_factor
+        return result(self.encode_steps(pixels))
+
+    def encode_steps(self, pixels: mx.array, noise: mx.array | None = None) -> Generator[int, None, mx.array]:
+        """`encode`, yielding the number of blocks done after each one.
+
+        Standard normal noise (B, H/8, W/8, 16) samples the latents' distribution instead of taking its mean.
+        """
+        mean, log_variance = moments((yield from encoder(*self._inputs(pixels, "encoder"))))
+        z = mean if noise is None else mean + mx.exp(log_variance / 2) * noise
+        return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def encode_moments(self, pixels: mx.array) -> tuple[mx.array, mx.array]:
         """Mean and log variance (clipped to [-30, 20]) of the unscaled latents, each (B, H/8, W/8, 16), float32."""
-        mean, log_variance = mx.split(encoder(*self._inputs(pixels, "encoder")).astype(mx.float32), 2, axis=-1)
-        return mean, mx.clip(log_variance, -30.0, 20.0)
+        return moments(result(encoder(*self._inputs(pixels, "encoder"))))
 
     def _inputs(self, x: mx.array, name: str) -> tuple:
         held = CPU_STRIP if backend() == "cpu" else strip_within(self.config, self.runner.dtype, self.most)

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageImg2ImgPipeline, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from PIL import Image
 from safetensors.numpy import save_file
 
 SEEDS = (0, 7)
@@ -51,6 +52,7 @@ def record(seed: int, folder: Path) -> dict[str, np.ndarray]:
         **{f"transformer/{name}": x for name, x in record_transformer(pipe.transformer, seed).items()},
         **{f"vae/{name}": x for name, x in record_vae(pipe.vae, seed).items()},
         **{f"pipeline/{name}": x for name, x in record_runs(pipe, seed).items()},
+        **{f"pipeline/{name}": x for name, x in record_image_runs(pipe).items()},
         "wide/out": run_case(wide.transformer, seed, "a_pad_both", tiny.WIDE_TRANSFORMER["cap_feat_dim"])[0][:, 0],
         **{f"faint/{name}": x for name, x in record_faint(faint, seed).items()},
     }
@@ -169,6 +171,27 @@ def record_runs(pipe, seed: int) -> dict[str, np.ndarray]:
     prompts = [tiny.PROMPTS["short"], tiny.PROMPTS["medium"]]
     two = pipe(prompts, **size, num_inference_steps=2, guidance_scale=0.0, latents=z0, output_type="latent")
     arrays["batch2.latents"] = two.images
+    return arrays
+
+
+def record_image_runs(pipe) -> dict[str, np.ndarray]:
+    """Latents after every step (steps, 1, 16, h, w) of each of IMAGE_RUNS, whose image latents are sampled."""
+    pipe = ZImageImg2ImgPipeline(**pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    arrays = {}
+    for name, (strength, steps) in tiny.IMAGE_RUNS.items():
+        seen = []
+
+        def keep(_pipe, _i, _t, state, seen=seen):
+            seen.append(state["latents"].clone())
+            return {}
+
+        pipe(
+            tiny.PROMPTS["short"], Image.fromarray(tiny.photo()), strength, num_inference_steps=steps,
+            guidance_scale=0.0, generator=torch.Generator().manual_seed(tiny.IMAGE_SEED), output_type="latent",
+            callback_on_step_end=keep,
+        )  # fmt: skip
+        arrays[f"{name}.steps"] = torch.stack(seen)
     return arrays
 
 

@@ -1,6 +1,10 @@
 """Repeats the tests of the recorded arrays against diffusers on fresh random weights (see the fixture `golden`)."""
 
 # ruff: noqa: F401
+from test_guided import (
+    test_a_call_with_diffusers_names_equals_the_reference,
+    test_every_step_from_an_image_equals_the_reference,
+)
 from test_pipeline import (
     test_every_step_of_a_run_equals_the_reference,
     test_running_two_prompts_at_once_equals_two_runs,

@@ -1,0 +1,416 @@
+"""Image to image: a request that starts from an image."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+from compare import TOLERANCE, relative_error
+from PIL import Image
+from test_noise import Generator
+
+from mlx_zimage import GenerateRequest, Inputs, RequestError, Step, ZImagePipeline, cli
+from mlx_zimage.convert import convert
+from mlx_zimage.images.codec import to_signed
+from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.images.source import cover, read_image
+from mlx_zimage.models.text_encoder import TextEncoder
+from mlx_zimage.models.vae import VAE
+from mlx_zimage.noise import initial_noise, torch_randn
+from mlx_zimage.pipeline import Phase
+from mlx_zimage.sampling import denoise
+from mlx_zimage.scheduler import add_noise
+from mlx_zimage.sizes import parse_memory
+
+SHAPE = (1, 16, tiny.HEIGHT // 8, tiny.WIDTH // 8)
+PHOTO = Inputs(image=tiny.photo())
+PROMPT = "a red circle on a blue background"
+SMALL = ["-m", "pocket", "--steps", "2", "-q"]
+
+
+def request_of(**changes) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "a red fox", "seed": 0, "steps": 4, "guidance_scale": 0.0, **changes})
+
+
+def latents_of(pipe, request: GenerateRequest, inputs: Inputs = PHOTO) -> list[mx.array]:
+    return [step.latents for step in pipe.denoise(request, inputs)]
+
+
+# ---- the result
+
+
+@pytest.mark.parametrize("run", tiny.IMAGE_RUNS)
+def test_every_step_from_an_image_equals_the_reference(golden, golden_pipe, run):
+    strength, steps = tiny.IMAGE_RUNS[run]
+    request = request_of(
+        prompt=tiny.PROMPTS["short"], seed=tiny.IMAGE_SEED, steps=steps, strength=strength, sample_posterior=True
+    )
+    found = latents_of(golden_pipe, request)
+    for ours, wanted in zip(found, golden[f"pipeline/{run}.steps"], strict=True):
+        assert relative_error(ours.transpose(0, 3, 1, 2), wanted) < TOLERANCE
+
+
+def test_a_call_with_diffusers_names_equals_the_reference(golden, golden_pipe):
+    image = Image.fromarray(tiny.photo())
+    common = {"num_inference_steps": 8, "sample_posterior": True, "output_type": "latent"}
+    wanted = golden["pipeline/img2img_060.steps"][-1]
+    for given in ({"generator": Generator(tiny.IMAGE_SEED)}, {"seed": tiny.IMAGE_SEED}):
+        found = golden_pipe(tiny.PROMPTS["short"], image=image, strength=0.6, **common, **given)
+        assert relative_error(found.images, wanted) < TOLERANCE
+
+
+def test_the_steps_start_from_the_mean_of_the_images_latents_and_the_seeds_noise(pipe):
+    request = pipe.complete(request_of(seed=3, strength=0.5), PHOTO)
+    sigmas = pipe.sigmas(request)
+    image = pipe.vae.encode(to_signed(tiny.photo())[None])
+    start = add_noise(image, initial_noise(3, SHAPE).transpose(0, 2, 3, 1), float(sigmas[0]))
+    velocity = pipe.transformer.velocity(pipe.encode("a red fox"), sigmas[:-1], *SHAPE[2:])
+    wanted = [step.latents for step in denoise(velocity, start, sigmas)]
+    assert len(wanted) == 2
+    found = latents_of(pipe, request)
+    # float32: the encoder's strips may sum products in another order
+    assert all(relative_error(*pair) < TOLERANCE for pair in zip(found, wanted, strict=True))
+
+
+def test_strength_1_ignores_the_image(pipe):
+    size = {"width": tiny.WIDTH, "height": tiny.HEIGHT}
+    found = latents_of(pipe, request_of(strength=1.0, **size))
+    wanted = [step.latents for step in pipe.denoise(request_of(**size))]
+    assert all(mx.array_equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def test_the_strength_is_06_unless_given(pipe):
+    assert pipe.complete(request_of(), PHOTO).strength == 0.6
+    assert pipe.complete(request_of()).strength is None
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 8, 50])
+def test_every_strength_above_0_runs_at_least_one_step_and_more_runs_no_fewer(steps):
+    found = [
+        steps - request_of(steps=steps, strength=percent / 100, image="0" * 64).first_step for percent in range(1, 101)
+    ]
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (1, steps)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"strength": 0.0},
+            "strength 0 leaves no step to run: the image would stay as it is; 0.25 runs one of 4 steps",
+        ),
+        ({"strength": 0.0, "steps": None}, "1 / steps, 0.125 of 8, runs one"),
+        ({"strength": 1e-20}, "strength 1e-20 leaves no step to run"),
+        ({"strength": 1.5}, "strength must be at most 1, which ignores the image, got 1.5"),
+        ({"strength": -0.1}, "strength must be from 0"),
+        ({"strength": "0.5"}, "strength must be a number, got '0.5'"),
+        ({"sample_posterior": 1}, "sample_posterior must be true or false, got 1"),
+        ({"image": "photo.png"}, "image must be the SHA-256 of an array"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(values, message):
+    with pytest.raises(RequestError) as caught:
+        request_of(**values)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"strength": 0.5}, "strength is for image to image, but there is no image to start from"),
+        ({"sample_posterior": True}, "sample_posterior is for image to image"),
+        ({"image": "none.png"}, "no image at none.png"),
+        ({"image": tiny.photo(), "latents": np.zeros(SHAPE)}, "latents and image were both given"),
+        ({"image": [tiny.photo()] * 2}, "image must have one entry per prompt, 1 in all, got 2"),
+        ({"image": np.zeros((5,))}, "the image is an array of shape (5,)"),
+        ({"image": tiny.photo(), "strength": 0}, "leaves no step to run"),
+    ],
+    ids=str,
+)
+def test_a_call_that_cannot_work_is_refused_before_any_work(pipe, watch, call, message):
+    encoded = watch(TextEncoder, "steps")
+    with pytest.raises(RequestError) as caught:
+        pipe("a red fox", num_inference_steps=2, **call)
+    assert message in str(caught.value)
+    assert not encoded
+
+
+def test_a_request_expects_the_image_that_it_names(pipe):
+    request = pipe.complete(request_of(), PHOTO)
+    for inputs in (None, Inputs(image=255 - tiny.photo())):
+        with pytest.raises(RequestError, match="the request expects image with SHA-256"):
+            next(pipe.stream(request, inputs))
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(
+    ("image", "asked", "size"),
+    [
+        ((80, 96), {}, (80, 96)),
+        ((83, 101), {}, (80, 96)),
+        ((200, 100), {"width": 64}, (64, 32)),
+        ((200, 100), {"height": 64}, (128, 64)),
+        ((200, 100), {"width": 64, "height": 64}, (64, 64)),
+        ((4000, 1000), {}, (256, 64)),  # the area of pocket's 128x128
+    ],
+)
+def test_the_size_comes_from_the_image_or_one_side_unless_both_are_given(small_pocket, image, asked, size):
+    pipe = ZImagePipeline.from_pretrained("pocket")
+    request = pipe.complete(request_of(**asked), Inputs(image=Image.new("RGB", image)))
+    assert request.extent[:2] == size
+
+
+def test_an_image_of_other_proportions_covers_the_size(pipe):
+    size = {"width": 32, "height": 48}
+    pixels = np.asarray(cover(read_image(tiny.photo()), *size.values()))
+    wanted = latents_of(pipe, request_of(), Inputs(image=pixels))
+    assert all(mx.array_equal(*pair) for pair in zip(latents_of(pipe, request_of(**size)), wanted, strict=True))
+
+
+def test_transparent_pixels_are_white(pipe):
+    image = Image.fromarray(tiny.photo()).convert("RGBA")
+    image.paste((9, 9, 9, 0), (0, 0, 40, 40))
+    on_white = Image.new("RGB", image.size, "white")
+    on_white.paste(image, mask=image)
+    found, wanted = (latents_of(pipe, request_of(), Inputs(image=one)) for one in (image, on_white))
+    assert mx.array_equal(found[-1], wanted[-1])
+
+
+# ---- several at once
+
+
+def test_several_prompts_start_from_one_image_or_one_each(pipe):
+    prompts, images = ["a red fox", "a hare"], [tiny.photo(), 255 - tiny.photo()]
+    run = {"num_inference_steps": 2, "output_type": "latent", "strength": 0.5}
+    noise = torch_randn(4, (2, *SHAPE[1:]))
+    for given in (images, images[0]):
+        together = pipe(prompts, image=given, seed=4, **run).images
+        for i, prompt in enumerate(prompts):
+            request = request_of(prompt=prompt, steps=2, strength=0.5)
+            inputs = Inputs(latents=noise[i : i + 1], image=given[i] if given is images else given)
+            *_, alone = latents_of(pipe, request, inputs)
+            assert np.array_equal(together[i], alone.transpose(0, 3, 1, 2)[0])
+
+
+def test_images_of_a_batch_start_from_the_same_image_with_noise_of_their_own(pipe):
+    *_, two = latents_of(pipe, request_of(num_images=2))
+    noise = torch_randn(0, (2, *SHAPE[1:]))
+    for i in range(2):
+        *_, one = latents_of(pipe, request_of(), Inputs(latents=noise[i : i + 1], image=tiny.photo()))
+        # float32: products of two images may be summed in another order
+        assert relative_error(two[i], one[0]) < TOLERANCE
+
+
+def test_a_list_of_generators_gives_each_image_noise_and_a_sample_of_its_own(pipe):
+    prompts, images = ["a red fox", "a hare"], [tiny.photo(), 255 - tiny.photo()]
+    run = {"num_inference_steps": 2, "output_type": "latent", "sample_posterior": True}
+    together = pipe(prompts, image=images, generator=[Generator(1), Generator(2)], **run).images
+    for i, prompt in enumerate(prompts):
+        alone = pipe(prompt, image=images[i], seed=i + 1, **run).images[0]
+        assert np.array_equal(together[i], alone)
+
+
+# ---- events, counts and memory
+
+
+def test_the_image_is_encoded_between_the_prompt_and_the_steps(tiny_folder):
+    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+    blocks = pipe.vae.config.encoder_blocks
+    events = list(pipe.events(request_of(strength=0.5), PHOTO, decode=False))
+    names = [event.name if isinstance(event, Phase) else "step" for event in events]
+    assert [name for i, name in enumerate(names) if names[i - 1] != name] == ["encode", "image", "step"]
+    assert [event for event in events if isinstance(event, Phase) and event.name == "image"] == [
+        Phase("image", done, blocks) for done in range(blocks + 1)
+    ]
+    assert [(event.index, event.steps) for event in events if isinstance(event, Step)] == [(0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_encoder_is_read_once_per_request_and_unloaded(tiny_folder, bytes_read, keep):
+    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32", keep=keep)
+    entries = pipe.checkpoint.vae.entries.values()
+    whole, encoder = (sum(e.nbytes for e in entries if e.name.startswith(part)) for part in ("", "encoder."))
+    list(pipe.stream(request_of(strength=0.5), PHOTO))
+    assert bytes_read["vae"] == whole
+    list(pipe.stream(request_of(strength=0.5, seed=1), PHOTO))
+    assert bytes_read["vae"] == whole + (encoder if keep else whole)
+
+
+def test_an_image_is_encoded_in_the_way_that_the_plan_says(small_pocket, monkeypatch):
+    made = []
+    init = VAE.__init__
+    monkeypatch.setattr(VAE, "__init__", lambda self, *args, **kw: made.append(args) or init(self, *args, **kw))
+    pipe = ZImagePipeline.from_pretrained(small_pocket, "float32")
+    plan = pipe.plan(request_of(), PHOTO)
+    ways = {**plan.ways, "image": replace(plan.ways["image"], strip_bytes=2**15)}
+    monkeypatch.setattr(pipe.networks, "plan", lambda *_: replace(plan, ways=ways))
+    list(pipe.denoise(request_of(prompt=PROMPT, steps=1), PHOTO))
+    assert made[-1][2] == 2**15
+
+
+@pytest.mark.parametrize(
+    ("memory", "size"),
+    [
+        ("1GB", (64, 64)),
+        ("13MB", (64, 64)),
+        pytest.param("1GB", (128, 192), marks=pytest.mark.slow),
+        pytest.param("25MB", (128, 128), marks=pytest.mark.slow),
+        pytest.param("16MB", (16, 1008), marks=pytest.mark.slow),
+    ],
+)
+def test_encoding_stays_within_the_plan(memory, size):
+    pipe = ZImagePipeline.from_pretrained("pocket", "float32", memory)
+    inputs = Inputs(image=Image.fromarray(tiny.photo()).resize(size))
+    plan = pipe.plan(request_of(steps=1), inputs)
+    pipe.encode("a red fox")  # so that only the image is encoded below
+    pipe.networks.release()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for event in pipe.events(request_of(steps=1), inputs):
+        if isinstance(event, Phase) and (event.name, event.done) == ("image", event.total):
+            break
+    assert mx.get_peak_memory() - before <= plan.peaks["image"] <= parse_memory(memory)
+
+
+def test_a_gpus_latents_that_are_not_finite_stop_the_run_at_the_image(folder):
+    from mlx_zimage import NumericsError
+
+    arrays = {name: np.full_like(x, np.nan) for name, x in tiny.weights(0, "vae", tiny.VAE).items()}
+    tiny.save_component(folder / "vae", "vae", arrays, tiny.VAE)
+    with pytest.raises(NumericsError, match="the image's latents are not finite"):
+        latents_of(ZImagePipeline.from_pretrained(folder, dtype="float32"), request_of())
+
+
+def test_a_request_with_an_image_survives_json():
+    request = request_of(image="0" * 64, strength=0.3, sample_posterior=True)
+    assert GenerateRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run mlx-zimage in a folder that has an image, a.png, in this process."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(tiny.photo()).resize((48, 32)).save("a.png")
+    return lambda *args, **options: CliRunner().invoke(cli.main, [str(arg) for arg in args], **options)
+
+
+def test_generate_starts_from_an_image_of_its_size(run):
+    result = run("generate", PROMPT, *SMALL, "--image", "a.png", "--strength", "0.5", "--seed", "1", "--json")
+    assert result.exit_code == 0, result.stderr
+    made = json.loads(result.stdout)
+    assert (made["request"]["width"], made["request"]["height"], made["request"]["strength"]) == (48, 32, 0.5)
+    assert made["image_seconds"] > 0
+    assert b"Denoising strength: 0.5" in Path("image.png").read_bytes()
+    pipe = ZImagePipeline.from_pretrained("pocket")
+    image = pipe(PROMPT, image="a.png", strength=0.5, num_inference_steps=2, seed=1).images[0]
+    assert np.array_equal(image, Image.open("image.png"))
+
+
+def test_an_image_made_from_an_image_needs_it_again(run):
+    run("generate", PROMPT, *SMALL, "--image", "a.png", "-o", "old.png")
+    Image.open("a.png").save("copy.bmp")
+    Image.open("a.png").rotate(180).save("other.png")
+    result = run("generate", "--from", "old.png")
+    assert result.exit_code == 2
+    assert "old.png was generated from an image; pass that file with --image" in result.stderr
+    assert run("generate", "--from", "old.png", "--image", "copy.bmp").stderr.count("Warning") == 0
+    assert Path("image.png").read_bytes() == Path("old.png").read_bytes()
+    assert "this is not the image that old.png" in run("generate", "--from", "old.png", "--image", "other.png").stderr
+
+
+def test_requests_name_images_of_their_own(run):
+    Image.open("a.png").rotate(180).save("b.png")
+    lines = [
+        {"prompt": PROMPT, "seed": 1, "image": "a.png", "output": "1.png"},
+        {"prompt": PROMPT, "seed": 1, "image": "b.png", "strength": 0.5, "output": "2.png"},
+        {"prompt": PROMPT, "seed": 1, "size": "32x32", "output": "3.png"},
+    ]
+    Path("r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert run("generate", *SMALL, "--requests", "r.jsonl").stdout == "1.png\n2.png\n3.png\n"
+    found = [read_origin(Path(f"{i}.png")).request for i in (1, 2, 3)]
+    assert [request.strength for request in found] == [0.6, 0.5, None]
+    assert found[0].image != found[1].image and found[2].image is None
+    Path("r.jsonl").write_text(json.dumps({"prompt": PROMPT, "image": "none.png"}))
+    assert "no image at none.png" in run("generate", *SMALL, "--requests", "r.jsonl").stderr
+
+
+def test_every_seed_starts_from_the_image_and_shows_previews(run):
+    result = run(
+        "generate", PROMPT, *SMALL, "--image", "a.png", "--seed", "1", "--count", "2", "--preview-dir", "steps"
+    )
+    assert result.stdout == "image.png\nimage-1.png\n"
+    assert not np.array_equal(Image.open("image.png"), Image.open("image-1.png"))
+    # at strength 0.6, both of the two steps run
+    assert len(list(Path("steps").iterdir())) == 2 * 2
+
+
+def test_quantized_and_streamed_models_start_from_images(run):
+    convert("pocket", "small", bits=4, group_size=32)
+    small = ["generate", PROMPT, "-m", "small", "--steps", "2", "-q", "--seed", "1", "--image", "a.png"]
+    assert run(*small, "-o", "kept.png").exit_code == 0
+    result = run(*small, "-o", "streamed.png", "--memory", "9MB", "--json")
+    assert result.exit_code == 0, result.stderr
+    kept, streamed = (np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("kept", "streamed"))
+    # strips change the last bits of the image's latents
+    assert np.abs(kept - streamed).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strength", "0.5"], "--strength is for image to image, but there is no image to start from; give one"),
+        (["--image", "a.png", "--strength", "0"], "--strength 0 leaves no step to run"),
+        (["--image", "a.png", "0.4"], "--image takes a file only; use --strength, which is the opposite: for mflux's"),
+        (["--image", "a.png", "0.4"], "--image-strength 0.4, use --strength 0.6"),
+        (["--image-path", "a.png"], "use --image FILE, and --strength S for mflux's --image-strength 1 - S"),
+        (["--image-strength", "0.4"], "use --strength, which is the opposite"),
+        (["--image", "none.png"], "no image at none.png"),
+        (["--image", "text.png"], "text.png is not an image that can be read"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_model_is_looked_up(run, options, message):
+    Path("text.png").write_text("text")
+    result = run("generate", PROMPT, "-m", "no/model", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_plan_has_a_stage_for_the_image(run):
+    result = run("plan", "pocket", "--image", "a.png")
+    assert "1 image of 48x32" in result.stdout
+    assert "\nimage " in result.stdout
+    assert "\nimage " not in run("plan", "pocket").stdout
+
+
+# ---- what pocket makes of it
+
+
+@pytest.mark.slow
+def test_the_distance_from_the_image_rises_with_the_strength(small_pocket):
+    """Over 50 images of one shape, and prompts for another."""
+    pipe = ZImagePipeline.from_pretrained(small_pocket)
+    colours, shapes = ("red", "green", "blue", "yellow", "purple"), ("circle", "square", "star", "ring", "heart")
+    pairs = [(f"a {c} {s} on a white background", f"a black {t} on a gray background")
+             for c in colours for s, t in zip(shapes, shapes[1:] + shapes[:1], strict=True)]  # fmt: skip
+    distances = []
+    for seed, (before, after) in enumerate(2 * pairs):
+        start = pipe(before, seed=seed, output_type="np").images[0]
+        made = [
+            pipe(after, image=start, strength=strength, seed=seed, output_type="np").images[0]
+            for strength in (0.2, 0.4, 0.6, 0.8, 1.0)
+        ]
+        distances.append([np.sqrt(np.mean((image - start) ** 2)) for image in made])
+    mean = np.mean(distances, axis=0)
+    print(len(distances), mean)
+    assert (np.diff(mean) > 0).all()

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from .errors import RequestError
-from .images.codec import to_signed
+from .images.masks import fit_mask, read_mask, values
 from .images.source import cover, digest, over_white, read_image
 from .noise import initial_noise, noises
-from .request import LATENT_PIXELS, MAX_TOKENS
+from .request import LATENT_PIXELS, MAX_TOKENS, GenerateRequest
 from .untrusted import open_regular
 
 MAX_NPY = 70 * 10**6  # bytes; float32 latents of the largest image take 67 MB
@@ -34,7 +34,8 @@ class Inputs:
 
     They hold real numbers, in NumPy, MLX or torch. latents (B, 16, height / 8, width / 8) replace the seed's noise;
     prompt_embeds and negative_prompt_embeds (L, cap_feat_dim), as from a pipeline's `encode`, replace the prompts.
-    image is what image to image starts from, as `images.source.read_image` takes it: a file, a PIL image or an array.
+    image is what image to image starts from, as `images.source.read_image` takes it: a file, a PIL image or an array;
+    mask_image, of the same size or that of the request, is white where inpainting regenerates it.
     posterior_noise (1, 16, height / 8, width / 8) replaces the seed's noise for sample_posterior.
     """
 
@@ -43,6 +44,7 @@ class Inputs:
     negative_prompt_embeds: Any = None
     image: Any = None
     posterior_noise: Any = None
+    mask_image: Any = None
 
     @classmethod
     def of(cls, value: Any, latents: Any = None) -> Inputs:
@@ -59,9 +61,12 @@ class Inputs:
     @cached_property
     def digests(self) -> dict[str, Any]:
         """The SHA-256 of each array as float32, and of the image's pixels, by the request's field that refers to it."""
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "image"}
-        found = {name: _digest(value, name) for name, value in given.items() if value is not None}
-        return found if self.source is None else found | {"image": digest(self.source)}
+        images = {"image": self.source, "mask_image": self.mask}
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in images}
+        return {
+            **{name: _digest(value, name) for name, value in given.items() if value is not None},
+            **{name: digest(image) for name, image in images.items() if image is not None},
+        }
 
     def check_named(self, arrays: Mapping[str, str | None]) -> None:
         """Refuse a request whose digests name arrays other than these."""
@@ -93,11 +98,21 @@ class Inputs:
         """The image, upright and in sRGB."""
         return None if self.image is None else read_image(self.image)
 
-    def pixels(self, width: int, height: int) -> mx.array | None:
-        """The image scaled and cropped to a size, transparent parts on white: (height, width, 3) float32 in [-1, 1]."""
-        if self.source is None:
+    @cached_property
+    def mask(self) -> Image.Image | None:
+        """The mask, 8-bit grey."""
+        return None if self.mask_image is None else read_mask(self.mask_image)
+
+    def pixels(self, width: int, height: int) -> np.ndarray | None:
+        """The image scaled and cropped to a size, transparent parts on white: (height, width, 3) uint8."""
+        return None if self.source is None else np.asarray(cover(over_white(self.source), width, height))
+
+    def mask_of(self, request: GenerateRequest) -> np.ndarray | None:
+        """The mask scaled and cropped with the image: (height, width) float32, 1 to regenerate and 0 to keep."""
+        if self.mask is None or self.source is None:
             return None
-        return to_signed(np.asarray(cover(over_white(self.source), width, height)))
+        fitted = fit_mask(self.mask, self.source.size, *request.extent[:2])
+        return values(fitted, request.mask_grow, request.mask_soft)
 
     def prompts(self, width: int) -> list[mx.array | None]:
         """The embeddings (L, width) float32 that replace the prompt and the negative prompt; None if not given."""

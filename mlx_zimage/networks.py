@@ -30,7 +30,7 @@ from .models.transformer import Transformer
 from .models.vae import VAE
 from .noise import initial_noise
 from .request import TOKENS
-from .sampling import Change, Guidance, Step, denoise, guide
+from .sampling import Change, Guidance, Kept, Step, denoise, guide
 from .scheduler import times
 from .tokenizer import PromptTruncated
 from .weights.blocks import Blocks
@@ -207,15 +207,16 @@ class Networks:
         noise: mx.array,
         sigmas: Sequence[float] | np.ndarray,
         guidance: Guidance,
+        kept: Kept | None = None,
     ) -> Generator[Step, Change | None, mx.array]:
         """The Steps from noise (B, h, w, 16) along the sigmas; returns the final latents.
 
-        A second prompt is the negative prompt.
+        A second prompt is the negative prompt. kept is what inpainting leaves as it is.
         """
         _, h, w, _ = noise.shape
         with wired(self._resident()) if self.wired else nullcontext():
             velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w)
-            latents = yield from denoise(guide(velocities, guidance, sigmas), noise, sigmas)
+            latents = yield from denoise(guide(velocities, guidance, sigmas), noise, sigmas, kept)
         self.end_stage("transformer")
         return latents
 

@@ -16,7 +16,8 @@ import numpy as np
 from . import porting
 from .errors import NumericsError, RequestError, warn
 from .failures import explained
-from .images.codec import is_flat, rounded, to_pil, to_uint8, to_unit
+from .images.codec import is_flat, rounded, to_pil, to_signed, to_uint8, to_unit
+from .images.masks import feathered, paste, to_latents
 from .images.source import fit_size
 from .inputs import NONE, Inputs
 from .loras import LoraMethods
@@ -27,8 +28,8 @@ from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
 from .networks import Networks, Phase
-from .request import STRENGTH, TOKENS, GenerateRequest
-from .sampling import Change, Guidance, Step, answered
+from .request import FEATHER, MASKED_STRENGTH, STRENGTH, TOKENS, GenerateRequest
+from .sampling import Change, Guidance, Kept, Step, answered
 from .scheduler import add_noise
 from .sizes import parse_memory
 from .turns import Turns
@@ -185,8 +186,12 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         shift: float | None = None,
         rng: str = "torch",
         image: Any = None,
+        mask_image: Any = None,
         strength: float | None = None,
         sample_posterior: bool = False,
+        mask_feather: int = FEATHER,
+        mask_grow: int = 0,
+        mask_soft: bool = False,
     ) -> PipelineOutput | tuple:
         """Generate images; the arguments up to max_sequence_length are those of diffusers' ZImagePipeline 0.42.
 
@@ -205,6 +210,10 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         array, or a list of one per prompt. strength, by default 0.6, is the part of the steps that run: 1 ignores the
         image. Without a size, the image gives it: see `fit_size`. Its latents are the mean that the VAE gives; with
         sample_posterior they are sampled, which gives diffusers' own result.
+
+        mask_image (inpainting, as in diffusers' ZImageInpaintPipeline) is white where the image is regenerated, at
+        strength 1 by default; the pixels outside it come back exactly. It may be a list, too. See `GenerateRequest` for
+        mask_feather, mask_grow and mask_soft.
 
         output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,
         {"latents": mx.array}) may return other latents, and works for one prompt at a time. Several prompts are
@@ -228,8 +237,11 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             "loras": porting.scaled_loras(self._strengths, joint_attention_kwargs),
             "strength": strength,
             "sample_posterior": sample_posterior,
+            "mask_feather": mask_feather,
+            "mask_grow": mask_grow,
+            "mask_soft": mask_soft,
         }
-        rows = porting.each_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image)
+        rows = porting.each_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image, mask_image)
         runs = [(self.complete(GenerateRequest(**texts, **settings), inputs), inputs) for texts, inputs in rows]
         for request, inputs in runs:
             self.plan(request, inputs)  # refuses what does not fit, before any work
@@ -323,19 +335,21 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         self.networks.set_loras(request.lora_strengths)
         shape = self._latents_shape(request)
         noise, sample = inputs.noise(shape, request.seed, request.rng, request.sample_posterior)
-        pixels = inputs.pixels(*request.extent[:2])
+        pixels, mask = inputs.pixels(*request.extent[:2]), inputs.mask_of(request)
         guidance = Guidance(request.guidance_scale or 0.0, request.cfg_normalization, request.cfg_truncation)
         noise, sample = noise.transpose(0, 2, 3, 1), None if sample is None else sample.transpose(0, 2, 3, 1)
         mx.eval(noise, sample)  # the next event may be requested from another thread
         with self.networks.running(plan) as networks:
             try:
                 embeddings = yield from networks.encode(prompts, sigmas)
-                start = noise
+                start, kept = noise, None
                 if pixels is not None:
-                    image = yield from networks.encode_image(pixels[None], sample)
+                    image = yield from networks.encode_image(to_signed(pixels)[None], sample)
                     start = add_noise(image, noise, float(sigmas[0]))
+                    if mask is not None:
+                        kept = Kept(image, noise, mx.array(to_latents(mask))[None, :, :, None])
                     mx.eval(start)  # as above
-                latents = yield from networks.denoise(embeddings, start, sigmas, guidance)
+                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept)
             except NumericsError as error:
                 if networks.dtype == mx.float16:
                     raise _Overflowed(str(error)) from error
@@ -343,8 +357,10 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             for i in range(request.num_images if decode else 0):
                 one = latents[i : i + 1]
                 mx.eval(one)  # as above
-                pixels = yield from networks.decode(one)
-                unit = to_unit(pixels[0])
+                decoded = yield from networks.decode(one)
+                unit = to_unit(decoded[0])
+                if pixels is not None and mask is not None:
+                    unit = paste(pixels.astype(np.float32) / 255, unit, feathered(mask, request.mask_feather))
                 if is_flat(unit):
                     warn(
                         f"image {i + 1} of seed {request.seed} is a single colour, or nothing but black, white and "
@@ -371,7 +387,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             sides = fit_size(inputs.source.size, side**2, request.width, request.height)
             own |= dict(zip(("width", "height"), sides, strict=True))
         if request.image is not None:
-            own["strength"] = STRENGTH
+            own["strength"] = STRENGTH if request.mask_image is None else MASKED_STRENGTH
         missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
         request.check_image()
         loaded = {name: lora.sha256 for name, lora in self._loras.items()}
@@ -388,6 +404,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
     def plan(self, request: GenerateRequest, inputs: Inputs = NONE) -> Plan:
         """The memory plan for this request within the pipeline's budget."""
         request = self.complete(request, inputs)
+        inputs.mask_of(request)  # refuses what does not fit
         return self._plan(request, self._prompts(request, inputs))
 
     def _latents_shape(self, request: GenerateRequest) -> tuple[int, int, int, int]:

@@ -124,9 +124,14 @@ def check_call(
 
 
 def each_prompt(
-    prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, image: Any = None
+    prompt: Any,
+    negative_prompt: Any,
+    prompt_embeds: Any,
+    negative_prompt_embeds: Any,
+    image: Any = None,
+    mask_image: Any = None,
 ) -> Iterator[tuple[dict[str, Any], Inputs]]:
-    """For each prompt of a call, the fields of its request, and its image and embeddings, if any."""
+    """For each prompt of a call, the fields of its request, and its image, mask and embeddings, if any."""
     if prompt is None and prompt_embeds is None:
         raise RequestError("there is no prompt; give prompt or prompt_embeds")
     columns = {
@@ -138,7 +143,8 @@ def each_prompt(
     count = len(columns["prompt"] or columns["prompt_embeds"] or [])
     if isinstance(negative_prompt, str):
         columns["negative_prompt"] = [negative_prompt] * count
-    columns["image"] = list(image) if isinstance(image, (list, tuple)) else [image] * count
+    for name, one in (("image", image), ("mask_image", mask_image)):
+        columns[name] = list(one) if isinstance(one, (list, tuple)) else [one] * count
     for name, column in columns.items():
         if column is not None and len(column) != count:
             raise RequestError(f"{name} must have one entry per prompt, {count} in all, got {len(column)}")

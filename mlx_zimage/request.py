@@ -22,10 +22,19 @@ TOKENS = 512  # of a prompt that are read by default, template included; the ref
 MAX_TOKENS = 1504  # the reference's position tables end at 1536, and the image comes after the padded prompt
 MAX_NUMBER = 1000  # for shift and guidance, which are usually from 1 to 10
 RNGS = ("torch", "mlx")
-STRENGTH = 0.6  # diffusers' default
+STRENGTH, MASKED_STRENGTH = 0.6, 1.0  # diffusers' defaults, without and with a mask
+FEATHER = 16  # pixels
+MAX_MARGIN = 1024  # pixels, of a mask's feather and growth
 LORA_TAG = re.compile(r"<lora:([^:<>]{1,200}):?([^:<>]{0,20})[^<>]{0,20}>")  # of A1111
 DIGEST = re.compile(r"[0-9a-f]{64}")
-ARRAYS = ("latents", "prompt_embeds", "negative_prompt_embeds", "image", "posterior_noise")  # named by digest
+ARRAYS = (
+    "latents",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "image",
+    "posterior_noise",
+    "mask_image",
+)  # named by digest
 REQUIRED: Any = object()  # default of a required field that follows optional ones
 
 
@@ -75,7 +84,12 @@ class GenerateRequest:
     of the steps that then run: 1 ignores the image, and a small one hardly changes it. sample_posterior samples the
     image's latents from the distribution that the VAE gives, as diffusers does, instead of taking its mean.
 
-    image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
+    mask_image says which part of the image is regenerated (white); the pixels outside it come back as they were. The
+    new part covers the old one gradually, over mask_feather pixels inside the mask. mask_grow moves the mask's edges
+    outwards by so many pixels. With mask_soft, grey parts are regenerated in the later steps only, the darker the
+    fewer; otherwise the mask is split at half.
+
+    image, mask_image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
     `mlx_zimage.inputs`. latents and the embeddings replace the seed's noise and the prompts; posterior_noise replaces
     the seed's noise for sample_posterior. loras are laid over the model for this request. width, height, steps,
     guidance_scale, strength and loras may be None; a pipeline's `complete` fills in its own.
@@ -103,6 +117,10 @@ class GenerateRequest:
     strength: float | None = None  # image to image; mflux's --image-strength is 1 minus this
     sample_posterior: bool = False
     posterior_noise: str | None = None
+    mask_image: str | None = None
+    mask_feather: int = FEATHER
+    mask_grow: int = 0
+    mask_soft: bool = False
 
     def __post_init__(self):
         if self.seed is REQUIRED:
@@ -139,8 +157,11 @@ class GenerateRequest:
 
         if self.strength is not None:
             _check_strength(self.strength, self.steps)
-        if not isinstance(self.sample_posterior, bool):
-            raise RequestError(f"sample_posterior must be true or false, got {brief(self.sample_posterior)}")
+        for name in ("sample_posterior", "mask_soft"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {brief(getattr(self, name))}")
+        for name in ("mask_feather", "mask_grow"):
+            _check_int(name, getattr(self, name), 0, MAX_MARGIN)
 
         if self.loras is not None:
             if not isinstance(self.loras, (list, tuple)):
@@ -174,9 +195,14 @@ class GenerateRequest:
 
     def check_image(self) -> None:
         """Refuse what is for image to image only, in a request without an image."""
-        if self.image is None and (self.strength is not None or self.sample_posterior):
-            name = "sample_posterior" if self.strength is None else "strength"
-            raise RequestError(f"{name} is for image to image, but there is no image to start from; give one")
+        given = {"strength": self.strength, "sample_posterior": self.sample_posterior, "mask_image": self.mask_image}
+        for name, value in given.items():
+            if self.image is None and value not in (None, False):
+                raise RequestError(f"{name} is for image to image, but there is no image to start from; give one")
+        of_mask = {"mask_feather": FEATHER, "mask_grow": 0, "mask_soft": False}
+        for name, unused in of_mask.items():
+            if self.mask_image is None and getattr(self, name) != unused:
+                raise RequestError(f"{name} is for inpainting, but there is no mask; give one")
 
     @property
     def guided(self) -> bool:

@@ -47,18 +47,39 @@ class Change:
     stop: bool = False
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What inpainting keeps: the image (1, h, w, C), with the noise (B, h, w, C) that the steps began with.
+
+    mask (1, h, w, 1) is 1 where the image is regenerated and 0 where it is kept. In between, it is regenerated from a
+    later step on: at 0.25, in the last quarter of the steps (differential diffusion).
+    """
+
+    image: mx.array
+    noise: mx.array
+    mask: mx.array
+
+    def over(self, latents: mx.array, sigma: float, done: float) -> mx.array:
+        """The kept part, with noise for sigma, over latents; `done` is the part of the steps that are done."""
+        kept = scheduler.add_noise(self.image, self.noise, sigma) if sigma else self.image
+        return mx.where(self.mask > 1 - done, latents, kept)
+
+
 def denoise(
-    velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.ndarray
+    velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.ndarray, kept: Kept | None = None
 ) -> Generator[Step, Change | None, mx.array]:
     """Take latents (B, h, w, C) float32 through the sigmas, yielding each Step once it is computed.
 
-    Returns the final latents.
+    Returns the final latents. What is kept replaces its part of the latents after each step.
     """
     steps = len(sigmas) - 1
     for i in range(steps):
         v = velocity(latents, i)
         latents = scheduler.step(latents, v, sigmas[i], sigmas[i + 1])
         clean = scheduler.step(latents, v, sigmas[i + 1], 0.0)
+        if kept:
+            done = (i + 1) / steps
+            latents, clean = kept.over(latents, float(sigmas[i + 1]), done), kept.over(clean, 0.0, done)
         mx.eval(latents, clean)
         if not mx.isfinite(latents).all().item():
             raise NumericsError(

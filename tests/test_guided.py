@@ -147,6 +147,97 @@ def test_a_request_expects_the_image_that_it_names(pipe):
             next(pipe.stream(request, inputs))
 
 
+# ---- inpainting
+
+
+MASK = Inputs(image=tiny.photo(), mask_image=tiny.mask())
+OUTSIDE = tiny.mask() == 0
+
+
+def pixels_of(pipe, request: GenerateRequest, inputs: Inputs = MASK) -> np.ndarray:
+    *_, image = pipe.stream(request, inputs)
+    return image.pixels
+
+
+def test_every_step_of_inpainting_equals_the_reference(golden, golden_pipe):
+    request = request_of(prompt=tiny.PROMPTS["short"], seed=tiny.IMAGE_SEED, sample_posterior=True)
+    found = latents_of(golden_pipe, request, MASK)
+    for ours, wanted in zip(found, golden["pipeline/inpaint.steps"], strict=True):
+        assert relative_error(ours.transpose(0, 3, 1, 2), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_feather": 0}, {"strength": 0.5}, {"num_images": 2}], ids=str)
+def test_pixels_outside_the_mask_come_back_exactly_and_those_inside_change(pipe, changes):
+    changed = (pixels_of(pipe, request_of(**changes)) != tiny.photo()).any(axis=2)
+    assert not changed[OUTSIDE].any()
+    assert changed[~OUTSIDE].mean() > 0.9
+
+
+def test_a_feather_covers_the_image_gradually_inside_the_mask(pipe):
+    sharp, feathered = (pixels_of(pipe, request_of(mask_feather=n)).astype(int) for n in (0, 16))
+    middle, border = (44, 56), (44, 33)
+    assert (sharp[middle] == feathered[middle]).all()
+    photo = tiny.photo().astype(int)
+    assert np.abs(feathered[border] - photo[border]).sum() < np.abs(sharp[border] - photo[border]).sum() / 2
+
+
+def test_a_mask_may_grow(pipe):
+    changed = (pixels_of(pipe, request_of(mask_grow=8, mask_feather=0)) != tiny.photo()).any(axis=2)
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (16, 71, 24, 87)
+
+
+def test_a_white_mask_at_strength_1_is_text_to_image(pipe):
+    size = {"width": tiny.WIDTH, "height": tiny.HEIGHT}
+    white = Inputs(image=tiny.photo(), mask_image=np.full_like(tiny.mask(), 255))
+    found = latents_of(pipe, request_of(), white)
+    wanted = [step.latents for step in pipe.denoise(request_of(**size))]
+    assert all(mx.array_equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def test_grey_parts_of_a_soft_mask_are_regenerated_in_the_last_steps(pipe):
+    grey = Inputs(image=tiny.photo(), mask_image=np.full_like(tiny.mask(), 100))  # 0.39: the last of four steps
+    steps = latents_of(pipe, request_of(mask_soft=True), grey)
+    image = pipe.vae.encode(to_signed(tiny.photo())[None])
+    noise = initial_noise(0, SHAPE).transpose(0, 2, 3, 1)
+    sigmas = pipe.sigmas(request_of(width=tiny.WIDTH, height=tiny.HEIGHT))
+    for i, latents in enumerate(steps):
+        kept = add_noise(image, noise, float(sigmas[i + 1]))
+        # float32: the encoder's strips may sum products in another order
+        assert (relative_error(latents, kept) < TOLERANCE) == (i < 2), i
+
+
+def test_diffusers_names_inpaint_too(pipe):
+    run = {"num_inference_steps": 4, "seed": 0, "guidance_scale": 0.0}
+    image, mask = Image.fromarray(tiny.photo()), Image.fromarray(tiny.mask())
+    found = pipe("a red fox", image=image, mask_image=mask, **run).images[0]
+    assert np.array_equal(found, pixels_of(pipe, request_of()))
+
+
+def test_the_strength_is_1_with_a_mask_unless_given(pipe):
+    assert pipe.complete(request_of(), MASK).strength == 1.0
+    assert pipe.complete(request_of(strength=0.4), MASK).strength == 0.4
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"mask_image": tiny.mask()}, "mask_image is for image to image, but there is no image to start from"),
+        ({"image": tiny.photo(), "mask_grow": 4}, "mask_grow is for inpainting, but there is no mask; give one"),
+        ({"image": tiny.photo(), "mask_image": tiny.mask()[:40]}, "the mask has 96x40 pixels, but the image has 96x80"),
+        ({"image": tiny.photo(), "mask_image": 0 * tiny.mask()}, "the mask is black"),
+        ({"image": tiny.photo(), "mask_image": tiny.mask(), "mask_feather": -1}, "mask_feather must be from 0 to 1024"),
+    ],
+    ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
+)
+def test_a_mask_that_cannot_work_is_refused_before_any_work(pipe, watch, call, message):
+    encoded = watch(TextEncoder, "steps")
+    with pytest.raises(RequestError) as caught:
+        pipe("a red fox", num_inference_steps=2, **call)
+    assert message in str(caught.value)
+    assert not encoded
+
+
 # ---- sizes
 
 
@@ -327,6 +418,25 @@ def test_an_image_made_from_an_image_needs_it_again(run):
     assert run("generate", "--from", "old.png", "--image", "copy.bmp").stderr.count("Warning") == 0
     assert Path("image.png").read_bytes() == Path("old.png").read_bytes()
     assert "this is not the image that old.png" in run("generate", "--from", "old.png", "--image", "other.png").stderr
+
+
+def test_a_mask_keeps_the_rest_and_is_needed_again(run):
+    mask = np.zeros((32, 48), np.uint8)
+    mask[8:24, 16:40] = 255
+    Image.fromarray(mask).save("mask.png")
+    options = ["--image", "a.png", "--mask", "mask.png"]
+    result = run("generate", PROMPT, *SMALL, *options, "--seed", "1", "--mask-feather", "4", "-o", "old.png")
+    assert result.exit_code == 0, result.stderr
+    changed = (np.asarray(Image.open("old.png")) != np.asarray(Image.open("a.png"))).any(axis=2)
+    assert changed.any() and not changed[mask == 0].any()
+    result = run("generate", "--from", "old.png", "--image", "a.png")
+    assert (result.exit_code, "was generated from a mask; pass that file with --mask" in result.stderr) == (2, True)
+    assert run("generate", "--from", "old.png", *options).exit_code == 0
+    assert Path("image.png").read_bytes() == Path("old.png").read_bytes()
+    line = {"prompt": PROMPT, "seed": 1, "image": "a.png", "mask_image": "mask.png", "mask_feather": 4}
+    Path("r.jsonl").write_text(json.dumps(line | {"output": "json.png"}))
+    assert run("generate", *SMALL, "--requests", "r.jsonl").exit_code == 0
+    assert Path("json.png").read_bytes() == Path("old.png").read_bytes()
 
 
 def test_requests_name_images_of_their_own(run):

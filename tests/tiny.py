@@ -123,6 +123,8 @@ RUNS = {
 # image to image from `photo`: strength and steps
 IMAGE_RUNS = {"img2img_060": (0.6, 8), "img2img_100": (1.0, 8), "img2img_030": (0.3, 8), "img2img_029": (0.29, 7)}
 IMAGE_SEED = 5
+# Inpainting of a rectangle that begins and ends with a latent: diffusers takes one value of each 8x8, we the largest.
+MASKED = slice(24, 64), slice(32, 80)
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,13 @@ def photo() -> np.ndarray:
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
     rgb = np.stack([x / WIDTH, y / HEIGHT, 0.5 + 0.5 * np.sin(x / 7) * np.cos(y / 5)], axis=-1)
     return (rgb * 255).round().astype(np.uint8)
+
+
+def mask() -> np.ndarray:
+    """The mask (80, 96) uint8 of an inpainting of `photo`."""
+    array = np.zeros((HEIGHT, WIDTH), np.uint8)
+    array[MASKED] = 255
+    return array
 
 
 def weights(seed: int, component: str, config: dict, tag: str | None = None) -> dict[str, np.ndarray]:

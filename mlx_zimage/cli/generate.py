@@ -30,7 +30,7 @@ from ..jobs import (
     read_text,
     resolve,
 )
-from ..request import RNGS, GenerateRequest
+from ..request import FEATHER, RNGS, GenerateRequest
 from ..sizes import parse_memory
 from ..variants import ALIASES
 from .adapters import WithLoras, load_loras, lora_options, name_paths
@@ -57,7 +57,9 @@ One prompt per line in, one JSON object per image out:
 """
 SECTIONS = {  # of the help text, with the names of their options
     "Image": ("prompt_option", "prompt_file", "requests_file", "from_image", "size", "width", "height"),
-    "Image to image": ("image_file", "strength", "sample_posterior"),
+    "Image to image": (
+        *("image_file", "strength", "mask_file", "mask_feather", "mask_grow", "mask_soft", "sample_posterior"),
+    ),
     "Seeds": ("seed", "count", "auto_seeds", "rng", "latents_file"),
     "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt", "cfg_normalization", "cfg_truncation"),
     "LoRA": ("loras", "lora_partial"),
@@ -196,6 +198,26 @@ class Generate(WithLoras):
     "--image-strength is the opposite, 1 minus this.  [default: 0.6]",
 )
 @click.option(
+    "--mask",
+    "mask_file",
+    metavar="FILE",
+    type=FilePath(),
+    help="Regenerate only where this image is white; the rest stays exactly as it is. Of the size of --image or of the "
+    "result. --strength is then 1 by default.",
+)
+@click.option(
+    "--mask-feather",
+    type=int,
+    metavar="PIXELS",
+    help=f"Blend the new part into the old over so many pixels inside the mask.  [default: {FEATHER}]",
+)
+@click.option("--mask-grow", type=int, metavar="PIXELS", help="Move the mask's edges outwards.  [default: 0]")
+@click.option(
+    "--mask-soft",
+    is_flag=True,
+    help="Change grey parts of the mask in the later steps only, instead of all or nothing.",
+)
+@click.option(
     "--sample-posterior",
     is_flag=True,
     help="Sample the image's latents as diffusers does, instead of taking their mean.",
@@ -272,7 +294,7 @@ def generate(
     source: str | None, variant: str | None, transformer: str | None, text_encoder: str | None, vae: str | None,
     output: Path, overwrite: bool, size: str | None,
     seed: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, image_file: Path | None,
-    sample_posterior: bool, dtype: str | None,
+    sample_posterior: bool, mask_file: Path | None, mask_soft: bool, dtype: str | None,
     memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
     loras: list[tuple[str, float | None]], lora_partial: bool,
     metadata: bool, preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool,
@@ -295,7 +317,7 @@ def generate(
     from .watch import Watch, add_views
 
     old = read_origin(from_image) if from_image else None
-    files_given = Given(latents_file, image_file)
+    files_given = Given(latents_file, image=image_file, mask_image=mask_file)
     if prompt is not None and prompt_option is not None:
         raise RequestError("the prompt was given twice, as an argument and with --prompt; give one")
     given = options_given(ctx)
@@ -303,7 +325,8 @@ def generate(
     prompts, lora_paths = name_paths(prompts, [path for path, _ in loras])
     prompts = files_given.named(prompts)
     _warn_of_overridden(given, prompts if requests_file else [])
-    base, ratio = _base(values | {"sample_posterior": sample_posterior or None}, size, old, files_given)
+    flags = {"sample_posterior": sample_posterior or None, "mask_soft": mask_soft or None}
+    base, ratio = _base(values | flags, size, old, files_given)
     if old:
         _check_old(old, from_image, files_given.digests, prompts)
     all_series = multiply(base, prompts, _seeds(seed, auto_seeds, old), output, ratio, count)
@@ -493,12 +516,14 @@ def _check_battery(limit: int | None) -> None:
 
 def _check_old(old: Origin, path: Path | None, digests: Mapping[str, str | None], prompts: list[dict]) -> None:
     """Require the files that an old image was generated from, unless each of the prompts has its own."""
+    from .given import OPTIONS
+
     arrays = old.request.arrays
-    for name, what in (("latents", "a latents file"), ("image", "an image")):
+    for name, what in (("latents", "a latents file"), ("image", "an image"), ("mask_image", "a mask")):
         if arrays[name] is None or all(name in own for own in prompts):
             continue
         if digests[name] is None:
-            raise RequestError(f"{path} was generated from {what}; pass that file with --{name}")
+            raise RequestError(f"{path} was generated from {what}; pass that file with {OPTIONS[name]}")
         if digests[name] != arrays[name]:
-            these = "these are not the latents" if name == "latents" else "this is not the image"
+            these = "these are not the latents" if name == "latents" else f"this is not the {what.split()[-1]}"
             warnings.warn(f"{these} that {path} was generated from; the image will differ", stacklevel=1)

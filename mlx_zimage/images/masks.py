@@ -88,9 +88,12 @@ def feathered(mask: np.ndarray, feather: int) -> np.ndarray:
 
 
 def paste(original: np.ndarray, generated: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The generated image over the original, (H, W, 3) uint8, with weights (H, W); at 0 it is exactly the original."""
-    covered = weights[:, :, None]
-    return (original + covered * (generated.astype(np.float32) - original)).round().astype(np.uint8)
+    """The generated image over the original, (H, W, 3), with weights (H, W); at 0 it is exactly the original.
+
+    The result has the original's type: uint8 is rounded.
+    """
+    covered = original + weights[:, :, None] * (generated.astype(np.float32) - original)
+    return covered.round().astype(np.uint8) if original.dtype == np.uint8 else covered
 
 
 def largest_within(mask: np.ndarray, pixels: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from ..variants import TURBO
 PREFIX = b"ASCII\0\0\0"  # of its user comment
 NOT_HERE = {  # values that change an image in a way that a request here cannot, and what they are
     "image_paths": "images to start from",
-    "masked_image_path": "a mask",
+    "masked_image_path": "a masked image",
     "depth_image_path": "a depth image",
     "redux_image_paths": "Redux",
     "controlnet_image_path": "ControlNet",

@@ -22,7 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImageImg2ImgPipeline, ZImagePipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+    ZImagePipeline,
+)
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from PIL import Image
 from safetensors.numpy import save_file
@@ -53,6 +58,7 @@ def record(seed: int, folder: Path) -> dict[str, np.ndarray]:
         **{f"vae/{name}": x for name, x in record_vae(pipe.vae, seed).items()},
         **{f"pipeline/{name}": x for name, x in record_runs(pipe, seed).items()},
         **{f"pipeline/{name}": x for name, x in record_image_runs(pipe).items()},
+        **{f"pipeline/{name}": x for name, x in record_masked_run(pipe).items()},
         "wide/out": run_case(wide.transformer, seed, "a_pad_both", tiny.WIDE_TRANSFORMER["cap_feat_dim"])[0][:, 0],
         **{f"faint/{name}": x for name, x in record_faint(faint, seed).items()},
     }
@@ -193,6 +199,24 @@ def record_image_runs(pipe) -> dict[str, np.ndarray]:
         )  # fmt: skip
         arrays[f"{name}.steps"] = torch.stack(seen)
     return arrays
+
+
+def record_masked_run(pipe) -> dict[str, np.ndarray]:
+    """Latents after every step (4, 1, 16, h, w) of an inpainting, whose image latents are sampled."""
+    pipe = ZImageInpaintPipeline(**pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+
+    def keep(_pipe, _i, _t, state):
+        seen.append(state["latents"].clone())
+        return {}
+
+    pipe(
+        tiny.PROMPTS["short"], Image.fromarray(tiny.photo()), Image.fromarray(tiny.mask()), num_inference_steps=4,
+        guidance_scale=0.0, generator=torch.Generator().manual_seed(tiny.IMAGE_SEED), output_type="latent",
+        callback_on_step_end=keep,
+    )  # fmt: skip
+    return {"inpaint.steps": torch.stack(seen)}
 
 
 def watch(modules: dict, run) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@
 from test_guided import (
     test_a_call_with_diffusers_names_equals_the_reference,
     test_every_step_from_an_image_equals_the_reference,
+    test_every_step_of_inpainting_equals_the_reference,
 )
 from test_pipeline import (
     test_every_step_of_a_run_equals_the_reference,

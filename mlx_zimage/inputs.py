@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from .errors import RequestError
-from .images.masks import fit_mask, read_mask, values
+from .images.masks import canvas, canvas_mask, fit_mask, read_mask, values
 from .images.source import cover, digest, over_white, read_image
 from .noise import initial_noise, noises
-from .request import LATENT_PIXELS, MAX_TOKENS, GenerateRequest
+from .request import LATENT_PIXELS, MAX_TOKENS, Outpaint
 from .untrusted import open_regular
 
 MAX_NPY = 70 * 10**6  # bytes; float32 latents of the largest image take 67 MB
@@ -103,16 +103,27 @@ class Inputs:
         """The mask, 8-bit grey."""
         return None if self.mask_image is None else read_mask(self.mask_image)
 
-    def pixels(self, width: int, height: int) -> np.ndarray | None:
-        """The image scaled and cropped to a size, transparent parts on white: (height, width, 3) uint8."""
-        return None if self.source is None else np.asarray(cover(over_white(self.source), width, height))
+    def pixels(self, width: int, height: int, outpaint: Outpaint | None = None) -> np.ndarray | None:
+        """The image scaled and cropped to a size, transparent parts on white: (height, width, 3) uint8.
 
-    def mask_of(self, request: GenerateRequest) -> np.ndarray | None:
-        """The mask scaled and cropped with the image: (height, width) float32, 1 to regenerate and 0 to keep."""
+        For outpainting, it is on a canvas of that size.
+        """
+        if self.source is None:
+            return None
+        image = over_white(self.source)
+        if outpaint is not None:
+            return canvas(image, outpaint, width, height)
+        return np.asarray(cover(image, width, height))
+
+    def regenerated(
+        self, width: int, height: int, outpaint: Outpaint | None = None, grow: int = 0, soft: bool = False
+    ) -> np.ndarray | None:
+        """What is regenerated of these pixels: (height, width) float32, see `images.masks.values`; None is all."""
+        if outpaint is not None:
+            return canvas_mask(outpaint, width, height)
         if self.mask is None or self.source is None:
             return None
-        fitted = fit_mask(self.mask, self.source.size, *request.extent[:2])
-        return values(fitted, request.mask_grow, request.mask_soft)
+        return values(fit_mask(self.mask, self.source.size, width, height), grow, soft)
 
     def prompts(self, width: int) -> list[mx.array | None]:
         """The embeddings (L, width) float32 that replace the prompt and the negative prompt; None if not given."""

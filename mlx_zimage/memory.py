@@ -21,8 +21,9 @@ from .machine import backend, kernel_flops, max_buffer
 from .models.layers import vae_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
 from .models.vae import CPU_STRIP, SCORES, VAEConfig, convolution_flops, strip_within
-from .request import SIZE_MULTIPLE
+from .request import LATENT_PIXELS, SIZE_MULTIPLE
 from .sizes import rounded_up
+from .tiles import Tiles
 from .weights.blocks import READS_AHEAD
 from .weights.checkpoint import Checkpoint
 from .weights.component import READERS, Component
@@ -36,7 +37,7 @@ class Workload:
     """The size of a request: `images` of width x height pixels at once, prompts of at most `tokens`, and steps.
 
     prompts is the number of prompts run in each step: two with guidance. loras has what LoRAs add, by network.
-    from_image says that the steps start from an image, which is encoded first.
+    from_image says that the steps start from an image, which is encoded first. With tiles, they run on these parts.
     """
 
     width: int
@@ -47,6 +48,15 @@ class Workload:
     prompts: int = 1
     loras: Mapping[str, Extra] = field(default_factory=dict)
     from_image: bool = False
+    tiles: Tiles | None = None
+
+    @property
+    def parts(self) -> Workload:
+        """What the steps run on: the images, or their tiles."""
+        if self.tiles is None:
+            return self
+        width, height = self.tiles.w * LATENT_PIXELS, self.tiles.h * LATENT_PIXELS
+        return replace(self, width=width, height=height, images=self.images * self.tiles.count, tiles=None)
 
 
 @dataclass(frozen=True)
@@ -331,9 +341,9 @@ class Planner:
         modulations = self.modulations(work.steps)
         denoise = []
         for lean in (False, True):
-            nbytes = self.denoise_work(work, lean) + modulations
+            nbytes = self.denoise_work(work.parts, lean) + modulations
             late = 0 if lean else int(self.bounds.late * nbytes)
-            denoise.append(Way(nbytes, late, lean, buffer=self._widest(work), flops=self._longest(work)))
+            denoise.append(Way(nbytes, late, lean, buffer=self._widest(work.parts), flops=self._longest(work.parts)))
         whole = decodes_whole(self.checkpoint.vae.config, work.width, work.height)
         decode = [self._decode_way(work.width, work.height, strip) for strip in self.bounds.strips if strip or whole]
         decode = [way for way in decode if way.flops <= self.most] or decode[-1:]

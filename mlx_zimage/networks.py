@@ -32,6 +32,7 @@ from .noise import initial_noise
 from .request import TOKENS
 from .sampling import Change, Guidance, Kept, Step, denoise, guide
 from .scheduler import times
+from .tiles import Tiles, tiled
 from .tokenizer import PromptTruncated
 from .weights.blocks import Blocks
 from .weights.checkpoint import Checkpoint
@@ -208,14 +209,20 @@ class Networks:
         sigmas: Sequence[float] | np.ndarray,
         guidance: Guidance,
         kept: Kept | None = None,
+        tiles: Tiles | None = None,
     ) -> Generator[Step, Change | None, mx.array]:
         """The Steps from noise (B, h, w, 16) along the sigmas; returns the final latents.
 
-        A second prompt is the negative prompt. kept is what inpainting leaves as it is.
+        A second prompt is the negative prompt. kept is what inpainting leaves as it is. With tiles, the
+        transformer sees these instead of the whole.
         """
         _, h, w, _ = noise.shape
+        if tiles is not None:
+            h, w = tiles.h, tiles.w
         with wired(self._resident()) if self.wired else nullcontext():
             velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w)
+            if tiles is not None:
+                velocities = tiled(velocities, tiles)
             latents = yield from denoise(guide(velocities, guidance, sigmas), noise, sigmas, kept)
         self.end_stage("transformer")
         return latents

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+from PIL.Image import Resampling
 
 from . import porting
 from .errors import NumericsError, RequestError, warn
 from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_signed, to_uint8, to_unit
-from .images.masks import feathered, paste, to_latents
-from .images.source import fit_size
+from .images.masks import canvas_size, feathered, paste, to_latents
+from .images.source import cover, fit_size, over_white
 from .inputs import NONE, Inputs
 from .loras import LoraMethods
 from .machine import check_budget, default_dtype, machine_budget, wide_dtype
@@ -28,10 +29,11 @@ from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
 from .networks import Networks, Phase
-from .request import FEATHER, MASKED_STRENGTH, STRENGTH, TOKENS, GenerateRequest
-from .sampling import Change, Guidance, Kept, Step, answered
+from .request import FEATHER, MASKED_STRENGTH, MAX_SIZE, REFINING, STRENGTH, TOKENS, GenerateRequest, Outpaint
+from .sampling import Change, Guidance, Kept, Step, answered, relayed
 from .scheduler import add_noise
 from .sizes import parse_memory
+from .tiles import Tiles
 from .turns import Turns
 from .variants import Variant
 from .weights.checkpoint import Checkpoint, open_checkpoint
@@ -192,6 +194,9 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         mask_feather: int = FEATHER,
         mask_grow: int = 0,
         mask_soft: bool = False,
+        outpaint: Outpaint | dict[str, int] | str | None = None,
+        upscale: float | None = None,
+        tile: int | None = None,
     ) -> PipelineOutput | tuple:
         """Generate images; the arguments up to max_sequence_length are those of diffusers' ZImagePipeline 0.42.
 
@@ -213,7 +218,10 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
 
         mask_image (inpainting, as in diffusers' ZImageInpaintPipeline) is white where the image is regenerated, at
         strength 1 by default; the pixels outside it come back exactly. It may be a list, too. See `GenerateRequest` for
-        mask_feather, mask_grow and mask_soft.
+        mask_feather, mask_grow and mask_soft. outpaint={"left": 256} continues the image instead, by multiples of 16.
+
+        upscale=2 enlarges the image, or the one generated first, and refines it with strength 0.3 unless given, in
+        tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole at once.
 
         output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,
         {"latents": mx.array}) may return other latents, and works for one prompt at a time. Several prompts are
@@ -240,6 +248,9 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             "mask_feather": mask_feather,
             "mask_grow": mask_grow,
             "mask_soft": mask_soft,
+            "outpaint": outpaint,
+            "upscale": upscale,
+            "tile": tile,
         }
         rows = porting.each_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image, mask_image)
         runs = [(self.complete(GenerateRequest(**texts, **settings), inputs), inputs) for texts, inputs in rows]
@@ -250,7 +261,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         sampled = (len(image) if isinstance(image, (list, tuple)) else 1) if sample_posterior else 0
         noise, samples = porting.noise_of(latents, generator, first, (len(runs) * count, *size), sampled)
         self._interrupt, self._guidance_scale = False, first.guidance_scale
-        self._num_timesteps = len(self.sigmas(first)) - 1
+        self._num_timesteps = self.count_steps(first)
         answer: Callable[[Step], Change] = lambda step: Change(stop=self._interrupt)  # noqa: E731
         if callback_on_step_end is not None:
             if len(runs) > 1:
@@ -329,13 +340,46 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
     def _events(
         self, request: GenerateRequest, inputs: Inputs, decode: bool
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
+        """The events of a request; with upscale, of generating its image, unless it is given, and of refining it."""
+        if request.refinement is None:
+            yield from self._part(request, inputs, decode)
+            return
+        inputs.check_named(request.arrays)
+        *first, refinement = self._parts(request)
+        before, steps = 0, self.count_steps(request)
+        images: list[np.ndarray] = []
+
+        def counted(event: Phase | Step | Generated) -> Phase | Step | Generated:
+            return replace(event, index=before + event.index, steps=steps) if isinstance(event, Step) else event
+
+        def kept(event: Phase | Step | Generated) -> Phase | Step | Generated | None:
+            if isinstance(event, Generated):
+                images.append(event.pixels)
+                return None
+            return counted(event)
+
+        def named(event: Phase | Step | Generated) -> Phase | Step | Generated:
+            return replace(event, request=request) if isinstance(event, Generated) else counted(event)
+
+        for part in first:
+            yield from relayed(self._part(part, inputs, True), kept)
+            before = self.count_steps(part)
+        if inputs.source is not None:
+            images.append(np.asarray(cover(over_white(inputs.source), *request.extent[:2])))
+        image = to_pil(images[0]).resize(refinement.extent[:2], Resampling.LANCZOS)
+        enlarged = replace(inputs, image=image, latents=None)
+        yield from relayed(self._part(replace(refinement, **enlarged.digests), enlarged, decode), named)
+
+    def _part(
+        self, request: GenerateRequest, inputs: Inputs, decode: bool
+    ) -> Generator[Phase | Step | Generated, Change | None, None]:
         sigmas, prompts = self.sigmas(request), self._prompts(request, inputs)
         inputs.check_named(request.arrays)
         plan = self._plan(request, prompts)
         self.networks.set_loras(request.lora_strengths)
         shape = self._latents_shape(request)
         noise, sample = inputs.noise(shape, request.seed, request.rng, request.sample_posterior)
-        pixels, mask = inputs.pixels(*request.extent[:2]), inputs.mask_of(request)
+        pixels, mask = self._pixels(request, inputs)
         guidance = Guidance(request.guidance_scale or 0.0, request.cfg_normalization, request.cfg_truncation)
         noise, sample = noise.transpose(0, 2, 3, 1), None if sample is None else sample.transpose(0, 2, 3, 1)
         mx.eval(noise, sample)  # the next event may be requested from another thread
@@ -349,7 +393,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
                     if mask is not None:
                         kept = Kept(image, noise, mx.array(to_latents(mask))[None, :, :, None])
                     mx.eval(start)  # as above
-                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept)
+                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept, self._tiles(request))
             except NumericsError as error:
                 if networks.dtype == mx.float16:
                     raise _Overflowed(str(error)) from error
@@ -384,14 +428,37 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         side, variant = self.sample_size, self.variant
         own = {"width": side, "height": side, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
         if inputs.source is not None:
-            sides = fit_size(inputs.source.size, side**2, request.width, request.height)
+            area = side**2 if request.upscale is None else MAX_SIZE**2
+            given = inputs.source.size, area, request.width, request.height
+            sides = fit_size(*given) if request.outpaint is None else canvas_size(request.outpaint, *given)
             own |= dict(zip(("width", "height"), sides, strict=True))
-        if request.image is not None:
-            own["strength"] = STRENGTH if request.mask_image is None else MASKED_STRENGTH
+        if request.upscale is not None:
+            own |= {"strength": REFINING, "tile": side}
+        elif request.image is not None:
+            own["strength"] = MASKED_STRENGTH if request.inpaints else STRENGTH
         missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
         request.check_image()
         loaded = {name: lora.sha256 for name, lora in self._loras.items()}
-        return replace(request, **missing).with_loras(loaded, self._strengths)
+        request = replace(request, **missing).with_loras(loaded, self._strengths)
+        self._parts(request)  # refuses an upscaled size that cannot be
+        return request
+
+    def _parts(self, request: GenerateRequest) -> list[GenerateRequest]:
+        """What a complete request runs in turn: with upscale, its image unless given, and its refinement."""
+        if request.refinement is None:
+            return [request]
+        if request.image is not None:
+            return [request.refinement]
+        return [replace(request, strength=None, sample_posterior=False, upscale=None, tile=None), request.refinement]
+
+    def _tiles(self, request: GenerateRequest) -> Tiles | None:
+        """The tiles that the steps of a part run on, if it has more than one."""
+        tiles = Tiles.of(*request.extent[:2], request.tile) if request.tile else None
+        return tiles if tiles and tiles.count > 1 else None
+
+    def count_steps(self, request: GenerateRequest) -> int:
+        """The number of Steps that a request yields."""
+        return sum(part.extent[2] - part.first_step for part in self._parts(self.complete(request)))
 
     def sigmas(self, request: GenerateRequest) -> np.ndarray:
         """The schedule of a request: (steps + 1,) float32, falling to 0. From an image, it is the last steps only."""
@@ -404,8 +471,14 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
     def plan(self, request: GenerateRequest, inputs: Inputs = NONE) -> Plan:
         """The memory plan for this request within the pipeline's budget."""
         request = self.complete(request, inputs)
-        inputs.mask_of(request)  # refuses what does not fit
-        return self._plan(request, self._prompts(request, inputs))
+        self._pixels(request, inputs)  # refuses a mask that does not fit
+        prompts = self._prompts(request, inputs)
+        return max((self._plan(part, prompts) for part in self._parts(request)), key=lambda plan: plan.room)
+
+    def _pixels(self, request: GenerateRequest, inputs: Inputs) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The image that a request starts from, and the mask of what it regenerates; None if there is none."""
+        place = *request.extent[:2], request.outpaint
+        return inputs.pixels(*place), inputs.regenerated(*place, request.mask_grow, request.mask_soft)
 
     def _latents_shape(self, request: GenerateRequest) -> tuple[int, int, int, int]:
         """(B, C, h, w)"""
@@ -425,7 +498,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         width, height, steps = request.extent
         extras = self.networks.lora_extras(request.lora_strengths)
         tokens, run, from_image = max(map(len, prompts)), steps - request.first_step, request.image is not None
-        work = Workload(width, height, request.num_images, tokens, run, len(prompts), extras, from_image)
+        tiles = self._tiles(request)
+        work = Workload(width, height, request.num_images, tokens, run, len(prompts), extras, from_image, tiles)
         return self.networks.plan(work, self.keep)
 
     def tokenize(self, prompt: str, max_sequence_length: int = TOKENS) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ TOKENS = 512  # of a prompt that are read by default, template included; the ref
 MAX_TOKENS = 1504  # the reference's position tables end at 1536, and the image comes after the padded prompt
 MAX_NUMBER = 1000  # for shift and guidance, which are usually from 1 to 10
 RNGS = ("torch", "mlx")
+MAX_UPSCALE = 8
+REFINING = 0.3  # the strength that refines an enlarged image
 STRENGTH, MASKED_STRENGTH = 0.6, 1.0  # diffusers' defaults, without and with a mask
 FEATHER = 16  # pixels
 MAX_MARGIN = 1024  # pixels, of a mask's feather and growth
@@ -67,6 +69,43 @@ class LoraUse:
 
 
 @dataclass(frozen=True)
+class Outpaint:
+    """By how many pixels an image is continued on each side: multiples of 16."""
+
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+
+    def __post_init__(self):
+        for side, pixels in asdict(self).items():
+            _check_int(f"outpaint: {side}", pixels, 0, MAX_SIZE)
+            if pixels % SIZE_MULTIPLE:
+                lower = pixels - pixels % SIZE_MULTIPLE
+                raise RequestError(
+                    f"outpaint: {side} must be a multiple of {SIZE_MULTIPLE} pixels, got {pixels}; the nearest are "
+                    f"{lower} and {lower + SIZE_MULTIPLE}"
+                )
+        if not any(asdict(self).values()):
+            raise RequestError("outpaint: expected a side to continue, such as left=256")
+
+    @classmethod
+    def of(cls, value: Any) -> Outpaint:
+        """An Outpaint unchanged, or one made from its dict or from text such as "left=256,top=128"."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, dict) and {*value} <= {field.name for field in fields(cls)}:
+            return cls(**value)
+        sides = re.findall(r"(left|top|right|bottom)=(\d{1,9})", value) if isinstance(value, str) else []
+        if not sides or value != ",".join(map("=".join, sides)) or len(dict(sides)) < len(sides):
+            raise RequestError(
+                f"outpaint must be pixels by side, each once, such as left=256,top=128 (left, top, right, bottom), got "
+                f"{brief(value)}"
+            )
+        return cls(**{side: int(pixels) for side, pixels in sides})
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """Everything that an image depends on, except the model. Invalid values raise RequestError on creation.
 
@@ -88,6 +127,12 @@ class GenerateRequest:
     new part covers the old one gradually, over mask_feather pixels inside the mask. mask_grow moves the mask's edges
     outwards by so many pixels. With mask_soft, grey parts are regenerated in the later steps only, the darker the
     fewer; otherwise the mask is split at half.
+
+    outpaint continues the image on the given sides instead; width and height are those of the whole.
+
+    upscale enlarges the image, or the one generated first, by this factor, and refines it from there with strength, 0.3
+    unless given; width and height are those before. The steps run on tiles of at most `tile` pixels per side, by
+    default the model's own size; 0 is the whole at once.
 
     image, mask_image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
     `mlx_zimage.inputs`. latents and the embeddings replace the seed's noise and the prompts; posterior_noise replaces
@@ -121,6 +166,9 @@ class GenerateRequest:
     mask_feather: int = FEATHER
     mask_grow: int = 0
     mask_soft: bool = False
+    outpaint: Outpaint | None = None
+    upscale: float | None = None
+    tile: int | None = None
 
     def __post_init__(self):
         if self.seed is REQUIRED:
@@ -163,6 +211,17 @@ class GenerateRequest:
         for name in ("mask_feather", "mask_grow"):
             _check_int(name, getattr(self, name), 0, MAX_MARGIN)
 
+        if self.outpaint is not None:
+            object.__setattr__(self, "outpaint", Outpaint.of(self.outpaint))
+        if self.upscale is not None:
+            _check_number("upscale", self.upscale, 1.0)
+            if not 1 < self.upscale <= MAX_UPSCALE:
+                raise RequestError(f"upscale must be above 1 and at most {MAX_UPSCALE}, got {self.upscale:g}")
+            if self.num_images > 1:
+                raise RequestError(f"upscale takes one image per seed, got {self.num_images}; use several seeds")
+        if self.tile is not None:
+            _check_int("tile", self.tile, 0, MAX_SIZE)
+
         if self.loras is not None:
             if not isinstance(self.loras, (list, tuple)):
                 raise RequestError(f"loras must be a list, got {brief(self.loras)}")
@@ -195,14 +254,34 @@ class GenerateRequest:
 
     def check_image(self) -> None:
         """Refuse what is for image to image only, in a request without an image."""
-        given = {"strength": self.strength, "sample_posterior": self.sample_posterior, "mask_image": self.mask_image}
-        for name, value in given.items():
-            if self.image is None and value not in (None, False):
+        needs = ("mask_image", "outpaint", "strength", "sample_posterior", "tile")
+        for name in needs[:2] if self.upscale else needs:
+            if self.image is None and getattr(self, name) not in (None, False):
                 raise RequestError(f"{name} is for image to image, but there is no image to start from; give one")
+        parts = [name for name in ("mask_image", "outpaint", "upscale") if getattr(self, name) is not None]
+        if len(parts) > 1:
+            raise RequestError(
+                f"{parts[0]} and {parts[1]} were both given; give one, and then the other with its result"
+            )
         of_mask = {"mask_feather": FEATHER, "mask_grow": 0, "mask_soft": False}
         for name, unused in of_mask.items():
-            if self.mask_image is None and getattr(self, name) != unused:
+            used = self.inpaints if name == "mask_feather" else self.mask_image is not None
+            if not used and getattr(self, name) != unused:
                 raise RequestError(f"{name} is for inpainting, but there is no mask; give one")
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether only a part of its image is generated."""
+        return self.mask_image is not None or self.outpaint is not None
+
+    @property
+    def refinement(self) -> GenerateRequest | None:
+        """Image to image on the enlarged image, which is its second part; None without upscale."""
+        if self.upscale is None:
+            return None
+        width, height = (round(side * self.upscale / SIZE_MULTIPLE) * SIZE_MULTIPLE for side in self.extent[:2])
+        image = self.image or "0" * 64  # of the one that is generated first, not known yet
+        return replace(self, width=width, height=height, image=image, latents=None, upscale=None)
 
     @property
     def guided(self) -> bool:

@@ -134,6 +134,19 @@ def length(x: mx.array) -> mx.array:
     return mx.sqrt(mx.square(x).sum(axis=(1, 2, 3), keepdims=True))
 
 
+def relayed(
+    events: Generator[E, Change | None, None], each: Callable[[E], E | None]
+) -> Generator[E, Change | None, None]:
+    """The events as `each` returns them, without those for which it returns None; answers go back to their origin."""
+    change = None
+    while True:
+        try:
+            event = each(events.send(change))
+        except StopIteration:
+            return
+        change = (yield event) if event is not None else None
+
+
 def answered(events: Generator[E, Change | None, None], answer: Callable[[Step], Change]) -> Iterator[E | Step]:
     """The events, with each Step answered; it is passed on with the answer's latents."""
     change = None

@@ -9,7 +9,9 @@ from PIL import Image, ImageDraw
 
 from mlx_zimage.errors import RequestError
 from mlx_zimage.images.masks import (
-    Outpaint,
+    canvas,
+    canvas_mask,
+    canvas_size,
     feathered,
     fit_mask,
     largest_within,
@@ -19,6 +21,7 @@ from mlx_zimage.images.masks import (
     values,
 )
 from mlx_zimage.images.source import cover
+from mlx_zimage.request import Outpaint
 
 
 def disc(size: int = 128, radius: int = 40) -> np.ndarray:
@@ -122,9 +125,9 @@ def test_pasting_changes_no_pixel_outside_the_mask(feather, seed):
 # ---- outpainting
 
 
-def test_outpaint_is_read_from_text():
-    assert Outpaint.parse("left=256,top=128") == Outpaint(left=256, top=128)
-    assert Outpaint.parse(" right = 16 , bottom=32 ").size(64, 48) == (80, 80)
+def test_outpaint_is_read_from_text_or_json():
+    assert Outpaint.of("left=256,top=128") == Outpaint(left=256, top=128)
+    assert Outpaint.of({"right": 16, "bottom": 32}) == Outpaint.of("right=16,bottom=32")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_outpaint_is_read_from_text():
 )
 def test_other_text_is_refused(text, message):
     with pytest.raises(RequestError, match=message):
-        Outpaint.parse(text)
+        Outpaint.of(text)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +154,21 @@ def test_other_text_is_refused(text, message):
 def test_a_canvas_continues_the_image_and_keeps_it_exactly(sides):
     y, x = np.mgrid[:96, :128]
     image = np.stack([2 * x, 2 * y, (x // 16 + y // 16) % 2 * 200], -1).astype(np.uint8)
-    outpaint = Outpaint.parse(sides)
-    canvas, mask = outpaint.canvas(image), outpaint.mask(128, 96)
-    assert canvas.shape[1::-1] == mask.shape[::-1] == outpaint.size(128, 96)
-    kept = canvas[outpaint.top :, outpaint.left :][:96, :128]
+    outpaint = Outpaint.of(sides)
+    size = canvas_size(outpaint, (128, 96), 1024**2)
+    filled, mask = canvas(Image.fromarray(image), outpaint, *size), canvas_mask(outpaint, *size)
+    assert filled.shape[1::-1] == mask.shape[::-1] == size
+    kept = filled[outpaint.top :, outpaint.left :][:96, :128]
     assert np.array_equal(kept, image) and mask.sum() == mask.size - 96 * 128
     assert (mask[outpaint.top :, outpaint.left :][:96, :128] == 0).all()
     for axis in (0, 1):  # the steps between pixels across the border are like those within the image
-        across = np.abs(np.diff(canvas.astype(int), axis=axis))[np.diff(mask, axis=axis) != 0]
+        across = np.abs(np.diff(filled.astype(int), axis=axis))[np.diff(mask, axis=axis) != 0]
         assert not len(across) or across.mean() <= 2
+
+
+def test_the_size_of_a_canvas_is_that_of_the_whole():
+    outpaint = Outpaint.of("left=64,top=32")
+    assert canvas_size(outpaint, (640, 480), 1024**2) == (704, 512)
+    assert canvas_size(outpaint, (640, 480), 1024**2, width=384) == (384, 272)
+    with pytest.raises(RequestError, match="width 64 leaves no room for the image"):
+        canvas_size(outpaint, (640, 480), 1024**2, width=64)

@@ -52,13 +52,26 @@ The same image with another seed:
     mlx-zimage generate --from lighthouse.png --seed 8
 Start from an image:
     mlx-zimage generate "the same lighthouse in winter" --image lighthouse.png --strength 0.6
+    mlx-zimage generate "a lighthouse and the sea" --image lighthouse.png --outpaint left=256,right=256
+    mlx-zimage generate "a lighthouse at dusk" --image lighthouse.png --upscale 2
 One prompt per line in, one JSON object per image out:
     mlx-zimage generate --prompt-file prompts.txt --json -q | jq -r .path
 """
 SECTIONS = {  # of the help text, with the names of their options
     "Image": ("prompt_option", "prompt_file", "requests_file", "from_image", "size", "width", "height"),
     "Image to image": (
-        *("image_file", "strength", "mask_file", "mask_feather", "mask_grow", "mask_soft", "sample_posterior"),
+        *(
+            "image_file",
+            "strength",
+            "mask_file",
+            "mask_feather",
+            "mask_grow",
+            "mask_soft",
+            "outpaint",
+            "upscale",
+            "tile",
+        ),
+        "sample_posterior",
     ),
     "Seeds": ("seed", "count", "auto_seeds", "rng", "latents_file"),
     "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt", "cfg_normalization", "cfg_truncation"),
@@ -216,6 +229,26 @@ class Generate(WithLoras):
     "--mask-soft",
     is_flag=True,
     help="Change grey parts of the mask in the later steps only, instead of all or nothing.",
+)
+@click.option(
+    "--outpaint",
+    metavar="SIDES",
+    help="Continue --image by so many pixels, multiples of 16: left=256,top=128 (left, top, right, bottom). --size is "
+    "then that of the whole.",
+)
+@click.option(
+    "--upscale",
+    type=float,
+    metavar="FACTOR",
+    help="Enlarge --image, or the image generated first, by FACTOR, up to 8, and refine it with --strength, then 0.3 "
+    "unless given.",
+)
+@click.option(
+    "--tile",
+    type=int,
+    metavar="PIXELS",
+    help="Refine in overlapping tiles of at most so many pixels per side; 0 is the whole at once.  "
+    "[default: the model's size]",
 )
 @click.option(
     "--sample-posterior",
@@ -391,7 +424,7 @@ def generate(
         path = job.path(request)
         say(f"Seed: {request.seed}" + (f" ({job.n} of {total})" if total > 1 else ""), quiet)
         width, height, _ = request.extent
-        steps = len(model.pipeline.sigmas(request)) - 1
+        steps = model.pipeline.count_steps(request)
         grey = blank(width, height, request.num_images)
         with Watch(steps, quiet, not in_place, colours) as watch:
             add_views(watch, path, f"{path.stem}-{request.seed}", grey, preview, preview_dir, terminal)

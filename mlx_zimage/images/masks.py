@@ -6,17 +6,15 @@ were. Outpainting is inpainting on a larger canvas, whose new part is the mask.
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from ..errors import RequestError
-from ..request import LATENT_PIXELS, MAX_SIZE, SIZE_MULTIPLE
-from ..untrusted import brief
-from .source import cover, read_image
+from ..request import LATENT_PIXELS, Outpaint
+from .source import cover, fit_size, read_image
 
 
 def read_mask(source: Any, transparent: bool = False) -> Image.Image:
@@ -113,58 +111,37 @@ def largest_within(mask: np.ndarray, pixels: int) -> np.ndarray:
 # ---- outpainting
 
 
-@dataclass(frozen=True)
-class Outpaint:
-    """By how many pixels an image is continued on each side: multiples of 16."""
+def canvas_size(
+    outpaint: Outpaint, size: tuple[int, int], area: int, width: int | None = None, height: int | None = None
+) -> tuple[int, int]:
+    """The width and height of the canvas for an image of `size`; without the margins, they are those of `fit_size`."""
+    across, down = outpaint.left + outpaint.right, outpaint.top + outpaint.bottom
+    for name, side, margins in (("width", width, across), ("height", height, down)):
+        if side is not None and side <= margins:
+            raise RequestError(
+                f"{name} {side} leaves no room for the image: outpaint alone takes {margins} pixels; it is the size of "
+                f"the whole"
+            )
+    inner = fit_size(size, area, width and width - across, height and height - down)
+    return inner[0] + across, inner[1] + down
 
-    left: int = 0
-    top: int = 0
-    right: int = 0
-    bottom: int = 0
 
-    def __post_init__(self):
-        for side, pixels in asdict(self).items():
-            if isinstance(pixels, bool) or not isinstance(pixels, int) or not 0 <= pixels <= MAX_SIZE:
-                raise RequestError(f"outpaint: {side} must be from 0 to {MAX_SIZE} pixels, got {brief(pixels)}")
-            if pixels % SIZE_MULTIPLE:
-                lower = pixels - pixels % SIZE_MULTIPLE
-                raise RequestError(
-                    f"outpaint: {side} must be a multiple of {SIZE_MULTIPLE} pixels, got {pixels}; the nearest are "
-                    f"{lower} and {lower + SIZE_MULTIPLE}"
-                )
-        if not any(asdict(self).values()):
-            raise RequestError("outpaint: expected a side to continue, such as left=256")
+def canvas(image: Image.Image, outpaint: Outpaint, width: int, height: int) -> np.ndarray:
+    """An image on a canvas, (height, width, 3) uint8, on which its border is continued, more blurred further away."""
+    inner = width - outpaint.left - outpaint.right, height - outpaint.top - outpaint.bottom
+    continued = np.pad(np.asarray(cover(image, *inner)), [*_margins(outpaint), (0, 0)], "edge")
+    farthest = max(asdict(outpaint).values())
+    blurred = Image.fromarray(continued).filter(ImageFilter.GaussianBlur(farthest / 8))
+    weights = feathered(canvas_mask(outpaint, width, height), farthest)
+    return paste(continued, np.asarray(blurred), weights)
 
-    @classmethod
-    def parse(cls, text: str) -> Outpaint:
-        """From text such as "left=256,top=128"."""
-        sides: dict[str, int] = {}
-        for part in text.split(","):
-            match = re.fullmatch(r"\s*(left|top|right|bottom)\s*=\s*(\d{1,9})\s*", part)
-            if not match or match[1] in sides:
-                raise RequestError(
-                    f"outpaint must be pixels by side, each once, such as left=256,top=128 (left, top, right, bottom), "
-                    f"got {brief(text)}"
-                )
-            sides[match[1]] = int(match[2])
-        return cls(**sides)
 
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """The size of the canvas for an image of this size."""
-        return self.left + width + self.right, self.top + height + self.bottom
+def canvas_mask(outpaint: Outpaint, width: int, height: int) -> np.ndarray:
+    """1 on the new part of the canvas and 0 on the image: (height, width) float32."""
+    mask = np.ones((height, width), np.float32)
+    mask[outpaint.top : height - outpaint.bottom, outpaint.left : width - outpaint.right] = 0
+    return mask
 
-    def mask(self, width: int, height: int) -> np.ndarray:
-        """1 on the new part of the canvas and 0 on the image of this size: (H, W) float32."""
-        return np.pad(np.zeros((height, width), np.float32), self._margins, constant_values=1)
 
-    def canvas(self, image: np.ndarray) -> np.ndarray:
-        """An image (H, W, 3) uint8 on its canvas, on which its border is continued, more blurred further away."""
-        continued = np.pad(image, [*self._margins, (0, 0)], "edge")
-        farthest = max(asdict(self).values())
-        blurred = Image.fromarray(continued).filter(ImageFilter.GaussianBlur(farthest / 8))
-        weights = feathered(self.mask(*image.shape[1::-1]), farthest)
-        return paste(continued, np.asarray(blurred), weights)
-
-    @property
-    def _margins(self) -> list[tuple[int, int]]:
-        return [(self.top, self.bottom), (self.left, self.right)]
+def _margins(outpaint: Outpaint) -> list[tuple[int, int]]:
+    return [(outpaint.top, outpaint.bottom), (outpaint.left, outpaint.right)]

@@ -85,15 +85,16 @@ class Origin:
 def parameters(origin: Origin) -> str:
     """The text that A1111 writes: the prompt, the negative prompt, and a line of settings."""
     request = origin.request
+    largest = request.refinement or request
     settings = {
         "Steps": request.steps,
         "Sampler": "Euler",
         "Schedule type": "Simple",
         "CFG scale": f"{(request.guidance_scale or 0) + 1:g}",  # where 1 is off
         "Shift": None if request.shift is None else f"{request.shift:g}",
-        "Denoising strength": None if request.image is None else f"{request.strength:g}",
+        "Denoising strength": None if request.strength is None else f"{request.strength:g}",
         "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
+        "Size": f"{largest.width}x{largest.height}",
         "Model hash": origin.fingerprint or None,
         "Model": origin.model,
         "Lora hashes": ", ".join(f"{use.name}: {str(use.sha256)[:12]}" for use in request.loras or () if use.sha256)

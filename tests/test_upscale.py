@@ -1,0 +1,164 @@
+"""Upscaling: an image, enlarged and refined in tiles."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+from compare import TOLERANCE, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mlx_zimage import GenerateRequest, Inputs, RequestError, Step, ZImagePipeline, cli
+from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.models.text_encoder import TextEncoder
+from mlx_zimage.models.transformer import Transformer
+from mlx_zimage.tiles import Tiles, spread
+
+PHOTO = Inputs(image=tiny.photo())  # 96x80
+PROMPT = "a red circle on a blue background"
+
+
+def request_of(**changes) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "a red fox", "seed": 0, "steps": 4, "guidance_scale": 0.0, **changes})
+
+
+def run(pipe, request: GenerateRequest, inputs: Inputs = PHOTO) -> tuple[list[Step], np.ndarray]:
+    *steps, generated = pipe.stream(request, inputs)
+    return steps, generated.pixels
+
+
+# ---- tiles
+
+
+@given(st.integers(1, 512), st.integers(1, 512))
+def test_tiles_cover_a_side_and_overlap(tokens, most):
+    tile, starts = spread(16 * tokens, 16 * most)
+    assert tile <= 2 * max(most, 2) and starts[0] == 0 and starts[-1] + tile == 2 * tokens
+    assert all(start % 2 == 0 for start in starts)
+    for a, b in pairwise(starts):
+        assert a < b <= a + tile - 2
+    if tokens <= most:
+        assert starts == (0,)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tiles_that_are_cut_and_joined_are_the_whole(batch):
+    tiles = Tiles.of(240, 400, 128)
+    latents = mx.random.normal((batch, 50, 30, 16), key=mx.random.key(0))
+    cut = tiles.cut(latents)
+    assert cut.shape == (batch * tiles.count, tiles.h, tiles.w, 16) and tiles.count == 2 * 4
+    # float32: weighted sums of equal numbers
+    assert relative_error(tiles.join(cut, latents.shape), latents) < 1e-6
+
+
+def test_tiles_are_blended_over_their_overlap_without_a_step():
+    tiles = Tiles.of(384, 16, 256)
+    values = mx.arange(tiles.count, dtype=mx.float32).reshape(-1, 1, 1, 1)
+    joined = tiles.join(mx.broadcast_to(values, (tiles.count, tiles.h, tiles.w, 1)), (1, 2, 48, 1))[0, 0, :, 0]
+    across = np.diff(np.array(joined))
+    assert (across >= 0).all() and across.max() < 0.3  # an overlap of 4 latents and more
+
+
+# ---- the result
+
+
+def test_an_image_is_enlarged_and_refined_as_image_to_image_does(pipe):
+    steps, image = run(pipe, request_of(upscale=2, strength=0.5, tile=0))
+    enlarged = Image.fromarray(tiny.photo()).resize((192, 160), Image.Resampling.LANCZOS)
+    wanted, expected = run(pipe, request_of(strength=0.5), Inputs(image=np.asarray(enlarged)))
+    assert pipe.complete(request_of(upscale=2), PHOTO).extent[:2] == (96, 80)
+    assert np.array_equal(image, expected) and image.shape == (160, 192, 3)
+    assert [step.index for step in steps] == [step.index for step in wanted] == [0, 1]
+
+
+def test_the_image_generated_first_is_refined(pipe):
+    size = {"width": 64, "height": 32}
+    steps, image = run(pipe, request_of(upscale=1.5, strength=0.5, **size), Inputs())
+    _, first = run(pipe, request_of(**size), Inputs())
+    _, expected = run(pipe, request_of(upscale=1.5, strength=0.5), Inputs(image=first))
+    assert np.array_equal(image, expected) and image.shape == (48, 96, 3)
+    assert [(step.index, step.steps) for step in steps] == [(i, 6) for i in range(6)]
+
+
+def test_every_tile_of_a_step_shares_one_read_of_the_weights(pipe, watch):
+    called = watch(Transformer, "__call__")
+    steps, image = run(pipe, request_of(upscale=2, tile=96))
+    assert image.shape == (160, 192, 3) and len(steps) == len(called) == 2
+    assert pipe.plan(request_of(upscale=2, tile=96), PHOTO).peaks["denoise"] > 0
+
+
+def test_tiles_agree_with_the_whole_where_the_network_looks_at_each_latent_alone(pipe, monkeypatch):
+    def alone(self, prompts, sigmas, h, w):
+        return lambda latents, i, count=None: [mx.sin(latents)]
+
+    monkeypatch.setattr(Transformer, "velocities", alone)
+    tiled, whole = (run(pipe, request_of(upscale=2, tile=tile))[0][-1].latents for tile in (64, 0))
+    assert relative_error(tiled, whole) < TOLERANCE  # float32: weighted sums of equal numbers
+
+
+def test_a_call_upscales_and_the_strength_is_03_unless_given(pipe):
+    assert pipe.complete(request_of(upscale=2), PHOTO).strength == 0.3
+    assert pipe.complete(request_of(upscale=2), PHOTO).tile == pipe.sample_size
+    out = pipe("a red fox", image=tiny.photo(), upscale=2, num_inference_steps=4, seed=0, guidance_scale=0.0)
+    assert np.array_equal(out.images[0], run(pipe, request_of(upscale=2))[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"upscale": 1}, "upscale must be above 1 and at most 8, got 1"),
+        ({"upscale": 9}, "upscale must be above 1 and at most 8, got 9"),
+        ({"upscale": "2"}, "upscale must be a number"),
+        ({"upscale": 2, "num_images_per_prompt": 2}, "upscale takes one image per seed"),
+        ({"upscale": 8, "width": 2048, "height": 16}, "width must be a multiple of 16 pixels from 16 to 8192"),
+        ({"tile": 64}, "tile is for image to image"),
+        ({"upscale": 2, "image": tiny.photo(), "mask_image": tiny.mask()}, "mask_image and upscale were both given"),
+        ({"upscale": 2, "image": tiny.photo(), "outpaint": "left=16"}, "outpaint and upscale were both given"),
+        ({"upscale": 2, "strength": 0}, "leaves no step to run"),
+    ],
+    ids=[*"abcdefghi"],
+)
+def test_a_call_that_cannot_work_is_refused_before_any_work(pipe, watch, call, message):
+    encoded = watch(TextEncoder, "steps")
+    with pytest.raises(RequestError) as caught:
+        pipe("a red fox", num_inference_steps=2, **call)
+    assert message in str(caught.value)
+    assert not encoded
+
+
+# ---- the command line
+
+
+def test_generate_upscales_a_file_or_what_it_generates_and_does_it_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["generate", PROMPT, "-m", "pocket", "--steps", "2", "-q", "--seed", "1", "--upscale", "2"]
+    Image.fromarray(tiny.photo()).resize((48, 32)).save("a.png")
+    for name, options in (("image", ["--image", "a.png"]), ("text", ["--size", "48x32"])):
+        result = CliRunner().invoke(cli.main, [*small, *options, "--tile", "64", "-o", f"{name}.png"])
+        assert result.exit_code == 0, result.stderr
+        assert Image.open(f"{name}.png").size == (96, 64)
+        assert read_origin(Path(f"{name}.png")).request.upscale == 2
+        assert b"Size: 96x64" in Path(f"{name}.png").read_bytes()
+        again = ["generate", "--from", f"{name}.png", *options[: 2 * (name == "image")], "-o", "again.png", "--json"]
+        result = CliRunner().invoke(cli.main, [*again, "--overwrite"])
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["request"]["tile"] == 64
+        assert Path("again.png").read_bytes() == Path(f"{name}.png").read_bytes()
+
+
+@pytest.mark.parametrize("memory", ["17MB", "1GB"])
+def test_upscaling_stays_within_the_plan(memory):
+    pipe = ZImagePipeline.from_pretrained("pocket", "float32", memory)
+    request = request_of(prompt=PROMPT, upscale=2, tile=96, steps=4)
+    plan = pipe.plan(request, PHOTO)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    run(pipe, request)
+    assert mx.get_peak_memory() - before <= plan.peak <= plan.budget

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -15,10 +16,12 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 import mlx.core as mx
 import pytest
 import tiny
+from hub import Hub, User
 from safetensors.numpy import load_file
 from tiny import Golden
 
 from mlx_zimage import ZImagePipeline
+from mlx_zimage.variants import TURBO
 from mlx_zimage.weights.component import Component
 from mlx_zimage.weights.hub import POCKET
 
@@ -29,6 +32,19 @@ def nothing_kept(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_ZIMAGE_EMBEDDINGS", "off")
         patch.setenv("MLX_ZIMAGE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Where Python writes no bytecode, keep that of the processes that tests start until the tests end.
+
+    Otherwise each of them compiles the package and its libraries, which takes longer than what most are started for.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.dont_write_bytecode:
+            patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+            patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("bytecode")))
         yield
 
 
@@ -62,6 +78,22 @@ def small_pocket(tmp_path_factory) -> Path:
     config = folder / "vae/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 64}))
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A local hub with pocket as the official repository, and a file there that is not part of the model."""
+    repository = shutil.copytree(POCKET, tmp_path / "repository")
+    (repository / "assets").mkdir()
+    (repository / "assets/large.png").write_bytes(bytes(1000))
+    with Hub(repository, TURBO.repository) as hub:
+        yield hub
+
+
+@pytest.fixture
+def run(tmp_path, hub) -> User:
+    """run("plan", ...) runs mlx-zimage for a user who has nothing yet and downloads from the local hub."""
+    return User(tmp_path, hub)
 
 
 @pytest.fixture(scope="session")

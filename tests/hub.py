@@ -1,15 +1,31 @@
-"""A local server that implements enough of the Hugging Face protocol for downloads and uploads."""
+"""A local server that implements enough of the Hugging Face protocol for downloads and uploads, and a user of it."""
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
+
+from mlx_zimage import cli
+
 COMMIT = "c" * 40
+HEADER_BYTES = 100_001  # what the client asks for to see the header of a safetensors file
+GENERATE = ["generate", "a red circle", "--steps", "1", "--width", "32", "--height", "32", "--seed", "1"]
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+from mlx_zimage.cli import main
+main()
+"""
 
 
 class Hub:
@@ -164,3 +180,51 @@ class Hub:
                 request.wfile.flush()
                 request.connection.close()
                 request.close_connection = True
+
+
+class User:
+    """Runs mlx-zimage with a home, a working folder and caches of its own, and downloads from a Hub."""
+
+    def __init__(self, folder: Path, hub: Hub):
+        self.hub = hub
+        self.work = folder / "work"
+        self.work.mkdir()
+        self.home = folder / "home/.cache/mlx-zimage"
+        self.cache = folder / "home/.cache/huggingface"
+        self.environment = {"HOME": str(folder / "home"), "HF_ENDPOINT": hub.endpoint, "NO_PROXY": "127.0.0.1"}
+        self.environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+    def __call__(self, *args, **variables: str) -> subprocess.CompletedProcess:
+        """Run a command in this process, with standard input closed."""
+        from huggingface_hub import constants
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.work)
+            for name in set(os.environ) - set(self.inherited()):
+                patch.delenv(name)
+            for name, value in (self.environment | variables).items():
+                patch.setenv(name, value)
+            # the client read its variables when it was imported
+            patch.setattr(constants, "ENDPOINT", self.hub.endpoint)
+            template = f"{self.hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            patch.setattr(constants, "HF_HUB_CACHE", str(self.cache / "hub"))
+            patch.setattr(constants, "HF_TOKEN_PATH", str(self.cache / "token"))
+            patch.setattr(constants, "HF_HUB_OFFLINE", "HF_HUB_OFFLINE" in variables)
+            words = [str(arg) for arg in args]
+            result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
+        return subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr)
+
+    def process(
+        self, *args, program=PROGRAM, stdin=subprocess.DEVNULL, start=subprocess.run, **variables: str
+    ) -> subprocess.CompletedProcess:
+        """Run a command in a process of its own: for variables that are read on import, signals, and all of stderr."""
+        return start(
+            [sys.executable, "-c", program, *map(str, args)],
+            cwd=self.work, env=self.inherited() | self.environment | variables, stdin=stdin,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def inherited(self) -> dict[str, str]:
+        own = ("HF_", "HUGGING", "XDG_", "MLX_ZIMAGE_HOME")
+        return {name: value for name, value in os.environ.items() if not name.startswith(own)}

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
-from hub import Hub
+from hub import Hub, User
 from PIL import Image
 
 from mlx_zimage import ZImagePipeline
@@ -255,18 +254,16 @@ def test_fuse_needs_a_lora_and_writes_nothing_for_a_wrong_one(style, tmp_path):
 
 
 @pytest.fixture
-def served(tmp_path, monkeypatch):
-    """Runs `lora info` in a process of its own, with a hub that serves tmp_path / "served" as me/style."""
+def served(tmp_path):
+    """Runs `lora info` with a hub that serves tmp_path / "served" as me/style."""
     (tmp_path / "served").mkdir()
     with Hub(tmp_path / "served", "me/style") as hub:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        kept |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        user = User(tmp_path, hub)
 
         def info(source: str, online: bool = True) -> subprocess.CompletedProcess:
             hub.serve(tmp_path / "served")
-            args = [sys.executable, "-m", "mlx_zimage", "lora", "info", source, "--model", "pocket", "--json"]
-            own = kept | ({} if online else {"HF_HUB_OFFLINE": "1"})
-            return subprocess.run(args, env=own, capture_output=True, text=True, timeout=60)
+            offline = {} if online else {"HF_HUB_OFFLINE": "1"}
+            return user("lora", "info", source, "--model", "pocket", "--json", **offline)
 
         yield info
 

@@ -529,10 +529,11 @@ def test_an_mflux_folder_needs_no_index(mflux, mflux_configs, few_tokens, tmp_pa
             own = {name: tensors[name] for name in names[i::parts]}
             mx.save_safetensors(str(file.with_name(f"{i}.safetensors")), own, metadata)
     tiny.litter(folder)
+    theirs, ours = (open_source(source, tokenizer=few_tokens) for source in (mflux / "mflux-8", folder))
     for component in NETWORKS:
-        theirs = open_source(mflux / "mflux-8", tokenizer=few_tokens)
-        for name, array in read(open_source(folder, tokenizer=few_tokens), component).items():
-            assert np.array_equal(array, read(theirs, component)[name]), name
+        expected = read(theirs, component)
+        for name, array in read(ours, component).items():
+            assert np.array_equal(array, expected[name]), name
 
 
 # ---- files that are not models

@@ -1,5 +1,6 @@
 """LoRAs of a pipeline: which requests they change, and what is reported about them."""
 
+import gc
 from dataclasses import replace
 from hashlib import sha256
 
@@ -173,17 +174,28 @@ def write_kind(path, kind: str, config, seed: int | None = None):
     return path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_memory_under_loras_stays_within_the_plan(small_pocket, tmp_path, kind, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "side"),
+    [
+        ("bfloat16", 64),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("float32", 64), ("bfloat16", 192), ("float32", 192))
+        ),
+    ],
+)
+def test_memory_under_loras_stays_within_the_plan(small_pocket, tmp_path, kind, dtype, side):
+    gc.collect()
+    others = mx.get_active_memory()  # models of other tests
     pipe = ZImagePipeline.from_pretrained(small_pocket, dtype=dtype, keep=False)
-    request = GenerateRequest("a red circle", 192, 192, seed=1, steps=2, loras=[LoraUse("lora", 1e-3)])
+    request = GenerateRequest("a red circle", side, side, seed=1, steps=2, loras=[LoraUse("lora", 1e-3)])
     pipe.load_lora(write_kind(tmp_path / "lora.safetensors", kind, pipe.transformer.config))
     plan = pipe.plan(request)
     mx.clear_cache()
     mx.reset_peak_memory()
     list(pipe.stream(request))
-    assert mx.get_peak_memory() <= plan.peak
+    assert mx.get_peak_memory() - others <= plan.peak
 
 
 def test_loras_over_weights_streamed_in_a_tight_budget_give_the_same_bits(small_pocket, tmp_path):

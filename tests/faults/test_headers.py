@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+from functools import cache
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -23,6 +25,7 @@ def tensor(shape, begin=0, end=4, dtype="F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+@cache
 def many(count: int) -> bytes:
     return json.dumps({f"a{i}": tensor([0], 0, 0) for i in range(count)}).encode()
 
@@ -42,8 +45,8 @@ HOSTILE = {
     "an empty axis past 2**63": safetensors({"a": tensor([0, 2**64], 0, 0)}),
     "1000 axes": safetensors({"a": tensor([1] * 1000)}, 4),
     # too much for any parser
-    "400,000 tensors": safetensors(many(400_000)),
-    "20,001 tensors": safetensors(many(20_001)),
+    "400,000 tensors": 400_000,
+    "20,001 tensors": 20_001,
     "a header of 100 MB": struct.pack("<Q", 100 * 2**20),
     "a header of 2**64 bytes": struct.pack("<Q", 2**64 - 1),
     "nested": safetensors(deep(100)),
@@ -60,10 +63,15 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("content", HOSTILE.values(), ids=list(HOSTILE))
-def test_a_hostile_header_is_refused_by_name(tmp_path, content):
+def write(file: Path, name: str) -> None:
+    content = HOSTILE[name]
+    file.write_bytes(safetensors(many(content)) if isinstance(content, int) else content)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_header_is_refused_by_name(tmp_path, name):
     file = tmp_path / "model.safetensors"
-    file.write_bytes(content)
+    write(file, name)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file \(.{,500}\)"):
         read_header(file)
 
@@ -71,7 +79,7 @@ def test_a_hostile_header_is_refused_by_name(tmp_path, content):
 @pytest.mark.parametrize("name", ["400,000 tensors", "a header of 100 MB", "a million values", "nested"])
 def test_a_header_beyond_the_limits_never_reaches_a_library(tmp_path, monkeypatch, name):
     monkeypatch.setattr(headers, "safe_open", lambda *args, **options: pytest.fail("opened"))
-    (tmp_path / "model.safetensors").write_bytes(HOSTILE[name])
+    write(tmp_path / "model.safetensors", name)
     with pytest.raises(CheckpointError):
         read_header(tmp_path / "model.safetensors")
 

@@ -40,7 +40,8 @@ class Repository:
     def __init__(self, id: str, revision: str | None = None, within: str = ""):
         self.id = id
         nested = [f"{glob.escape(within)}/{pattern}" for pattern in CONFIGS] if within else []
-        self.folder = _download(id, CONFIGS + nested, revision, shown=False)
+        here_only = revision is not None and not _answers(id, revision)
+        self.folder = _download(id, CONFIGS + nested, revision, shown=False, here_only=here_only)
 
     @cached_property
     def _listing(self) -> dict[Path, tuple[int, str | None]]:
@@ -185,10 +186,28 @@ def is_snapshot(folder: Path) -> bool:
     return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
 
 
-def _download(repository: str, patterns: list[str], revision: str | None, shown: bool) -> Path:
+def _answers(repository: str, revision: str) -> bool:
+    """Whether the hub can be reached.
+
+    Without this, the client tries five times to list a commit's files, for half a minute, before it reports that there
+    is no network.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().model_info(repository, revision=revision)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # _download reports it
+    except (HTTPError, OfflineModeIsEnabled):
+        return False
+    return True
+
+
+def _download(repository: str, patterns: list[str], revision: str | None, shown: bool, here_only: bool = False) -> Path:
     """Download files of a revision, by default the latest, into the hub's cache, and return the snapshot's folder.
 
-    shown says whether a terminal shows bars.
+    shown says whether a terminal shows bars; here_only, to look in the cache and not to ask the hub.
     """
     # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported. HTTPError
     # comes from the HTTP library that the installed release of the client uses: httpx or httpx2.
@@ -209,6 +228,7 @@ def _download(repository: str, patterns: list[str], revision: str | None, shown:
                 allow_patterns=patterns,
                 ignore_patterns=[".*", "*/.*"],  # hidden files, see is_hidden, that the patterns would include
                 tqdm_class=Bar,
+                local_files_only=here_only,
             )
         )
     except LocalEntryNotFoundError as error:

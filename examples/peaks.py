@@ -79,7 +79,7 @@ def measure(
     if pipe.dtype == mx.float16:
         pipe.encode("a")  # finds the scale before anything is measured
     request = GenerateRequest(PROMPT, side, side, seed=3, steps=steps, num_images=count)
-    pipe.transformer.runner.weights = transformer = Counted(pipe.checkpoint.transformer)
+    pipe.networks.runners["transformer"].weights = transformer = Counted(pipe.checkpoint.transformer)
     read, times = [], []
     mx.clear_cache()
     meter = Meter()

@@ -48,6 +48,16 @@ def test_each_part_runs_only_as_often_as_needed(fresh, watch, guidance_scale, pr
     assert len(calls["schedules"][0]) == 1
 
 
+def test_a_truncated_step_runs_the_prompt_alone_and_reads_no_more(fresh, watch, monkeypatch, bytes_read):
+    run_streamed(fresh, monkeypatch, keep=False, streamed=set(BLOCKS))
+    ended = watch(Transformer, "finish")
+    # three steps, at times 0, 0.14 and 0.4: the last is not guided
+    asked = request(guidance_scale=2.0, negative_prompt="blurry", cfg_truncation=0.3)
+    _, steps, _ = reads(fresh, asked, bytes_read)
+    assert len(ended) == 2 + 2 + 1
+    assert steps[1] == steps[2] == nbytes(fresh.checkpoint.transformer, *MODULATED, without="adaLN_modulation")
+
+
 @pytest.fixture
 def traces(monkeypatch):
     """The names of functions that mx.compile traces, as on a GPU. Nothing is computed."""

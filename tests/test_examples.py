@@ -82,6 +82,7 @@ def test_peaks(run, steps):
     kept, streamed = (row.split() for row in rows)
     assert "kept" in kept and "streamed" in streamed
     assert kept[-1] == streamed[-1], "the same latents"
+    assert float(streamed[-2]) > float(kept[-2]) == 0, "gigabytes read per step"
     ratio = header.split().index("ratio")
     assert float(kept[ratio]) >= 1
     assert float(streamed[ratio + 1]) >= 1  # "3 streamed" is two words

@@ -1,4 +1,4 @@
-"""Make the row of a machine for the table in examples/measurements.md, from what doctor and bench wrote as JSON.
+"""Make a machine's row for the table in examples/measurements.md, from the JSON files of doctor and bench.
 
 mlx-zimage doctor --json > doctor.json
 mlx-zimage bench --q-bits 4 --size 512x512 --count 1 --json bench.json

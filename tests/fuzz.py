@@ -1,4 +1,4 @@
-"""Feed every parser of untrusted input with mutations of valid ones, for a time, and report what it could not take.
+"""Feed every parser of untrusted input with mutations of valid ones, for a time, and report what it failed on.
 
     python tests/fuzz.py [PARSER ...] [--seconds 60] [--seed 0] [--processes 1] [--results FILE] [--keep FOLDER]
 

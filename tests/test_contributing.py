@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says holds: the places that it names exist, its words are used, its tools are those of CI."""
+"""CONTRIBUTING.md is true: the places that it names exist, its words are used, its tools are those of CI."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""Requests give the bits, and take the reads and calls, that were recorded before a refactoring: see golden/runs.py."""
+"""Requests give the same bits, with the same reads and calls, as recorded before a refactoring: see golden/runs.py."""
 
 import json
 import re

@@ -26,7 +26,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Mac:
-    """What MLX says of a GPU: its name, the memory, the recommended working set and the largest buffer in bytes."""
+    """What MLX reports about a GPU: its name, memory, recommended working set and the largest buffer in bytes."""
 
     name: str
     memory: int

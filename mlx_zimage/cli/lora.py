@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group(
     cls=Group,
-    hints=dict.fromkeys(("list", "ls"), "`generate --lora FILE` takes a LoRA from anywhere; none are kept"),
+    hints=dict.fromkeys(("list", "ls"), "LoRAs are not stored: `generate --lora FILE` reads one from any path"),
     default="to show what a LoRA contains: mlx-zimage lora info {}",
     epilog="Example: mlx-zimage lora info style.safetensors",
 )

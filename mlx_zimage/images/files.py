@@ -18,7 +18,7 @@ def check_output(path: Path) -> None:
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name a file in it, such as {path / 'image.png'}")
     if path.suffix.lower() not in FORMATS:
-        raise RequestError(f"the image file name must end in {', '.join(FORMATS)}, got {path.name!r}")
+        raise RequestError(f"the image file name must end in {' or '.join(FORMATS)}, got {path.name!r}")
     check_folder(path.parent)
 
 

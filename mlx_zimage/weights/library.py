@@ -149,7 +149,7 @@ def remove(name: str) -> int:
         return found[0].nbytes - _nbytes(found[0].path)
     if name == "pocket":
         raise ModelNotFoundError("pocket is part of the package; uninstall mlx-zimage to remove it")
-    raise ModelNotFoundError(f"no model {name!r} to remove; `mlx-zimage models` lists what is there")
+    raise ModelNotFoundError(f"no model {name!r} to remove; `mlx-zimage models` lists the models on this machine")
 
 
 def own() -> tuple[list[Model], list[Model]]:

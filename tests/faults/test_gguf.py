@@ -1,4 +1,4 @@
-"""GGUF files made to harm are refused by name, quickly and in little memory."""
+"""Malicious GGUF files are refused by name, quickly and in little memory."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Safetensors files made to harm: each is refused by name, from its header, before anything is allocated for it."""
+"""Malicious safetensors files are refused by name, from their headers, before anything is allocated for them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""LoRA files made to harm go through the same door as models, and are refused by name."""
+"""Malicious LoRA files are checked in the same way as models, and refused by name."""
 
 import json
 import struct

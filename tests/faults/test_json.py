@@ -1,4 +1,4 @@
-"""JSON made to harm is refused before it is parsed, or by the name of what is wrong in it."""
+"""Malicious JSON is refused before it is parsed, or with an error that names what is wrong in it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Numbers made to harm, in configs, names and options, are refused before anything is built from them."""
+"""Malicious numbers in configs, names and options are refused before anything is built from them."""
 
 import json
 

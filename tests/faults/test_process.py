@@ -1,4 +1,4 @@
-"""A process under limits, without descriptors, or stopped at the worst moment: an error of ours, and nothing left."""
+"""A process under limits, without descriptors, or stopped at the worst moment: a ZImageError, and nothing left."""
 
 import os
 import resource

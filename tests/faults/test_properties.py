@@ -1,4 +1,4 @@
-"""Whatever the input, a parser gives a result that keeps its promise, or an error of ours."""
+"""Whatever the input, a parser returns a result that keeps its promise, or raises a ZImageError."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What may be wrong with a model's files ends in exit code 4 from every command, and leaves nothing behind."""
+"""Whatever is wrong with a model's files, every command exits with code 4, and leaves nothing behind."""
 
 import json
 import pickle
@@ -120,7 +120,7 @@ def test_networks_whose_latents_differ_belong_to_different_models(folder):
     assert "8 channels, but the VAE has 16; they belong to different models" in refusal(folder)
 
 
-def test_a_tokenizer_made_to_harm_ends_in_exit_code_4(folder, tmp_path):
+def test_a_malicious_tokenizer_ends_in_exit_code_4(folder, tmp_path):
     file = folder / "tokenizer" / "tokenizer.json"
     values = json.loads(file.read_text())
     file.write_text(json.dumps(values | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}}))

@@ -1,4 +1,4 @@
-"""Nothing that a stranger wrote reaches the terminal as it is: it could move the cursor, hide text, or never end."""
+"""Nothing that a stranger wrote reaches the terminal unescaped: it could move the cursor, hide text, or never end."""
 
 import json
 import os

@@ -233,7 +233,7 @@ def judge_room(budget: int, free: int) -> list[Verdict]:
         message = f"the {kind} model ({size}) is read from disk for each image, or in parts for each step"
         memory = Verdict("memory", False, message, "keep the model on a fast disk; see mlx-zimage plan")
     needed = DOWNLOAD + sizes[bits]
-    message = f"a first run needs {needed / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"
+    message = f"a first run needs {needed / 1e9:.0f} GB; {free / 1e9:.0f} GB is free"
     advice = "" if free >= needed else "free up space, or set MLX_ZIMAGE_HOME and HF_HOME to folders on a larger disk"
     return [memory, Verdict("disk", free >= needed, message, advice)]
 

@@ -48,7 +48,7 @@ def test_a_cpu_and_a_virtual_gpu_are_limits(backend, virtual, ok):
     [
         (24e9, 100e9, [True, True], "the bfloat16 model (20.5 GB) stays in memory"),
         (5e9, 20e9, [False, False], "the 4-bit model (6.7 GB) is read from disk for each image"),
-        (13e9, 31.9e9, [True, False], "needs 32 GB; 32 GB are free"),
+        (13e9, 31.9e9, [True, False], "needs 32 GB; 32 GB is free"),
     ],
 )
 def test_memory_and_disk_are_judged_by_what_the_full_model_needs(budget, free, ok, message):

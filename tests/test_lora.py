@@ -369,7 +369,7 @@ REFUSED = {
     "no tensors": ({}, "has no tensors"),
     "two adapters": (
         {**low_rank("transformer.", ".lora_A.a.weight", ".lora_B.a.weight"), f"transformer.{Q}.lora_A.b.weight": DOWN},
-        "are the same part of one layer; expected one",
+        "are the same part of one layer; expected only one",
     ),
     "an alpha that is not a number": (
         {**wrong(), f"transformer.{Q}.alpha": np.float32(np.nan), f"transformer.{Q}.dora_scale": normal(D, 1)},
@@ -385,7 +385,7 @@ REFUSED = {
     ),
     "two of one layer": (
         wrong(**{f"lora_unet_{flat(Q)}.lora_down.weight": DOWN, f"lora_unet_{flat(Q)}.lora_up.weight": UP}),
-        "is a second difference of layers.0.attention.to_q.weight",
+        "is a second difference for layers.0.attention.to_q.weight",
     ),
 }
 

@@ -150,7 +150,7 @@ def test_no_kernel_is_predicted_to_take_a_second_and_no_tensor_exceeds_a_buffer(
 def test_a_refusal_names_the_buffer_and_the_size_that_fits(tmp_path, monkeypatch):
     stand_in(monkeypatch, MACS["GitHub's runner"], tmp_path)
     planner = Planner(full_size(4), mx.float32)
-    with pytest.raises(MemoryBudgetError, match=r"holds at most 3\.76 GB; the largest size that fits is \d+x"):
+    with pytest.raises(MemoryBudgetError, match=r"hold at most 3\.76 GB; the largest size that fits is \d+x"):
         planner.plan(Workload(8192, 8192, 1, 128, 8), 10**13)
 
 

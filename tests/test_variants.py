@@ -42,7 +42,9 @@ def test_a_named_variant_overrides_both(folder):
     assert open_checkpoint(folder, "base").scheduler.shift == BASE.shift
     shift(folder, 6.0)
     assert open_checkpoint(folder, "base").scheduler.shift == 6.0
-    with pytest.raises(RequestError, match=r"must be turbo, base, a file variant of .*, which has none; got 'omni'"):
+    with pytest.raises(
+        RequestError, match=r"must be turbo or base or a file variant of .*, which has none; got 'omni'"
+    ):
         open_checkpoint(folder, "omni")
 
 

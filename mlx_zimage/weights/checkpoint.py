@@ -194,7 +194,7 @@ def check_widths(configs: Mapping[str, Any], label: object) -> None:
     channels, held = configs["transformer"].in_channels, configs["vae"].latent_channels
     if channels != held:
         raise CheckpointError(
-            f"{label}: the transformer's latents have {channels} channels, but the VAE has {held}; "
+            f"{label}: the transformer's latents have {channels} channels, but the VAE's have {held}; "
             f"they belong to different models"
         )
 

@@ -272,8 +272,8 @@ def check_space(disks: list[Disk]) -> None:
     for disk in disks:
         if disk.left < 0:
             raise OutputError(
-                f"{(disk.free - disk.left) / 1e9:.1f} GB of disk space are needed, but only {disk.free / 1e9:.1f} GB "
-                f"are free; free some space, or point HF_HOME (the download) or MLX_ZIMAGE_HOME (the converted model) "
+                f"{(disk.free - disk.left) / 1e9:.1f} GB of disk space is needed, but only {disk.free / 1e9:.1f} GB "
+                f"is free; free some space, or point HF_HOME (the download) or MLX_ZIMAGE_HOME (the converted model) "
                 f"to another disk"
             )
 

@@ -275,7 +275,7 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
                 for kind, delta in _deltas(file, path, keys, arrays, scaling, names, target):
                     name = _weight_name(target.name, kind, names.shapes[target.component])
                     if name in deltas[target.component]:
-                        raise CheckpointError(f"{file}: {path} is a second difference of {name}; expected one")
+                        raise CheckpointError(f"{file}: {path} is a second difference for {name}; expected only one")
                     deltas[target.component][name] = delta
         checksum = sha256(file)
     read = {network: found for network, found in deltas.items() if found}
@@ -341,7 +341,9 @@ def _group(file: Path, keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], 
         if match:
             part, parts = match[0], layers.setdefault(match[1]["path"], {})
             if part in parts:
-                raise CheckpointError(f"{file}: {parts[part]} and {key} are the same part of one layer; expected one")
+                raise CheckpointError(
+                    f"{file}: {parts[part]} and {key} are the same part of one layer; expected only one"
+                )
             parts[part] = key
         else:
             unknown.append(key)

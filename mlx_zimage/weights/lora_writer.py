@@ -25,13 +25,14 @@ def write_lora(lora: Lora, path: Path, to: str) -> None:
     tensors: dict[str, mx.array] = {}
     for network, deltas in lora.deltas.items():
         if network not in PREFIXES[to]:
-            raise RequestError(f"{to} cannot read the text encoder's part of {lora.file}; convert it to comfyui")
+            raise RequestError(f"{to} cannot read the text encoder's part of {lora.file}; convert it for comfyui")
         for name, delta in deltas.items():
             layer, _, kind = name.rpartition(".")
             path_in_file = PREFIXES[to][network] + (layer if kind in ("weight", "bias") else name)
             if to == "diffusers" and not isinstance(delta, LowRank):
                 raise RequestError(
-                    f"diffusers cannot read {name} of {lora.file}: a {type(delta).__name__}, not low-rank factors"
+                    f"diffusers cannot read {name} of {lora.file}: expected low-rank factors but got "
+                    f"{type(delta).__name__}; convert it for comfyui"
                 )
             own = _folded(delta) if to == "diffusers" and isinstance(delta, LowRank) else _parts(delta, kind == "bias")
             tensors |= {f"{path_in_file}.{part}": array for part, array in own.items()}

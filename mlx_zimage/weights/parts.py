@@ -228,7 +228,10 @@ def _choose(name: str, files: list[Path], repository: Repository | None, configs
         raise CheckpointError(f"none of {files[0].parent}'s files can be used as the {name}: {'; '.join(faults)}")
     if len(found) > 1:
         listed = ", ".join(str(component.folder) for component in found)
-        raise RequestError(f"several files can be used as the {name}: {listed}; choose one of them with its option")
+        raise RequestError(
+            f"several files can be used as the {name}: {listed}; choose one with --{name.replace('_', '-')} "
+            f"({name}= in Python)"
+        )
     return found[0]
 
 
@@ -301,6 +304,6 @@ def check_variant(
     held = {found for own in names for found in weight_variants(own)}
     if variant not in held:
         raise RequestError(
-            f"variant must be {', '.join([*others, ''])}a file variant of {folder}, which has "
+            f"variant must be {' or '.join([*others, f'a file variant of {folder}'])}, which has "
             f"{', '.join(sorted(held - {''})) or 'none'}; got {variant!r}"
         )

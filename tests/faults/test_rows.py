@@ -117,7 +117,7 @@ def test_networks_whose_latents_differ_belong_to_different_models(folder):
     config = tiny.TRANSFORMER | {"in_channels": 8}
     shutil.rmtree(folder / "transformer")
     tiny.save_component(folder / "transformer", "transformer", tiny.weights(0, "transformer", config), config)
-    assert "8 channels, but the VAE has 16; they belong to different models" in refusal(folder)
+    assert "8 channels, but the VAE's have 16; they belong to different models" in refusal(folder)
 
 
 def test_a_malicious_tokenizer_ends_in_exit_code_4(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Images made to harm whoever reads their metadata: nothing is decoded, and little is read."""
+"""Malicious images: when their metadata is read, nothing is decoded, and little is read."""
 
 import json
 import os

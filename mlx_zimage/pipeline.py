@@ -212,7 +212,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         NumPy, MLX or torch.
 
         image starts from an image instead of noise, as diffusers' ZImageImg2ImgPipeline does: a path, a PIL image or an
-        array, or a list of one per prompt. strength, by default 0.6, is the part of the steps that run: 1 ignores the
+        array, or a list of one per prompt. strength, by default 0.6, is the fraction of the steps to run: 1 ignores the
         image. Without a size, the image gives it: see `fit_size`. Its latents are the mean that the VAE gives; with
         sample_posterior they are sampled, which gives diffusers' own result.
 
@@ -221,7 +221,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         mask_feather, mask_grow and mask_soft. outpaint={"left": 256} continues the image instead, by multiples of 16.
 
         upscale=2 enlarges the image, or the one generated first, and refines it with strength 0.3 unless given, in
-        tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole at once.
+        tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole image at once.
 
         output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,
         {"latents": mx.array}) may return other latents, and works for one prompt at a time. Several prompts are

@@ -112,7 +112,7 @@ def check_call(
         raise RequestError("seed and generator were both given; give one")
     if latents is not None and image is not None:
         raise RequestError(
-            "latents and image were both given, and diffusers ignores the image then; give one, or use "
+            "latents and image were both given, in which case diffusers ignores the image; give one, or use "
             "pipe.stream(request, Inputs(latents=noise, image=image)) to start from the image with that noise"
         )
     if output_type == "pt":

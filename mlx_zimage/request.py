@@ -70,7 +70,7 @@ class LoraUse:
 
 @dataclass(frozen=True)
 class Outpaint:
-    """By how many pixels an image is continued on each side: multiples of 16."""
+    """By how many pixels an image is extended on each side: multiples of 16."""
 
     left: int = 0
     top: int = 0
@@ -87,7 +87,7 @@ class Outpaint:
                     f"{lower} and {lower + SIZE_MULTIPLE}"
                 )
         if not any(asdict(self).values()):
-            raise RequestError("outpaint: expected a side to continue, such as left=256")
+            raise RequestError("outpaint: expected at least one side to extend, such as left=256")
 
     @classmethod
     def of(cls, value: Any) -> Outpaint:
@@ -99,8 +99,8 @@ class Outpaint:
         sides = re.findall(r"(left|top|right|bottom)=(\d{1,9})", value) if isinstance(value, str) else []
         if not sides or value != ",".join(map("=".join, sides)) or len(dict(sides)) < len(sides):
             raise RequestError(
-                f"outpaint must be pixels by side, each once, such as left=256,top=128 (left, top, right, bottom), got "
-                f"{brief(value)}"
+                f"outpaint must name each side (left, top, right, bottom) at most once with its pixels, such as "
+                f"left=256,top=128, got {brief(value)}"
             )
         return cls(**{side: int(pixels) for side, pixels in sides})
 
@@ -119,20 +119,20 @@ class GenerateRequest:
     that many times the prompt's own; 0 is no limit. Steps at times, from 0 (noise) to 1, above cfg_truncation are not
     guided.
 
-    image starts the steps from an image, scaled and cropped to the size. strength, above 0 and at most 1, is the part
-    of the steps that then run: 1 ignores the image, and a small one hardly changes it. sample_posterior samples the
-    image's latents from the distribution that the VAE gives, as diffusers does, instead of taking its mean.
+    image starts the steps from an image, scaled and cropped to the size. strength, above 0 and at most 1, is the
+    fraction of the steps that then run: 1 ignores the image, and a small one hardly changes it. sample_posterior
+    samples the image's latents from the distribution that the VAE gives, as diffusers does, instead of its mean.
 
     mask_image says which part of the image is regenerated (white); the pixels outside it come back as they were. The
     new part covers the old one gradually, over mask_feather pixels inside the mask. mask_grow moves the mask's edges
-    outwards by so many pixels. With mask_soft, grey parts are regenerated in the later steps only, the darker the
+    outwards by that many pixels. With mask_soft, grey parts are regenerated in the later steps only, the darker the
     fewer; otherwise the mask is split at half.
 
     outpaint continues the image on the given sides instead; width and height are those of the whole.
 
     upscale enlarges the image, or the one generated first, by this factor, and refines it from there with strength, 0.3
     unless given; width and height are those before. The steps run on tiles of at most `tile` pixels per side, by
-    default the model's own size; 0 is the whole at once.
+    default the model's own size; 0 is the whole image at once.
 
     image, mask_image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
     `mlx_zimage.inputs`. latents and the embeddings replace the seed's noise and the prompts; posterior_noise replaces
@@ -260,9 +260,7 @@ class GenerateRequest:
                 raise RequestError(f"{name} is for image to image, but there is no image to start from; give one")
         parts = [name for name in ("mask_image", "outpaint", "upscale") if getattr(self, name) is not None]
         if len(parts) > 1:
-            raise RequestError(
-                f"{parts[0]} and {parts[1]} were both given; give one, and then the other with its result"
-            )
+            raise RequestError(f"{parts[0]} and {parts[1]} were both given; give one, then run the other on its result")
         of_mask = {"mask_feather": FEATHER, "mask_grow": 0, "mask_soft": False}
         for name, unused in of_mask.items():
             used = self.inpaints if name == "mask_feather" else self.mask_image is not None

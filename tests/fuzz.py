@@ -627,7 +627,9 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--processes", type=int, default=1)
     command.add_argument("--within", type=float, default=1e9, help="seconds, after which the rest is left")
-    command.add_argument("--results", type=Path, help="a JSON Lines file to add results to; goes on with what it lacks")
+    command.add_argument(
+        "--results", type=Path, help="a JSON Lines file to add results to; continues with what is missing from it"
+    )
     command.add_argument("--keep", type=Path, help="the folder for findings")
     given = command.parse_args()
     given.keep = (given.keep or Path(tempfile.mkdtemp())).absolute()

@@ -134,9 +134,9 @@ def test_outpaint_is_read_from_text_or_json():
     ("text", "message"),
     [
         ("left=250", "left must be a multiple of 16 pixels, got 250; the nearest are 240 and 256"),
-        ("left=0", "expected a side to continue"),
+        ("left=0", "expected at least one side to extend"),
         ("up=16", "such as left=256,top=128"),
-        ("left=16,left=32", "each once"),
+        ("left=16,left=32", "at most once"),
         ("left", "such as left=256,top=128"),
         ("", "such as left=256,top=128"),
         ("left=-16", "such as left=256,top=128"),

@@ -79,4 +79,7 @@ def test_generate_continues_an_image_and_does_it_again_from_the_result(tmp_path,
     assert run(*SMALL, "--requests", "r.jsonl", "-o", "r.png").exit_code == 0
     assert read_origin(Path("r.png")).request.outpaint == Outpaint(right=16)
     result = run(PROMPT, "-m", "no/model", "--image", "a.png", "--outpaint", "up=16")
-    assert result.exit_code == 2 and "--outpaint must be pixels by side, each once" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "--outpaint must name each side (left, top, right, bottom) at most once" in result.stderr
+    )

@@ -194,7 +194,7 @@ class Generate(WithLoras):
     "--cfg-truncation",
     type=float,
     metavar="TIME",
-    help="Do not guide the steps at times above TIME, from 0 (noise) to 1; they take half as long.  [default: 1]",
+    help="Do not guide steps at times above TIME, from 0 (noise) to 1 (image); they take half as long.  [default: 1]",
 )
 @click.option(
     "--image",
@@ -207,47 +207,47 @@ class Generate(WithLoras):
 @click.option(
     "--strength",
     type=float,
-    help="How much of the image to change, above 0 to 1: the part of the steps that run. 1 ignores the image. mflux's "
-    "--image-strength is the opposite, 1 minus this.  [default: 0.6]",
+    help="How much to change the image, above 0 and up to 1: the fraction of the steps to run. 1 ignores the image. "
+    "mflux's --image-strength is the opposite, 1 minus this.  [default: 0.6]",
 )
 @click.option(
     "--mask",
     "mask_file",
     metavar="FILE",
     type=FilePath(),
-    help="Regenerate only where this image is white; the rest stays exactly as it is. Of the size of --image or of the "
-    "result. --strength is then 1 by default.",
+    help="Regenerate only where this image is white, and leave the rest unchanged. It must have the size of --image "
+    "or of the result. --strength is then 1 by default.",
 )
 @click.option(
     "--mask-feather",
     type=int,
     metavar="PIXELS",
-    help=f"Blend the new part into the old over so many pixels inside the mask.  [default: {FEATHER}]",
+    help=f"Width of the blend between old and new, inside the mask.  [default: {FEATHER}]",
 )
-@click.option("--mask-grow", type=int, metavar="PIXELS", help="Move the mask's edges outwards.  [default: 0]")
+@click.option("--mask-grow", type=int, metavar="PIXELS", help="Move the mask's edges outwards by PIXELS.  [default: 0]")
 @click.option(
     "--mask-soft",
     is_flag=True,
-    help="Change grey parts of the mask in the later steps only, instead of all or nothing.",
+    help="Regenerate grey parts of the mask in the later steps only, instead of splitting them at half.",
 )
 @click.option(
     "--outpaint",
     metavar="SIDES",
-    help="Continue --image by so many pixels, multiples of 16: left=256,top=128 (left, top, right, bottom). --size is "
-    "then that of the whole.",
+    help="Extend --image on these sides (left, top, right, bottom) by multiples of 16 pixels: left=256,top=128. --size "
+    "is then the size of the whole.",
 )
 @click.option(
     "--upscale",
     type=float,
     metavar="FACTOR",
-    help="Enlarge --image, or the image generated first, by FACTOR, up to 8, and refine it with --strength, then 0.3 "
-    "unless given.",
+    help="Enlarge --image, or the image that is generated first, by FACTOR, up to 8, and refine it. --strength is then "
+    "0.3 by default.",
 )
 @click.option(
     "--tile",
     type=int,
     metavar="PIXELS",
-    help="Refine in overlapping tiles of at most so many pixels per side; 0 is the whole at once.  "
+    help="Refine in overlapping tiles of at most PIXELS per side; 0 refines the whole image at once.  "
     "[default: the model's size]",
 )
 @click.option(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Prompt length in tokens.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Number of denoising steps.  [default: the model's]")
 @click.option("--image", "image_file", metavar="FILE", type=FilePath(), help="Plan for starting from this image.")
-@click.option("--strength", type=float, help="The part of the steps that run from an image.  [default: 0.6]")
+@click.option("--strength", type=float, help="The fraction of the steps to run from an image.  [default: 0.6]")
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),

@@ -18,15 +18,15 @@ from .source import cover, fit_size, read_image
 
 
 def read_mask(source: Any, transparent: bool = False) -> Image.Image:
-    """A mask as given in a file, by Pillow or as an array (see `read_image`): 8-bit grey ("L"), white to regenerate.
+    """A mask from a file, Pillow or an array (see `read_image`): 8-bit grey ("L"), white where to regenerate.
 
-    transparent pixels count as black. With transparent=True they are those to regenerate, and colours mean nothing, as
-    in OpenAI's API.
+    Transparent pixels count as black. With transparent=True they are the ones to regenerate, and colours are ignored,
+    as in OpenAI's API.
     """
     image = read_image(source)
     if transparent:
         if image.mode != "RGBA":
-            raise RequestError("the mask has no transparent pixel; expected the part to regenerate to be transparent")
+            raise RequestError("the mask has no transparent pixels; expected the part to regenerate to be transparent")
         return image.getchannel("A").point(lambda alpha: 255 - alpha)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -48,13 +48,13 @@ def fit_mask(mask: Image.Image, image: tuple[int, int], width: int, height: int)
 def values(mask: Image.Image, grow: int = 0, soft: bool = False) -> np.ndarray:
     """A mask as an array (H, W) float32 of 0 and 1, split at half as in diffusers; soft keeps the values in between.
 
-    grow moves its edges outwards by so many pixels.
+    grow moves its edges outwards by that many pixels.
     """
     array = np.asarray(mask, np.float32) / 255
     if not soft:
         array = (array >= 0.5).astype(np.float32)
     if not array.any():
-        raise RequestError("the mask is black, so that nothing would be regenerated; expected white where it should be")
+        raise RequestError("the mask is black, so nothing would be regenerated; make the part to regenerate white")
     return largest_within(array, grow)
 
 
@@ -71,7 +71,7 @@ def to_latents(mask: np.ndarray) -> np.ndarray:
 def feathered(mask: np.ndarray, feather: int) -> np.ndarray:
     """The weights (H, W), from 0 to 1, with which a regenerated image covers the original: 0 outside the mask.
 
-    They rise over `feather` pixels inside it, or fewer if it is too thin for so many. At the sides of the image, where
+    They rise over `feather` pixels inside it, or fewer if the mask is too thin. At the sides of the image, where
     nothing adjoins the mask, they do not fall.
     """
     outside = (mask == 0).astype(np.float32)
@@ -95,7 +95,7 @@ def paste(original: np.ndarray, generated: np.ndarray, weights: np.ndarray) -> n
 
 
 def largest_within(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """The largest value (H, W) in the square that reaches so many pixels from each pixel to all sides."""
+    """The largest value (H, W) in the square that extends this many pixels from each pixel in every direction."""
     window = 2 * pixels + 1
     for axis in (0, 1):
         row = np.moveaxis(np.pad(mask, [(pixels, pixels) if i == axis else (0, 0) for i in (0, 1)], "edge"), axis, 0)
@@ -119,15 +119,15 @@ def canvas_size(
     for name, side, margins in (("width", width, across), ("height", height, down)):
         if side is not None and side <= margins:
             raise RequestError(
-                f"{name} {side} leaves no room for the image: outpaint alone takes {margins} pixels; it is the size of "
-                f"the whole"
+                f"{name} {side} leaves no room for the image: outpaint alone takes {margins} pixels; give the {name} "
+                f"of the whole result"
             )
     inner = fit_size(size, area, width and width - across, height and height - down)
     return inner[0] + across, inner[1] + down
 
 
 def canvas(image: Image.Image, outpaint: Outpaint, width: int, height: int) -> np.ndarray:
-    """An image on a canvas, (height, width, 3) uint8, on which its border is continued, more blurred further away."""
+    """An image on a canvas, (height, width, 3) uint8, with its border extended outwards, more blurred further away."""
     inner = width - outpaint.left - outpaint.right, height - outpaint.top - outpaint.bottom
     continued = np.pad(np.asarray(cover(image, *inner)), [*_margins(outpaint), (0, 0)], "edge")
     farthest = max(asdict(outpaint).values())

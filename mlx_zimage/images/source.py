@@ -1,4 +1,4 @@
-"""Read an image that somebody gives, such as a photo: upright, in 8-bit sRGB, and of a size that the model generates.
+"""Read an input image, such as a photo: upright, in 8-bit sRGB, and of a size that the model generates.
 
 A file may come from a stranger: only regular files in the formats below are opened, their size is checked before they
 are decoded, and whatever a decoder raises becomes a RequestError.
@@ -31,11 +31,11 @@ KEPT_PIXELS = 4096**2  # of what is read: larger images are halved, so that memo
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 AVIF_BRANDS = {b"avif", b"avis"}
 GREY = ("1", "L", "LA")
-NUMBERS = ("I", "F")  # modes of 32 bits per pixel, whose black and white are unknown
+NUMBERS = ("I", "F")  # modes of 32 bits per pixel, whose values for black and white are unknown
 
 
 def read_image(source: Any) -> Image.Image:
-    """An image as given in a file (its path or content), by Pillow, or as an array: upright, in sRGB.
+    """An image from a file (its path or content), from Pillow, or from an array: upright, in sRGB.
 
     The result is RGBA if any pixel is transparent, otherwise RGB. Arrays are (H, W), (H, W, 3) or (H, W, 4), or
     channels first as in torch, in uint8 or floats from 0 to 1. Of an animation, the first frame is read. Images of more
@@ -79,7 +79,7 @@ def fit_size(size: tuple[int, int], area: int, width: int | None = None, height:
         return width, _multiple(width * size[1] / size[0])
     if height:
         return _multiple(height * size[0] / size[1]), height
-    within = [_multiple(side - side % SIZE_MULTIPLE) for side in size]  # cropped only, so that pixels stay as they are
+    within = [_multiple(side - side % SIZE_MULTIPLE) for side in size]  # cropped only, so that pixels are unchanged
     scale = sqrt(area / (size[0] * size[1]))
     fitted = within if scale >= 1 else [min(_multiple(size[i] * scale), within[i]) for i in (0, 1)]
     while fitted[0] * fitted[1] > area and max(fitted) > SIZE_MULTIPLE:
@@ -90,7 +90,7 @@ def fit_size(size: tuple[int, int], area: int, width: int | None = None, height:
 def cover(image: Image.Image, width: int, height: int) -> Image.Image:
     """The image scaled (Lanczos) and cropped at the centre to exactly this size.
 
-    An image that is less than 16 pixels larger is only cropped, so that its pixels stay as they are.
+    An image that is less than 16 pixels larger is only cropped, so that its pixels are unchanged.
     """
     spare = image.width - width, image.height - height
     if all(0 <= pixels < SIZE_MULTIPLE for pixels in spare):
@@ -115,7 +115,7 @@ def _explained(label: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise RequestError(
-            f"{label} is damaged or incomplete ({type(error).__name__}: {error}); copy it again, or save it anew as PNG"
+            f"{label} is damaged or incomplete ({type(error).__name__}: {error}); copy it again, or save it as PNG"
         ) from error
 
 
@@ -128,11 +128,11 @@ def _stream(source: str | os.PathLike | bytes, label: str) -> BinaryIO:
         raise RequestError(f"no image at {label}") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"could not read the image {label} ({reason}); expected a file, {NAMED}") from error
+        raise RequestError(f"could not read the image {label} ({reason}); expected a {NAMED} file") from error
     size = os.fstat(stream.fileno()).st_size
     if size > MAX_FILE:
         stream.close()
-        raise RequestError(f"{label} has {size:,} bytes; expected at most {MAX_FILE:,}; save it anew as JPEG or PNG")
+        raise RequestError(f"{label} has {size:,} bytes; expected at most {MAX_FILE:,}; save it again as JPEG or PNG")
     return stream
 
 
@@ -145,7 +145,7 @@ def _open(stream: BinaryIO, label: str) -> Image.Image:
         try:
             image: Image.Image = Image.open(stream, formats=formats)
         except Image.DecompressionBombError as error:
-            raise RequestError(f"{label} has more than {MAX_PIXELS:,} pixels ({error}); reduce it first") from error
+            raise RequestError(f"{label} has more than {MAX_PIXELS:,} pixels ({error}); resize it first") from error
         except Image.UnidentifiedImageError:
             image = _open_heif(stream, label)
     _check_pixels(image, label)
@@ -176,7 +176,7 @@ def _check_pixels(image: Image.Image, label: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise RequestError(
             f"{label} has {image.width}x{image.height} pixels, {image.width * image.height / 1e6:.1f} megapixels; "
-            f"expected at most {MAX_PIXELS // 10**6}; reduce it first"
+            f"expected at most {MAX_PIXELS // 10**6}; resize it first"
         )
 
 
@@ -184,7 +184,7 @@ def _check_pixels(image: Image.Image, label: str) -> None:
 
 
 def _prepared(image: Image.Image, label: str, own: bool) -> Image.Image:
-    """An image upright, in 8-bit sRGB, and halved if it is large; unless it is our own, it is left as it was."""
+    """An image upright, in 8-bit sRGB, and halved if it is large. The original is changed only if it is our own."""
     _check_pixels(image, label)
     if image.mode in NUMBERS:
         raise RequestError(f"{label} has 32-bit pixels (mode {image.mode}); expected 8 or 16 bits, so save it as PNG")
@@ -236,7 +236,7 @@ def _converted(image: Image.Image, profile: bytes | None, label: str) -> Image.I
         else:
             given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "sRGB" in ImageCms.getProfileDescription(given):
-                return image  # so that its pixels stay exactly as they are
+                return image  # so that its pixels are exactly the same
         result = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         warn(f"{label} has a colour profile that cannot be used ({error}); its colours are read as sRGB")

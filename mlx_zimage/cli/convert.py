@@ -5,11 +5,10 @@ from contextlib import closing
 import click
 
 from ..errors import RequestError
-from ..quantization import MODES
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, smaller_download
 from .output import print_path, progress_bar, say
-from .values import FilePath, ModelName
+from .values import FilePath, ModelName, quantization_options
 
 PARTS = ("transformer", "text_encoder", "vae")
 QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_bits", "recipe", "target_size")
@@ -18,13 +17,7 @@ QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_
 @click.command(cls=Command, epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
 @click.argument("source", type=ModelName())
 @click.argument("dest", type=FilePath())
-@click.option("--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4, 3 or 2.  [default: not quantized]")
-@click.option(
-    "--q-group-size", "group_size", type=int, help="Number of weights that share a scale.  [default: the mode's]"
-)
-@click.option(
-    "--q-mode", "mode", type=click.Choice(list(MODES)), default="affine", show_default=True, help="Quantization mode."
-)
+@quantization_options
 @click.option(
     "--transformer-q-bits", "transformer_bits", type=int, help="Bits for the transformer.  [default: --q-bits]"
 )

@@ -4,11 +4,10 @@ from contextlib import closing
 
 import click
 
-from ..quantization import MODES
 from .adapters import WithLoras, lora_options
 from .models import smaller_download
 from .output import print_path, progress_bar
-from .values import FilePath, ModelName
+from .values import FilePath, ModelName, quantization_options
 
 
 @click.command(
@@ -18,13 +17,7 @@ from .values import FilePath, ModelName
 @click.argument("model", type=ModelName())
 @click.argument("dest", type=FilePath())
 @lora_options
-@click.option("--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4, 3 or 2.  [default: not quantized]")
-@click.option(
-    "--q-group-size", "group_size", type=int, help="Number of weights that share a scale.  [default: the mode's]"
-)
-@click.option(
-    "--q-mode", "mode", type=click.Choice(list(MODES)), default="affine", show_default=True, help="Quantization mode."
-)
+@quantization_options
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True,
     help="Dtype of the weights that are not quantized.",

@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from ..errors import ModelNotFoundError, RequestError
 from ..jobs import parse_size, size_of_ratio
+from ..quantization import MODES
 from ..request import check_size
 from ..variants import ALIASES
 
@@ -100,6 +101,31 @@ def size_options(command: F) -> F:
             "--size",
             metavar="W:H|WxH",
             help="Aspect ratio such as 3:2, at about the model's default pixel count, or pixels such as 1280x720.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def quantization_options(command: F) -> F:
+    """The options for what every layer is quantized to: see `convert.choose.quantizations`."""
+    for option in (
+        click.option(
+            "--q-mode",
+            "mode",
+            type=click.Choice(list(MODES)),
+            default="affine",
+            show_default=True,
+            help="Quantization mode.",
+        ),
+        click.option(
+            "--q-group-size",
+            "group_size",
+            type=int,
+            help="Number of weights that share a scale.  [default: the mode's]",
+        ),
+        click.option(
+            "--q-bits", "bits", type=int, help="Bits per weight: 8, 6, 5, 4, 3 or 2.  [default: not quantized]"
         ),
     ):
         command = option(command)

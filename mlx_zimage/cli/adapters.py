@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, count
 from math import isfinite
 from pathlib import Path
@@ -104,32 +104,32 @@ def _with_strengths(ctx: click.Context, _: click.Parameter, paths: Sequence[str]
 
 
 def name_paths(requests: Sequence[dict], paths: Sequence[str]) -> tuple[list[dict], dict[str, str]]:
-    """JSON requests that name their LoRAs instead of giving paths, and the path of every name, including `paths`.
+    """JSON requests that name their LoRAs instead of giving paths, and the name of every path, including `paths`.
 
     An item of "loras" has a path, or the name of one given with --lora, and a strength.
     """
-    named: dict[str, str] = {}
+    names: dict[str, str] = {}
+
+    def name(path: str) -> str:
+        return names.setdefault(path, _free(path, names.values()))
+
     for path in paths:
-        if path not in named.values():
-            named[_free(path, named)] = path
+        name(path)
 
     def by_name(use: Any) -> Any:
         if not isinstance(use, dict) or not isinstance(use.get("path"), str):
             return use
-        path = os.path.expanduser(use["path"])
-        if path not in named.values():
-            named[_free(path, named)] = path
-        name = next(name for name, other in named.items() if other == path)
-        return {"name": name, **{key: value for key, value in use.items() if key != "path"}}
+        rest = {key: value for key, value in use.items() if key != "path"}
+        return {"name": name(os.path.expanduser(use["path"])), **rest}
 
     renamed = [
         {**own, "loras": [by_name(use) for use in own["loras"]]} if isinstance(own.get("loras"), list) else own
         for own in requests
     ]
-    return renamed, named
+    return renamed, names
 
 
-def _free(path: str, taken: Mapping[str, str]) -> str:
+def _free(path: str, taken: Collection[str]) -> str:
     """A name for a LoRA, after its file, that is not taken."""
     stem = Path(path.rpartition(":")[2]).stem or "lora"
     names = chain([stem], (f"{stem}-{i}" for i in count(2)))
@@ -138,25 +138,25 @@ def _free(path: str, taken: Mapping[str, str]) -> str:
 
 def load_loras(
     pipeline: ZImagePipeline,
-    named: Mapping[str, str],
+    names: Mapping[str, str],
     given: Sequence[tuple[str, float | None]],
     old: Origin | None,
     partial: bool,
 ) -> None:
     """Load all LoRAs, and use those given with --lora and those of an old image, at its strengths if none is given."""
-    for name, path in named.items():
+    for path, name in names.items():
         pipeline.load_lora(path, name, partial=partial)
     loaded = pipeline.complete(GenerateRequest("-", seed=0)).loras or ()
-    names = {key: use.name for use in loaded for key in (use.sha256, use.name)}
+    known = {key: use.name for use in loaded for key in (use.sha256, use.name)}
     strengths: dict[str, float] = {}
     for use in (old.request.loras if old else None) or ():
         key = use.sha256 or use.name  # mflux records no SHA-256
-        if key not in names:
+        if key not in known:
             which = f"{use.name!r} (SHA-256 {use.sha256})" if use.sha256 else repr(use.name)
             raise RequestError(f"the image was generated with LoRA {which}; give its file with --lora FILE")
-        strengths[names[key]] = use.strength
+        strengths[known[key]] = use.strength
     for path, strength in given:
-        name = next(name for name, other in named.items() if other == path)
+        name = names[path]
         if strength is not None or name not in strengths:
             strengths[name] = 1.0 if strength is None else strength
     pipeline.set_loras(strengths)

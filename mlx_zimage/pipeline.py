@@ -159,7 +159,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             name = default_dtype() if given is None else porting.dtype_name(given)
             budget = None if memory is None else parse_memory(memory)
             parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-            return cls(open_checkpoint(source, variant, **parts), getattr(mx, name), budget, keep, wired)
+            return cls(open_checkpoint(source, variant, parts), getattr(mx, name), budget, keep, wired)
 
     def __call__(
         self,

@@ -110,7 +110,7 @@ def test_a_network_comes_from_its_own_folder_file_or_model(comfyui, expected, tm
     assert (pixels(model, **parts) == expected).all()
     assert (pixels(model, **parts | {"transformer": POCKET / "transformer", "vae": POCKET / "vae"}) == expected).all()
     with pytest.raises(RequestError, match="vae contains no text_encoder, only vae"):
-        open_checkpoint(model, **parts | {"text_encoder": POCKET / "vae"})
+        open_checkpoint(model, parts=parts | {"text_encoder": POCKET / "vae"})
     with pytest.raises(RequestError, match="contains no transformer, only text_encoder"):
         open_checkpoint(POCKET / "text_encoder")
 
@@ -138,7 +138,7 @@ def test_one_of_several_files_must_be_named(comfyui, pocket_is_official, tmp_pat
     with pytest.raises(RequestError, match=r"several files can be used as the vae: .*ae\.safetensors, .*other\.safe"):
         open_checkpoint(models)
     with pytest.warns(BorrowedFromHub):
-        assert open_checkpoint(models, vae=vae).vae.folder == vae
+        assert open_checkpoint(models, parts={"vae": vae}).vae.folder == vae
 
 
 def test_what_only_the_converter_reads_is_refused_with_what_to_do(comfyui, pocket_is_official, tmp_path):

@@ -96,7 +96,7 @@ def test_fused_tensors_are_read_before_they_are_split(submissions, tmp_path):
     """ComfyUI stores queries, keys and values as one tensor."""
     convert("pocket", tmp_path / "all.safetensors", format="comfyui")
     submissions.clear()
-    model = open_checkpoint("pocket", transformer=tmp_path / "all.safetensors").transformer
+    model = open_checkpoint("pocket", parts={"transformer": tmp_path / "all.safetensors"}).transformer
     assert any(entry.parts == 3 for entry in model.entries.values())
     runner = Blocks(model, mx.float32, streamed=model.config.blocks)
     list(runner.walk(model.config.blocks[-3:], [Hidden(mx.zeros(1))], add_a_weight))

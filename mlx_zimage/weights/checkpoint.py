@@ -83,23 +83,18 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    source: Location,
-    variant: str | None = None,
-    *,
-    transformer: Location | None = None,
-    text_encoder: Location | None = None,
-    vae: Location | None = None,
+    source: Location, variant: str | None = None, parts: Mapping[str, Location | None] | None = None
 ) -> Checkpoint:
     """Find a model and check it against the architecture. Reads configs and headers, but no tensor data.
 
-    source and the networks that replace its own are what `parts.open_networks` reads, each at a path or Hugging Face id
-    (see hub.locate). What none of them contains comes from the official repository.
+    parts says for each network where to take it from, by default from source. Each place is a path or Hugging Face id
+    (see hub.locate) of what `open_networks` reads. What none of them contains comes from the official repository.
 
     variant names the row of `variants` to use it as; by default it is recognized. Any other name is a file variant:
     "fp16" reads `model.fp16.safetensors` for each network that has it. The weights of a repository are downloaded after
     its configs and headers have been checked.
     """
-    checkpoint = open_headers(source, variant, transformer=transformer, text_encoder=text_encoder, vae=vae)
+    checkpoint = open_headers(source, variant, parts)
     for repository in checkpoint.repositories:
         if repository.own([checkpoint.tokenizer_file]):
             repository.fetch(repository.matching(TOKENIZER_FILES, checkpoint.tokenizer_file.parents[1]))
@@ -114,16 +109,10 @@ def open_checkpoint(
 
 
 def open_headers(
-    source: Location,
-    variant: str | None = None,
-    *,
-    transformer: Location | None = None,
-    text_encoder: Location | None = None,
-    vae: Location | None = None,
+    source: Location, variant: str | None = None, parts: Mapping[str, Location | None] | None = None
 ) -> Checkpoint:
     """open_checkpoint for planning: of repositories, only configs and headers are downloaded."""
-    replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-    others = {name: other for name, other in replaced.items() if other is not None}
+    others = {name: other for name, other in (parts or {}).items() if other is not None}
     files = variant if variant not in variants.VARIANTS else None
     named = variants.named(variant) if variant and not files else None
     path, repository = locate(source)

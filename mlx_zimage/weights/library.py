@@ -175,7 +175,7 @@ def plan_first_run(repository: str, budget: int) -> FirstRun:
     Downloads configs and headers; raises ModelNotFoundError if the hub cannot be reached.
     """
     transformer, remark = smaller_transformer(repository)
-    checkpoint = open_headers(repository, transformer=transformer)
+    checkpoint = open_headers(repository, parts={"transformer": transformer})
     configs = {component.name: component.raw_config for component in checkpoint.components}
     sizes = {bits: planned(bits, configs).nbytes for bits in CHOICES}
     bits = choose_bits(sizes, budget)

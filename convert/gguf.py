@@ -17,18 +17,18 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..untrusted import brief, open_regular
+from ..weights.headers import MAX_TENSORS
 from ..weights.unchanged import Version, unchanged
-from .disk import read_bytes
+from .disk import read_range
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 # types of metadata values: type number -> struct format; 8 is text, 9 a list
 SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9
-MAX_HEADER = 2**26  # bytes: Qwen3's tokenizer takes 6 MB
+MAX_GGUF_HEADER = 2**26  # bytes: Qwen3's tokenizer takes 6 MB
 MAX_TEXTS = 500_000  # in lists: Qwen3's tokenizer has 152,000 tokens and as many merges
-MAX_TENSORS = 20_000  # all networks in one file have 1500
-MAX_AXES = 4
+GGUF_AXES = 4
 MAX_NESTED = 3  # lists in lists, which no known program writes
 KNOWN = ("general.alignment", "split.no", "split.count")  # the metadata that is used
 # How llama.cpp and the gguf package name the parts of a split file.
@@ -116,7 +116,7 @@ def read_floats(tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
     blocks = (last - first) // kind.values
     offset = tensor.offset + first // kind.values * kind.block_bytes
     with unchanged([tensor]):
-        raw = read_bytes(tensor.file, offset, blocks * kind.block_bytes)
+        raw = read_range(tensor.file, offset, blocks * kind.block_bytes)
     values = kind.decode(raw.reshape(blocks, kind.block_bytes))
     return values.reshape(stop - start, *tensor.shape[1:])
 
@@ -126,7 +126,7 @@ class _Header:
 
     def __init__(self, file: Path, stream: BinaryIO, version: Version):
         self.file, self.stream, self.version = file, stream, version
-        self.end = min(version.size, MAX_HEADER)
+        self.end = min(version.size, MAX_GGUF_HEADER)
         self.at = self.texts = 0
         self.metadata: dict[str, Any] = {}
 
@@ -182,8 +182,8 @@ class _Header:
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, axes = self.text(), self.number("I")
-        if axes > MAX_AXES:
-            raise ValueError(f"{name:.80} has {axes} axes, expected at most {MAX_AXES}")
+        if axes > GGUF_AXES:
+            raise ValueError(f"{name:.80} has {axes} axes, expected at most {GGUF_AXES}")
         shape = tuple(self.number("Q") for _ in range(axes))[::-1]
         return name, shape, self.number("I"), self.number("Q")
 
@@ -194,7 +194,7 @@ class _Header:
     def skip(self, count: int, seek: bool = True) -> None:
         if count > self.end - self.at:
             raise ValueError(
-                f"{count} bytes at {self.at} extend past the end of the file or the {MAX_HEADER}-byte limit"
+                f"{count} bytes at {self.at} extend past the end of the file or the {MAX_GGUF_HEADER}-byte limit"
             )
         self.at += count
         if seek:

@@ -19,7 +19,7 @@ from ..machine import backend
 from ..quantization import Quantization
 from ..weights.component import Entry
 from ..weights.unchanged import unchanged
-from .disk import read_bytes
+from .disk import read_range
 from .rounding import dequantize_rows
 
 # Bytes of float32 at a time: more would not fit in a CPU's cache; with less, a GPU would mostly be idle.
@@ -83,7 +83,7 @@ def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
 
     def read(start: int, stop: int) -> mx.array:
         with unchanged([entry]):
-            raw = read_bytes(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+            raw = read_range(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
         if entry.dtype in FP8:
             rows = mx.array(FP8[entry.dtype][raw])
         else:
@@ -115,14 +115,14 @@ def read_rows(tensor: Tensor, dtype: str, chunk_bytes: int | None = None) -> Ite
     for start in range(0, height, step):
         stored = tensor.read(start, min(start + step, height))
         rows = stored.astype(target)
-        if not is_finite(rows):
-            if is_finite(stored):
+        if not all_finite(rows):
+            if all_finite(stored):
                 raise NumericsError(f"{tensor.name} has values out of range for {dtype}; choose another dtype")
             raise NumericsError(f"{tensor.name} contains NaN or infinity; download the source model again")
         yield rows
 
 
-def is_finite(array: mx.array) -> bool:
+def all_finite(array: mx.array) -> bool:
     unsigned, exponent = EXPONENT[array.dtype]
     bits = np.array(array.view(unsigned), copy=False)
     return not ((bits & exponent) == exponent).any()

@@ -248,7 +248,7 @@ def _stream(network: Footprint, room: int) -> tuple[frozenset[str], int]:
 # ---- this model's stages
 
 
-def measure(component: Component, dtype: mx.Dtype) -> Footprint:
+def footprint(component: Component, dtype: mx.Dtype) -> Footprint:
     """The footprint of a network that computes in dtype, without weights that are not in memory while it runs."""
     blocks, without = component.config.blocks, component.config.read_once
     sizes, dense, stored = (dict.fromkeys(blocks, 0) for _ in range(3))
@@ -292,7 +292,7 @@ class Planner:
         self.max_buffer = max_buffer()
         self.most = kernel_flops()
         self.footprints = {
-            name: measure(component, self.vae_dtype if name == "vae" else dtype)
+            name: footprint(component, self.vae_dtype if name == "vae" else dtype)
             for name, component in checkpoint.networks.items()
         }
 

@@ -373,7 +373,7 @@ def as_it_is(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
 Hint = Callable[[mx.array, int], mx.array]
 
 
-def unchanged(x: mx.array, i: int) -> mx.array:
+def no_hint(x: mx.array, i: int) -> mx.array:
     return x
 
 
@@ -391,7 +391,7 @@ class Stream:
     cos: mx.array
     sin: mx.array
     rows: int | None = None
-    hint: Hint = unchanged
+    hint: Hint = no_hint
 
 
 def in_turns(stream: Stream) -> Iterator[Stream]:
@@ -503,12 +503,12 @@ class Transformer:
         x = self.product(patchify(latents.astype(self.runner.dtype)), self.runner.tree("all_x_embedder.2-1"))
         return pad_tokens(x.astype(self.sums), self.runner.tree("x_pad_token")), x.shape[1]
 
-    def image_stream(self, x: mx.array, caption: Caption, modulation: mx.array, hint: Hint = unchanged) -> Stream:
+    def image_stream(self, x: mx.array, caption: Caption, modulation: mx.array, hint: Hint = no_hint) -> Stream:
         """Embedded image tokens (B, L, dim), ready for the noise refiner."""
         length, refiners = x.shape[1], self.config.n_refiner_layers
         return Stream(x, modulation[:refiners], caption.cos[:length], caption.sin[:length], hint=hint)
 
-    def join(self, image: Stream, caption: Caption, modulation: mx.array, rows: int, hint: Hint = unchanged) -> Stream:
+    def join(self, image: Stream, caption: Caption, modulation: mx.array, rows: int, hint: Hint = no_hint) -> Stream:
         """Refined images with their caption, ready for the layers; only the images' rows leave the last layer."""
         B, refiners = image.x.shape[0], self.config.n_refiner_layers
         embedded = mx.broadcast_to(caption.embedded, (B, *caption.embedded.shape[1:]))
@@ -553,7 +553,7 @@ class Transformer:
         captions: Sequence[Caption],
         modulation: mx.array,
         final_scale: mx.array,
-        hints: tuple[Hint, Hint] = (unchanged, unchanged),
+        hints: tuple[Hint, Hint] = (no_hint, no_hint),
     ) -> list[mx.array]:
         """Data minus noise (B, h, w, C) float32 for latents (B, h, w, C), once for each caption.
 

@@ -20,7 +20,7 @@ from ..tokenizer import Tokenizer
 from ..untrusted import brief, open_regular
 from ..variants import Variant
 from . import official
-from .component import Component, read_config, read_header, read_json
+from .component import Component, checked_config, read_header, read_json
 from .hub import TOKENIZER_FILES, Repository, locate
 from .manifest import CONVERSION
 from .parts import check_variant, files_to_convert, open_component, open_networks, own_configs
@@ -145,7 +145,7 @@ def open_headers(
             tokenizer = official_files.folder / "tokenizer" / "tokenizer.json"
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     raw_scheduler = read_json(scheduler_file) if is_whole or scheduler_file.is_file() else official.SCHEDULER
-    scheduler = read_config(SchedulerConfig, raw_scheduler, scheduler_file)
+    scheduler = checked_config(SchedulerConfig, raw_scheduler, scheduler_file)
     known = named or variants.recognize(scheduler.shift, origins(path))
     if named and variants.recognize(scheduler.shift, []) != known:  # then its schedule is a different one, too
         scheduler = replace(scheduler, shift=known.shift)

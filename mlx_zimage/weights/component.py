@@ -185,7 +185,7 @@ class Component:
         self.name = name
         self.folder = folder
         self.raw_config = raw_config
-        self.config = read_config(NETWORKS[name], raw_config, folder / "config.json")
+        self.config = checked_config(NETWORKS[name], raw_config, folder / "config.json")
         self.entries = {self.config.named(key): entry for key, entry in entries.items()}
         self._check()
 
@@ -391,7 +391,7 @@ def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quanti
     return leaves
 
 
-def read_config(cls: Any, raw_config: dict, file: Path) -> Any:
+def checked_config(cls: Any, raw_config: dict, file: Path) -> Any:
     """A config as a dataclass; errors name file."""
     try:
         return cls.from_dict(raw_config)

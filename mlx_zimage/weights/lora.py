@@ -33,7 +33,7 @@ from .manifest import sha256
 from .names import Place, comfyui_name, some
 from .unchanged import unchanged
 
-MAX_TENSORS = 5000  # with six for each layer of both networks, it would have 3100
+MAX_LORA_TENSORS = 5000  # with six for each layer of both networks, it would have 3100
 ADAPTER = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
 HEADER_CONFIG = "lora_adapter_metadata"  # the same config, as diffusers stores it in a header
 
@@ -286,8 +286,10 @@ def _check_entries(file: Path, entries: Mapping[str, Entry]) -> None:
     """Refuse a file with too many tensors or none, with empty ones, or with numbers that are not weights."""
     if not entries:
         raise CheckpointError(f"{file} has no tensors; download or train it again")
-    if len(entries) > MAX_TENSORS:
-        raise CheckpointError(f"{file} has {len(entries):,} tensors, expected at most {MAX_TENSORS:,}; is it a LoRA?")
+    if len(entries) > MAX_LORA_TENSORS:
+        raise CheckpointError(
+            f"{file} has {len(entries):,} tensors, expected at most {MAX_LORA_TENSORS:,}; is it a LoRA?"
+        )
     for name, entry in entries.items():
         if entry.dtype not in FLOAT_SPELLINGS and not (name.endswith(".alpha") and entry.shape in ((), (1,))):
             raise CheckpointError(f"{file}: {name} is {entry.dtype}, expected one of {', '.join(FLOAT_SPELLINGS)}")

@@ -17,10 +17,10 @@ from . import official
 from .component import (
     Component,
     Entry,
+    checked_config,
     entries_in,
     find_network,
     has_fp8,
-    read_config,
     read_entries,
     read_json,
 )
@@ -35,7 +35,7 @@ PIPELINE_CLASSES = (
     *(f"ZImage{use}Pipeline" for use in ("Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")),
 )
 # What the config.json of a network's own folder declares, as _class_name or model_type.
-KINDS = {"ZImageTransformer2DModel": "transformer", "AutoencoderKL": "vae", "qwen3": "text_encoder"}
+DECLARED = {"ZImageTransformer2DModel": "transformer", "AutoencoderKL": "vae", "qwen3": "text_encoder"}
 COMFYUI_ROOTS = ("", "models", "split_files")
 COMFYUI_FOLDERS = {
     "transformer": ("diffusion_models", "unet"),
@@ -132,7 +132,7 @@ def translated(entries: Mapping[str, Entry], configs: Mapping[str, dict], label:
 
 def open_network(name: str, folder: Path, config: dict, entries: dict[str, Entry]) -> Component:
     """The checked network in a folder of its own, under any program's names."""
-    if not read_config(NETWORKS[name], config, folder / "config.json").shapes().keys() <= entries.keys():
+    if not checked_config(NETWORKS[name], config, folder / "config.json").shapes().keys() <= entries.keys():
         found = _arranged(entries, folder)
         if [*found] != [name]:
             raise CheckpointError(f"{folder} contains {' and '.join(found)}; expected only a {name}")
@@ -192,9 +192,9 @@ def _own_folder(path: Path, repository: Repository | None, variant: str | None) 
     """The network in a folder of its own, as transformers or diffusers saves it."""
     config = read_json(path / "config.json")
     kind = config.get("_class_name") or config.get("model_type")
-    if kind not in KINDS:
-        raise CheckpointError(f"{path / 'config.json'} declares {kind or 'no model'}; expected {', '.join(KINDS)}")
-    return {KINDS[kind]: open_network(KINDS[kind], path, config, read_entries(path, variant, repository))}
+    if kind not in DECLARED:
+        raise CheckpointError(f"{path / 'config.json'} declares {kind or 'no model'}; expected {', '.join(DECLARED)}")
+    return {DECLARED[kind]: open_network(DECLARED[kind], path, config, read_entries(path, variant, repository))}
 
 
 def _comfyui_tree(path: Path, repository: Repository | None) -> dict[str, list[Path]]:

@@ -9,7 +9,7 @@ import tiny
 
 from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import NETWORKS
-from mlx_zimage.weights.lora import MAX_TENSORS, read_lora
+from mlx_zimage.weights.lora import MAX_LORA_TENSORS, read_lora
 
 CONFIGS = {name: NETWORKS[name].from_dict(tiny.CONFIGS[name]) for name in ("transformer", "text_encoder")}
 LAYER = "transformer.layers.0.attention.to_q"
@@ -74,7 +74,7 @@ def test_a_lora_of_zeros_is_read(tmp_path):
             "transformer.layers.0.attention_norm1.diff": ([DIM], "F32"),
             "transformer.layers.0.attention_norm1.dora_scale": ([DIM], "F32"),
         },
-        {f"a{i}.alpha": ([], "F32") for i in range(MAX_TENSORS + 1)},
+        {f"a{i}.alpha": ([], "F32") for i in range(MAX_LORA_TENSORS + 1)},
         {f"{'.lora_A' * 100}{i}.weight": ([1, 1], "F32") for i in range(10)},
     ],
     ids=lambda tensors: next(iter(tensors))[-30:],

@@ -52,9 +52,13 @@ def test_a_checkpoint_can_be_timed_too():
     ("bits", "expected"),
     [
         ({"bits": 8}, "8-bit affine in float32"),
-        ({"bits": 8, "text_encoder_bits": 16}, "8-bit affine in float32"),
+        pytest.param({"bits": 8, "text_encoder_bits": 16}, "8-bit affine in float32", marks=pytest.mark.slow),
         ({"bits": 4, "transformer_bits": 8}, "8-bit affine in float32"),  # the transformer has more layers
-        ({"bits": 4, "text_encoder_bits": 4, "transformer_bits": 16}, "4-bit affine in float32"),
+        pytest.param(
+            {"bits": 4, "text_encoder_bits": 4, "transformer_bits": 16},
+            "4-bit affine in float32",
+            marks=pytest.mark.slow,
+        ),
         ({}, "pocket, float32"),
     ],
     ids=["all", "transformer", "two", "text encoder", "none"],
@@ -86,14 +90,21 @@ def test_a_size_that_does_not_fit_is_refused_before_anything_is_read(monkeypatch
         bench.bench("pocket", case=bench.Case(width=512, height=512, dtype="float32"))
 
 
-@pytest.mark.parametrize("budget", [None, 14, 20], ids=["kept", "streamed", "some streamed"])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        pytest.param(None, id="kept"),
+        pytest.param(12, id="streamed", marks=pytest.mark.slow),
+        pytest.param(20, id="some streamed"),
+    ],
+)
 def test_a_model_is_timed_as_planned_and_within_what_is_planned(monkeypatch, budget):
     if budget:
         monkeypatch.setattr(pipeline, "machine_budget", lambda: budget * 10**6)
     monkeypatch.setattr(bench, "time_first_step", lambda *_: 1.0)
     gc.collect()
     others = mx.get_active_memory() / 1e9  # models of other tests
-    case = bench.Case(width=128, height=128, steps=2, dtype="float32")
+    case = bench.Case(width=64, height=64, steps=2, dtype="float32")
     report = bench.bench("pocket", case=case, repeat=1)
     for phase in ("encode", "steps", "decode"):
         assert 0 < report[phase]["peak_gb"] - others <= report[phase]["planned_gb"]

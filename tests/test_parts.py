@@ -148,7 +148,9 @@ def test_what_only_the_converter_reads_is_refused_with_what_to_do(comfyui, pocke
         open_checkpoint(file)
 
 
-@pytest.mark.parametrize("bits", mflux_folders.BITS)
+@pytest.mark.parametrize(
+    "bits", [4, *(pytest.param(bits, marks=pytest.mark.slow) for bits in mflux_folders.BITS if bits != 4)]
+)
 def test_folders_that_mflux_saved_are_used_as_they_are(mflux, few_tokens, monkeypatch, tmp_path, bits):
     monkeypatch.setattr(official, "CONFIGS", mflux_folders.CONFIGS)
     folder = shutil.copytree(mflux / f"mflux-{bits or 'dense'}", tmp_path / "mflux")

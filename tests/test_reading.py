@@ -75,7 +75,7 @@ def submissions(monkeypatch) -> Counter:
     return counts
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["kept", "streamed"])
 def test_nothing_is_computed_from_bytes_that_have_not_been_read(streamed, dtype, monkeypatch, request):
     asked = GenerateRequest("a red circle", 32, 32, seed=1, steps=2)

@@ -111,27 +111,6 @@ def on_cpu():
 
 
 @pytest.fixture
-def mac(monkeypatch):
-    """mac(gigabytes, chip) makes MLX describe a Mac with that much memory, such as mac(16, "Apple M2")."""
-
-    def mac(gigabytes: int, chip: str) -> None:
-        memory = gigabytes * 2**30
-        facts = {
-            "device_name": chip,
-            "architecture": f"applegpu_g{12 + int(chip[-1])}g",
-            "memory_size": memory,
-            # what Macs with 16, 24, 32 and 96 GB have been seen to recommend; newer systems may recommend more
-            "max_recommended_working_set_size": memory * 2 // 3 if gigabytes < 36 else memory * 3 // 4,
-            "max_buffer_length": memory // 2,
-        }
-        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-        monkeypatch.setattr(mx, "device_info", lambda *device: facts)
-
-    return mac
-
-
-@pytest.fixture
 def watch(monkeypatch):
     """watch(module, "f") returns a list to which each later call of module.f appends its result."""
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli_lora import write as write_lora
+from test_macs import Mac, stand_in
 
 from mlx_zimage import cli
 from mlx_zimage.convert import convert
@@ -102,8 +103,8 @@ def shell(tmp_path):
     def shell(block: str, model: Path) -> str:
         if not (repository / "snapshots").exists():
             shutil.copytree(model, repository / "snapshots" / revision)
-        for text, stand_in in STAND_INS.items():
-            block = block.replace(text, stand_in)
+        for text, instead in STAND_INS.items():
+            block = block.replace(text, instead)
         block = block.replace("--model pocket", f"--model {model}")
         result = subprocess.run(["sh", "-eu", "-c", block], cwd=work, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{block}\n{result.stderr}"
@@ -180,7 +181,7 @@ def run_python(block: str, folder: Path) -> str:
 CHIPS = ("Apple M1", "Apple M4")  # one computes in float16, the other in bfloat16
 
 
-def test_its_table_of_memory_is_what_the_planner_computes(mac):
+def test_its_table_of_memory_is_what_the_planner_computes(tmp_path, monkeypatch):
     checkpoints = {bits: planned(bits) for bits in CHOICES}
     sizes = {bits: checkpoint.nbytes for bits, checkpoint in checkpoints.items()}
     work = Workload(TURBO.size, TURBO.size, images=1, tokens=512, steps=TURBO.steps)
@@ -188,7 +189,7 @@ def test_its_table_of_memory_is_what_the_planner_computes(mac):
     for gigabytes in (8, 16, 24, 32, 64):
         plans = []
         for chip in CHIPS:
-            mac(gigabytes, chip)
+            stand_in(monkeypatch, Mac.of(chip, gigabytes), tmp_path)
             bits = choose_bits(sizes, machine_budget())
             planner = Planner(checkpoints[bits], getattr(mx, default_dtype()))
             plans.append(planner.plan(work, machine_budget()))

@@ -217,8 +217,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         sample_posterior they are sampled, which gives diffusers' own result.
 
         mask_image (inpainting, as in diffusers' ZImageInpaintPipeline) is white where the image is regenerated, at
-        strength 1 by default; the pixels outside it come back exactly. It may be a list, too. See `GenerateRequest` for
-        mask_feather, mask_grow and mask_soft. outpaint={"left": 256} continues the image instead, by multiples of 16.
+        strength 1 by default; the pixels outside it are unchanged. It may be a list, too. See `GenerateRequest` for
+        mask_feather, mask_grow and mask_soft. outpaint={"left": 256} extends the image instead, by multiples of 16.
 
         upscale=2 enlarges the image, or the one generated first, and refines it with strength 0.3 unless given, in
         tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole image at once.

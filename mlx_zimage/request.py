@@ -123,16 +123,16 @@ class GenerateRequest:
     fraction of the steps that then run: 1 ignores the image, and a small one hardly changes it. sample_posterior
     samples the image's latents from the distribution that the VAE gives, as diffusers does, instead of its mean.
 
-    mask_image says which part of the image is regenerated (white); the pixels outside it come back as they were. The
+    mask_image says which part of the image is regenerated (white); the pixels outside it are unchanged. The
     new part covers the old one gradually, over mask_feather pixels inside the mask. mask_grow moves the mask's edges
     outwards by that many pixels. With mask_soft, grey parts are regenerated in the later steps only, the darker the
     fewer; otherwise the mask is split at half.
 
-    outpaint continues the image on the given sides instead; width and height are those of the whole.
+    outpaint extends the image on the given sides instead; width and height are those of the whole.
 
-    upscale enlarges the image, or the one generated first, by this factor, and refines it from there with strength, 0.3
-    unless given; width and height are those before. The steps run on tiles of at most `tile` pixels per side, by
-    default the model's own size; 0 is the whole image at once.
+    upscale enlarges the image, or the one generated first, by this factor, and refines it, with strength 0.3
+    unless given; width and height are those before it is enlarged. The steps run on tiles of at most `tile` pixels per
+    side, by default the model's own size; 0 is the whole image at once.
 
     image, mask_image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
     `mlx_zimage.inputs`. latents and the embeddings replace the seed's noise and the prompts; posterior_noise replaces
@@ -382,7 +382,7 @@ def _check_strength(strength: float, steps: int | None) -> None:
         raise RequestError(f"strength must be at most 1, which ignores the image, got {strength:g}")
     if int((steps or 1) - (steps or 1) * strength) == (steps or 1):
         one = f"{1 / steps:.3g} runs one of {steps} steps" if steps else "1 / steps, 0.125 of 8, runs one"
-        raise RequestError(f"strength {strength:g} leaves no step to run: the image would stay as it is; {one}")
+        raise RequestError(f"strength {strength:g} leaves no step to run: the image would not change; {one}")
 
 
 def _check_int(name: str, value: int, low: float = -inf, high: float = inf, high_text: str = "") -> None:

@@ -17,7 +17,7 @@ from ..errors import RequestError
 BY_BITS = "convert the model once, with `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
 BY_MEMORY = "use --memory 6GB, which determines what is streamed from disk and how images are decoded"
 IMAGE = "use --image FILE"
-STRENGTH = "use --strength, the part of the steps that change the image: 1 ignores it"
+STRENGTH = "use --strength, the fraction of the steps to run: 1 ignores the image"
 # mflux counts the other way around: the higher, the closer to the image.
 MFLUX_STRENGTH = "use --strength, which is the opposite: for mflux's --image-strength {}, use --strength {}"
 NOT_NEEDED = "leave it out; the configs of a model identify it"

@@ -15,7 +15,7 @@ IMAGES = ("image", "mask_image")
 
 
 class Given:
-    """Latents for all requests, and the images that each request names. Those of one request are in memory at a time.
+    """Latents for all requests, and the images that each request names, of which one request's are in memory at a time.
 
     digests has the SHA-256 of what was given for all of them, None for what was not.
     """

@@ -26,7 +26,8 @@ from . import mflux
 READABLE = ("PNG", "JPEG", "WEBP")
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 NAMESPACE = "urn:mlx-zimage:1.0/"
-MAX_READ = 48 * 2**20  # bytes of an image, from its start, where its metadata is; of WebP's, at the end
+MAX_READ = 8 * 2**20  # bytes of a PNG or JPEG, from its start, where its metadata is
+MAX_WEBP = 48 * 2**20  # whose metadata is at its end
 MAX_JSON = 1_000_000  # characters; the longest prompt takes a third of this
 MAX_JPEG = 64_000  # bytes; a JPEG segment holds 65,535
 EXIF_DIRECTORY, USER_COMMENT = 0x8769, 0x9286  # EXIF's tags, and its types
@@ -160,8 +161,9 @@ def read_origin(path: Path) -> Origin:
         return read_sidecar(path)
     try:
         with open_regular(path) as file:
-            start = io.BytesIO(file.read(MAX_READ))
-        with Image.open(start, formats=READABLE) as image:
+            start = file.read(12)
+            content = start + file.read(MAX_WEBP if start.endswith(b"WEBP") else MAX_READ)
+        with Image.open(io.BytesIO(content), formats=READABLE) as image:
             xmp = image.info.get("xmp") or b""
             # where there is no EXIF, Pillow would decode the whole image to look for it
             exif = image.getexif().get_ifd(EXIF_DIRECTORY) if "exif" in image.info else {}

@@ -27,7 +27,7 @@ REFINING = 0.3  # the strength that refines an enlarged image
 STRENGTH, MASKED_STRENGTH = 0.6, 1.0  # diffusers' defaults, without and with a mask
 FEATHER = 16  # pixels
 MAX_MARGIN = 1024  # pixels, of a mask's feather and growth
-LORA_TAG = re.compile(r"<lora:([^:<>]{1,200}):?([^:<>]{0,20})[^<>]{0,20}>")  # of A1111
+LORA_TAG = re.compile(r"<(?:lora|lyco):([^:<>]{1,200}):?([^:<>]{0,20})[^<>]{0,20}>", re.IGNORECASE)  # of A1111
 DIGEST = re.compile(r"[0-9a-f]{64}")
 ARRAYS = (
     "latents",

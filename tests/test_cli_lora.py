@@ -116,6 +116,13 @@ def test_an_image_of_mflux_names_its_loras_and_asks_for_their_files(style, path)
     "args, message",
     [
         (["a <lora:style:0.8> cat"], "--lora style.safetensors 0.8"),
+        (["a <LoRA:style> cat"], "--lora style.safetensors 1"),
+        (["a <lyco:style:0.8> cat"], "--lora style.safetensors 0.8"),
+        (["a cat", "--lora-paths", "--seed", "1"], "--lora-paths must be followed by a path, got --seed"),
+        (
+            ["a cat", "--lora-paths", "a", "--lora-scales", "high"],
+            "--lora-scales must be followed by a number, got high",
+        ),
         (["a cat", "--lora", "none.safetensors"], "no LoRA at none.safetensors"),
         (["a cat", "--lora-paths", "a", "--lora-scales", "1", "2"], "2 strengths for 1 --lora-paths"),
         (["a cat", "--lora", "style.safetensors", "1e9"], "strength of LoRA style must be from -1000"),
@@ -202,7 +209,8 @@ def test_lora_info_shows_what_a_file_contains(style):
     found = json.loads(run("lora", "info", style, "--model", "pocket", "--json").stdout)
     layers = sum(".attention.to_" in name for name in CONFIGS["transformer"].shapes())
     assert found["networks"] == {"transformer": {"LowRank": layers}}
-    assert (found["ranks"], found["scales"], found["unmatched"]) == ([4], [0.5], [])
+    assert (found["ranks"], found["alphas"], found["scales"], found["unmatched"]) == ([4], [2.0], [0.5], [])
+    assert len(found["targets"]) == layers and f"targets: {found['targets'][0]}, " in shown.stdout
     assert run("lora", "info", style).exit_code == 4, "it is not for the published architecture"
 
 
@@ -219,6 +227,12 @@ def test_a_converted_lora_has_the_same_differences(style, to):
     assert run("lora", "convert", style, "out.safetensors", "--to", to, "--model", "pocket").exit_code == 2, "it exists"
 
 
+def test_a_converted_lora_that_cannot_be_written_is_an_error_that_names_it(style):
+    result = run("lora", "convert", style, "none/out.safetensors", "--to", "comfyui", "--model", "pocket")
+    assert result.exit_code == 6
+    assert result.stderr == "Error: could not write none/out.safetensors: No such file or directory\n"
+
+
 def test_what_diffusers_cannot_read_is_not_converted_for_it(tmp_path):
     d = CONFIGS["transformer"].dim
     path, name = tmp_path / "lokr.safetensors", "diffusion_model.layers.0.attention.to_q"
@@ -229,18 +243,32 @@ def test_what_diffusers_cannot_read_is_not_converted_for_it(tmp_path):
     assert run("lora", "convert", path, tmp_path / "out.safetensors", "--to", "comfyui", "-h").exit_code == 0
 
 
-@pytest.mark.parametrize("options, tolerance", [(["--dtype", "float32"], 1e-5), (["--q-bits", "8"], 0.2)])
+FUSED = [
+    (["--dtype", "float32"], 1e-5),
+    (["--dtype", "float32", "--format", "diffusers"], 1e-5),
+    (["--dtype", "float32", "--format", "comfyui"], 1e-5),
+    (["--q-bits", "8"], 0.2),
+    (["--q-bits", "8", "--q-mode", "mxfp8"], 0.5),
+]
+
+
+@pytest.mark.parametrize("options, tolerance", FUSED)
 def test_fused_equals_attached(style, options, tolerance):
-    assert run("fuse", "pocket", "--lora", style, "0.8", "fused", *options, "-q").exit_code == 0
+    comfyui = "comfyui" in options  # a file, without a tokenizer
+    dest = "fused.safetensors" if comfyui else "fused"
+    assert run("fuse", "pocket", "--lora", style, "0.8", dest, *options, "-q").exit_code == 0
     call = {"num_inference_steps": 2, "seed": 1, "height": 64, "width": 64, "output_type": "latent"}
     attached = ZImagePipeline.from_pretrained("pocket", dtype="float32")
     attached.load_lora(style, strength=0.8)
     expected = attached("a red circle", **call).images
-    found = ZImagePipeline.from_pretrained("fused", dtype="float32")("a red circle", **call).images
+    parts = {"transformer": dest} if comfyui else {}
+    fused = ZImagePipeline.from_pretrained("pocket" if comfyui else dest, dtype="float32", **parts)
+    found = fused("a red circle", **call).images
     # in float32 only the order of sums differs, measured 8e-7; 8 bits round every weight
     assert np.abs(found - expected).max() <= tolerance
-    conversion = json.loads(Path("fused/conversion.json").read_text())
-    assert conversion["loras"][0]["name"] == "style" and conversion["loras"][0]["strength"] == 0.8
+    if not comfyui:
+        conversion = json.loads(Path("fused/conversion.json").read_text())
+        assert conversion["loras"][0]["name"] == "style" and conversion["loras"][0]["strength"] == 0.8
 
 
 def test_fuse_needs_a_lora_and_writes_nothing_for_a_wrong_one(style, tmp_path):

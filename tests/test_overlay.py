@@ -9,8 +9,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_zimage.convert import convert
-from mlx_zimage.models.layers import product_from
-from mlx_zimage.models.runner import PlainRunner
+from mlx_zimage.models.layers import linear, product_from
+from mlx_zimage.models.runner import PlainRunner, Tree
 from mlx_zimage.models.transformer import Transformer
 from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import open_checkpoint
@@ -235,6 +235,21 @@ def test_changing_strengths_reads_nothing_and_keeps_every_shape_and_dtype(plain,
     assert bytes_read.total() == before
     shapes = [[(name, leaf.shape, leaf.dtype) for name, leaf in tree_flatten(tree)] for tree in (block, after)]
     assert shapes[0] == shapes[1]  # what mx.compile traces by
+
+
+def test_changing_strengths_makes_no_trace(plain):
+    traces = []
+
+    @mx.compile
+    def layer(x: mx.array, weights: Tree) -> mx.array:
+        traces.append(1)
+        return linear(x, weights)
+
+    found = overlay(plain, {kind: KINDS[kind]() for kind in ("low rank", "LoKr", "DoRA by row")})
+    for strength in (1.0, 0.3, -2.0):
+        found.set(dict.fromkeys(("low rank", "LoKr", "DoRA by row"), strength))
+        layer(mx.ones((1, D)), found.tree("layers.0")["attention"]["to_q"])
+    assert len(traces) == 1
 
 
 def test_swapping_loras_many_times_leaks_nothing(plain):

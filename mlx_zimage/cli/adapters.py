@@ -39,8 +39,8 @@ def split_strengths(args: Sequence[str]) -> tuple[list[str], list[float | None]]
     kept: list[str] = []
     strengths: list[float | None] = []
     rest = list(args)
-    paths = _take(rest, "--lora-paths", lambda word: not word.startswith("-"))
-    scales = [float(word) for word in _take(rest, "--lora-scales", _is_number)]
+    paths = _take(rest, "--lora-paths", "a path", lambda word: not word.startswith("-"))
+    scales = [float(word) for word in _take(rest, "--lora-scales", "a number", _is_number)]
     if scales and len(scales) != len(paths):
         raise click.UsageError(
             f"--lora-scales has {len(scales)} strengths for {len(paths)} --lora-paths; give one each"
@@ -63,13 +63,16 @@ def _as_options(paths: list[str], kept: list[str], strengths: list[float | None]
     return kept + [word for path in paths for word in ("--lora", path)]
 
 
-def _take(args: list[str], option: str, belongs: Any) -> list[str]:
-    """Remove an option that takes any number of words, and return them."""
+def _take(args: list[str], option: str, expected: str, belongs: Any) -> list[str]:
+    """Remove an option that takes one or more words, and return them."""
     found: list[str] = []
     while option in args:
         start = end = args.index(option) + 1
         while end < len(args) and belongs(args[end]):
             end += 1
+        if start == end:
+            got = args[start] if start < len(args) else "nothing"
+            raise click.UsageError(f"{option} must be followed by {expected}, got {got}")
         found += args[start:end]
         del args[start - 1 : end]
     return found

@@ -35,7 +35,7 @@ def with_model(command: Any) -> Any:
 @with_model
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(file: str, model: str | None, as_json: bool) -> None:
-    """Show the dialect, rank, scale, layers and trigger words of a LoRA, and which of its keys do not match the model.
+    """Show the dialect, rank, alpha, layers and trigger words of a LoRA, and which keys do not match the model.
 
     FILE is a safetensors file, a PEFT folder, a Hugging Face id, or id:file.
     """
@@ -49,7 +49,7 @@ def info(file: str, model: str | None, as_json: bool) -> None:
     for network, kinds in found["networks"].items():
         for kind, count in kinds.items():
             echo(f"{network:14}{count:5} {kind}")
-    for label in ("ranks", "scales", "trigger_words", "ignored", "unmatched"):
+    for label in ("ranks", "alphas", "scales", "targets", "trigger_words", "ignored", "unmatched"):
         values = found[label]
         if values:
             shown = ", ".join(map(str, values[:5]))

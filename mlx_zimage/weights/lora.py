@@ -78,6 +78,7 @@ LOOKS_LIKE = {
     "a LoRA for SD3": re.compile(r"joint_blocks|transformer_blocks[._]\d+[._](ff_context|attn[._]add_)"),
     "a LoRA for Wan": re.compile(r"blocks[._]\d+[._](cross_attn|ffn[._]\d)"),
     "a ControlNet": re.compile(r"(^|\.)control(net)?_"),
+    "the text encoder's part of a LoRA for another model": re.compile(r"^(lora_te|text_encoder|te\d?\.)"),
 }
 
 
@@ -372,7 +373,8 @@ def _check_matched(file: Path, unmatched: list[str], total: int, partial: bool) 
     looks = next(
         (kind for kind, names in kinds.items() if sum(bool(names.search(key)) for key in unmatched) * 2 > total), ""
     )
-    advice = "" if len(unmatched) == total else "; --lora-partial (partial=True) applies the others"
+    partly = "; --lora-partial of generate and fuse (partial=True) applies the others"
+    advice = "" if len(unmatched) == total else partly
     looks = f" (it looks like {looks})" if looks else ""
     raise CheckpointError(
         f"{file}: {len(unmatched)} of {total} keys match no layer of Z-Image{looks}: {some(unmatched)}{advice}"
@@ -523,13 +525,14 @@ TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "ss_tri
 
 
 def describe(lora: Lora) -> dict:
-    """What a LoRA contains, ready for JSON."""
+    """What a LoRA contains, ready for JSON. An alpha is a scale times its rank, whether the file has it or not."""
     networks = {
         network: dict(Counter(type(delta).__name__ for delta in deltas.values()))
         for network, deltas in lora.deltas.items()
     }
     inner = [getattr(delta, "inner", delta) for deltas in lora.deltas.values() for delta in deltas.values()]
     ranks = sorted({delta.rank for delta in inner if isinstance(delta, LowRank)})
+    alphas = sorted({round(float(delta.scale * delta.rank), 6) for delta in inner if isinstance(delta, LowRank)})
     scales = sorted({round(float(delta.scale), 6) for delta in inner if hasattr(delta, "scale")})
     return {
         "file": lora.file.name,
@@ -537,6 +540,7 @@ def describe(lora: Lora) -> dict:
         "dialect": lora.dialect,
         "networks": networks,
         "ranks": ranks,
+        "alphas": alphas,
         "scales": scales,
         "targets": sorted({name for deltas in lora.deltas.values() for name in deltas}),
         "trigger_words": [lora.metadata[key] for key in TRIGGERS if lora.metadata.get(key)],

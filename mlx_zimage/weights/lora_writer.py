@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import atomic
-from ..errors import RequestError
+from ..errors import OutputError, RequestError
 from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement
 from .lora import HEADER_CONFIG, Lora
 
@@ -20,7 +20,8 @@ PREFIXES = {
 def write_lora(lora: Lora, path: Path, to: str) -> None:
     """Write a LoRA to a safetensors file for "comfyui" or "diffusers", with its metadata.
 
-    diffusers reads low-rank factors of the transformer only; RequestError if the LoRA has anything else.
+    diffusers reads low-rank factors of the transformer only; RequestError if the LoRA has anything else. OutputError if
+    the file cannot be written.
     """
     tensors: dict[str, mx.array] = {}
     for network, deltas in lora.deltas.items():
@@ -38,7 +39,10 @@ def write_lora(lora: Lora, path: Path, to: str) -> None:
             tensors |= {f"{path_in_file}.{part}": array for part, array in own.items()}
     # The tensors now include the scales.
     metadata = {key: value for key, value in lora.metadata.items() if key != HEADER_CONFIG} | {"format": "pt"}
-    atomic.write(path, lambda file: mx.save_safetensors(str(file), tensors, metadata))
+    try:
+        atomic.write(path, lambda file: mx.save_safetensors(str(file), tensors, metadata))
+    except OSError as error:
+        raise OutputError(f"could not write {path}: {error.strerror or error}") from error
 
 
 def _folded(delta: LowRank) -> dict[str, mx.array]:

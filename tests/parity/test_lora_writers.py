@@ -20,6 +20,7 @@ from mlx_zimage.models.transformer import Transformer, TransformerConfig
 from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.lora import read_lora
+from mlx_zimage.weights.lora_writer import write_lora
 from mlx_zimage.weights.overlay import Overlay
 
 CASE = "a_pad_both"
@@ -123,7 +124,9 @@ PEFT = {
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PEFT if kind != "DoRA"])
-def test_a_file_saved_by_diffusers_acts_as_in_diffusers(torch, reference, theirs, folder, tmp_path, kind):
+def test_a_file_saved_by_diffusers_acts_as_in_diffusers_and_so_does_one_converted_for_it(
+    torch, reference, theirs, folder, tmp_path, kind
+):
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig, get_peft_model_state_dict
 
@@ -139,6 +142,10 @@ def test_a_file_saved_by_diffusers_acts_as_in_diffusers(torch, reference, theirs
     check(torch, reference, folder, file, loaded.transformer)
     loaded.set_adapters(loaded.get_active_adapters(), 0.6)
     check(torch, reference, folder, file, loaded.transformer, 0.6)
+    write_lora(read_lora(file, {"transformer": CONFIG}), tmp_path / "converted.safetensors", "diffusers")
+    again = reference.open_pipeline(folder)
+    again.load_lora_weights(tmp_path, weight_name="converted.safetensors")
+    check(torch, reference, folder, file, again.transformer)
 
 
 @pytest.mark.parametrize("kind", PEFT)

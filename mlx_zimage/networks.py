@@ -264,8 +264,8 @@ class Networks:
             embeddings = yield from phases("encode", config.used_layers, self.text_encoder.steps(ids))
             if not mx.isfinite(embeddings).all().item():
                 raise NumericsError(
-                    "the prompt's embeddings are not finite; no image was generated. Try dtype float32; if that fails "
-                    "too, the weights are damaged"
+                    "the prompt's embeddings are not finite; no image was generated. Lower the strength of any LoRA, "
+                    "or try dtype float32; if that fails too, the weights are damaged"
                 )
             self._store.put(*made, embeddings)
         self._embeddings[key] = embeddings

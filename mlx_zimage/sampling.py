@@ -84,7 +84,7 @@ def denoise(
         if not mx.isfinite(latents).all().item():
             raise NumericsError(
                 f"the latents are not finite after step {i + 1} of {steps}; no image was generated. "
-                f"Try dtype float32; if that fails too, the weights are damaged"
+                f"Lower the strength of any LoRA, or try dtype float32; if that fails too, the weights are damaged"
             )
         change = yield Step(i, steps, float(sigmas[i + 1]), latents, clean)
         if change and change.latents is not None:

@@ -150,6 +150,7 @@ def test_pefts_lokr_has_its_alpha_in_the_config_alone_even_for_whole_factors(tmp
 
 WRONG_CONFIGS = {
     "not a number": ({"lora_alpha": "8"}, "alpha must be a number, got '8'"),
+    "beyond float32": ({"lora_alpha": 1e300}, "has numbers that are not finite"),
     "not an object": ({"alpha_pattern": ["to_q"]}, "alpha_pattern must be an object, got ['to_q']"),
     "an expression": ({"rank_pattern": {"(a+)+x": 2}}, "the keys of rank_pattern must be layer names, got '(a+)+x'"),
 }
@@ -340,6 +341,10 @@ SDXL = {f"lora_unet_down_blocks_{i}_attentions_0_proj_in.lora_down.weight": DOWN
 REFUSED = {
     "a LoRA for Flux": (FLUX, "3 of 3 keys match no layer of Z-Image (it looks like a LoRA for Flux)"),
     "a LoRA for SDXL": (SDXL, "it looks like a LoRA for SDXL or SD 1.5"),
+    "CLIP's part": (
+        {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": DOWN},
+        "it looks like the text encoder's part of a LoRA for another model",
+    ),
     "a full checkpoint": ({"blocks.0.weight": BASE, "blocks.0.bias": BASE[0]}, "it looks like a full checkpoint"),
     "a ControlNet": ({"control_layers.0.after_proj.weight": BASE}, "it looks like a ControlNet"),
     "one key too many": (

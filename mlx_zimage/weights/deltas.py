@@ -6,7 +6,6 @@ weight is weight + s * difference. Source: PEFT's and LyCORIS's modules, whose f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -15,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 DORA_EPS = 1e-12  # a row of zeros has no direction; PEFT divides by its norm, LyCORIS adds its dtype's epsilon
-
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Reorder = Callable[[mx.array], mx.array]
 
@@ -230,7 +229,7 @@ class DoRA:
 
 def is_finite(delta: Delta) -> bool:
     scale = getattr(getattr(delta, "inner", delta), "scale", 1.0)
-    return math.isfinite(scale) and all(mx.isfinite(array).all().item() for array in delta.arrays)
+    return abs(scale) <= FLOAT32_MAX and all(mx.isfinite(array).all().item() for array in delta.arrays)
 
 
 def _rows(array: mx.array, part: int, parts: int) -> mx.array:

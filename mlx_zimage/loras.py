@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import RequestError, warn
 from .needless import Elsewhere
 from .request import LoraUse
+from .untrusted import brief
 from .weights.lora import Lora, find_lora, name_of_lora, read_lora
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class LoraMethods:
         Every key must match a layer of the model, or it raises CheckpointError; with partial=True, keys that do not are
         ignored with a warning. The weights of the model are not changed.
         """
+        if not isinstance(source, (str, Path)):
+            raise RequestError(f"a LoRA must be a file or a Hugging Face id, got {type(source).__name__}")
         path = find_lora(source)
         name = name_of_lora(path) if name is None else name
         use = LoraUse(name, strength)
@@ -62,6 +65,8 @@ class LoraMethods:
 
     def set_loras(self, strengths: Mapping[str, float]) -> None:
         """Use loaded LoRAs at these strengths from the next request on, and no others. 1 is as trained, 0 is off."""
+        if not isinstance(strengths, Mapping):
+            raise RequestError(f"set_loras takes strengths by name, such as {{'style': 0.8}}, got {brief(strengths)}")
         self._check_loaded(strengths)
         self._strengths = {name: LoraUse(name, strength).strength for name, strength in strengths.items()}
 
@@ -89,13 +94,11 @@ class LoraMethods:
     ) -> None:
         """diffusers' load_lora_weights: weight_name is the file in a folder or repository."""
         source = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, (str, Path)):
-            raise RequestError(f"load_lora_weights takes a file or a Hugging Face id, got {type(source).__name__}")
         if options:
             raise RequestError(
                 f"load_lora_weights has no option {next(iter(options))!r} here; load_lora has partial=True"
             )
-        if weight_name is not None:
+        if weight_name is not None and isinstance(source, (str, Path)):
             folder = Path(source).expanduser()
             source = folder / weight_name if folder.is_dir() else f"{source}:{weight_name}"
         self.load_lora(source, adapter_name)

@@ -16,6 +16,7 @@ from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.weights.lora import read_lora
+from mlx_zimage.weights.lora_writer import write_lora
 
 CONFIGS = {
     "transformer": TransformerConfig.from_dict(tiny.TRANSFORMER),
@@ -327,6 +328,31 @@ def test_comfyuis_names_stand_for_the_same_layers(tmp_path, foreign, layer):
     for path in (f"diffusion_model.{foreign}", f"lora_unet_{flat(foreign)}", f"diffusion_model.{layer}"):
         deltas = read_lora(save(tmp_path, {f"{path}.diff": normal(*shape)}), CONFIGS).deltas
         assert list(deltas["transformer"]) == [f"{layer}.weight"]
+
+
+CONVERTED = {
+    "LoRA": {"to_q.lora_A.weight": DOWN, "to_q.lora_B.weight": UP, "to_q.alpha": np.float32(ALPHA)},
+    "LoKr": {f"to_q.{part}": value for part, value in KRONECKER["second factored"][0].items()},
+    "LoHa": {
+        **{f"to_q.hada_{part}": UP if part.endswith("a") else DOWN for part in ("w1_a", "w1_b", "w2_a", "w2_b")},
+        "to_q.alpha": np.float32(ALPHA),
+    },
+    "DoRA of LoKr by column": {"to_q.lokr_w1": W1, "to_q.lokr_w2": W2, "to_q.dora_scale": np.abs(normal(1, D))},
+    "fused LoKr": {"qkv.lokr_w1": normal(4, 8), "qkv.lokr_w2": normal(36, 6)},
+    "a difference and a weight": {"q_norm.diff": normal(D // 3), "out.set_weight": normal(D, D)},
+}
+
+
+@pytest.mark.parametrize("parts", CONVERTED.values(), ids=CONVERTED)
+def test_a_lora_of_any_kind_converted_for_comfyui_has_the_same_differences(tmp_path, parts):
+    lora = read_lora(save(tmp_path, {f"diffusion_model.layers.0.attention.{k}": v for k, v in parts.items()}), CONFIGS)
+    write_lora(lora, tmp_path / "out.safetensors", "comfyui")
+    old, new = lora.deltas["transformer"], read_lora(tmp_path / "out.safetensors", CONFIGS).deltas["transformer"]
+    assert old.keys() == new.keys()
+    for name, delta in old.items():
+        base = mx.array(normal(*delta.shape))
+        # float32: a LoKr's scale is folded into its first factor
+        np.testing.assert_allclose(new[name].difference(base), delta.difference(base), rtol=1e-5, atol=1e-6)
 
 
 # ---- what is refused

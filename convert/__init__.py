@@ -15,6 +15,7 @@ from pathlib import Path
 from ..dtypes import FLOATS, ITEM_BYTES, SPELLED
 from ..errors import RequestError
 from ..sizes import size
+from ..weights.library import smaller_download
 from ..weights.manifest import CONVERSION
 from .choose import Recipe, Settings, quantizations
 from .disk import render_json
@@ -70,10 +71,10 @@ def convert_steps(
 ) -> Iterator[Progress]:
     """Convert the model at source to the folder dest, which must not exist, yielding Progress after each tensor.
 
-    source is a Hugging Face id, "pocket", a folder from diffusers, mflux, mlx-vlm or this package, or a safetensors or
-    GGUF file. transformer, text_encoder, vae and tokenizer replace or add parts; base provides what is still missing:
-    see sources.open_source. variant, such as "fp16", selects among the source's files; by default those without a
-    variant are read.
+    source is a Hugging Face id, "z-image-turbo" (the official model in a smaller download), "pocket", a folder from
+    diffusers, mflux, mlx-vlm or this package, or a safetensors or GGUF file. transformer, text_encoder, vae and
+    tokenizer replace or add parts; base provides what is still missing: see sources.open_source. variant, such as
+    "fp16", selects among the source's files; by default those without a variant are read.
 
     dtype ("bfloat16", "float32", "float16") is the dtype of every tensor that is not quantized. The matrices of the
     attention and feed-forward layers are quantized if bits or a mode other than "affine" is given: 2, 3, 4, 5, 6 or 8
@@ -105,11 +106,14 @@ def convert_steps(
         raise RequestError(f"format must be one of {', '.join(TARGETS)}, got {format!r}")
     settings = quantizations(bits, group_size, mode, text_encoder_bits, transformer_bits, recipe, target_size)
     if (search or calibrate) and not settings.is_affine:
-        raise RequestError("search and calibrate need mode affine, with bits or a target size")
+        name = "calibrate" if calibrate else "search"
+        raise RequestError(f"{name} needs mode affine, with bits or a target size")
     if format != "mlx" and settings.quantizes:
         raise RequestError(f"{format} cannot read MLX's quantized weights; leave out the quantization options")
     dest = Path(dest).expanduser()
     check_absent(dest)  # before anything is downloaded
+    if transformer is None:
+        source, transformer = smaller_download(source)
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     opened = open_source(source, **replaced, base=base, variant=variant)
     others = [Path(other).expanduser() for other in (*replaced.values(), base) if other is not None]

@@ -99,7 +99,7 @@ def quantizations(
             )
         if some_bits:
             raise RequestError("a target size and bits were both given; leave one of them out")
-        target = parse_bytes(target_size, "target size must be a size such as 3.2GB or 900MB")
+        target = parse_bytes(target_size, "target_size must be a size such as 3.2GB or 900MB")
         return Settings({}, group_size, recipe, target)
     chosen = {}
     for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):

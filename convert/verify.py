@@ -9,13 +9,15 @@ from pathlib import Path
 
 from ..errors import CheckpointError, NumericsError
 from ..models import NETWORKS
+from ..weights import official
 from ..weights.checkpoint import open_checkpoint, resolve
+from ..weights.component import find_network, has_fp8, read_entries
 from ..weights.hub import is_snapshot, locate
 from ..weights.listing import is_hidden, visible
 from ..weights.manifest import MANIFEST, read_manifest, sha256
 from .rows import Tensor, read_rows
 from .small import check_inside
-from .sources import open_folder
+from .sources import Source, open_folder, open_part, open_source
 
 # Types of files that the loader reads: an extra one, not listed in the manifest, could change the model.
 LOADED = (".json", ".safetensors", ".txt", ".jinja")
@@ -47,13 +49,14 @@ def fetch_all(source: str | Path) -> Path:
 
 
 def verify_steps(folder: str | Path) -> Iterator[Checked]:
-    """Check a model (a folder from this package or diffusers, an id, "pocket"), yielding Checked per file and tensor.
+    """Check a model (anything that the converter reads), yielding Checked per file and tensor.
 
     Every file is compared with the folder's SHA256SUMS. A folder not written by our converter has none; then only
-    headers, names, shapes and values are checked.
+    headers, names, shapes and values are checked. Raises CheckpointError for what is no model at all.
     """
     folder = fetch_all(folder)
-    sizes = {path: path.stat().st_size for path in visible(folder, "**/*") if path.is_file()}
+    files = [folder] if folder.is_file() else [path for path in visible(folder, "**/*") if path.is_file()]
+    sizes = {path: path.stat().st_size for path in files}
     total = 2 * sum(sizes.values())
     done = 0
     try:
@@ -79,15 +82,26 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
         return
     done = total // 2
     try:
-        open_checkpoint(folder).open_tokenizer()
-        source = open_folder(folder, str(folder), NETWORKS)
+        source = _open(folder)
     except CheckpointError as error:
+        if not sums and not (folder / "model_index.json").is_file():
+            raise
         yield Checked(str(folder), str(error), done, total)
         return
     for component in source.components.values():
         for tensor in component.tensors:
             done += tensor.nbytes
             yield Checked(f"{component.name} {tensor.name}", _values_fault(tensor), done, total)
+
+
+def _open(path: Path) -> Source:
+    """What is at a path, checked as in the loader or, if only the converter reads it (fp8, GGUF), as there."""
+    if not (path / "model_index.json").is_file():
+        return open_part(path, official.CONFIGS)
+    if any(has_fp8(read_entries(find_network(path, name))) for name in NETWORKS):
+        return open_source(path)
+    open_checkpoint(path).open_tokenizer()
+    return open_folder(path, str(path), NETWORKS)
 
 
 def _file_fault(folder: Path, path: Path, digest: str) -> str | None:

@@ -29,7 +29,18 @@ from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
 from .networks import Networks, Phase
-from .request import FEATHER, MASKED_STRENGTH, MAX_SIZE, REFINING, STRENGTH, TOKENS, GenerateRequest, Outpaint
+from .request import (
+    FEATHER,
+    MASKED_STRENGTH,
+    MAX_SIZE,
+    REFINING,
+    STRENGTH,
+    TOKENS,
+    GenerateRequest,
+    Outpaint,
+    check_prompt,
+    check_tokens,
+)
 from .sampling import Change, Guidance, Kept, Step, answered, relayed
 from .scheduler import add_noise
 from .sizes import parse_memory
@@ -37,6 +48,7 @@ from .tiles import Tiles
 from .turns import Turns
 from .variants import Variant
 from .weights.checkpoint import Checkpoint, open_checkpoint
+from .weights.library import already_converted, smaller_download
 from .weights.lora import Lora
 
 if TYPE_CHECKING:
@@ -97,6 +109,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         keep: bool | None = None,
         wired: bool = False,
     ):
+        if keep not in (None, True, False):
+            raise RequestError(f"keep must be True, False or None, got {keep!r}")
         self.checkpoint = checkpoint
         self.keep = keep
         self.turns = Turns()
@@ -138,6 +152,9 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         read. keep=True keeps all networks in memory for the next request, keep=False unloads each one after use; by
         default they are kept if all fit at once.
 
+        "z-image-turbo" and "turbo" are what the first run of `mlx-zimage generate` converted; without it, the official
+        model with its transformer in bfloat16, a download of 21 GB instead of 33.
+
         transformer, text_encoder and vae each name another place to take that network from: a model, the network's own
         folder or file, or an id; ID:PATH is a file or folder in a repository. Networks and a tokenizer that the model
         lacks come from Tongyi-MAI/Z-Image-Turbo, with a warning.
@@ -158,6 +175,9 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         with explained():  # a Mac may have no GPU for this session
             name = default_dtype() if given is None else porting.dtype_name(given)
             budget = None if memory is None else parse_memory(memory)
+            source = already_converted(source)
+            if transformer is None:
+                source, transformer = smaller_download(source, check=False)
             parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
             return cls(open_checkpoint(source, variant, parts), getattr(mx, name), budget, keep, wired)
 
@@ -253,7 +273,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             "tile": tile,
         }
         rows = porting.each_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image, mask_image)
-        runs = [(self.complete(GenerateRequest(**texts, **settings), inputs), inputs) for texts, inputs in rows]
+        with porting.named_as_in_calls():
+            runs = [(self.complete(GenerateRequest(**texts, **settings), inputs), inputs) for texts, inputs in rows]
         for request, inputs in runs:
             self.plan(request, inputs)  # refuses what does not fit, before any work
         first, arrays = runs[0]
@@ -504,6 +525,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
 
     def tokenize(self, prompt: str, max_sequence_length: int = TOKENS) -> tuple[int, ...]:
         """The prompt's ids, template included: at most max_sequence_length; warns if that truncates the prompt."""
+        check_prompt(prompt, "prompt")
+        check_tokens(max_sequence_length)
         return self.networks.tokenize(prompt, max_sequence_length)
 
     def encode(self, prompt: str, max_sequence_length: int = TOKENS) -> mx.array:
@@ -520,13 +543,15 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
 
     def decode(self, latents: mx.array) -> np.ndarray:
         """Final latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
+        latents = porting.sides_checked(latents, "latents", self.checkpoint.vae.config.latent_channels)
         with self._beside_requests("vae"):
-            return to_uint8(result(self.networks.decode(mx.array(latents)[None]))[0])
+            return to_uint8(result(self.networks.decode(latents[None]))[0])
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (H, W, 3) in [-1, 1] to clean latents (H / 8, W / 8, 16) float32, using little memory."""
+        given = porting.sides_checked(pixels, "pixels", 3, self.checkpoint.vae.config.scale)
         with self.turns.computing(), self.networks.guarded():
-            return np.array(result(self.networks.encode_image(mx.array(pixels)[None], planned=False))[0])
+            return np.array(result(self.networks.encode_image(given[None], planned=False))[0])
 
     @contextmanager
     def _beside_requests(self, network: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from .needless import Absent, Elsewhere, Needless
 from .noise import check_generator, generator_randn, noises
 from .request import GenerateRequest, LoraUse
 from .sampling import Change, Step
+from .untrusted import brief
 
 BY_MEMORY = "ZImagePipeline.from_pretrained(..., memory='6GB') keeps to a budget"
 BY_MLX = "MLX uses the GPU if there is one, and otherwise the CPU"
@@ -39,6 +41,9 @@ OTHER_OPTIONS = {  # of from_pretrained, and what to use instead
     "tokenizer": "save it into a model's folder, and open that",
     "quantization_config": "convert the model once, as in `mlx-zimage convert ID FOLDER --q-bits 4`, and open FOLDER",
 }
+
+
+ARGUMENTS = {"num_images": "num_images_per_prompt", "steps": "num_inference_steps"}  # by the field of a request
 
 
 # ---- the methods
@@ -121,6 +126,30 @@ def check_call(
         )
     if output_type not in ("pil", "np", "latent"):
         raise RequestError(f"output_type must be 'pil', 'np' or 'latent', got {output_type!r}")
+
+
+@contextmanager
+def named_as_in_calls() -> Iterator[None]:
+    """Begin errors about a value of a request with the argument of a call that it comes from."""
+    try:
+        yield
+    except RequestError as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in ARGUMENTS:
+            raise
+        raise RequestError(f"{ARGUMENTS[name]} {rest}") from None
+
+
+def sides_checked(values: Any, name: str, channels: int, multiple: int = 1) -> mx.array:
+    """An array (H, W, channels) whose sides are multiples of a number; RequestError for anything else."""
+    try:
+        array = mx.array(values)
+    except (TypeError, ValueError):
+        raise RequestError(f"{name} must be an array of numbers, got {brief(values)}") from None
+    if array.ndim != 3 or array.shape[2] != channels or any(not n or n % multiple for n in array.shape[:2]):
+        sides = f", with sides that are multiples of {multiple}" if multiple > 1 else ""
+        raise RequestError(f"{name} have shape {array.shape}, expected (height, width, {channels}){sides}")
+    return array
 
 
 def each_prompt(
@@ -244,6 +273,10 @@ def answer_by(
         shape, scale = known["latents"].shape, pipe._guidance_scale
         timestep = np.float32(sigmas[step.index]) * np.float32(1000)
         changed = callback(pipe, step.index, timestep, {name: known[name] for name in names}) or {}
+        if not isinstance(changed, Mapping):
+            raise RequestError(
+                f"callback_on_step_end must return a dict such as {{'latents': latents}}, or None, got {brief(changed)}"
+            )
         others = [name for name in embeddings if name in changed and changed[name] is not given.get(name)]
         if others or pipe._guidance_scale != scale:
             raise RequestError(

@@ -189,7 +189,7 @@ class GenerateRequest:
             _check_number("guidance_scale", self.guidance_scale, 0.0)
         _check_number("cfg_normalization", self.cfg_normalization, 0.0)
         _check_number("cfg_truncation", self.cfg_truncation, 0.0)
-        _check_int("max_sequence_length", self.max_sequence_length, 1, MAX_TOKENS)
+        check_tokens(self.max_sequence_length)
         if self.shift is not None:
             _check_number("shift", self.shift, 0.01)
         if self.rng not in RNGS:
@@ -342,6 +342,10 @@ def check_prompt(text: str, name: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the {name} is not valid Unicode at character {error.start}; pass UTF-8") from None
+
+
+def check_tokens(max_sequence_length: int) -> None:
+    _check_int("max_sequence_length", max_sequence_length, 1, MAX_TOKENS)
 
 
 def check_size(name: str, value: int) -> None:

@@ -9,6 +9,7 @@ from .errors import RequestError
 from .untrusted import brief
 
 MOST = 10**15  # bytes; larger numbers would overflow counters
+LEAST = 10**6  # bytes: a smaller number is meant in MB or GB
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -19,8 +20,10 @@ def parse_memory(text: str | int) -> int:
 
 def parse_bytes(text: str | int, expected: str) -> int:
     """Bytes from an int, or from text with a decimal (GB) or binary (GiB) unit; expected begins the error message."""
-    if isinstance(text, int) and not isinstance(text, bool) and 0 < text <= MOST:
-        return text
+    if isinstance(text, int) and not isinstance(text, bool):
+        if LEAST <= text <= MOST:
+            return text
+        expected += " or at least 1,000,000 bytes"
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", text, re.IGNORECASE) if isinstance(text, str) else None
     nbytes = float(match[1]) * UNITS[match[2].upper()] if match else 0
     if not 0 < nbytes <= MOST:

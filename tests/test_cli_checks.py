@@ -42,6 +42,23 @@ def test_a_diffusers_folder_is_verified_by_its_headers_and_values(run, tmp_path)
     assert run("verify", "no/such/folder").exit_code == 3
 
 
+def test_fp8_is_not_a_fault_and_what_is_no_model_is_not_called_damaged(run, tmp_path):
+    folder = shutil.copytree(POCKET, tmp_path / "fp8")
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    arrays = mx.load(str(file))
+    packed = {name: mx.full(x.shape, 0x38, mx.uint8) for name, x in arrays.items() if "feed_forward" in name}  # ones
+    mx.save_safetensors(str(file), arrays | packed)
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].replace(b'"U8"', b'"F8_E4M3"')
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    assert run("verify", "fp8").stdout == "fp8 is intact (headers and values only; no checksums to compare with)\n"
+    (tmp_path / "text.txt").write_text("text")
+    for name in ("text.txt", "."):
+        result = run("verify", name)
+        assert (result.exit_code, result.stdout) == (4, "") and "damaged" not in result.stderr
+
+
 @pytest.fixture
 def measured(monkeypatch):
     """What doctor measures is forgotten again."""

@@ -148,7 +148,7 @@ def test_every_layer_that_is_quantized_has_an_importance():
 )
 def test_sizes_are_parsed_in_the_usual_spellings(text, expected):
     if expected is None:
-        with pytest.raises(RequestError, match=r"target size must be a size such as 3\.2GB"):
+        with pytest.raises(RequestError, match=r"target_size must be a size such as 3\.2GB"):
             quantizations(None, target_size=text)
     else:
         assert quantizations(None, target_size=text).target == expected

@@ -131,6 +131,8 @@ def guidance_off(pipe, index, timestep, values):
         ({"joint_attention_kwargs": {"mask": 1}}, "can only contain scale, which multiplies the strengths of LoRAs"),
         ({"joint_attention_kwargs": 3}, "can only contain scale"),
         ({"callback_on_step_end": 5}, "callback_on_step_end must be a function, got 5"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be from 1 to 1000, got 0"),
+        ({"num_inference_steps": "8"}, "num_inference_steps must be a whole number, got '8'"),
         ({"joint_attention_kwargs": {"scale": "1"}}, "scale must be a number"),
         ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]}, "got 'noise'"),
         ({"callback_on_step_end": print, "prompt": ["a", "b"]}, "takes one prompt at a time"),
@@ -150,14 +152,48 @@ def test_what_a_call_cannot_do_is_refused_before_any_work(pipe, watch, call, mes
     [
         (guidance_off, "cfg_truncation ends guidance at a given time"),
         (lambda pipe, i, t, values: {"prompt_embeds": []}, "may only change latents"),
+        (lambda pipe, i, t, values: 5, "must return a dict such as {'latents': latents}, or None, got 5"),
         (lambda pipe, i, t, values: {"latents": values["latents"][:, :4]}, "latents have shape (1, 4, 10, 12)"),
     ],
-    ids=["guidance", "embeddings", "latents of another shape"],
+    ids=["guidance", "embeddings", "a number", "latents of another shape"],
 )
 def test_a_callback_that_changes_what_it_cannot_is_refused(pipe, callback, message):
     with pytest.raises(RequestError) as caught:
         pipe("a red fox", **RUN, seed=1, guidance_scale=1.0, callback_on_step_end=callback)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("used", "message"),
+    [
+        (lambda pipe: pipe.encode(5), "the prompt must be text, got int"),
+        (lambda pipe: pipe.encode(["a"]), "the prompt must be text, got list"),
+        (lambda pipe: pipe.encode_prompt(["a", 5]), "the prompt must be text, got int"),
+        (lambda pipe: pipe.encode("a", 0), "max_sequence_length must be from 1 to 1504, got 0"),
+        (lambda pipe: pipe.tokenize(None), "the prompt must be text, got NoneType"),
+        (lambda pipe: pipe.decode(5), "latents have shape (), expected (height, width, 16)"),
+        (lambda pipe: pipe.decode(np.zeros(SHAPE)), "latents have shape (1, 16, 10, 12), expected"),
+        (lambda pipe: pipe.decode("x"), "latents must be an array of numbers, got 'x'"),
+        (
+            lambda pipe: pipe.encode_image(np.zeros((10, 16, 3))),
+            "pixels have shape (10, 16, 3), expected (height, width",
+        ),
+        (lambda pipe: pipe.encode_image(np.zeros((16, 16, 4))), "with sides that are multiples of 8"),
+    ],
+)
+def test_what_the_parts_of_a_pipeline_cannot_take_is_refused(pipe, used, message):
+    with pytest.raises(RequestError) as caught:
+        used(pipe)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"memory": 6}, "memory must be a size such as 6GB or 800MB or at least"), ({"keep": "yes"}, "keep must be True")],
+)
+def test_options_that_cannot_be_meant_are_refused(tiny_folder, options, message):
+    with pytest.raises(RequestError, match=message):
+        ZImagePipeline.from_pretrained(tiny_folder, **options)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", mx.bfloat16], ids=str)

@@ -6,7 +6,7 @@ import click
 
 from ..errors import RequestError
 from .elsewhere import Command
-from .models import DEFAULT_MODEL, smaller_download
+from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar, say
 from .values import FilePath, ModelName, quantization_options
 
@@ -14,7 +14,7 @@ PARTS = ("transformer", "text_encoder", "vae")
 QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_bits", "recipe", "target_size")
 
 
-@click.command(cls=Command, epilog="Example: mlx-zimage convert Tongyi-MAI/Z-Image-Turbo z-image-4bit --q-bits 4")
+@click.command(cls=Command, epilog="Example: mlx-zimage convert z-image-turbo z-image-4bit --q-bits 4")
 @click.argument("source", type=ModelName())
 @click.argument("dest", type=FilePath())
 @quantization_options
@@ -89,7 +89,7 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
     from ..convert.choose import quantizations
     from ..convert.report import check_source, check_upload, report_steps, upload
     from ..convert.writer import check_absent
-    from ..weights.library import register
+    from ..weights.library import register, smaller_download
 
     memory, variant = options["memory"], options["variant"]
     if (reported or upload_repo) and options["format"] != "mlx":
@@ -103,7 +103,7 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
     quantizations(**{name: options[name] for name in QUANTIZATION})  # raises before anything is downloaded
     check_absent(dest)
     if options["transformer"] is None:
-        source, options["transformer"] = smaller_download(source, quiet)
+        source, options["transformer"] = smaller_download(source)
     parts = {name: options[name] for name in PARTS}
     if upload_repo:
         check_upload(upload_repo)

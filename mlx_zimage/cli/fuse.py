@@ -5,7 +5,6 @@ from contextlib import closing
 import click
 
 from .adapters import WithLoras, lora_options
-from .models import smaller_download
 from .output import print_path, progress_bar
 from .values import FilePath, ModelName, quantization_options
 
@@ -42,12 +41,9 @@ def fuse(model, dest, loras, lora_partial, quiet, **options):
         raise click.UsageError("Missing option '--lora'; give at least one LoRA to fuse.")
     quantizations(options["bits"], options["group_size"], options["mode"])  # raises before anything is downloaded
     check_absent(dest)
-    model, transformer = smaller_download(model, quiet)
     uses = [(path, 1.0 if strength is None else strength) for path, strength in loras]
     with (
-        closing(
-            convert_steps(model, dest, loras=uses, partial=lora_partial, transformer=transformer, **options)
-        ) as steps,
+        closing(convert_steps(model, dest, loras=uses, partial=lora_partial, **options)) as steps,
         progress_bar(quiet, unit="B", unit_scale=True) as bar,
     ):
         for step in steps:

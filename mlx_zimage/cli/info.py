@@ -103,9 +103,10 @@ def _contents(file: Path) -> dict[str, dict]:
 
 def describe(source: str) -> dict:
     """What `info` shows about a model, ready for JSON."""
-    from ..weights.checkpoint import fingerprint, open_headers, read_conversion
+    from ..weights.checkpoint import fingerprint, read_conversion
+    from ..weights.library import open_to_plan
 
-    checkpoint = open_headers(source)
+    checkpoint = open_to_plan(source)
     to_fetch = checkpoint.to_download
     return {
         "folder": str(checkpoint.folder),

@@ -9,7 +9,7 @@ import click
 
 from ..errors import ModelNotFoundError, RequestError
 from ..sizes import size
-from ..variants import ALIASES, TURBO
+from ..variants import TURBO
 from .elsewhere import Group
 from .output import echo, hub_bars, progress_bar, say
 from .values import ModelName
@@ -37,9 +37,10 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
     Lists the tiny model in this package, models converted by first runs (in MLX_ZIMAGE_HOME, by default
     ~/.cache/mlx-zimage), the folders that `convert` wrote, and models in the Hugging Face cache, by the names that
-    --model takes. Those marked incomplete were not fully downloaded, or are missing files. The entry "embeddings" is
-    the cache of encoded prompts, so that a repeated prompt skips the text encoder; it also holds the scales that
-    float16 needs. MLX_ZIMAGE_EMBEDDINGS sets its folder (by default in MLX_ZIMAGE_HOME), or disables it with "off".
+    --model takes. Those marked incomplete were not fully downloaded, or are missing files; those marked "only" have the
+    networks that were needed, as when an image takes its VAE from there. The entry "embeddings" is the cache of encoded
+    prompts, so that a repeated prompt skips the text encoder; it also holds the scales that float16 needs.
+    MLX_ZIMAGE_EMBEDDINGS sets its folder (by default in MLX_ZIMAGE_HOME), or disables it with "off".
     """
     if ctx.invoked_subcommand:
         return
@@ -49,8 +50,8 @@ def models(ctx: click.Context, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps({**vars(model), "path": str(model.path)}))
         else:
-            incomplete = "" if model.complete else "  (incomplete)"
-            echo(f"{size(model.nbytes):>10}  {model.kind:10}{model.name}{incomplete}")
+            without = f"only {', '.join(model.parts)}" if model.parts else "incomplete"
+            echo(f"{size(model.nbytes):>10}  {model.kind:10}{model.name}{'' if model.complete else f'  ({without})'}")
 
 
 @models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
@@ -127,19 +128,6 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     if transformer:
         say(f"  mlx-zimage models rm {transformer.partition('@')[0]}", quiet)
     return plan.dest
-
-
-def smaller_download(source: str, quiet: bool) -> tuple[str, str | None]:
-    """The id that an alias stands for, and where to take its transformer from, if a smaller copy is published."""
-    from ..weights.library import fetch_transformer, smaller_transformer
-
-    if source not in ALIASES or Path(source).exists():
-        return source, None
-    repository = ALIASES[source]
-    smaller, fault = smaller_transformer(repository)
-    fault = fault or (fetch_transformer(smaller) if smaller else "")
-    say(f"{fault}; downloading the transformer of {repository} instead", quiet or not fault)
-    return repository, None if fault else smaller
 
 
 def _afterwards(disk: Disk) -> str:

@@ -72,8 +72,7 @@ def plan(
     from ..inputs import Inputs
     from ..machine import default_dtype, machine_budget
     from ..memory import Planner, Workload
-    from ..weights.checkpoint import open_headers
-    from ..weights.library import CHOICES, choose_bits, planned
+    from ..weights.library import CHOICES, choose_bits, open_to_plan, planned
 
     sides(**shape, default=TURBO.size)  # refuses what can be refused before a model is opened
     inputs = Inputs(image=image_file)
@@ -94,7 +93,7 @@ def plan(
         return Workload(*size, images, tokens, run, prompts, from_image=inputs.source is not None)
 
     if model is not None:
-        checkpoint = open_headers(model, variant)
+        checkpoint = open_to_plan(model, variant)
         planner = Planner(checkpoint, compute)
         work = workload(checkpoint)
         _show(planner, planner.plan(work, budget, keep), _images(work, count))
@@ -108,7 +107,8 @@ def plan(
         sizes[bits] = checkpoint.nbytes
         row = _row(Planner(checkpoint, compute), work, budget, keep)
         click.echo(f"{_stored(bits):10}{size(sizes[bits]):>10}{row}")
-    click.echo(f"The first `mlx-zimage generate` on this machine converts to {_stored(choose_bits(sizes, budget))}.")
+    machine = "this machine" if memory is None else "a machine with this budget"
+    click.echo(f"The first `mlx-zimage generate` on {machine} converts to {_stored(choose_bits(sizes, budget))}.")
 
 
 def _stored(bits: int | None) -> str:

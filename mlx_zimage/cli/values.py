@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from ..errors import ModelNotFoundError, RequestError
+from ..errors import RequestError
 from ..jobs import parse_size, size_of_ratio
 from ..quantization import MODES
 from ..request import check_size
@@ -83,12 +83,10 @@ class ModelName(_Expanded, click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         name = os.path.expanduser(value)
-        if name.lower() == "pocket" != name and not os.path.exists(name):
-            raise ModelNotFoundError(f"no model {name!r}; did you mean 'pocket'?")
-        if self.converted and name in ALIASES and not os.path.exists(name):
-            from ..weights.library import converted
+        if self.converted and name in ALIASES:
+            from ..weights.library import already_converted
 
-            return str(converted(ALIASES[name]) or name)
+            return str(already_converted(name))
         return name
 
 

@@ -100,6 +100,8 @@ def open_checkpoint(
             repository.fetch(repository.matching(TOKENIZER_FILES, checkpoint.tokenizer_file.parents[1]))
     if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(f"{checkpoint.tokenizer_file} is missing; download the model again")
+    if checkpoint.to_download:
+        checkpoint.open_tokenizer()  # refuses it before the weights are downloaded
     for repository in checkpoint.repositories:
         files = repository.own(weight_files(checkpoint.components))
         repository.fetch(files)

@@ -121,6 +121,8 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
         raise ModelNotFoundError(f"expected a model's folder, a Hugging Face id or 'pocket', but got {source!r}")
     if str(source) == "pocket":
         return POCKET, None
+    if str(source).lower() == "pocket" and not os.path.exists(source):
+        raise ModelNotFoundError(f"no model {str(source)!r}; did you mean 'pocket'?")
     folder = Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves ~ alone if there is no home folder
     try:
         is_folder, is_file = folder.is_dir(), folder.is_file()

@@ -17,20 +17,20 @@ from pathlib import Path
 
 from .. import atomic
 from ..dtypes import ITEM_BYTES
-from ..errors import CheckpointError, ModelNotFoundError, OutputError, RequestError
+from ..errors import CheckpointError, ModelNotFoundError, OutputError, RequestError, warn
 from ..machine import RATES, home
 from ..models import NETWORKS
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
 from ..untrusted import parse_json, read_bytes
-from ..variants import TURBO
+from ..variants import ALIASES, TURBO
 from . import official
 from . import store as embeddings
-from .checkpoint import Checkpoint, open_headers, resolve
+from .checkpoint import BorrowedFromHub, Checkpoint, Location, open_headers, resolve
 from .component import Component, Entry, read_json
 from .hub import POCKET, cached, is_snapshot, locate, snapshot
 from .manifest import CONVERSION, MANIFEST, read_manifest, sha256
-from .parts import PIPELINE_CLASSES, open_networks
+from .parts import PIPELINE_CLASSES, open_component, open_networks
 from .quantize import tensor_quantization
 
 CHOICES = (None, 8, 6, 4)  # bits, best first; None is bfloat16
@@ -46,7 +46,8 @@ class Model:
     """A model on this disk; kind is "package", "converted" or "hub", and name is a value for --model.
 
     Cached prompt embeddings are listed too, with kind "prompts". A download that cannot be used, because it was
-    interrupted or files were deleted, is not complete.
+    interrupted or files were deleted, is not complete. parts are the networks in a repository of which only these
+    were downloaded, to be used with others.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Model:
     path: Path
     nbytes: int
     complete: bool = True
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def models() -> Iterator[Model]:
         used = snapshot(folder)
         if _is_ours(repository, folder, used):
             is_complete = used is not None and any(map(_opens, (used, *used.iterdir())))
-            yield Model(repository, "hub", used or folder, _nbytes(folder), is_complete)
+            parts = () if used is None or is_complete else _parts(folder, used)
+            yield Model(repository, "hub", used or folder, _nbytes(folder), is_complete, parts)
     prompts = embeddings_folder()
     if prompts and (kept := sum(file.stat().st_size for file in embeddings.files(prompts))):
         yield Model(EMBEDDINGS, "prompts", prompts, kept)
@@ -199,12 +202,12 @@ def smaller_transformer(repository: str) -> tuple[str | None, str]:
     if repository != official.REPOSITORY:
         return None, ""
     source = official.BF16_TRANSFORMER
+    locate(repository)  # raises without a network, which is no reason to download the larger one
     try:
         path, at_hub = locate(source)
     except ModelNotFoundError as error:
         return None, str(error)
-    assert at_hub is not None
-    if path.exists():
+    if path.exists() or at_hub is None:
         return source, ""
     if (at_hub.sizes[path], at_hub.sha256(path)) != (official.BF16_BYTES, official.BF16_SHA256):
         return None, f"{source} is not the file that was published"
@@ -222,6 +225,40 @@ def fetch_transformer(source: str) -> str:
     file.resolve().unlink()  # the cache links to it
     file.unlink(missing_ok=True)
     return f"{source} is not the file that was published"
+
+
+def smaller_download(source: Location, *, check: bool = True) -> tuple[Location, str | None]:
+    """The repository that an alias stands for, and a smaller published copy of its transformer, downloaded and checked.
+
+    Warns if there should be such a copy, but it cannot be used. Anything but an alias is returned as it is. Without
+    check, a copy that is already on this disk is not read.
+    """
+    if not _is_alias(source):
+        return source, None
+    repository = ALIASES[str(source)]
+    smaller, fault = smaller_transformer(repository)
+    if smaller and (check or not locate(smaller)[0].exists()):
+        fault = fetch_transformer(smaller)
+    if fault:
+        warn(f"{fault}; downloading the transformer of {repository} instead", BorrowedFromHub)
+    return repository, None if fault else smaller
+
+
+def open_to_plan(source: Location, variant: str | None = None) -> Checkpoint:
+    """open_headers, where an alias has the transformer that `smaller_download` would give it."""
+    if not _is_alias(source):
+        return open_headers(source, variant)
+    repository = ALIASES[str(source)]
+    return open_headers(repository, variant, transformer=smaller_transformer(repository)[0])
+
+
+def already_converted(source: Location) -> Location:
+    """The folder that a first run converted from what an alias stands for, if any; otherwise the source."""
+    return (converted(ALIASES[str(source)]) if _is_alias(source) else None) or source
+
+
+def _is_alias(source: Location) -> bool:
+    return str(source) in ALIASES and not os.path.exists(source)
 
 
 def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
@@ -346,6 +383,20 @@ def _opens(folder: Path) -> bool:
         return "transformer" in open_networks(folder)
     except (CheckpointError, RequestError):
         return False
+
+
+def _parts(folder: Path, used: Path) -> tuple[str, ...]:
+    """The networks in a snapshot of a cached repository; none if something is missing that was to be downloaded."""
+    links = (path for path in used.rglob("*") if path.is_symlink())
+    if any(folder.glob("blobs/*.incomplete")) or not all(link.exists() for link in links):
+        return ()
+    own = [file.parent for file in used.rglob("*.safetensors") if file.parent.name in NETWORKS]
+    try:
+        for network in {*own}:
+            open_component(network.parent, network.name)
+    except (CheckpointError, RequestError):
+        return ()
+    return tuple(name for name in NETWORKS if any(path.name == name for path in own))
 
 
 def _nbytes(folder: Path) -> int:

@@ -117,10 +117,9 @@ def names_in(folder: Path, repository: Repository | None = None) -> list[str]:
 def read_single(file: Path, repository: Repository | None = None) -> dict[str, Entry]:
     """The tensors of a safetensors file; CheckpointError, with what to do instead, for any other file."""
     if file.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{file} is not a safetensors file; if it is GGUF, convert it first: "
-            f"mlx-zimage convert {name_of(file)} DEST"
-        )
+        is_gguf = file.suffix.lower() == ".gguf"
+        advice = f"convert it first: mlx-zimage convert {name_of(file)} DEST" if is_gguf else "expected a model"
+        raise CheckpointError(f"{file} is {'GGUF' if is_gguf else 'not a safetensors file'}; {advice}")
     return entries_in(file, repository)
 
 

@@ -56,12 +56,12 @@ CHAIN = 32  # number of matrix products timed together
 class Case:
     """What to time: image size in pixels, prompt length in tokens, weights of `bits` in `mode` (both None: dense).
 
-    dtype None is the machine's default (see `machine.default_dtype`).
+    steps None are the model's default; dtype None is the machine's (see `machine.default_dtype`).
     """
 
     width: int = TURBO.size
     height: int = TURBO.size
-    steps: int = TURBO.steps
+    steps: int | None = None
     caption_tokens: int = 96
     dtype: str | None = None
     bits: int | None = None
@@ -181,12 +181,14 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
         networks = random_networks(case, size)
     else:
         if (case.bits, case.mode) != (None, None):
-            given = f"bits={case.bits} and mode={case.mode}"
-            raise RequestError(f"{given} are for random weights, but {model} has its own; omit them or convert it")
+            name = "mode" if case.bits is None else "bits"
+            raise RequestError(f"{name} only applies to random weights, and {model} has its own; leave it out")
         networks = ZImagePipeline.from_pretrained(model, dtype=case.dtype).networks
-    guidance = Guidance(networks.checkpoint.variant.guidance_scale)
+    variant = networks.checkpoint.variant
+    guidance, count = Guidance(variant.guidance_scale), case.steps or variant.steps
+    case = replace(case, steps=count)
     prompts = 2 if guidance.scale else 1
-    plan = networks.plan(Workload(case.width, case.height, 1, case.caption_tokens, case.steps, prompts))
+    plan = networks.plan(Workload(case.width, case.height, 1, case.caption_tokens, count, prompts))
     if generated and plan.streamed:
         raise MemoryBudgetError(
             f"random weights of the {size} architecture do not fit into this machine's memory budget of "
@@ -201,12 +203,12 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
     tokens = (h // PATCH) * (w // PATCH)
     ids = tuple(i % text_encoder.config.vocab_size for i in range(case.caption_tokens))
     noise = mx.random.normal((1, h, w, config.in_channels))
-    schedule = sigmas(case.steps)
+    schedule = sigmas(count)
 
     def steps() -> mx.array:
         velocities, latents = transformer.velocities([cap_feats] * prompts, schedule[:-1], h, w), noise
         velocity = guide(velocities, guidance, schedule)
-        for i in range(case.steps):
+        for i in range(count):
             latents = latents + float(schedule[i + 1] - schedule[i]) * velocity(latents, i)
             mx.eval(latents)
         return latents
@@ -227,7 +229,7 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
         decode = yield from timed("decode", lambda: vae.decode(noise), repeat, peaks["decode"], generated)
     networks.release()
     rate = time_products(tokens, dtype, config.dim, config.ffn_dim, CHAIN)
-    flops = case.steps * prompts * step_flops(config, tokens, case.caption_tokens)
+    flops = count * prompts * step_flops(config, tokens, case.caption_tokens)
     achieved = flops / denoise["median_s"]
     yield {
         "model": f"random {size}" if generated else str(model),

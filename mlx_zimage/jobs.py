@@ -130,7 +130,7 @@ def parse_seeds(text: str) -> list[int]:
     """ "7" or "1,2,5"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"-?[0-9]{1,20}", part) for part in parts):
-        raise RequestError(f"seed must be whole numbers separated by commas, got {brief(text)}")
+        raise RequestError(f"seed must be whole numbers from 0 to 2**64 - 1, separated by commas, got {brief(text)}")
     return [int(part) for part in parts]
 
 
@@ -143,7 +143,7 @@ def parse_size(text: object) -> tuple[dict, tuple[int, int] | None]:
     if match[2] == "x":
         return {"width": width, "height": height}, None
     if not 0 < width <= 8 * height or not 0 < height <= 8 * width:
-        raise RequestError(f"aspect ratio must be from 1:8 to 8:1, got {text!r}")
+        raise RequestError(f"size must be an aspect ratio from 1:8 to 8:1, got {text!r}")
     return {}, (width, height)
 
 
@@ -159,18 +159,18 @@ def fields_of_latents(shape: tuple[int, ...]) -> dict[str, int]:
     return {"num_images": count, "width": w * LATENT_PIXELS, "height": h * LATENT_PIXELS}
 
 
-def read_prompts(lines: Iterable[str], name: str) -> list[dict]:
-    """One prompt per line; empty lines and lines starting with # are ignored."""
-    stripped = (line.strip() for line in lines)
-    prompts = [{"prompt": line} for line in limited((x for x in stripped if x and not x.startswith("#")), name)]
+def read_prompts(lines: Iterable[str], name: str) -> dict[int, dict]:
+    """One prompt per line, by the line's number; empty lines and lines starting with # are ignored."""
+    stripped = ((i, line.strip()) for i, line in enumerate(lines, start=1))
+    prompts = {i: {"prompt": x} for i, x in limited(((i, x) for i, x in stripped if x and x[0] != "#"), name)}
     if not prompts:
         raise RequestError(f"{name} contains no prompts; write one per line")
     return prompts
 
 
-def read_requests(lines: Iterable[str], name: str) -> list[dict]:
-    """JSON Lines: one object per line, with a request's fields and optionally "output"."""
-    requests = []
+def read_requests(lines: Iterable[str], name: str) -> dict[int, dict]:
+    """JSON Lines: one object per line, by the line's number, with a request's fields and optionally "output"."""
+    requests = {}
     parts = 0
     for i, line in limited(((i, line) for i, line in enumerate(lines, start=1) if line.strip()), name):
         parts += line.count(",")
@@ -197,7 +197,7 @@ def read_requests(lines: Iterable[str], name: str) -> list[dict]:
             raise RequestError(f"{name}, line {i}: {error}") from None
         if not _can_be_a_path(values.get("output", "")):
             raise RequestError(f"{name}, line {i}: output must be a file name, got {values['output']!r}")
-        requests.append(values)
+        requests[i] = values
     if not requests:
         raise RequestError(f"{name} contains no requests; write one JSON object per line")
     return requests

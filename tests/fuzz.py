@@ -378,7 +378,7 @@ def read_photo(file: Path) -> None:
 def read_lines(file: Path) -> None:
     with file.open("rb") as stream:
         requests = read_requests(lines_of(stream, "requests"), "requests")
-    for series in multiply({"prompt": "a"}, requests, [1], Path("image.png")):
+    for series in multiply({"prompt": "a"}, requests.values(), [1], Path("image.png")):
         job = next(iter(series))
         job.path(job.request(1024))
 

@@ -15,7 +15,7 @@ from mlx_zimage.machine import backend
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import Transformer, TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
-from mlx_zimage.variants import BASE
+from mlx_zimage.variants import BASE, VARIANTS
 from mlx_zimage.weights.blocks import READS_AHEAD
 from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.random import RandomWeights
@@ -69,11 +69,21 @@ def test_the_report_has_the_models_own_bits(tmp_path, monkeypatch, bits, expecte
     model = convert("pocket", tmp_path / "packed", **bits) if bits else "pocket"
     report = bench.bench(model, case=case, repeat=1)
     assert expected in bench.table(report)
-    with pytest.raises(RequestError, match=r"bits=4 and mode=None are for random weights, but .* has its own"):
+    with pytest.raises(RequestError, match=r"bits only applies to random weights, and .* has its own"):
         bench.bench(model, case=replace(case, bits=4))
     for wrong in ({"bits": 0}, {"mode": "mxfp4"}):
-        with pytest.raises(RequestError, match="are for random weights"):
+        with pytest.raises(RequestError, match="only applies to random weights"):
             bench.bench(model, case=replace(case, **wrong))
+
+
+def test_steps_default_to_the_models_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "time_first_step", lambda *_: 1.0)
+    monkeypatch.setitem(VARIANTS, "base", replace(BASE, steps=3))
+    folder = shutil.copytree(POCKET, tmp_path / "base")
+    scheduler = folder / "scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": BASE.shift}))
+    report = bench.bench(str(folder), case=bench.Case(32, 32, caption_tokens=9, dtype="float32"), repeat=1)
+    assert report["case"]["steps"] == 3 and "3 guided steps" in bench.table(report)
 
 
 def test_a_mode_implies_its_bits(tiny):

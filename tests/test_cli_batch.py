@@ -83,7 +83,8 @@ def test_count_uses_consecutive_seeds(run):
 
 def test_auto_seeds_are_all_printed(run):
     result = run("generate", PROMPT, *SMALL, "--auto-seeds", "2")
-    assert [f"Seed: {seed} ({i} of 2)" for i, seed in enumerate(seeds(result.stdout), 1)] == result.stderr.splitlines()
+    shown = [line for line in result.stderr.splitlines() if line.startswith("Seed")]
+    assert shown == [f"Seed: {seed} ({i} of 2)" for i, seed in enumerate(seeds(result.stdout), 1)]
 
 
 def test_an_image_in_a_batch_equals_the_one_generated_alone(run):
@@ -110,7 +111,7 @@ def test_requests_and_results_are_json_lines(run):
     others = mx.get_active_memory() / 1e9  # models of other tests
     lines = '{"prompt": "a ring", "seed": 1, "output": "a.jpg"}\n{"seed": 2, "width": 48}\n'
     result = run("generate", PROMPT, "--requests", "-", *SMALL, "--json", "-q", input=lines)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0, result.stderr
     first, second = map(json.loads, result.stdout.splitlines())
     assert (first["path"], first["request"]["prompt"], first["request"]["seed"]) == ("a.jpg", "a ring", 1)
     assert (second["path"], second["request"]["prompt"], second["request"]["width"]) == ("image.png", PROMPT, 48)
@@ -138,8 +139,11 @@ def test_an_aspect_ratio_keeps_about_the_models_pixel_count(run, small_pocket, s
         ([], "Missing argument 'PROMPT'"),
         ([PROMPT, "--prompt", "again"], "given twice"),
         ([PROMPT, "--prompt-file", "prompts.txt"], "--prompt-file cannot be combined"),
-        (["--requests", "requests.jsonl"], "each object needs a prompt"),
-        ([PROMPT, "--requests", "bad.jsonl"], "image 2 of 2: width must be a multiple of 16 pixels from 16 to 8192"),
+        (["--requests", "requests.jsonl"], "line 1 has no prompt"),
+        (
+            [PROMPT, "--requests", "bad.jsonl"],
+            "bad.jsonl, line 2: width must be a multiple of 16 pixels from 16",
+        ),
         ([PROMPT, "--prompt-file", "none.txt"], "none.txt"),
         ([PROMPT, "--seed", "1-5"], "--seed must be whole numbers"),
         ([PROMPT, "--seed", "1", "--auto-seeds", "2"], "--seed cannot be combined"),
@@ -225,13 +229,13 @@ def test_an_image_made_from_latents_needs_them_again(run):
     result = run("generate", "--from", "old.png")
     assert result.exit_code == 2
     assert "pass that file with --latents" in result.stderr
-    assert run("generate", "--from", "old.png", "--latents", "0.npy").stderr.count("Warning") == 0
+    assert "latents" not in run("generate", "--from", "old.png", "--latents", "0.npy").stderr
     assert Path("image.png").read_bytes() == Path("old.png").read_bytes()
     assert "these are not the latents" in run("generate", "--from", "old.png", "--latents", "1.npy").stderr
 
 
 def test_quiet_prints_only_the_path(run):
-    result = run("generate", PROMPT, *SMALL, "-q", "--no-exif")
+    result = run("generate", PROMPT, "--model", "pocket", "--steps", "1", "-q", "--no-exif")
     assert (result.stdout, result.stderr) == ("image.png\n", "")
 
 
@@ -259,8 +263,9 @@ def test_an_interrupted_batch_keeps_only_its_finished_images(tmp_path, number, c
     process.stdin.close()
     process.stdin = None
     assert process.stdout.readline() == b"image.png\n"
-    messages = b"".join(process.stderr.readline() for _ in range(4))
-    assert b"(2 of 2)\nPreview until the image is finished: image.preview.png\n" in messages
+    while b"(2 of 2)" not in process.stderr.readline():
+        assert process.poll() is None
+    assert process.stderr.readline() == b"Preview until the image is finished: image.preview.png\n"
     assert Image.open(tmp_path / "image.preview.png").size == (32, 32)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
@@ -330,7 +335,7 @@ def test_a_command_restores_the_sigterm_handler(run):
 
 
 def test_a_closed_pipe_causes_no_error_message(tmp_path):
-    command = f'"{sys.executable}" -m mlx_zimage generate ring {" ".join(SMALL)} --count 3 -q | true'
+    command = f'"{sys.executable}" -m mlx_zimage generate ring --model pocket --steps 1 --count 3 -q | true'
     result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True)
     assert result.stderr == b""
 

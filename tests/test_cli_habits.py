@@ -12,14 +12,15 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mlx_zimage import cli
+from mlx_zimage import OutputError, cli
 from mlx_zimage.cli.notes import POCKET_CHARACTERS, POCKET_SHAPES, POCKET_WORDS, unknown_to_pocket
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.pipeline import ZImagePipeline
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle on a blue background"
-SMALL = ["-m", "pocket", "--steps", "1", "--size", "32x32"]
+QUICK = ["-m", "pocket", "--steps", "1"]
+SMALL = [*QUICK, "--size", "32x32"]
 
 
 @pytest.fixture
@@ -44,9 +45,14 @@ def run(tmp_path, monkeypatch):
         (["save", "--path", "x"], "use `mlx-zimage convert SOURCE DEST --q-bits 8`"),
         (["--prompt", "a cat"], "options follow a command: mlx-zimage generate"),
         (["generate", "a", "red", "cat"], "quote the prompt: mlx-zimage generate 'a red cat'"),
+        (["generate", "a", "red", "cat", "--lora", "x"], "quote the prompt: mlx-zimage generate 'a red cat' ..."),
+        (["generate", PROMPT, "--lora", "a.safetensors", "b.safetensors"], "as in --lora A.safetensors --lora b.safe"),
+        (["fuse", "pocket", "--lora", "a.safetensors", "b.safetensors", "out"], "--lora takes one file"),
+        (["generate", "--lora", "a.safetensors", "0,8", PROMPT], "must be a number such as 0.8, got '0,8'"),
         (["generate", PROMPT, "-m", "Pocket"], "did you mean 'pocket'?"),
         (["generate", PROMPT, "--path", "x"], "use --model"),
-        (["generate", PROMPT, "-q", "8"], "-q is --quiet and takes no number; convert the model once"),
+        (["generate", PROMPT, "-q", "5"], "-q is --quiet and takes no number; convert the model once"),
+        (["generate", PROMPT, "-q", "5"], "--q-bits 5"),
         (["convert", "pocket", "x", "--quantize", "8"], "use --q-bits, such as --q-bits 8"),
         (["convert", "pocket", "x", "-q", "8"], "use --q-bits, such as --q-bits 8"),
         (["convert", "--model", "pocket", "--path", "x"], "`mlx-zimage convert SOURCE DEST`"),
@@ -101,7 +107,7 @@ SIDECAR = {  # as mflux 0.24.0 writes it next to an image, with --metadata
         (["-C", "old.metadata.json"], {"image.png": (PROMPT, 42)}),
         (["--prompt", PROMPT, "--seed", "6", "--low-ram", "-B", "1", "--metadata"], {"image.png": (PROMPT, 6)}),
         (["--prompt", PROMPT, "--seed", "7", "--negative-prompt", "x", "--no-exif"], "negative prompt changes nothing"),
-        (["--prompt", PROMPT, "--quantize", "8"], "--q-bits 4"),
+        (["--prompt", PROMPT, "--quantize", "6"], "convert z-image-turbo DEST --q-bits 6"),
         (["--prompt", PROMPT, "--mlx-cache-limit-gb", "8"], "use --memory 6GB"),
         (["--prompt", PROMPT, "--image", "a.png", "0.6"], "for mflux's --image-strength 0.6, use --strength 0.4"),
         (["--prompt", PROMPT, "--base-model", "z-image"], "leave it out"),
@@ -211,15 +217,17 @@ def test_a_request_is_read_from_what_info_printed(run):
         (["--guidance", "-1"], "--guidance must be from 0 to 1000, got -1.0"),
         (["--width", "100"], "--width must be a multiple of 16"),
         (["--size", "100x64"], "--size: width must be a multiple of 16"),
-        (["--size", "9:1"], "aspect ratio must be from 1:8"),
+        (["--size", "9:1"], "--size must be an aspect ratio from 1:8"),
         (["--steps", "0"], "--steps must be from 1"),
         (["--seed", "x"], "--seed must be whole numbers"),
         (["--seed", "-1"], "--seed must be from 0 to 2**64 - 1, got -1"),
         (["--count", "0"], "--count must be from 1"),
         (["--memory", "lots"], "--memory must be a size"),
+        (["-B", "0"], "Invalid value for '-B': 0 is not in the range"),
+        (["--seed", "9" * 21], "--seed must be whole numbers from 0 to 2**64 - 1"),
         (["-o", "{x}.png"], "-o contains {x}"),
         (["--output", "{x}.png"], "--output contains {x}"),
-        (["--requests", "bad.jsonl"], "image 1 of 1: guidance must be from 0 to 1000, got -2"),
+        (["--requests", "bad.jsonl"], "bad.jsonl, line 1: guidance must be from 0 to 1000, got -2"),
     ],
 )
 def test_an_error_names_the_option_as_it_was_typed(run, options, message):
@@ -241,7 +249,22 @@ def test_an_error_names_the_option_as_it_was_typed(run, options, message):
 def test_an_error_of_one_object_names_its_own_key_rather_than_an_option(run, own, message):
     lines = json.dumps({"prompt": "a", **own})
     result = run("generate", "-m", "pocket", "--requests", "-", "--size", "32x50", "--steps", "1", input=lines)
-    assert result.exit_code == 2 and f"Error: image 1 of 1: {message}" in result.stderr
+    assert result.exit_code == 2 and f"Error: stdin, line 1: {message}" in result.stderr
+
+
+def test_what_is_found_late_names_the_line_it_is_about(run, monkeypatch):
+    lines = [{"prompt": "a", "width": 32, "height": 32}, {}, {"prompt": "b", "size": "8000x8000"}]
+    Path("jobs.jsonl").write_text("\n".join(json.dumps(line) if line else "" for line in lines))
+    result = run("generate", "-m", "pocket", "--requests", "jobs.jsonl", "--memory", "200MB", "--steps", "1")
+    assert result.exit_code == 5 and "Error: jobs.jsonl, line 3: 1 image of 8000x8000 cannot be" in result.stderr
+    Path("jobs.jsonl").write_text(json.dumps({**lines[0], "count": 3}))
+
+    def write(self, *_):
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("mlx_zimage.generate.Files.save", write)
+    result = run("generate", "-m", "pocket", "--requests", "jobs.jsonl", "--steps", "1")
+    assert result.exit_code == 6 and "Error: jobs.jsonl, line 1, image 1 of 3: the disk is full" in result.stderr
 
 
 def test_generate_plan_and_bench_take_the_same_sizes_and_counts(run, small_pocket, monkeypatch):
@@ -304,17 +327,25 @@ def test_wiring_warns_except_on_macos(run):
 
 
 def test_a_prompt_beyond_pocket_is_answered_once_with_what_it_knows(run):
-    result = run("generate", "a lighthouse at dusk, 灯塔", *SMALL, "--count", "2")
+    result = run("generate", "a lighthouse at dusk, 灯塔", *QUICK, "--count", "2")
     (warning,) = re.findall("Warning: .*", result.stderr)
     assert (
         "pocket does not know 'lighthouse', 'dusk', '灯', ..., so the image may be blank; it knows circles" in warning
     )
-    assert "Warning" not in run("generate", PROMPT, *SMALL).stderr
+    assert "Warning" not in run("generate", PROMPT, *QUICK).stderr
     for prompt in ("red", "a big picture on a white background", "中心的红色", "\N{BALLOON}"):
-        (warning,) = re.findall("Warning: .*", run("generate", prompt, *SMALL).stderr)
+        (warning,) = re.findall("Warning: .*", run("generate", prompt, *QUICK).stderr)
         assert "the prompt names none of pocket's shapes, so the image may be blank; it knows circles" in warning
     run("convert", "pocket", "small", "--q-bits", "4")
-    assert "pocket does not know 'cat'" in run("generate", "a cat", "-m", "small", *SMALL[2:]).stderr
+    assert "pocket does not know 'cat'" in run("generate", "a cat", "-m", "small", *QUICK[2:]).stderr
+
+
+def test_a_size_beyond_pocket_gives_one_warning(run):
+    for size in ("96x96", "224x224", "64x224"):
+        (warning,) = re.findall("Warning: .*", run("generate", PROMPT, *QUICK, "--size", size, "--count", "2").stderr)
+        assert f"pocket knows sizes near 128x128, 192x128 and 160x160, so an image of {size} may be blank" in warning
+    for size in ("176x96", "112x112", "224x128"):
+        assert "Warning" not in run("generate", PROMPT, *QUICK, "--size", size).stderr
 
 
 def test_pockets_words_are_those_of_the_captions_that_it_was_trained_on(monkeypatch):

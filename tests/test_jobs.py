@@ -141,8 +141,10 @@ def test_an_unknown_placeholder_is_refused_with_those_that_exist(template):
 
 def test_only_newlines_and_carriage_returns_end_a_line():
     line = "a\u2028b\u2029c\x85d\ve\ff\x1cg"
-    assert read_prompts(lines(f"{line}\nb\r\nc\rd"), "f") == [{"prompt": text} for text in (line, "b", "c", "d")]
-    (request,) = read_requests(lines(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False)), "f")
+    assert read_prompts(lines(f"{line}\nb\r\nc\rd"), "f") == {
+        i: {"prompt": text} for i, text in enumerate((line, "b", "c", "d"), start=1)
+    }
+    (request,) = read_requests(lines(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False)), "f").values()
     assert request == {"prompt": "a\u2028b\x85c"}
 
 
@@ -152,16 +154,19 @@ def test_seeds_from_an_iterator_serve_every_prompt():
 
 
 def test_prompts_are_read_one_per_line():
-    assert read_prompts(lines("a cat\n\n# a note\r\n 一只狗 \n"), "f") == [{"prompt": "a cat"}, {"prompt": "一只狗"}]
+    assert read_prompts(lines("a cat\n\n# a note\r\n 一只狗 \n"), "f") == {
+        1: {"prompt": "a cat"},
+        4: {"prompt": "一只狗"},
+    }
     with pytest.raises(RequestError, match="contains no prompts"):
         read_prompts(lines("\n# only notes\n"), "f")
 
 
 def test_requests_are_read_one_object_per_line():
-    assert read_requests(lines('{"prompt": "a", "seed": 1}\n\n{"output": "b.png"}\n'), "f") == [
-        {"prompt": "a", "seed": 1},
-        {"output": "b.png"},
-    ]
+    assert read_requests(lines('{"prompt": "a", "seed": 1}\n\n{"output": "b.png"}\n'), "f") == {
+        1: {"prompt": "a", "seed": 1},
+        3: {"output": "b.png"},
+    }
     for text, message in (
         ("", "no request"),
         ("{}\n{", "line 2 is not valid JSON"),

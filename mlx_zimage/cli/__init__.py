@@ -85,7 +85,7 @@ class Commands(click.Group):
 
 @click.group(
     cls=Commands,
-    commands=[click.Command(name, help=summary) for name, summary in COMMANDS.items()],
+    commands=[click.Command(name, short_help=summary) for name, summary in COMMANDS.items()],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="mlx-zimage")

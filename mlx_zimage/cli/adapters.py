@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, count
 from math import isfinite
 from pathlib import Path
@@ -28,7 +29,16 @@ class WithLoras(Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         args, ctx.meta[KEY] = split_strengths(args)
-        return super().parse_args(ctx, args)
+        ctx.allow_extra_args = True
+        rest = super().parse_args(ctx, args)
+        if ctx.args and not ctx.resilient_parsing:
+            after = [word for option, _, word in zip(args, args[1:], args[2:], strict=False) if option == "--lora"]
+            raise click.UsageError(_one_file(after) or self.too_many(ctx, args), ctx)
+        return rest
+
+    def too_many(self, ctx: click.Context, args: list[str]) -> str:
+        """What to say about the words in ctx.args, which are more than the command takes."""
+        return f"Got unexpected extra argument{'s' * (len(ctx.args) > 1)} ({' '.join(ctx.args)})"
 
 
 def split_strengths(args: Sequence[str]) -> tuple[list[str], list[float | None]]:
@@ -56,6 +66,16 @@ def split_strengths(args: Sequence[str]) -> tuple[list[str], list[float | None]]
             continue
         strengths.append(float(rest.pop(0)) if rest and _is_number(rest[0]) else None)
     return _as_options(paths, kept, strengths, scales), strengths
+
+
+def _one_file(after: Iterable[str]) -> str:
+    """What to say about the words after --lora PATH, if they are not what can be there."""
+    for word in after:
+        if word.endswith(".safetensors"):
+            return f"--lora takes one file; for several, repeat it, as in --lora A.safetensors --lora {word}"
+        if re.match(r"[-+.,]?\d", word):
+            return f"the strength of a LoRA must be a number such as 0.8, got {word!r}"
+    return ""
 
 
 def _as_options(paths: list[str], kept: list[str], strengths: list[float | None], scales: list[float]) -> list[str]:

@@ -37,13 +37,7 @@ PHASES = {
     "--architecture", type=click.Choice(["full", "small"]), help="Architecture of random weights.  [default: full]"
 )
 @size_options
-@click.option(
-    "--steps",
-    type=click.IntRange(1, 1000),
-    default=TURBO.steps,
-    show_default=True,
-    help="Number of denoising steps.",
-)
+@click.option("--steps", type=click.IntRange(1, 1000), help="Number of denoising steps.  [default: the model's]")
 @click.option(
     "--tokens",
     "caption_tokens",

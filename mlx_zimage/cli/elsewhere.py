@@ -14,7 +14,8 @@ from click.core import ParameterSource
 
 from ..errors import RequestError
 
-BY_BITS = "convert the model once, with `mlx-zimage convert Tongyi-MAI/Z-Image-Turbo DEST --q-bits 4`"
+BITS = ("2", "3", "4", "5", "6", "8")
+BY_BITS = "convert the model once, with `mlx-zimage convert z-image-turbo DEST --q-bits 8`"
 BY_MEMORY = "use --memory 6GB, which determines what is streamed from disk and how images are decoded"
 IMAGE = "use --image FILE"
 STRENGTH = "use --strength, the fraction of the steps to run: 1 ignores the image"
@@ -113,22 +114,39 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["typed"] = {word.partition("=")[0] for word in args}
         quiet = any("-q" in parameter.opts for parameter in self.params)
-        if quiet and any(word == "-q" and bits in ("2", "3", "4", "5", "6", "8") for word, bits in pairwise(args)):
-            advice = Q_BITS if self.name == "convert" else BY_BITS
+        if quiet and _bits_after("-q", args):
+            advice = _with_bits(Q_BITS if self.name == "convert" else BY_BITS, "-q", args)
             raise click.UsageError(f"-q is --quiet and takes no number; {advice}", ctx)
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, [*args])  # it takes words out of the list
         except click.NoSuchOption as error:
-            advice = ELSEWHERE.get(self.name or "", {}).get(error.option_name, "")
+            name = error.option_name
+            advice = ELSEWHERE.get(self.name or "", {}).get(name, "")
             if not advice:
                 raise
-            raise click.UsageError(f"No such option: {error.option_name}; {advice}", ctx) from None
+            raise click.UsageError(f"No such option: {name}; {_with_bits(advice, name, args)}", ctx) from None
+        except click.BadParameter as error:
+            typed = [name for name in error.param.opts if name in ctx.meta["typed"]] if error.param else []
+            if typed:
+                error.param_hint = f"'{typed[0]}'"
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except RequestError as error:
             raise type(error)(as_typed(str(error), options_given(ctx))) from error
+
+
+def _bits_after(option: str, args: list[str]) -> str | None:
+    """The number of bits typed after an option, if any."""
+    return next((bits for word, bits in pairwise(args) if word == option and bits in BITS), None)
+
+
+def _with_bits(advice: str, option: str, args: list[str]) -> str:
+    """Advice with the number of bits that was typed after the option."""
+    bits = _bits_after(option, args)
+    return re.sub(r"--q-bits \d", f"--q-bits {bits}", advice) if bits else advice
 
 
 def options_given(ctx: click.Context) -> dict[str, str]:

@@ -6,8 +6,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -84,17 +84,20 @@ SECTIONS = {  # of the help text, with the names of their options
 }
 
 
+EMPTY: Mapping[str, str] = {}
+
+
 class Generate(WithLoras):
     """Accepts several seeds, hints at missing quotes, and groups the options in its help into sections."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.allow_extra_args = True
         refuse_strength_of_mflux(ctx, args)
-        rest = super().parse_args(ctx, join_seeds(args))
-        if ctx.args and not ctx.resilient_parsing:
-            quoted = shlex.quote(" ".join([ctx.params["prompt"], *ctx.args]))
-            raise click.UsageError(f"Got several arguments; quote the prompt: mlx-zimage generate {quoted}", ctx)
-        return rest
+        return super().parse_args(ctx, join_seeds(args))
+
+    def too_many(self, ctx: click.Context, args: list[str]) -> str:
+        quoted = shlex.quote(" ".join([ctx.params["prompt"], *ctx.args]))
+        options = " ..." if any(word.startswith("-") for word in args) else ""
+        return f"Got several arguments; quote the prompt: mlx-zimage generate {quoted}{options}"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
@@ -354,8 +357,8 @@ def generate(
     if prompt is not None and prompt_option is not None:
         raise RequestError("the prompt was given twice, as an argument and with --prompt; give one")
     given = options_given(ctx)
-    prompts = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
-    prompts, lora_paths = name_paths(prompts, [path for path, _ in loras])
+    by_line, file = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
+    prompts, lora_paths = name_paths([*by_line.values()], [path for path, _ in loras])
     prompts = files_given.named(prompts)
     _warn_of_overridden(given, prompts if requests_file else [])
     flags = {"sample_posterior": sample_posterior or None, "mask_soft": mask_soft or None}
@@ -364,17 +367,13 @@ def generate(
         _check_old(old, from_image, files_given.digests, prompts)
     all_series = multiply(base, prompts, _seeds(seed, auto_seeds, old), output, ratio, count)
     total = sum(map(len, all_series))
-    for own, series in zip(prompts, all_series, strict=True):
-        try:
+    places = [f"{file}, line {line}" if file else "" for line in by_line]
+    for place, own, series in zip(places, prompts, all_series, strict=True):
+        with _located(place, _names(given, own)):
             request = _check(series)
             files_given.inputs(request).check_named(request.arrays)
-        except RequestError as error:
-            if not requests_file and not prompt_file:
-                raise
-            message = as_typed(str(error), _names(given, own))
-            raise RequestError(f"image {series.n} of {total}: {message}") from error
-        if latents_file and request.width and request.height:
-            check_latents_size(latents_file, files_given.latents, request.width, request.height)
+            if latents_file and request.width and request.height:
+                check_latents_size(latents_file, files_given.latents, request.width, request.height)
     if preview_dir:
         make_folder(preview_dir)
     if latents_file:
@@ -406,19 +405,23 @@ def generate(
         request = job.request(side)
         return model.pipeline.complete(request, files_given.inputs(request))
 
-    firsts = (complete(next(iter(series))) for series in all_series)
-    requests = dict.fromkeys(replace(request, seed=0) for request in firsts)  # seeds change no plan
-    for request in requests:
-        if latents_file:
-            check_latents_size(latents_file, files_given.latents, *request.extent[:2])
-        model.pipeline.plan(request)  # refuses what does not fit, before any work
+    requests: dict[GenerateRequest, str] = {}
+    for place, series in zip(places, all_series, strict=True):
+        with _located(place):
+            request = complete(next(iter(series)))
+        requests.setdefault(replace(request, seed=0), place)  # seeds change no plan
+    for request, place in requests.items():
+        with _located(place):
+            if latents_file:
+                check_latents_size(latents_file, files_given.latents, *request.extent[:2])
+            model.pipeline.plan(request)  # refuses what does not fit, before any work
     for message in dict.fromkeys(note for request in requests for note in notes(request, model.pipeline.checkpoint)):
         _warn(message)
     files = Files(overwrite, metadata)
     terminal = None if quiet else graphics()
     in_place = preview and terminal  # the finished image replaces the preview
     colours = colours_of(model.pipeline.encode_image) if preview or preview_dir else None
-    for job in chain.from_iterable(all_series):
+    for place, job in ((place, job) for place, series in zip(places, all_series, strict=True) for job in series):
         _check_battery(battery_limit)
         request = complete(job)
         path = job.path(request)
@@ -426,7 +429,7 @@ def generate(
         width, height, _ = request.extent
         steps = model.pipeline.count_steps(request)
         grey = blank(width, height, request.num_images)
-        with Watch(steps, quiet, not in_place, colours) as watch:
+        with _located(_image(place, job.n, total)), Watch(steps, quiet, not in_place, colours) as watch:
             add_views(watch, path, f"{path.stem}-{request.seed}", grey, preview, preview_dir, terminal)
             for event in run(model, request, path, files, files_given.inputs(request)):
                 watch(event)
@@ -438,8 +441,11 @@ def generate(
 
 def _prompts(
     prompt: str | None, prompt_file: BinaryIO | None, requests_file: BinaryIO | None, old: Origin | None
-) -> list[dict]:
-    """One dict of values per prompt; they take precedence over the options. The prompt - is read from stdin."""
+) -> tuple[dict[int, dict], str]:
+    """A dict of values per prompt, by the number of its line, and the name of the file with the lines, if any.
+
+    The values take precedence over the options. The prompt - is read from stdin.
+    """
     if sum((prompt == "-", _is_stdin(prompt_file), _is_stdin(requests_file))) > 1:
         raise RequestError("stdin can be read only once; give - for one of the prompt, --prompt-file and --requests")
     if prompt == "-":
@@ -447,17 +453,34 @@ def _prompts(
     if prompt_file and (prompt is not None or requests_file):
         raise RequestError("--prompt-file cannot be combined with another prompt or --requests; give one")
     if prompt_file:
-        return read_prompts(*_lines(prompt_file))
+        lines, name = _lines(prompt_file)
+        return read_prompts(lines, name), name
     own = {} if prompt is None else {"prompt": prompt}
     if requests_file:
         lines, name = _lines(requests_file)
-        requests = [own | request for request in read_requests(lines, name)]
-        if not old and not all("prompt" in request for request in requests):
-            raise RequestError(f"{name}: each object needs a prompt; add it, or give PROMPT for all of them")
-        return requests
+        requests = {i: own | request for i, request in read_requests(lines, name).items()}
+        if not old and (without := [i for i, request in requests.items() if "prompt" not in request]):
+            raise RequestError(f"{name}, line {without[0]} has no prompt; add it, or give PROMPT for all objects")
+        return requests, name
     if not own and not old:
         raise click.UsageError("Missing argument 'PROMPT'; or give --prompt-file, --requests or --from.")
-    return [own]
+    return {1: own}, ""
+
+
+@contextmanager
+def _located(place: str, names: Mapping[str, str] = EMPTY) -> Iterator[None]:
+    """Begin errors with the place that they are about, and name values as they were given."""
+    try:
+        yield
+    except ZImageError as error:
+        if not place:
+            raise
+        raise type(error)(f"{place}: {as_typed(str(error), names)}") from error
+
+
+def _image(place: str, n: int, total: int) -> str:
+    """Which of all images an error is about; "" if there is only one."""
+    return ", ".join(part for part in (place, f"image {n} of {total}" if total > 1 else "") if part)
 
 
 def _is_stdin(file: BinaryIO | None) -> bool:
@@ -512,7 +535,7 @@ def _warn_of_overridden(given: Mapping[str, str], objects: list[dict]) -> None:
 
 
 def _lines(stream: BinaryIO) -> tuple[Iterator[str], str]:
-    name = getattr(stream, "name", "stdin")
+    name = "stdin" if _is_stdin(stream) else stream.name
     return lines_of(stream, name), name
 
 

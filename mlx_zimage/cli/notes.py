@@ -29,6 +29,9 @@ POCKET_SHAPES = re.compile(
     r"\b(circle|disc|dot|square|box(es)?|triangle|star|ring|donut|cross(es)?|plus|diamond|rhombus(es)?|heart)s?\b"
     "|圆|方形|方块|三角形|星|环|十字|加号|菱形|爱心|心形"
 )
+# It was trained at 128x128 to 192x128 and 160x160. At 112x112, 176x96, 224x128 and 208x208, judge.py finds nearly all
+# images of single shapes right; at 96x96, 128x64 and 224x224 none.
+POCKET_LEAST_SIDE, POCKET_PIXELS = 96, (112**2, 208**2)
 POCKET_KNOWS = (
     "it knows circles, squares, triangles, stars, rings, crosses, diamonds and hearts in red, orange, yellow, green, "
     "blue, purple, pink, black, white and gray (in Chinese: 圆形 正方形 三角形 星星 圆环 十字 菱形 爱心); "
@@ -54,6 +57,13 @@ def notes(request: GenerateRequest, checkpoint: Checkpoint) -> Iterator[str]:
             yield f"pocket does not know {words}, so the image may be blank; {POCKET_KNOWS}"
         elif not POCKET_SHAPES.search(request.prompt.lower()):
             yield f"the prompt names none of pocket's shapes, so the image may be blank; {POCKET_KNOWS}"
+        width, height, _ = request.extent
+        (low, high), side = POCKET_PIXELS, checkpoint.vae.config.sample_size
+        if min(width, height) < POCKET_LEAST_SIDE or not low <= width * height <= high:
+            yield (
+                f"pocket knows sizes near 128x128, 192x128 and 160x160, so an image of {width}x{height} may be blank; "
+                f"leave the size out for {side}x{side}"
+            )
 
 
 def is_pocket(checkpoint: Checkpoint) -> bool:

@@ -15,7 +15,7 @@ import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import RequestError, warn
 from ..request import GenerateRequest
@@ -170,6 +170,8 @@ def read_origin(path: Path) -> Origin:
             comment = exif.get(USER_COMMENT)
     except FileNotFoundError:
         raise RequestError(f"no image at {path}") from None
+    except UnidentifiedImageError:
+        raise RequestError(f"{path} is not a PNG, JPEG or WebP image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path} is not a PNG, JPEG or WebP image ({error})") from error
     found = re.search(rb'\szimage:origin="([^"<]*)"', xmp)

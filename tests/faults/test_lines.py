@@ -22,7 +22,7 @@ class Endless:
 
 read, before = {"prompts": read_prompts, "requests": read_requests}[sys.argv[1]], peak()
 try:
-    list(multiply({"prompt": "a"}, read(lines_of(Endless(LINE), "f"), "f"), [1], "x.png"))
+    list(multiply({"prompt": "a"}, read(lines_of(Endless(LINE), "f"), "f").values(), [1], "x.png"))
 except RequestError as error:
     print(error)
 print((peak() - before) // 10**6)

@@ -98,7 +98,7 @@ def test_json_lines_are_requests_or_refused(values, end):
         requests = read_requests(lines_of(io.BytesIO(text), "f"), "f")
     except RequestError:
         return
-    assert requests == [value for value in values if isinstance(value, dict)]
+    assert [*requests.values()] == [value for value in values if isinstance(value, dict)]
 
 
 @ours

@@ -37,6 +37,7 @@ OTHER_OPTIONS = {  # of from_pretrained, and what to use instead
     "local_files_only": "set the environment variable HF_HUB_OFFLINE=1",
     "token": "set the environment variable HF_TOKEN, or run `hf auth login`",
     "revision": "name it in the id, as in 'Tongyi-MAI/Z-Image-Turbo@main'",
+    "subfolder": "name it in the id or path, as in 'ID:FOLDER'",
     "scheduler": "shift= and sigmas= of a call choose the schedule",
     "tokenizer": "save it into a model's folder, and open that",
     "quantization_config": "convert the model once, as in `mlx-zimage convert ID FOLDER --q-bits 4`, and open FOLDER",
@@ -66,6 +67,7 @@ class DiffusersMethods:
     disable_vae_tiling = Needless(f"images are decoded whole if memory allows it; {BY_MEMORY}")
     save_pretrained = Elsewhere("from mlx_zimage.convert import convert; convert(source, folder) writes a model")
     scheduler = Absent("shift= and sigmas= of a call choose the schedule")
+    device = Absent(f"{BY_MLX}; a torch.Generator is on the CPU")
     from_single_file = Elsewhere("from_pretrained opens files, too")
 
 
@@ -188,6 +190,8 @@ def _listed(value: Any, name: str) -> list | None:
     """A list, array or text as a list; None stays None."""
     if value is None or isinstance(value, str):
         return None if value is None else [value]
+    if isinstance(value, (bytes, Mapping)):
+        raise RequestError(f"{name} must be a string or a list, got {type(value).__name__}")
     if getattr(value, "ndim", None) == 2:
         raise RequestError(f"{name} must be a list with one array per prompt, got a single array; put it in a list")
     try:

@@ -124,7 +124,10 @@ def test_an_image_of_mflux_names_its_loras_and_asks_for_their_files(style, path)
             "--lora-scales must be followed by a number, got high",
         ),
         (["a cat", "--lora", "none.safetensors"], "no LoRA at none.safetensors"),
-        (["a cat", "--lora-paths", "a", "--lora-scales", "1", "2"], "2 strengths for 1 --lora-paths"),
+        (
+            ["a cat", "--lora-paths", "a", "--lora-scales", "1", "2"],
+            "one strength per file of --lora-paths, 1 in all, got 2",
+        ),
         (["a cat", "--lora", "style.safetensors", "1e9"], "strength of LoRA style must be from -1000"),
         (["a cat", "--lora", "style.safetensors", "--lora", "copy.safetensors"], "already loaded as 'style'"),
         (["a cat", "--lora", "style.safetensors", "--lora", "style.safetensors", "0.5"], "was given 2 times"),

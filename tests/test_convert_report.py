@@ -175,7 +175,7 @@ def test_invalid_options_for_a_report_or_upload_are_refused_before_any_work(
 
 def test_a_report_needs_a_source_that_can_generate_images(tmp_path):
     (tmp_path / "z-image.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="if it is GGUF, convert it first"):
+    with pytest.raises(CheckpointError, match="is GGUF; convert it first"):
         check_source(tmp_path / "z-image.gguf")
 
 

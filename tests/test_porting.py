@@ -116,6 +116,7 @@ def guidance_off(pipe, index, timestep, values):
         ({"prompt": None}, "give prompt or prompt_embeds"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": 7}, "prompt must be a string or a list, got int"),
+        ({"prompt": {"a": 1}}, "prompt must be a string or a list, got dict"),
         ({"prompt": ["a", 7]}, "the prompt must be text, got int"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt must have one entry per prompt, 2 in all"),
         ({"prompt_embeds": np.zeros((3, 40))}, "prompt_embeds must be a list with one array per prompt"),
@@ -231,6 +232,8 @@ def test_methods_of_diffusers_do_nothing_and_say_why_or_what_to_use(pipe):
         pipe.scheduler = "Euler"
     with pytest.raises(AttributeError, match="there is no scheduler here: shift= and sigmas= of a call"):
         _ = pipe.scheduler.config
+    with pytest.raises(AttributeError, match=r"there is no device here: .* a torch.Generator is on the CPU"):
+        _ = pipe.device
     with pytest.raises(RequestError, match="from_pretrained opens files, too"):
         ZImagePipeline.from_single_file("model.safetensors")
 

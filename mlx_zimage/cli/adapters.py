@@ -53,7 +53,7 @@ def split_strengths(args: Sequence[str]) -> tuple[list[str], list[float | None]]
     scales = [float(word) for word in _take(rest, "--lora-scales", "a number", _is_number)]
     if scales and len(scales) != len(paths):
         raise click.UsageError(
-            f"--lora-scales has {len(scales)} strengths for {len(paths)} --lora-paths; give one each"
+            f"--lora-scales needs one strength per file of --lora-paths, {len(paths)} in all, got {len(scales)}"
         )
     while rest:
         word = rest.pop(0)

@@ -33,6 +33,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {  # by command: flags of other pro
         "--mlx-cache-limit-gb": BY_MEMORY,
         "--vae-tiling": BY_MEMORY,
         "--vae-tile-size": BY_MEMORY,
+        "--vae-tiling-split": BY_MEMORY,
         "--float32": "use --dtype float32",
         "--compute-precision": "use --dtype bfloat16, float16 or float32",
         "--image-count": "use --count N to generate N images",
@@ -45,6 +46,10 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {  # by command: flags of other pro
         "--base-model": NOT_NEEDED,
         "--scheduler": "use --shift; examples/custom_schedule.py shows a custom schedule",
         "--pid-decode": "images are decoded by the model's own VAE",
+        "--no-bake-lora": "leave it out; LoRAs are never written into the weights here",
+        "--lora-name": "use --lora, which takes a file, an id, or ID:FILE",
+        "--lora-repo-id": "use --lora, which takes a file, an id, or ID:FILE",
+        "--controlnet-image-path": "ControlNet is not available yet",
         "--vae-full-precision": "leave it out; --dtype float32 computes everything in float32",
         "--image-path": f"{IMAGE}, and --strength S for mflux's --image-strength 1 - S",
         "--image-strength": MFLUX_STRENGTH.format("0.4", "0.6"),
@@ -76,6 +81,10 @@ COMMANDS = {  # of other programs, and what to use instead
     **dict.fromkeys(("rm", "remove", "delete"), "use `mlx-zimage models rm NAME`"),
     **dict.fromkeys(("save", "quantize", "export"), "use `mlx-zimage convert SOURCE DEST --q-bits 8`"),
     **dict.fromkeys(("show", "inspect"), "use `mlx-zimage info SOURCE`"),
+    **dict.fromkeys(("train", "serve", "server"), "that is not available yet"),
+    **dict.fromkeys(("edit", "upscale", "img2img", "inpaint", "outpaint"), f"add an image: {GENERATE} --image FILE"),
+    **dict.fromkeys(("version", "-v", "-V"), "use `mlx-zimage --version`"),
+    "login": "use `hf auth login`",
     "help": "use `mlx-zimage --help`",
 }
 
@@ -100,11 +109,12 @@ class Group(click.Group):
 
 def no_such_command(name: str, known: Mapping[str, Any], ctx: click.Context) -> None:
     """Raise UsageError for what is not a command, unless it looks like a mistyped one, which click answers."""
-    if name in known or (name not in COMMANDS and difflib.get_close_matches(name, known)):
+    meant = "run" if name.startswith("mflux-generate") else name.removeprefix("mflux-")
+    if name in known or (meant not in COMMANDS and difflib.get_close_matches(name, known)):
         return
-    if name.startswith("-"):
+    if name.startswith("-") and name not in COMMANDS:
         raise click.UsageError(f"No such option: {name}; options follow a command: {GENERATE} --steps 8", ctx)
-    hint = COMMANDS.get(name) or f"to generate an image: mlx-zimage generate {shlex.quote(name)}"
+    hint = COMMANDS.get(meant) or f"to generate an image: mlx-zimage generate {shlex.quote(name)}"
     raise click.UsageError(f"No such command {name!r}; {hint}", ctx)
 
 

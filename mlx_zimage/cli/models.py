@@ -27,6 +27,7 @@ REMOVE = "use `mlx-zimage models rm NAME`"
 @click.group(
     cls=Group,
     hints={**dict.fromkeys(("list", "ls", "show"), LIST), **dict.fromkeys(("remove", "delete", "uninstall"), REMOVE)},
+    default="to show what a model contains: mlx-zimage info {}",
     invoke_without_command=True,
     epilog="Example: mlx-zimage models; mlx-zimage models rm Z-Image-Turbo-4bit",
 )

@@ -59,7 +59,8 @@ def notes(request: GenerateRequest, checkpoint: Checkpoint) -> Iterator[str]:
             yield f"the prompt names none of pocket's shapes, so the image may be blank; {POCKET_KNOWS}"
         width, height, _ = request.extent
         (low, high), side = POCKET_PIXELS, checkpoint.vae.config.sample_size
-        if min(width, height) < POCKET_LEAST_SIDE or not low <= width * height <= high:
+        fits = min(width, height) >= POCKET_LEAST_SIDE and low <= width * height <= high
+        if not fits and request.image is None:  # an image says what to generate, or is refined in tiles
             yield (
                 f"pocket knows sizes near 128x128, 192x128 and 160x160, so an image of {width}x{height} may be blank; "
                 f"leave the size out for {side}x{side}"

@@ -421,6 +421,7 @@ class Transformer:
     """
 
     set_attention_backend = Needless("MLX has a single fused attention")
+    compile = Needless("blocks are compiled already")
 
     def __init__(
         self,
@@ -436,7 +437,7 @@ class Transformer:
         self.runner = runner
         self.product = product
         self.gather = gather
-        self.compile = compile
+        self.is_compiled = compile
         self.most = most
         self.sums = sum_dtype(runner.dtype)
         self.lean = lean
@@ -452,7 +453,7 @@ class Transformer:
     @factor.setter
     def factor(self, factor: float) -> None:
         self._factor = factor
-        wrap = compiled if self.compile else as_it_is
+        wrap = compiled if self.is_compiled else as_it_is
         shared: dict[str, Any] = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
         self._attend = wrap(partial(attend, heads=self.config.n_heads, gather=self.gather, most=self.most, **shared))
         self._feed = wrap(partial(feed, **shared))

@@ -249,7 +249,7 @@ def open_to_plan(source: Location, variant: str | None = None) -> Checkpoint:
     if not _is_alias(source):
         return open_headers(source, variant)
     repository = ALIASES[str(source)]
-    return open_headers(repository, variant, transformer=smaller_transformer(repository)[0])
+    return open_headers(repository, variant, {"transformer": smaller_transformer(repository)[0]})
 
 
 def already_converted(source: Location) -> Location:

@@ -240,7 +240,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         strength 1 by default; the pixels outside it are unchanged. It may be a list, too. See `GenerateRequest` for
         mask_feather, mask_grow and mask_soft. outpaint={"left": 256} extends the image instead, by multiples of 16.
 
-        upscale=2 enlarges the image, or the one generated first, and refines it with strength 0.3 unless given, in
+        upscale=2 enlarges the image, or the one generated first, and refines it with strength 0.2 unless given, in
         tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole image at once.
 
         output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,

@@ -244,7 +244,7 @@ class Generate(WithLoras):
     type=float,
     metavar="FACTOR",
     help="Enlarge --image, or the image that is generated first, by FACTOR, up to 8, and refine it. --strength is then "
-    "0.3 by default.",
+    "0.2 by default.",
 )
 @click.option(
     "--tile",

@@ -71,7 +71,7 @@ def convert_steps(
 ) -> Iterator[Progress]:
     """Convert the model at source to the folder dest, which must not exist, yielding Progress after each tensor.
 
-    source is a Hugging Face id, "z-image-turbo" (the official model in a smaller download), "pocket", a folder from
+    source is a Hugging Face id, "z-image-turbo" (the official model as a smaller download), "pocket", a folder from
     diffusers, mflux, mlx-vlm or this package, or a safetensors or GGUF file. transformer, text_encoder, vae and
     tokenizer replace or add parts; base provides what is still missing: see sources.open_source. variant, such as
     "fp16", selects among the source's files; by default those without a variant are read.

@@ -63,7 +63,7 @@ def notes(request: GenerateRequest, checkpoint: Checkpoint) -> Iterator[str]:
         if not fits and request.image is None:  # an image says what to generate, or is refined in tiles
             yield (
                 f"pocket knows sizes near 128x128, 192x128 and 160x160, so an image of {width}x{height} may be blank; "
-                f"leave the size out for {side}x{side}"
+                f"leave out the size to get {side}x{side}"
             )
 
 

@@ -65,7 +65,7 @@ def run(tmp_path, monkeypatch):
         (["convert", "--hf-path", "pocket"], "`mlx-zimage convert SOURCE DEST`"),
         (["models", "list"], "`mlx-zimage models` lists them"),
         (["models", "delete", "x"], "use `mlx-zimage models rm NAME`"),
-        (["lora", "list"], "`generate --lora FILE` takes a LoRA from anywhere"),
+        (["lora", "list"], "`generate --lora FILE` reads one from any path"),
         (["lora", "style.safetensors"], "mlx-zimage lora info style.safetensors"),
         (["lora"], "mlx-zimage lora info style.safetensors"),
         (["info", "POCKET"], "did you mean 'pocket'?"),

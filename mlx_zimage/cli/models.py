@@ -38,9 +38,9 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
     Lists the tiny model in this package, models converted by first runs (in MLX_ZIMAGE_HOME, by default
     ~/.cache/mlx-zimage), the folders that `convert` wrote, and models in the Hugging Face cache, by the names that
-    --model takes. Those marked incomplete were not fully downloaded, or are missing files; those marked "only" have just
-    the networks that were needed, such as a VAE for another model. The entry "embeddings" is the cache of encoded
-    prompts, so that a repeated prompt skips the text encoder; it also holds the scales that float16 needs.
+    --model takes. Those marked incomplete were not fully downloaded, or are missing files; those marked "only" have the
+    networks that were needed, such as a VAE for another model. The entry "embeddings" is the cache of encoded prompts,
+    so that a repeated prompt skips the text encoder; it also holds the scales that float16 needs.
     MLX_ZIMAGE_EMBEDDINGS sets its folder (by default in MLX_ZIMAGE_HOME), or disables it with "off".
     """
     if ctx.invoked_subcommand:

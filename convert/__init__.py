@@ -161,8 +161,9 @@ def _warn_of_waste(source: Source, layout: Layout, settings: Settings, dtype: st
         )
     elif layout.nbytes > 1.02 * source.nbytes:  # as much as headers and small files may take
         warnings.warn(
-            f"{source.origin} takes {size(source.nbytes)} and the result {size(layout.nbytes)}, but what the source "
-            f"has lost to its own quantization does not come back; choose fewer bits, or convert the original",
+            f"{source.origin} takes {size(source.nbytes)} and the result would take {size(layout.nbytes)}, but "
+            f"precision that the source lost in its own quantization cannot be recovered; choose fewer bits, or convert "
+            f"the original",
             Wasteful,
             stacklevel=3,
         )

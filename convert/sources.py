@@ -196,7 +196,7 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
     if at.is_file():
         content = read_small(at)
         if not _is_tokenizer(content):
-            raise CheckpointError(f"{at} is not a tokenizer.json: expected JSON with the key model")
+            raise CheckpointError(f'{at} is not a tokenizer.json: expected JSON with a "model" key')
         return {TOKENIZER: content}
     if (at / "tokenizer.json").is_file():
         return tokenizer_files(at)
@@ -236,7 +236,7 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
     if base is None:
         base = official.REPOSITORY
         names = " or ".join(parts)
-        warn(f"{source.origin} contains no {names}; using that of {base}", BorrowedFromHub)
+        warn(f"{source.origin} contains no {names}; taken from {base}", BorrowedFromHub)
     folder = resolve(base, missing)
     check_inside(folder, config_files(folder))
     other = open_folder(folder, str(base), missing)

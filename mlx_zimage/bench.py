@@ -277,7 +277,7 @@ def table(report: dict) -> str:
         )
     lines.append(
         f"steps run at {digits(report['steps_tflops'])} TFLOP/s, {report['fraction_of_matmul']:.1%} of this machine's "
-        f"{digits(report['matmul_tflops'])} TFLOP/s for matrix products of the same width"
+        f"{digits(report['matmul_tflops'])} TFLOP/s for matrix products of the model's width"
     )
     return "\n".join(lines)
 

@@ -261,7 +261,10 @@ def judge_kernels(speeds: Speeds) -> list[Verdict]:
     if speeds.longest_kernel_s is None:
         return []
     ok, message = speeds.longest_kernel_s <= LONG_KERNEL, f"the longest takes about {speeds.longest_kernel_s:.2g} s"
-    advice = "generate smaller images, and set MLX_ZIMAGE_HOME to a writable folder: macOS kills long kernels"
+    advice = (
+        "macOS kills long kernels: generate smaller images, and set MLX_ZIMAGE_HOME to a writable folder, so that the "
+        "measured speed can be stored"
+    )
     return [Verdict("kernels", ok, message, "" if ok else advice)]
 
 

@@ -17,9 +17,9 @@ SLOW_DISK = (
 )
 LESS_MEMORY = "lower the budget with --memory (memory= in Python), generate smaller images, or close other programs"
 TOO_LONG = (
-    "macOS stopped work that kept the GPU from the display. Let the display sleep while images are generated, or "
-    "generate smaller images. AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment turns this limit off on most Macs, "
-    "at the cost of a display that stutters or freezes for seconds"
+    "macOS stopped work that was keeping the display from using the GPU. Let the display sleep while images are "
+    "generated, or generate smaller images. AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment turns this limit off "
+    "on most Macs, at the cost of a display that stutters or freezes for seconds"
 )
 # (pattern of the message, error to raise, what it means and what to do); the first match applies
 FAILURES: tuple[tuple[str, type[ZImageError], str], ...] = (
@@ -46,11 +46,11 @@ FAILURES: tuple[tuple[str, type[ZImageError], str], ...] = (
         DeviceError,
         "the GPU accepts no more work from this process, so none of its pipelines can continue: start a new process",
     ),
-    (r"InnocentVictim", DeviceError, "the GPU failed because of another program, and this work was lost: run it again"),
+    (r"InnocentVictim", DeviceError, "the GPU failed because of another program, and this work was lost: try again"),
     (
         r"^\[METAL\]|^\[metal::|^(cu|CU)[A-Za-z]+.* failed:|CUDA error",
         DeviceError,
-        "the GPU failed: run it again; if it fails again, run mlx-zimage doctor",
+        "the GPU failed: try again; if that fails too, run mlx-zimage doctor",
     ),
 )
 

@@ -49,7 +49,9 @@ class LoraMethods:
         configs = {network: overlay.config for network, overlay in self.networks.overlays.items()}
         lora = read_lora(path, configs, partial)
         if lora.unmatched:
-            warn(f"{path}: {len(lora.unmatched)} keys match no layer and are ignored, first {lora.unmatched[0]!r}")
+            warn(
+                f"{path}: {len(lora.unmatched)} keys match no layer and are ignored; the first is {lora.unmatched[0]!r}"
+            )
         for other, loaded in self._loras.items():
             if (other == name) != (loaded.sha256 == lora.sha256):
                 raise RequestError(

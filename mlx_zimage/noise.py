@@ -47,7 +47,10 @@ def seeded(seed: int) -> Any:
 def _randn(twister, shape: tuple[int, ...]) -> np.ndarray:
     size = int(np.prod(shape))
     if size < 16:
-        raise ValueError(f"expected at least 16 normals, since torch generates fewer differently; {shape} has {size}")
+        raise ValueError(
+            f"expected at least 16 normally distributed values, since torch generates smaller arrays differently; "
+            f"{shape} has {size}"
+        )
     uniform = _uniform(twister, size)
     normal = np.empty(size, dtype=np.float32)
     whole = size - size % 16

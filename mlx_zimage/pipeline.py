@@ -442,7 +442,9 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         With inputs, it also gets their digests, and the size and strength that an image gives it (see `fit_size`).
         """
         if not isinstance(request, GenerateRequest):
-            raise RequestError(f"expected a GenerateRequest, got {type(request).__name__}; a call takes a prompt")
+            raise RequestError(
+                f"expected a GenerateRequest, got {type(request).__name__}; to pass a prompt, call the pipeline itself"
+            )
         if inputs is not NONE:
             inputs.check_named(request.arrays)
             request = replace(request, **inputs.digests)

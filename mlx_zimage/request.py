@@ -385,7 +385,11 @@ def _check_strength(strength: float, steps: int | None) -> None:
     if strength > 1:
         raise RequestError(f"strength must be at most 1, which ignores the image, got {strength:g}")
     if int((steps or 1) - (steps or 1) * strength) == (steps or 1):
-        one = f"{1 / steps:.3g} runs one of {steps} steps" if steps else "1 / steps, 0.125 of 8, runs one"
+        one = (
+            f"{1 / steps:.3g} runs one of {steps} steps"
+            if steps
+            else "a strength of 1 / steps (0.125 for 8 steps) runs one"
+        )
         raise RequestError(f"strength {strength:g} leaves no step to run: the image would not change; {one}")
 
 

@@ -73,8 +73,8 @@ class SchedulerConfig:
         steepest = max(abs(read.dynamic_mu(tokens)) for tokens in (1, IMAGE_TOKENS))
         if read.use_dynamic_shifting and steepest > MAX_MU:
             raise CheckpointError(
-                f"scheduler config: base_shift {read.base_shift}, max_shift {read.max_shift} and their lengths give a "
-                f"logarithm of the shift of {steepest:.0f} for some sizes, expected at most {MAX_MU}"
+                f"scheduler config: base_shift {read.base_shift}, max_shift {read.max_shift} and their lengths make "
+                f"the logarithm of the shift {steepest:.0f} for some sizes, expected at most {MAX_MU}"
             )
         return read
 

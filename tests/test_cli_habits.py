@@ -178,7 +178,10 @@ def test_a_request_is_read_from_what_mflux_stored(run, tmp_path):
     [
         ({"lora_paths": ["a.safetensors"], "lora_scales": [1, 2]}, "lora_scales must be one number per LoRA, 1 in all"),
         ({"lora_paths": "a.safetensors"}, "lora_paths must be a list of paths"),
-        ({"lora_paths": ["a/x.safetensors", "b/x.safetensors"]}, "LoRAs of the same name, x, x; give them with --lora"),
+        (
+            {"lora_paths": ["a/x.safetensors", "b/x.safetensors"]},
+            "LoRAs that share a name, x, x; give them with --lora",
+        ),
         ({"lora_paths": ["x.safetensors"], "lora_scales": ["a"]}, "the strength of LoRA x must be a number"),
         ({"image_path": "a.png"}, "mflux started it from an image; give the prompt, and that image with --image FILE"),
         ({"image_path": "a.png", "image_strength": 0.25}, "with --image FILE --strength 0.75"),

@@ -674,7 +674,7 @@ def test_missing_parts_are_downloaded_with_a_warning(split, tmp_path, monkeypatc
     monkeypatch.setattr(official, "CONFIGS", configs)
     monkeypatch.setattr("mlx_zimage.convert.sources.resolve", resolve)
     with pytest.warns(
-        BorrowedFromHub, match="dit.safetensors contains no vae or tokenizer; using that of Tongyi-MAI/Z-Image-Turbo"
+        BorrowedFromHub, match="dit.safetensors contains no vae or tokenizer; taken from Tongyi-MAI/Z-Image-Turbo"
     ):
         source = open_source(split / "dit.safetensors", text_encoder=split / "qwen.safetensors")
     assert downloads == [("Tongyi-MAI/Z-Image-Turbo", ["vae"])]

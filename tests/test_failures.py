@@ -33,7 +33,7 @@ FAILURES = [
     (
         f"{METAL}Discarded (victim of GPU error/recovery) (00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim).",
         9,
-        "run it again",
+        "this work was lost: try again",
     ),
     (f"{METAL}Internal Error (0000010a:Internal Error).", 9, "doctor"),
     (

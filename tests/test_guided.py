@@ -104,7 +104,7 @@ def test_every_strength_above_0_runs_at_least_one_step_and_more_runs_no_fewer(st
             {"strength": 0.0},
             "strength 0 leaves no step to run: the image would not change; 0.25 runs one of 4 steps",
         ),
-        ({"strength": 0.0, "steps": None}, "1 / steps, 0.125 of 8, runs one"),
+        ({"strength": 0.0, "steps": None}, "a strength of 1 / steps (0.125 for 8 steps) runs one"),
         ({"strength": 1e-20}, "strength 1e-20 leaves no step to run"),
         ({"strength": 1.5}, "strength must be at most 1, which ignores the image, got 1.5"),
         ({"strength": -0.1}, "strength must be from 0"),

@@ -73,7 +73,7 @@ def test_plan_without_a_model_needs_no_network(run, hub):
     rows = {line[:8].strip(): line for line in result.stdout.splitlines()}
     assert "20.52 GB" in rows["bfloat16"] and "11.48 GB" in rows["8 bits"] and "6.65 GB" in rows["4 bits"]
     assert "blocks streamed from disk in each step" in rows["bfloat16"]
-    assert "kept in memory between images" in rows["4 bits"] and "converts to 6 bits" in result.stdout
+    assert "kept in memory between images" in rows["4 bits"] and "converts the model to 6 bits" in result.stdout
     assert hub.seen == []
 
 

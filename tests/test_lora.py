@@ -395,7 +395,7 @@ REFUSED = {
     "OFT": ({f"lora_unet_{flat(Q)}.oft_blocks": BASE}, "1 of 1 keys are OFT or BOFT"),
     "a Tucker decomposition": (
         wrong(**{f"lora_unet_{flat(V)}.lokr_t2": BASE}),
-        "a Tucker decomposition, first 'lora_unet_layers_0_attention_to_v.lokr_t2', which is not supported",
+        "a Tucker decomposition (the first is 'lora_unet_layers_0_attention_to_v.lokr_t2'), which is not supported",
     ),
     "no tensors": ({}, "has no tensors"),
     "two adapters": (
@@ -412,7 +412,7 @@ REFUSED = {
             "layers.0.attention.qkv.lora_B.weight": normal(3 * D, RANK),
             "layers.0.attention.qkv.dora_scale": normal(1, D),
         },
-        "has a length for each column of 3 layers together, which cannot be split between them",
+        "has one length per column, shared by 3 layers, so it cannot be split between them",
     ),
     "two of one layer": (
         wrong(**{f"lora_unet_{flat(Q)}.lora_down.weight": DOWN, f"lora_unet_{flat(Q)}.lora_up.weight": UP}),

@@ -64,7 +64,7 @@ def test_an_incomplete_last_group_of_16_is_generated_again():
 
 
 def test_fewer_than_16_numbers_are_refused():
-    with pytest.raises(ValueError, match="at least 16 normals"):
+    with pytest.raises(ValueError, match="at least 16 normally distributed values"):
         torch_randn(0, (1, 15))
 
 

@@ -112,7 +112,7 @@ def lora_options(command: Any) -> Any:
         help="Use this LoRA: a file, a Hugging Face id, or id:file. SCALE is its strength.  [default: 1; repeatable]",
     )  # fmt: skip
     partial = click.option(
-        "--lora-partial", is_flag=True, help="Ignore keys of a LoRA that match no layer, instead of refusing it."
+        "--lora-partial", is_flag=True, help="Ignore keys of a LoRA that match no layer, instead of rejecting the LoRA."
     )
     return paths(partial(command))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..bench import Timing
 
 PHASES = {
-    "start": "Starting a new process, to the end of its first step:",
+    "start": "Timing a new process, from its start to the end of its first step:",
     "encode": "Encoding a prompt:",
     "steps": "Denoising:",
     "decode": "Decoding an image:",
@@ -47,7 +47,7 @@ PHASES = {
     help="Prompt length in tokens.",
 )
 @click.option("--dtype", type=click.Choice(sorted(FLOATS)), help=f"Compute dtype.  [default: {DEFAULT_DTYPE}]")
-@click.option("--q-bits", "bits", type=int, help="Bits of random weights.  [default: not quantized]")
+@click.option("--q-bits", "bits", type=int, help="Bits per weight, for random weights.  [default: not quantized]")
 @click.option(
     "--q-mode", "mode", type=click.Choice(list(MODES)), help="Quantization mode of random weights.  [default: affine]"
 )
@@ -72,7 +72,7 @@ def bench(
 ) -> None:  # fmt: skip
     """Time prompt encoding, denoising steps and decoding on this machine.
 
-    A matrix product of the same width is timed for comparison. Random weights of the real architecture take as much
+    A matrix product of the model's width is timed for comparison. Random weights of the real architecture take as much
     time and memory as trained ones. For a model on disk, the time from process start to the first step is reported too.
     """
     say(f"Timing {model} on this machine.")

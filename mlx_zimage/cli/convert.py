@@ -96,10 +96,11 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
         raise RequestError(f"--report and --upload-repo need --format mlx, got {options['format']}")
     if memory and not (reported or options["calibrate"]):
         raise RequestError(
-            "--memory only applies to --calibrate and --report; leave it out, converting alone takes little memory"
+            "--memory only applies to --calibrate and --report; leave it out, since converting alone takes little "
+            "memory"
         )
     if reported and (others := [f"--{name}" for name in ("tokenizer", "base") if options[name]]):
-        raise RequestError(f"--report generates images with SOURCE's own; leave out {' and '.join(others)}")
+        raise RequestError(f"--report generates images with SOURCE's own parts; leave out {' and '.join(others)}")
     quantizations(**{name: options[name] for name in QUANTIZATION})  # raises before anything is downloaded
     check_absent(dest)
     if options["transformer"] is None:

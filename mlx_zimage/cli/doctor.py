@@ -16,7 +16,7 @@ from .values import ModelName, sides, size_options
 @click.option(
     "--model",
     type=ModelName(converted=True),
-    help="Also measure the disk of this model, and check only its quantization.",
+    help="Also measure the speed of the disk that holds this model, and check only this model's quantization.",
 )
 @size_options
 @click.option(
@@ -32,7 +32,7 @@ def doctor(
 ) -> None:
     """Check this machine: system, MLX build, memory, disk and MLX's arithmetic.
 
-    "limited" marks a restriction and says what it means; images can still be generated. The operations that the
+    A line marked "limited" names a restriction and its effect; images can still be generated. The operations that the
     networks are built from are compared with NumPy; if any is wrong, no image from this machine can be trusted, and the
     exit code is 8. The measured speed is stored, so that later commands split work into pieces short enough for this
     GPU.

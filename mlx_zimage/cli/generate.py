@@ -152,7 +152,7 @@ class Generate(WithLoras):
     default=Path("image.png"),
     show_default=True,
     help="Output file: .png, .jpg or .webp. {prompt}, {seed}, {n}, {width}, {height} and {steps} are filled in. "
-    "Existing files are kept: NAME-1, NAME-2, ... is used instead.",
+    "Existing files are kept: new ones are named NAME-1, NAME-2, ...",
 )
 @click.option("--overwrite", is_flag=True, help="Overwrite existing files.")
 @size_options
@@ -191,21 +191,23 @@ class Generate(WithLoras):
     "--cfg-normalization",
     type=float,
     metavar="FACTOR",
-    help="Limit a guided velocity to FACTOR times the length of the prompt's own; 0 is no limit.  [default: 0]",
+    help="Limit the length of the guided velocity to FACTOR times that of the prompt's own velocity; 0 means no "
+    "limit.  [default: 0]",
 )
 @click.option(
     "--cfg-truncation",
     type=float,
     metavar="TIME",
-    help="Do not guide steps at times above TIME, from 0 (noise) to 1 (image); they take half as long.  [default: 1]",
+    help="Turn guidance off for steps after TIME, where 0 is noise and 1 is the finished image; unguided steps take "
+    "half as long.  [default: 1]",
 )
 @click.option(
     "--image",
     "image_file",
     metavar="FILE",
     type=FilePath(),
-    help="Start from this image instead of noise: PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC. It also gives the "
-    "size; with another --size, it is scaled and cropped.",
+    help="Start from this image instead of noise: PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC. It also sets the "
+    "size; if --size is different, the image is scaled and cropped.",
 )
 @click.option(
     "--strength",
@@ -218,8 +220,8 @@ class Generate(WithLoras):
     "mask_file",
     metavar="FILE",
     type=FilePath(),
-    help="Regenerate only where this image is white, and leave the rest unchanged. It must have the size of --image "
-    "or of the result. --strength is then 1 by default.",
+    help="Regenerate only where this image is white, and leave the rest unchanged. It must be the same size as "
+    "--image or the result. --strength is then 1 by default.",
 )
 @click.option(
     "--mask-feather",
@@ -231,20 +233,20 @@ class Generate(WithLoras):
 @click.option(
     "--mask-soft",
     is_flag=True,
-    help="Regenerate grey parts of the mask in the later steps only, instead of splitting them at half.",
+    help="Regenerate grey parts of the mask in the later steps only, instead of rounding them to black or white.",
 )
 @click.option(
     "--outpaint",
     metavar="SIDES",
     help="Extend --image on these sides (left, top, right, bottom) by multiples of 16 pixels: left=256,top=128. --size "
-    "is then the size of the whole.",
+    "is then the size of the whole result.",
 )
 @click.option(
     "--upscale",
     type=float,
     metavar="FACTOR",
-    help="Enlarge --image, or the image that is generated first, by FACTOR, up to 8, and refine it. --strength is then "
-    "0.2 by default.",
+    help="Enlarge --image by FACTOR, up to 8, and refine it. Without --image, an image is generated first. --strength "
+    "is then 0.2 by default.",
 )
 @click.option(
     "--tile",
@@ -287,7 +289,7 @@ class Generate(WithLoras):
     "--battery-percentage-stop-limit",
     type=click.IntRange(1, 99),
     metavar="PERCENT",
-    help="Stop before the next image at or below PERCENT charge.",
+    help="Stop before the next image if the battery is at or below PERCENT.",
 )
 @click.option(
     "--from",
@@ -339,8 +341,8 @@ def generate(
     """Generate one or more images from PROMPT and print their paths.
 
     All values are checked first; the model is then loaded once for all images. If the default model is not on this
-    machine, the first run shows what it would download and convert, and asks. Ctrl-C stops within a step; finished
-    images are kept.
+    machine, the first run shows what it would download and convert, and asks whether to continue. Ctrl-C stops
+    within a step; finished images are kept.
     """
     # Imported here so that --help and completion do not wait for MLX.
     from ..generate import Files, Saved, open_model, run
@@ -447,7 +449,7 @@ def _prompts(
     The values take precedence over the options. The prompt - is read from stdin.
     """
     if sum((prompt == "-", _is_stdin(prompt_file), _is_stdin(requests_file))) > 1:
-        raise RequestError("stdin can be read only once; give - for one of the prompt, --prompt-file and --requests")
+        raise RequestError("stdin can be read only once; give - for only one of PROMPT, --prompt-file and --requests")
     if prompt == "-":
         prompt = read_text(InputFile().convert("-", None, ctx=None), "stdin").strip()
     if prompt_file and (prompt is not None or requests_file):
@@ -463,7 +465,7 @@ def _prompts(
             raise RequestError(f"{name}, line {without[0]} has no prompt; add it, or give PROMPT for all objects")
         return requests, name
     if not own and not old:
-        raise click.UsageError("Missing argument 'PROMPT'; or give --prompt-file, --requests or --from.")
+        raise click.UsageError("Missing argument 'PROMPT'; give it, or use --prompt-file, --requests or --from.")
     return {1: own}, ""
 
 

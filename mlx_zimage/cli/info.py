@@ -56,7 +56,7 @@ def info(source: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(model))
         return
-    echo(f"{source}, of which {size(to_fetch)} are not downloaded" if to_fetch else model["folder"])
+    echo(f"{source}, of which {size(to_fetch)} has not been downloaded" if to_fetch else model["folder"])
     if conversion := model["conversion"]:
         how = "".join(f", {part}" for part in _how(conversion.get("quantization", {})))
         echo(f"converted from {_origin(conversion)} by {conversion.get('converter', 'another converter')}{how}")

@@ -37,10 +37,10 @@ def models(ctx: click.Context, as_json: bool) -> None:
     """List the models on this machine, or remove one.
 
     Lists the tiny model in this package, models converted by first runs (in MLX_ZIMAGE_HOME, by default
-    ~/.cache/mlx-zimage), the folders that `convert` wrote, and models in the Hugging Face cache, by the names that
-    --model takes. Those marked incomplete were not fully downloaded, or are missing files; those marked "only" have the
-    networks that were needed, such as a VAE for another model. The entry "embeddings" is the cache of encoded prompts,
-    so that a repeated prompt skips the text encoder; it also holds the scales that float16 needs.
+    ~/.cache/mlx-zimage), the folders that `convert` wrote, and models in the Hugging Face cache. Each is listed under
+    the name that --model takes. Those marked incomplete were not fully downloaded, or are missing files; those marked
+    "only" have just the networks that were needed, such as a VAE for another model. The entry "embeddings" is the cache
+    of encoded prompts, which lets a repeated prompt skip the text encoder; it also holds the scales that float16 needs.
     MLX_ZIMAGE_EMBEDDINGS sets its folder (by default in MLX_ZIMAGE_HOME), or disables it with "off".
     """
     if ctx.invoked_subcommand:
@@ -60,7 +60,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
 @click.option(
     "--all", "everything", is_flag=True, help="Delete all models except folders that `convert` wrote elsewhere."
 )
-@click.option("-y", "--yes", is_flag=True, help="Do not ask before deleting all.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before deleting all models.")
 def rm(name: str | None, everything: bool, yes: bool) -> None:
     """Delete NAME from disk: a converted model or its folder, an id in the Hugging Face cache, or "embeddings"."""
     from ..weights.library import own, remove, remove_all

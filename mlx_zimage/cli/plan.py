@@ -108,7 +108,9 @@ def plan(
         row = _row(Planner(checkpoint, compute), work, budget, keep)
         click.echo(f"{_stored(bits):10}{size(sizes[bits]):>10}{row}")
     machine = "this machine" if memory is None else "a machine with this budget"
-    click.echo(f"The first `mlx-zimage generate` on {machine} converts to {_stored(choose_bits(sizes, budget))}.")
+    click.echo(
+        f"The first `mlx-zimage generate` on {machine} converts the model to {_stored(choose_bits(sizes, budget))}."
+    )
 
 
 def _stored(bits: int | None) -> str:

@@ -144,4 +144,6 @@ def sides(size: str | None, width: int | None, height: int | None, default: int)
 
 def check_one_size(size: str | None, width: int | None, height: int | None) -> None:
     if size and (width is not None or height is not None):
-        raise RequestError("--size cannot be combined with --width or --height; give one")
+        raise RequestError(
+            "--size cannot be combined with --width or --height; give either --size, or --width and --height"
+        )

@@ -26,7 +26,9 @@ def read_mask(source: Any, transparent: bool = False) -> Image.Image:
     image = read_image(source)
     if transparent:
         if image.mode != "RGBA":
-            raise RequestError("the mask has no transparent pixels; expected the part to regenerate to be transparent")
+            raise RequestError(
+                "the mask has no transparent pixels; the part that should be regenerated must be transparent"
+            )
         return image.getchannel("A").point(lambda alpha: 255 - alpha)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -54,7 +56,9 @@ def values(mask: Image.Image, grow: int = 0, soft: bool = False) -> np.ndarray:
     if not soft:
         array = (array >= 0.5).astype(np.float32)
     if not array.any():
-        raise RequestError("the mask is black, so nothing would be regenerated; make the part to regenerate white")
+        raise RequestError(
+            "the mask is black, so nothing would be regenerated; use white for the part that should be regenerated"
+        )
     return largest_within(array, grow)
 
 

@@ -38,7 +38,9 @@ def to_request(values: dict[str, Any]) -> tuple[GenerateRequest, str]:
     if values.get("image_path"):
         strength = values.get("image_strength")
         ours = f" --strength {1 - strength:g}" if isinstance(strength, (int, float)) and 0 <= strength < 1 else ""
-        raise RequestError(f"mflux started it from an image; give the prompt, and that image with --image FILE{ours}")
+        raise RequestError(
+            f"mflux generated it from another image; give the prompt, and that image with --image FILE{ours}"
+        )
     for name, what in NOT_HERE.items():
         if values.get(name):
             raise RequestError(f"mflux generated it with {what} ({name}), which is not supported here")
@@ -69,5 +71,7 @@ def _loras(paths: Any, scales: Any) -> tuple[LoraUse, ...]:
         raise RequestError(f"lora_scales must be one number per LoRA, {len(paths)} in all, got {brief(scales)}")
     names = [Path(path.rpartition(":")[2]).stem for path in paths]
     if len({*names}) < len(names):
-        raise RequestError(f"mflux generated it with LoRAs of the same name, {', '.join(names)}; give them with --lora")
+        raise RequestError(
+            f"mflux generated it with several LoRAs that share a name, {', '.join(names)}; give them with --lora"
+        )
     return tuple(map(LoraUse, names, scales))

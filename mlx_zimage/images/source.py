@@ -265,7 +265,7 @@ def _from_array(value: Any) -> Image.Image:
         raise RequestError(f"the image has shape {shape}; expected at most {MAX_PIXELS:,} pixels")
     if array.dtype.kind == "f":
         if not ((array >= 0) & (array <= 1)).all():  # nor NaN
-            raise RequestError(f"the image has values outside 0 to 1, or that are not finite; {expected}")
+            raise RequestError(f"the image has values that are outside 0 to 1 or not finite; {expected}")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype == bool:
         array = array * np.uint8(255)

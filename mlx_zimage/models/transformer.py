@@ -420,7 +420,7 @@ class Transformer:
     needs compile=False. most is the FLOP of an attention's kernel (see `machine.kernel_flops`).
     """
 
-    set_attention_backend = Needless("MLX has a single fused attention")
+    set_attention_backend = Needless("MLX has only one fused attention implementation")
     compile = Needless("blocks are compiled already")
 
     def __init__(

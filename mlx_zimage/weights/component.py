@@ -200,8 +200,8 @@ class Component:
             return {layer: Quantization.from_dict(block.get(layer) or block) for layer in layers}
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f'{self.folder / "config.json"}: "quantization" is not a block of bits and group_size as mlx-lm '
-                f"writes it ({error})"
+                f'{self.folder / "config.json"}: "quantization" is not an object with the keys bits and '
+                f"group_size, as mlx-lm writes it ({error})"
             ) from error
         except RequestError as error:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error

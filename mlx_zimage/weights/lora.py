@@ -358,8 +358,8 @@ def _refuse_kinds(file: Path, unknown: list[str], total: int) -> None:
         names = [key for key in unknown if pattern.search(key)]
         if names:
             raise CheckpointError(
-                f"{file}: {len(names)} of {total} keys are {kind}, first {names[0]!r}, which is not supported; "
-                f"LoRA, LoKr, LoHa, DoRA and plain differences are"
+                f"{file}: {len(names)} of {total} keys are {kind} (the first is {names[0]!r}), which is not "
+                f"supported; LoRA, LoKr, LoHa, DoRA and plain differences are"
             )
 
 
@@ -412,8 +412,8 @@ def _deltas(
             )
         if not by_row and target.parts > 1:  # a column's length is that of all of its rows
             raise CheckpointError(
-                f"{file}: {keys['magnitude']} has a length for each column of {target.parts} layers together, which "
-                f"cannot be split between them; train or convert the LoRA with split layers"
+                f"{file}: {keys['magnitude']} has one length per column, shared by {target.parts} layers, so it "
+                f"cannot be split between them; train or convert the LoRA with those layers separate"
             )
         delta = DoRA(delta, magnitude.reshape(-1, 1) if by_row else magnitude)
     found: list[tuple[str, Delta, tuple[int, ...]]] = []

@@ -231,7 +231,7 @@ def test_a_difference_of_fused_queries_keys_and_values_is_cut_into_the_three(tor
     network.save_weights(str(file), torch.float32, None)
     whole = weights_by_forward(torch, fused, ["layers.0.attention.qkv.weight"]).popitem()[1]
     if "column" in kind:
-        with pytest.raises(CheckpointError, match=r"has a length for each column of 3 layers together"):
+        with pytest.raises(CheckpointError, match=r"has one length per column, shared by 3 layers"):
             read_lora(file, {"transformer": CONFIG})
         return
     deltas = read_lora(file, {"transformer": CONFIG}).deltas["transformer"]

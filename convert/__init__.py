@@ -162,8 +162,8 @@ def _warn_of_waste(source: Source, layout: Layout, settings: Settings, dtype: st
     elif layout.nbytes > 1.02 * source.nbytes:  # as much as headers and small files may take
         warnings.warn(
             f"{source.origin} takes {size(source.nbytes)} and the result would take {size(layout.nbytes)}, but "
-            f"precision that the source lost in its own quantization cannot be recovered; choose fewer bits, or convert "
-            f"the original",
+            f"precision that the source lost in its own quantization cannot be recovered; choose fewer bits, or "
+            f"convert the original",
             Wasteful,
             stacklevel=3,
         )

@@ -183,7 +183,10 @@ def test_a_request_is_read_from_what_mflux_stored(run, tmp_path):
             "LoRAs that share a name, x, x; give them with --lora",
         ),
         ({"lora_paths": ["x.safetensors"], "lora_scales": ["a"]}, "the strength of LoRA x must be a number"),
-        ({"image_path": "a.png"}, "mflux started it from an image; give the prompt, and that image with --image FILE"),
+        (
+            {"image_path": "a.png"},
+            "mflux generated it from another image; give the prompt, and that image with --image FILE",
+        ),
         ({"image_path": "a.png", "image_strength": 0.25}, "with --image FILE --strength 0.75"),
         ({"masked_image_path": "a.png"}, "mflux generated it with a masked image"),
         ({"steps": "many"}, "steps must be a whole number"),

@@ -137,7 +137,7 @@ def test_calibration_generates_with_the_networks_that_are_converted(quick, tmp_p
 
 
 def test_options_that_calibration_does_not_support_are_refused(tmp_path):
-    with pytest.raises(RequestError, match="measures the source without LoRAs or base"):
+    with pytest.raises(RequestError, match="calibrate cannot be combined with LoRAs or base"):
         convert("pocket", tmp_path / "out", bits=4, base="pocket", calibrate=True)
     for options in ({}, {"mode": "nvfp4"}):
         for option in ("search", "calibrate"):

@@ -156,7 +156,12 @@ def test_one_command_converts_reports_and_uploads(tmp_path, api, monkeypatch):
             2,
             "--report and --upload-repo need --format mlx, got comfyui",
         ),
-        (["--report", "--base", "pocket"], None, 2, "--report generates images with SOURCE's own; leave out --base"),
+        (
+            ["--report", "--base", "pocket"],
+            None,
+            2,
+            "--report generates images with SOURCE's own parts; leave out --base",
+        ),
         (["--report", "--memory", "1MB"], None, 5, "1 MB"),
         (["--memory", "1GB"], None, 2, "--memory only applies to --calibrate and --report"),
     ],

@@ -110,7 +110,7 @@ def test_a_model_in_a_folder_of_a_repository_is_used_as_it_is(run, hub, tmp_path
     result = run("info", "someone/several")
     assert result.returncode == 4 and "but these folders in it do: 4bit, 8bit; expected" in result.stderr
     result = run("info", "someone/several:4bit")
-    assert "4-bit affine" in result.stdout and "not downloaded" in result.stdout, result.stderr
+    assert "4-bit affine" in result.stdout and "has not been downloaded" in result.stdout, result.stderr
     assert run(*GENERATE, "--model", "someone/several:4bit").returncode == 0
     assert run(*GENERATE, "--model", tmp_path / "several/4bit").returncode == 0
     assert (run.work / "image.png").read_bytes()[-100:] == (run.work / "image-1.png").read_bytes()[-100:]

@@ -190,7 +190,10 @@ def test_what_the_parts_of_a_pipeline_cannot_take_is_refused(pipe, used, message
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"memory": 6}, "memory must be a size such as 6GB or 800MB or at least"), ({"keep": "yes"}, "keep must be True")],
+    [
+        ({"memory": 6}, "memory must be a size such as 6GB or 800MB, or at least"),
+        ({"keep": "yes"}, "keep must be True"),
+    ],
 )
 def test_options_that_cannot_be_meant_are_refused(tiny_folder, options, message):
     with pytest.raises(RequestError, match=message):

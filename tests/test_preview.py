@@ -263,7 +263,7 @@ def test_show_displays_the_image_in_a_terminal_that_supports_it(tmp_path):
 def test_no_image_is_sent_to_a_redirected_stderr_and_quiet_prints_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM_PROGRAM", "WezTerm")
-    options = ["--steps", "2", "--width", "32", "--height", "32", "--preview-dir", "kept", "-o", "a.webp"]
+    options = ["--steps", "2", "--size", "112x112", "--preview-dir", "kept", "-o", "a.webp"]
     command = ["generate", "a ring", "-m", "pocket", "--seed", "5"]
     result = CliRunner().invoke(cli.main, [*command, "--preview", "-q", *options])
     assert (result.exit_code, result.stdout, result.stderr) == (0, "a.webp\n", "")

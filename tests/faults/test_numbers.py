@@ -97,7 +97,9 @@ def test_a_dynamic_shift_that_would_overflow_is_refused(folder):
     "size", ["20000000000GB", f"{'9' * 400}GB", f"{'9' * 5000}MB", 10**16, 10**5000, True, None], ids=lambda size: ""
 )
 def test_a_memory_budget_that_no_machine_has_is_refused(size):
-    with pytest.raises(RequestError, match="memory must be a size such as 6GB or 800MB, got"):
+    with pytest.raises(
+        RequestError, match=r"memory must be a size such as 6GB or 800MB(, or at least 1,000,000 bytes)?, got"
+    ):
         parse_memory(size)
 
 

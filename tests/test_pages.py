@@ -33,6 +33,7 @@ PAGES = [
     *sorted(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")),
     "examples/pocket/README.md",
 ]
+LONG = ("examples/guided-images.md", "examples/lora.md", "examples/measure-your-mac.md")  # to run
 # What only another machine, or a long time, can do: the lines are parsed. .ci/run runs the installing.
 PARSED = re.compile(
     r"git clone|\bpip\b|pytest|\.ci/|pre-commit|examples/pocket/|--upload-repo|--report|pipx|"
@@ -217,7 +218,10 @@ def test_its_table_of_memory_is_what_the_planner_computes(tmp_path, monkeypatch)
 # ---- every page
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page in LONG else ()) for page in PAGES if page != "README.md"],
+)
 def test_the_commands_and_programs_of_the_other_pages_work_as_they_stand(page, shell, small_pocket):
     first_run(shell.home, small_pocket)
     for block in blocks(page, "sh"):

@@ -245,8 +245,8 @@ class Generate(WithLoras):
     "--upscale",
     type=float,
     metavar="FACTOR",
-    help="Enlarge --image by FACTOR, up to 8, and refine it. Without --image, an image is generated first. --strength "
-    "is then 0.2 by default.",
+    help="Enlarge --image by FACTOR, up to 8, and refine it; --strength is then 0.2 by default. Without --image, an "
+    "image is generated first.",
 )
 @click.option(
     "--tile",

@@ -58,7 +58,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
 @models.command(epilog="Example: mlx-zimage models rm Z-Image-Turbo-4bit")
 @click.argument("name", required=False, type=ModelName(listed_only=True))
 @click.option(
-    "--all", "everything", is_flag=True, help="Delete all models except folders that `convert` wrote elsewhere."
+    "--all", "everything", is_flag=True, help="Delete all models except folders that your own `convert` commands wrote."
 )
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before deleting all models.")
 def rm(name: str | None, everything: bool, yes: bool) -> None:

@@ -107,7 +107,8 @@ def test_arguments_that_are_not_text_are_refused():
 
 @slow
 def test_a_full_disk_ends_with_exit_code_6():
-    done = shell('ulimit -f 1; exec "$0" "$@"')
+    # without bytecode: Python would keep what it could write of it, and no other process could read that
+    done = shell('export PYTHONDONTWRITEBYTECODE=1; ulimit -f 1; exec "$0" "$@"')
     assert (done.returncode, done.stdout) == (6, b""), done.stderr
     assert b"Traceback" not in done.stderr
 
@@ -128,8 +129,11 @@ def test_a_second_interrupt_ends_at_once(here):
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )
-    while b"Preview" not in process.stderr.readline():
-        pass
+    said = b""
+    while b"Preview" not in said:
+        line = process.stderr.readline()
+        assert line, said  # it has ended
+        said += line
     for _ in range(2):
         process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -196,9 +196,7 @@ def _check(name: str, config: dict, found: dict[str, Tensor], label: str) -> Sou
     ]
     for fault, keys in (("missing", missing), ("unexpected", extra), ("of the wrong shape", misshapen)):
         if keys:
-            raise CheckpointError(
-                f"{label}: of the {name}'s {len(expected)} weights, {len(keys)} are {fault}: {some(keys)}"
-            )
+            raise CheckpointError(f"{label}: {len(keys)} of the {name}'s {len(expected)} weights {fault}: {some(keys)}")
     tensors = [tensor for tensor in shaped.values() if tensor]
     return SourceComponent(name, config, tensors)
 

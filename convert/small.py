@@ -70,7 +70,8 @@ def check_inside(folder: Path, paths: Iterable[Path]) -> None:
         there = path.resolve()
         if not any(there.is_relative_to(place) for place in inside):
             raise CheckpointError(
-                f"{path} is a link to {there}, outside of {folder}; copy that file here if it belongs to the model"
+                f"{path} is a link to {there}, outside {folder}; if that file belongs to the model, replace the "
+                f"link with a copy of it"
             )
 
 

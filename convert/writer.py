@@ -192,7 +192,9 @@ def check_disk(dest: Path, nbytes: int) -> None:
 def _refuse_link(path: Path) -> None:
     """Raise if a name that this module uses is a link, through which it would write elsewhere."""
     if path.is_symlink():
-        raise OutputError(f"{path} is a link to {os.readlink(path)}, and nothing is written through links; remove it")
+        raise OutputError(
+            f"{path} is a link to {os.readlink(path)}, and nothing is written through links; remove the link"
+        )
 
 
 def _refuse_others(folder: Path) -> None:

@@ -269,7 +269,7 @@ def table(report: dict) -> str:
     lines.append(f"a step takes {digits(step)} s: {digits(1 / step)} steps per second")
     if report["streamed_blocks"]:
         lines.append(
-            f"{report['streamed_blocks']} blocks are streamed from disk to stay within {digits(report['budget_gb'])} GB"
+            f"blocks streamed from disk to stay within {digits(report['budget_gb'])} GB: {report['streamed_blocks']}"
         )
     if report["cold_start_s"] is not None:
         lines.append(

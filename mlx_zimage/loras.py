@@ -50,7 +50,8 @@ class LoraMethods:
         lora = read_lora(path, configs, partial)
         if lora.unmatched:
             warn(
-                f"{path}: {len(lora.unmatched)} keys match no layer and are ignored; the first is {lora.unmatched[0]!r}"
+                f"{path}: ignoring keys that match no layer ({len(lora.unmatched)} in all); the first is "
+                f"{lora.unmatched[0]!r}"
             )
         for other, loaded in self._loras.items():
             if (other == name) != (loaded.sha256 == lora.sha256):

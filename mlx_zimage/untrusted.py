@@ -27,7 +27,7 @@ def open_regular(path: Path, own: bool = False) -> BufferedReader:
     state = os.fstat(fd)
     if not stat.S_ISREG(state.st_mode) or (own and state.st_uid != os.geteuid()):
         os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file of this user" if own else "not a regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file owned by this user" if own else "not a regular file", str(path))
     return os.fdopen(fd, "rb")
 
 

@@ -175,7 +175,7 @@ def wrong_files(folder: Path, style: Path) -> dict[str, str]:
     folders = {
         "nothing": ({}, "without adapter_config.json"),
         "no-weights": ({"adapter_config.json": "{}"}, "no LoRA at"),
-        "no-object": ({"adapter_config.json": "[1]"}, "expected a JSON object but got a list"),
+        "no-object": ({"adapter_config.json": "[1]"}, "expected a JSON object but got list"),
     }
     for name, (files, _) in folders.items():
         (folder / name).mkdir()

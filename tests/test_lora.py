@@ -375,7 +375,7 @@ REFUSED = {
     "a ControlNet": ({"control_layers.0.after_proj.weight": BASE}, "it looks like a ControlNet"),
     "one key too many": (
         wrong(**{"transformer.layers.9.attention.to_q.lora_A.weight": DOWN}),
-        "1 of 3 keys match no layer of Z-Image: transformer.layers.9.attention.to_q.lora_A.weight; --lora-partial",
+        "1 of 3 keys matches no layer of Z-Image: transformer.layers.9.attention.to_q.lora_A.weight; --lora-partial",
     ),
     "half of the factors": ({f"transformer.{Q}.lora_A.weight": DOWN}, "has no up; the file is incomplete"),
     "an alpha alone": ({f"transformer.{Q}.alpha": np.float32(1)}, "the file is incomplete"),
@@ -395,7 +395,7 @@ REFUSED = {
     "OFT": ({f"lora_unet_{flat(Q)}.oft_blocks": BASE}, "1 of 1 keys are OFT or BOFT"),
     "a Tucker decomposition": (
         wrong(**{f"lora_unet_{flat(V)}.lokr_t2": BASE}),
-        "a Tucker decomposition (the first is 'lora_unet_layers_0_attention_to_v.lokr_t2'), which is not supported",
+        "a Tucker decomposition is not supported, only LoRA, LoKr, LoHa, DoRA and plain differences: ",
     ),
     "no tensors": ({}, "has no tensors"),
     "two adapters": (

@@ -462,7 +462,7 @@ def _prompts(
         lines, name = _lines(requests_file)
         requests = {i: own | request for i, request in read_requests(lines, name).items()}
         if not old and (without := [i for i, request in requests.items() if "prompt" not in request]):
-            raise RequestError(f"{name}, line {without[0]} has no prompt; add it, or give PROMPT for all objects")
+            raise RequestError(f"{name}, line {without[0]} has no prompt; add one, or give PROMPT for all objects")
         return requests, name
     if not own and not old:
         raise click.UsageError("Missing argument 'PROMPT'; give it, or use --prompt-file, --requests or --from.")

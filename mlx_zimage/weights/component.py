@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object but got a {type(content).__name__}; download it again")
+        raise CheckpointError(f"{path}: expected a JSON object but got {type(content).__name__}; download it again")
     return content
 
 
@@ -248,7 +248,7 @@ class Component:
         ):
             if names:
                 raise CheckpointError(
-                    f"{self.folder}: {len(names)} of {len(expected)} weights are {fault}: {some(names)}{self._hint()}"
+                    f"{self.folder}: {len(names)} of {len(expected)} weights {fault}: {some(names)}{self._hint()}"
                 )
 
     def _hint(self) -> str:

@@ -79,9 +79,9 @@ def choose_files(
         indexed = sorted(set(weight_map(indexes[0]).values()))
         missing = [name for name in indexed if name not in names]
         if missing and len(whole) != 1:
-            more = f" ({len(missing) - 1} more are missing, too)" if missing[1:] else ""
+            more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
             raise CheckpointError(
-                f"{folder}/{missing[0]} is missing, but the index lists it{more}; download the model again"
+                f"{folder}/{missing[0]} is missing{more}, but the index lists it; download the model again"
             )
         return whole if missing else indexed
     rows = {(row["stem"], row["count"], row["rest"]) for row in map(NUMBERED.fullmatch, files) if row}

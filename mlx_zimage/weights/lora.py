@@ -358,8 +358,8 @@ def _refuse_kinds(file: Path, unknown: list[str], total: int) -> None:
         names = [key for key in unknown if pattern.search(key)]
         if names:
             raise CheckpointError(
-                f"{file}: {len(names)} of {total} keys are {kind} (the first is {names[0]!r}), which is not "
-                f"supported; LoRA, LoKr, LoHa, DoRA and plain differences are"
+                f"{file}: {kind} is not supported, only LoRA, LoKr, LoHa, DoRA and plain differences: "
+                f"{len(names)} of {total} keys, the first {names[0]!r}"
             )
 
 
@@ -376,8 +376,9 @@ def _check_matched(file: Path, unmatched: list[str], total: int, partial: bool) 
     partly = "; --lora-partial of generate and fuse (partial=True) applies the others"
     advice = "" if len(unmatched) == total else partly
     looks = f" (it looks like {looks})" if looks else ""
+    match = "matches" if len(unmatched) == 1 else "match"
     raise CheckpointError(
-        f"{file}: {len(unmatched)} of {total} keys match no layer of Z-Image{looks}: {some(unmatched)}{advice}"
+        f"{file}: {len(unmatched)} of {total} keys {match} no layer of Z-Image{looks}: {some(unmatched)}{advice}"
     )
 
 

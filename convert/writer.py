@@ -102,7 +102,7 @@ class OutputFolder:
                 for array in task.arrays(dtype):
                     file.write_array(array)
                 yield task
-            assert file.size == expected, f"{shard.name} has {file.size} bytes, its header declares {expected}"
+            assert file.size == expected, f"{shard.name} has {file.size} bytes, but its header declares {expected}"
         self._sums[shard.name] = file.sha256
         with (self.folder / JOURNAL).open("ab", buffering=0) as journal:
             journal.write(render_manifest({shard.name: file.sha256}))

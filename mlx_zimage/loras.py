@@ -142,6 +142,6 @@ class LoraMethods:
         "LoRAs run beside the model's weights at little cost; `mlx-zimage fuse MODEL --lora FILE FOLDER` writes a "
         "model that has them in its weights"
     )
-    unfuse_lora = Elsewhere("LoRAs are never fused; unload_lora removes one")
+    unfuse_lora = Elsewhere("a pipeline never fuses LoRAs; unload_lora removes one")
     disable_lora = Elsewhere("use set_loras({})")
     enable_lora = Elsewhere("use set_loras({name: strength})")

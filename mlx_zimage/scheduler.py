@@ -67,7 +67,7 @@ class SchedulerConfig:
         read = read_config(cls, config, "scheduler", fixed)
         if read.base_image_seq_len == read.max_image_seq_len:
             raise CheckpointError(
-                f"scheduler config: base_image_seq_len and max_image_seq_len must differ, both are "
+                f"scheduler config: base_image_seq_len and max_image_seq_len must differ, but both are "
                 f"{read.base_image_seq_len}"
             )
         steepest = max(abs(read.dynamic_mu(tokens)) for tokens in (1, IMAGE_TOKENS))

@@ -41,7 +41,10 @@ def completion(ctx: click.Context, shell: str, install: bool) -> None:
     """Print or install the completion script for SHELL.
 
     To set it up without --install, add `eval "$(mlx-zimage completion bash)"` to ~/.bashrc, or the same line with zsh
-    to ~/.zshrc after compinit; for fish: mlx-zimage completion fish > ~/.config/fish/completions/mlx-zimage.fish
+    to ~/.zshrc after compinit; for fish:
+
+    \b
+    mlx-zimage completion fish > ~/.config/fish/completions/mlx-zimage.fish
     """
     complete = get_completion_class(shell)
     assert complete, shell  # click supports every shell in FILES

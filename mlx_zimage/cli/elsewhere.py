@@ -46,7 +46,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {  # by command: flags of other pro
         "--base-model": NOT_NEEDED,
         "--scheduler": "use --shift; examples/custom_schedule.py shows a custom schedule",
         "--pid-decode": "images are decoded by the model's own VAE",
-        "--no-bake-lora": "leave it out; LoRAs are never written into the weights here",
+        "--no-bake-lora": "leave it out; `generate` never writes LoRAs into the weights",
         "--lora-name": "use --lora, which takes a file, an id, or ID:FILE",
         "--lora-repo-id": "use --lora, which takes a file, an id, or ID:FILE",
         "--controlnet-image-path": "ControlNet is not available yet",

@@ -92,7 +92,7 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     if not yes and not (sys.stdin and sys.stdin.isatty()):
         raise ModelNotFoundError(
             f"no model on this machine yet; --yes downloads {repository} (about {DOWNLOAD / 1e9:.0f} GB) and converts "
-            f"it, --model takes a folder or 'pocket'"
+            f"it; --model takes a folder or 'pocket'"
         )
     from ..convert import convert_steps
     from ..machine import machine_budget

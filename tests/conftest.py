@@ -20,7 +20,8 @@ from hub import Hub, User
 from safetensors.numpy import load_file
 from tiny import Golden
 
-from mlx_zimage import ZImagePipeline
+from mlx_zimage import RequestError, ZImagePipeline
+from mlx_zimage.models.text_encoder import TextEncoder
 from mlx_zimage.variants import TURBO
 from mlx_zimage.weights.component import Component
 from mlx_zimage.weights.hub import POCKET
@@ -170,3 +171,17 @@ def few_tokens(tmp_path_factory):
     file = tmp_path_factory.mktemp("few") / "tokenizer.json"
     tokenizers.Tokenizer(tokenizers.models.BPE({chr(i): i for i in range(32, 127)}, [])).save(str(file))
     return file
+
+
+@pytest.fixture
+def refused_at_once(pipe, watch):
+    """refused_at_once(message, **call) checks that a call is refused with the message before a prompt is encoded."""
+
+    def refused_at_once(message: str, **call) -> None:
+        encoded = watch(TextEncoder, "steps")
+        with pytest.raises(RequestError) as caught:
+            pipe("a red fox", num_inference_steps=2, **call)
+        assert message in str(caught.value)
+        assert not encoded
+
+    return refused_at_once

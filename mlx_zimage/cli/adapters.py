@@ -14,7 +14,7 @@ import click
 
 from ..errors import RequestError
 from ..request import GenerateRequest
-from .elsewhere import Command
+from .elsewhere import Command, words_after
 from .values import LoraName
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ class WithLoras(Command):
         ctx.allow_extra_args = True
         rest = super().parse_args(ctx, args)
         if ctx.args and not ctx.resilient_parsing:
-            after = [word for option, _, word in zip(args, args[1:], args[2:], strict=False) if option == "--lora"]
-            raise click.UsageError(_one_file(after) or self.too_many(ctx, args), ctx)
+            raise click.UsageError(_one_file(words_after("--lora", args)) or self.too_many(ctx, args), ctx)
         return rest
 
     def too_many(self, ctx: click.Context, args: list[str]) -> str:

@@ -180,10 +180,15 @@ def as_typed(message: str, given: Mapping[str, str]) -> str:
     return message
 
 
+def words_after(option: str, args: list[str]) -> list[str]:
+    """The words that follow `option` and its value."""
+    return [word for given, _, word in zip(args, args[1:], args[2:], strict=False) if given == option]
+
+
 def refuse_strength_of_mflux(ctx: click.Context, args: list[str]) -> None:
     """Refuse mflux's `--image FILE STRENGTH`, whose strength means the opposite of ours."""
-    for option, _, strength in zip(args, args[1:], args[2:], strict=False):
-        if option == "--image" and re.fullmatch(r"0?\.\d+|[01](\.0*)?", strength):
+    for strength in words_after("--image", args):
+        if re.fullmatch(r"0?\.\d+|[01](\.0*)?", strength):
             ours = f"{1 - float(strength):g}"
             raise click.UsageError(f"--image takes a file only; {MFLUX_STRENGTH.format(strength, ours)}", ctx)
 

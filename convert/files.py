@@ -194,7 +194,11 @@ def _check(name: str, config: dict, found: dict[str, Tensor], label: str) -> Sou
     misshapen = [
         f"{key} has shape {found[key].shape}, expected {expected[key]}" for key, tensor in shaped.items() if not tensor
     ]
-    for fault, keys in (("missing", missing), ("unexpected", extra), ("of the wrong shape", misshapen)):
+    for fault, keys in (
+        ("are missing", missing),
+        ("are unexpected", extra),
+        ("have the wrong shape", misshapen),
+    ):
         if keys:
             raise CheckpointError(f"{label}: {len(keys)} of the {name}'s {len(expected)} weights {fault}: {some(keys)}")
     tensors = [tensor for tensor in shaped.values() if tensor]

@@ -236,7 +236,7 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
     if base is None:
         base = official.REPOSITORY
         names = " or ".join(parts)
-        warn(f"{source.origin} contains no {names}; taken from {base}", BorrowedFromHub)
+        warn(f"{source.origin} contains no {names}; using {base}", BorrowedFromHub)
     folder = resolve(base, missing)
     check_inside(folder, config_files(folder))
     other = open_folder(folder, str(base), missing)

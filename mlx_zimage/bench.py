@@ -192,7 +192,7 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
     if generated and plan.streamed:
         raise MemoryBudgetError(
             f"random weights of the {size} architecture do not fit into this machine's memory budget of "
-            f"{rounded_up(plan.budget)}, and cannot be streamed from disk; choose fewer bits, or architecture small"
+            f"{rounded_up(plan.budget)}, and cannot be streamed from disk; choose fewer bits, or the small architecture"
         )
     text_encoder, transformer, vae = networks.text_encoder, networks.transformer, networks.vae
     packed = Counter(q for network in networks.checkpoint.components for q in network.quantizations.values())

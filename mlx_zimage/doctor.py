@@ -262,8 +262,8 @@ def judge_kernels(speeds: Speeds) -> list[Verdict]:
         return []
     ok, message = speeds.longest_kernel_s <= LONG_KERNEL, f"the longest takes about {speeds.longest_kernel_s:.2g} s"
     advice = (
-        "macOS kills long kernels: generate smaller images, and set MLX_ZIMAGE_HOME to a writable folder, so that the "
-        "measured speed can be stored"
+        "macOS stops GPU work that runs too long: generate smaller images, and set MLX_ZIMAGE_HOME to a writable "
+        "folder, so that the measured speed can be stored"
     )
     return [Verdict("kernels", ok, message, "" if ok else advice)]
 

@@ -249,7 +249,10 @@ def generate_noise(generator: Any, shape: tuple[int, ...]) -> np.ndarray:
     if len(generators) == 1:
         return generator_randn(generators[0], shape)
     if len(generators) != shape[0]:
-        raise RequestError(f"generator must be a single one or one per image, {shape[0]} in all, got {len(generators)}")
+        raise RequestError(
+            f"generator must be a single generator, or a list with one per image ({shape[0]} in all), "
+            f"got {len(generators)}"
+        )
     return np.concatenate([generator_randn(one, (1, *shape[1:])) for one in generators])
 
 

@@ -99,8 +99,8 @@ class Outpaint:
         sides = re.findall(r"(left|top|right|bottom)=(\d{1,9})", value) if isinstance(value, str) else []
         if not sides or value != ",".join(map("=".join, sides)) or len(dict(sides)) < len(sides):
             raise RequestError(
-                f"outpaint must name each side (left, top, right, bottom) at most once with its pixels, such as "
-                f"left=256,top=128, got {brief(value)}"
+                f"outpaint must be sides (left, top, right, bottom), each at most once, with a number of pixels, such "
+                f"as left=256,top=128, got {brief(value)}"
             )
         return cls(**{side: int(pixels) for side, pixels in sides})
 

@@ -125,7 +125,7 @@ def test_a_model_is_timed_as_planned_and_within_what_is_planned(monkeypatch, bud
 def test_random_weights_that_would_have_to_be_streamed_are_refused(tiny, monkeypatch):
     case = bench.Case(width=64, height=64, steps=1, caption_tokens=7, dtype="float32")
     monkeypatch.setattr(bench, "machine_budget", lambda: 10_000_000)
-    with pytest.raises(MemoryBudgetError, match="choose fewer bits, or architecture small"):
+    with pytest.raises(MemoryBudgetError, match="choose fewer bits, or the small architecture"):
         bench.bench(size="tiny", case=case, repeat=1)
 
 

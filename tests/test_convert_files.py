@@ -242,7 +242,7 @@ def test_every_fp8_byte_has_the_same_value_as_in_torch(name, dtype):
             "w1.weight has dtype I8, expected F32",
         ),
         ({"double_blocks.0.img_attn.qkv.weight": mx.ones((3, 4))}, "not part of Z-Image: double_blocks"),
-        ({"layers.9.feed_forward.w1.weight": mx.ones((512, 192))}, "weights unexpected: layers.9.feed_forward.w1"),
+        ({"layers.9.feed_forward.w1.weight": mx.ones((512, 192))}, "weights are unexpected: layers.9.feed_forward.w1"),
         (
             {"layers.0.feed_forward.w1.weight": mx.ones((512, 64))},
             r"wrong shape: .* has shape \(512, 64\), expected \(512, 192\)",
@@ -260,7 +260,7 @@ def test_unknown_or_misshapen_tensors_are_refused_by_name(split, tmp_path, extra
 def test_a_missing_tensor_is_named(split, tmp_path):
     tensors = mx.load(str(split / "dit.safetensors"))
     tensors.pop("layers.1.attention.qkv.weight")
-    message = r"3 of the transformer's \d+ weights missing: layers.1.attention.to_q.weight"
+    message = r"3 of the transformer's \d+ weights are missing: layers.1.attention.to_q.weight"
     with pytest.raises(CheckpointError, match=message):
         open_source(save(tmp_path / "dit.safetensors", tensors), base="pocket")
 
@@ -674,7 +674,7 @@ def test_missing_parts_are_downloaded_with_a_warning(split, tmp_path, monkeypatc
     monkeypatch.setattr(official, "CONFIGS", configs)
     monkeypatch.setattr("mlx_zimage.convert.sources.resolve", resolve)
     with pytest.warns(
-        BorrowedFromHub, match="dit.safetensors contains no vae or tokenizer; taken from Tongyi-MAI/Z-Image-Turbo"
+        BorrowedFromHub, match="dit.safetensors contains no vae or tokenizer; using Tongyi-MAI/Z-Image-Turbo"
     ):
         source = open_source(split / "dit.safetensors", text_encoder=split / "qwen.safetensors")
     assert downloads == [("Tongyi-MAI/Z-Image-Turbo", ["vae"])]

@@ -392,10 +392,10 @@ REFUSED = {
         wrong(**{f"transformer.{V}.lora_A.weight": DOWN, f"transformer.{V}.lora_B.weight": UP * np.nan}),
         "not finite",
     ),
-    "OFT": ({f"lora_unet_{flat(Q)}.oft_blocks": BASE}, "OFT or BOFT is not supported, only LoRA, "),
+    "OFT": ({f"lora_unet_{flat(Q)}.oft_blocks": BASE}, "OFT or BOFT is not supported (1 of 1 keys, "),
     "a Tucker decomposition": (
         wrong(**{f"lora_unet_{flat(V)}.lokr_t2": BASE}),
-        "a Tucker decomposition is not supported, only LoRA, LoKr, LoHa, DoRA and plain differences: ",
+        "only LoRA, LoKr, LoHa, DoRA and plain differences are",
     ),
     "no tensors": ({}, "has no tensors"),
     "two adapters": (

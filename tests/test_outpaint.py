@@ -76,7 +76,7 @@ def test_generate_continues_an_image_and_does_it_again_from_the_result(tmp_path,
     result = run(PROMPT, "-m", "no/model", "--image", "a.png", "--outpaint", "up=16")
     assert (
         result.exit_code == 2
-        and "--outpaint must name each side (left, top, right, bottom) at most once" in result.stderr
+        and "--outpaint must be sides (left, top, right, bottom), each at most once" in result.stderr
     )
 
 

@@ -85,7 +85,7 @@ def expected() -> np.ndarray:
 
 @pytest.mark.parametrize("source", ["all.safetensors", ".", "models"])
 def test_comfyuis_files_generate_the_same_image(comfyui, pocket_is_official, expected, source):
-    with pytest.warns(BorrowedFromHub, match="contains no tokenizer; taken from Tongyi-MAI/Z-Image-Turbo"):
+    with pytest.warns(BorrowedFromHub, match="contains no tokenizer; using Tongyi-MAI/Z-Image-Turbo"):
         got = pixels(comfyui / source)
     assert (got == expected).all()
 

@@ -172,13 +172,13 @@ def test_missing_weights_are_named(folder, component):
     rewrite(folder, component, leave_out)
     message = refusal(folder)
     assert f"{folder / component}: {len(gone)} of " in message
-    assert f"weights missing: {', '.join(gone)}" in message
+    assert f"weights are missing: {', '.join(gone)}" in message
 
 
 def test_at_most_five_missing_weights_are_named(folder):
     rewrite(folder, "vae", lambda arrays: {name: x for name, x in arrays.items() if name.startswith("encoder")})
     message = refusal(folder)
-    assert "138 of 244 weights missing: decoder.conv_in.weight, decoder.conv_in.bias, " in message
+    assert "138 of 244 weights are missing: decoder.conv_in.weight, decoder.conv_in.bias, " in message
     assert message.endswith("and 133 more")
     assert message.count("decoder.") == 5
 
@@ -188,7 +188,7 @@ def test_unexpected_weights_are_named(folder, component):
     rewrite(folder, component, lambda arrays: arrays | {"layers.0.lora_A.weight": np.zeros((4, 4), np.float32)})
     message = refusal(folder)
     assert "1 of " in message
-    assert "weights unexpected: " in message
+    assert "weights are unexpected: " in message
     assert message.endswith("layers.0.lora_A.weight")
 
 
@@ -204,7 +204,7 @@ def test_unexpected_weights_are_named(folder, component):
 def test_misshapen_weights_are_named_with_both_shapes(folder, component, name, shape, expected):
     rewrite(folder, component, lambda arrays: arrays | {name: np.zeros(shape, np.float32)})
     message = refusal(folder)
-    assert "weights of a different shape than config.json says" in message
+    assert "weights have a shape other than config.json says" in message
     assert f"{name} is {shape}, expected {expected}" in message
 
 
@@ -298,7 +298,7 @@ def test_an_index_without_one_of_the_shards_leaves_its_weights_missing(folder):
     content["weight_map"] = {name: file for name, file in content["weight_map"].items() if file != last}
     index.write_text(json.dumps(content))
     message = refusal(folder)
-    assert f"{len(names)} of 116 weights missing" in message
+    assert f"{len(names)} of 116 weights are missing" in message
     assert names[0] in message
 
 
@@ -641,7 +641,7 @@ def test_a_stale_index_is_ignored_next_to_one_complete_file(folder):
     arrays.pop("x_pad_token")
     tiny.save_component(folder / "transformer", "transformer", arrays, CONFIGS["transformer"])
     message = refusal(folder)
-    assert "1 of 116 weights missing: x_pad_token; diffusion_pytorch_model.safetensors.index.json lists " in message
+    assert "1 of 116 weights are missing: x_pad_token; diffusion_pytorch_model.safetensors.index.json lists " in message
     assert "-00003-of-00003.safetensors, missing here: download them, or delete that index" in message
 
 

@@ -40,8 +40,8 @@ ZSH = "Make sure ~/.zshrc contains `fpath+=~/.zfunc` before compinit."
 def completion(ctx: click.Context, shell: str, install: bool) -> None:
     """Print or install the completion script for SHELL.
 
-    To set it up without --install, add `eval "$(mlx-zimage completion bash)"` to ~/.bashrc, or the same line with zsh
-    to ~/.zshrc after compinit; for fish:
+    To set it up without --install, add `eval "$(mlx-zimage completion bash)"` to ~/.bashrc.
+    For zsh, replace bash with zsh in that line and add it to ~/.zshrc, after compinit. For fish, run:
 
     \b
     mlx-zimage completion fish > ~/.config/fish/completions/mlx-zimage.fish

@@ -80,10 +80,11 @@ QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_
 def convert(source, dest, reported, upload_repo, quiet, **options):
     """Convert SOURCE to an MLX model folder DEST and print its path.
 
-    SOURCE is a Hugging Face id (ID:PATH for a part of one), 'z-image-turbo' (the official model as a smaller download),
-    'z-image', 'pocket', a folder written by diffusers, mflux, mlx-vlm or this program, ComfyUI's models folder, or a
-    safetensors or GGUF file. Tensors are converted one at a time, which takes little memory. The VAE and the most
-    sensitive layers are never quantized. To resume an interrupted conversion, run the same command again.
+    SOURCE is a Hugging Face id (ID:PATH for a file or folder in its repository), 'z-image-turbo' (the official
+    model as a smaller download), 'z-image', 'pocket', a folder written by diffusers, mflux, mlx-vlm or this program,
+    ComfyUI's models folder, or a safetensors or GGUF file. Tensors are converted one at a time, which takes little
+    memory. The VAE and the most sensitive layers are never quantized. To resume an interrupted conversion, run the
+    same command again.
     """
     from ..convert import convert_steps
     from ..convert.choose import quantizations

@@ -130,7 +130,7 @@ class Generate(WithLoras):
     "source",
     type=ModelName(),
     help="Model folder or file (from this program, diffusers, mflux, mlx-vlm, ComfyUI), Hugging Face id, ID:PATH for a "
-    f"part of one, 'z-image-turbo', 'z-image' or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
+    f"file or folder in its repository, 'z-image-turbo', 'z-image' or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
 @click.option(
     "--variant",
@@ -312,8 +312,8 @@ class Generate(WithLoras):
 @click.option(
     "--preview",
     is_flag=True,
-    help="Show a preview after each step: inline in iTerm2, WezTerm, kitty and Ghostty, elsewhere in NAME.preview.png, "
-    "which is deleted when the image is finished.",
+    help="Show a preview after each step: inline in iTerm2, WezTerm, kitty and Ghostty; in any other terminal, as "
+    "NAME.preview.png, which is deleted when the image is finished.",
 )
 @click.option(
     "--preview-dir",

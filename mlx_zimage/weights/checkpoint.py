@@ -141,7 +141,7 @@ def open_headers(
         official_files = Repository(official.REPOSITORY)
         repositories.append(official_files)
         names = " or ".join(missing + ([] if is_whole else ["tokenizer"]))
-        warn(f"{source} contains no {names}; taken from {official.REPOSITORY}", BorrowedFromHub)
+        warn(f"{source} contains no {names}; using {official.REPOSITORY}", BorrowedFromHub)
         networks |= {name: open_component(official_files.folder, name, None, official_files) for name in missing}
         if not is_whole:
             tokenizer = official_files.folder / "tokenizer" / "tokenizer.json"

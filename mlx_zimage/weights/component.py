@@ -241,10 +241,10 @@ class Component:
             if name in self.entries and self.entries[name].dtype not in self._dtypes(name)
         ]
         for fault, names in (
-            ("missing", missing),
-            ("unexpected", extra),
-            ("of a different shape than config.json says", misshapen),
-            (f"of a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown),
+            ("are missing", missing),
+            ("are unexpected", extra),
+            ("have a shape other than config.json says", misshapen),
+            (f"have a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown),
         ):
             if names:
                 raise CheckpointError(

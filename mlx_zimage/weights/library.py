@@ -357,7 +357,9 @@ def _remove_converted(folder: Path) -> None:
     try:
         written = [*read_manifest(folder), MANIFEST]
     except CheckpointError as error:
-        raise OutputError(f"{folder / MANIFEST} {error}; delete the folder yourself") from error
+        raise OutputError(
+            f"{folder / MANIFEST} does not list what was converted, so this folder is not removed; delete it yourself"
+        ) from error
     for name in written:
         if (folder / name).resolve().is_relative_to(folder):
             (folder / name).unlink(missing_ok=True)

@@ -60,7 +60,8 @@ def choose_files(
     found = weight_variants(names)
     if not found:
         raise CheckpointError(
-            f"{folder} has no safetensors file; download the model again, or `mlx-zimage convert` one in another format"
+            f"{folder} has no safetensors file; download the model again, or convert it with `mlx-zimage convert` if "
+            "it is in another format"
         )
     wanted = variant if variant in found else ""
     if wanted not in found and variant is None and len(found) == 1:

@@ -358,8 +358,8 @@ def _refuse_kinds(file: Path, unknown: list[str], total: int) -> None:
         names = [key for key in unknown if pattern.search(key)]
         if names:
             raise CheckpointError(
-                f"{file}: {kind} is not supported, only LoRA, LoKr, LoHa, DoRA and plain differences: "
-                f"{len(names)} of {total} keys, the first {names[0]!r}"
+                f"{file}: {kind} is not supported ({len(names)} of {total} keys, the first is {names[0]!r}); "
+                "only LoRA, LoKr, LoHa, DoRA and plain differences are"
             )
 
 

@@ -59,7 +59,8 @@ def _check(file: Path, version: Version | None) -> None:
         found = Version.of(file)
     except OSError as error:
         raise CheckpointError(
-            f"{file} was there when the model was opened, but now: {error.strerror}; open the model again"
+            f"{file} was there when the model was opened, but cannot be read now ({error.strerror}); "
+            "open the model again"
         ) from error
     if version not in (None, found):
         raise CheckpointError(

@@ -21,7 +21,7 @@ from .machine import backend, kernel_flops, max_buffer
 from .models.layers import vae_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
 from .models.vae import CPU_STRIP, SCORES, VAEConfig, convolution_flops, strip_within
-from .request import LATENT_PIXELS, SIZE_MULTIPLE
+from .request import LATENT_PIXELS, SIZE_MULTIPLE, GenerateRequest
 from .sizes import rounded_up
 from .tiles import Tiles
 from .weights.blocks import READS_AHEAD
@@ -37,7 +37,8 @@ class Workload:
     """The size of a request: `images` of width x height pixels at once, prompts of at most `tokens`, and steps.
 
     prompts is the number of prompts run in each step: two with guidance. loras has what LoRAs add, by network.
-    from_image says that the steps start from an image, which is encoded first. With tiles, they run on these parts.
+    from_image says that the steps start from an image, which is encoded first. Unless tile is 0, they run on tiles of
+    at most that many pixels per side.
     """
 
     width: int
@@ -48,15 +49,29 @@ class Workload:
     prompts: int = 1
     loras: Mapping[str, Extra] = field(default_factory=dict)
     from_image: bool = False
-    tiles: Tiles | None = None
+    tile: int = 0
+
+    @classmethod
+    def of(cls, part: GenerateRequest, tokens: int, loras: Mapping[str, Extra] | None = None) -> Workload:
+        """The size of a part of a complete request, with prompts of at most `tokens`."""
+        width, height, steps = part.extent
+        run, prompts, from_image = steps - part.first_step, 1 + part.guided, part.image is not None
+        return cls(width, height, part.num_images, tokens, run, prompts, loras or {}, from_image, part.tile or 0)
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """The tiles that the steps run on, if there is more than one."""
+        tiles = Tiles.of(self.width, self.height, self.tile) if self.tile else None
+        return tiles if tiles and tiles.count > 1 else None
 
     @property
     def parts(self) -> Workload:
         """What the steps run on: the images, or their tiles."""
-        if self.tiles is None:
+        tiles = self.tiles
+        if tiles is None:
             return self
-        width, height = self.tiles.w * LATENT_PIXELS, self.tiles.h * LATENT_PIXELS
-        return replace(self, width=width, height=height, images=self.images * self.tiles.count, tiles=None)
+        width, height = tiles.w * LATENT_PIXELS, tiles.h * LATENT_PIXELS
+        return replace(self, width=width, height=height, images=self.images * tiles.count, tile=0)
 
 
 @dataclass(frozen=True)
@@ -306,7 +321,8 @@ class Planner:
         it = "they need" if work.images > 1 else "it needs"
         smaller = f"the largest size that fits is {side}x{side}" if side else "no smaller size fits"
         kept = " with the model kept in memory" if keep else ""
-        move = "do not keep the model in memory" if keep else "raise the budget, generate fewer images at once"
+        fewer = "use smaller tiles" if work.tiles else "generate fewer images at once"
+        move = "do not keep the model in memory" if keep else f"raise the budget, {fewer}"
         if best.buffer > self.max_buffer:
             raise MemoryBudgetError(
                 f"{images} cannot be generated on this GPU: {it} a tensor of {rounded_up(best.buffer)}, and its "

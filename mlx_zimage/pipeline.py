@@ -18,9 +18,9 @@ from . import porting
 from .errors import NumericsError, RequestError, warn
 from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_signed, to_uint8, to_unit
-from .images.masks import canvas_size, feathered, paste, to_latents
-from .images.source import cover, fit_size, over_white
-from .inputs import NONE, Inputs
+from .images.masks import feathered, paste, to_latents
+from .images.source import cover, over_white
+from .inputs import NONE, Inputs, completed
 from .loras import LoraMethods
 from .machine import check_budget, default_dtype, machine_budget, wide_dtype
 from .memory import Plan, Planner, Workload
@@ -31,10 +31,6 @@ from .models.vae import VAE
 from .networks import Networks, Phase
 from .request import (
     FEATHER,
-    MASKED_STRENGTH,
-    MAX_SIZE,
-    REFINING,
-    STRENGTH,
     TOKENS,
     GenerateRequest,
     Outpaint,
@@ -44,7 +40,6 @@ from .request import (
 from .sampling import Change, Guidance, Kept, Step, answered, relayed
 from .scheduler import add_noise
 from .sizes import parse_memory
-from .tiles import Tiles
 from .turns import Turns
 from .variants import Variant
 from .weights.checkpoint import Checkpoint, open_checkpoint
@@ -366,7 +361,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             yield from self._part(request, inputs, decode)
             return
         inputs.check_named(request.arrays)
-        *first, refinement = self._parts(request)
+        *first, refinement = request.parts
         before, steps = 0, self.count_steps(request)
         images: list[np.ndarray] = []
 
@@ -396,7 +391,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
         sigmas, prompts = self.sigmas(request), self._prompts(request, inputs)
         inputs.check_named(request.arrays)
-        plan = self._plan(request, prompts)
+        work = self._work(request, prompts)
+        plan = self.networks.plan(work, self.keep)
         self.networks.set_loras(request.lora_strengths)
         shape = self._latents_shape(request)
         noise, sample = inputs.noise(shape, request.seed, request.rng, request.sample_posterior)
@@ -414,7 +410,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
                     if mask is not None:
                         kept = Kept(image, noise, mx.array(to_latents(mask))[None, :, :, None])
                     mx.eval(start)  # as above
-                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept, self._tiles(request))
+                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept, work.tiles)
             except NumericsError as error:
                 if networks.dtype == mx.float16:
                     raise _Overflowed(str(error)) from error
@@ -439,49 +435,19 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
     def complete(self, request: GenerateRequest, inputs: Inputs = NONE) -> GenerateRequest:
         """The request, with the model's size, steps and guidance, and the pipeline's LoRAs, where it has None.
 
-        With inputs, it also gets their digests, and the size and strength that an image gives it (see `fit_size`).
+        With inputs, it also gets their digests, and the size and strength that an image gives it: see `completed`.
         """
         if not isinstance(request, GenerateRequest):
             raise RequestError(
                 f"expected a GenerateRequest, got {type(request).__name__}; to pass a prompt, call the pipeline itself"
             )
-        if inputs is not NONE:
-            inputs.check_named(request.arrays)
-            request = replace(request, **inputs.digests)
-        side, variant = self.sample_size, self.variant
-        own = {"width": side, "height": side, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
-        if inputs.source is not None:
-            area = side**2 if request.upscale is None else MAX_SIZE**2
-            given = inputs.source.size, area, request.width, request.height
-            sides = fit_size(*given) if request.outpaint is None else canvas_size(request.outpaint, *given)
-            own |= dict(zip(("width", "height"), sides, strict=True))
-        if request.upscale is not None:
-            own |= {"strength": REFINING, "tile": side}
-        elif request.image is not None:
-            own["strength"] = MASKED_STRENGTH if request.inpaints else STRENGTH
-        missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
-        request.check_image()
         loaded = {name: lora.sha256 for name, lora in self._loras.items()}
-        request = replace(request, **missing).with_loras(loaded, self._strengths)
-        self._parts(request)  # refuses an upscaled size that cannot be
-        return request
-
-    def _parts(self, request: GenerateRequest) -> list[GenerateRequest]:
-        """What a complete request runs in turn: with upscale, its image unless given, and its refinement."""
-        if request.refinement is None:
-            return [request]
-        if request.image is not None:
-            return [request.refinement]
-        return [replace(request, strength=None, sample_posterior=False, upscale=None, tile=None), request.refinement]
-
-    def _tiles(self, request: GenerateRequest) -> Tiles | None:
-        """The tiles that the steps of a part run on, if it has more than one."""
-        tiles = Tiles.of(*request.extent[:2], request.tile) if request.tile else None
-        return tiles if tiles and tiles.count > 1 else None
+        request = completed(request, inputs, self.sample_size, self.variant)
+        return request.with_loras(loaded, self._strengths)
 
     def count_steps(self, request: GenerateRequest) -> int:
         """The number of Steps that a request yields."""
-        return sum(part.extent[2] - part.first_step for part in self._parts(self.complete(request)))
+        return sum(part.extent[2] - part.first_step for part in self.complete(request).parts)
 
     def sigmas(self, request: GenerateRequest) -> np.ndarray:
         """The schedule of a request: (steps + 1,) float32, falling to 0. From an image, it is the last steps only."""
@@ -496,7 +462,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         request = self.complete(request, inputs)
         self._pixels(request, inputs)  # refuses a mask that does not fit
         prompts = self._prompts(request, inputs)
-        return max((self._plan(part, prompts) for part in self._parts(request)), key=lambda plan: plan.room)
+        plans = [self.networks.plan(self._work(part, prompts), self.keep) for part in request.parts]
+        return max(plans, key=lambda plan: plan.room)
 
     def _pixels(self, request: GenerateRequest, inputs: Inputs) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The image that a request starts from, and the mask of what it regenerates; None if there is none."""
@@ -517,13 +484,8 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             for text, embeddings in zip(texts, given, strict=True)
         ]
 
-    def _plan(self, request: GenerateRequest, prompts: list[tuple[int, ...] | mx.array]) -> Plan:
-        width, height, steps = request.extent
-        extras = self.networks.lora_extras(request.lora_strengths)
-        tokens, run, from_image = max(map(len, prompts)), steps - request.first_step, request.image is not None
-        tiles = self._tiles(request)
-        work = Workload(width, height, request.num_images, tokens, run, len(prompts), extras, from_image, tiles)
-        return self.networks.plan(work, self.keep)
+    def _work(self, part: GenerateRequest, prompts: list[tuple[int, ...] | mx.array]) -> Workload:
+        return Workload.of(part, max(map(len, prompts)), self.networks.lora_extras(part.lora_strengths))
 
     def tokenize(self, prompt: str, max_sequence_length: int = TOKENS) -> tuple[int, ...]:
         """The prompt's ids, template included: at most max_sequence_length; warns if that truncates the prompt."""

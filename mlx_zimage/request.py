@@ -282,6 +282,15 @@ class GenerateRequest:
         return replace(self, width=width, height=height, image=image, latents=None, upscale=None)
 
     @property
+    def parts(self) -> list[GenerateRequest]:
+        """What a complete request runs in turn: with upscale, its image unless given, and its refinement."""
+        if self.refinement is None:
+            return [self]
+        if self.image is not None:
+            return [self.refinement]
+        return [replace(self, strength=None, sample_posterior=False, upscale=None, tile=None), self.refinement]
+
+    @property
     def guided(self) -> bool:
         """Whether its steps also use the negative prompt."""
         return bool(self.guidance_scale)

@@ -1,6 +1,7 @@
 """Upscaling: an image, enlarged and refined in tiles."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mlx_zimage import GenerateRequest, Inputs, Step, ZImagePipeline, cli
+from mlx_zimage import GenerateRequest, Inputs, MemoryBudgetError, Step, ZImagePipeline, cli
 from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.memory import Workload
 from mlx_zimage.models.transformer import Transformer
+from mlx_zimage.sizes import rounded_up
 from mlx_zimage.tiles import Tiles, spread
 
 PHOTO = Inputs(image=tiny.photo())  # 96x80
@@ -145,6 +148,32 @@ def test_generate_upscales_a_file_or_what_it_generates_and_does_it_again(tmp_pat
         assert result.exit_code == 0, result.stderr
         assert json.loads(result.stdout)["request"]["tile"] == 64
         assert Path("again.png").read_bytes() == Path(f"{name}.png").read_bytes()
+
+
+def test_plan_shows_the_larger_image_and_its_tiles_as_generate_plans_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(tiny.photo()).save("a.png")
+    plan = lambda *args: CliRunner().invoke(cli.main, ["plan", "pocket", *args])  # noqa: E731
+    assert "1 image of 192x160 in 4 tiles, memory" in plan("--image", "a.png", "--upscale", "2").stdout
+    text = plan(
+        "--size", "96x80", "--upscale", "2", "--tile", "0", "--tokens", "20", "--memory", "1GB", "--dtype", "float32"
+    )
+    assert "1 image of 96x80, upscaled to 192x160, memory" in text.stdout
+    pipe = ZImagePipeline.from_pretrained("pocket", "float32", "1GB")
+    peaks = pipe.plan(request_of(upscale=2, tile=0, steps=8, width=96, height=80)).peaks
+    for phase in ("image", "decode"):
+        assert f"{phase:13}about {rounded_up(peaks[phase])}, " in text.stdout
+    assert "1 image of 128x80, memory" in plan("--image", "a.png", "--outpaint", "left=32").stdout
+    assert "--outpaint is for image to image, but there is no image" in plan("--outpaint", "left=32").stderr
+
+
+def test_what_does_not_fit_is_refused_with_the_largest_size_that_does(pipe):
+    """In tiles, too, whose number depends on the size."""
+    work = Workload.of(pipe.complete(request_of(upscale=8, tile=96), PHOTO).parts[0], tokens=32)
+    planner = pipe.networks.planner
+    budget = planner.best(replace(work, width=256, height=256), 1).room
+    with pytest.raises(MemoryBudgetError, match=r"the largest size that fits is 256x256; .*use smaller tiles"):
+        planner.plan(work, budget)
 
 
 @pytest.mark.parametrize("memory", ["17MB", "1GB"])

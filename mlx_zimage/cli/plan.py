@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..dtypes import FLOATS
-from ..request import STRENGTH, GenerateRequest
+from ..request import GenerateRequest, Outpaint
 from ..sizes import parse_memory, rounded_up, size
 from ..variants import TURBO
 from .elsewhere import Command
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(1, 1000), help="Number of denoising steps.  [default: the model's]")
 @click.option("--image", "image_file", metavar="FILE", type=FilePath(), help="Plan for starting from this image.")
 @click.option("--strength", type=float, help="The fraction of the steps to run from an image.  [default: 0.6]")
+@click.option("--outpaint", metavar="SIDES", help="Plan for extending --image on these sides: left=256,top=128.")
+@click.option("--upscale", type=float, metavar="FACTOR", help="Plan for enlarging --image, or what is generated first.")
+@click.option("--tile", type=int, metavar="PIXELS", help="Largest side of the tiles for --upscale, as in `generate`.")
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),
@@ -55,6 +58,9 @@ def plan(
     steps: int | None,
     image_file: Path | None,
     strength: float | None,
+    outpaint: str | None,
+    upscale: float | None,
+    tile: int | None,
     dtype: str | None,
     memory: str | None,
     keep: bool | None,
@@ -62,50 +68,59 @@ def plan(
 ) -> None:
     """Show how MODEL would run within a memory budget, without loading it.
 
-    Prints the peak memory of each phase, and which blocks stay in memory and which are streamed from disk. Only configs
-    and weight headers are read, or downloaded from the Hugging Face hub. Without MODEL, prints a table of what the
-    default model would need here for each number of bits; that needs no network.
+    Prints the peak memory of each phase, and which blocks stay in memory and which are streamed from disk. With
+    --upscale, this is for the larger image. Only configs and weight headers are read, or downloaded from the Hugging
+    Face hub. Without MODEL, prints a table of what the default model would need here for each number of bits; that
+    needs no network.
     """
     import mlx.core as mx
 
-    from ..images.source import fit_size
-    from ..inputs import Inputs
+    from ..inputs import Inputs, completed
     from ..machine import default_dtype, machine_budget
     from ..memory import Planner, Workload
     from ..weights.library import CHOICES, choose_bits, open_to_plan, planned
 
     sides(**shape, default=TURBO.size)  # refuses what can be refused before a model is opened
     inputs = Inputs(image=image_file)
-    asked = GenerateRequest("-", seed=0, strength=strength, steps=steps, **inputs.digests)
+    asked = GenerateRequest(
+        "-",
+        seed=0,
+        steps=steps,
+        num_images=images,
+        strength=strength,
+        outpaint=None if outpaint is None else Outpaint.of(outpaint),
+        upscale=upscale,
+        tile=tile,
+        **inputs.digests,
+    )
     asked.check_image()
     budget = machine_budget() if memory is None else parse_memory(memory)
     compute = getattr(mx, dtype or default_dtype())
 
-    def workload(checkpoint: Checkpoint) -> Workload:
-        side, known = checkpoint.vae.config.sample_size, checkpoint.variant
-        prompts = 2 if known.guidance_scale else 1
-        if inputs.source is None or shape["size"]:
-            size = sides(**shape, default=side)
-        else:
-            size = fit_size(inputs.source.size, side**2, shape["width"], shape["height"])
-        request = replace(asked, steps=steps or known.steps, strength=strength or STRENGTH)
-        run = (request.steps or 0) - request.first_step
-        return Workload(*size, images, tokens, run, prompts, from_image=inputs.source is not None)
+    def works(checkpoint: Checkpoint) -> list[Workload]:
+        """What the parts of the request need, in turn."""
+        side = checkpoint.vae.config.sample_size
+        given = {name: shape[name] for name in ("width", "height")}
+        if shape["size"]:
+            given = dict(zip(given, sides(**shape, default=side), strict=True))
+        request = completed(replace(asked, **given), inputs, side, checkpoint.variant)
+        return [Workload.of(part, tokens) for part in request.parts]
 
     if model is not None:
         checkpoint = open_to_plan(model, variant)
         planner = Planner(checkpoint, compute)
-        work = workload(checkpoint)
-        _show(planner, planner.plan(work, budget, keep), _images(work, count))
+        parts = works(checkpoint)
+        plans = [planner.plan(work, budget, keep) for work in parts]
+        _show(planner, max(plans, key=lambda plan: plan.room), _images(parts, count))
         return
-    work = workload(planned(None))
-    click.echo(f"{DEFAULT_MODEL}: {_images(work, count)}, memory budget {rounded_up(budget)}")
+    parts = works(planned(None))
+    click.echo(f"{DEFAULT_MODEL}: {_images(parts, count)}, memory budget {rounded_up(budget)}")
     click.echo(f"{'':10}{'on disk':>10}{'peak':>10}")
     sizes = {}
     for bits in CHOICES:
         checkpoint = planned(bits)
         sizes[bits] = checkpoint.nbytes
-        row = _row(Planner(checkpoint, compute), work, budget, keep)
+        row = _row(Planner(checkpoint, compute), parts, budget, keep)
         click.echo(f"{_stored(bits):10}{size(sizes[bits]):>10}{row}")
     machine = "this machine" if memory is None else "a machine with this budget"
     click.echo(
@@ -117,9 +132,9 @@ def _stored(bits: int | None) -> str:
     return f"{bits} bits" if bits else "bfloat16"
 
 
-def _row(planner: Planner, work: Workload, budget: int, keep: bool | None) -> str:
-    """The peak memory of a workload, and where the weights are."""
-    plan = planner.best(work, budget, keep)
+def _row(planner: Planner, works: list[Workload], budget: int, keep: bool | None) -> str:
+    """The peak memory of these workloads, and where the weights are in the largest."""
+    plan = max((planner.best(work, budget, keep) for work in works), key=lambda plan: plan.room)
     if plan.room > budget:
         return f"{'':10}  needs a budget of {rounded_up(plan.room)}"
     blocks = planner.footprints["transformer"].blocks
@@ -146,6 +161,11 @@ def _show(planner: Planner, plan: Plan, images: str) -> None:
     click.echo(f"decoding     {strips}")
 
 
-def _images(work: Workload, count: int) -> str:
-    images = f"{work.images * count} image{'s' * (work.images * count > 1)} of {work.width}x{work.height}"
-    return images if count == 1 else f"{images}, {work.images} at a time"
+def _images(works: list[Workload], count: int) -> str:
+    first, last = works[0], works[-1]
+    images = f"{first.images * count} image{'s' * (first.images * count > 1)} of {first.width}x{first.height}"
+    if len(works) > 1:
+        images += f", upscaled to {last.width}x{last.height}"
+    if last.tiles:
+        images += f" in {last.tiles.count} tiles"
+    return images if count == 1 else f"{images}, {first.images} at a time"

@@ -18,6 +18,7 @@ import pytest
 import tiny
 from hub import Hub, User
 from safetensors.numpy import load_file
+from serving import serving
 from tiny import Golden
 
 from mlx_zimage import RequestError, ZImagePipeline
@@ -79,6 +80,19 @@ def small_pocket(tmp_path_factory) -> Path:
     config = folder / "vae/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 64}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(small_pocket, tmp_path_factory):
+    """A server with a key and a LoRA called style, shared by all tests that do not stop it."""
+    from test_cli_lora import write as write_lora
+
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "loras").mkdir()
+    write_lora(folder / "loras/style.safetensors")
+    options = ("--model", small_pocket, "--lora-dir", folder / "loras", "--queue", 3, "--cors", "https://app.example")
+    with serving(*options, log=folder / "log") as server:
+        yield server
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def run(tmp_path, monkeypatch):
         (["save", "--path", "x"], "use `mlx-zimage convert SOURCE DEST --q-bits 8`"),
         (["mflux-generate-z-image-turbo", "--prompt", "x"], 'to generate an image: mlx-zimage generate "a cat"'),
         (["mflux-save", "--path", "x"], "use `mlx-zimage convert SOURCE DEST --q-bits 8`"),
+        (["server"], "use `mlx-zimage serve`"),
         (["train", "x.json"], "that is not available yet"),
         (["-V"], "use `mlx-zimage --version`"),
         (["models", "pocket"], "mlx-zimage info pocket"),

@@ -33,6 +33,7 @@ COMMANDS = {  # name of the command and its module: the first sentence of its he
     "lora": "Show what a LoRA contains, or convert it for other programs.",
     "models": "List the models on this machine, or remove one.",
     "plan": "Show how MODEL would run within a memory budget, without loading it.",
+    "serve": "Serve images over HTTP to the clients of OpenAI's and AUTOMATIC1111's APIs, and print the address.",
     "verify": "Check every byte of a model FOLDER and report any faults.",
 }
 

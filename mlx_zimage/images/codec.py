@@ -67,13 +67,14 @@ def read_pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def encode(pixels: np.ndarray, ending: str, origin: Origin | None = None) -> bytes:
+def encode(pixels: np.ndarray, ending: str, origin: Origin | None = None, quality: int = 95) -> bytes:
     """(H, W, 3) uint8 as the content of an image file; ending is its suffix, such as ".png".
 
-    The origin is stored in the file; if it is None, the file contains only pixels.
+    The origin is stored in the file; if it is None, the file contains only pixels. quality, from 0 to 100, is that of
+    JPEG and WebP.
     """
     kind = FORMATS[ending.lower()]
-    options = {} if kind == "PNG" else {"quality": 95}
+    options = {} if kind == "PNG" else {"quality": quality}
     if origin:
         options |= save_options(origin, kind)
     stream = io.BytesIO()

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import RequestError, ZImageError
+from ..sizes import parse_memory
+from ..variants import ALIASES
+from .elsewhere import Command
+from .models import DEFAULT_MODEL, first_run
+from .output import say
+from .values import FilePath, ModelName
+
+PORT = 8796
+KEY = "MLX_ZIMAGE_API_KEY"
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class Duration(click.ParamType):
+    """A time such as 30s, 10m or 2h, in seconds; "never" is None."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        match = re.fullmatch(r"(\d{1,6})([smh])", str(value))
+        if not match and value != "never":
+            self.fail(f"expected a time such as 30s, 10m or 2h, or never, got {value!r}", param, ctx)
+        return float(match[1]) * UNITS[match[2]] if match else None
+
+
+@click.command(
+    cls=Command,
+    epilog="Example: mlx-zimage serve; then, in a client: base URL http://127.0.0.1:8796/v1, and any API key",
+)
+@click.option(
+    "-m",
+    "--model",
+    "sources",
+    multiple=True,
+    type=ModelName(),
+    help="Serve this model: a folder or file, a Hugging Face id, 'z-image-turbo', 'z-image' or 'pocket'. Repeatable; "
+    f"requests name one of them, or get the first.  [default: {DEFAULT_MODEL}, converted]",
+)
+@click.option(
+    "--lora-dir",
+    type=FilePath(exists=True, file_okay=False),
+    help="Let requests use the LoRAs in this folder, by the names of their files.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than this machine's "
+              "own (127.0.0.1) need an API key or --no-api-key.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="Port; 0 for any.")
+@click.option(
+    "--api-key-file",
+    type=FilePath(exists=True, dir_okay=False),
+    help=f"Require the API key in this file; {KEY} in the environment does the same.",
+)
+@click.option("--no-api-key", is_flag=True, help="Let everyone who reaches --host generate images.")
+@click.option(
+    "--cors",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let web pages from ORIGIN, such as https://app.example, use the server. Repeatable.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory budget, such as 6GB; what does not fit is streamed from disk.  [default: based on this machine]",
+)
+@click.option(
+    "--queue",
+    "limit",
+    type=click.IntRange(1, 1000),
+    default=16,
+    show_default=True,
+    help="Number of requests that may wait; more are answered with 429.",
+)
+@click.option(
+    "--idle-unload",
+    "idle_s",
+    type=Duration(),
+    default="10m",
+    show_default=True,
+    help="Free the model's memory after this time without a request, or never; the next request loads it again.",
+)
+@click.option(
+    "--honor-client-steps",
+    is_flag=True,
+    help="Run Turbo with the steps and guidance that clients send. By default, more than 9 steps become 8 and guidance "
+    "is off: many clients send values for other models, which would take 3 to 6 times as long and look worse.",
+)
+@click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
+def serve(
+    sources: tuple[str, ...], lora_dir: Path | None, host: str, port: int, api_key_file: Path | None,
+    no_api_key: bool, origins: tuple[str, ...], memory: str | None, limit: int, idle_s: float | None,
+    honor_client_steps: bool, yes: bool,
+) -> None:  # fmt: skip
+    """Serve images over HTTP to the clients of OpenAI's and AUTOMATIC1111's APIs, and print the address.
+
+    The models stay loaded between requests, in one process, and generate one image at a time. See examples/server.md
+    for the settings of Open WebUI, SillyTavern, LibreChat and the OpenAI SDK. Ctrl-C stops the server.
+    """
+    try:
+        from ..server.app import listen, serve
+        from ..server.guard import Access
+        from ..server.messages import Options
+        from ..server.queue import Queue
+    except ImportError as error:
+        raise ZImageError(f"the server needs more packages ({error}): pip install 'mlx-zimage[server]'") from None
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/*\s]+", origin):
+            raise RequestError(f"--cors takes an origin such as https://app.example, got {origin!r}")
+    access = Access(host, _key(api_key_file), frozenset(origins))
+    if not access.loopback and access.key is None and not no_api_key:
+        raise RequestError(
+            f"--host {host} lets other machines in: give an API key with --api-key-file FILE or {KEY}, or pass "
+            f"--no-api-key to let everyone generate"
+        )
+    budget = None if memory is None else parse_memory(memory)
+    models = _named([*sources] or [DEFAULT_MODEL], yes)
+    with listen(host, port) as listener:
+        say(f"Opening {', '.join(models)}")
+        queue = Queue(Options(models, lora_dir and lora_dir.resolve(), budget, idle_s), limit)
+        asyncio.run(serve(listener, queue, access, lora_dir, honor_client_steps))
+
+
+def _key(file: Path | None) -> str | None:
+    key = file.read_text().strip() if file else os.environ.get(KEY, "").strip() or None
+    if key is not None and not (key.isascii() and key.isprintable() and len(key) >= 8 and " " not in key):
+        where = file or KEY
+        raise RequestError(f"the API key in {where} must be 8 or more printable ASCII characters without spaces")
+    return key
+
+
+def _named(sources: list[str], yes: bool) -> dict[str, str]:
+    """The models to serve, by the names that requests use."""
+    from ..weights.hub import name_of
+
+    named: dict[str, str] = {}
+    for source in sources:
+        local = Path(source).exists()
+        name = name_of(Path(source)) if local else source
+        if name in named:
+            raise RequestError(f"two models are called {name}; rename one of the folders")
+        if not local and (source in ALIASES or source == DEFAULT_MODEL):
+            source = str(first_run(ALIASES.get(source, source), yes, False))
+        named[name] = str(Path(source).resolve()) if Path(source).exists() else source
+    return named

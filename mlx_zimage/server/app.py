@@ -1,0 +1,126 @@
+"""The application: routes, the guard around them, and the process that serves them."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from ..errors import ZImageError
+from .a1111 import A1111
+from .errors import Refusal, answer
+from .guard import Access, Guard, Protocol
+from .openai import OpenAI
+from .queue import Queue
+from .service import Service
+
+CONNECTIONS = 512  # at once; more are answered with 503
+SHUTDOWN_S = 3  # for answers in progress
+
+
+def application(service: Service, access: Access) -> ASGIApp:
+    """The server's ASGI application."""
+
+    async def health(request: Request) -> Response:
+        queue = service.queue
+        waiting = max(0, len(queue.tickets) - (queue.running is not None))
+        seconds = queue.estimate()
+        return JSONResponse(
+            {
+                "status": "ok" if queue.process else "restarting",
+                "running": queue.running is not None,
+                "waiting": waiting,
+                "limit": queue.limit,
+                "loaded": queue.loaded is not None,
+                "estimated_seconds": None if seconds is None else round(seconds, 1),
+            }
+        )
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refusal)
+        return answer(request.scope["path"], error)
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        return answer(request.scope["path"], Refusal(error.status_code, error.detail, headers=headers))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=400)  # nobody reads it
+
+    async def bug(request: Request, error: Exception) -> Response:
+        return answer(request.scope["path"], Refusal(500, "a bug in mlx-zimage; the server's log has more"))
+
+    routes = [Route("/health", health), *OpenAI(service).routes, *A1111(service).routes]
+    handlers = {Refusal: refused, HTTPException: http_error, ClientDisconnect: gone, Exception: bug}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return Guard(app, access)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on an address; port 0 is any that is free. ZImageError if the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        raise ZImageError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; stop the program that uses it, or choose another "
+            f"--port (0 for any)"
+        ) from error
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    """The URL at which a listening socket is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(
+    listener: socket.socket, queue: Queue, access: Access, lora_dir: Path | None, honor_client_steps: bool
+) -> None:
+    """Serve until a signal stops it. ZImageError, before anything is answered, if the models cannot be opened."""
+    log_to_stderr()
+    try:
+        await queue.start()
+        service = Service(queue, lora_dir, honor_client_steps)
+        config = uvicorn.Config(
+            application(service, access),
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+        )
+        print(address(listener), flush=True)
+        await uvicorn.Server(config).serve(sockets=[listener])
+    finally:
+        await queue.stop()
+
+
+def log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger(__package__)
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").addHandler(handler)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

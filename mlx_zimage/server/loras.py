@@ -1,0 +1,11 @@
+"""The LoRAs in the server's folder, by name: the only files that a client can choose, and only by listing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def lora_files(folder: Path | None) -> dict[str, Path]:
+    """The safetensors files in a folder, by their names without the suffix."""
+    found = sorted(folder.glob("*.safetensors")) if folder else []
+    return {file.stem: file for file in found if file.is_file() and file.stem.isprintable() and len(file.stem) <= 200}

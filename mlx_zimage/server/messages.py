@@ -1,0 +1,143 @@
+"""What the server and its worker process send each other: plain data, since it is pickled. Imports no MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# ---- to the worker
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a worker is started with: models' sources by name, the budget in bytes, and when to unload, in seconds."""
+
+    models: Mapping[str, str]
+    lora_dir: Path | None = None
+    memory: int | None = None
+    idle_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images that differ in their seeds only: a GenerateRequest's other fields, and the files that it starts from.
+
+    marks says which part of the mask is regenerated: its "white", "black" or "transparent" pixels. ending and quality
+    are those of the files to make; previews is the number of previews per image.
+    """
+
+    id: int
+    model: str
+    fields: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    image: bytes | None = None
+    mask: bytes | None = None
+    marks: str = "white"
+    ending: str = ".png"
+    quality: int = 95
+    previews: int = 0
+
+
+@dataclass(frozen=True)
+class Cancel:
+    id: int
+
+
+# ---- from the worker
+
+
+@dataclass(frozen=True)
+class Model:
+    """An open model: its name, defaults and capabilities."""
+
+    name: str
+    variant: str
+    steps: int
+    size: int
+    takes_guidance: bool
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    models: tuple[Model, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job, or with id None the worker itself, failed with a child of ZImageError, or with a bug ("Exception")."""
+
+    id: int | None
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A job fits. tokens counts those of its prompts, and work is in pixels times steps, all images together."""
+
+    id: int
+    width: int
+    height: int
+    steps: int
+    tokens: int
+    work: int
+
+
+@dataclass(frozen=True)
+class Started:
+    id: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of all `steps` of a job, all images together."""
+
+    id: int
+    done: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A preview, the index-th of its image, as the content of an image file."""
+
+    id: int
+    image: int
+    index: int
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Image:
+    """A finished image: its file, the origin that it stores as a dict, and A1111's text for it."""
+
+    id: int
+    index: int
+    content: bytes
+    origin: Mapping[str, Any]
+    parameters: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job has ended; cancelled if some of its images were not generated."""
+
+    id: int
+    cancelled: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model that may have weights in memory from now on; None after they were unloaded."""
+
+    model: str | None
+
+
+@dataclass(frozen=True)
+class Note:
+    """A warning, for the log."""
+
+    message: str

@@ -1,0 +1,145 @@
+"""What the APIs share: models by name, the policy for Turbo, LoRAs by name, and waiting for a job."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+
+from ..request import MAX_SEED
+from ..untrusted import brief, parse_json
+from .errors import Refusal
+from .loras import lora_files
+from .messages import Accepted, Done, Image, Job, Model
+from .queue import Queue, Ticket
+from .results import Results
+
+log = logging.getLogger(__name__)
+MAX_IMAGES = 10  # per request, as in OpenAI's API
+MOST_STEPS = 9  # that Turbo is given unless clients' steps are honored; its model card recommends 8 or 9
+ADJUSTED = "X-MLX-ZImage-Adjusted"
+
+
+@dataclass
+class Service:
+    """The queue and results, and what the user decided when starting the server."""
+
+    queue: Queue
+    lora_dir: Path | None = None
+    honor_client_steps: bool = False
+    results: Results = field(default_factory=Results)
+
+    def model(self, name: object) -> Model:
+        """The model with a name; the first one if there is none."""
+        if name is None or name == "":
+            return self.queue.models[0]
+        for model in self.queue.models:
+            if model.name == name:
+                return model
+        known = ", ".join(model.name for model in self.queue.models)
+        raise Refusal(404, f"no model {brief(name)} is served; expected {known}", param="model", code="model_not_found")
+
+    def adjust(self, values: dict, model: Model, guidance: str, off: float) -> dict[str, str]:
+        """Replace more steps than Turbo is made for, and guidance, which it is made without; `off` turns guidance off.
+
+        Returns the headers that say so.
+        """
+        if self.honor_client_steps or model.takes_guidance:
+            return {}
+        changes = []
+        for name, most, own in (("steps", MOST_STEPS, model.steps), (guidance, off, off)):
+            given = values.get(name)
+            if isinstance(given, (int, float)) and not isinstance(given, bool) and given > most:
+                values[name] = own
+                changes.append(f"{name} {brief(given)} -> {own:g}")
+        if not changes:
+            return {}
+        log.info("adjusted for %s: %s (--honor-client-steps turns this off)", model.name, ", ".join(changes))
+        return {ADJUSTED: ", ".join(changes)}
+
+    def check_loras(self, uses: object) -> None:
+        """Refuse LoRAs that are not in the server's folder. Their strengths are checked with the request."""
+        known = lora_files(self.lora_dir)
+        for use in uses if isinstance(uses, (list, tuple)) else ():
+            name = use.get("name") if isinstance(use, dict) else None
+            if not isinstance(name, str) or name not in known:
+                listed = ", ".join(known) or "none; --lora-dir names a folder of them"
+                raise Refusal(404, f"no LoRA {brief(name)} (there are: {listed})", param="loras")
+
+    def submit(self, job: Job) -> Ticket:
+        return self.queue.submit(job)
+
+
+def seeds_of(seed: object, count: object) -> tuple[int, ...]:
+    """The seeds of `count` images: the given one and those that follow it, or a random one."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_IMAGES:
+        raise Refusal(400, f"the number of images must be from 1 to {MAX_IMAGES}, got {brief(count)}", param="n")
+    if seed is None:
+        seed = secrets.randbits(32)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED - count + 1:
+        raise Refusal(400, f"seed must be a whole number from 0 to 2**64 - {count}, got {brief(seed)}", param="seed")
+    return tuple(range(seed, seed + count))
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """The JSON object in a request's body."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(400, "expected a JSON object, with Content-Type: application/json")
+    body = await request.body()
+    try:
+        values = await run_in_threadpool(parse_json, body)
+    except ValueError as error:
+        raise Refusal(400, f"the body is not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise Refusal(400, f"the body must be a JSON object, got {type(values).__name__}")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+async def accepted(ticket: Ticket, request: Request) -> Accepted:
+    """Wait until a job is queued for good, as long as its client does."""
+    return await _while_connected(ticket.fits(), request)
+
+
+async def images_of(ticket: Ticket, request: Request) -> list[Image]:
+    """Wait for all images of a job, as long as its client does; fewer than asked for if it was interrupted."""
+
+    async def collected() -> list[Image]:
+        images = []
+        while not isinstance(message := await ticket.next(), Done):
+            if isinstance(message, Image):
+                images.append(message)
+        return images
+
+    return await _while_connected(collected(), request)
+
+
+async def _while_connected(work: Any, request: Request) -> Any:
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ClientDisconnect
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def log_images(api: str, ticket: Ticket) -> None:
+    """Log what was generated, without the prompt."""
+    now, fits, count = ticket.queue.loop.time(), ticket.accepted, len(ticket.job.seeds)
+    waited = (ticket.started or now) - ticket.arrived
+    size = f"{fits.width}x{fits.height}, {fits.steps} steps" if fits else ""
+    images = f"{count} image{'s' * (count > 1)}"
+    took = f"{now - ticket.arrived:.1f} s, {waited:.1f} of them waiting"
+    log.info("%s: %s, %s, %s in %s", api, ticket.job.model, images, size, took)

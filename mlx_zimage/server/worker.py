@@ -1,0 +1,270 @@
+"""The worker: a child process that owns the models. If MLX ends it, the server goes on and starts another.
+
+The main thread opens models and generates, one job at a time: MLX's streams belong to the thread that created them. A
+second thread reads the pipe, so that a job that cannot fit is refused, and a cancelled one stops, while another runs.
+
+    python -m mlx_zimage.server.worker DESCRIPTOR
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Condition, Lock, Thread
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image as Pillow
+from PIL import ImageOps
+
+from ..errors import DeviceError, RequestError, ZImageError
+from ..generate import Finished, OpenModel, events, open_model
+from ..images.codec import encode, enlarge
+from ..images.masks import read_mask
+from ..images.metadata import parameters
+from ..images.preview import colours_of, sketch
+from ..inputs import NONE, Inputs
+from ..request import LATENT_PIXELS, GenerateRequest
+from ..sampling import Step
+from .loras import lora_files
+from .messages import (
+    Accepted,
+    Cancel,
+    Done,
+    Failed,
+    Image,
+    Job,
+    Loaded,
+    Model,
+    Note,
+    Options,
+    Preview,
+    Progress,
+    Ready,
+    Started,
+)
+
+PATH = re.compile(r"(?<![\w/.])~?(?:/[^\s/:'\"]+)*/([^\s/:'\"]+)")
+
+
+class Worker:
+    """Runs jobs in order, in the thread that created it."""
+
+    def __init__(self, connection: Connection, options: Options):
+        self.connection = connection
+        self.options = options
+        self.sending = Lock()
+        self.changed = Condition()  # guards the next two
+        self.waiting: dict[int, Job] = {}
+        self.running: int | None = None
+        self.attaching = Lock()  # LoRAs must not change while a plan is made
+        self.models: dict[str, OpenModel] = {}
+        self.loaded: str | None = None  # the model that may have weights in memory
+        self.loras: dict[str, dict[str, int]] = {}  # by model: those that are attached, and when their files changed
+        self.colours: dict[str, np.ndarray] = {}  # by model, for previews
+
+    def run(self) -> None:
+        """Open the models, then run jobs until the server closes the pipe."""
+        try:
+            for name, source in self.options.models.items():
+                self.models[name] = open_model(source, memory=self.options.memory)
+                self.loras[name] = {}
+        except ZImageError as error:  # the server's own user reads it
+            self.send(Failed(None, type(error).__name__, str(error)))
+            return
+        self.send(Ready(tuple(described(name, model) for name, model in self.models.items())))
+        Thread(target=self.listen, daemon=True).start()
+        while True:
+            with self.changed:
+                idle = self.changed.wait_for(lambda: self.waiting, self.options.idle_s if self.loaded else None)
+                job = self.waiting.pop(next(iter(self.waiting))) if idle else None
+                self.running = job.id if job else None
+            if job is None:
+                self.unload()
+                continue
+            try:
+                self.generate(job)
+            finally:
+                self.running = None
+
+    def send(self, message: object) -> None:
+        with self.sending:
+            self.connection.send(message)
+
+    # ---- the thread that reads the pipe
+
+    def listen(self) -> None:
+        try:
+            while True:
+                message = self.connection.recv()
+                if isinstance(message, Cancel):
+                    with self.changed:
+                        self.waiting.pop(message.id, None)
+                        if self.running == message.id:
+                            self.running = None  # which the other thread sees before its next step
+                else:
+                    self.check(message)
+        except (EOFError, OSError):
+            os._exit(0)  # the server is gone; a step in progress cannot be interrupted
+
+    def check(self, job: Job) -> None:
+        """Queue a job if it is valid and fits in memory. What its LoRAs add is known when they are read."""
+        pipeline = self.models[job.model].pipeline
+        try:
+            inputs = inputs_of(job)
+            request = GenerateRequest(**{**job.fields, "loras": (), "seed": job.seeds[-1]})
+            with self.attaching:
+                request = pipeline.complete(request, inputs)
+                pipeline.plan(request, inputs)
+                steps = pipeline.count_steps(request)
+            prompts = [request.prompt, request.negative_prompt][: 1 + request.guided]
+            tokens = sum(len(pipeline.tokenize(text, request.max_sequence_length)) for text in prompts)
+        except Exception as error:
+            self.send(self.failure(job.id, error))
+            return
+        largest = request.refinement or request
+        width, height, _ = largest.extent
+        images = len(job.seeds)
+        self.send(Accepted(job.id, width, height, request.extent[2], tokens, images * steps * width * height))
+        with self.changed:
+            self.waiting[job.id] = job
+            self.changed.notify()
+
+    def failure(self, id: int, error: Exception) -> Failed:
+        """What the client may know about an error: no path of this machine, and nothing about a bug but its kind."""
+        if not isinstance(error, ZImageError):
+            traceback.print_exception(error)
+            return Failed(id, "Exception", f"a bug in mlx-zimage ({type(error).__name__}); the server's log has more")
+        return Failed(id, type(error).__name__, self.without_paths(str(error)))
+
+    def without_paths(self, message: str) -> str:
+        roots = [self.options.lora_dir, *map(Path, self.options.models.values())]
+        for root in filter(None, roots):
+            if root.is_absolute():
+                message = message.replace(f"{root}{os.sep}", "").replace(str(root), root.name)
+        return PATH.sub(r"\1", message)
+
+    # ---- the thread that generates
+
+    def generate(self, job: Job) -> None:
+        self.send(Started(job.id))
+        try:
+            complete = self.images(job)
+        except Exception as error:
+            self.send(self.failure(job.id, error))
+            if isinstance(error, DeviceError):
+                sys.exit(1)  # after some failures the GPU accepts no more work from a process
+        else:
+            self.send(Done(job.id, cancelled=not complete))
+
+    def images(self, job: Job) -> bool:
+        """Generate a job's images; False if it was cancelled."""
+        model = self.ready(job.model)
+        inputs = inputs_of(job)
+        with self.attaching:
+            self.attach(job.model, [use["name"] for use in job.fields.get("loras") or ()])
+        before = 0
+        for index, seed in enumerate(job.seeds):
+            request = model.pipeline.complete(GenerateRequest(**{**job.fields, "seed": seed}), inputs)
+            steps = model.pipeline.count_steps(request)
+            shown = preview_steps(steps, job.previews)
+            colours = self.colours_of(job.model) if shown else None
+            for event in events(model, request, inputs):
+                if self.running != job.id:
+                    return False
+                if isinstance(event, Step):
+                    self.send(Progress(job.id, before + event.index + 1, steps * len(job.seeds)))
+                    if colours is not None and event.index in shown:
+                        content = preview(event, colours, job)
+                        self.send(Preview(job.id, index, shown.index(event.index), content))
+                elif isinstance(event, Finished):
+                    self.send(finished(job, index, event))
+            before += steps
+        return True
+
+    def ready(self, name: str) -> OpenModel:
+        """A model, after unloading the one that was used before: each may take the whole budget."""
+        if self.loaded != name:
+            self.unload()
+            self.loaded = name
+            self.send(Loaded(name))
+        return self.models[name]
+
+    def unload(self) -> None:
+        """Free the memory of the loaded model's weights; it stays open, with the embeddings of its prompts."""
+        if self.loaded:
+            self.models[self.loaded].pipeline.networks.release()
+            mx.clear_cache()
+            self.loaded = None
+            self.send(Loaded(None))
+
+    def attach(self, name: str, wanted: list[str]) -> None:
+        """Load these LoRAs into a model, and unload all others."""
+        pipeline, attached = self.models[name].pipeline, self.loras[name]
+        files = lora_files(self.options.lora_dir) if wanted else {}
+        for lora in wanted:
+            if lora not in files:
+                raise RequestError(f"the LoRA {lora!r} is no longer in the server's folder")
+        changed = {lora: files[lora].stat().st_mtime_ns for lora in wanted}
+        for lora in [lora for lora, time in attached.items() if changed.get(lora) != time]:
+            pipeline.unload_lora(lora)
+            del attached[lora]
+        for lora in changed.keys() - attached.keys():
+            pipeline.load_lora(files[lora], lora)
+            attached[lora] = changed[lora]
+
+    def colours_of(self, name: str) -> np.ndarray:
+        if name not in self.colours:
+            self.colours[name] = colours_of(self.models[name].pipeline.encode_image)
+        return self.colours[name]
+
+
+def described(name: str, model: OpenModel) -> Model:
+    variant = model.pipeline.variant
+    size = model.pipeline.sample_size
+    return Model(name, variant.name, variant.steps, size, variant.takes_guidance, model.fingerprint)
+
+
+def inputs_of(job: Job) -> Inputs:
+    """The image and mask of a job, not decoded yet."""
+    mask: Pillow.Image | None = None
+    if job.mask is not None:
+        mask = read_mask(job.mask, transparent=job.marks == "transparent")
+        mask = ImageOps.invert(mask) if job.marks == "black" else mask
+    return NONE if job.image is None and mask is None else Inputs(image=job.image, mask_image=mask)
+
+
+def preview_steps(steps: int, previews: int) -> list[int]:
+    """The steps, counted from 0, after which a preview is shown: spread evenly, the last one excluded."""
+    return sorted({(i + 1) * steps // (previews + 1) - 1 for i in range(previews)} - {-1, steps - 1})
+
+
+def preview(step: Step, colours: np.ndarray, job: Job) -> bytes:
+    return encode(enlarge(sketch(step.clean, colours), LATENT_PIXELS), job.ending, quality=job.quality)
+
+
+def finished(job: Job, index: int, image: Finished) -> Image:
+    content = encode(image.pixels, job.ending, image.origin, job.quality)
+    return Image(job.id, index, content, json.loads(image.origin.to_json()), parameters(image.origin))
+
+
+def main(descriptor: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends this process
+    connection = Connection(descriptor)
+    try:
+        worker = Worker(connection, connection.recv())
+        warnings.showwarning = lambda message, *rest: worker.send(Note(worker.without_paths(str(message))))
+        worker.run()
+    except (EOFError, BrokenPipeError):
+        pass  # the server is gone
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,410 @@
+"""The server itself: who may use it, its queue, and its worker. tests/test_server_clients.py has the clients."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from serving import KEY, PROMPT, Answer, form, png
+
+from mlx_zimage.cli import main
+from mlx_zimage.errors import CheckpointError
+from mlx_zimage.server import results, worker
+from mlx_zimage.server.errors import Refusal
+from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, host_name
+from mlx_zimage.server.messages import Done, Job, Model, Options
+from mlx_zimage.server.messages import Image as Finished
+from mlx_zimage.server.queue import Queue
+from mlx_zimage.server.service import ADJUSTED, Service
+
+GENERATE = "/v1/images/generations"
+QUICK = {"prompt": PROMPT, "size": "32x32", "steps": 1}
+SLOW = {"prompt": PROMPT, "size": "64x64", "steps": 8, "n": 10}
+
+
+# ---- who may use it
+
+
+def test_without_the_key_nothing_is_answered_but_health(server):
+    for path in ("/v1/models", "/sdapi/v1/options", "/", "/v1/images/result"):
+        answer = server.request("GET", path, headers={"Authorization": "Bearer wrong"})
+        assert answer.status == 401 and KEY.encode() not in answer.body
+    assert server.request("GET", "/health", headers={"Authorization": ""}).status == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "192.168.1.7"},
+        {"Host": "localhost@evil.example"},
+        {"Host": ""},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:1"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+    ids=lambda headers: "-".join(headers) + "-" + "-".join(headers.values()),
+)
+def test_another_name_for_this_machine_or_another_web_page_is_refused(server, headers):
+    """Even with the key, and in a form, which a page may send without asking."""
+    body, content_type = form({"prompt": PROMPT}, [("image", png(Image.new("RGB", (32, 32))))])
+    for path in ("/v1/images/edits", "/sdapi/v1/interrupt", "/health"):
+        answer = server.request("POST", path, body, {"Content-Type": content_type, **headers})
+        assert answer.status == 403, answer.body
+        assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_a_page_that_was_allowed_is_answered_and_asked_no_more_than_it_needs(server):
+    page = {"Origin": "https://app.example", "Sec-Fetch-Site": "cross-site"}
+    asked = {"Access-Control-Request-Method": "POST", **page}
+    preflight = server.request("OPTIONS", GENERATE, headers=asked | {"Authorization": ""})
+    assert preflight.status == 204 and "Authorization" in preflight.headers["Access-Control-Allow-Headers"]
+    answer = server.request("GET", "/v1/models", headers=page)
+    assert answer.status == 200 and answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
+    assert server.request("GET", "/v1/models", headers={**page, "Authorization": ""}).status == 401
+
+
+@pytest.mark.parametrize(
+    ("listening", "host", "known"),
+    [
+        ("127.0.0.1", "localhost:8796", True),
+        ("127.0.0.1", "LOCALHOST.", True),
+        ("127.0.0.1", "[::1]:8796", True),
+        ("127.0.0.1", "127.9.9.9", True),
+        ("127.0.0.1", "host.docker.internal:8796", True),
+        ("127.0.0.1", "192.168.1.7", False),
+        ("127.0.0.1", "evil.example", False),
+        ("0.0.0.0", "192.168.1.7:8796", True),
+        ("0.0.0.0", f"{socket.gethostname()}:8796", True),
+        ("0.0.0.0", "evil.example", False),
+        ("mac.local", "mac.local:8796", True),
+    ],
+)
+def test_which_names_are_this_machines_depends_on_where_it_listens(listening, host, known):
+    assert Access(listening).knows(host) is known
+
+
+@pytest.mark.parametrize("host", ["a b", "a:b", "a:1:2", "[::1", "[::1]x", "a/b", "a?b", "", "a" * 300, "ü"])
+def test_a_malformed_host_has_no_name(host):
+    assert host_name(host) == ""
+
+
+def test_another_host_needs_a_key_or_a_flag(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLX_ZIMAGE_API_KEY", raising=False)
+    result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--host", "0.0.0.0"])
+    assert result.exit_code == 2 and "--no-api-key" in result.stderr
+    (tmp_path / "key").write_text("short\n")
+    result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--api-key-file", str(tmp_path / "key")])
+    assert result.exit_code == 2 and "8 or more printable ASCII characters" in result.stderr
+    assert "short" not in result.stderr
+    result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--cors", "*"])
+    assert result.exit_code == 2 and "--cors takes an origin" in result.stderr
+
+
+def test_a_taken_port_is_an_error_that_says_so(server):
+    port = server.host.partition(":")[2]
+    result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--port", port])
+    assert result.exit_code == 1
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in result.stderr
+
+
+def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(main, ["serve", "--model", str(tmp_path / "empty"), "--port", "0"])
+    assert result.exit_code == CheckpointError.exit_code and "empty" in result.stderr
+
+
+# ---- bodies
+
+
+def test_a_body_is_refused_by_its_size_before_it_is_read(server):
+    answer = server.request("POST", GENERATE, b"{}", {"Content-Length": str(MAX_BODY + 1)})
+    assert answer.status == 413
+    for length in ("-1", "1e3", "9" * 30):
+        with suppress(ConnectionResetError):  # the server closes without reading the body
+            assert server.request("POST", GENERATE, b"{}", {"Content-Length": length}).status in (400, 413)
+
+
+def test_a_body_in_chunks_is_counted(server):
+    connection = server.connect()
+    connection.putrequest("POST", GENERATE)
+    for name, value in {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}.items():
+        connection.putheader(name, value)
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        for _ in range(MAX_BODY // 2**20 + 64):
+            connection.send(chunk)
+        raise ConnectionResetError if Answer(connection.getresponse()).status == 413 else AssertionError
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "message"),
+    [
+        (b"{", "application/json", "is not valid JSON"),
+        (b"[1]", "application/json", "must be a JSON object, got list"),
+        (b'{"a": 1, "a": 2}', "application/json", "the same key twice"),
+        (b"[" * 100_000, "application/json", "is not valid JSON"),
+        (b"\xff", "application/json", "is not valid JSON"),
+        (b"{}", "text/plain", "with Content-Type: application/json"),
+        (b"{}", "application/json", "prompt is missing"),
+        (b'{"prompt": "\\ud800"}', "application/json", "not valid Unicode"),
+        (b'{"prompt": "x", "strength": NaN}', "application/json", "strength must be"),
+        (b'{"prompt": "x", "model": {}}', "application/json", "no model {}"),
+        (b'{"prompt": "x", "output_format": []}', "application/json", "output_format must be"),
+    ],
+)
+def test_a_damaged_body_is_refused(server, body, content_type, message):
+    answer = server.request("POST", GENERATE, body, {"Content-Type": content_type})
+    assert answer.status in (400, 404) and message in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"", "multipart/form-data"),
+        (b"x", "multipart/form-data; boundary=a"),
+        (
+            b'--a\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n',
+            "multipart/form-data; boundary=a",
+        ),
+        (b"--a\r\n\r\n--a--\r\n", "multipart/form-data; boundary=a"),
+        (b"image=x&prompt=y", "application/x-www-form-urlencoded"),
+        (form({f"f{i}": "x" for i in range(200)}, [])[0], form({}, [])[1]),
+        (form({"prompt": "x"}, [("image", b"x")] * 30)[0], form({}, [])[1]),
+        (form({"prompt": "x"}, [("image", b"not an image")])[0], form({}, [])[1]),
+    ],
+)
+def test_a_damaged_form_is_refused(server, body, content_type):
+    answer = server.request("POST", "/v1/images/edits", body, {"Content-Type": content_type})
+    assert answer.status == 400 and answer.json["error"]["message"]
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(server):
+    body, content_type = form({"prompt": PROMPT}, [("image", png(Image.new("1", (9000, 9000))))])
+    answer = server.request("POST", "/v1/images/edits", body, {"Content-Type": content_type})
+    assert answer.status == 400 and "81.0 megapixels" in answer.json["error"]["message"]
+
+
+def test_a_head_that_does_not_end_is_given_up(server):
+    """Slow loris: the connection is closed although bytes keep arriving."""
+    host, port = server.host.split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"GET / HTTP/1.1\r\n")
+        end = time.monotonic() + 3 * HEAD_S
+        with pytest.raises(OSError):
+            while time.monotonic() < end:
+                client.sendall(b"X-A: b\r\n")
+                time.sleep(0.2)
+
+
+# ---- the queue
+
+
+def test_a_full_queue_is_answered_with_429_and_the_rest_in_order(server):
+    running = server.begin(GENERATE, {**SLOW, "n": 4})
+    server.until(lambda health: health["running"])
+    waiting = []
+    for i in range(3):
+        waiting.append(server.begin(GENERATE, {**QUICK, "seed": i}))
+        server.until(lambda health, i=i: health["waiting"] == i + 1)
+    refused = server.post(GENERATE, QUICK)
+    assert refused.status == 429 and int(refused.headers["Retry-After"]) >= 1
+    assert refused.json["error"]["message"] == "the queue is full: 3 requests are waiting; try again later"
+    progress = server.get("/sdapi/v1/progress")
+    assert progress["state"]["job_count"] == 4 and progress["state"]["sampling_steps"] == 8
+    assert Answer(running.getresponse()).status == 200
+    seeds = [Answer(connection.getresponse()).json["data"][0]["seed"] for connection in waiting]
+    assert seeds == [0, 1, 2]
+    assert server.until(lambda health: not health["running"])["waiting"] == 0
+
+
+def test_a_client_that_goes_away_is_not_generated_for(server):
+    """Neither the one that runs, which stops within a step, nor the one that waits."""
+    logged = server.log.read_text().count("10 images")
+    running = server.begin(GENERATE, SLOW)
+    server.until(lambda health: health["running"])
+    waiting = server.begin(GENERATE, {**SLOW, "stream": True})
+    server.until(lambda health: health["waiting"] == 1)
+    waiting.close()
+    server.until(lambda health: health["waiting"] == 0)
+    running.close()
+    server.until(lambda health: not health["running"])
+    assert server.post(GENERATE, QUICK).status == 200
+    assert server.log.read_text().count("10 images") == logged
+
+
+def test_interrupt_stops_a_job_of_a1111_and_of_no_other_api(server):
+    running = server.begin(GENERATE, {**SLOW, "n": 2})
+    server.until(lambda health: health["running"])
+    assert server.post("/sdapi/v1/interrupt", {}).status == 200
+    assert len(Answer(running.getresponse()).json["data"]) == 2
+    interrupted = server.begin("/sdapi/v1/txt2img", {"prompt": PROMPT, "batch_size": 10})
+    server.until(lambda health: health["running"])
+    assert server.request("POST", "/sdapi/v1/interrupt").status == 200
+    answer = Answer(interrupted.getresponse())
+    assert answer.status == 409 or len(answer.json["images"]) < 10
+
+
+def test_progress_is_streamed_with_the_position_and_the_time_that_is_left(server):
+    assert server.post(GENERATE, QUICK).status == 200, "now the pace is known"
+    running = server.begin(GENERATE, {**SLOW, "n": 2})
+    server.until(lambda health: health["running"])
+    waiting = server.begin(GENERATE, {**QUICK, "steps": 2, "stream": True, "progress": True})
+    answer = Answer(waiting.getresponse())
+    events = [json.loads(line[6:]) for line in answer.body.decode().splitlines() if line.startswith("data: ")]
+    running.close()
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    kinds = [event["type"].rpartition(".")[2] for event in events]
+    assert kinds[-1] == "completed" and set(kinds[:-1]) == {"progress"}
+    assert [(event["step"], event["steps"]) for event in events[-3:-1]] == [(1, 2), (2, 2)]
+    assert all(event["position"] == 0 and event["estimated_seconds"] >= 0 for event in events[:-1])
+
+
+def test_a_killed_worker_is_an_answer_for_everyone_and_is_replaced(server):
+    before = server.worker
+    waiting = [server.begin(GENERATE, {**SLOW, "stream": i == 1}) for i in range(3)]
+    server.until(lambda health: health["running"] and health["waiting"] == 2)
+    os.kill(before, signal.SIGKILL)
+    plain, streamed, last = (Answer(connection.getresponse()) for connection in waiting)
+    for answer in (plain, last):
+        assert answer.status == 503 and "killed by SIGKILL" in answer.json["error"]["message"]
+    assert streamed.status == 503 or "killed by SIGKILL" in streamed.body.decode()
+    assert server.post(GENERATE, QUICK).status == 200
+    assert server.worker != before
+
+
+def test_no_path_of_this_machine_and_no_prompt_leaves_the_server(server, small_pocket):
+    answers = [server.get(f"/sdapi/v1/{name}") for name in ("sd-models", "loras", "options")]
+    answers.append(server.get("/v1/models"))
+    broken = server.log.parent / "loras/broken.safetensors"
+    broken.write_bytes(b"broken")
+    refused = server.post(GENERATE, {**QUICK, "loras": [{"name": "broken"}]})
+    broken.unlink()
+    assert refused.status == 422 and "broken.safetensors" in refused.json["error"]["message"]
+    for text in (json.dumps(answers), refused.body.decode()):
+        assert str(small_pocket.parent) not in text and str(server.log.parent) not in text
+    assert PROMPT not in server.log.read_text()
+
+
+def test_the_key_is_not_in_the_arguments_of_any_process(server):
+    for process in (server.process.pid, server.worker):
+        shown = subprocess.run(["ps", "-o", "args=", "-p", str(process)], capture_output=True, text=True, check=True)
+        assert "mlx_zimage" in shown.stdout and KEY not in shown.stdout
+
+
+# ---- the queue without HTTP
+
+
+def run(test, **options):
+    """Run an asynchronous test with a queue of its own."""
+
+    async def main():
+        queue = Queue(**options)
+        try:
+            await queue.start()
+            await test(queue)
+        finally:
+            await queue.stop()
+
+    asyncio.run(main())
+
+
+def job(**fields) -> Job:
+    return Job(0, "pocket", {"prompt": PROMPT, "width": 32, "height": 32, "steps": 1, **fields}, (1,))
+
+
+async def finished(queue: Queue, job: Job) -> list:
+    messages = []
+    with queue.submit(job) as ticket:
+        while not messages or not isinstance(messages[-1], Done):
+            messages.append(await ticket.next())
+    return messages
+
+
+def test_an_idle_model_is_unloaded_and_comes_back(small_pocket):
+    async def test(queue: Queue) -> None:
+        first = await finished(queue, job())
+        assert queue.loaded == "pocket"
+        async with asyncio.timeout(30):
+            while queue.loaded:
+                await asyncio.sleep(0.05)
+        second = await finished(queue, job())
+        images = [[m.content for m in messages if isinstance(m, Finished)] for messages in (first, second)]
+        assert images[0] == images[1]
+
+    run(test, options=Options({"pocket": str(small_pocket)}, idle_s=0.2))
+
+
+def test_two_models_take_turns_in_memory_and_a_late_job_is_given_up(small_pocket):
+    async def test(queue: Queue) -> None:
+        for name in ("pocket", "other", "pocket"):
+            await finished(queue, Job(0, name, dict(job().fields), (1,)))
+            assert queue.loaded == name
+        queue.deadline_s = 0.2
+        with pytest.raises(Refusal) as caught:
+            await finished(queue, Job(0, "pocket", {"prompt": PROMPT}, tuple(range(10))))
+        assert (caught.value.status, caught.value.headers) == (503, {"x-should-retry": "false"})
+        assert not queue.tickets
+
+    run(test, options=Options({"pocket": str(small_pocket), "other": "pocket"}))
+
+
+# ---- parts
+
+
+def test_results_are_kept_for_an_hour_and_within_limits(monkeypatch):
+    clock = [0.0]
+    kept = results.Results(now=lambda: clock[0])
+    first, second = kept.put(b"first", ".png"), kept.put(b"second", ".jpg")
+    assert first != second and second.endswith(".jpg") and kept.get(first) == b"first"
+    clock[0] = results.KEPT_S
+    assert kept.get(first) is None
+    monkeypatch.setattr(results, "MAX_BYTES", 10)
+    names = [kept.put(bytes(4), ".png") for _ in range(4)]
+    assert [kept.get(name) is not None for name in names] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("steps", "previews", "expected"),
+    [(8, 3, [1, 3, 5]), (8, 1, [3]), (8, 0, []), (2, 3, [0]), (1, 3, []), (9, 2, [2, 5])],
+)
+def test_previews_are_spread_over_the_steps(steps, previews, expected):
+    assert worker.preview_steps(steps, previews) == expected
+
+
+@pytest.mark.parametrize(
+    ("takes_guidance", "honor", "given", "kept", "said"),
+    [
+        (False, False, {"steps": 50, "guidance": 4}, {"steps": 8, "guidance": 0}, "steps 50 -> 8, guidance 4 -> 0"),
+        (False, False, {"steps": 9}, {"steps": 9}, None),
+        (False, True, {"steps": 50, "guidance": 4}, {"steps": 50, "guidance": 4}, None),
+        (True, False, {"steps": 50, "guidance": 4}, {"steps": 50, "guidance": 4}, None),
+        (False, False, {"steps": "many", "guidance": None}, {"steps": "many", "guidance": None}, None),
+    ],
+)
+def test_steps_and_guidance_are_adjusted_for_turbo_only(takes_guidance, honor, given, kept, said):
+    model = Model("m", "turbo", 8, 1024, takes_guidance, "")
+    headers = Service(None, honor_client_steps=honor).adjust(given, model, "guidance", 0.0)
+    assert given == kept and headers == ({} if said is None else {ADJUSTED: said})
+
+
+def test_an_error_names_files_without_their_folders(tmp_path):
+    made = worker.Worker(None, Options({"m": "/models/z image"}, tmp_path / "my loras"))
+    said = made.without_paths(
+        f"{tmp_path}/my loras/a.safetensors is damaged; see /models/z image/vae and /etc/x/y.json"
+    )
+    assert said == "a.safetensors is damaged; see vae and y.json"
+    assert made.without_paths("the image has 1/2 of it") == "the image has 1/2 of it"

@@ -138,7 +138,7 @@ def convert_steps(
         extra = {"search": search or calibrate} | ({"calibrated": True} if calibrate else {})
         conversion = describe_conversion(opened, dtype, settings.to_dict() | extra)
         small = opened.files | {CONVERSION: render_json(conversion)}
-        choice = settings.choice(opened, dtype)
+        choice = settings.choice(opened, dtype) if format == "mlx" else lambda component, tensor: None
         layout = lay_out_folder(opened, dtype, choice, format, small, search or calibrate, factor_of)
     _warn_of_waste(opened, layout, settings, dtype)
     return _write(opened, layout, dest, dtype)

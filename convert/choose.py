@@ -43,12 +43,16 @@ Rung = tuple[Quantization | None, int, float]  # with its bytes, and its squared
 
 @dataclass(frozen=True)
 class Settings:
-    """What the caller asked for: a quantization for each network, or a target size in bytes, and the recipe."""
+    """What the caller asked for: a quantization for each network, or a target size in bytes, and the recipe.
+
+    kept are the networks for which nothing was asked: what the source packs in one of MLX's modes is copied as it is.
+    """
 
     networks: dict[str, Quantization | None]
     group_size: int | None
     recipe: str | Recipe
     target: int | None
+    kept: tuple[str, ...] = ()
 
     @property
     def quantizes(self) -> bool:
@@ -65,7 +69,14 @@ class Settings:
             return within(self.target, source, self.group_size, dtype)
         if callable(self.recipe):
             return custom(self.recipe)
-        return {"uniform": uniform, "mixed": mixed}[self.recipe](self.networks)
+        chosen = {"uniform": uniform, "mixed": mixed}[self.recipe](self.networks)
+        return lambda component, tensor: chosen(component, tensor) or self._own(component, tensor)
+
+    def _own(self, component: str, tensor: Tensor) -> Quantization | None:
+        """How the source packs a tensor, if that is kept."""
+        if component not in self.kept or tensor.packing is None:
+            return None
+        return tensor_quantization(component, tensor.name, tensor.shape, tensor.packing.quantization)
 
     def to_dict(self) -> dict:
         if self.target is not None:
@@ -102,8 +113,11 @@ def quantizations(
         target = parse_bytes(target_size, "target_size must be a size such as 3.2GB or 900MB")
         return Settings({}, group_size, recipe, target)
     chosen = {}
+    kept = []
     for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
         component_bits = bits if own_bits is None else own_bits
+        if component_bits is None and mode == "affine":
+            kept.append(component)
         dense = component_bits in DENSE or (component_bits is None and mode == "affine")
         chosen[component] = None if dense else default_quantization(component_bits, group_size, mode)
     if group_size is not None and not any(chosen.values()):
@@ -114,7 +128,7 @@ def quantizations(
         raise RequestError("recipe mixed was given without bits, so nothing would be quantized; give bits too")
     if recipe == "mixed" and mode != "affine":
         raise RequestError(f"recipe mixed needs mode affine, the only one with a choice of bits, got {mode}")
-    return Settings(chosen, group_size, recipe, None)
+    return Settings(chosen, group_size, recipe, None, tuple(kept))
 
 
 def uniform(networks: dict[str, Quantization | None]) -> Choice:

@@ -6,7 +6,7 @@ are fused, and checked against the architecture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +15,16 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..models import NETWORKS
 from ..quantization import Quantization
-from ..untrusted import open_regular, parse_json
-from ..weights.component import Entry, read_header
+from ..untrusted import open_regular
+from ..weights.component import Entry, read_header, read_metadata
 from ..weights.listing import visible
 from ..weights.names import Place, arrange, places, some
-from . import gguf
-from .rows import FLOATING, SourceComponent, Tensor, packed_rows, stored_rows
+from . import comfyui, gguf
+from .rows import FLOATING, Packing, SourceComponent, Tensor, packed_rows, stored_rows
 
 PICKLE = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# ComfyUI's scale of an fp8 weight, in its older and newer spelling, and other tensors it stores next to the weight.
-SCALES = ("scale_weight", "weight_scale")
-MARKS = ("scale_input", "input_scale", "comfy_quant")
-COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
-MAX_MARK = 4096  # bytes of JSON in a comfy_quant; ComfyUI writes 30
 MFLUX_GROUP = 64  # the only one mflux supports
+MFLUX_PARTS = ("scales", "biases")
 
 
 def open_file(file: Path, configs: Mapping[str, dict]) -> tuple[dict[str, SourceComponent], list[Path]]:
@@ -40,7 +36,7 @@ def open_file(file: Path, configs: Mapping[str, dict]) -> tuple[dict[str, Source
         tensors = {name: _gguf_tensor(tensor) for name, tensor in stored.items()}
     else:
         files = [file]
-        tensors = stored_weights(read_header(file), str(file))
+        tensors = stored_weights(read_header(file), read_metadata(file), str(file))
     return assemble(tensors, configs, str(file)), files
 
 
@@ -80,63 +76,28 @@ def _gguf_tensor(stored: gguf.GGUFTensor) -> Tensor:
     return Tensor(stored.name, stored.shape, stored.nbytes, read)
 
 
-def stored_weights(entries: dict[str, Entry], label: str) -> dict[str, Tensor]:
+def stored_weights(entries: dict[str, Entry], metadata: Mapping[str, str], label: str) -> dict[str, Tensor]:
     """The weights among stored tensors, with their scales applied and unpacked."""
+    settings = comfyui.declared(entries, metadata, label)
     tensors = {}
     for name, entry in entries.items():
         layer, _, part = name.rpartition(".")
-        if part in (*SCALES, *MARKS) or (part in ("scales", "biases") and f"{layer}.scales" in entries):
+        if part in (*comfyui.PARTS, *comfyui.IGNORED) or (part in MFLUX_PARTS and f"{layer}.scales" in entries):
             continue
         if places(name) == []:
             continue
-        scale = next((entries[f"{layer}.{x}"] for x in SCALES if f"{layer}.{x}" in entries), None)
-        mark = entries.get(f"{layer}.comfy_quant")
-        if part == "weight" and mark:
-            _check_comfy_format(mark, label)
-        if part == "weight" and f"{layer}.scales" in entries:
+        beside = {x: entries[f"{layer}.{x}"] for x in ("weight", *comfyui.PARTS) if f"{layer}.{x}" in entries}
+        if part == "weight" and (layer in settings or len(beside) > 1):
+            tensors[name] = comfyui.dequantized(comfyui.Layer(layer, settings.get(layer, {}), beside, label))
+        elif part == "weight" and f"{layer}.scales" in entries:
             tensors[name] = _mflux_tensor(entries, layer, label)
         elif entry.dtype not in FLOATING:
             raise CheckpointError(
                 f"{label}: {name} has dtype {entry.dtype}, expected {', '.join(FLOATING)}; download another version"
             )
-        elif part == "weight" and scale:
-            tensors[name] = _scaled_tensor(entry, scale, label)
         else:
             tensors[name] = Tensor(name, entry.shape, entry.nbytes, stored_rows(entry))
     return tensors
-
-
-def _check_comfy_format(mark: Entry, label: str) -> None:
-    if len(mark.shape) != 1 or mark.nbytes > MAX_MARK:
-        raise CheckpointError(
-            f"{label}: {mark.name} has shape {mark.shape}, expected up to {MAX_MARK} bytes; download the file again"
-        )
-    try:
-        form = parse_json(bytes(stored_rows(mark)(0, mark.shape[0])))["format"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{label}: {mark.name} is not valid ({error}); download the file again") from error
-    if form not in COMFY_FORMATS:
-        raise CheckpointError(
-            f"{label}: {mark.name} declares {form!r}, expected {' or '.join(COMFY_FORMATS)}; download another version"
-        )
-
-
-def _scaled_tensor(entry: Entry, scale: Entry, label: str) -> Tensor:
-    """An fp8 weight times its scale, per tensor or per row."""
-    rows = entry.shape[0]
-    if scale.shape not in ((), (1,), (rows,), (rows, 1)):
-        raise CheckpointError(
-            f"{label}: {scale.name} has shape {scale.shape}, expected one scale or one per row; "
-            f"download another version"
-        )
-    weight = stored_rows(entry)
-    whole = stored_rows(scale)(0, scale.shape[0] if scale.shape else 1).astype(mx.float32).reshape(-1)
-
-    def read(start: int, stop: int) -> mx.array:
-        factor = whole if whole.size == 1 else whole[start:stop]
-        return weight(start, stop).astype(mx.float32) * factor.reshape(-1, *[1] * (len(entry.shape) - 1))
-
-    return Tensor(entry.name, entry.shape, entry.nbytes, read)
 
 
 def _mflux_tensor(entries: dict[str, Entry], layer: str, label: str) -> Tensor:
@@ -176,12 +137,20 @@ def _cut(tensor: Tensor, place: Place, label: str) -> Tensor:
         )
     first = place.part * rows
 
+    if place.parts == 1:
+        return replace(tensor, name=place.name)
+    return replace(_rows(tensor, first, rows), name=place.name, nbytes=tensor.nbytes // place.parts)
+
+
+def _rows(tensor: Tensor, first: int, count: int) -> Tensor:
+    """Some rows of a tensor."""
+
     def read(start: int, stop: int) -> mx.array:
         return tensor.read(first + start, first + stop)
 
-    if place.parts == 1:
-        return replace(tensor, name=place.name)
-    return Tensor(place.name, (rows, *tensor.shape[1:]), tensor.nbytes // place.parts, read)
+    own = tensor.packing
+    packing = own and Packing(own.quantization, lambda start, stop: own.read(first + start, first + stop))
+    return replace(tensor, shape=(count, *tensor.shape[1:]), read=read, packing=packing, padded=1)
 
 
 def _check(name: str, config: dict, found: dict[str, Tensor], label: str) -> SourceComponent:
@@ -205,14 +174,18 @@ def _check(name: str, config: dict, found: dict[str, Tensor], label: str) -> Sou
     return SourceComponent(name, config, tensors)
 
 
+def _dense(tensor: Tensor, shape: tuple[int, ...], read: Callable[[int, int], mx.array]) -> Tensor:
+    return Tensor(tensor.name, shape, tensor.nbytes, read)
+
+
 def reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The tensor in the given shape, if only axes of length 1 differ; otherwise None."""
+    """The tensor in the given shape, if only axes of length 1 or the padding differ; otherwise None."""
     if tensor.shape == shape:
         return tensor
+    if tensor.padded > 1 and tensor.shape == tuple(n + -n % tensor.padded for n in shape):
+        return _dense(tensor, shape, lambda start, stop: tensor.read(start, stop)[:, : shape[1]])
     if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
         return None
     if tensor.shape[0] == shape[0]:
-        return replace(tensor, shape=shape, read=lambda start, stop: tensor.read(start, stop).reshape(-1, *shape[1:]))
-    return replace(
-        tensor, shape=shape, read=lambda start, stop: tensor.read(0, tensor.shape[0]).reshape(shape)[start:stop]
-    )
+        return _dense(tensor, shape, lambda start, stop: tensor.read(start, stop).reshape(-1, *shape[1:]))
+    return _dense(tensor, shape, lambda start, stop: tensor.read(0, tensor.shape[0]).reshape(shape)[start:stop])

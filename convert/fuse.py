@@ -41,7 +41,7 @@ def _with_differences(
 ) -> SourceComponent:
     def fused(tensor: Tensor) -> Tensor:
         own = [(named[tensor.name], strength) for named, strength in deltas if tensor.name in named and strength]
-        return replace(tensor, read=_Rows(tensor, own).read) if own else tensor
+        return replace(tensor, read=_Rows(tensor, own).read, packing=None) if own else tensor
 
     return replace(component, tensors=[fused(tensor) for tensor in component.tensors])
 

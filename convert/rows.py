@@ -29,13 +29,26 @@ EXPONENT = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Rows as MLX packs them: read(start, stop) returns their packed weight and scales."""
+
+    quantization: Quantization
+    read: Callable[[int, int], list[mx.array]]
+
+
+@dataclass(frozen=True)
 class Tensor:
-    """A tensor with diffusers' name, shape and layout. read(start, stop) returns dense floating-point rows."""
+    """A tensor with diffusers' name, shape and layout. read(start, stop) returns dense floating-point rows.
+
+    packing is set if the source packs it like one of MLX's modes; its axes are padded to multiples of `padded`.
+    """
 
     name: str
     shape: tuple[int, ...]
     nbytes: int  # as the source stores it
     read: Callable[[int, int], mx.array]
+    packing: Packing | None = None
+    padded: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,14 +89,25 @@ FP8 = {
 FLOATING = ("F32", "F16", "BF16", *FP8)
 
 
+def stored_bytes(entry: Entry) -> Callable[[int, int], np.ndarray]:
+    """A reader for the bytes of a safetensors tensor's rows, (rows, bytes per row) uint8."""
+    row_bytes = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        with unchanged([entry]):
+            raw = read_range(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+        return raw.reshape(stop - start, row_bytes)
+
+    return read
+
+
 def stored_rows(entry: Entry) -> Callable[[int, int], mx.array]:
     """A reader for the rows of a safetensors tensor as stored; fp8 is decoded to float32."""
     row_shape = entry.shape[1:]
-    row_bytes = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
+    in_bytes = stored_bytes(entry)
 
     def read(start: int, stop: int) -> mx.array:
-        with unchanged([entry]):
-            raw = read_range(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+        raw = in_bytes(start, stop).reshape(-1)
         if entry.dtype in FP8:
             rows = mx.array(FP8[entry.dtype][raw])
         else:
@@ -110,16 +134,27 @@ def packed_rows(entries: dict[str, Entry], q: Quantization) -> Callable[[int, in
 def read_rows(tensor: Tensor, dtype: str, chunk_bytes: int | None = None) -> Iterator[mx.array]:
     """The rows of a tensor in dtype, a few at a time. Raises NumericsError if a value is not finite."""
     target = getattr(mx, dtype)
-    height = tensor.shape[0]
-    step = max(1, (chunk_bytes or CHUNK_BYTES[backend()]) // (4 * prod(tensor.shape[1:])))
-    for start in range(0, height, step):
-        stored = tensor.read(start, min(start + step, height))
+    for start, stop in _pieces(tensor.shape, chunk_bytes):
+        stored = tensor.read(start, stop)
         rows = stored.astype(target)
         if not all_finite(rows):
             if all_finite(stored):
                 raise NumericsError(f"{tensor.name} has values out of range for {dtype}; choose another dtype")
             raise NumericsError(f"{tensor.name} contains NaN or infinity; download the source model again")
         yield rows
+
+
+def read_packed(packing: Packing, shape: tuple[int, ...]) -> Iterator[list[mx.array]]:
+    """The packed rows of a tensor of that shape, a few at a time."""
+    for start, stop in _pieces(shape):
+        yield packing.read(start, stop)
+
+
+def _pieces(shape: tuple[int, ...], chunk_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """The first row and the end of each chunk, by default of CHUNK_BYTES."""
+    step = max(1, (chunk_bytes or CHUNK_BYTES[backend()]) // (4 * prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
 
 
 def all_finite(array: mx.array) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from ..dtypes import ITEM_BYTES
 from ..quantization import Quantization
 from .rounding import quantize_rows
-from .rows import Tensor, read_rows
+from .rows import Tensor, read_packed, read_rows
 
 PAGE = 2**14  # bytes of a memory page on Apple Silicon: a tensor that begins on one can be mapped instead of read
 CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the overhead per column only pays off for many rows
@@ -53,21 +53,27 @@ class Task:
 
     def arrays(self, dtype: str) -> Iterator[mx.array]:
         """The content of the slots in order, a few rows at a time."""
-        q = self.quantization
+        if self.quantization is None:
+            for tensor in self.tensors:
+                yield from read_rows(tensor, dtype)
+            return
         helpers: list[list[mx.array]] = []
-        factor = self.factor() if self.factor else None
-        chunk = None if factor is None else CALIBRATED_BYTES
         for tensor in self.tensors:
-            for rows in read_rows(tensor, dtype, chunk):
-                if q is None:
-                    yield rows
-                    continue
-                packed, *others = quantize_rows(rows, q, self.search, factor)
+            for packed, *others in self._packed(tensor, dtype, self.quantization):
                 mx.eval(packed, others)
                 yield packed
                 helpers.append(others)
         for pieces in zip(*helpers, strict=True):
             yield mx.concatenate(list(pieces))
+
+    def _packed(self, tensor: Tensor, dtype: str, q: Quantization) -> Iterator[list[mx.array]]:
+        """Packed rows, with their scales and, if affine, biases: as the source has them, if it packs them like q."""
+        if tensor.packing and tensor.packing.quantization == q:
+            yield from read_packed(tensor.packing, tensor.shape)
+            return
+        factor = self.factor() if self.factor else None
+        for rows in read_rows(tensor, dtype, None if factor is None else CALIBRATED_BYTES):
+            yield quantize_rows(rows, q, self.search, factor)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..weights.checkpoint import (
     resolve,
     weight_files,
 )
-from ..weights.component import Component, find_network, has_fp8, read_entries, read_json
+from ..weights.component import Component, find_network, needs_converting, read_entries, read_json
 from ..weights.hub import locate, name_of
 from ..weights.parts import PIPELINE_CLASS, check_pipeline, check_variant, open_network, open_networks, own_configs
 from .disk import render_json
@@ -163,7 +163,7 @@ def _open_model(
 
 
 def open_folder(folder: Path, origin: str, names: Iterable[str], variant: str | None = None) -> Source:
-    """The named networks of a folder from diffusers or this package, checked as in the loader; fp8 is accepted, too."""
+    """The named networks of a folder from diffusers or this package, checked as in the loader; fp8 is read, too."""
     components, weights = {}, set()
     for name in names:
         components[name], files = _open_network(folder, name, variant)
@@ -175,8 +175,8 @@ def _open_network(folder: Path, name: str, variant: str | None) -> tuple[SourceC
     """A network of a folder, and the files that contain its weights."""
     own = find_network(folder, name)
     config, entries = read_json(own / "config.json"), read_entries(own, variant)
-    if has_fp8(entries):
-        opened = assemble(stored_weights(entries, str(own)), {name: config}, str(own))[name]
+    if needs_converting(entries):
+        opened = assemble(stored_weights(entries, {}, str(own)), {name: config}, str(own))[name]
     else:
         opened = _component(open_network(name, own, config, entries))
     return opened, {entry.file for entry in entries.values()}

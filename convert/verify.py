@@ -11,7 +11,7 @@ from ..errors import CheckpointError, NumericsError
 from ..models import NETWORKS
 from ..weights import official
 from ..weights.checkpoint import open_checkpoint, resolve
-from ..weights.component import find_network, has_fp8, read_entries
+from ..weights.component import find_network, needs_converting, read_entries
 from ..weights.hub import is_snapshot, locate
 from ..weights.listing import is_hidden, visible
 from ..weights.manifest import MANIFEST, read_manifest, sha256
@@ -98,7 +98,7 @@ def _open(path: Path) -> Source:
     """What is at a path, checked as in the loader or, if only the converter reads it (fp8, GGUF), as there."""
     if not (path / "model_index.json").is_file():
         return open_part(path, official.CONFIGS)
-    if any(has_fp8(read_entries(find_network(path, name))) for name in NETWORKS):
+    if any(needs_converting(read_entries(find_network(path, name))) for name in NETWORKS):
         return open_source(path)
     open_checkpoint(path).open_tokenizer()
     return open_folder(path, str(path), NETWORKS)

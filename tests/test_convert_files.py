@@ -224,8 +224,8 @@ def test_every_fp8_byte_has_the_same_value_as_in_torch(name, dtype):
     ("extra", "message"),
     [
         (
-            {"layers.0.feed_forward.w1.comfy_quant": mx.array(list(b'{"format": "nvfp4"}'), mx.uint8)},
-            "declares 'nvfp4'",
+            {"layers.0.feed_forward.w1.comfy_quant": mx.array(list(b'{"format": "svdquant_w4a4"}'), mx.uint8)},
+            "comfy_quant declares 'svdquant_w4a4', expected float8_e4m3fn or",
         ),
         *(
             ({"layers.0.feed_forward.w1.comfy_quant": mx.array(list(mark), mx.uint8)}, "is not valid")
@@ -235,7 +235,7 @@ def test_every_fp8_byte_has_the_same_value_as_in_torch(name, dtype):
         ({"layers.0.feed_forward.w1.comfy_quant": mx.array(1, mx.uint8)}, r"has shape \(\), expected up to"),
         (
             {"layers.0.feed_forward.w1.scale_weight": mx.ones((3, 4))},
-            r"has shape \(3, 4\), expected one scale or one per row",
+            r"w1 has weight and scale_weight, but no comfy_quant that declares its format",
         ),
         (
             {"layers.0.feed_forward.w1.weight": mx.ones((512, 192), mx.int8)},
@@ -649,7 +649,7 @@ def test_fp8_in_a_folder_converts_as_it_does_in_a_file(tmp_path, scaled):
     save_file(tensors, tmp_path / "dit.safetensors")
     folder = shutil.copytree(POCKET, tmp_path / "folder")
     shutil.copy(tmp_path / "dit.safetensors", folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(CheckpointError, match="; `mlx-zimage convert` reads fp8"):
+    with pytest.raises(CheckpointError, match="; convert it first: mlx-zimage convert SOURCE DEST"):
         open_checkpoint(folder)
     out = convert(folder, tmp_path / "out", bits=8)
     wanted = convert(tmp_path / "dit.safetensors", tmp_path / "wanted", bits=8, base="pocket")

@@ -29,7 +29,7 @@ from .unchanged import Version, unchanged
 
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 FLOAT_SPELLINGS = ("F32", "F16", "BF16")
-FP8 = ("F8_E4M3", "F8_E5M2")
+ONLY_CONVERTED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8")
 
 
 def read_json(path: Path) -> dict:
@@ -252,9 +252,9 @@ class Component:
                 )
 
     def _hint(self) -> str:
-        """The likely reason why weights do not fit: fp8, or an index for other files."""
-        if has_fp8(self.entries):
-            return "; `mlx-zimage convert` reads fp8"
+        """The likely reason why weights do not fit: a format that must be converted, or an index for other files."""
+        if needs_converting(self.entries):
+            return "; convert it first: mlx-zimage convert SOURCE DEST"
         files = {entry.file.name for entry in self.entries.values()}
         for index in visible(self.folder) if files and self.folder.is_dir() else ():
             if INDEX.fullmatch(index.name) and variant_of(index.name) == variant_of(min(files)):
@@ -376,9 +376,9 @@ def find_network(folder: Path, name: str) -> Path:
     return own
 
 
-def has_fp8(entries: Mapping[str, Entry]) -> bool:
-    """Whether some of the tensors are fp8, which the converter reads and the networks do not."""
-    return any(entry.dtype in FP8 for entry in entries.values())
+def needs_converting(entries: Mapping[str, Entry]) -> bool:
+    """Whether some of the tensors have a dtype that only the converter reads: fp8, or one of ComfyUI's formats."""
+    return any(entry.dtype in ONLY_CONVERTED for entry in entries.values())
 
 
 def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quantization]) -> list[tuple[str, Any]]:

@@ -1,8 +1,8 @@
 """The networks at a path: a model's folder, a network's own, ComfyUI's models/, what mflux saves, or a single file.
 
 Weights are read where they are. Names of other programs are translated (see names.py), and fused or differently laid
-out tensors become entries of the architecture, so that no second copy is written. fp8 and GGUF, which the networks
-cannot compute with, must first be converted with `mlx-zimage convert`.
+out tensors become entries of the architecture, so that no second copy is written. fp8, GGUF and ComfyUI's quantized
+files, which the networks cannot compute with, must first be converted with `mlx-zimage convert`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .component import (
     checked_config,
     entries_in,
     find_network,
-    has_fp8,
+    needs_converting,
     read_entries,
     read_json,
 )
@@ -97,7 +97,7 @@ def files_to_convert(path: Path, repository: Repository, names: Iterable[str], v
     for name in names:
         own = find_network(path, name)
         config, entries = read_json(own / "config.json"), read_entries(own, variant, repository)
-        if not has_fp8(entries):
+        if not needs_converting(entries):
             open_network(name, own, config, entries)
         found |= {entry.file for entry in entries.values()}
     return found

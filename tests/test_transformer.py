@@ -176,19 +176,6 @@ def stream_of(network: Transformer, length: int, blocks: int) -> Stream:
     return Stream(x, modulation, *rope_table(positions(0, 2, 2 * length)[:length], config.axes_dims, config.rope_theta))
 
 
-def test_a_hint_is_added_after_its_block_and_passed_on(pipe):
-    network = pipe.transformer
-    plain = stream_of(network, 32, 3)
-    hint = mx.array(tiny.randn(0, "hint", *plain.x.shape))
-    hinted = replace(plain, hint=lambda x, i: x + 0.5 * hint if i == 1 else x)
-    (found,) = network.run(["layers.0", "layers.1", "layers.2"], [hinted])
-    (before,) = network.run(["layers.0", "layers.1"], [replace(plain, modulation=plain.modulation[:2])])
-    rest = replace(plain, x=before.x + 0.5 * hint, modulation=plain.modulation[2:])
-    (wanted,) = network.run(["layers.2"], [rest])
-    assert mx.array_equal(found.x, wanted.x)
-    assert not mx.array_equal(found.x, network.run(["layers.0", "layers.1", "layers.2"], [plain])[0].x)
-
-
 def test_attention_split_by_rows_with_gathered_keys_and_values_equals_the_whole(pipe):
     """As on several machines: each has some of the rows, and attends to all."""
     network = pipe.transformer

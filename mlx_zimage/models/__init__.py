@@ -5,6 +5,7 @@ folder loads without conversion, streamed and resident blocks take the same code
 linear layer is simply one with `scales` next to its `weight`.
 """
 
+from .controlnet import ControlNetConfig
 from .runner import NetworkConfig
 from .text_encoder import TextEncoderConfig
 from .transformer import TransformerConfig
@@ -17,3 +18,5 @@ NETWORKS: dict[str, type[NetworkConfig]] = {
     "vae": VAEConfig,
 }
 OPTIONAL: frozenset[str] = frozenset()  # networks that a model may do without
+CONTROLNET = "controlnet"  # a network that a model does not contain: it is loaded beside one
+CONFIGS: dict[str, type[NetworkConfig]] = {**NETWORKS, CONTROLNET: ControlNetConfig}

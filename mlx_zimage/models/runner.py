@@ -95,7 +95,8 @@ class Tokens(Protocol):
     """What goes through blocks: tokens x, and anything else a block needs."""
 
     @property
-    def x(self) -> mx.array: ...
+    def arrays(self) -> tuple[mx.array, ...]:
+        """The arrays that blocks compute: the tokens x, and anything that runs along with them."""
 
 
 S = TypeVar("S", bound=Tokens)

@@ -148,6 +148,10 @@ class Hidden:
 
     x: mx.array
 
+    @property
+    def arrays(self) -> tuple[mx.array]:
+        return (self.x,)
+
 
 class TextEncoder:
     """The network, with its weights and compute dtype from a `Runner`.

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -74,11 +74,11 @@ class TransformerConfig:
 
     @property
     def ffn_dim(self) -> int:
-        return int(self.dim / 3 * 8)
+        return ffn_dim(self.dim)
 
     @property
     def time_dim(self) -> int:
-        return min(self.dim, ADALN_WIDTH)
+        return time_dim(self.dim)
 
     @property
     def refiners(self) -> list[str]:
@@ -107,25 +107,17 @@ class TransformerConfig:
             "x_pad_token": (1, d),
             "cap_pad_token": (1, d),
             "cap_embedder.0.weight": (self.cap_feat_dim,),
-            **_linear("cap_embedder.1", d, self.cap_feat_dim),
-            **_linear("t_embedder.mlp.0", TIME_HIDDEN, TIME_FREQUENCIES),
-            **_linear("t_embedder.mlp.2", t, TIME_HIDDEN),
-            **_linear("all_x_embedder.2-1", d, patch),
-            **_linear("all_final_layer.2-1.linear", patch, d),
-            **_linear("all_final_layer.2-1.adaLN_modulation.1", d, t),
+            **linear_shapes("cap_embedder.1", d, self.cap_feat_dim),
+            **linear_shapes("t_embedder.mlp.0", TIME_HIDDEN, TIME_FREQUENCIES),
+            **linear_shapes("t_embedder.mlp.2", t, TIME_HIDDEN),
+            **linear_shapes("all_x_embedder.2-1", d, patch),
+            **linear_shapes("all_final_layer.2-1.linear", patch, d),
+            **linear_shapes("all_final_layer.2-1.adaLN_modulation.1", d, t),
         }
         for block in self.modulated + self.refiners:
-            for name in ("to_q", "to_k", "to_v", "to_out.0"):
-                shapes[f"{block}.attention.{name}.weight"] = (d, d)
-            for name in ("norm_q", "norm_k"):
-                shapes[f"{block}.attention.{name}.weight"] = (d // self.n_heads,)
-            for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
-                shapes[f"{block}.{name}.weight"] = (d,)
-            shapes[f"{block}.feed_forward.w1.weight"] = (self.ffn_dim, d)
-            shapes[f"{block}.feed_forward.w2.weight"] = (d, self.ffn_dim)
-            shapes[f"{block}.feed_forward.w3.weight"] = (self.ffn_dim, d)
+            shapes |= block_shapes(block, d, self.n_heads)
         for block in self.modulated:
-            shapes |= _linear(f"{block}.adaLN_modulation.0", 4 * d, t)
+            shapes |= modulation_shapes(block, d)
         return shapes
 
     def spare(self) -> dict[str, tuple[int, ...]]:
@@ -141,19 +133,54 @@ class TransformerConfig:
         return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
-        """A tensor (or one part of a quantized one) in the layout used for computing.
-
-        The checkpoint rotates adjacent features of queries and keys; `rotate` rotates the two halves of a head, which
-        is faster on GPUs. The rows of both are reordered in the same way, so that their products stay the same.
-        """
-        if not TURNED.search(name):
-            return array
-        pairs = array.reshape(-1, self.dim // self.n_heads // 2, 2, *array.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(array.shape)
+        """A tensor (or one part of a quantized one) in the layout used for computing: see `turned`."""
+        return turned(name, array, self.dim // self.n_heads)
 
 
-def _linear(name: str, out_dim: int, in_dim: int) -> dict[str, tuple[int, ...]]:
+# Shapes of parts that a ControlNet has, too.
+
+
+def ffn_dim(dim: int) -> int:
+    return int(dim / 3 * 8)
+
+
+def time_dim(dim: int) -> int:
+    return min(dim, ADALN_WIDTH)
+
+
+def linear_shapes(name: str, out_dim: int, in_dim: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (out_dim, in_dim), f"{name}.bias": (out_dim,)}
+
+
+def block_shapes(block: str, dim: int, heads: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a block, without those of its modulation."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        shapes[f"{block}.attention.{name}.weight"] = (dim, dim)
+    for name in ("norm_q", "norm_k"):
+        shapes[f"{block}.attention.{name}.weight"] = (dim // heads,)
+    for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+        shapes[f"{block}.{name}.weight"] = (dim,)
+    shapes[f"{block}.feed_forward.w1.weight"] = (ffn_dim(dim), dim)
+    shapes[f"{block}.feed_forward.w2.weight"] = (dim, ffn_dim(dim))
+    shapes[f"{block}.feed_forward.w3.weight"] = (ffn_dim(dim), dim)
+    return shapes
+
+
+def modulation_shapes(block: str, dim: int) -> dict[str, tuple[int, ...]]:
+    return linear_shapes(f"{block}.adaLN_modulation.0", 4 * dim, time_dim(dim))
+
+
+def turned(name: str, array: mx.array, head_dim: int) -> mx.array:
+    """A block's tensor (or one part of a quantized one) in the layout used for computing.
+
+    The checkpoint rotates adjacent features of queries and keys; `rotate` rotates the two halves of a head, which
+    is faster on GPUs. The rows of both are reordered in the same way, so that their products stay the same.
+    """
+    if not TURNED.search(name):
+        return array
+    pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 # ---- the parts, small to large
@@ -339,28 +366,38 @@ def rope(config: TransformerConfig, caption_length: int, h: int, w: int) -> tupl
 
 
 def modulate(
-    config: TransformerConfig, runner: Runner, times: Sequence[float], product: Product = linear
+    config: TransformerConfig,
+    runner: Runner,
+    times: Sequence[float],
+    product: Product = linear,
+    beside: Sequence[str] = (),
 ) -> tuple[mx.array, mx.array]:
     """Everything that depends on the times (N,) = 1 - sigma, for a whole schedule at once.
 
-    Returns the scales and gates of the modulated blocks (N, blocks, 4, dim), and the scale of the final layer
-    (N, dim), in the compute dtype. The sinusoids and their MLP stay in float32. The adaLN weights, 2% of the
-    network, are not kept in memory.
+    Returns the scales and gates of the modulated blocks, and of the blocks `beside` (N, blocks, 4, dim), and the scale
+    of the final layer (N, dim), in the compute dtype. The sinusoids and their MLP stay in float32. The adaLN weights,
+    2% of the network, are not kept in memory.
     """
-    N, D, dtype = len(times), config.dim, runner.dtype
+    dtype = runner.dtype
     embedding = time_embedding(times, runner.once("t_embedder", mx.float32), config.t_scale)
     final = runner.once("all_final_layer.2-1.adaLN_modulation")[1]
     final_scale = 1 + product(silu(embedding).astype(dtype), final)
     embedding = embedding.astype(dtype)
     parts = []
-    for name in config.modulated:
-        x = product(embedding, runner.once(f"{name}.adaLN_modulation")[0]).reshape(N, 4, D)
-        # the checkpoint's order is scale_msa, gate_msa, scale_mlp, gate_mlp; the even ones are scales
-        parts.append(mx.stack([1 + x[:, 0], mx.tanh(x[:, 1]), 1 + x[:, 2], mx.tanh(x[:, 3])], axis=1))
+    for name in (*config.modulated, *beside):
+        parts.append(scales_and_gates(embedding, runner.once(f"{name}.adaLN_modulation")[0], product))
         runner.computed(parts[-1])
     blocks = mx.stack(parts, axis=1)
     runner.computed(blocks, final_scale)
     return blocks, final_scale
+
+
+def scales_and_gates(embedding: mx.array, layer: Tree, product: Product = linear) -> mx.array:
+    """A block's modulation at times whose embedding is (N, time_dim): scale and gate of each half, (N, 4, dim)."""
+    x = product(embedding, layer)
+    x = x.reshape(len(x), 4, -1)
+    # the checkpoint's order is scale_msa, gate_msa, scale_mlp, gate_mlp; the even ones are scales
+    return mx.stack([1 + x[:, 0], mx.tanh(x[:, 1]), 1 + x[:, 2], mx.tanh(x[:, 3])], axis=1)
 
 
 # ---- the network
@@ -370,20 +407,14 @@ def as_it_is(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return function
 
 
-Hint = Callable[[mx.array, int], mx.array]
-
-
-def no_hint(x: mx.array, i: int) -> mx.array:
-    return x
-
-
 @dataclass(frozen=True)
 class Stream:
     """Tokens on their way through blocks, and everything else a block takes; each block returns the next Stream.
 
     x is (B, L, dim); modulation (blocks, 4, dim) has the scales and gates of exactly the blocks that this walk runs;
     cos, sin (L, head / 2) are the rotary tables of its rows. Only the first `rows` rows of the last block's output are
-    computed. hint(x, i) adds to x whatever belongs after block i, such as a ControlNet's output.
+    computed. beside has the tokens (B, L, dim) of each `Chain` that runs along; hint is what the next block adds for
+    them, if anything.
     """
 
     x: mx.array
@@ -391,7 +422,69 @@ class Stream:
     cos: mx.array
     sin: mx.array
     rows: int | None = None
-    hint: Hint = no_hint
+    beside: tuple[mx.array, ...] = ()
+    hint: mx.array | None = None
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        return (self.x, *self.beside, *(() if self.hint is None else (self.hint,)))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks of a ControlNet that run along with the transformer's, on tokens of their own.
+
+    Block i runs just before the transformer's block places[i] of this walk; what its `after_proj` makes of its output,
+    times scale, is added to that block's. Blocks that have no place run last and add nothing. modulation is
+    (blocks, 4, dim).
+    """
+
+    blocks: tuple[str, ...]
+    places: tuple[int, ...]
+    modulation: mx.array
+    scale: float
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet's part in one step: its control image as tokens (B or 1, L, dim), and the chains that run in the
+    noise refiner and in the layers."""
+
+    tokens: mx.array
+    refiner: Chain
+    layers: Chain
+
+
+class Controls(Protocol):
+    """A ControlNet with its control image, for all steps: see `mlx_zimage.models.controlnet`."""
+
+    @property
+    def embedder(self) -> str:
+        """The name of the layer that embeds the control image."""
+
+    @property
+    def blocks(self) -> Sequence[str]:
+        """The names of its blocks."""
+
+    @property
+    def latents(self) -> mx.array:
+        """The control image (1, h, w, channels)."""
+
+    def control(self, tokens: mx.array, modulation: mx.array, i: int) -> Control | None:
+        """Its part in step i, with its image as tokens and its blocks' scales and gates; None if it has none."""
+
+
+def in_order(blocks: Sequence[str], chains: Sequence[Chain]) -> list[tuple[str, int | None, int]]:
+    """The blocks of a walk and of the chains along it, in the order they run: name, chain if any, number in its own."""
+    waiting = [list(enumerate(chain.blocks)) for chain in chains]
+    order: list[tuple[str, int | None, int]] = []
+    for at, name in enumerate(blocks):
+        for k, chain in enumerate(chains):
+            while waiting[k] and waiting[k][0][0] < len(chain.places) and chain.places[waiting[k][0][0]] <= at:
+                i, own = waiting[k].pop(0)
+                order.append((own, k, i))
+        order.append((name, None, at))
+    return order + [(own, k, i) for k, rest in enumerate(waiting) for i, own in rest]
 
 
 def in_turns(stream: Stream) -> Iterator[Stream]:
@@ -399,7 +492,9 @@ def in_turns(stream: Stream) -> Iterator[Stream]:
     B, L, _ = stream.x.shape
     together = max(1, TOKENS_AT_ONCE // L)
     for i in range(0, B, together):
-        yield replace(stream, x=stream.x[i : i + together]) if together < B else stream
+        part = slice(i, i + together)
+        beside = tuple(x[part] for x in stream.beside)
+        yield replace(stream, x=stream.x[part], beside=beside) if together < B else stream
 
 
 @dataclass(frozen=True)
@@ -441,7 +536,7 @@ class Transformer:
         self.most = most
         self.sums = sum_dtype(runner.dtype)
         self.lean = lean
-        self._schedule: tuple | None = None  # the last schedule's times, and `modulate`'s result for them
+        self._schedule: tuple | None = None  # the last schedule's times and other blocks, and `modulate`'s result
         # no reference to self here: a cycle would keep the weights in memory until Python's garbage collector runs
         self._rope = lru_cache(maxsize=4)(partial(rope, config))
         self.factor = margin(runner.dtype)
@@ -458,16 +553,17 @@ class Transformer:
         self._attend = wrap(partial(attend, heads=self.config.n_heads, gather=self.gather, most=self.most, **shared))
         self._feed = wrap(partial(feed, **shared))
 
-    def modulate(self, times: Sequence[float]) -> tuple[mx.array, mx.array]:
+    def modulate(self, times: Sequence[float], beside: Sequence[str] = ()) -> tuple[mx.array, mx.array]:
         """Everything that depends on the times: see the function `modulate`. The last schedule's result is cached."""
-        self.forget_schedule_but(times)
+        self.forget_schedule_but(times, beside)
         if self._schedule is None:
-            self._schedule = tuple(times), modulate(self.config, self.runner, times, self.product)
-        return self._schedule[1]
+            found = modulate(self.config, self.runner, times, self.product, beside)
+            self._schedule = tuple(times), tuple(beside), found
+        return self._schedule[2]
 
-    def forget_schedule_but(self, times: Sequence[float]) -> None:
-        """Free the cached schedule, unless it is the one for these times."""
-        if self._schedule and self._schedule[0] != tuple(times):
+    def forget_schedule_but(self, times: Sequence[float], beside: Sequence[str] = ()) -> None:
+        """Free the cached schedule, unless it is the one for these times and blocks beside the transformer's."""
+        if self._schedule and self._schedule[:2] != (tuple(times), tuple(beside)):
             self._schedule = None
 
     def forget(self) -> None:
@@ -499,22 +595,25 @@ class Transformer:
         """The text encoder's outputs (L, cap_feat_dim) for an image of h x w latent pixels."""
         return [Caption(x, *self.rope(x.shape[1], h, w)) for x in self.embed_captions(prompts)]
 
-    def begin(self, latents: mx.array) -> tuple[mx.array, int]:
+    def begin(self, latents: mx.array, embedder: str = "all_x_embedder.2-1") -> tuple[mx.array, int]:
         """Latents (B, h, w, C) as embedded, padded tokens (B, L, dim), and the number of tokens before padding."""
-        x = self.product(patchify(latents.astype(self.runner.dtype)), self.runner.tree("all_x_embedder.2-1"))
+        x = self.product(patchify(latents.astype(self.runner.dtype)), self.runner.tree(embedder))
         return pad_tokens(x.astype(self.sums), self.runner.tree("x_pad_token")), x.shape[1]
 
-    def image_stream(self, x: mx.array, caption: Caption, modulation: mx.array, hint: Hint = no_hint) -> Stream:
-        """Embedded image tokens (B, L, dim), ready for the noise refiner."""
+    def image_stream(
+        self, x: mx.array, caption: Caption, modulation: mx.array, beside: Sequence[mx.array] = ()
+    ) -> Stream:
+        """Embedded image tokens (B, L, dim), and a control image's for each chain, ready for the noise refiner."""
         length, refiners = x.shape[1], self.config.n_refiner_layers
-        return Stream(x, modulation[:refiners], caption.cos[:length], caption.sin[:length], hint=hint)
+        along = tuple(mx.broadcast_to(own, x.shape) for own in beside)
+        return Stream(x, modulation[:refiners], caption.cos[:length], caption.sin[:length], beside=along)
 
-    def join(self, image: Stream, caption: Caption, modulation: mx.array, rows: int, hint: Hint = no_hint) -> Stream:
+    def join(self, image: Stream, caption: Caption, modulation: mx.array, rows: int) -> Stream:
         """Refined images with their caption, ready for the layers; only the images' rows leave the last layer."""
         B, refiners = image.x.shape[0], self.config.n_refiner_layers
         embedded = mx.broadcast_to(caption.embedded, (B, *caption.embedded.shape[1:]))
-        x = mx.concatenate([image.x, embedded], axis=1)
-        return Stream(x, modulation[refiners:], caption.cos, caption.sin, rows, hint)
+        x, *beside = (mx.concatenate([own, embedded], axis=1) for own in (image.x, *image.beside))
+        return Stream(x, modulation[refiners:], caption.cos, caption.sin, rows, tuple(beside))
 
     def finish(self, x: mx.array, final_scale: mx.array, h: int, w: int) -> mx.array:
         """From image tokens (B, L, dim) after the last layer to data minus noise (B, h, w, C), float32."""
@@ -530,7 +629,12 @@ class Transformer:
         return lambda latents, i: velocities(latents, i)[0]
 
     def velocities(
-        self, prompts: Sequence[mx.array], sigmas: Sequence[float] | np.ndarray, h: int, w: int
+        self,
+        prompts: Sequence[mx.array],
+        sigmas: Sequence[float] | np.ndarray,
+        h: int,
+        w: int,
+        controls: Sequence[Controls] = (),
     ) -> Callable[..., list[mx.array]]:
         """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[i], float32, for each prompt.
 
@@ -540,11 +644,20 @@ class Transformer:
         computed here, once. Each call reads each block once for all prompts and images.
         """
         captions = self.captions(prompts, h, w)
-        modulations, final_scales = self.modulate(times(sigmas))
+        modulations, final_scales = self.modulate(times(sigmas), [name for own in controls for name in own.blocks])
+        images = [self.begin(own.latents, own.embedder)[0] for own in controls]
+        count_own = len(self.config.modulated)
 
         def velocities(latents: mx.array, i: int, count: int | None = None) -> list[mx.array]:
+            modulation, active, start = row(modulations, i), [], count_own
+            for own, tokens in zip(controls, images, strict=True):
+                end = start + len(own.blocks)
+                if (control := own.control(tokens, modulation[start:end], i)) is not None:
+                    active.append(control)
+                start = end
             # The network points from noise to data; sigma grows from data to noise.
-            return [-x for x in self(latents, captions[:count], row(modulations, i), row(final_scales, i))]
+            found = self(latents, captions[:count], modulation[:count_own], row(final_scales, i), active)
+            return [-x for x in found]
 
         return velocities
 
@@ -554,41 +667,71 @@ class Transformer:
         captions: Sequence[Caption],
         modulation: mx.array,
         final_scale: mx.array,
-        hints: tuple[Hint, Hint] = (no_hint, no_hint),
+        controls: Sequence[Control] = (),
     ) -> list[mx.array]:
         """Data minus noise (B, h, w, C) float32 for latents (B, h, w, C), once for each caption.
 
-        modulation (blocks, 4, dim) and final_scale (dim,) are `modulate`'s results for one time. hints are added in
-        the noise refiner and in the layers: see `Stream`.
+        modulation (blocks, 4, dim) and final_scale (dim,) are `modulate`'s results for one time.
         """
         _, h, w, _ = latents.shape
         x, tokens = self.begin(latents)
-        streams = [self.image_stream(x, caption, modulation, hints[0]) for caption in captions]
+        beside = [control.tokens for control in controls]
+        streams = [self.image_stream(x, caption, modulation, beside) for caption in captions]
         del x
         names, refiners = self.config.modulated, self.config.n_refiner_layers
-        streams = self.run(names[:refiners], streams)
-        streams = [self.join(*pair, modulation, tokens, hints[1]) for pair in zip(streams, captions, strict=True)]
-        streams = self.run(names[refiners:], streams)
+        streams = self.run(names[:refiners], streams, [control.refiner for control in controls])
+        streams = [self.join(*pair, modulation, tokens) for pair in zip(streams, captions, strict=True)]
+        streams = self.run(names[refiners:], streams, [control.layers for control in controls])
         return [self.finish(stream.x, final_scale, h, w) for stream in streams]
 
-    def run(self, blocks: Sequence[str], streams: Sequence[Stream]) -> list[Stream]:
-        """Run streams through the named blocks, in batches of as many images as TOKENS_AT_ONCE allows."""
+    def run(self, blocks: Sequence[str], streams: Sequence[Stream], chains: Sequence[Chain] = ()) -> list[Stream]:
+        """Run streams through the named blocks and the chains along them, in batches of as many images as
+        TOKENS_AT_ONCE allows."""
         turns = [list(in_turns(stream)) for stream in streams]
         flat = [turn for stream in turns for turn in stream]
         wait = self.lean or len(flat) > len(streams)  # whatever had to be split is large
-        walk = self.runner.walk(blocks, flat, self.apply, without=self.config.read_once, wait=wait)
-        ended = iter(result(walk))
+        order = in_order(blocks, chains)
+
+        def apply(stream: Stream, weights: Tree, i: int) -> Stream:
+            _, chain, own = order[i]
+            if chain is None:
+                return self.apply(stream, weights, own)
+            return self.apply_beside(stream, weights, own, chain, chains[chain])
+
+        names = [name for name, _, _ in order]
+        ended = iter(result(self.runner.walk(names, flat, apply, without=self.config.read_once, wait=wait)))
         parts = [[next(ended) for _ in stream] for stream in turns]
-        return [
-            first if not others else replace(first, x=mx.concatenate([first.x, *(other.x for other in others)]))
-            for first, *others in parts
-        ]
+        return [first if not others else joined(first, *others) for first, *others in parts]
 
     def apply(self, stream: Stream, weights: Tree, i: int) -> Stream:
         """Run block i of this walk on a stream."""
-        modulation = row(stream.modulation, i)
         rows = stream.rows if i == len(stream.modulation) - 1 else None
-        x = self._attend(stream.x, weights, modulation, stream.cos, stream.sin, rows)
+        x = self._block(stream.x, weights, row(stream.modulation, i), stream, rows)
+        return replace(stream, x=x if stream.hint is None else x + stream.hint[:, :rows], hint=None)
+
+    def apply_beside(self, stream: Stream, weights: Tree, i: int, k: int, chain: Chain) -> Stream:
+        """Run block i of a chain on the stream's tokens number k; the hint that it leaves is added to others'."""
+        x, hint = stream.beside[k], stream.hint
+        block = {name: part for name, part in weights.items() if name not in ("before_proj", "after_proj")}
+        if "before_proj" in weights:
+            x = self.product(x, weights["before_proj"]).astype(self.sums) + stream.x
+        x = self._block(x, block, row(chain.modulation, i), stream)
+        if i < len(chain.places):
+            own = chain.scale * self.product(x, weights["after_proj"]).astype(self.sums)
+            hint = own if hint is None else hint + own
+        return replace(stream, beside=(*stream.beside[:k], x, *stream.beside[k + 1 :]), hint=hint)
+
+    def _block(
+        self, x: mx.array, weights: Tree, modulation: mx.array, stream: Stream, rows: int | None = None
+    ) -> mx.array:
+        x = self._attend(x, weights, modulation, stream.cos, stream.sin, rows)
         if self.lean:
             settle(x)
-        return replace(stream, x=stream.hint(self._feed(x, weights, modulation), i))
+        return self._feed(x, weights, modulation)
+
+
+def joined(*parts: Stream) -> Stream:
+    """Streams of different images, which ended a walk, as one."""
+    rows = zip(*((part.x, *part.beside) for part in parts), strict=True)
+    x, *beside = (mx.concatenate([*own]) for own in rows)
+    return replace(parts[0], x=x, beside=tuple(beside))

@@ -60,7 +60,7 @@ class Blocks:
         wait = wait or mx.default_device() == mx.cpu
         streams = list(streams)
         last = len(streams) - 1
-        before = streams[last].x
+        before = streams[last].arrays
         if self._disk is None:
             self._keep(blocks, without, before)
         weights = self._start(blocks[0], without, before)
@@ -69,34 +69,34 @@ class Blocks:
                 streams[k] = stream = apply(stream, weights, i)
                 if k == last:
                     weights = None  # not needed here any longer
-                mx.async_eval(stream.x)
+                mx.async_eval(stream.arrays)
                 mx.eval(before)
-                before = stream.x
+                before = stream.arrays
                 if k == last and i + 1 < len(blocks):
                     weights = self._start(blocks[i + 1], without, before)
                 if wait:
-                    settle(before)
+                    settle(*before)
             yield i + 1
         return streams
 
-    def _start(self, block: str, without: str, x: mx.array) -> Tree:
-        """The weights of a block: from memory, or read from disk while x is computed."""
+    def _start(self, block: str, without: str, before: tuple[mx.array, ...]) -> Tree:
+        """The weights of a block: from memory, or read from disk while `before` is computed."""
         if block in self._kept:
             return self._kept[block]
         reading = self.weights.read(block, self.dtype, without=without, stream=self._disk)
-        # The GPU is idle until the block is read anyway, so x's intermediates can be freed before it is queued.
-        settle(x)
+        # The GPU is idle until the block is read anyway, so intermediates can be freed before it is queued.
+        settle(*before)
         weights = reading()
         mx.async_eval(weights)
         if block not in self.streamed:
             self._kept[block] = weights
         return weights
 
-    def _keep(self, blocks: Sequence[str], without: str, x: mx.array) -> None:
-        """Once x is computed, read all blocks that should be kept in memory and are not there yet."""
+    def _keep(self, blocks: Sequence[str], without: str, before: tuple[mx.array, ...]) -> None:
+        """Once `before` is computed, read all blocks that should be kept in memory and are not there yet."""
         missing = [block for block in blocks if block not in self._kept and block not in self.streamed]
         if missing:
-            settle(x)
+            settle(*before)
             self._kept.update(zip(missing, self.weights.read_all(missing, self.dtype, without), strict=True))
 
     def release(self) -> None:

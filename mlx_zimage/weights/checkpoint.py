@@ -230,14 +230,15 @@ def read_conversion(folder: Path) -> dict:
     return record
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Ten hexadecimal digits that identify a model's weights, wherever they are stored.
+def fingerprint(model: Checkpoint | Component) -> str:
+    """Ten hexadecimal digits that identify a model's weights, or one network's, wherever they are stored.
 
     Reads each safetensors header and 64 evenly spaced samples of 4 KB per file, which takes milliseconds; a checksum of
     a full-size model takes a minute. It may miss damage to single bytes, which `mlx-zimage verify` finds.
     """
     sha = hashlib.sha256()
-    files = {entry.file: entry for component in checkpoint.components for entry in component.entries.values()}
+    components = [model] if isinstance(model, Component) else model.components
+    files = {entry.file: entry for component in components for entry in component.entries.values()}
     for file, entry in sorted(files.items(), key=lambda item: (item[0].parent.name, item[0].name)):
         with unchanged([entry]), open_regular(file) as stream:
             size = file.stat().st_size

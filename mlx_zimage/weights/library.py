@@ -19,7 +19,7 @@ from .. import atomic
 from ..dtypes import ITEM_BYTES
 from ..errors import CheckpointError, ModelNotFoundError, OutputError, RequestError, warn
 from ..machine import RATES, home
-from ..models import NETWORKS
+from ..models import CONFIGS, NETWORKS
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
 from ..untrusted import parse_json, read_bytes
@@ -281,7 +281,7 @@ def planned_network(
 ) -> Component:
     """One network as `convert` would write it."""
     entries = {}
-    for name, shape in NETWORKS[network].from_dict(config).shapes().items():
+    for name, shape in CONFIGS[network].from_dict(config).shapes().items():
         q = tensor_quantization(network, name, shape, quantization)
         for part, stored in q.packed(name, shape).items() if q else [(name, shape)]:
             dtype = "U32" if q and part == name else "BF16"

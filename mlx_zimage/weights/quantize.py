@@ -14,6 +14,10 @@ QUANTIZED = {
         r"(layers|noise_refiner|context_refiner)\.\d+\."
         r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])\.weight"
     ),
+    "controlnet": re.compile(
+        r"control_(layers|noise_refiner)\.\d+\."
+        r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123]|(before|after)_proj)\.weight"
+    ),
     "text_encoder": re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"),
 }
 

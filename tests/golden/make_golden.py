@@ -18,12 +18,16 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 
+import controls
 import numpy as np
+import plain_controlnet
 import tiny
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    ZImageControlNetModel,
     ZImageImg2ImgPipeline,
     ZImageInpaintPipeline,
     ZImagePipeline,
@@ -61,10 +65,30 @@ def record(seed: int, folder: Path) -> dict[str, np.ndarray]:
         **{f"pipeline/{name}": x for name, x in record_masked_run(pipe).items()},
         "wide/out": run_case(wide.transformer, seed, "a_pad_both", tiny.WIDE_TRANSFORMER["cap_feat_dim"])[0][:, 0],
         **{f"faint/{name}": x for name, x in record_faint(faint, seed).items()},
+        **record_controls(pipe.transformer, seed),
     }
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     for name, x in arrays.items():
         assert np.isfinite(x).all(), name
+    return arrays
+
+
+def record_controls(transformer, seed: int) -> dict[str, np.ndarray]:
+    """Outputs with each ControlNet: diffusers' own, and in the order of its training by tests/parity's plain torch."""
+    arrays = {}
+    for tag, config in controls.CONFIGS.items():
+        weights = {name: torch.from_numpy(x) for name, x in controls.weights(seed, tag).items()}
+        net = ZImageControlNetModel(**config)
+        net.load_state_dict(weights)
+        net = ZImageControlNetModel.from_transformer(net.eval(), transformer)
+        case = {name: torch.from_numpy(x) for name, x in controls.inputs(seed, tag).items()}
+        x, control, time = [case["x"][:, None]], [case["control"][:, None]], torch.tensor([controls.TIME])
+        hints = net(x, time, [case["cap"]], control, conditioning_scale=controls.SCALE)
+        out = transformer(x, time, [case["cap"]], controlnet_block_samples=hints, return_dict=False)[0][0][:, 0]
+        own = {name: x.float() for name, x in transformer.state_dict().items()}
+        given = case["x"], case["cap"], case["control"], controls.TIME, controls.SCALE
+        trained = plain_controlnet.forward(own, tiny.TRANSFORMER, weights, config, *given)
+        arrays |= {f"{tag}/out": out.numpy(), f"{tag}/trained": trained.numpy()}
     return arrays
 
 

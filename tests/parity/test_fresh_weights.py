@@ -1,6 +1,11 @@
 """Repeats the tests of the recorded arrays against diffusers on fresh random weights (see the fixture `golden`)."""
 
 # ruff: noqa: F401
+from test_controlnet import (
+    folder,
+    test_outputs_in_diffusers_order_equal_the_reference,
+    test_outputs_in_the_trained_order_equal_the_reference,
+)
 from test_guided import (
     test_a_call_with_diffusers_names_equals_the_reference,
     test_every_step_from_an_image_equals_the_reference,

@@ -1,13 +1,12 @@
-"""GGUF files: parsing the header, and dequantizing rows. Nothing here is specific to Z-Image.
+"""GGUF files: parsing the header, and reading rows. Nothing here is specific to Z-Image.
 
-Source: ggml's docs/gguf.md and ggml-quants.c. A row is a whole number of blocks; a block is a small record.
+Source: ggml's docs/gguf.md. A row is a whole number of blocks; a block is a small record.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..untrusted import brief, open_regular
 from ..weights.headers import MAX_TENSORS
 from ..weights.unchanged import Version, unchanged
 from .disk import read_range
+from .gguf_blocks import KINDS, OTHER_KINDS, Kind
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -33,25 +33,6 @@ MAX_NESTED = 3  # lists in lists, which no known program writes
 KNOWN = ("general.alignment", "split.no", "split.count")  # the metadata that is used
 # How llama.cpp and the gguf package name the parts of a split file.
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-# Types that are not supported, by number; named in errors.
-OTHER_KINDS = {
-    **{9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S"},
-    **{22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"},
-    **{35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A quantization type: the numbers of values and bytes per block, and how to decode blocks.
-
-    decode maps blocks (n, block_bytes) uint8 to (n, values) float32.
-    """
-
-    name: str
-    values: int
-    block_bytes: int
-    decode: Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -156,7 +137,7 @@ class _Header:
         tensors = {}
         for name, shape, number, offset in found:
             if number not in KINDS:
-                kind = OTHER_KINDS.get(number, number)
+                kind = OTHER_KINDS.get(number, f"number {number}, which is unknown")
                 raise CheckpointError(
                     f"{self.file}: {name:.80} has type {kind}, expected one of "
                     f"{', '.join(kind.name for kind in KINDS.values())}; download another quantization"
@@ -242,112 +223,3 @@ class _Header:
                 break
             read(length)
         self.skip(at - self.at, seek=False)
-
-
-# ---- decoding, by kind; b is blocks (n, bytes)
-
-
-def _half(b: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte `at` of each block, (n, 1) float32."""
-    return b[:, at : at + 2].copy().view(np.float16).astype(np.float32)
-
-
-def _nibbles(b: np.ndarray) -> np.ndarray:
-    """(n, k) bytes -> (n, 2k) values 0..15: all low halves, then all high halves."""
-    return np.concatenate([b & 15, b >> 4], axis=1)
-
-
-def _fifth_bits(b: np.ndarray) -> np.ndarray:
-    """4 bytes -> 32 values 0 or 16."""
-    return np.unpackbits(b, axis=1, bitorder="little") << 4
-
-
-def _q4_0(b):
-    return _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.int8) - 8)
-
-
-def _q4_1(b):
-    return _half(b, 0) * _nibbles(b[:, 4:]) + _half(b, 2)
-
-
-def _q5_0(b):
-    return _half(b, 0) * ((_nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6])).astype(np.int8) - 16)
-
-
-def _q5_1(b):
-    return _half(b, 0) * (_nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8])) + _half(b, 2)
-
-
-def _q8_0(b):
-    return _half(b, 0) * b[:, 2:].view(np.int8)
-
-
-def _shifted(b: np.ndarray, shifts: tuple[int, ...], mask: int, width: int = 32) -> np.ndarray:
-    """(n, k) bytes -> (n, k / width, len(shifts), width): each run of bytes shifted by each of shifts, masked."""
-    runs = b.reshape(len(b), -1, 1, width)
-    return (runs >> np.array(shifts, np.uint8).reshape(1, 1, -1, 1)) & mask
-
-
-def _q2_k(b):
-    scales, q = b[:, :16], _shifted(b[:, 16:80], (0, 2, 4, 6), 3)
-    d, dmin = _half(b, 80) * (scales & 15), _half(b, 82) * (scales >> 4)
-    return (d[:, :, None] * q.reshape(-1, 16, 16) - dmin[:, :, None]).reshape(-1, 256)
-
-
-def _q3_k(b):
-    high, q, packed = b[:, :32], _shifted(b[:, 32:96], (0, 2, 4, 6), 3).reshape(-1, 16, 16), b[:, 96:108]
-    low = _shifted(packed[:, :8], (0, 4), 15, 8).reshape(-1, 16)
-    top = _shifted(packed[:, 8:], (0, 2, 4, 6), 3, 4).reshape(-1, 16)
-    scales = (low | (top << 4)).astype(np.int8) - 32
-    # if the high bit is clear, 4 is subtracted
-    less = (~_shifted(high, tuple(range(8)), 1) & 1).reshape(-1, 16, 16) << 2
-    d = _half(b, 108) * scales
-    return (d[:, :, None] * (q.astype(np.int8) - less.astype(np.int8))).reshape(-1, 256)
-
-
-def _scale_min(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """12 bytes -> 8 scales and 8 minima of 6 bits, as Q4_K and Q5_K pack them."""
-    d, m, md = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = np.concatenate([d & 63, (md & 15) | ((d >> 2) & 48)], axis=1)
-    return scales, np.concatenate([m & 63, (md >> 4) | ((m >> 2) & 48)], axis=1)
-
-
-def _q4_k(b):
-    scales, minima = _scale_min(b[:, 4:16])
-    q = _shifted(b[:, 16:], (0, 4), 15).reshape(-1, 8, 32)
-    return ((_half(b, 0) * scales)[:, :, None] * q - (_half(b, 2) * minima)[:, :, None]).reshape(-1, 256)
-
-
-def _q5_k(b):
-    scales, minima = _scale_min(b[:, 4:16])
-    high = _shifted(b[:, 16:48], tuple(range(8)), 1).reshape(-1, 8, 32)
-    q = _shifted(b[:, 48:], (0, 4), 15).reshape(-1, 8, 32) | (high << 4)
-    return ((_half(b, 0) * scales)[:, :, None] * q - (_half(b, 2) * minima)[:, :, None]).reshape(-1, 256)
-
-
-def _q6_k(b):
-    low = _shifted(b[:, :128], (0, 4), 15, 64).reshape(-1, 16, 16)
-    high = _shifted(b[:, 128:192], (0, 2, 4, 6), 3).reshape(-1, 16, 16)
-    d = _half(b, 208) * b[:, 192:208].view(np.int8)
-    return (d[:, :, None] * ((low | (high << 4)).astype(np.int8) - 32)).reshape(-1, 256)
-
-
-def _bf16(b):
-    return (b.view("<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-KINDS = {
-    0: Kind("F32", 1, 4, lambda b: b.view("<f4")),
-    1: Kind("F16", 1, 2, lambda b: b.view("<f2").astype(np.float32)),
-    2: Kind("Q4_0", 32, 18, _q4_0),
-    3: Kind("Q4_1", 32, 20, _q4_1),
-    6: Kind("Q5_0", 32, 22, _q5_0),
-    7: Kind("Q5_1", 32, 24, _q5_1),
-    8: Kind("Q8_0", 32, 34, _q8_0),
-    10: Kind("Q2_K", 256, 84, _q2_k),
-    11: Kind("Q3_K", 256, 110, _q3_k),
-    12: Kind("Q4_K", 256, 144, _q4_k),
-    13: Kind("Q5_K", 256, 176, _q5_k),
-    14: Kind("Q6_K", 256, 210, _q6_k),
-    30: Kind("BF16", 1, 2, _bf16),
-}

@@ -418,16 +418,34 @@ def test_damaged_gguf_headers_are_refused(tmp_path):
             gguf.read_tensors(file)
 
 
-def test_an_unknown_gguf_type_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("kind", ["IQ1_M", "IQ2_S", "IQ3_XXS", "IQ4_NL", "IQ4_XS", "TQ2_0"])
+def test_types_that_the_gguf_package_only_reads_are_read_from_a_file(tmp_path, kind):
     package = pytest.importorskip("gguf")
-    writer = package.GGUFWriter(tmp_path / "dit.gguf", "lumina2")
-    used = package.GGMLQuantizationType.IQ4_NL
-    writer.add_tensor("x_pad_token", np.zeros((1, 18), np.uint8), raw_dtype=used)
+    used = package.GGMLQuantizationType[kind]
+    values, size = package.GGML_QUANT_SIZES[used]
+    raw = np.random.default_rng(0).integers(0, 256, (40, 512 // values * size), dtype=np.uint8)
+    writer = package.GGUFWriter(tmp_path / "iq.gguf", "lumina2")
+    writer.add_tensor("x", raw, raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"dit\.gguf: x_pad_token has type IQ4_NL, expected one of F32"):
+    tensor = gguf.read_tensors(tmp_path / "iq.gguf")["x"]
+    assert tensor.shape == (40, 512)
+    with np.errstate(all="ignore"):  # random bytes include infinite scales
+        assert np.array_equal(gguf.read_floats(tensor, 3, 40), package.dequantize(raw, used)[3:], equal_nan=True)
+
+
+def test_an_unknown_gguf_type_is_refused_by_name(tmp_path):
+    package = pytest.importorskip("gguf")
+    writer = package.GGUFWriter(tmp_path / "dit.gguf", "lumina2")
+    used = package.GGMLQuantizationType.MXFP4
+    writer.add_tensor("x_pad_token", np.zeros((1, 17), np.uint8), raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"dit\.gguf: x_pad_token has type MXFP4, expected one of F32"):
         open_source(tmp_path / "dit.gguf", base="pocket")
 
 

@@ -88,9 +88,13 @@ class Saved(Finished):
 
     def to_dict(self) -> dict:
         """Path, checksum, origin and cost, for JSON."""
-        sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        origin = json.loads(self.origin.to_json())
-        return {"path": os.fspath(self.path), "sha256": sha256, **origin, **self.cost.to_dict()}
+        return {**described(self.path, self.origin), **self.cost.to_dict()}
+
+
+def described(path: Path, origin: Origin) -> dict:
+    """The path, checksum and origin of an image file, for JSON."""
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"path": os.fspath(path), "sha256": sha256, **json.loads(origin.to_json())}
 
 
 class Files:
@@ -103,8 +107,11 @@ class Files:
 
     def save(self, image: Finished, path: Path) -> Path:
         """Write an image, with its origin unless metadata is off; returns the path it was written to."""
+        return self.write(encode(image.pixels, path.suffix, image.origin if self.metadata else None), path)
+
+    def write(self, content: bytes, path: Path) -> Path:
+        """Write the content of an image file; returns the path it was written to."""
         overwrite = self.overwrite and path not in self.written
-        content = encode(image.pixels, path.suffix, image.origin if self.metadata else None)
         saved = write_file(content, path, overwrite)
         self.written.add(saved)
         return saved

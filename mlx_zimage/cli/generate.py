@@ -30,7 +30,7 @@ from ..jobs import (
     read_text,
     resolve,
 )
-from ..request import FEATHER, RNGS, GenerateRequest
+from ..request import FEATHER, RNGS, GenerateRequest, LoraUse
 from ..sizes import parse_memory
 from ..variants import ALIASES
 from .adapters import WithLoras, load_loras, lora_options, name_paths
@@ -78,7 +78,7 @@ SECTIONS = {  # of the help text, with the names of their options
     "LoRA": ("loras", "lora_partial"),
     "Model and memory": (
         *("source", "variant", "transformer", "text_encoder", "vae", "yes", "dtype", "memory", "keep", "wired"),
-        "battery_limit",
+        *("battery_limit", "server"),
     ),
     "Output": ("output", "overwrite", "metadata", "preview_dir"),
 }
@@ -292,6 +292,13 @@ class Generate(WithLoras):
     help="Stop before the next image if the battery is at or below PERCENT.",
 )
 @click.option(
+    "--server",
+    envvar="MLX_ZIMAGE_SERVER",
+    metavar="URL",
+    help="Generate on this server, which `mlx-zimage serve` starts, instead of loading the model; --model is then one "
+    "of its models, and --lora the name of one of its LoRAs. MLX_ZIMAGE_SERVER does the same.",
+)
+@click.option(
     "--from",
     "-C",
     "--config-from-metadata",
@@ -336,6 +343,7 @@ def generate(
     memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
     loras: list[tuple[str, float | None]], lora_partial: bool,
     metadata: bool, preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool,
+    server: str | None,
     **values,
 ) -> None:  # fmt: skip
     """Generate one or more images from PROMPT and print their paths.
@@ -345,13 +353,14 @@ def generate(
     within a step; finished images are kept.
     """
     # Imported here so that --help and completion do not wait for MLX.
-    from ..generate import Files, Saved, open_model, run
+    from ..generate import Files, Saved, described, open_model, run
     from ..images.files import make_folder
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
     from ..inputs import check_latents_size
     from ..weights.library import register
     from .given import Given
+    from .remote import Remote
     from .watch import Watch, add_views
 
     old = read_origin(from_image) if from_image else None
@@ -376,6 +385,24 @@ def generate(
             files_given.inputs(request).check_named(request.arrays)
             if latents_file and request.width and request.height:
                 check_latents_size(latents_file, files_given.latents, request.width, request.height)
+    jobs = [(place, job) for place, series in zip(places, all_series, strict=True) for job in series]
+    if server:
+        remote = Remote(server, source, given)
+        uses = _uses(lora_paths, loras, old)
+        files = Files(overwrite)
+        for place, job in jobs:
+            _check_battery(battery_limit)
+            request = remote.request(job)
+            request = replace(request, loras=uses) if request.loras is None else request
+            say(f"Seed: {request.seed}" + (f" ({job.n} of {total})" if total > 1 else ""), quiet)
+            with _located(_image(place, job.n, total)):
+                inputs = files_given.inputs(request)
+                content, origin = remote.generate(request, job.output.suffix, inputs, metadata, quiet)
+                path = files.write(content, job.path(origin.request))
+            click.echo(json.dumps(described(path, origin))) if as_json else print_path(path)
+            if show:
+                show_image(path)
+        return
     if preview_dir:
         make_folder(preview_dir)
     if latents_file:
@@ -439,6 +466,13 @@ def generate(
                     click.echo(json.dumps(event.to_dict())) if as_json else print_path(event.path)
                     if show and not in_place:
                         show_image(event.path)
+
+
+def _uses(names: Mapping[str, str], given: list[tuple[str, float | None]], old: Origin | None) -> tuple[LoraUse, ...]:
+    """The LoRAs of an old image and those given with --lora, by name."""
+    strengths = {use.name: use.strength for use in (old.request.loras if old else None) or ()}
+    strengths |= {names[path]: 1.0 if strength is None else strength for path, strength in given}
+    return tuple(LoraUse(*use) for use in strengths.items())
 
 
 def _prompts(

@@ -25,7 +25,8 @@ class Job:
     """Images that differ in their seeds only: a GenerateRequest's other fields, and the files that it starts from.
 
     marks says which part of the mask is regenerated: its "white", "black" or "transparent" pixels. ending and quality
-    are those of the files to make; previews is the number of previews per image.
+    are those of the files to make; previews is the number of previews per image. Without metadata, they do not say how
+    they were made.
     """
 
     id: int
@@ -38,6 +39,7 @@ class Job:
     ending: str = ".png"
     quality: int = 95
     previews: int = 0
+    metadata: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """OpenAI's images API, as its SDKs, Open WebUI and LibreChat use it.
 
 Fields that do not apply, such as quality and moderation, are accepted and ignored. Beyond OpenAI's, a request may have
-those of a GenerateRequest under their own names (EXTENSIONS), with `guidance` for guidance_scale.
+those of a GenerateRequest under their own names (EXTENSIONS), `guidance` for guidance_scale, and `metadata`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..untrusted import brief
 from .errors import Refusal, openai_error
-from .messages import Accepted, Done, Image, Job, Preview, Progress, Started
+from .messages import Accepted, Done, Image, Job, Model, Preview, Progress, Started
 from .queue import Moved, Ticket
 from .service import Service, accepted, images_of, json_object, log_images, seeds_of
 
@@ -31,11 +31,11 @@ FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 OPENAI_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[a-z0-9.-]{1,40}")  # LibreChat always sends one
 EXTENSIONS = (
-    *("width", "height", "steps", "negative_prompt", "strength", "loras", "shift", "sigmas", "rng"),
+    *("width", "height", "steps", "guidance_scale", "negative_prompt", "strength", "loras", "shift", "sigmas", "rng"),
     *("cfg_normalization", "cfg_truncation", "max_sequence_length", "sample_posterior"),
     *("mask_feather", "mask_grow", "mask_soft", "outpaint", "upscale", "tile"),
 )
-TEXTS = ("prompt", "negative_prompt", "model", "size", "outpaint", "rng")  # the others are JSON in a form
+TEXTS = ("prompt", "negative_prompt", "model", "size", "rng")  # the others are JSON in a form
 COUNTS = ("n", "seed", "partial_images", "output_compression")
 MAX_PREVIEWS = 3
 MAX_FIELDS, MAX_FILES, MAX_FIELD = 100, 17, 2**20  # of a form; a field's size is in bytes
@@ -55,11 +55,11 @@ class OpenAI:
         ]
 
     async def models(self, request: Request) -> Response:
-        models = [described(model.name) for model in self.service.queue.models]
+        models = [described(model) for model in self.service.queue.models]
         return JSONResponse({"object": "list", "data": models})
 
     async def model(self, request: Request) -> Response:
-        return JSONResponse(described(self.service.model(request.path_params["name"]).name))
+        return JSONResponse(described(self.service.model(request.path_params["name"])))
 
     async def generations(self, request: Request) -> Response:
         return await self.respond(request, await json_object(request), "image_generation")
@@ -90,12 +90,14 @@ class OpenAI:
         model = self.service.model(None if known else named)
         if "control" in values:
             raise Refusal(400, "control is not supported by this version of mlx-zimage", param="control")
-        headers = self.service.adjust(values, model, "guidance", 0.0)
+        if "guidance" in values:
+            values["guidance_scale"] = values["guidance"]
+        headers = self.service.adjust(values, model, "guidance_scale", 0.0)
         self.service.check_loras(values.get("loras"))
         wanted = Wanted(values, kind)
         job = Job(
             0, model.name, fields_of(values), seeds_of(values.get("seed"), values.get("n", 1)), image, mask,
-            "transparent", wanted.ending, wanted.quality, wanted.previews,
+            "transparent", wanted.ending, wanted.quality, wanted.previews, wanted.metadata,
         )  # fmt: skip
         ticket = self.service.submit(job)
         try:
@@ -148,8 +150,8 @@ class OpenAI:
                     yield {"type": f"{wanted.kind}.partial_image", "partial_image_index": message.index, **event}
                 else:
                     used = usage(fits, ticket.job.image is not None, 1)
-                    seed = message.origin["request"]["seed"]
-                    yield {"type": f"{wanted.kind}.completed", "usage": used, "seed": seed, **event}
+                    made = {"seed": message.origin["request"]["seed"], "origin": message.origin}
+                    yield {"type": f"{wanted.kind}.completed", "usage": used, **made, **event}
         log_images(wanted.kind, ticket)
         if message.cancelled:
             raise Refusal(409, "the request was interrupted")
@@ -169,6 +171,7 @@ class Wanted:
         self.quality = whole(values, "output_compression", 95, 0, 100)
         self.stream = flag(values, "stream")
         self.progress = flag(values, "progress")
+        self.metadata = flag(values, "metadata", True)
         self.previews = whole(values, "partial_images", 0, 0, MAX_PREVIEWS) if self.stream else 0
         self.url = values.get("response_format", "b64_json") == "url"
         if values.get("response_format", "b64_json") not in ("url", "b64_json"):
@@ -199,8 +202,10 @@ class Events(StreamingResponse):
             yield f"event: error\ndata: {json.dumps(openai_error(refusal))}\n\n"
 
 
-def described(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "mlx-zimage"}
+def described(model: Model) -> dict[str, Any]:
+    """A model in a list, with the size and the number of steps of an image that asks for neither."""
+    own = {"size": model.size, "steps": model.steps}
+    return {"id": model.name, "object": "model", "created": 0, "owned_by": "mlx-zimage", **own}
 
 
 def progress(ticket: Ticket, message: Moved | Started | Progress) -> dict[str, Any]:
@@ -230,8 +235,6 @@ def fields_of(values: dict[str, Any]) -> dict[str, Any]:
     if "prompt" not in values:
         raise Refusal(400, "prompt is missing", param="prompt")
     fields = {name: values[name] for name in ("prompt", *EXTENSIONS) if name in values}
-    if "guidance" in values:
-        fields["guidance_scale"] = values["guidance"]
     size = values.get("size", "auto")
     if size != "auto":
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size, re.ASCII) if isinstance(size, str) else None
@@ -248,8 +251,8 @@ def whole(values: dict[str, Any], name: str, default: int, low: int, high: int) 
     return value
 
 
-def flag(values: dict[str, Any], name: str) -> bool:
-    value = values.get(name, False)
+def flag(values: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = values.get(name, default)
     if not isinstance(value, bool):
         raise Refusal(400, f"{name} must be true or false, got {brief(value)}", param=name)
     return value
@@ -276,7 +279,7 @@ async def form_of(request: Request) -> tuple[dict[str, Any], dict[str, list[byte
         raise
     except Exception as error:  # whatever the parser raises on a damaged form
         raise Refusal(400, f"the form is damaged ({type(error).__name__})") from None
-    for name in values.keys() & {*EXTENSIONS, *COUNTS, "guidance", "stream", "progress"} - {*TEXTS}:
+    for name in values.keys() & {*EXTENSIONS, *COUNTS, "guidance", "stream", "progress", "metadata"} - {*TEXTS}:
         with suppress(ValueError):  # a value that is not JSON is refused with the other values that are not numbers
             values[name] = json.loads(values[name])
     return {name: value for name, value in values.items() if value is not None}, files

@@ -251,7 +251,7 @@ def preview(step: Step, colours: np.ndarray, job: Job) -> bytes:
 
 
 def finished(job: Job, index: int, image: Finished) -> Image:
-    content = encode(image.pixels, job.ending, image.origin, job.quality)
+    content = encode(image.pixels, job.ending, image.origin if job.metadata else None, job.quality)
     return Image(job.id, index, content, json.loads(image.origin.to_json()), parameters(image.origin))
 
 

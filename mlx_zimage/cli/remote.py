@@ -1,0 +1,154 @@
+"""Generating on a server, `mlx-zimage serve`, instead of loading a model: `generate --server URL`."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import fields
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from ..errors import ModelNotFoundError, RequestError, ZImageError
+from ..images.codec import FORMATS, to_png
+from ..images.metadata import Origin
+from ..inputs import Inputs
+from ..jobs import Job
+from ..request import ARRAYS, GenerateRequest
+from ..untrusted import brief, parse_json
+from .output import progress_bar
+
+KEY = "MLX_ZIMAGE_API_KEY"
+TIMEOUT_S = 3600  # between two events: a large image's step, or others' images
+LOCAL = (  # options of `generate` that only a model in this process takes
+    *("variant", "transformer", "text_encoder", "vae", "dtype", "memory", "keep", "wired", "yes"),
+    *("latents_file", "lora_partial", "preview", "preview_dir"),
+)
+DEFAULTS = {field.name: field.default for field in fields(GenerateRequest)}
+ELSEWHERE = {*ARRAYS, "loras", "num_images"}  # fields that are not sent under their own names
+
+
+class Remote:
+    """A server at a URL, and the model there that generates: the named one, or its first."""
+
+    def __init__(self, url: str, model: str | None, given: Mapping[str, str]):
+        """given has the options of the command line by the names of their values."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise RequestError(f"--server takes a URL such as http://127.0.0.1:8796, got {brief(url)}")
+        for name in LOCAL:
+            if name in given:
+                raise RequestError(f"{given[name]} cannot be used with --server, which has its own model; leave it out")
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.url = url
+        self._connect = lambda: kind(parts.netloc, timeout=TIMEOUT_S)
+        with closing(self._send("GET", "/v1/models")) as answer:
+            models = parse_json(answer.read())["data"]
+        named = [entry for entry in models if model in (None, entry["id"])]
+        if not named:
+            known = ", ".join(entry["id"] for entry in models)
+            raise ModelNotFoundError(f"{url} does not serve the model {brief(model)}; it has {known}")
+        self.model: dict[str, Any] = named[0]
+
+    def request(self, job: Job) -> GenerateRequest:
+        """A job's request; a ratio becomes a size for the server's model."""
+        request = job.request(self.model["size"])
+        if request.num_images > 1:
+            raise RequestError(f"num_images is for a model in this process, got {request.num_images}; use count")
+        return request
+
+    def generate(
+        self, request: GenerateRequest, ending: str, inputs: Inputs, metadata: bool, quiet: bool
+    ) -> tuple[bytes, Origin]:
+        """One image as a file with a suffix such as ".png", and its origin; shows the progress."""
+        own = {name: value for name, value in request.to_dict().items() if value != DEFAULTS[name]}
+        own = {name: value for name, value in own.items() if name not in ELSEWHERE}
+        values = own | {"model": self.model["id"], "output_format": FORMATS[ending.lower()].lower()}
+        values |= {"metadata": metadata, "stream": True, "progress": True}
+        if request.loras is not None:
+            values["loras"] = [{"name": use.name, "strength": use.strength} for use in request.loras]
+        if inputs.source is None:
+            body, kind = json.dumps(values).encode(), "application/json"
+            sent = self._send("POST", "/v1/images/generations", body, {"Content-Type": kind})
+        else:
+            body, kind = form(values, {name: to_png(np.asarray(image)) for name, image in images_of(inputs).items()})
+            sent = self._send("POST", "/v1/images/edits", body, {"Content-Type": kind})
+        with closing(sent) as answer:
+            content, origin = self._received(answer, quiet)
+        made = origin.request.to_dict()
+        for name, value in own.items():
+            if made[name] != value:
+                warnings.warn(f"{self.url} generated with {name} {made[name]} instead of {value}", stacklevel=2)
+        return content, origin
+
+    def _received(self, answer: http.client.HTTPResponse, quiet: bool) -> tuple[bytes, Origin]:
+        with progress_bar(quiet, desc="Waiting", total=1, unit="step", leave=True) as bar:
+            for line in answer:
+                event: dict[str, Any] = parse_json(line[6:]) if line.startswith(b"data: ") else {"type": ""}
+                if "error" in event:
+                    raise ZImageError(f"{self.url}: {event['error']['message']}")
+                if event["type"].endswith(".progress"):
+                    before = event["position"]
+                    bar.set_description(f"Waiting for {before} others" if before else "Denoising")
+                    bar.total = event["steps"] or bar.total
+                    bar.update(event["step"] - bar.n)
+                elif event["type"].endswith(".completed"):
+                    return base64.b64decode(event["b64_json"]), Origin.from_json(json.dumps(event["origin"]))
+        raise ZImageError(f"{self.url} closed the connection before the image was finished; its log says why")
+
+    def _send(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> http.client.HTTPResponse:
+        """The server's answer to a request; what it refuses is an error here, too. To be closed."""
+        key = os.environ.get(KEY)
+        authorization = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            connection = self._connect()
+            connection.request(method, path, body, {"Connection": "close", **authorization, **(headers or {})})
+            answer = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise ZImageError(f"no server answers at {self.url} ({error}); `mlx-zimage serve` starts one") from error
+        if answer.status == 200:
+            return answer
+        with closing(answer):
+            try:
+                message = parse_json(answer.read())["error"]["message"]
+            except (ValueError, KeyError, TypeError):
+                message = f"expected mlx-zimage, but got {answer.status} {answer.reason}"
+        if answer.status == 401:
+            message += f"; set {KEY} to its key"
+        kind = RequestError if answer.status in (400, 404, 413, 422) else ZImageError
+        raise kind(f"{self.url}: {message}")
+
+
+def images_of(inputs: Inputs) -> dict[str, Image.Image]:
+    """The image, and the mask as OpenAI's API has it: transparent where the image changes."""
+    assert inputs.source is not None
+    if inputs.mask is None:
+        return {"image": inputs.source}
+    mask = Image.new("RGBA", inputs.mask.size)
+    mask.putalpha(inputs.mask.point(lambda value: 255 - value))
+    return {"image": inputs.source, "mask": mask}
+
+
+def form(values: Mapping[str, Any], files: Mapping[str, bytes]) -> tuple[bytes, str]:
+    """A multipart body and its content type. Texts are sent as they are, everything else as JSON."""
+    boundary = secrets.token_hex(16)
+    parts = [
+        (f'name="{name}"', value.encode() if isinstance(value, str) else json.dumps(value).encode())
+        for name, value in values.items()
+    ]
+    parts += [(f'name="{name}"; filename="{name}.png"', content) for name, content in files.items()]
+    body = b"".join(
+        f"--{boundary}\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode() + content + b"\r\n"
+        for head, content in parts
+    )
+    return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"

@@ -1,0 +1,118 @@
+"""`generate --server`: the same files as without it, from a model that is loaded once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from serving import KEY, PROMPT
+
+from mlx_zimage.cli import main
+from mlx_zimage.cli.remote import form
+from mlx_zimage.images.metadata import read_origin
+
+WORDS = ("generate", PROMPT, "--seed", "3", "--steps", "2")
+
+
+@pytest.fixture
+def run(server, tmp_path, monkeypatch):
+    """run("generate", ...) with the server, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLX_ZIMAGE_API_KEY", KEY)
+    monkeypatch.setenv("MLX_ZIMAGE_SERVER", server.url)
+    return lambda *words: CliRunner().invoke(main, [str(word) for word in words])
+
+
+def alone(small_pocket, *words: object) -> Result:
+    options = ("--model", small_pocket, "-o", "alone.png", "--overwrite", "-q")
+    return CliRunner(env={"MLX_ZIMAGE_SERVER": None}).invoke(main, [str(word) for word in (*words, *options)])
+
+
+def same(a: str, b: str) -> bool:
+    return np.array_equal(np.asarray(Image.open(a)), np.asarray(Image.open(b)))
+
+
+@pytest.mark.parametrize("options", [(), ("--size", "3:2", "--shift", "5"), ("--size", "48x32", "--rng", "mlx")])
+def test_the_image_is_the_one_that_is_generated_without_the_server(run, small_pocket, options):
+    result = run(*WORDS, *options, "-o", "{seed}-{width}.png")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == "Seed: 3\n"
+    alone(small_pocket, *WORDS, *options)
+    (name,) = result.stdout.split()
+    assert same(name, "alone.png")
+    assert name == f"3-{Image.open(name).width}.png"
+    assert read_origin(Path(name)).request == read_origin(Path("alone.png")).request
+
+
+def test_image_to_image_outpainting_and_masks_are_sent(run, small_pocket):
+    Image.new("RGB", (64, 48), "white").save("photo.png")
+    mask = Image.new("L", (64, 48))
+    mask.paste(255, (0, 0, 32, 48))
+    mask.save("mask.png")
+    for options in (("--strength", "0.5"), ("--mask", "mask.png", "--mask-feather", "4"), ("--outpaint", "left=16")):
+        words = (*WORDS, "--image", "photo.png", *options)
+        result = run(*words, "-o", "server.png", "--overwrite")
+        assert result.exit_code == 0, result.stderr
+        alone(small_pocket, *words)
+        assert same("server.png", "alone.png")
+
+
+def test_several_seeds_and_json_and_other_formats(run):
+    result = run("generate", PROMPT, "--seed", "1", "2", "--steps", "1", "--json", "-q", "-o", "{seed}.webp")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["path"], row["request"]["seed"], row["model"]) for row in rows] == [
+        ("1.webp", 1, "pocket"),
+        ("2.webp", 2, "pocket"),
+    ]
+    assert Image.open("1.webp").format == "WEBP"
+    run(*WORDS, "--no-metadata", "-o", "bare.png")
+    assert "XML:com.adobe.xmp" not in Image.open("bare.png").info
+
+
+def test_a_lora_is_named_by_its_file(run):
+    plain, styled = (run(*WORDS, *lora, "-o", "a.png").stdout.strip() for lora in ((), ("--lora", "style", "0.5")))
+    assert plain and styled and not same(plain, styled)
+    assert [(use.name, use.strength) for use in read_origin(Path(styled)).request.loras] == [("style", 0.5)]
+
+
+def test_what_the_server_changes_is_a_warning(run):
+    result = run("generate", PROMPT, "--seed", "3", "--steps", "12", "--size", "32x32")
+    assert result.exit_code == 0 and "generated with steps 8 instead of 12" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "flux"), "does not serve the model 'flux'; it has pocket"),
+        (("--lora", "other"), "no LoRA 'other' (there are: style)"),
+        (("--size", "8192x8192"), "the largest size that fits is"),
+        (("--dtype", "float32"), "--dtype cannot be used with --server"),
+        (("--preview",), "--preview cannot be used with --server"),
+        (("--server", "http://127.0.0.1:1"), "no server answers at http://127.0.0.1:1"),
+        (("--server", "127.0.0.1"), "--server takes a URL such as http://127.0.0.1:8796"),
+    ],
+)
+def test_what_cannot_be_done_there_is_an_error(run, options, message):
+    result = run(*WORDS, *options)
+    assert result.exit_code and message in result.stderr
+    assert not list(Path().glob("*.png"))
+
+
+def test_a_missing_key_is_asked_for(run, monkeypatch):
+    monkeypatch.delenv("MLX_ZIMAGE_API_KEY")
+    result = run(*WORDS)
+    assert result.exit_code and "set MLX_ZIMAGE_API_KEY to its key" in result.stderr
+
+
+def test_a_form_has_texts_as_they_are_and_other_values_as_json():
+    body, kind = form({"prompt": "12", "steps": 3, "stream": True}, {"image": b"\0\r\n--"})
+    assert kind.partition("=")[2].encode() in body
+    for part in (
+        b'name="prompt"\r\n\r\n12\r\n',
+        b'name="steps"\r\n\r\n3\r\n',
+        b"\r\n\r\ntrue\r\n",
+        b"\r\n\r\n\0\r\n--\r\n",
+    ):
+        assert part in body

@@ -95,7 +95,7 @@ def multiply(
     """A Series for each prompt, of `count` images from each seed on. A prompt's own values override all others."""
     made, total, seeds = [], 0, tuple(seeds)
     for own in prompts:
-        values, own_ratio = resolve(own)
+        values, own_ratio = expand_short(own)
         file = Path(os.path.expanduser(values.pop("output", output)))
         wanted = values.pop("count", count)
         _check_count(wanted)
@@ -112,7 +112,7 @@ def multiply(
     return made
 
 
-def resolve(own: dict) -> tuple[dict, tuple[int, int] | None]:
+def expand_short(own: dict) -> tuple[dict, tuple[int, int] | None]:
     """The values of a prompt with its short names (see SHORT) replaced by a request's fields, and its aspect ratio."""
     values = dict(own)
     if "guidance" in values:
@@ -191,7 +191,7 @@ def read_requests(lines: Iterable[str], name: str) -> dict[int, dict]:
             if twice:
                 raise RequestError(f"{name}, line {i}: {short} cannot be combined with {twice[0]}; give one")
         try:
-            resolve(values)
+            expand_short(values)
             _check_count(values.get("count", 1))
         except RequestError as error:
             raise RequestError(f"{name}, line {i}: {error}") from None

@@ -20,6 +20,7 @@ from ..jobs import (
     MAX_IMAGES,
     Job,
     Series,
+    expand_short,
     fields_of_latents,
     lines_of,
     multiply,
@@ -28,7 +29,6 @@ from ..jobs import (
     read_prompts,
     read_requests,
     read_text,
-    resolve,
 )
 from ..request import FEATHER, RNGS, GenerateRequest, LoraUse
 from ..sizes import parse_memory
@@ -564,7 +564,7 @@ def _warn(message: str) -> None:
 def _warn_of_overridden(given: Mapping[str, str], objects: list[dict]) -> None:
     """Warn of options that no request uses, since each has a value of its own."""
     keys = {"auto_seeds": "seed", "prompt_option": "prompt"}
-    own = [resolve(values)[0].keys() | values.keys() for values in objects]
+    own = [expand_short(values)[0].keys() | values.keys() for values in objects]
     for name, option in given.items():
         if own and all(keys.get(name, name) in fields for fields in own):
             _warn(f"{option} changes nothing: each of the requests has its own {keys.get(name, name)}")

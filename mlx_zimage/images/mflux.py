@@ -10,7 +10,7 @@ from ..request import GenerateRequest, LoraUse
 from ..untrusted import brief, parse_json
 from ..variants import TURBO
 
-PREFIX = b"ASCII\0\0\0"  # of its user comment
+CHARACTER_CODE = b"ASCII\0\0\0"  # which EXIF puts before the text of a user comment
 NOT_HERE = {  # values that change an image in a way that a request here cannot, and what they are
     "image_paths": "images to start from",
     "masked_image_path": "a masked image",
@@ -24,7 +24,7 @@ NOT_HERE = {  # values that change an image in a way that a request here cannot,
 def stored(comment: bytes) -> dict[str, Any] | None:
     """mflux's values in EXIF's user comment; None if another program wrote it."""
     try:
-        values = parse_json(comment.removeprefix(PREFIX))
+        values = parse_json(comment.removeprefix(CHARACTER_CODE))
     except ValueError:
         return None
     return values if isinstance(values, dict) and "mflux_version" in values else None

@@ -472,7 +472,7 @@ def _weight_delta(
             raise _misfit(file, path, a, b)
         return (a.astype(mx.float32) @ b.astype(mx.float32)), b.shape[0]
 
-    kinds = [kind for kind, names in KINDS.items() if names & parts.keys()]
+    kinds = [kind for kind, names in PARTS_OF_KIND.items() if names & parts.keys()]
     if len(kinds) > 1:
         raise CheckpointError(f"{file}: {path} has both {' and '.join(kinds)}; expected one kind")
     if not kinds:
@@ -501,7 +501,7 @@ def _weight_delta(
     return Replacement(parts["set_weight"])
 
 
-KINDS = {
+PARTS_OF_KIND = {
     "LoRA": {"down", "up"},
     "LoKr": {"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b"},
     "LoHa": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},

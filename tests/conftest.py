@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from serving import serving
 from tiny import Golden
 
-from mlx_zimage import RequestError, ZImagePipeline
+from mlx_zimage import RequestError, ZImagePipeline, weights
 from mlx_zimage.models.text_encoder import TextEncoder
 from mlx_zimage.variants import TURBO
 from mlx_zimage.weights.component import Component
@@ -93,6 +93,24 @@ def server(small_pocket, tmp_path_factory):
     options = ("--model", small_pocket, "--lora-dir", folder / "loras", "--queue", 3, "--cors", "https://app.example")
     with serving(*options, log=folder / "log") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def light_folder(tmp_path_factory) -> Path:
+    return tiny.write_light_pocket(tmp_path_factory.mktemp("light") / "pocket")
+
+
+@pytest.fixture
+def light_pocket(light_folder, monkeypatch) -> Path:
+    """Take a smaller random model for pocket in this process: for what commands do, whatever their images show."""
+    monkeypatch.setattr(weights.hub, "POCKET", light_folder)
+    return light_folder
+
+
+@pytest.fixture
+def whole_pocket(light_pocket, monkeypatch) -> None:
+    """Take pocket itself, in a file whose tests have light_pocket."""
+    monkeypatch.setattr(weights.hub, "POCKET", POCKET)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from mlx_zimage.models.transformer import Transformer, TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.variants import BASE, VARIANTS
 from mlx_zimage.weights.blocks import READS_AHEAD
-from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.random import RandomWeights
 
 TINY = (
@@ -43,7 +42,7 @@ def test_a_report_has_every_phase_and_the_matmul_rate(tiny, bits):
     assert ("4-bit affine" if bits else "float32") in text and "64x48" in text
 
 
-def test_a_checkpoint_can_be_timed_too():
+def test_a_checkpoint_can_be_timed_too(light_pocket):
     case = bench.Case(width=64, height=64, steps=1, caption_tokens=9, dtype="float32")
     assert bench.bench("pocket", case=case, repeat=1)["model"] == "pocket"
 
@@ -76,10 +75,10 @@ def test_the_report_has_the_models_own_bits(tmp_path, monkeypatch, bits, expecte
             bench.bench(model, case=replace(case, **wrong))
 
 
-def test_steps_default_to_the_models_own(tmp_path, monkeypatch):
+def test_steps_default_to_the_models_own(light_pocket, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "time_first_step", lambda *_: 1.0)
     monkeypatch.setitem(VARIANTS, "base", replace(BASE, steps=3))
-    folder = shutil.copytree(POCKET, tmp_path / "base")
+    folder = shutil.copytree(light_pocket, tmp_path / "base")
     scheduler = folder / "scheduler/scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": BASE.shift}))
     report = bench.bench(str(folder), case=bench.Case(32, 32, caption_tokens=9, dtype="float32"), repeat=1)
@@ -129,9 +128,9 @@ def test_random_weights_that_would_have_to_be_streamed_are_refused(tiny, monkeyp
         bench.bench(size="tiny", case=case, repeat=1)
 
 
-def test_steps_are_guided_where_the_model_needs_guidance(tmp_path, monkeypatch, watch):
+def test_steps_are_guided_where_the_model_needs_guidance(light_pocket, tmp_path, monkeypatch, watch):
     monkeypatch.setattr(bench, "time_first_step", lambda *_: 1.0)
-    folder = shutil.copytree(POCKET, tmp_path / "base")
+    folder = shutil.copytree(light_pocket, tmp_path / "base")
     scheduler = folder / "scheduler/scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": BASE.shift}))
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32")

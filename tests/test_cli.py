@@ -23,6 +23,7 @@ from mlx_zimage import cli, errors
 from mlx_zimage.weights.hub import POCKET
 
 PROMPT = "a red circle on a blue background"
+pytestmark = pytest.mark.usefixtures("light_pocket")
 SMALL = ["--model", "pocket", "--steps", "1", "--width", "32", "--height", "32"]
 COMMAND = [sys.executable, "-m", "mlx_zimage"]
 
@@ -234,7 +235,7 @@ def test_a_full_disk_exits_with_6_and_leaves_no_files(run, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_info_shows_networks_sizes_and_dtypes(run):
+def test_info_shows_networks_sizes_and_dtypes(run, whole_pocket):
     result = run("info", "pocket")
     assert result.exit_code == 0
     assert re.search(r"transformer +[\d,]{9} +\d+\.\d\d MB +bfloat16", result.stdout)
@@ -293,13 +294,13 @@ def test_bench_refuses_a_report_path_it_cannot_write(run, file, code, message, m
 
 
 @pytest.mark.parametrize("options", [["--recipe", "mixed", "--q-bits", "4"], ["--target-size", "9MB", "--search"]])
-def test_convert_chooses_bits_per_layer(run, options):
+def test_convert_chooses_bits_per_layer(run, whole_pocket, options):
     assert run("convert", "pocket", "chosen", *options).stdout == "chosen\n"
     assert len(set(re.findall(r"(\d)-bit affine", run("info", "chosen").stdout))) > 1
     assert run("generate", PROMPT, *SMALL, "-m", "chosen").exit_code == 0
 
 
-def test_info_shows_how_a_model_was_quantized(run):
+def test_info_shows_how_a_model_was_quantized(run, whole_pocket):
     run("convert", "pocket", "searched", "--q-bits", "4", "--search", "--recipe", "mixed")
     assert re.search(r"converted from pocket by .*, a mixed recipe, searched scales\n", run("info", "searched").stdout)
     run("convert", "pocket", "within", "--target-size", "9MB")
@@ -310,7 +311,7 @@ def test_info_shows_how_a_model_was_quantized(run):
     assert ", calibrated on generated images\n" in run("info", "searched").stdout
 
 
-def test_a_conversion_that_gains_nothing_warns(run):
+def test_a_conversion_that_gains_nothing_warns(run, whole_pocket):
     assert "Warning" not in run("convert", "pocket", "small", "--q-bits", "4").stderr
     warned = run("convert", "small", "large", "--q-bits", "8").stderr
     assert "small takes 7.72 MB and the result would take 9." in warned
@@ -319,7 +320,9 @@ def test_a_conversion_that_gains_nothing_warns(run):
     assert "the target size changes nothing: without quantization the model takes 13.52 MB" in warned
 
 
-def test_models_rm_all_deletes_what_the_program_placed_and_keeps_the_users_folders(run, tmp_path, monkeypatch):
+def test_models_rm_all_deletes_what_the_program_placed_and_keeps_the_users_folders(
+    run, whole_pocket, tmp_path, monkeypatch
+):
     import huggingface_hub.constants
 
     home = tmp_path / "home"
@@ -346,7 +349,7 @@ def test_models_rm_all_deletes_what_the_program_placed_and_keeps_the_users_folde
     assert Path("own/model_index.json").exists()
 
 
-def test_convert_writes_a_single_file_and_reads_it_back(run, tmp_path):
+def test_convert_writes_a_single_file_and_reads_it_back(run, whole_pocket, tmp_path):
     assert run("convert", "pocket", "pocket.safetensors", "--format", "comfyui").stdout == "pocket.safetensors\n"
     assert re.search(r"transformer +4,982,080 +9.96 MB  bfloat16\n", run("info", "pocket.safetensors").stdout)
     assert json.loads(run("info", "pocket.safetensors", "--json").stdout)["networks"].keys() == {
@@ -357,7 +360,7 @@ def test_convert_writes_a_single_file_and_reads_it_back(run, tmp_path):
     assert run("verify", "again").exit_code == 0
 
 
-def test_convert_prints_a_folder_that_info_and_generate_can_read(run):
+def test_convert_prints_a_folder_that_info_and_generate_can_read(run, whole_pocket):
     result = run("convert", "pocket", "small", "--q-bits", "8", "--text-encoder-q-bits", "4", "--q-group-size", "32")
     assert (result.exit_code, result.stdout) == (0, "small\n")
     shown = run("info", "small").stdout

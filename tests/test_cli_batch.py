@@ -25,6 +25,7 @@ from mlx_zimage.images.metadata import Origin, read_origin
 from mlx_zimage.request import GenerateRequest
 
 PROMPT = "a red circle on a blue background"
+pytestmark = pytest.mark.usefixtures("light_pocket")
 SIDES = ["--width", "32", "--height", "32"]
 SMALL = ["--model", "pocket", "--steps", "1", *SIDES]
 
@@ -126,11 +127,9 @@ def test_requests_and_results_are_json_lines(run):
         assert saved["peak_memory_gb"] - others <= saved["predicted_peak_memory_gb"] + 2e-4
 
 
-@pytest.mark.parametrize(("side", "size"), [(64, (80, 48)), pytest.param(128, (160, 112), marks=pytest.mark.slow)])
-def test_an_aspect_ratio_keeps_about_the_models_pixel_count(run, small_pocket, side, size):
-    model = small_pocket if side == 64 else "pocket"
-    assert run("generate", PROMPT, "-m", model, "--steps", "1", "--size", "3:2").exit_code == 0
-    assert Image.open("image.png").size == size
+def test_an_aspect_ratio_keeps_about_the_models_pixel_count(run):
+    assert run("generate", PROMPT, "-m", "pocket", "--steps", "1", "--size", "3:2").exit_code == 0
+    assert Image.open("image.png").size == (160, 112)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ def test_info_prints_the_request_stored_in_an_image(run):
     run("generate", PROMPT, *SMALL, "--seed", "1")
     assert run("info", "image.png").stdout.startswith(f"{PROMPT}\nSteps: 1, Sampler: Euler, ")
     assert json.loads(run("info", "image.png", "--json").stdout)["request"]["seed"] == 1
-    assert json.loads(run("info", "pocket", "--json").stdout)["networks"]["vae"]["parameters"] > 500_000
+    assert json.loads(run("info", "pocket", "--json").stdout)["networks"]["vae"]["parameters"] > 50_000
 
 
 def test_info_escapes_control_characters(tmp_path):

@@ -17,10 +17,10 @@ from mlx_zimage.cli.notes import POCKET_CHARACTERS, POCKET_SHAPES, POCKET_WORDS,
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.pipeline import ZImagePipeline
 from mlx_zimage.weights.checkpoint import open_checkpoint
-from mlx_zimage.weights.hub import POCKET
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle on a blue background"
+pytestmark = pytest.mark.usefixtures("light_pocket")
 QUICK = ["-m", "pocket", "--steps", "1"]
 SMALL = [*QUICK, "--size", "32x32"]
 
@@ -282,14 +282,14 @@ def test_what_is_found_late_names_the_line_it_is_about(run, monkeypatch):
     assert result.exit_code == 6 and "Error: jobs.jsonl, line 1, image 1 of 3: the disk is full" in result.stderr
 
 
-def test_generate_plan_and_bench_take_the_same_sizes_and_counts(run, small_pocket, monkeypatch):
-    for size, sides in (["--size", "3:2"], (80, 48)), (["--size", "64x32"], (64, 32)), (["--width", "32"], (32, 64)):
-        result = run("generate", PROMPT, "-m", small_pocket, "--steps", "1", *size, "--count", "2")
+def test_generate_plan_and_bench_take_the_same_sizes_and_counts(run):
+    for size, sides in (["--size", "3:2"], (160, 112)), (["--size", "64x32"], (64, 32)), (["--width", "32"], (32, 128)):
+        result = run("generate", PROMPT, "-m", "pocket", "--steps", "1", *size, "--count", "2")
         assert [Image.open(name).size for name in result.stdout.splitlines()] == [sides] * 2
-        shown = run("plan", small_pocket, *size, "--count", "2").stdout
+        shown = run("plan", "pocket", *size, "--count", "2").stdout
         assert shown.startswith(f"2 images of {sides[0]}x{sides[1]}, 1 at a time, ")
         options = ["--steps", "1", "--tokens", "8", "--count", "1", "--json", "-"]
-        report = json.loads(run("bench", "--model", small_pocket, *size, *options).stdout)
+        report = json.loads(run("bench", "--model", "pocket", *size, *options).stdout)
         assert (report["case"]["width"], report["case"]["height"], report["repeat"]) == (*sides, 1)
 
 
@@ -348,7 +348,7 @@ def test_a_prompt_beyond_pocket_is_answered_once_with_what_it_knows(run):
         "pocket does not know 'lighthouse', 'dusk', '灯', ..., so the image may be blank; it knows circles" in warning
     )
     assert "Warning" not in run("generate", PROMPT, *QUICK).stderr
-    checkpoint = open_checkpoint(POCKET)
+    checkpoint = open_checkpoint("pocket")
     for prompt in ("red", "a big picture on a white background", "中心的红色", "\N{BALLOON}"):
         (note,) = notes(GenerateRequest(prompt, 128, 128, seed=1, steps=1), checkpoint)
         assert "the prompt names none of pocket's shapes, so the image may be blank; it knows circles" in note
@@ -362,7 +362,7 @@ def test_a_size_beyond_pocket_gives_one_warning(run):
 
 
 def test_pocket_knows_sizes_near_those_that_it_was_trained_at():
-    checkpoint = open_checkpoint(POCKET)
+    checkpoint = open_checkpoint("pocket")
     for width, height, known in ((224, 224, 0), (64, 224, 0), (176, 96, 1), (112, 112, 1), (224, 128, 1)):
         assert len(list(notes(GenerateRequest(PROMPT, width, height, seed=1, steps=1), checkpoint))) == 1 - known
 

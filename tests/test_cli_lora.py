@@ -21,15 +21,20 @@ from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.lora import read_lora
 
-MODEL = open_checkpoint("pocket")
-CONFIGS = {name: MODEL.networks[name].config for name in ("text_encoder", "transformer")}
+pytestmark = pytest.mark.usefixtures("light_pocket")
+
+
+def configs() -> dict:
+    model = open_checkpoint("pocket")
+    return {name: model.networks[name].config for name in ("text_encoder", "transformer")}
 
 
 def write(path: Path, seed: int = 0, factors: str = "lora_down lora_up", metadata: dict | None = None) -> Path:
-    """A low-rank LoRA on the attention of all layers."""
+    """A low-rank LoRA on the attention of all layers of pocket, or of what stands for it."""
     down, up = factors.split()
     rng, tensors = np.random.default_rng(seed), {}
-    for name, (rows, columns) in ((n, s) for n, s in CONFIGS["transformer"].shapes().items() if ".attention.to_" in n):
+    shapes = {name: shape for name, shape in configs()["transformer"].shapes().items() if ".attention.to_" in name}
+    for name, (rows, columns) in shapes.items():
         layer = f"diffusion_model.{name.removesuffix('.weight')}"
         tensors[f"{layer}.{down}.weight"] = mx.array(rng.standard_normal((4, columns), np.float32) * 0.1)
         tensors[f"{layer}.{up}.weight"] = mx.array(rng.standard_normal((rows, 4), np.float32) * 0.1)
@@ -210,7 +215,7 @@ def test_lora_info_shows_what_a_file_contains(style):
     assert shown.exit_code == 0
     assert "style.safetensors: ComfyUI" in shown.stdout and "zstyle" in shown.stdout
     found = json.loads(run("lora", "info", style, "--model", "pocket", "--json").stdout)
-    layers = sum(".attention.to_" in name for name in CONFIGS["transformer"].shapes())
+    layers = sum(".attention.to_" in name for name in configs()["transformer"].shapes())
     assert found["networks"] == {"transformer": {"LowRank": layers}}
     assert (found["ranks"], found["alphas"], found["scales"], found["unmatched"]) == ([4], [2.0], [0.5], [])
     assert len(found["targets"]) == layers and f"targets: {found['targets'][0]}, " in shown.stdout
@@ -221,7 +226,7 @@ def test_lora_info_shows_what_a_file_contains(style):
 def test_a_converted_lora_has_the_same_differences(style, to):
     result = run("lora", "convert", style, "out.safetensors", "--to", to, "--model", "pocket")
     assert result.exit_code == 0 and result.stdout == "out.safetensors\n"
-    old, new = (read_lora(path, CONFIGS).deltas["transformer"] for path in (style, Path("out.safetensors")))
+    old, new = (read_lora(path, configs()).deltas["transformer"] for path in (style, Path("out.safetensors")))
     assert old.keys() == new.keys()
     for name, delta in old.items():
         own = mx.zeros(delta.shape)
@@ -237,7 +242,7 @@ def test_a_converted_lora_that_cannot_be_written_is_an_error_that_names_it(style
 
 
 def test_what_diffusers_cannot_read_is_not_converted_for_it(tmp_path):
-    d = CONFIGS["transformer"].dim
+    d = configs()["transformer"].dim
     path, name = tmp_path / "lokr.safetensors", "diffusion_model.layers.0.attention.to_q"
     mx.save_safetensors(str(path), {f"{name}.lokr_w1": mx.ones((8, 8)), f"{name}.lokr_w2": mx.ones((d // 8, d // 8))})
     result = run("lora", "convert", path, tmp_path / "out.safetensors", "--to", "diffusers", "--model", "pocket")

@@ -40,6 +40,7 @@ def colour(file: str, x: int, y: int) -> np.ndarray:
     return np.asarray(Image.open(file), dtype=int)[y, x]
 
 
+@pytest.mark.slow
 def test_one_image(run):
     assert run("one_image.py") == "image.png, generated from seed 1\n"
     red, _, blue = colour("image.png", 64, 64)

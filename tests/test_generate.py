@@ -19,8 +19,8 @@ from mlx_zimage.pipeline import Phase
 REQUEST = GenerateRequest("a red circle", width=32, height=32, seed=1, steps=2)
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture
+def model(light_pocket):
     return open_model("pocket")
 
 

@@ -25,8 +25,8 @@ READ_TWICE = {"pocket guided streamed": 2 * 5_318_400 + 1_772_800}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, str]:
-    return runs.models(tmp_path_factory.mktemp("models"))
+def models(tmp_path_factory) -> runs.Models:
+    return runs.Models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

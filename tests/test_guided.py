@@ -28,6 +28,7 @@ from mlx_zimage.sizes import parse_memory
 SHAPE = (1, 16, tiny.HEIGHT // 8, tiny.WIDTH // 8)
 PHOTO = Inputs(image=tiny.photo())
 PROMPT = "a red circle on a blue background"
+pytestmark = pytest.mark.usefixtures("light_pocket")
 SMALL = ["-m", "pocket", "--steps", "2", "-q"]
 
 
@@ -243,7 +244,7 @@ def test_a_mask_that_cannot_work_is_refused_before_any_work(refused_at_once, cal
         ((4000, 1000), {}, (256, 64)),  # the area of pocket's 128x128
     ],
 )
-def test_the_size_comes_from_the_image_or_one_side_unless_both_are_given(small_pocket, image, asked, size):
+def test_the_size_comes_from_the_image_or_one_side_unless_both_are_given(image, asked, size):
     pipe = ZImagePipeline.from_pretrained("pocket")
     request = pipe.complete(request_of(**asked), Inputs(image=Image.new("RGB", image)))
     assert request.extent[:2] == size
@@ -325,11 +326,11 @@ def test_the_encoder_is_read_once_per_request_and_unloaded(tiny_folder, bytes_re
     assert bytes_read["vae"] == whole + (encoder if keep else whole)
 
 
-def test_an_image_is_encoded_in_the_way_that_the_plan_says(small_pocket, monkeypatch):
+def test_an_image_is_encoded_in_the_way_that_the_plan_says(monkeypatch):
     made = []
     init = VAE.__init__
     monkeypatch.setattr(VAE, "__init__", lambda self, *args, **kw: made.append(args) or init(self, *args, **kw))
-    pipe = ZImagePipeline.from_pretrained(small_pocket, "float32")
+    pipe = ZImagePipeline.from_pretrained("pocket", "float32")
     plan = pipe.plan(request_of(), PHOTO)
     ways = {**plan.ways, "image": replace(plan.ways["image"], strip_bytes=2**15)}
     monkeypatch.setattr(pipe.networks, "plan", lambda *_: replace(plan, ways=ways))

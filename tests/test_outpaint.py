@@ -60,7 +60,7 @@ def test_a_request_with_sides_survives_json():
     assert GenerateRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
 
 
-def test_generate_continues_an_image_and_does_it_again_from_the_result(tmp_path, monkeypatch):
+def test_generate_continues_an_image_and_does_it_again_from_the_result(tmp_path, monkeypatch, light_pocket):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(tiny.photo()).resize((48, 32)).save("a.png")
     run = lambda *args: CliRunner().invoke(cli.main, ["generate", *args])  # noqa: E731

@@ -24,6 +24,7 @@ from mlx_zimage.convert import convert
 from mlx_zimage.machine import default_dtype, machine_budget
 from mlx_zimage.memory import Planner, Workload
 from mlx_zimage.variants import TURBO
+from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.library import CHOICES, DOWNLOAD, choose_bits, planned
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,6 @@ def shell(tmp_path):
     command.chmod(0o755)
     home, work = tmp_path / "home", tmp_path / "work"
     work.mkdir()
-    write_lora(work / "style.safetensors")
     repository = home / ".cache/huggingface/hub/models--Tongyi-MAI--Z-Image-Turbo"
     revision = "0" * 40
     (repository / "refs").mkdir(parents=True)
@@ -104,6 +104,7 @@ def shell(tmp_path):
     def shell(block: str, model: Path) -> str:
         if not (repository / "snapshots").exists():
             shutil.copytree(model, repository / "snapshots" / revision)
+            write_lora(work / "style.safetensors")
         for text, instead in STAND_INS.items():
             block = block.replace(text, instead)
         block = block.replace("--model pocket", f"--model {model}")
@@ -137,23 +138,27 @@ def test_it_is_read_in_two_minutes():
     assert len(read("README.md").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("size", ["64x64", pytest.param("its own", marks=pytest.mark.slow)])
-def test_its_commands_work_as_they_stand(shell, small_pocket, size):
-    model, side = (small_pocket, 64) if size == "64x64" else (ROOT / "mlx_zimage/pocket", 128)
+@pytest.fixture
+def model(request) -> Path:
+    """light_pocket or POCKET, by its name."""
+    return request.getfixturevalue("light_pocket") if request.param == "light" else POCKET
+
+
+@pytest.mark.parametrize("model", ["light", pytest.param("pocket", marks=pytest.mark.slow)], indirect=True)
+def test_its_commands_work_as_they_stand(shell, model):
     converted = first_run(shell.home, model)
     *before, uninstalling = [block for block in blocks("README.md", "sh") if not PARSED.search(block)]
     for block in before:
         shell(block, model)
     images = {file.name: Image.open(file).size for file in shell.work.iterdir() if file.suffix != ".safetensors"}
-    wide = (160, 112) if side == 128 else (80, 48)
     assert images == {
-        "image.png": (side, side),
-        "lighthouse.png": wide,
-        **{f"a-lighthouse-at-dusk-{seed}.webp": (side, side) for seed in (1, 2, 3)},
-        "image-1.png": (side, side),
-        "image-2.png": (side, side),
-        "image-3.png": wide,
-        "image-4.png": (144, 112) if side == 128 else wide,  # at most as many pixels as the model's default size
+        "image.png": (128, 128),
+        "lighthouse.png": (160, 112),
+        **{f"a-lighthouse-at-dusk-{seed}.webp": (128, 128) for seed in (1, 2, 3)},
+        "image-1.png": (128, 128),
+        "image-2.png": (128, 128),
+        "image-3.png": (160, 112),
+        "image-4.png": (144, 112),  # at most as many pixels as the model's default size
     }
     shell("mlx-zimage completion zsh --install; mlx-zimage completion bash --install", model)
     listed = shell(uninstalling, model)
@@ -219,15 +224,20 @@ def test_its_table_of_memory_is_what_the_planner_computes(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=pytest.mark.slow if page in LONG else ()) for page in PAGES if page != "README.md"],
+    ("page", "model"),
+    [
+        pytest.param(page, "pocket", marks=pytest.mark.slow) if page in LONG else (page, "light")
+        for page in PAGES
+        if page != "README.md"
+    ],
+    indirect=["model"],
 )
-def test_the_commands_and_programs_of_the_other_pages_work_as_they_stand(page, shell, small_pocket):
-    first_run(shell.home, small_pocket)
+def test_the_commands_and_programs_of_the_other_pages_work_as_they_stand(page, shell, model):
+    first_run(shell.home, model)
     for block in blocks(page, "sh"):
         if PARSED.search(block):
             continue
-        shell(block, small_pocket)
+        shell(block, model)
     for block in blocks(page, "python"):
         run_python(block, shell.work)
 

@@ -14,6 +14,8 @@ import pytest
 from mlx_zimage import GenerateRequest, RequestError, Step, ZImagePipeline
 from mlx_zimage.models.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("light_pocket")
+
 REQUEST = GenerateRequest("a red circle", 32, 32, seed=1, steps=2)
 OTHER = GenerateRequest("a blue square", 32, 32, seed=2, steps=1)
 

@@ -23,6 +23,7 @@ from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.weights import official
+from mlx_zimage.weights.hub import POCKET
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -57,6 +58,11 @@ TEXT_ENCODER = official.CONFIGS["text_encoder"] | {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
+}
+LIGHT = {  # what differs from pocket's configs
+    "transformer": {"n_layers": 2, "n_refiner_layers": 1},
+    "text_encoder": {},
+    "vae": {"block_out_channels": [8, 8, 16, 16]},
 }
 VAE = official.CONFIGS["vae"] | {"block_out_channels": [8, 16, 24, 24], "norm_num_groups": 4}
 CONFIGS = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
@@ -246,6 +252,15 @@ def write_checkpoint(folder: Path, seed: int, kind: str = "tiny") -> Path:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(official.SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps(official.MODEL_INDEX))
     shutil.copytree(GOLDEN / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def write_light_pocket(folder: Path) -> Path:
+    """Pocket with fewer layers, a narrow VAE and random weights: its images show nothing, and take less time."""
+    shutil.copytree(POCKET, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for component, changed in LIGHT.items():
+        config = json.loads((POCKET / component / "config.json").read_text()) | changed
+        save_component(folder / component, component, weights(0, component, config, "light"), config, mx.bfloat16)
     return folder
 
 

@@ -88,17 +88,25 @@ CASES = {
 }
 
 
-def models(folder: Path) -> dict[str, str]:
-    """The path of each model in the cases; models that are not in the package are written to folder."""
-    from mlx_zimage.convert import convert
+class Models:
+    """The path of each model in the cases; a model that is not in the package is written to folder when first used."""
 
-    found = {kind: str(path) for kind in tiny.KINDS for path in [tiny.write_checkpoint(folder / kind, 0, kind)]}
-    found["tiny7"] = str(tiny.write_checkpoint(folder / "tiny7", 7))
-    for bits in (3, 4, 8):
-        found[f"pocket-{bits}bit"] = str(convert("pocket", folder / f"pocket-{bits}bit", bits=bits))
-    for mode in ("mxfp4", "mxfp8", "nvfp4"):
-        found[f"pocket-{mode}"] = str(convert("pocket", folder / f"pocket-{mode}", mode=mode))
-    return found | {"pocket": "pocket"}
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> str:
+        from mlx_zimage.convert import convert
+
+        path = self.folder / name
+        stem, _, stored = name.partition("-")
+        if name == "pocket":
+            return name
+        if path.exists():
+            return str(path)
+        if stem != "pocket":
+            return str(tiny.write_checkpoint(path, 7 if name == "tiny7" else 0, stem.removesuffix("7")))
+        options = {"bits": int(stored[0])} if stored.endswith("bit") else {"mode": stored}
+        return str(convert("pocket", path, **options))
 
 
 @contextmanager
@@ -194,7 +202,7 @@ def record() -> None:
     known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {"costs": {}, "digests": {}}
     arrays, digests = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        found = models(Path(folder))
+        found = Models(Path(folder))
         for name, case in CASES.items():
             budget = least_budget(found[case.model], case) if case.tight else None
             made, counts = run(found[case.model], case, budget)

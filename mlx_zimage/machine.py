@@ -31,6 +31,7 @@ from .untrusted import parse_json, read_bytes
 # Bytes of a Mac's working set left for what is on its screen; at most a tenth of the set. A guess: a frame of a 5K
 # display is 59 MB, of which the display and each large window hold two or three.
 WINDOW_SERVER = 500 * 10**6
+LARGE_MAC = 36 * 2**30  # bytes of memory from which macOS recommends a larger part of it
 MEMORY_SHARE = 0.6  # share of the memory to use, if the system does not recommend one
 # Bytes that threads' heaps and stacks and compiled kernels take of the address space (measured with pocket: 0.5 to 0.6
 # GB), and the share of the rest to plan with: MLX's CPU backend unfolds convolutions outside of what it counts, which
@@ -137,12 +138,29 @@ def machine_budget() -> int:
     device = mx.device_info()
     recommended = device.get("max_recommended_working_set_size")
     if recommended:
-        return int(recommended) - min(int(recommended) // 10, WINDOW_SERVER)
+        return _beside_others(int(recommended))
     of_gpu = int(device.get("total_memory") or device.get("memory_size") or 0)
     if of_gpu:
         return int(MEMORY_SHARE * of_gpu)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(int(MEMORY_SHARE * min([total, *cgroup_limits()])), process_limit())
+
+
+def mac_budget(memory: int) -> int:
+    """machine_budget of a Mac with this many bytes of memory, as macOS recommends by default."""
+    return _beside_others(mac_working_set(memory))
+
+
+def mac_working_set(memory: int) -> int:
+    """The part of a Mac's memory that macOS recommends for its GPU by default; newer systems may recommend more.
+
+    Two thirds on small Macs and three quarters on large ones, as reported of 16, 24, 32 and 96 GB.
+    """
+    return memory * 2 // 3 if memory < LARGE_MAC else memory * 3 // 4
+
+
+def _beside_others(recommended: int) -> int:
+    return recommended - min(recommended // 10, WINDOW_SERVER)
 
 
 def check_budget(budget: int) -> int:

@@ -29,6 +29,7 @@ TURBO = Variant("turbo", "Tongyi-MAI/Z-Image-Turbo", steps=8, guidance_scale=0.0
 # card recommends.
 BASE = Variant("base", "Tongyi-MAI/Z-Image", steps=50, guidance_scale=4.0, shift=6.0, takes_guidance=True)
 VARIANTS = {variant.name: variant for variant in (TURBO, BASE)}
+MEMORIES = (8, 16, 24, 32, 64)  # gigabytes of the Macs that README advises
 # What a repository may be called for short.
 ALIASES = {"z-image-turbo": TURBO.repository, "turbo": TURBO.repository, "z-image": BASE.repository}
 

@@ -287,6 +287,16 @@ def test_a_full_disk_is_reported_before_any_work(official, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_the_bits_may_be_chosen_by_the_memory_of_a_mac(tmp_path):
+    for memory, bits in (("8GB", 4), ("16gb", 6)):
+        out = tmp_path / memory
+        result = CliRunner().invoke(main, ["convert", "pocket", str(out), "--for", memory, "--quiet"])
+        assert result.exit_code == 0, result.output
+        assert {q.bits for q in open_checkpoint(out).transformer.quantizations.values()} == {bits}
+    result = CliRunner().invoke(main, ["convert", "pocket", "out", "--for", "8GB", "--q-bits", "4"])
+    assert result.exit_code == 2 and "--for chooses the bits itself; leave out --q-bits" in result.output
+
+
 def test_info_shows_what_a_folder_was_converted_from(tmp_path):
     folder = convert(convert("pocket", tmp_path / "once", bits=4), tmp_path / "twice", bits=8)
     result = CliRunner().invoke(main, ["info", str(folder)])

@@ -35,14 +35,9 @@ class Mac:
 
     @classmethod
     def of(cls, name: str, gib: int) -> Mac:
-        """As macOS describes Macs by default; newer systems may recommend more.
-
-        Two thirds of the memory are recommended on small Macs and three quarters on large ones, and buffers hold half
-        of it. Reported of 16 GB (8.59 and 11.45 GB), and the recommended part of 24, 32 and 96 GB; of others it is
-        assumed.
-        """
+        """As macOS describes Macs by default: buffers hold half of the memory, as reported of 16 GB."""
         memory = gib * GIB
-        return cls(name, memory, memory * 2 // 3 if gib < 36 else memory * 3 // 4, memory // 2)
+        return cls(name, memory, machine.mac_working_set(memory), memory // 2)
 
     @property
     def facts(self) -> dict:

@@ -23,9 +23,9 @@ from mlx_zimage import cli
 from mlx_zimage.convert import convert
 from mlx_zimage.machine import default_dtype, machine_budget
 from mlx_zimage.memory import Planner, Workload
-from mlx_zimage.variants import TURBO
+from mlx_zimage.variants import MEMORIES, TURBO
 from mlx_zimage.weights.hub import POCKET
-from mlx_zimage.weights.library import CHOICES, DOWNLOAD, choose_bits, planned
+from mlx_zimage.weights.library import CHOICES, DOWNLOAD, bits_for, choose_bits, planned
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = cli.main.context_settings  # of every context: click keeps the help option that the first one asks for
@@ -192,11 +192,12 @@ def test_its_table_of_memory_is_what_the_planner_computes(tmp_path, monkeypatch)
     sizes = {bits: checkpoint.nbytes for bits, checkpoint in checkpoints.items()}
     work = Workload(TURBO.size, TURBO.size, images=1, tokens=512, steps=TURBO.steps)
     rows = []
-    for gigabytes in (8, 16, 24, 32, 64):
+    for gigabytes in MEMORIES:
         plans = []
         for chip in CHIPS:
             stand_in(monkeypatch, Mac.of(chip, gigabytes), tmp_path)
             bits = choose_bits(sizes, machine_budget())
+            assert bits == bits_for(gigabytes), "what convert --for gives"
             planner = Planner(checkpoints[bits], getattr(mx, default_dtype()))
             plans.append(planner.plan(work, machine_budget()))
         peak = max(plan.peak for plan in plans)

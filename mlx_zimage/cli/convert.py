@@ -5,18 +5,30 @@ from contextlib import closing
 import click
 
 from ..errors import RequestError
+from ..variants import MEMORIES
 from .elsewhere import Command
 from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar, say
 from .values import FilePath, ModelName, quantization_options
 
 PARTS = ("transformer", "text_encoder", "vae")
+# options that choose bits, by name
+CHOOSING = {
+    **{"bits": "--q-bits", "mode": "--q-mode", "transformer_bits": "--transformer-q-bits"},
+    **{"text_encoder_bits": "--text-encoder-q-bits", "target_size": "--target-size"},
+}
 QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_bits", "recipe", "target_size")
 
 
 @click.command(cls=Command, epilog="Example: mlx-zimage convert z-image-turbo z-image-4bit --q-bits 4")
 @click.argument("source", type=ModelName())
 @click.argument("dest", type=FilePath())
+@click.option(
+    "--for",
+    "memory_of",
+    type=click.Choice([f"{gigabytes}GB" for gigabytes in MEMORIES], case_sensitive=False),
+    help="Choose the bits for a Mac with this much memory.",
+)
 @quantization_options
 @click.option(
     "--transformer-q-bits", "transformer_bits", type=int, help="Bits for the transformer.  [default: --q-bits]"
@@ -77,7 +89,7 @@ QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_
 @click.option("--memory", metavar="SIZE", help="Memory budget for --calibrate and --report, such as 12GB.")
 @click.option("--upload-repo", metavar="ID", help="Upload DEST and a model card to this Hugging Face repository.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
-def convert(source, dest, reported, upload_repo, quiet, **options):
+def convert(source, dest, memory_of, reported, upload_repo, quiet, **options):
     """Convert SOURCE to an MLX model folder DEST and print its path.
 
     SOURCE is a Hugging Face id (ID:PATH for a file or folder in its repository), 'z-image-turbo' (the official
@@ -90,7 +102,7 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
     from ..convert.choose import quantizations
     from ..convert.report import check_source, check_upload, report_steps, upload
     from ..convert.writer import check_absent
-    from ..weights.library import register, smaller_download
+    from ..weights.library import bits_for, register, smaller_download
 
     memory, variant = options["memory"], options["variant"]
     if (reported or upload_repo) and options["format"] != "mlx":
@@ -102,6 +114,10 @@ def convert(source, dest, reported, upload_repo, quiet, **options):
         )
     if reported and (others := [f"--{name}" for name in ("tokenizer", "base") if options[name]]):
         raise RequestError(f"--report generates images with SOURCE's own parts; leave out {' and '.join(others)}")
+    if memory_of:
+        if given := [flag for name, flag in CHOOSING.items() if options[name] not in (None, "affine")]:
+            raise RequestError(f"--for chooses the bits itself; leave out {' and '.join(given)}")
+        options["bits"] = bits_for(int(memory_of.removesuffix("GB")))
     quantizations(**{name: options[name] for name in QUANTIZATION})  # raises before anything is downloaded
     check_absent(dest)
     if options["transformer"] is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from .. import atomic
 from ..dtypes import ITEM_BYTES
 from ..errors import CheckpointError, ModelNotFoundError, OutputError, RequestError, warn
-from ..machine import RATES, home
+from ..machine import RATES, home, mac_budget
 from ..models import CONFIGS, NETWORKS
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
@@ -264,6 +264,11 @@ def _is_alias(source: Location) -> bool:
 def choose_bits(sizes: dict[int | None, int], budget: int) -> int | None:
     """The most bits whose weights all stay in memory; otherwise the fewest, with blocks streamed from disk."""
     return next((bits for bits in CHOICES if sizes[bits] <= WEIGHTS_SHARE * budget), CHOICES[-1])
+
+
+def bits_for(gigabytes: int) -> int | None:
+    """The bits of a model that is converted for a Mac with this much memory, as in README's table."""
+    return choose_bits({bits: planned(bits).nbytes for bits in CHOICES}, mac_budget(gigabytes * 2**30))
 
 
 def planned(bits: int | None, configs: Mapping[str, dict] = official.CONFIGS) -> Checkpoint:

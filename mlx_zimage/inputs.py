@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
@@ -18,10 +18,21 @@ import numpy as np
 from PIL import Image
 
 from .errors import RequestError
+from .images.controls import prepared
 from .images.masks import canvas, canvas_mask, canvas_size, fit_mask, read_mask, values
 from .images.source import cover, digest, fit_size, over_white, read_image
 from .noise import initial_noise, noises
-from .request import LATENT_PIXELS, MASKED_STRENGTH, MAX_SIZE, MAX_TOKENS, REFINING, STRENGTH, GenerateRequest, Outpaint
+from .request import (
+    LATENT_PIXELS,
+    MASKED_STRENGTH,
+    MAX_SIZE,
+    MAX_TOKENS,
+    REFINING,
+    SIZE_MULTIPLE,
+    STRENGTH,
+    GenerateRequest,
+    Outpaint,
+)
 from .untrusted import open_regular
 from .variants import Variant
 
@@ -37,7 +48,8 @@ class Inputs:
     prompt_embeds and negative_prompt_embeds (L, cap_feat_dim), as from a pipeline's `encode`, replace the prompts.
     image is what image to image starts from, as `images.source.read_image` takes it: a file, a PIL image or an array;
     mask_image, of the same size or that of the request, is white where inpainting regenerates it.
-    posterior_noise (1, 16, height / 8, width / 8) replaces the seed's noise for sample_posterior.
+    posterior_noise (1, 16, height / 8, width / 8) replaces the seed's noise for sample_posterior. control_images are
+    those of the request's controls, in any order, and as `images.source.read_image` takes them.
     """
 
     latents: Any = None
@@ -46,6 +58,7 @@ class Inputs:
     image: Any = None
     posterior_noise: Any = None
     mask_image: Any = None
+    control_images: Sequence[Any] = ()
 
     @classmethod
     def of(cls, value: Any, latents: Any = None) -> Inputs:
@@ -63,7 +76,8 @@ class Inputs:
     def digests(self) -> dict[str, Any]:
         """The SHA-256 of each array as float32, and of the image's pixels, by the request's field that refers to it."""
         images = {"image": self.source, "mask_image": self.mask}
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in images}
+        others = {*images, "control_images"}
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
         return {
             **{name: _digest(value, name) for name, value in given.items() if value is not None},
             **{name: digest(image) for name, image in images.items() if image is not None},
@@ -76,6 +90,30 @@ class Inputs:
             if wanted not in (None, found):
                 given = f"the given ones have {found}" if found else "none were given"
                 raise RequestError(f"the request expects {name} with SHA-256 {wanted}, but {given}")
+
+    @cached_property
+    def controls(self) -> dict[str, Image.Image]:
+        """The control images by digest, upright and in sRGB, transparent parts on white."""
+        read = [read_image(image) for image in self.control_images]
+        return {digest(image): over_white(image) for image in read}
+
+    def check_controls(self, digests: Iterable[str], width: int, height: int) -> None:
+        """Refuse control images that are not given, or do not have the proportions of the image to generate."""
+        for wanted in digests:
+            if wanted not in self.controls:
+                raise RequestError(f"the request expects a control image with SHA-256 {wanted}; give that file")
+            image = self.controls[wanted]
+            scale = max(width / image.width, height / image.height)
+            lost = max(image.width * scale - width, image.height * scale - height)
+            if lost > SIZE_MULTIPLE:
+                raise RequestError(
+                    f"the control image of {image.width}x{image.height} pixels would lose {lost:.0f} of them at "
+                    f"{width}x{height}; crop it to that aspect ratio, or leave out the size to use its own"
+                )
+
+    def control(self, wanted: str, width: int, height: int, prepare: str | None) -> np.ndarray:
+        """A control image at a size, after its preparation: (height, width, 3) uint8."""
+        return prepared(np.asarray(cover(self.controls[wanted], width, height)), prepare)
 
     def noise(
         self, shape: tuple[int, int, int, int], seed: int, rng: str, posterior: bool = False
@@ -149,6 +187,11 @@ def completed(request: GenerateRequest, inputs: Inputs, side: int, variant: Vari
         given = inputs.source.size, area, request.width, request.height
         sides = fit_size(*given) if request.outpaint is None else canvas_size(request.outpaint, *given)
         own |= dict(zip(("width", "height"), sides, strict=True))
+    elif request.control_images and inputs.controls:
+        first = inputs.controls.get(request.control_images[0])
+        if first is not None:
+            sides = fit_size(first.size, side**2, request.width, request.height)
+            own |= dict(zip(("width", "height"), sides, strict=True))
     if request.upscale is not None:
         own |= {"strength": REFINING, "tile": side}
     elif request.image is not None:

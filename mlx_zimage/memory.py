@@ -18,7 +18,8 @@ from .dtypes import STORED
 from .errors import MemoryBudgetError
 from .headroom import SAMPLE_TOKENS, SIDE
 from .machine import backend, kernel_flops, max_buffer
-from .models.layers import vae_dtype
+from .models import CONTROLNET
+from .models.layers import sum_dtype, vae_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
 from .models.vae import CPU_STRIP, SCORES, VAEConfig, convolution_flops, strip_within
 from .request import LATENT_PIXELS, SIZE_MULTIPLE, GenerateRequest
@@ -29,6 +30,8 @@ from .weights.checkpoint import Checkpoint
 from .weights.component import READERS, Component
 from .weights.overlay import Extra
 
+BESIDE = 4  # a ControlNet's tokens, twice while a block replaces them, with the caption's; its image's; and its hint
+
 # ---- the work, and the plan for it
 
 
@@ -37,8 +40,8 @@ class Workload:
     """The size of a request: `images` of width x height pixels at once, prompts of at most `tokens`, and steps.
 
     prompts is the number of prompts run in each step: two with guidance. loras has what LoRAs add, by network.
-    from_image says that the steps start from an image, which is encoded first. Unless tile is 0, they run on tiles of
-    at most that many pixels per side.
+    from_image says that an image is encoded first, which the steps start from or follow. Unless tile is 0, they run on
+    tiles of at most that many pixels per side. controls is the number of control images that they follow.
     """
 
     width: int
@@ -50,13 +53,15 @@ class Workload:
     loras: Mapping[str, Extra] = field(default_factory=dict)
     from_image: bool = False
     tile: int = 0
+    controls: int = 0
 
     @classmethod
     def of(cls, part: GenerateRequest, tokens: int, loras: Mapping[str, Extra] | None = None) -> Workload:
         """The size of a part of a complete request, with prompts of at most `tokens`."""
         width, height, steps = part.extent
-        run, prompts, from_image = steps - part.first_step, 1 + part.guided, part.image is not None
-        return cls(width, height, part.num_images, tokens, run, prompts, loras or {}, from_image, part.tile or 0)
+        run, prompts, controls = steps - part.first_step, 1 + part.guided, len(part.controls)
+        encodes, tile = part.image is not None or controls > 0, part.tile or 0
+        return cls(width, height, part.num_images, tokens, run, prompts, loras or {}, encodes, tile, controls)
 
     @property
     def tiles(self) -> Tiles | None:
@@ -311,6 +316,14 @@ class Planner:
             for name, component in checkpoint.networks.items()
         }
 
+    def set_controlnet(self, component: Component | None, prefix: str) -> None:
+        """Plan with this ControlNet, whose blocks the transformer's runner names with a prefix; with none if None."""
+        self.footprints.pop(CONTROLNET, None)
+        if component is not None:
+            own = footprint(component, self.dtype)
+            blocks = {f"{prefix}.{name}": size for name, size in own.blocks.items()}
+            self.footprints[CONTROLNET] = replace(own, blocks=blocks)
+
     def plan(self, work: Workload, budget: int, keep: bool | None = None) -> Plan:
         """The fastest plan for a workload within a budget in bytes; MemoryBudgetError if there is none."""
         best = self.best(work, budget, keep)
@@ -354,7 +367,7 @@ class Planner:
         if self.dtype == mx.float16:  # the sample that its scale is found with must fit, too
             width, height, tokens = max(work.width, SIDE), max(work.height, SIDE), max(work.tokens, SAMPLE_TOKENS)
             work = replace(work, width=width, height=height, tokens=tokens)
-        modulations = self.modulations(work.steps)
+        modulations = self.modulations(work.steps, work.controls)
         denoise = []
         for lean in (False, True):
             nbytes = self.denoise_work(work.parts, lean) + modulations
@@ -371,10 +384,11 @@ class Planner:
         encode, image, denoise, decode = (
             [replace(way, work=way.work + held) for way in ways] for ways in (encode, image, denoise, decode)
         )
+        controlnet = (CONTROLNET,) if work.controls else ()
         stages = [
             Stage("encode", ("text_encoder",), tuple(encode)),
             Stage("image", (), tuple(image)),
-            Stage("denoise", ("transformer",), tuple(denoise), leaves=modulations),
+            Stage("denoise", ("transformer", *controlnet), tuple(denoise), leaves=modulations),
             Stage("decode", ("vae",), tuple(decode)),
         ]
         return [stage for stage in stages if stage.ways]
@@ -399,7 +413,12 @@ class Planner:
         block += self._score(config.dim // config.n_heads) * config.n_heads * length**2
         waiting = work.prompts * work.images if work.prompts * work.images > together else 0
         others = bound.waiting * waiting * length * config.dim
-        unpacked = (bound.lean_unpacked if lean else bound.unpacked) * self.footprints["transformer"].unpacked
+        # A ControlNet's tokens and image for each control, and what they add.
+        beside = BESIDE * work.controls + (work.controls > 0)
+        others += beside * work.prompts * work.images * length * config.dim * sum_dtype(self.dtype).size
+        networks = ("transformer", CONTROLNET) if work.controls else ("transformer",)
+        dense = max(self.footprints[name].unpacked for name in networks)
+        unpacked = (bound.lean_unpacked if lean else bound.unpacked) * dense
         return int(together * block + others + unpacked) + self.lora_work(
             work.loras.get("transformer"), together * length
         )
@@ -428,10 +447,11 @@ class Planner:
         config, (length, together) = self.checkpoint.transformer.config, self._tokens(work)
         return min(self.most, together * length * config.dim * max(4 * length, 2 * config.ffn_dim))
 
-    def modulations(self, steps: int) -> int:
+    def modulations(self, steps: int, controls: int = 0) -> int:
         """Bytes of a schedule's scales and gates, twice while they are stacked, plus two blocks' adaLN weights."""
         config = self.checkpoint.transformer.config
-        given = 2 * steps * (4 * len(config.modulated) + 1) * config.dim
+        blocks = len(config.modulated) + (controls * len(self.footprints[CONTROLNET].blocks) if controls else 0)
+        given = 2 * steps * (4 * blocks + 1) * config.dim
         return (given + 2 * 4 * config.dim * config.time_dim) * self.dtype.size
 
     def _decode_way(self, width: int, height: int, strip_bytes: int | None) -> Way:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +24,8 @@ from .errors import NumericsError, warn
 from .failures import explained
 from .machine import kernel_flops, limits, unpack_from, wired
 from .memory import Plan, Planner, Workload
+from .models import CONTROLNET
+from .models.controlnet import Controlled
 from .models.layers import product_from, result, sum_dtype, vae_dtype
 from .models.text_encoder import TextEncoder
 from .models.transformer import Transformer
@@ -36,12 +38,15 @@ from .tiles import Tiles, tiled
 from .tokenizer import PromptTruncated
 from .weights.blocks import Blocks
 from .weights.checkpoint import Checkpoint
+from .weights.component import Component
+from .weights.joined import Joined
 from .weights.library import embeddings_folder
 from .weights.lora import Lora
 from .weights.overlay import Extra, Overlay
 from .weights.store import Store
 
 SMALL_STRIP = 2**18  # bytes per strip where memory is not planned
+CONTROLNET_PREFIX = "controlnet"  # of a ControlNet's weights among the transformer's
 MAX_EMBEDDINGS = 32  # cached prompts, at most 5 MB each
 
 Ids = tuple[int, ...]
@@ -154,6 +159,16 @@ class Networks:
         """What attached LoRAs at these strengths add to the memory of each network."""
         return {name: overlay.extra(strengths) for name, overlay in self.overlays.items()}
 
+    # ---- a ControlNet
+
+    def set_controlnet(self, component: Component | None) -> None:
+        """Have the transformer run this ControlNet beside it, or none; its weights are read when first used."""
+        self.release("transformer")
+        own = self.checkpoint.transformer
+        others = {} if component is None else {CONTROLNET_PREFIX: component}
+        self.runners["transformer"].weights = Joined(own, others) if others else own
+        self.planner.set_controlnet(component, CONTROLNET_PREFIX)
+
     # ---- a request
 
     def guarded(self) -> AbstractContextManager[None]:
@@ -210,17 +225,19 @@ class Networks:
         guidance: Guidance,
         kept: Kept | None = None,
         tiles: Tiles | None = None,
+        controls: Sequence[Controlled] = (),
     ) -> Generator[Step, Change | None, mx.array]:
         """The Steps from noise (B, h, w, 16) along the sigmas; returns the final latents.
 
         A second prompt is the negative prompt. kept is what inpainting leaves as it is. With tiles, the
-        transformer sees these instead of the whole.
+        transformer sees these instead of the whole. controls are what a ControlNet is shown.
         """
         _, h, w, _ = noise.shape
         if tiles is not None:
             h, w = tiles.h, tiles.w
+            controls = [replace(control, latents=tiles.cut(control.latents)) for control in controls]
         with wired(self._resident()) if self.wired else nullcontext():
-            velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w)
+            velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w, controls)
             if tiles is not None:
                 velocities = tiled(velocities, tiles)
             latents = yield from denoise(guide(velocities, guidance, sigmas), noise, sigmas, kept)
@@ -370,6 +387,6 @@ class Networks:
         if self._plan is None:
             return 0
         footprints, streamed = self.planner.footprints, self._plan.streamed
-        networks = ("transformer", "text_encoder") if self._plan.keep else ("transformer",)
-        blocks = (block for name in networks for block in footprints[name].blocks.items())
+        networks = ["transformer", *(["text_encoder"] if self._plan.keep else []), CONTROLNET]
+        blocks = (block for name in networks if name in footprints for block in footprints[name].blocks.items())
         return sum(size for name, size in blocks if name not in streamed)

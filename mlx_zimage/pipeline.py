@@ -15,6 +15,7 @@ import numpy as np
 from PIL.Image import Resampling
 
 from . import porting
+from .controls import ControlNetMethods
 from .errors import NumericsError, RequestError, warn
 from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_signed, to_uint8, to_unit
@@ -24,6 +25,7 @@ from .inputs import NONE, Inputs, completed
 from .loras import LoraMethods
 from .machine import check_budget, default_dtype, machine_budget, wide_dtype
 from .memory import Plan, Planner, Workload
+from .models.controlnet import Controlled
 from .models.layers import result
 from .models.text_encoder import TextEncoder
 from .models.transformer import PATCH, Transformer
@@ -43,6 +45,7 @@ from .sizes import parse_memory
 from .turns import Turns
 from .variants import Variant
 from .weights.checkpoint import Checkpoint, open_checkpoint
+from .weights.controlnets import ControlNetFile
 from .weights.library import already_converted, smaller_download
 from .weights.lora import Lora
 
@@ -93,7 +96,7 @@ class PipelineOutput:
         return getattr(self, key) if isinstance(key, str) else (self.images,)[key]
 
 
-class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
+class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
     """Z-Image's tokenizer, text encoder, transformer and VAE, opened from one folder."""
 
     def __init__(
@@ -114,6 +117,7 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         self._guidance_scale: float | None = None
         self._num_timesteps = 0
         self._loras: dict[str, Lora] = {}
+        self.controlnet: ControlNetFile | None = None
         self._strengths: dict[str, float] = {}
         budget = machine_budget() if budget is None else check_budget(budget)
         self.networks = Networks(checkpoint, dtype, budget, wired)
@@ -212,6 +216,10 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
         outpaint: Outpaint | dict[str, int] | str | None = None,
         upscale: float | None = None,
         tile: int | None = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] | None = None,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> PipelineOutput | tuple:
         """Generate images; the arguments up to max_sequence_length are those of diffusers' ZImagePipeline 0.42.
 
@@ -237,6 +245,12 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
 
         upscale=2 enlarges the image, or the one generated first, and refines it with strength 0.2 unless given, in
         tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole image at once.
+
+        control_image is what a ControlNet follows (see `load_controlnet`): an image that is ready to use, or a pair of
+        a preparation ("canny", "gray", "scribble" or "tile") and a photo, or a list of several, whose effects add up.
+        It gives the size, unless there is one. controlnet_conditioning_scale, by default the ControlNet's own, and
+        the part of the steps from control_guidance_start to control_guidance_end may be lists, too. When inpainting, a
+        ControlNet that reads a mask is shown what is kept; control_image="inpaint" shows it nothing else.
 
         output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,
         {"latents": mx.array}) may return other latents, and works for one prompt at a time. Several prompts are
@@ -268,6 +282,12 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
             "tile": tile,
         }
         rows = porting.each_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image, mask_image)
+        uses, shown = porting.controls_of(
+            control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end
+        )
+        if uses:
+            settings["controls"] = uses
+            rows = ((texts, replace(inputs, control_images=shown)) for texts, inputs in rows)
         with porting.named_as_in_calls():
             runs = [(self.complete(GenerateRequest(**texts, **settings), inputs), inputs) for texts, inputs in rows]
         for request, inputs in runs:
@@ -410,7 +430,10 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
                     if mask is not None:
                         kept = Kept(image, noise, mx.array(to_latents(mask))[None, :, :, None])
                     mx.eval(start)  # as above
-                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept, work.tiles)
+                controls: list[Controlled] = []
+                if request.controls:
+                    controls = yield from self._controls(request, inputs, pixels, mask, len(sigmas) - 1)
+                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept, work.tiles, controls)
             except NumericsError as error:
                 if networks.dtype == mx.float16:
                     raise _Overflowed(str(error)) from error
@@ -442,8 +465,10 @@ class ZImagePipeline(LoraMethods, porting.DiffusersMethods):
                 f"expected a GenerateRequest, got {type(request).__name__}; to pass a prompt, call the pipeline itself"
             )
         loaded = {name: lora.sha256 for name, lora in self._loras.items()}
-        request = completed(request, inputs, self.sample_size, self.variant)
-        return request.with_loras(loaded, self._strengths)
+        if request.controls:
+            request = self._steps_for_controls(request)
+        request = completed(request, inputs, self.sample_size, self.variant).with_loras(loaded, self._strengths)
+        return self._with_controlnet(request, inputs) if request.controls else replace(request, controlnet=None)
 
     def count_steps(self, request: GenerateRequest) -> int:
         """The number of Steps that a request yields."""

@@ -17,10 +17,11 @@ import numpy as np
 
 from .dtypes import FLOATS
 from .errors import RequestError
+from .images.source import digest, read_image
 from .inputs import Inputs, check_latents
 from .needless import Absent, Elsewhere, Needless
 from .noise import check_generator, generator_randn, noises
-from .request import GenerateRequest, LoraUse
+from .request import ControlUse, GenerateRequest, LoraUse
 from .sampling import Change, Step
 from .untrusted import brief
 
@@ -184,6 +185,34 @@ def each_prompt(
         texts = {name: row.pop(name, "") for name in ("prompt", "negative_prompt")}
         inputs = Inputs(**row)
         yield {**texts, **inputs.digests}, inputs
+
+
+def controls_of(images: Any, scales: Any, starts: Any, ends: Any) -> tuple[tuple[ControlUse, ...], tuple[Any, ...]]:
+    """The controls of a call, and their images, from one or a list of each."""
+    if images is None:
+        if scales is not None:
+            raise RequestError("controlnet_conditioning_scale is for a control_image, but there is none; give one")
+        return (), ()
+    given = images if isinstance(images, list) else [images]
+    columns = []
+    for name, value in (
+        ("controlnet_conditioning_scale", scales),
+        ("control_guidance_start", starts),
+        ("control_guidance_end", ends),
+    ):
+        columns.append(list(value) if isinstance(value, (list, tuple)) else [value] * len(given))
+        if len(columns[-1]) != len(given):
+            raise RequestError(f"{name} must have one entry per control image, {len(given)} in all, got {len(value)}")
+    uses, shown = [], []
+    for one, scale, start, end in zip(given, *columns, strict=True):
+        if isinstance(one, str) and one == "inpaint":
+            uses.append(ControlUse(None, None, scale, start, end))
+            continue
+        prepare, image = one if isinstance(one, tuple) and len(one) == 2 else (None, one)
+        read = read_image(image)
+        uses.append(ControlUse(digest(read), prepare, scale, start, end))
+        shown.append(read)
+    return tuple(uses), tuple(shown)
 
 
 def _listed(value: Any, name: str) -> list | None:

@@ -37,6 +37,8 @@ ARRAYS = (
     "posterior_noise",
     "mask_image",
 )  # named by digest
+CONTROLS = ("canny", "gray", "scribble", "tile")  # what a control image can be made into: see images.controls
+FINGERPRINT = re.compile(r"[0-9a-f]{10}")
 REQUIRED: Any = object()  # default of a required field that follows optional ones
 
 
@@ -65,6 +67,55 @@ class LoraUse:
             return value
         if not isinstance(value, dict) or not {"name"} <= value.keys() <= {"name", "strength", "sha256"}:
             raise RequestError(f"a LoRA must be an object with name, strength and sha256, got {brief(value)}")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class ControlUse:
+    """A control image, named by the SHA-256 of its pixels, that a ControlNet follows at a scale.
+
+    prepare says what is made of it first (see CONTROLS), such as its edges; None if it is ready to use. Without an
+    image, a ControlNet that reads a mask is only shown what inpainting keeps. scale is None for the ControlNet's own.
+    It takes part from `start` to `end` of the steps that run, where 0 is the first and 1 the end of the last.
+    """
+
+    image: str | None = None
+    prepare: str | None = None
+    scale: float | None = None
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        _check_digest("control image", self.image)
+        if self.prepare not in (None, *CONTROLS):
+            raise RequestError(f"control: prepare must be one of {', '.join(CONTROLS)}, got {brief(self.prepare)}")
+        if self.prepare and not self.image:
+            raise RequestError(f"control: there is no image to prepare as {self.prepare}; give one")
+        if self.scale is not None:
+            _check_number("control scale", self.scale, 0.0)
+            object.__setattr__(self, "scale", float(self.scale))
+        for name in ("start", "end"):
+            _check_number(f"control {name}", getattr(self, name), 0.0)
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if not self.start < self.end <= 1:
+            raise RequestError(
+                f"control start must be below control end, and both from 0 to 1, got {self.start:g} and {self.end:g}"
+            )
+
+    def scales(self, steps: int) -> list[float]:
+        """Its scale in each of the steps that run: 0 outside its part of them."""
+        # Source: diffusers' controlnet_keep
+        inside = [self.start <= i / steps and (i + 1) / steps <= self.end for i in range(steps)]
+        return [(self.scale or 0.0) * active for active in inside]
+
+    @classmethod
+    def of(cls, value: Any) -> ControlUse:
+        """A ControlUse unchanged, or one made from its dict."""
+        if isinstance(value, cls):
+            return value
+        known = [field.name for field in fields(cls)]
+        if not isinstance(value, dict) or not {*value} <= {*known}:
+            raise RequestError(f"a control must be an object with some of {', '.join(known)}, got {brief(value)}")
         return cls(**value)
 
 
@@ -136,8 +187,9 @@ class GenerateRequest:
 
     image, mask_image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
     `mlx_zimage.inputs`. latents and the embeddings replace the seed's noise and the prompts; posterior_noise replaces
-    the seed's noise for sample_posterior. loras are laid over the model for this request. width, height, steps,
-    guidance_scale, strength and loras may be None; a pipeline's `complete` fills in its own.
+    the seed's noise for sample_posterior. loras are laid over the model for this request. controls are followed by
+    a ControlNet, whose fingerprint controlnet is. width, height, steps, guidance_scale, strength, loras and controlnet
+    may be None; a pipeline's `complete` fills in its own.
     """
 
     prompt: str
@@ -169,6 +221,8 @@ class GenerateRequest:
     outpaint: Outpaint | None = None
     upscale: float | None = None
     tile: int | None = None
+    controls: tuple[ControlUse, ...] = ()
+    controlnet: str | None = None
 
     def __post_init__(self):
         if self.seed is REQUIRED:
@@ -227,6 +281,12 @@ class GenerateRequest:
                 raise RequestError(f"loras must be a list, got {brief(self.loras)}")
             object.__setattr__(self, "loras", tuple(map(LoraUse.of, self.loras)))
 
+        if not isinstance(self.controls, (list, tuple)):
+            raise RequestError(f"controls must be a list, got {brief(self.controls)}")
+        object.__setattr__(self, "controls", tuple(map(ControlUse.of, self.controls)))
+        if self.controlnet is not None and not FINGERPRINT.fullmatch(str(self.controlnet)):
+            raise RequestError(f"controlnet must be a fingerprint of ten digits, got {brief(self.controlnet)}")
+
         for field in fields(self):  # NumPy numbers become Python's, so that a request always converts to JSON
             value = getattr(self, field.name)
             if isinstance(value, Real) and type(value) not in (int, float, bool):
@@ -266,6 +326,23 @@ class GenerateRequest:
             used = self.inpaints if name == "mask_feather" else self.mask_image is not None
             if not used and getattr(self, name) != unused:
                 raise RequestError(f"{name} is for inpainting, but there is no mask; give one")
+
+    def check_controls(self) -> None:
+        """Refuse controls that would change nothing, in a complete request."""
+        steps = self.extent[2] - self.first_step
+        for use in self.controls:
+            if use.scale and not any(use.scales(steps)):
+                raise RequestError(
+                    f"control start {use.start:g} and control end {use.end:g} contain none of the {steps} steps; move "
+                    f"them apart"
+                )
+            if use.image is None and not self.inpaints:
+                raise RequestError("a control without an image is for inpainting, but there is no mask; give an image")
+
+    @property
+    def control_images(self) -> list[str]:
+        """The digests of its control images."""
+        return [use.image for use in self.controls if use.image is not None]
 
     @property
     def inpaints(self) -> bool:
@@ -323,7 +400,7 @@ class GenerateRequest:
 
     def to_dict(self) -> dict:
         """The fields as a dict for JSON."""
-        return asdict(self)
+        return asdict(self) | {"controls": [asdict(use) for use in self.controls]}
 
     @classmethod
     def from_dict(cls, values: dict) -> GenerateRequest:

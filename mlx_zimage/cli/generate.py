@@ -34,6 +34,14 @@ from ..request import FEATHER, RNGS, GenerateRequest, LoraUse
 from ..sizes import parse_memory
 from ..variants import ALIASES
 from .adapters import WithLoras, load_loras, lora_options, name_paths
+from .controls import (
+    check_old_controls,
+    choose_control,
+    control_notes,
+    control_options,
+    controls_given,
+    load_control,
+)
 from .elsewhere import as_typed, join_seeds, options_given, refuse_strength_of_mflux
 from .models import DEFAULT_MODEL, first_run
 from .notes import notes
@@ -76,6 +84,9 @@ SECTIONS = {  # of the help text, with the names of their options
     "Seeds": ("seed", "count", "auto_seeds", "rng", "latents_file"),
     "Sampling": ("steps", "shift", "guidance_scale", "negative_prompt", "cfg_normalization", "cfg_truncation"),
     "LoRA": ("loras", "lora_partial"),
+    "ControlNet": (
+        *("control_files", "control_model", "control_scales", "control_start", "control_end", "control_kind"),
+    ),
     "Model and memory": (
         *("source", "variant", "transformer", "text_encoder", "vae", "yes", "dtype", "memory", "keep", "wired"),
         *("battery_limit", "server"),
@@ -261,6 +272,7 @@ class Generate(WithLoras):
     help="Sample the image's latents as diffusers does, instead of taking their mean.",
 )
 @lora_options
+@control_options
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),
@@ -342,6 +354,8 @@ def generate(
     sample_posterior: bool, mask_file: Path | None, mask_soft: bool, dtype: str | None,
     memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
     loras: list[tuple[str, float | None]], lora_partial: bool,
+    control_files: tuple[str, ...], control_model: str | None, control_scales: tuple[float, ...],
+    control_start: float | None, control_end: float | None, control_kind: str | None,
     metadata: bool, preview: bool, preview_dir: Path | None, show: bool, as_json: bool, quiet: bool, yes: bool,
     server: str | None,
     **values,
@@ -374,6 +388,13 @@ def generate(
     _warn_of_overridden(given, prompts if requests_file else [])
     flags = {"sample_posterior": sample_posterior or None, "mask_soft": mask_soft or None}
     base, ratio = _base(values | flags, size, old, files_given)
+    shown = control_files, control_scales, control_start, control_end
+    if control_files:
+        base["controls"] = controls_given(files_given, *shown, old)
+    elif any(value not in (None, ()) for value in shown) and not any("controls" in own for own in prompts):
+        raise RequestError("--control-scale, --control-start and --control-end need --control FILE")
+    elif old and not all("controls" in own for own in prompts):
+        check_old_controls(old, from_image)
     if old:
         _check_old(old, from_image, files_given.digests, prompts)
     all_series = multiply(base, prompts, _seeds(seed, auto_seeds, old), output, ratio, count)
@@ -413,6 +434,8 @@ def generate(
     if wired and sys.platform != "darwin":
         _warn("--wired changes nothing here: only macOS can lock the GPU's memory")
     budget = None if memory is None else parse_memory(memory)
+    follows = any(series.values.get("controls") for series in all_series)
+    control_source = choose_control(control_model, control_kind, follows, source, yes, quiet)
     if source is None:
         source = _default_model(old, from_image, yes, quiet)
     elif source in ALIASES and not Path(source).exists():
@@ -428,6 +451,7 @@ def generate(
     elif old and model.fingerprint != old.fingerprint:
         _warn(f"{source} is not the model that generated {from_image}; the image will differ")
     load_loras(model.pipeline, lora_paths, loras, old, lora_partial)
+    load_control(model.pipeline, control_source, control_kind, old, from_image, quiet)
     side = model.pipeline.sample_size
 
     def complete(job: Job) -> GenerateRequest:
@@ -444,7 +468,9 @@ def generate(
             if latents_file:
                 check_latents_size(latents_file, files_given.latents, *request.extent[:2])
             model.pipeline.plan(request)  # refuses what does not fit, before any work
-    for message in dict.fromkeys(note for request in requests for note in notes(request, model.pipeline.checkpoint)):
+    found = [note for request in requests for note in notes(request, model.pipeline.checkpoint)]
+    found += [note for request in requests for note in control_notes(request, model.pipeline)]
+    for message in dict.fromkeys(found):
         _warn(message)
     files = Files(overwrite, metadata)
     terminal = None if quiet else graphics()
@@ -525,7 +551,8 @@ def _is_stdin(file: BinaryIO | None) -> bool:
 
 def _base(values: dict, size: str | None, old: Origin | None, given: Given) -> tuple[dict, tuple[int, int] | None]:
     """The values that all images share, and their aspect ratio if one was given."""
-    base = {**old.request.to_dict(), "loras": None} if old else {}  # they are loaded with the model
+    # they are loaded with the model
+    base = {**old.request.to_dict(), "loras": None, "controlnet": None} if old else {}
     check_one_size(size, values["width"], values["height"])
     sides, ratio = parse_size(size) if size else ({}, None)
     base |= {name: value for name, value in {**values, **sides}.items() if value is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import RequestError
 from ..inputs import Inputs, read_latents
@@ -24,7 +25,7 @@ class Given:
         common = Inputs(read_latents(latents) if latents else None)
         self.latents = common.latents
         self._files: dict[str, Path] = {}  # of images, by digest
-        self._last: tuple[dict, Inputs] = {}, common
+        self._last: tuple[dict, list, Inputs] = {}, [], common
         self.digests = {"latents": common.digests.get("latents")}
         self.digests |= {name: self.add(name, path) if path else None for name, path in images.items()}
 
@@ -39,8 +40,20 @@ class Given:
         return [
             own
             | {name: self.add(name, Path(os.path.expanduser(own[name]))) for name in IMAGES if _is_path(own.get(name))}
+            | ({"controls": [*map(self._control_named, own["controls"])]} if _is_list(own.get("controls")) else {})
             for own in requests
         ]
+
+    def add_control(self, path: Path) -> str:
+        """Read a control image; returns the digest by which requests name it."""
+        (digest,) = Inputs(control_images=[path]).controls
+        self._files[digest] = path
+        return digest
+
+    def _control_named(self, use: Any) -> Any:
+        if not isinstance(use, dict) or not _is_path(use.get("image")):
+            return use
+        return use | {"image": self.add_control(Path(os.path.expanduser(use["image"])))}
 
     def inputs(self, request: GenerateRequest) -> Inputs:
         """The inputs of one request."""
@@ -48,12 +61,21 @@ class Given:
         for name, digest in wanted.items():
             if digest not in self._files:
                 raise RequestError(f"{name} with SHA-256 {digest} was not given; pass its file with {OPTIONS[name]}")
-        return self._open({name: self._files[digest] for name, digest in wanted.items()})
+        for digest in request.control_images:
+            if digest not in self._files:
+                raise RequestError(f"a control image with SHA-256 {digest} was not given; pass its file with --control")
+        shown = [self._files[digest] for digest in dict.fromkeys(request.control_images)]
+        return self._open({name: self._files[digest] for name, digest in wanted.items()}, shown)
 
-    def _open(self, files: dict[str, Path]) -> Inputs:
-        if self._last[0] != files:
-            self._last = files, Inputs(self.latents, **files)
-        return self._last[1]
+    def _open(self, files: dict[str, Path], shown: Sequence[Path] = ()) -> Inputs:
+        if self._last[:2] != (files, [*shown]):
+            given = {name: files.get(name) for name in IMAGES}
+            self._last = files, [*shown], Inputs(self.latents, **given, control_images=[*shown])  # type: ignore[arg-type]
+        return self._last[2]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
 
 
 def _is_path(value: object) -> bool:

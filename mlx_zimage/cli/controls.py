@@ -1,0 +1,173 @@
+"""ControlNets on a command line: `--control [KIND:]FILE --control-model PATH`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ModelNotFoundError, RequestError
+from ..request import CONTROLS, ControlUse, GenerateRequest
+from ..sizes import size
+from .output import hub_bars, say
+from .values import LoraName
+
+if TYPE_CHECKING:
+    from ..images.metadata import Origin
+    from ..pipeline import ZImagePipeline
+    from .given import Given
+
+# What `--control` offers to download: the smallest, and made for Turbo's 8 steps.
+REPOSITORY = "alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union-2.1"
+LITE = f"{REPOSITORY}:Z-Image-Turbo-Fun-Controlnet-Union-2.1-lite-2602-8steps.safetensors"
+LITE_BYTES = 2_016_616_960  # of its weights in bfloat16
+INPAINT = "inpaint"
+TAKES = "--control-model takes a file, a folder, a Hugging Face id or id:file"
+
+
+def control_options(command: Any) -> Any:
+    """The options of ControlNets."""
+    options = (
+        click.option(
+            "--control", "control_files", metavar="[KIND:]FILE", multiple=True,
+            help="Follow this control image (edges, a pose, depth and so on, as the ControlNet was trained on). KIND "
+            f"makes one of a photo first: {', '.join(CONTROLS)}. With --mask, just '{INPAINT}' shows the ControlNet "
+            "only what is kept.  [repeatable]",
+        ),
+        click.option(
+            "--control-model", metavar="PATH", type=LoraName(),
+            help="The ControlNet Union: a file, a folder, a Hugging Face id or id:file.  [default: offers to download "
+            "the lite one for 8 steps]",
+        ),
+        click.option(
+            "--control-scale", "control_scales", type=float, multiple=True, metavar="SCALE",
+            help="How strictly to follow: one for all control images, or one for each.  [default: the ControlNet's "
+            "own, 0.75 to 0.9]",
+        ),
+        click.option(
+            "--control-start", type=float, metavar="PART",
+            help="Follow from this part of the steps on, where 0 is the first.  [default: 0]",
+        ),
+        click.option(
+            "--control-end", type=float, metavar="PART",
+            help="Follow up to this part of the steps, where 1 is the last.  [default: 1]",
+        ),
+        click.option(
+            "--control-kind", metavar="KIND",
+            help="What --control-model was trained for, if its name does not say: plain, or some of 8-steps, tile and "
+            "base, separated by commas.",
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def controls_given(
+    given: Given,
+    files: Sequence[str],
+    scales: Sequence[float],
+    start: float | None,
+    end: float | None,
+    old: Origin | None,
+) -> list[dict]:
+    """The controls that the options describe, for a request; those of an old image keep its settings."""
+    if len(scales) > 1 and len(scales) != len(files):
+        raise RequestError(
+            f"--control-scale must be given once, or once for each --control ({len(files)} in all), got {len(scales)}"
+        )
+    found = []
+    for i, text in enumerate(files):
+        use = _use(given, text, old)
+        values = {"scale": scales[min(i, len(scales) - 1)] if scales else None, "start": start, "end": end}
+        found.append(use | {name: value for name, value in values.items() if value is not None})
+    return [asdict(ControlUse.of(use)) for use in found]
+
+
+def _use(given: Given, text: str, old: Origin | None) -> dict:
+    kind, colon, file = text.partition(":")
+    if text == INPAINT and not os.path.exists(text):
+        return {}
+    is_kind = bool(colon) and kind in CONTROLS
+    if not is_kind and colon and not os.path.exists(os.path.expanduser(text)):
+        raise RequestError(f"--control {text}: expected FILE, or KIND:FILE with one of {', '.join(CONTROLS)}")
+    digest = given.add_control(Path(os.path.expanduser(file if is_kind else text)))
+    before = [asdict(use) for use in (old.request.controls if old else ()) if use.image == digest]
+    if before and not is_kind:
+        return before[0]
+    return {"image": digest, "prepare": kind if is_kind else None}
+
+
+def check_old_controls(old: Origin, path: Path | None) -> None:
+    """Require the control images that an old image was generated from."""
+    if old.request.control_images:
+        count = len(old.request.controls)
+        what = f"{count} control images" if count > 1 else "a control image"
+        raise RequestError(f"{path} was generated from {what}; pass the file with --control, in the same order")
+
+
+def choose_control(
+    source: str | None, kind: str | None, is_used: bool, model: str | None, yes: bool, quiet: bool
+) -> str | None:
+    """The ControlNet to load, if it is used: the one given, pocket's own, or the lite one, which is offered."""
+    if is_used:
+        return source or ("pocket" if model == "pocket" else _lite(yes, quiet))
+    for name, value in (("--control-model", source), ("--control-kind", kind)):
+        if value is not None:
+            raise RequestError(f"{name} is for control images, but there is none; give one with --control")
+    return None
+
+
+def load_control(
+    pipeline: ZImagePipeline, source: str | None, kind: str | None, old: Origin | None, image: Path | None, quiet: bool
+) -> None:
+    """Load the chosen ControlNet, if any, and say what it is."""
+    if source is None:
+        return
+    opened = pipeline.load_controlnet(source, kind)
+    say(f"ControlNet {opened}", quiet)
+    if old and old.request.controlnet not in (None, opened.fingerprint):
+        warnings.warn(f"{opened.name} is not the ControlNet that {image} was generated with", stacklevel=2)
+
+
+def _lite(yes: bool, quiet: bool) -> str:
+    from ..weights.controlnets import find_controlnet
+
+    if not yes and not (sys.stdin and sys.stdin.isatty()):
+        raise ModelNotFoundError(
+            f"--control needs a ControlNet; --yes downloads {LITE} ({size(LITE_BYTES)}) if it is not on this machine; "
+            f"{TAKES}"
+        )
+    hub_bars(False)  # the configs are small
+    path, repository = find_controlnet(LITE)
+    hub_bars(not quiet)
+    missing = repository.to_fetch([path]) if repository else 0
+    if missing:
+        say(f"--control needs a ControlNet. To download {LITE}: {size(missing)}", quiet)
+        if not yes and not click.confirm("Continue?", default=True, err=True):
+            raise ModelNotFoundError(f"nothing was downloaded; {TAKES}")
+    return LITE
+
+
+def control_notes(request: GenerateRequest, pipeline: ZImagePipeline) -> Iterator[str]:
+    """The notes on a request whose model or steps do not suit its ControlNet."""
+    opened = pipeline.controlnet
+    if opened is None or not request.controls:
+        return
+    variant, steps = pipeline.variant, request.extent[2]
+    if opened.kind.traits is not None and ("base" in opened.kind) != variant.takes_guidance:
+        other = "base" if "base" in opened.kind else "Turbo"
+        yield f"{opened.name} was trained for {other} Z-Image, but this model is {variant.name}; the image may be worse"
+    elif opened.steps is not None and steps < opened.steps and not variant.takes_guidance:
+        yield (
+            f"{opened.name} was not trained for so few steps as {steps}, so the image may be soft; use --steps "
+            f"{opened.steps}, or a ControlNet for 8 steps"
+        )
+    elif "8-steps" in opened.kind and steps > 2 * variant.steps:
+        yield f"{opened.name} was trained for 8 steps, so {steps} may not give a better image"

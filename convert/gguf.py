@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import CheckpointError
-from ..untrusted import brief, open_regular
-from ..weights.headers import MAX_TENSORS
+from ..untrusted import open_regular
+from ..weights.headers import MAX_NAME, MAX_TENSORS
 from ..weights.unchanged import Version, unchanged
 from .disk import read_range
 from .gguf_blocks import KINDS, OTHER_KINDS, Kind
@@ -125,7 +125,7 @@ class _Header:
                 f"{MAX_TENSORS} of each"
             )
         for _ in range(pair_count):
-            key, kind = self.text(), self.number("I")
+            key, kind = self.name(), self.number("I")
             value = self.value(kind)
             if key in KNOWN:
                 self.metadata[key] = value
@@ -158,11 +158,11 @@ class _Header:
     def whole(self, key: str, default: int) -> int:
         value = self.metadata.get(key, default)
         if not isinstance(value, int):
-            raise ValueError(f"{key} is {brief(value)}, expected a whole number")
+            raise ValueError(f"{key} is not a whole number")
         return value
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, axes = self.text(), self.number("I")
+        name, axes = self.name(), self.number("I")
         if axes > GGUF_AXES:
             raise ValueError(f"{name:.80} has {axes} axes, expected at most {GGUF_AXES}")
         shape = tuple(self.number("Q") for _ in range(axes))[::-1]
@@ -185,13 +185,18 @@ class _Header:
         (value,) = struct.unpack(f"<{form}", self.read(struct.calcsize(f"<{form}")))
         return value
 
-    def text(self) -> str:
-        return self.read(self.number("Q")).decode()
+    def name(self) -> str:
+        """A key or a tensor's name. No other text is decoded: megabytes would take several times as much memory."""
+        length = self.number("Q")
+        if length > MAX_NAME:
+            raise ValueError(f"a name of {length:,} bytes at {self.at:,}, expected at most {MAX_NAME}")
+        return self.read(length).decode()
 
     def value(self, kind: int, depth: int = 0):
-        """Read a metadata value; lists are skipped and give None."""
+        """Read a metadata value; texts and lists are skipped and give None."""
         if kind == TEXT:
-            return self.text()
+            self.skip(self.number("Q"))
+            return None
         if kind != LIST:
             if kind not in SCALARS:
                 raise ValueError(f"unknown metadata type {kind}")
@@ -214,7 +219,7 @@ class _Header:
         return None
 
     def skip_texts(self, count: int) -> None:
-        """The same as calling text count times, in a tenth of the time."""
+        """Skip `count` texts, in a tenth of the time that `skip` takes for them."""
         read, at = self.stream.read, self.at
         for _ in range(count):
             length = int.from_bytes(read(8), "little")

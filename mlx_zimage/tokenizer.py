@@ -17,9 +17,11 @@ from .untrusted import brief, parse_json, read_bytes
 # One user turn with thinking enabled, as Qwen3's chat template renders it. The model was trained on this string.
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-MAX_BYTES = 32 * 2**20  # of a file; Qwen3's has 11 MB
-MAX_VALUES = 1_000_000  # in a file; Qwen3's has 600,000
+MAX_BYTES = 16 * 2**20  # of a file; Qwen3's has 11 MB
+MAX_VALUES = 700_000  # in a file; Qwen3's has 600,000
+MAX_TOKENS = 200_000  # in the vocabulary, or keys in all, and merges; Qwen3's has 152,000 of each
 MAX_ADDED = 1000  # the most tokens added to the vocabulary, and characters in one; Qwen3 adds 26
+MAX_ADDED_TOTAL = 20_000  # characters in all of them, since the library takes 300 bytes for each; Qwen3's have 400
 # Qwen's expression for words; others may take forever for some prompts.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,6 +47,11 @@ MODEL: dict[str, tuple[object, ...]] = {
 }
 
 
+def most_ids(prompt: str) -> int:
+    """A number of ids that a prompt in its template cannot exceed: one per byte in NFC, which may triple them."""
+    return len(TEMPLATE) + 3 * len(prompt.encode())
+
+
 class PromptTruncated(UserWarning):
     """The prompt has more tokens than the model reads; the rest is ignored."""
 
@@ -62,6 +69,8 @@ class Tokenizer:
         self._file = file
         with self._guarded():
             content = read_bytes(file, MAX_BYTES) if content is None else content
+            if content.count(b":") > MAX_TOKENS:
+                raise ValueError(f"it has more than {MAX_TOKENS:,} tokens")
             declared = check(parse_json(content, MAX_VALUES))
             self._backend = Backend.from_buffer(content)
             self.size = max(declared, self._backend.get_vocab_size())
@@ -104,11 +113,15 @@ def check(values: Any) -> int:
             kind = step.get("type") if isinstance(step, dict) else step
             if kind not in allowed or (kind == "Split" and step != SPLIT):
                 raise ValueError(f"its {part} has {brief(step)}, unlike Z-Image's")
-    vocabulary, added = model.get("vocab"), values.get("added_tokens") or []
+    vocabulary, merges, added = model.get("vocab"), model.get("merges") or [], values.get("added_tokens") or []
     if not isinstance(vocabulary, dict) or not isinstance(added, list) or len(added) > MAX_ADDED:
         raise ValueError(f"it has no vocabulary, or more than {MAX_ADDED} added tokens")
+    if not isinstance(merges, list) or len(merges) > MAX_TOKENS:
+        raise ValueError(f"it has more than {MAX_TOKENS:,} merges")
     if any(not isinstance(token, dict) or len(str(token.get("content"))) > MAX_ADDED for token in added):
         raise ValueError(f"an added token is longer than {MAX_ADDED} characters")
+    if sum(len(str(token.get("content"))) for token in added) > MAX_ADDED_TOTAL:
+        raise ValueError(f"its added tokens have more than {MAX_ADDED_TOTAL:,} characters")
     ids = [*vocabulary.values(), *(token.get("id") for token in added)]
     if not ids or not all(isinstance(number, int) and number >= 0 for number in ids):
         raise ValueError("its ids are not whole numbers")

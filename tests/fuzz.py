@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import struct
 import sys
@@ -34,6 +33,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import tiny
+from measure import peak
 from PIL import Image, ImageCms
 
 from mlx_zimage.convert import gguf
@@ -510,10 +510,6 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path, most_inputs: float 
             sent = now
             yield row
     yield row
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def in_child(name: str, seconds: float, seed: int, keep: Path, most_inputs: float) -> dict:

@@ -4,6 +4,7 @@ import os
 import struct
 
 import pytest
+from measure import measured
 
 from mlx_zimage.convert import gguf
 from mlx_zimage.convert.sources import open_source
@@ -56,6 +57,8 @@ HOSTILE = {
     "2**40 parts": header([pair(b"split.count", 10, struct.pack("<Q", 2**40))]),
     "an unknown type": header([pair(b"a", 99, b"")]),
     "a name that is not UTF-8": header(tensors=[tensor(b"\xff", 1)]),
+    "a name of 64 MB": header(tensors=[tensor(b"a" * (gguf.MAX_GGUF_HEADER - 100), 1)]),
+    "a key of 64 MB": header([pair(b"a" * (gguf.MAX_GGUF_HEADER - 100), U32, bytes(4))]),
     "an escape in a name": header(tensors=[tensor(b"\x1b[2J" * 1000, 0)]),
     "no header": b"GGUF",
 }
@@ -87,3 +90,30 @@ def test_a_tokenizer_larger_than_qwen3s_is_within_the_limits(tmp_path):
         header([pair(b"tokens", LIST, tokens), pair(b"merges", LIST, merges)], [tensor(b"a", 1)]) + bytes(99)
     )
     assert list(gguf.read_tensors(file)) == ["a"]
+
+
+TEXTS = {
+    "a value": lambda wide: header([pair(b"a", TEXT, text(wide))]),
+    "a value that counts parts": lambda wide: header([pair(b"split.count", TEXT, text(wide))]),
+    "a key": lambda wide: header([pair(wide, U32, bytes(4))]),
+    "a name": lambda wide: header(tensors=[tensor(wide, 1)]),
+    "a text in a list": lambda wide: header([pair(b"a", LIST, items(TEXT, 1, text(wide)))]),
+}
+
+
+@pytest.mark.parametrize("write", TEXTS.values(), ids=list(TEXTS))
+def test_64_mb_of_text_take_little_memory(tmp_path, write):
+    # a single wide character makes each of a Python text take four bytes
+    wide = "🦊".encode().ljust(gguf.MAX_GGUF_HEADER - 100, b"a")
+    file = tmp_path / "dit.gguf"
+    file.write_bytes(write(wide))
+    imports = "from mlx_zimage.convert.gguf import read_tensors; from mlx_zimage.errors import CheckpointError"
+    work = """
+from pathlib import Path
+try:
+    read_tensors(Path(sys.argv[1]))
+except CheckpointError as error:
+    assert len(str(error)) < 500
+"""
+    _, grown = measured(imports, work, file)
+    assert grown < 200e6

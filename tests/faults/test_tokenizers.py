@@ -5,6 +5,7 @@ from base64 import b64encode
 
 import pytest
 import tiny
+from measure import measured
 
 from mlx_zimage import ZImagePipeline, tokenizer
 from mlx_zimage.convert import convert
@@ -44,6 +45,9 @@ HOSTILE = {
     "a list": {"normalizer": [{"type": "NFC"}]},
     "added tokens without end": {"added_tokens": [WORD | {"content": f"<{i}>", "id": 600 + i} for i in range(10_000)]},
     "an endless added token": {"added_tokens": [WORD | {"content": "x" * 10**6}]},
+    "added tokens of 60,000 characters": {
+        "added_tokens": [WORD | {"content": f"{i} " + "x" * 900, "id": 600 + i} for i in range(66)]
+    },
     "an added token that is a number": {"added_tokens": [5]},
 }
 MODELS = {
@@ -55,6 +59,9 @@ MODELS = {
     "ids in words": {"vocab": {"a": "1"}},
     "an id past the embedding": {"vocab": {"a": 10**9}, "merges": []},
     "a negative id": {"vocab": {"a": -1}},
+    "endless merges": {"merges": ["a b"] * 200_001},
+    "an endless vocabulary": {"vocab": {f"{i:x}": i for i in range(200_001)}},
+    "merges that are a number": {"merges": 5},
 }
 
 
@@ -98,7 +105,7 @@ def test_ids_that_the_file_does_not_declare_are_refused():
     ("content", "message"),
     [
         (b"[" * (tokenizer.MAX_BYTES + 1), "larger than"),
-        (b"[" + b"[]," * tokenizer.MAX_VALUES + b"[]]", "more than 1,000,000 values"),
+        (b"[" + b"[]," * tokenizer.MAX_VALUES + b"[]]", "more than 700,000 values"),
         (b"[" * 10**5, "nested"),
         (b'{"model": {"type": "BPE", "vocab": {"a": ' + b"9" * 5000 + b"}}}", "a number of 5,000 digits"),
         (b"[]", "no model"),
@@ -127,3 +134,39 @@ def test_prefixes_that_say_nothing_are_accepted(tmp_path):
     # as in Qwen3's own file
     write(tmp_path / "tokenizer.json", {}, {"continuing_subword_prefix": "", "end_of_word_suffix": ""})
     assert Tokenizer(tmp_path / "tokenizer.json").encode("a fox") == Tokenizer(FILE).encode("a fox")
+
+
+FOX = "🦊"  # a wide character makes each of a Python text take four bytes
+LARGEST = {
+    "a text": lambda size: {"x": FOX + "a" * (size - 20_000)},
+    "a token": lambda size: {"model": {"type": "BPE", "vocab": {FOX + "a" * (size - 20_000): 0}, "merges": []}},
+    "tokens": lambda size: {"model": {"type": "BPE", "vocab": {f"{i}{FOX}{'a' * 54}": i for i in range(199_000)}}},
+    "merges": lambda size: {
+        "model": {"type": "BPE", "vocab": {"a": 0, FOX: 1, f"a{FOX}": 2}, "merges": [["a", FOX]] * 199_000}
+    },
+    "objects and lists": lambda size: {"x": [*({"a": 1} for _ in range(199_000)), *([] for _ in range(100_000))]},
+    "added tokens": lambda size: {
+        "added_tokens": [WORD | {"content": f"{i:03}{FOX * 15}", "id": i, "special": True} for i in range(1000)]
+    },
+}
+
+
+@pytest.mark.parametrize("values", LARGEST.values(), ids=list(LARGEST))
+def test_the_largest_tokenizers_take_little_memory(tmp_path, values):
+    content = json.dumps(json.loads(FILE.read_text()) | values(tokenizer.MAX_BYTES), ensure_ascii=False).encode()
+    assert len(content) <= tokenizer.MAX_BYTES
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    imports = """
+import tokenizers
+from pathlib import Path
+from mlx_zimage.errors import CheckpointError
+from mlx_zimage.tokenizer import Tokenizer
+"""
+    work = """
+try:
+    Tokenizer(Path(sys.argv[1])).encode("a fox")
+except CheckpointError:
+    pass
+"""
+    _, grown = measured(imports, work, tmp_path / "tokenizer.json")
+    assert grown < 200e6

@@ -30,6 +30,7 @@ from ..untrusted import parse_json, read_bytes
 from ..version import __version__
 from .component import Component
 from .manifest import sha256
+from .unchanged import Version
 
 LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bfloat16
 # Nothing else is ever removed from the folder, which the user may have chosen.
@@ -165,8 +166,8 @@ def checksum(component: Component, folder: Path) -> str:
 
 
 def state_of(component: Component) -> str:
-    """A SHA-256 of the places, sizes and times of a network's weights: if it differs, some may have changed."""
-    state = (f"{file.resolve()} {file.stat().st_size} {placed(file)}" for file in _parts(component))
+    """A SHA-256 of the places and versions of a network's weights: if it differs, some may have changed."""
+    state = (f"{file.resolve()} {Version.of(file)} {placed(file)}" for file in _parts(component))
     return hashlib.sha256(os.fsencode("\n".join(state))).hexdigest()
 
 

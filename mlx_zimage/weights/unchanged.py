@@ -22,11 +22,12 @@ class Version:
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int  # which nothing can set back
 
     @classmethod
     def of(cls, file: Path) -> Version:
         state = file.stat()
-        return cls(state.st_ino, state.st_size, state.st_mtime_ns)
+        return cls(state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 class Stored(Protocol):

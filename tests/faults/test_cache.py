@@ -200,3 +200,16 @@ def test_a_cached_array_records_its_key(store, encoder, kept):
     content = file.read_bytes()
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     assert metadata == {"format": "mlx", "key": file.stem, "sha256": digest(numbers(0))}
+
+
+def test_another_file_at_the_same_place_and_times_is_hashed(folder, kept, monkeypatch):
+    """A memo says nothing about a file with another inode, such as one from a backup."""
+    monkeypatch.setattr("mlx_zimage.weights.store.placed", lambda file: 0)
+    file = next((folder / "text_encoder").glob("*-00001-*"))
+    before = file.stat()
+    first = checksum(open_checkpoint(folder).text_encoder, kept)
+    other = folder / "other.safetensors"
+    other.write_bytes(file.read_bytes()[:-1] + b"\1")
+    other.replace(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert checksum(open_checkpoint(folder).text_encoder, kept) != first

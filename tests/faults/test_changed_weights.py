@@ -51,7 +51,14 @@ def file_of(folder: Path, network: str, name: str) -> Path:
     return open_checkpoint(folder).networks[network].entries[name].file
 
 
-CHANGES = [overwrite, truncate, swap, Path.unlink]
+def overwrite_and_set_back(file: Path) -> None:
+    """Zeros in place of all tensors, at the time of the last change, as if nothing had happened."""
+    before = file.stat()
+    overwrite(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = [overwrite, truncate, swap, overwrite_and_set_back, Path.unlink]
 NAMES = [change.__name__ for change in CHANGES]
 
 
@@ -171,9 +178,7 @@ def test_a_failing_disk_is_reported_as_a_damaged_model(folder, monkeypatch):
         component.read("layers.0", mx.float32)
 
 
-def test_touching_nothing_changes_nothing(folder):
+def test_reading_changes_nothing(folder):
     entry = open_checkpoint(folder).transformer.entries["x_pad_token"]
-    os.link(entry.file, entry.file.with_name("backup"))  # as some backups do, which moves the ctime
-    os.chmod(entry.file, 0o400)
     with unchanged.unchanged([entry]):
-        pass
+        entry.file.read_bytes()

@@ -6,15 +6,16 @@ copied; links out of the source, which could point to a key, are refused; and pa
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..models import NETWORKS
+from ..tokenizer import MAX_BYTES, MAX_VALUES
 from ..untrusted import one_line, parse_json, read_bytes
-from ..weights.hub import REPOSITORY_ID
+from ..weights.hub import REPOSITORY_ID, check_inside
 from .disk import render_json
 
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -28,11 +29,20 @@ COPIED = (
     *("model_index.json", SCHEDULER, "text_encoder/generation_config.json"),
     *(f"tokenizer/{name}" for name in TOKENIZER_PARTS),
 )
-DATA = ("tokenizer.json", "vocab.json")  # their strings are tokens
-MAX_FILE = 32 * 2**20  # bytes: Qwen3's tokenizer.json has 11 MB
+TOKENS = ("tokenizer.json", "vocab.json", "merges.txt")  # large, and most of their strings are tokens
+OF_TOKENS = ("vocab", "merges", "content", "pad_token")  # keys in tokenizer.json
+MAX_CONFIG = 2**20  # bytes of another file
 NAMES = ("_name_or_path", "name_or_path")  # where transformers and diffusers write what a config was loaded from
 RECORD = ("converter", "source", "dtype", "quantization", "loras", "parts", "before")  # the keys of conversion.json
 LOCAL = re.compile(r"file:/|~[/\\]|[A-Za-z]:[\\/]|\\\\|/[^\s/]+/")  # how an absolute path begins
+# An absolute path in a longer text, but not a part of a URL or tag. Of Windows' only those to somebody's files, since
+# chat templates contain backslashes.
+PART = r"[^\s/\\\"'`<>|]+"
+WITHIN = re.compile(
+    rf"(?<![\w.\-/\\<>])(?:(?:file:/+|~?/){PART}/|(?:file:/+)?[A-Za-z]:[\\/]+Users[\\/]+|\\\\{PART}\\+)"
+    rf"(?:{PART}[/\\]+)*(?:{PART})?"
+)
+REMOVED = "..."
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
@@ -49,50 +59,59 @@ def copies(folder: Path, paths: dict[str, Path]) -> dict[str, bytes]:
     """The contents of the paths that exist in a folder, by name, as they may be copied."""
     present = {name: path for name, path in paths.items() if path.is_file()}
     check_inside(folder, present.values())
-    return {name: _without_paths(name, read_small(path)) for name, path in present.items()}
+    contents = {
+        name: read_small(path, MAX_BYTES if path.name in TOKENS else MAX_CONFIG) for name, path in present.items()
+    }
+    return {name: cleaned(name, content) for name, content in contents.items()}
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, most: int) -> bytes:
     try:
-        return read_bytes(path, MAX_FILE)
+        return read_bytes(path, most)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; expected a config or tokenizer") from error
 
 
-def check_inside(folder: Path, paths: Iterable[Path]) -> None:
-    """Refuse links out of the folder, except those from a snapshot in the hub's cache to its own blobs."""
-    home = folder.resolve()
-    inside = [home]
-    for snapshots in home.parents:
-        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
-            inside.append(snapshots.parent / "blobs")
-    for path in paths:
-        there = path.resolve()
-        if not any(there.is_relative_to(place) for place in inside):
-            raise CheckpointError(
-                f"{path} is a link to {there}, outside {folder}; if that file belongs to the model, replace the "
-                f"link with a copy of it"
-            )
-
-
-def _without_paths(name: str, content: bytes) -> bytes:
-    if not name.endswith(".json") or name.endswith(DATA):
+def cleaned(name: str, content: bytes) -> bytes:
+    """A file's content without paths on somebody's disk; the same bytes if it has none."""
+    *_, own = name.split("/")
+    if own == "vocab.json":
         return content
+    is_json = own.endswith(".json")
     try:
-        values = parse_json(content)
+        if not is_json:
+            return _without_places(own, content.decode()).encode()
+        values = parse_json(content, MAX_VALUES)
     except ValueError as error:
-        raise CheckpointError(f"{name} is not valid JSON ({error}); download it again") from error
-    cleaned = without_paths(values)
-    return content if cleaned == values else render_json(cleaned)
+        raise CheckpointError(
+            f"{name} is not valid {'JSON' if is_json else 'text'} ({error}); download it again"
+        ) from error
+    kept = without_paths(values, OF_TOKENS if own in TOKENS else ())
+    if kept == values:
+        return content
+    return json.dumps(kept, ensure_ascii=False).encode() if own in TOKENS else render_json(kept)
 
 
-def without_paths(value: Any) -> Any:
-    """JSON without the values that are paths on somebody's disk."""
+def _without_places(name: str, text: str) -> str:
+    """A template, or merges after a line that says who made them."""
+    first, end, rest = text.partition("\n") if name == "merges.txt" else (text, "", "")
+    return WITHIN.sub(REMOVED, first) + end + rest
+
+
+def without_paths(value: Any, kept: Collection[str] = ()) -> Any:
+    """JSON without the keys and values that are paths on somebody's disk, and without paths in longer texts.
+
+    The values of keys in `kept` stay as they are.
+    """
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items() if not _is_path(item, key)}
+        return {
+            WITHIN.sub(REMOVED, key): item if key in kept else without_paths(item, kept)
+            for key, item in value.items()
+            if key in kept or not (_is_path(item, key) or _is_path(key))
+        }
     if isinstance(value, list):
-        return [without_paths(item) for item in value if not _is_path(item)]
-    return value
+        return [without_paths(item, kept) for item in value if not _is_path(item)]
+    return WITHIN.sub(REMOVED, value) if isinstance(value, str) else value
 
 
 def _is_path(value: object, key: str = "") -> bool:
@@ -112,7 +131,7 @@ def clean_record(record: dict) -> dict:
 
 def _clean(value: Any) -> Any:
     if isinstance(value, dict):
-        return {one_line(key): _clean(item) for key, item in value.items()}
+        return {without_place(key): _clean(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_clean(item) for item in value]
     return without_place(value) if isinstance(value, str) else value
@@ -120,10 +139,6 @@ def _clean(value: Any) -> Any:
 
 def without_place(name: str) -> str:
     """A source's name on one line; of a path, only its last part."""
-    return one_line(re.split(r"[/\\]", name.rstrip("/\\"))[-1] if LOCAL.match(name) else name)
-
-
-def config_files(folder: Path) -> list[Path]:
-    """The configs of networks in a model's folder or a network's own, whose values are copied."""
-    places = (folder, *(folder / name for name in NETWORKS))
-    return [path for place in places if (path := place / "config.json").is_file()]
+    if LOCAL.match(name):
+        return one_line(re.split(r"[/\\]", name.rstrip("/\\"))[-1])
+    return one_line(WITHIN.sub(REMOVED, name))

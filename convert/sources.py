@@ -11,7 +11,7 @@ from ..errors import CheckpointError, ModelNotFoundError, RequestError, warn
 from ..models import NETWORKS
 from ..request import LoraUse
 from ..scheduler import SchedulerConfig
-from ..tokenizer import MAX_VALUES, Tokenizer
+from ..tokenizer import MAX_BYTES, MAX_VALUES, Tokenizer
 from ..untrusted import parse_json
 from ..weights import official
 from ..weights.checkpoint import (
@@ -23,8 +23,16 @@ from ..weights.checkpoint import (
     weight_files,
 )
 from ..weights.component import Component, find_network, needs_converting, read_entries, read_json
-from ..weights.hub import locate, name_of
-from ..weights.parts import PIPELINE_CLASS, check_pipeline, check_variant, open_network, open_networks, own_configs
+from ..weights.hub import check_inside, locate, name_of
+from ..weights.parts import (
+    PIPELINE_CLASS,
+    check_pipeline,
+    check_variant,
+    config_files,
+    open_network,
+    open_networks,
+    own_configs,
+)
 from .disk import render_json
 from .files import assemble, open_file, refuse_pickles, stored_weights
 from .rows import SourceComponent, Tensor, packed_rows, stored_rows
@@ -32,8 +40,7 @@ from .small import (
     SCHEDULER,
     TOKENIZER,
     TOKENIZER_PARTS,
-    check_inside,
-    config_files,
+    cleaned,
     read_small,
     small_files,
     tokenizer_files,
@@ -194,10 +201,10 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
         own = (at, at.parent, at / "tokenizer")
         repository.fetch(file for file in repository.sizes if file.parent in own and file.name in TOKENIZER_PARTS)
     if at.is_file():
-        content = read_small(at)
+        content = read_small(at, MAX_BYTES)
         if not _is_tokenizer(content):
             raise CheckpointError(f'{at} is not a tokenizer.json: expected JSON with a "model" key')
-        return {TOKENIZER: content}
+        return {TOKENIZER: cleaned(TOKENIZER, content)}
     if (at / "tokenizer.json").is_file():
         return tokenizer_files(at)
     files = {name: content for name, content in small_files(at).items() if name.startswith("tokenizer/")}

@@ -12,15 +12,15 @@ from ..models import NETWORKS
 from ..weights import official
 from ..weights.checkpoint import open_checkpoint, resolve
 from ..weights.component import find_network, needs_converting, read_entries
-from ..weights.hub import is_snapshot, locate
+from ..weights.hub import check_inside, is_snapshot, locate
 from ..weights.listing import is_hidden, visible
-from ..weights.manifest import MANIFEST, read_manifest, sha256
+from ..weights.manifest import MANIFEST, MAX_HASHED, read_manifest, sha256
 from .rows import Tensor, read_rows
-from .small import check_inside
 from .sources import Source, open_folder, open_part, open_source
 
 # Types of files that the loader reads: an extra one, not listed in the manifest, could change the model.
 LOADED = (".json", ".safetensors", ".txt", ".jinja")
+MAX_OTHER = 32 * 2**20  # bytes of a file that contains no weights; Qwen3's tokenizer.json has 11 MB
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
     except CheckpointError as error:
         yield Checked(MANIFEST, str(error), 0, total)
         return
+    if excess := _excess(sum(sizes.get(folder / name, 0) for name in sums)):
+        yield Checked(MANIFEST, f"lists files of {excess}", done, total)
+        return
     intact = True
     for name, digest in sums.items():
         path = folder / name
@@ -88,6 +91,9 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
             raise
         yield Checked(str(folder), str(error), done, total)
         return
+    if excess := _excess(source.nbytes):
+        yield Checked(str(folder), f"has weights of {excess}", done, total)
+        return
     for component in source.components.values():
         for tensor in component.tensors:
             done += tensor.nbytes
@@ -104,10 +110,15 @@ def _open(path: Path) -> Source:
     return open_folder(path, str(path), NETWORKS)
 
 
+def _excess(nbytes: int) -> str:
+    """What to say about files or weights of so many bytes, which no model has; "" if one may."""
+    return f"{nbytes:,} bytes, expected at most {MAX_HASHED:,}" if nbytes > MAX_HASHED else ""
+
+
 def _file_fault(folder: Path, path: Path, digest: str) -> str | None:
     try:
         check_inside(folder, [path])
-        found = sha256(path)
+        found = sha256(path, MAX_HASHED if path.suffix == ".safetensors" else MAX_OTHER)
     except CheckpointError as error:
         return str(error)
     except (OSError, ValueError) as error:  # a damaged manifest can contain any name

@@ -21,7 +21,7 @@ from ..untrusted import brief, open_regular
 from ..variants import Variant
 from . import official
 from .component import Component, checked_config, read_header, read_json
-from .hub import TOKENIZER_FILES, Repository, locate
+from .hub import TOKENIZER_FILES, Repository, check_inside, locate
 from .manifest import CONVERSION
 from .parts import check_variant, files_to_convert, open_component, open_networks, own_configs
 from .unchanged import unchanged
@@ -120,6 +120,9 @@ def open_headers(
     path, repository = locate(source)
     repositories = [repository] if repository else []
     check_variant(path, files, repository, variants.VARIANTS)
+    tokenizer, scheduler_file = path / "tokenizer" / "tokenizer.json", path / "scheduler" / "scheduler_config.json"
+    if path.is_dir():
+        check_inside(path, [file for file in (tokenizer, scheduler_file, path / CONVERSION) if file.is_file()])
     networks = open_networks(path, repository, files, [name for name in NETWORKS if name not in others])
     for name, other in others.items():
         place, its_repository = locate(other)
@@ -135,7 +138,6 @@ def open_headers(
             f"{source} contains no transformer, only {' and '.join(networks)}; give the transformer as the model"
         )
     missing = [name for name in NETWORKS if name not in networks and name not in OPTIONAL]
-    tokenizer = path / "tokenizer" / "tokenizer.json"
     is_whole = (path / "model_index.json").is_file()
     if missing or not (is_whole or tokenizer.is_file() or (repository and tokenizer in repository.sizes)):
         official_files = Repository(official.REPOSITORY)
@@ -145,7 +147,6 @@ def open_headers(
         networks |= {name: open_component(official_files.folder, name, None, official_files) for name in missing}
         if not is_whole:
             tokenizer = official_files.folder / "tokenizer" / "tokenizer.json"
-    scheduler_file = path / "scheduler" / "scheduler_config.json"
     raw_scheduler = read_json(scheduler_file) if is_whole or scheduler_file.is_file() else official.SCHEDULER
     scheduler = checked_config(SchedulerConfig, raw_scheduler, scheduler_file)
     known = named or variants.recognize(scheduler.shift, origins(path))

@@ -27,7 +27,7 @@ from ..models.runner import NetworkConfig
 from ..untrusted import brief, open_regular, parse_json
 from .component import FLOAT_SPELLINGS, Entry, read_header, read_json, read_metadata
 from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement, is_finite
-from .hub import REPOSITORY_ID, Repository, check_name
+from .hub import REPOSITORY_ID, Repository, check_inside, check_name
 from .listing import is_hidden
 from .manifest import sha256
 from .names import Place, comfyui_name, some
@@ -246,8 +246,9 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
     """
     config: dict | None = None
     if file.is_dir():
-        config = read_json(_config_in(file))
-        file = file / ADAPTER
+        peft, file = file, file / ADAPTER
+        check_inside(peft, [file, _config_in(peft)])
+        config = read_json(_config_in(peft))
     _refuse_pickles(file)
     entries = read_header(file)
     _check_entries(file, entries)

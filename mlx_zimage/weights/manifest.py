@@ -5,7 +5,9 @@ The manifest lists the checksum of every other file, in the format of `sha256sum
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -14,11 +16,15 @@ from ..untrusted import brief, open_regular, read_bytes
 
 MANIFEST = "SHA256SUMS"
 CONVERSION = "conversion.json"  # what the folder was made from, and how
+# Bytes to hash: of a file, and of all files of a model, which in float32 takes 41 GB. A sparse one may have terabytes.
+MAX_HASHED = 64 * 10**9
 
 
-def sha256(file: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
+def sha256(file: Path, most: int = MAX_HASHED) -> str:
+    """A file's SHA-256, in hexadecimal. OSError if it has more than `most` bytes."""
     with open_regular(file) as stream:
+        if os.fstat(stream.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(file))
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -24,7 +24,7 @@ from .component import (
     read_entries,
     read_json,
 )
-from .hub import Repository, name_of
+from .hub import Repository, check_inside, name_of
 from .listing import NUMBERED, visible, weight_variants
 from .names import arrange, foreign_kind, some
 
@@ -54,9 +54,24 @@ def open_networks(
     """The networks at a path, of those named. Reads configs and headers, and checks them.
 
     repository is what the path is in, if it is a snapshot; headers of files that are not downloaded are read there.
-    variant selects files, such as "fp16". configs are for networks that have none, by default the official ones.
+    variant selects files, such as "fp16". configs are for networks that have none, by default the official ones. Links
+    out of a folder are refused.
     """
-    configs = official.CONFIGS if configs is None else configs
+    if not path.is_dir():
+        return _open_networks(path, repository, variant, names, configs or official.CONFIGS)
+    check_inside(path, config_files(path))
+    found = _open_networks(path, repository, variant, names, configs or official.CONFIGS)
+    check_inside(path, {entry.file for component in found.values() for entry in component.entries.values()})
+    return found
+
+
+def _open_networks(
+    path: Path,
+    repository: Repository | None,
+    variant: str | None,
+    names: Iterable[str],
+    configs: Mapping[str, dict],
+) -> dict[str, Component]:
     if not _is_folder(path, repository):
         found = translated(read_single(path, repository), configs, path)
         return {name: found[name] for name in names if name in found}
@@ -101,6 +116,13 @@ def files_to_convert(path: Path, repository: Repository, names: Iterable[str], v
             open_network(name, own, config, entries)
         found |= {entry.file for entry in entries.values()}
     return found
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The configs in a model's folder or a network's own."""
+    places = (folder, *(folder / name for name in NETWORKS))
+    names = ("config.json", "model_index.json")
+    return [path for place in places for name in names if (path := place / name).is_file()]
 
 
 def own_configs(path: Path) -> dict[str, dict]:

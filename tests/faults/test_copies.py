@@ -16,6 +16,7 @@ from mlx_zimage.convert.small import COPIED
 from mlx_zimage.convert.verify import verify
 from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import NETWORKS
+from mlx_zimage.tokenizer import Tokenizer
 
 HOME = "/home/somebody/models/secret"
 
@@ -181,3 +182,55 @@ def test_a_listed_file_that_is_no_longer_what_was_written_is_not_uploaded(folder
     with pytest.raises(CheckpointError):
         upload(out, "me/x")
     assert uploaded() == []
+
+
+LONGER = ["saved from {} yesterday", "--model={}", "a '{}'", '{{"from": "{}"}}', "from:{}", "({})"]
+
+
+@pytest.mark.parametrize(
+    "path", [HOME, "/Users/somebody/x", "~/models/x", "C:\\Users\\x", "\\\\nas\\x", "file:///home/x/y"]
+)
+@pytest.mark.parametrize("text", LONGER)
+def test_no_path_is_in_a_longer_text_a_key_or_the_tokenizer_either(folder, tmp_path, text, path):
+    inside = text.format(path)
+    notes = {"note": inside, "deep": [{"list": [inside]}], path: 1, inside: {inside: 2}}
+    for name in (*(f"{name}/config.json" for name in NETWORKS), "model_index.json"):
+        change(folder / name, **notes)
+    change(folder / "tokenizer" / "tokenizer_config.json", **notes)
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    values = json.loads(tokenizer.read_text())
+    parts = {name: values[name] | notes for name in ("normalizer", "decoder", "post_processor")}
+    change(tokenizer, **parts, added_tokens=[token | notes for token in values["added_tokens"]])
+    (folder / "tokenizer" / "chat_template.jinja").write_text(f"{{# {inside} #}}{{{{ messages }}}}")
+    (folder / "tokenizer" / "merges.txt").write_text(f"#version: {inside}\na b\n")
+    record = {"source": inside, "converter": inside, "quantization": {inside: inside}, "before": {"source": inside}}
+    (folder / "conversion.json").write_text(json.dumps(record))
+    out = convert(folder, tmp_path / "out")
+    written = texts(out)
+    assert path not in written and json.dumps(path)[1:-1] not in written
+    assert verify(out) == []
+    assert Tokenizer(out / "tokenizer" / "tokenizer.json").encode("a fox") == Tokenizer(tokenizer).encode("a fox")
+
+
+KEPT = [
+    *("https://huggingface.co/a/b", "see http://a.b/c/d", "</think>/no_think", "'/think' or '/no_think'", "and/or/not"),
+    *("./a/b", "../a/b", "{{ '\\n' }}Q:\\nA:\\n", "1/2/3", "a // b", "<a/><b/>", "[^\\s/]+/", "text/plain; a/b/c"),
+]
+
+
+def test_texts_that_only_look_like_paths_are_copied_unchanged(folder, tmp_path):
+    change(folder / "tokenizer" / "tokenizer_config.json", notes=KEPT)
+    change(folder / "tokenizer" / "tokenizer.json", version="1.0")
+    before = {name: (folder / "tokenizer" / name).read_bytes() for name in ("tokenizer_config.json", "tokenizer.json")}
+    out = convert(folder, tmp_path / "out")
+    assert {name: (out / "tokenizer" / name).read_bytes() for name in before} == before
+
+
+def test_a_token_that_is_a_path_stays_a_token(folder, tmp_path):
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    values = json.loads(tokenizer.read_text())
+    model, decoder, token = values["model"], values["decoder"], f"{HOME}/"
+    change(tokenizer, model=model | {"vocab": model["vocab"] | {token: 500}}, decoder=decoder | {"note": HOME})
+    out = convert(folder, tmp_path / "out")
+    written = json.loads((out / "tokenizer" / "tokenizer.json").read_text())
+    assert written["model"]["vocab"][token] == 500 and written["decoder"] == decoder

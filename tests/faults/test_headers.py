@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 import pytest
 from compare import refusal
 
+from mlx_zimage.cli.generate import DEFAULT_MODEL
 from mlx_zimage.convert.verify import verify
 from mlx_zimage.errors import CheckpointError
 from mlx_zimage.weights import component, headers
@@ -116,3 +118,32 @@ def test_a_header_of_the_largest_size_is_read(tmp_path):
     content["__metadata__"]["tags"] = " " * (headers.MAX_HEADER - len(json.dumps(content)))
     (tmp_path / "model.safetensors").write_bytes(safetensors(content))
     assert len(read_header(tmp_path / "model.safetensors")) == headers.MAX_TENSORS
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name not in ("junk behind", "overlap")])
+def test_a_hostile_header_at_the_hub_is_refused_by_name_before_its_data_is_downloaded(run, hub, tmp_path, name):
+    file = tmp_path / "repository/vae/diffusion_pytorch_model.safetensors"
+    write(file, name)
+    result = run("plan", DEFAULT_MODEL)
+    assert result.returncode == 4 and "diffusion_pytorch_model.safetensors is not a safetensors file" in result.stderr
+    assert len(result.stderr) < 1000 and "Traceback" not in result.stderr
+
+
+def test_no_more_is_read_from_a_hub_that_sends_whole_files_than_was_asked_for(run, hub, monkeypatch):
+    send_file, sent = hub.send_file, []
+
+    def send_all(request, name, file):
+        if not name.endswith(".safetensors"):
+            return send_file(request, name, file)
+        request.send_response(200)
+        request.end_headers()
+        request.close_connection = True
+        with suppress(OSError):
+            for _ in range(2**14):
+                request.wfile.write(bytes(2**16))
+                sent.append(2**16)
+
+    monkeypatch.setattr(hub, "send_file", send_all)
+    result = run("plan", DEFAULT_MODEL)
+    assert result.returncode == 4, result.stderr
+    assert 0 < sum(sent) < 50 * 2**20

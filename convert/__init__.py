@@ -15,7 +15,7 @@ from pathlib import Path
 from ..dtypes import FLOATS, ITEM_BYTES, SPELLED
 from ..errors import RequestError
 from ..sizes import size
-from ..weights.library import smaller_download
+from ..weights.library import smaller_parts
 from ..weights.manifest import CONVERSION
 from .choose import Recipe, Settings, quantizations
 from .disk import render_json
@@ -112,8 +112,7 @@ def convert_steps(
         raise RequestError(f"{format} cannot read MLX's quantized weights; leave out the quantization options")
     dest = Path(dest).expanduser()
     check_absent(dest)  # before anything is downloaded
-    if transformer is None:
-        source, transformer = smaller_download(source)
+    source, transformer = smaller_parts(source, transformer)
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     opened = open_source(source, **replaced, base=base, variant=variant)
     others = [Path(other).expanduser() for other in (*replaced.values(), base) if other is not None]

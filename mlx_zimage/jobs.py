@@ -21,6 +21,7 @@ from .untrusted import brief, parse_json
 MAX_FILE = 50_000_000  # bytes in a file of prompts
 MAX_LINES = 500_000  # with comments and blank ones
 MAX_LINE = 4_000_000  # bytes: twice those of two prompts, with every character escaped
+MAX_TEXT = 8 * MAX_PROMPT  # bytes of a prompt from stdin, with the blank space around it
 MAX_PARTS = 1_000_000  # commas in a file of requests, as a bound for what they take in memory
 MAX_IMAGES = 100_000  # in one call
 CHUNK = 2**20
@@ -39,13 +40,17 @@ PLACEHOLDERS = ("prompt", "seed", "n", "width", "height", "steps")
 
 @dataclass(frozen=True)
 class Series:
-    """The jobs of one prompt: they differ in their seeds only. n is the first one's number, counted from 1."""
+    """The jobs of one prompt: they differ in their seeds only. n is the first one's number, counted from 1.
+
+    Those of one call with equal kinds differ in nothing but their prompts and seeds.
+    """
 
     values: dict
     seeds: Sequence[int]
     output: Path
     n: int = 1
     ratio: tuple[int, int] | None = None
+    kind: str = ""
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -93,10 +98,10 @@ def multiply(
     count: int = 1,
 ) -> list[Series]:
     """A Series for each prompt, of `count` images from each seed on. A prompt's own values override all others."""
-    made, total, seeds = [], 0, tuple(seeds)
+    made, total, seeds, output = [], 0, tuple(seeds), Path(os.path.expanduser(output))
     for own in prompts:
         values, own_ratio = expand_short(own)
-        file = Path(os.path.expanduser(values.pop("output", output)))
+        file = Path(os.path.expanduser(values.pop("output"))) if "output" in values else output
         wanted = values.pop("count", count)
         _check_count(wanted)
         starts = (values.pop("seed"),) if "seed" in values else seeds
@@ -108,7 +113,8 @@ def multiply(
         if not own_ratio and not {"width", "height"} & values.keys():
             own_ratio = ratio
         kept = {name: value for name, value in base.items() if not (own_ratio and name in ("width", "height"))}
-        made.append(Series({**kept, **values}, starts, file, n, own_ratio))
+        kind = repr({name: value for name, value in own.items() if name not in ("prompt", "seed")})
+        made.append(Series({**kept, **values}, starts, file, n, own_ratio, kind))
     return made
 
 
@@ -245,10 +251,12 @@ def _can_be_a_path(value: object) -> bool:
 
 
 def read_text(stream: BinaryIO, name: str) -> str:
-    """The UTF-8 text of a binary stream."""
-    content = stream.read(MAX_FILE + 1)
-    if len(content) > MAX_FILE:
-        raise RequestError(f"{name} is larger than {MAX_FILE // 10**6} MB; split it")
+    """The UTF-8 text of a binary stream that contains one prompt."""
+    content = stream.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise RequestError(
+            f"{name} has more than {MAX_TEXT:,} bytes; expected a prompt of at most {MAX_PROMPT:,} characters"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from PIL.Image import Resampling
 
 from . import porting
 from .controls import ControlNetMethods
-from .errors import NumericsError, RequestError, warn
+from .errors import MemoryBudgetError, NumericsError, RequestError, warn
 from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_signed, to_uint8, to_unit
 from .images.masks import feathered, paste, to_latents
@@ -46,7 +47,7 @@ from .turns import Turns
 from .variants import Variant
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.controlnets import ControlNetFile
-from .weights.library import already_converted, smaller_download
+from .weights.library import already_converted, smaller_parts
 from .weights.lora import Lora
 
 if TYPE_CHECKING:
@@ -174,9 +175,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         with explained():  # a Mac may have no GPU for this session
             name = default_dtype() if given is None else porting.dtype_name(given)
             budget = None if memory is None else parse_memory(memory)
-            source = already_converted(source)
-            if transformer is None:
-                source, transformer = smaller_download(source, check=False)
+            source, transformer = smaller_parts(already_converted(source), transformer, check=False)
             parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
             return cls(open_checkpoint(source, variant, parts), getattr(mx, name), budget, keep, wired)
 
@@ -490,6 +489,21 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         plans = [self.networks.plan(self._work(part, prompts), self.keep) for part in request.parts]
         return max(plans, key=lambda plan: plan.room)
 
+    def most_tokens(self, request: GenerateRequest, inputs: Inputs = NONE) -> int:
+        """The number of tokens up to which any prompt in place of the request's fits the budget."""
+        request = self.complete(request, inputs)
+
+        def too_many(tokens: int) -> bool:
+            try:
+                for part in request.parts:
+                    self.networks.plan(self._work(part, [range(tokens)]), self.keep)
+            except MemoryBudgetError:
+                return True
+            return False
+
+        most = request.max_sequence_length
+        return bisect_left(range(1, most + 1), True, key=too_many) if too_many(most) else most
+
     def _pixels(self, request: GenerateRequest, inputs: Inputs) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The image that a request starts from, and the mask of what it regenerates; None if there is none."""
         place = *request.extent[:2], request.outpaint
@@ -509,7 +523,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             for text, embeddings in zip(texts, given, strict=True)
         ]
 
-    def _work(self, part: GenerateRequest, prompts: list[tuple[int, ...] | mx.array]) -> Workload:
+    def _work(self, part: GenerateRequest, prompts: Sequence[Sized]) -> Workload:
         return Workload.of(part, max(map(len, prompts)), self.networks.lora_extras(part.lora_strengths))
 
     def tokenize(self, prompt: str, max_sequence_length: int = TOKENS) -> tuple[int, ...]:

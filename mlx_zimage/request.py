@@ -227,15 +227,12 @@ class GenerateRequest:
     def __post_init__(self):
         if self.seed is REQUIRED:
             raise TypeError("GenerateRequest.__init__() missing 1 required positional argument: 'seed'")
-        check_prompt(self.prompt, "prompt")
-        if not self.prompt.strip() and self.prompt_embeds is None:
-            raise RequestError("the prompt is empty; describe the image in a few words")
+        check_prompt_and_seed(self.prompt, self.seed, self.prompt_embeds is not None)
         check_prompt(self.negative_prompt, "negative prompt")
         if self.width is not None:
             check_size("width", self.width)
         if self.height is not None:
             check_size("height", self.height)
-        _check_int("seed", self.seed, 0, MAX_SEED, "2**64 - 1")
         if self.steps is not None:
             _check_int("steps", self.steps, 1, MAX_STEPS)
         _check_int("num_images", self.num_images, 1, 1000)
@@ -430,6 +427,14 @@ def check_prompt(text: str, name: str) -> None:
         raise RequestError(f"the {name} is not valid Unicode at character {error.start}; pass UTF-8") from None
 
 
+def check_prompt_and_seed(prompt: str, seed: int, has_embeds: bool) -> None:
+    """Check what differs in many requests that are otherwise the same; embeddings may stand in for the prompt."""
+    check_prompt(prompt, "prompt")
+    if not prompt.strip() and not has_embeds:
+        raise RequestError("the prompt is empty; describe the image in a few words")
+    _check_int("seed", seed, 0, MAX_SEED, "2**64 - 1")
+
+
 def check_tokens(max_sequence_length: int) -> None:
     _check_int("max_sequence_length", max_sequence_length, 1, MAX_TOKENS)
 
@@ -480,7 +485,7 @@ def _check_strength(strength: float, steps: int | None) -> None:
 
 
 def _check_int(name: str, value: int, low: float = -inf, high: float = inf, high_text: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise RequestError(f"{name} must be a whole number, got {brief(value)}")
     if not low <= value <= high:
         raise RequestError(f"{name} must be from {low} to {high_text or high}, got {brief(value)}")

@@ -42,6 +42,13 @@ def test_an_alias_in_python_takes_the_smaller_transformer_and_later_what_was_con
     assert ZImagePipeline.from_pretrained("turbo").checkpoint.folder == tmp_path / "home/official-8bit"
 
 
+def test_an_alias_for_the_transformer_alone_is_the_smaller_one_too(published, tmp_path):
+    checkpoint = ZImagePipeline.from_pretrained("pocket", transformer="turbo").checkpoint
+    assert weight_files([checkpoint.transformer]) == [published]
+    out = convert("pocket", tmp_path / "out", transformer="turbo")
+    assert json.loads((out / "conversion.json").read_text())["parts"] == {"transformer": published.name}
+
+
 def test_an_alias_takes_the_original_with_a_warning_if_the_smaller_one_is_not_as_published(published, monkeypatch):
     monkeypatch.setattr(official, "BF16_SHA256", "0" * 64)
     with pytest.warns(BorrowedFromHub, match="is not the file that was published; downloading the transformer of"):

@@ -102,7 +102,7 @@ def convert(source, dest, memory_of, reported, upload_repo, quiet, **options):
     from ..convert.choose import quantizations
     from ..convert.report import check_source, check_upload, report_steps, upload
     from ..convert.writer import check_absent
-    from ..weights.library import bits_for, register, smaller_download
+    from ..weights.library import bits_for, register, smaller_parts
 
     memory, variant = options["memory"], options["variant"]
     if (reported or upload_repo) and options["format"] != "mlx":
@@ -120,8 +120,7 @@ def convert(source, dest, memory_of, reported, upload_repo, quiet, **options):
         options["bits"] = bits_for(int(memory_of.removesuffix("GB")))
     quantizations(**{name: options[name] for name in QUANTIZATION})  # raises before anything is downloaded
     check_absent(dest)
-    if options["transformer"] is None:
-        source, options["transformer"] = smaller_download(source)
+    source, options["transformer"] = smaller_parts(source, options["transformer"])
     parts = {name: options[name] for name in PARTS}
     if upload_repo:
         check_upload(upload_repo)

@@ -30,7 +30,7 @@ from ..jobs import (
     read_requests,
     read_text,
 )
-from ..request import FEATHER, RNGS, GenerateRequest, LoraUse
+from ..request import FEATHER, RNGS, GenerateRequest, LoraUse, check_prompt_and_seed
 from ..sizes import parse_memory
 from ..variants import ALIASES
 from .adapters import WithLoras, load_loras, lora_options, name_paths
@@ -372,6 +372,7 @@ def generate(
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
     from ..inputs import check_latents_size
+    from ..tokenizer import most_ids
     from ..weights.library import register
     from .given import Given
     from .remote import Remote
@@ -400,13 +401,18 @@ def generate(
     all_series = multiply(base, prompts, _seeds(seed, auto_seeds, old), output, ratio, count)
     total = sum(map(len, all_series))
     places = [f"{file}, line {line}" if file else "" for line in by_line]
+    kinds: dict[str, list[tuple[str, Series]]] = {}  # which differ in more than prompts and seeds
     for place, own, series in zip(places, prompts, all_series, strict=True):
+        alike = kinds.setdefault(series.kind, [])
+        alike.append((place, series))
+        if len(alike) > 1 and _is_valid_too(series):
+            continue
         with _located(place, _names(given, own)):
             request = _check(series)
             files_given.inputs(request).check_named(request.arrays)
             if latents_file and request.width and request.height:
                 check_latents_size(latents_file, files_given.latents, request.width, request.height)
-    jobs = [(place, job) for place, series in zip(places, all_series, strict=True) for job in series]
+    jobs = ((place, job) for place, series in zip(places, all_series, strict=True) for job in series)
     if server:
         remote = Remote(server, source, given)
         uses = _uses(lora_paths, loras, old)
@@ -458,17 +464,22 @@ def generate(
         request = job.request(side)
         return model.pipeline.complete(request, files_given.inputs(request))
 
-    requests: dict[GenerateRequest, str] = {}
-    for place, series in zip(places, all_series, strict=True):
+    requests = []
+    for (place, series), *others in kinds.values():
         with _located(place):
             request = complete(next(iter(series)))
-        requests.setdefault(replace(request, seed=0), place)  # seeds change no plan
-    for request, place in requests.items():
-        with _located(place):
             if latents_file:
                 check_latents_size(latents_file, files_given.latents, *request.extent[:2])
             model.pipeline.plan(request)  # refuses what does not fit, before any work
-    found = [note for request in requests for note in notes(request, model.pipeline.checkpoint)]
+            most = model.pipeline.most_tokens(request) if others else 0
+        requests.append(request)
+        for place, series in others:
+            request = replace(request, prompt=series.values.get("prompt", request.prompt))
+            requests.append(request)
+            if most < min(request.max_sequence_length, most_ids(request.prompt)):
+                with _located(place):
+                    model.pipeline.plan(request)
+    found = [note for request in dict.fromkeys(requests) for note in notes(request, model.pipeline.checkpoint)]
     found += [note for request in requests for note in control_notes(request, model.pipeline)]
     for message in dict.fromkeys(found):
         _warn(message)
@@ -476,7 +487,7 @@ def generate(
     terminal = None if quiet else graphics()
     in_place = preview and terminal  # the finished image replaces the preview
     colours = colours_of(model.pipeline.encode_image) if preview or preview_dir else None
-    for place, job in ((place, job) for place, series in zip(places, all_series, strict=True) for job in series):
+    for place, job in jobs:
         _check_battery(battery_limit)
         request = complete(job)
         path = job.path(request)
@@ -575,6 +586,17 @@ def _check(series: Series) -> GenerateRequest:
     request.check_image()
     check_output(first.path(request))
     return request
+
+
+def _is_valid_too(series: Series) -> bool:
+    """Whether a series is valid, given that another one of its kind is."""
+    prompt, embeds = series.values.get("prompt", ""), series.values.get("prompt_embeds")
+    try:
+        for seed in (series.seeds[0], series.seeds[-1]) if len(series) > 1 else series.seeds:
+            check_prompt_and_seed(prompt, seed, embeds is not None)
+    except ZImageError:
+        return False
+    return True
 
 
 def _names(given: Mapping[str, str], own: dict) -> dict[str, str]:

@@ -244,6 +244,16 @@ def smaller_download(source: Location, *, check: bool = True) -> tuple[Location,
     return repository, None if fault else smaller
 
 
+def smaller_parts(
+    source: Location, transformer: Location | None, *, check: bool = True
+) -> tuple[Location, Location | None]:
+    """A model and the place of its transformer, if that is elsewhere, each with what `smaller_download` gives it."""
+    if transformer is None:
+        return smaller_download(source, check=check)
+    repository, smaller = smaller_download(transformer, check=check)
+    return source, smaller or repository
+
+
 def open_to_plan(source: Location, variant: str | None = None) -> Checkpoint:
     """open_headers, where an alias has the transformer that `smaller_download` would give it."""
     if not _is_alias(source):

@@ -1,18 +1,18 @@
 """Files of prompts and requests that are made to fill memory: refused, or read in little more than they contain."""
 
-import subprocess
-import sys
+import io
 
 import pytest
+from measure import measured
 
-PROGRAM = """
-import resource, sys
+from mlx_zimage.jobs import read_text
+from mlx_zimage.request import MAX_PROMPT
+
+IMPORTS = """
 from mlx_zimage.errors import RequestError
 from mlx_zimage.jobs import lines_of, multiply, read_prompts, read_requests
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
+"""
+PROGRAM = """
 class Endless:
     def __init__(self, line):
         self.line, self.n = line, 0
@@ -20,12 +20,11 @@ class Endless:
         self.n += 1
         return self.line * (size // len(self.line)) if self.n < 48 else b""
 
-read, before = {"prompts": read_prompts, "requests": read_requests}[sys.argv[1]], peak()
+read = {"prompts": read_prompts, "requests": read_requests}[sys.argv[1]]
 try:
     list(multiply({"prompt": "a"}, read(lines_of(Endless(LINE), "f"), "f").values(), [1], "x.png"))
 except RequestError as error:
     print(error)
-print((peak() - before) // 10**6)
 """
 HOSTILE = {
     "25 million prompts": ("prompts", b"a\n"),
@@ -44,7 +43,27 @@ HOSTILE = {
 
 @pytest.mark.parametrize(("kind", "line"), HOSTILE.values(), ids=list(HOSTILE))
 def test_a_file_of_50_mb_takes_little_memory(kind, line):
-    program = PROGRAM.replace("LINE", repr(line))
-    done = subprocess.run([sys.executable, "-", kind], input=program, capture_output=True, text=True, check=True)
-    *_, used = done.stdout.split("\n")[:-1]
-    assert int(used) < 200, done.stdout
+    printed, grown = measured(IMPORTS, PROGRAM.replace("LINE", repr(line)), kind)
+    assert grown < 200e6, printed
+
+
+def test_a_prompt_from_stdin_is_read_no_further_than_a_prompt_goes():
+    work = """
+class Endless:
+    def read(self, size=-1):
+        assert 0 < size < 10**6
+        return b"a" * size
+
+try:
+    read_text(Endless(), "stdin")
+except RequestError as error:
+    print(error)
+"""
+    printed, grown = measured("from mlx_zimage.errors import RequestError; from mlx_zimage.jobs import read_text", work)
+    assert printed == "stdin has more than 256,000 bytes; expected a prompt of at most 32,000 characters"
+    assert grown < 10e6
+
+
+def test_the_longest_prompt_in_the_widest_characters_is_read_from_stdin():
+    prompt = "🦊" * MAX_PROMPT
+    assert read_text(io.BytesIO(f"\ufeff\n\n{prompt}\n\n".encode()), "stdin").strip() == prompt

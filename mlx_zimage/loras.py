@@ -9,7 +9,7 @@ A request may choose its own among the loaded ones, at its own strengths (`Gener
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ class LoraMethods:
 
     def _check_loaded(self, names: Mapping[str, Any] | Sequence[str]) -> None:
         for name in names:
-            if name not in self._loras:
+            if not isinstance(name, str) or name not in self._loras:
                 loaded = ", ".join(map(repr, self._loras)) or "none"
                 raise RequestError(f"no LoRA is loaded as {name!r} (loaded: {loaded}); load_lora loads one")
 
@@ -110,7 +110,7 @@ class LoraMethods:
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
         """diffusers' set_adapters: these LoRAs at these strengths, 1 by default, and no others."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = _adapters(adapter_names)
         given = 1.0 if adapter_weights is None else adapter_weights
         weights = list(given) if isinstance(given, Sequence) else [given] * len(names)
         if len(weights) != len(names):
@@ -119,7 +119,7 @@ class LoraMethods:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """diffusers' delete_adapters: unload these LoRAs."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
+        for name in _adapters(adapter_names):
             self.unload_lora(name)
 
     def unload_lora_weights(self) -> None:
@@ -145,3 +145,11 @@ class LoraMethods:
     unfuse_lora = Elsewhere("a pipeline never fuses LoRAs; unload_lora removes one")
     disable_lora = Elsewhere("use set_loras({})")
     enable_lora = Elsewhere("use set_loras({name: strength})")
+
+
+def _adapters(names: object) -> list[str]:
+    """The names of one or more adapters, as diffusers takes them."""
+    found: list[Any] = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+    if not all(isinstance(name, str) for name in found):
+        raise RequestError(f"adapter_names must be a LoRA's name or a list of names, got {brief(names)}")
+    return found

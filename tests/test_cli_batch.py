@@ -1,5 +1,6 @@
 """Several images in one call, images that store their request, and output for programs."""
 
+import errno
 import fcntl
 import gc
 import hashlib
@@ -281,12 +282,43 @@ def test_closing_the_terminal_removes_the_preview(tmp_path):
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(end)
-    seen = b""
-    while b"image.preview.png" not in seen:
-        seen += os.read(terminal, 4096)
-    os.close(terminal)
-    assert process.wait(timeout=60) == 129
+    try:
+        seen = b""
+        while b"image.preview.png" not in seen:
+            seen += os.read(terminal, 4096)
+        os.close(terminal)
+        assert process.wait() == 129  # it ends in any case, after 1000 steps
+    finally:
+        process.kill()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS reports a closed terminal in another way")
+def test_writing_to_a_terminal_before_hearing_that_it_is_closed_is_a_stop_too():
+    @cli.main.command("writes")
+    def writes():
+        os.close(terminal)
+        os.write(2, b"a")
+
+    terminal, end = pty.openpty()
+    before = os.dup(2)
+    try:
+        os.dup2(end, 2)
+        assert CliRunner().invoke(cli.main, ["writes"]).exit_code == 129
+    finally:
+        os.dup2(before, 2)
+        cli.main.commands.pop("writes")
+
+
+def test_a_failing_disk_is_not_a_closed_terminal():
+    @cli.main.command("reads")
+    def reads():
+        raise OSError(errno.EIO, "Input/output error")
+
+    try:
+        assert CliRunner().invoke(cli.main, ["reads"]).exit_code == 1
+    finally:
+        cli.main.commands.pop("reads")
 
 
 def test_nohup_is_respected():

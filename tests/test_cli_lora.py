@@ -79,6 +79,8 @@ def test_a_strength_follows_the_path_if_it_is_a_number(style):
         ("-- --lora a 1", "-- --lora a 1", []),
         ("p --lora-paths a b --lora-scales 1 0.5 --seed 3", "p --seed 3 --lora a --lora b", [1.0, 0.5]),
         ("--lora-paths a --lora b 2 -- 7", "--lora b --lora a -- 7", [2.0, None]),
+        ("p --lora-paths=a b --lora-scales=1 0.5 --seed 3", "p --seed 3 --lora a --lora b", [1.0, 0.5]),
+        ("p --lora-paths=a --lora-paths=b", "p --lora a --lora b", [None, None]),
     ],
 )
 def test_strengths_are_taken_out_of_the_arguments(args, rest, strengths):
@@ -128,6 +130,8 @@ def test_an_image_of_mflux_names_its_loras_and_asks_for_their_files(style, path)
             ["a cat", "--lora-paths", "a", "--lora-scales", "high"],
             "--lora-scales must be followed by a number, got high",
         ),
+        (["a cat", "--lora-paths=a", "--lora-scales=high"], "--lora-scales must be followed by a number, got high"),
+        (["a cat", "--lora-paths="], "no LoRA at ''"),
         (["a cat", "--lora", "none.safetensors"], "no LoRA at none.safetensors"),
         (
             ["a cat", "--lora-paths", "a", "--lora-scales", "1", "2"],

@@ -133,6 +133,22 @@ def test_diffusers_methods_do_the_same(pipe, style, face):
         pipe.fuse_lora()
 
 
+@pytest.mark.parametrize("names", [3, None, [3], [["a"]], 1.5, {1: 2}])
+def test_what_is_not_a_name_of_an_adapter_is_refused(pipe, names):
+    for method in (pipe.set_adapters, pipe.delete_adapters):
+        with pytest.raises(RequestError, match="adapter_names must be a LoRA's name or a list of names, got "):
+            method(names)
+
+
+@pytest.mark.parametrize("name", [3, None, ["a"], {}])
+def test_what_is_not_a_name_of_a_lora_is_refused(pipe, name):
+    with pytest.raises(RequestError, match="no LoRA is loaded as"):
+        pipe.unload_lora(name)
+    for weights in ("high", [None], [[1]], float("nan"), 10**400):
+        with pytest.raises(RequestError):
+            pipe.set_adapters("a", weights)
+
+
 def test_the_plan_counts_loras(pipe, style):
     request = pipe.complete(REQUEST)
     without = pipe.plan(request).peaks

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
+import termios
 import warnings
 from contextlib import suppress
 from typing import Any, NoReturn, TextIO
@@ -75,6 +77,8 @@ class Commands(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # the reader of our output is gone; click exits quietly
+            if error.errno == errno.EIO and _terminal_is_closed():
+                ctx.exit(128 + signal.SIGHUP)  # the signal was about to arrive
             _fail(ctx, error, OutputError.exit_code if error.errno in FULL else 1)
         except (KeyboardInterrupt, Terminated, click.Abort) as stop:
             if isinstance(stop, click.Abort) and not isinstance(stop.__context__, KeyboardInterrupt):
@@ -111,6 +115,15 @@ def hold_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+
+
+def _terminal_is_closed() -> bool:
+    """Whether messages go to a terminal that was closed, which says EIO to everything."""
+    try:
+        termios.tcgetattr(2)
+    except termios.error as error:
+        return error.args[0] == errno.EIO
+    return False
 
 
 def _fail(ctx: click.Context, error: Exception, code: int) -> NoReturn:

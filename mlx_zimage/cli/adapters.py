@@ -85,6 +85,9 @@ def _as_options(paths: list[str], kept: list[str], strengths: list[float | None]
 def _take(args: list[str], option: str, expected: str, belongs: Any) -> list[str]:
     """Remove an option that takes one or more words, and return them."""
     found: list[str] = []
+    args[:] = chain.from_iterable(
+        [option, word.removeprefix(f"{option}=")] if word.startswith(f"{option}=") else [word] for word in args
+    )
     while option in args:
         start = end = args.index(option) + 1
         while end < len(args) and belongs(args[end]):

@@ -107,6 +107,11 @@ def test_another_host_needs_a_key_or_a_flag(monkeypatch, tmp_path):
     result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--api-key-file", str(tmp_path / "key")])
     assert result.exit_code == 2 and "8 or more printable ASCII characters" in result.stderr
     assert "short" not in result.stderr
+    (tmp_path / "key").unlink()
+    os.mkfifo(tmp_path / "key")
+    for file in (tmp_path / "key", "/dev/zero"):
+        result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--api-key-file", str(file)])
+        assert result.exit_code == 2 and f"the API key in {file} cannot be read" in result.stderr
     result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--cors", "*"])
     assert result.exit_code == 2 and "--cors takes an origin" in result.stderr
 

@@ -189,6 +189,16 @@ def test_open_webui_edits_through_openais_api(server, name):
     assert opened(answer.json["data"][0]["b64_json"]).size == (64, 64)
 
 
+@pytest.mark.parametrize(
+    "value", ["[" * 20_000, "9" * 5000, '{"a":' * 100, "NaN"], ids=["deep", "digits", "objects", "NaN"]
+)
+def test_a_hostile_value_in_a_form_is_refused(server, value):
+    image = png(Image.new("RGB", (64, 64), "white"))
+    body, content_type = form({"model": "pocket", "prompt": PROMPT, "steps": value}, [("image", image)])
+    answer = server.request("POST", "/v1/images/edits", body, {"Content-Type": content_type})
+    assert answer.status == 400 and "steps" in answer.json["error"]["message"], answer.body
+
+
 def basic(user: str) -> dict[str, str]:
     return {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
 

@@ -10,6 +10,7 @@ import click
 
 from ..errors import RequestError, ZImageError
 from ..sizes import parse_memory
+from ..untrusted import read_bytes
 from ..variants import ALIASES
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
@@ -18,6 +19,7 @@ from .values import FilePath, ModelName
 
 PORT = 8796
 KEY = "MLX_ZIMAGE_API_KEY"
+MAX_KEY = 1000  # bytes
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -130,7 +132,10 @@ def serve(
 
 
 def _key(file: Path | None) -> str | None:
-    key = file.read_text().strip() if file else os.environ.get(KEY, "").strip() or None
+    try:
+        key = read_bytes(file, MAX_KEY).decode().strip() if file else os.environ.get(KEY, "").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the API key in {file} cannot be read: {error}") from None
     if key is not None and not (key.isascii() and key.isprintable() and len(key) >= 8 and " " not in key):
         where = file or KEY
         raise RequestError(f"the API key in {where} must be 8 or more printable ASCII characters without spaces")

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ..untrusted import brief
+from ..untrusted import brief, parse_json
 from .errors import Refusal, openai_error
 from .messages import Accepted, Done, Image, Job, Model, Preview, Progress, Started
 from .queue import Moved, Ticket
@@ -281,5 +281,5 @@ async def form_of(request: Request) -> tuple[dict[str, Any], dict[str, list[byte
         raise Refusal(400, f"the form is damaged ({type(error).__name__})") from None
     for name in values.keys() & {*EXTENSIONS, *COUNTS, "guidance", "stream", "progress", "metadata"} - {*TEXTS}:
         with suppress(ValueError):  # a value that is not JSON is refused with the other values that are not numbers
-            values[name] = json.loads(values[name])
+            values[name] = parse_json(values[name])
     return {name: value for name, value in values.items() if value is not None}, files

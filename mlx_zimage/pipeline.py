@@ -159,8 +159,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         folder or file, or an id; ID:PATH is a file or folder in a repository. Networks and a tokenizer that the model
         lacks come from Tongyi-MAI/Z-Image-Turbo, with a warning.
 
-        variant, "turbo" or "base", overrides which model of the family the folder is recognized as; any other value,
-        such as "fp16", selects which of a network's files are read, as in diffusers.
+        variant, "turbo", "base" or "de-turbo", overrides which model of the family the folder is recognized as; any
+        other value, such as "fp16", selects which of a network's files are read, as in diffusers.
 
         wired=True locks the resident weights in physical memory on macOS while the steps run. Leave it off unless other
         programs push the model out: kernel panics have been reported with wired memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .errors import RequestError
@@ -28,7 +29,11 @@ TURBO = Variant("turbo", "Tongyi-MAI/Z-Image-Turbo", steps=8, guidance_scale=0.0
 # 50 steps as in diffusers 0.42 and the official code; guidance 4 ("cfg 5" in other programs) is the highest its model
 # card recommends.
 BASE = Variant("base", "Tongyi-MAI/Z-Image", steps=50, guidance_scale=4.0, shift=6.0, takes_guidance=True)
-VARIANTS = {variant.name: variant for variant in (TURBO, BASE)}
+# Turbo trained further without its distillation; it is published as a file. Steps and guidance ("cfg 3") as in
+# ai-toolkit, by its author.
+DE_TURBO = Variant("de-turbo", "ostris/Z-Image-De-Turbo", steps=25, guidance_scale=2.0, shift=3.0, takes_guidance=True)
+VARIANTS = {variant.name: variant for variant in (TURBO, BASE, DE_TURBO)}
+DE_TURBO_NAME = re.compile(r"z[-_ ]?image[-_ ]?de[-_ ]?turbo", re.IGNORECASE)  # in the name of its file
 MEMORIES = (8, 16, 24, 32, 64)  # gigabytes of the Macs that README advises
 # What a repository may be called for short.
 ALIASES = {"z-image-turbo": TURBO.repository, "turbo": TURBO.repository, "z-image": BASE.repository}
@@ -42,11 +47,15 @@ def named(name: str) -> Variant:
 
 
 def recognize(shift: float, origins: list[str]) -> Variant:
-    """The variant in a folder: from the origins that its conversion recorded, newest first, otherwise from its shift.
+    """The variant of a transformer: from where it comes from, newest first, otherwise from the scheduler's shift.
 
-    A folder that matches neither, such as a fine-tuned model, is used like Turbo.
+    origins are files, repositories, and what conversions recorded. A folder that matches neither, such as a fine-tuned
+    model, is used like Turbo.
     """
     by_repository = {variant.repository: variant for variant in VARIANTS.values()}
-    by_shift = {variant.shift: variant for variant in VARIANTS.values()}
-    known = [by_repository[origin] for origin in origins if origin in by_repository]
-    return known[0] if known else by_shift.get(shift, TURBO)
+    for origin in origins:
+        if DE_TURBO_NAME.search(origin):
+            return DE_TURBO
+        if origin in by_repository:
+            return by_repository[origin]
+    return BASE if shift == BASE.shift else TURBO

@@ -574,6 +574,40 @@ def test_a_lora_or_controlnet_as_source_is_named(tmp_path, kind, name):
         open_source(file)
 
 
+def test_twinflow_is_refused_by_name(tmp_path, split):
+    more = {"t_embedder_2.mlp.0.weight": mx.ones((4, 4))}
+    file = save(tmp_path / "twinflow.safetensors", mx.load(str(split / "dit.safetensors")) | more)
+    for opened in (open_checkpoint, open_source):
+        with pytest.raises(CheckpointError, match=r"twinflow.safetensors is TwinFlow, .* a sampler of its own"):
+            opened(file)
+    folder = shutil.copytree(POCKET, tmp_path / "folder")
+    save(folder / "transformer" / "diffusion_pytorch_model.safetensors", pocket("transformer") | more)
+    for opened in (open_checkpoint, open_source):
+        with pytest.raises(CheckpointError, match=r"transformer is TwinFlow"):
+            opened(folder)
+
+
+def older_vae(tensors):
+    """The names that older versions of diffusers gave attention."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    out = {}
+    for name, array in tensors.items():
+        for new, before in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        out[name] = array
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+@pytest.mark.parametrize("names", [ldm_vae, older_vae], ids=["ldm", "diffusers"])
+def test_a_vae_of_your_own_may_have_any_programs_names(tmp_path, names, prefix):
+    tensors = {f"{prefix}{name}": array for name, array in names(pocket("vae")).items()}
+    file = save(tmp_path / "clear_vae.safetensors", tensors)
+    assert_same(open_source("pocket", vae=file), "vae")
+    opened = open_checkpoint("pocket", parts={"vae": file}).vae
+    assert opened.shapes == open_checkpoint("pocket").vae.shapes and opened.folder == file
+
+
 # ---- folders as people have them
 
 

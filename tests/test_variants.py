@@ -2,10 +2,11 @@
 
 import json
 
+import mlx.core as mx
 import pytest
 
-from mlx_zimage import RequestError, ZImagePipeline
-from mlx_zimage.variants import BASE, TURBO, VARIANTS, recognize
+from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline
+from mlx_zimage.variants import BASE, DE_TURBO, TURBO, VARIANTS, recognize
 from mlx_zimage.weights import official
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
@@ -29,6 +30,29 @@ def test_the_converters_record_overrides_the_shift(folder):
     assert recognize(6.0, ["elsewhere", TURBO.repository, BASE.repository]) == TURBO, "the newest that is known"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["z_image_de_turbo_v1_bf16.safetensors", "ostris/Z-Image-De-Turbo", "ostris/Z-Image-De-Turbo:x.safetensors"],
+)
+def test_de_turbo_is_recognized_by_the_name_of_its_file_or_repository(folder, name):
+    assert recognize(3.0, [name]) == DE_TURBO
+    assert (DE_TURBO.steps, DE_TURBO.guidance_scale, DE_TURBO.takes_guidance) == (25, 2.0, True), "cfg 3"
+    record = {"source": TURBO.repository, "parts": {"transformer": name}}
+    (folder / "conversion.json").write_text(json.dumps(record))
+    assert open_checkpoint(folder).variant == DE_TURBO
+
+
+def test_a_de_turbo_file_has_the_defaults_of_de_turbo(folder, tmp_path):
+    file = tmp_path / "z_image_de_turbo_v1_bf16.safetensors"
+    tensors = {
+        name: a for shard in (folder / "transformer").glob("*.safetensors") for name, a in mx.load(str(shard)).items()
+    }
+    mx.save_safetensors(str(file), tensors)
+    pipe = ZImagePipeline.from_pretrained(folder, transformer=file, dtype="float32")
+    request = pipe.complete(GenerateRequest("a red fox", seed=1))
+    assert (request.steps, request.guidance_scale) == (25, 2.0)
+
+
 def test_a_damaged_record_is_ignored(folder):
     (folder / "conversion.json").write_text("{broken")
     assert open_checkpoint(folder).variant == TURBO
@@ -43,7 +67,7 @@ def test_a_named_variant_overrides_both(folder):
     shift(folder, 6.0)
     assert open_checkpoint(folder, "base").scheduler.shift == 6.0
     with pytest.raises(
-        RequestError, match=r"must be turbo or base or a file variant of .*, which has none; got 'omni'"
+        RequestError, match=r"must be turbo or base or de-turbo or a file variant of .*, which has none; got 'omni'"
     ):
         open_checkpoint(folder, "omni")
 

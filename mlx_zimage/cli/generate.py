@@ -146,7 +146,7 @@ class Generate(WithLoras):
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo or base, if the model is detected as the other one; or a file variant, such as fp16.",
+    help="turbo, base or de-turbo, if the model is detected as another; or a file variant, such as fp16.",
 )
 @click.option(
     "--transformer",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo or base, if the model is detected as the other one; or a file variant, such as fp16.",
+    help="turbo, base or de-turbo, if the model is detected as another; or a file variant, such as fp16.",
 )
 @size_options
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Number of images.")

@@ -21,7 +21,7 @@ from ..untrusted import brief, open_regular
 from ..variants import Variant
 from . import official
 from .component import Component, checked_config, read_header, read_json
-from .hub import TOKENIZER_FILES, Repository, check_inside, locate
+from .hub import TOKENIZER_FILES, Repository, check_inside, locate, name_of
 from .manifest import CONVERSION
 from .parts import check_variant, files_to_convert, open_component, open_networks, own_configs
 from .unchanged import unchanged
@@ -149,7 +149,7 @@ def open_headers(
             tokenizer = official_files.folder / "tokenizer" / "tokenizer.json"
     raw_scheduler = read_json(scheduler_file) if is_whole or scheduler_file.is_file() else official.SCHEDULER
     scheduler = checked_config(SchedulerConfig, raw_scheduler, scheduler_file)
-    known = named or variants.recognize(scheduler.shift, origins(path))
+    known = named or variants.recognize(scheduler.shift, [name_of(networks["transformer"].folder), *origins(path)])
     if named and variants.recognize(scheduler.shift, []) != known:  # then its schedule is a different one, too
         scheduler = replace(scheduler, shift=known.shift)
     check_widths({name: network.config for name, network in networks.items()}, path)
@@ -208,6 +208,8 @@ def origins(folder: Path) -> list[str]:
         return []
     found = []
     while record:
+        parts = record.get("parts")
+        found += [str(parts["transformer"])] if isinstance(parts, dict) and "transformer" in parts else []
         found.append(str(record.get("source")))
         record = record.get("before") or {}
     return found

@@ -24,7 +24,7 @@ from ..untrusted import open_regular, parse_json, read_bytes
 from . import headers
 from .hub import Repository
 from .listing import INDEX, choose_files, variant_of, visible
-from .names import DROPPED, some
+from .names import DROPPED, check_sampler, some
 from .unchanged import Version, unchanged
 
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
@@ -186,6 +186,7 @@ class Component:
         self.folder = folder
         self.raw_config = raw_config
         self.config = checked_config(CONFIGS[name], raw_config, folder / "config.json")
+        check_sampler(entries, folder)
         self.entries = {self.config.named(key): entry for key, entry in entries.items()}
         self._check()
 

@@ -42,6 +42,8 @@ FOREIGN = {
     "ControlNet": re.compile(r"(^|\.)control(net)?_"),
 }
 
+TWINFLOW = re.compile(r"(^|\.)t_embedder_2\.")
+
 RENAMED: dict[str, list[Row]] = {
     "transformer": [
         # ComfyUI and the original code
@@ -80,6 +82,9 @@ RENAMED: dict[str, list[Row]] = {
         (r"(encoder|decoder)\.mid\.attn_1\.(q|k|v)\.", r"\1.mid_block.attentions.0.to_\2."),
         (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.", r"\1.mid_block.attentions.0.to_out.0."),
         (r"(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+        # older versions of diffusers
+        (r"(encoder|decoder)\.mid_block\.attentions\.0\.(q|k|v)(uery|ey|alue)\.", r"\1.mid_block.attentions.0.to_\2."),
+        (r"(encoder|decoder)\.mid_block\.attentions\.0\.proj_attn\.", r"\1.mid_block.attentions.0.to_out.0."),
         # mflux
         (r"(encoder|decoder)\.(conv_in|conv_out)\.conv(2d)?\.", r"\1.\2."),
         (r"(encoder|decoder)\.conv_norm_out\.norm\.", r"\1.conv_norm_out."),
@@ -153,6 +158,7 @@ def arrange(names: Collection[str], label: object) -> dict[str, dict[str, tuple[
 
     Raises CheckpointError if a tensor is unknown, or if one is stored twice; label is the file or folder.
     """
+    check_sampler(names, label)
     if kind := foreign_kind(names):
         use = "apply it with --lora (load_lora in Python)" if kind == "LoRA" else "expected the weights of Z-Image"
         raise CheckpointError(f"{label} is a {kind}, not a model; {use}")
@@ -172,6 +178,15 @@ def arrange(names: Collection[str], label: object) -> dict[str, dict[str, tuple[
     if not found:
         raise CheckpointError(f"{label} contains no weights; give a file with the weights of Z-Image")
     return found
+
+
+def check_sampler(names: Collection[str], label: object) -> None:
+    """Refuse TwinFlow, whose names are otherwise those of Z-Image."""
+    if any(TWINFLOW.search(name) for name in names):
+        raise CheckpointError(
+            f"{label} is TwinFlow, which has a second time embedder and needs a sampler of its own; use Z-Image-Turbo, "
+            f"which takes 8 steps"
+        )
 
 
 def some(names: Sequence[str]) -> str:

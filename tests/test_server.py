@@ -8,18 +8,22 @@ import socket
 import subprocess
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from serving import KEY, PROMPT, Answer, form, png
+from serving import KEY, PROMPT, Answer, form, png, serving
+from starlette.types import Message
 
 from mlx_zimage.cli import main
 from mlx_zimage.errors import CheckpointError
-from mlx_zimage.server import results, worker
+from mlx_zimage.generate import open_model
+from mlx_zimage.models.text_encoder import TextEncoder
+from mlx_zimage.server import guard, results, worker
 from mlx_zimage.server.errors import Refusal
-from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, host_name
-from mlx_zimage.server.messages import Done, Job, Model, Options
+from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, Body, host_name
+from mlx_zimage.server.messages import Done, Job, Loaded, Model, Options
 from mlx_zimage.server.messages import Image as Finished
 from mlx_zimage.server.queue import Queue
 from mlx_zimage.server.service import ADJUSTED, Service
@@ -236,6 +240,15 @@ def test_a_full_queue_is_answered_with_429_and_the_rest_in_order(server):
     assert server.until(lambda health: not health["running"])["waiting"] == 0
 
 
+def test_what_cannot_fit_is_refused_at_once_while_another_request_runs(server):
+    running = server.begin(GENERATE, SLOW)
+    server.until(lambda health: health["running"])
+    refused = server.post(GENERATE, {**QUICK, "size": "8192x8192"})
+    assert refused.status == 422 and "the largest size that fits" in refused.json["error"]["message"]
+    assert server.health()["running"], "it did not wait for its turn"
+    running.close()
+
+
 def test_a_client_that_goes_away_is_not_generated_for(server):
     """Neither the one that runs, which stops within a step, nor the one that waits."""
     logged = server.log.read_text().count("10 images")
@@ -310,6 +323,35 @@ def test_the_key_is_not_in_the_arguments_of_any_process(server):
         assert "mlx_zimage" in shown.stdout and KEY not in shown.stdout
 
 
+def test_ctrl_c_ends_the_server_and_its_worker(small_pocket, tmp_path):
+    with serving("--model", small_pocket, log=tmp_path / "log", key=None) as server:
+        worker = server.worker
+        assert server.request("GET", "/v1/models", headers={"Authorization": "Bearer any"}).status == 200
+        assert server.stop() == 130
+        assert ended(worker)
+
+
+def test_a_killed_server_leaves_no_worker_behind(small_pocket, tmp_path):
+    with serving("--model", small_pocket, log=tmp_path / "log") as server:
+        worker = server.worker
+        running = server.begin(GENERATE, SLOW)
+        server.until(lambda health: health["running"])
+        server.process.kill()
+        assert ended(worker)
+        running.close()
+
+
+def ended(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+        if not shown or shown.startswith("Z"):  # containers do not reap orphans
+            return True
+        time.sleep(0.05)
+    return False
+
+
 # ---- the queue without HTTP
 
 
@@ -368,6 +410,30 @@ def test_two_models_take_turns_in_memory_and_a_late_job_is_given_up(small_pocket
 
 
 # ---- parts
+
+
+def test_a_body_that_stops_arriving_is_given_up(monkeypatch):
+    async def never() -> None:
+        await asyncio.sleep(60)
+
+    async def receive() -> Message:
+        return await Body(never).receive()
+
+    monkeypatch.setattr(guard, "BODY_S", 0.05)
+    with pytest.raises(Refusal, match="did not arrive within"):
+        asyncio.run(receive())
+
+
+def test_an_unloaded_model_keeps_its_prompts(small_pocket, watch):
+    sent = []
+    made = worker.Worker(SimpleNamespace(send=sent.append), Options({"pocket": str(small_pocket)}))
+    made.models["pocket"], made.loras["pocket"] = open_model(str(small_pocket)), {}
+    encoded = watch(TextEncoder, "steps")
+    for _ in range(2):
+        made.running = 0
+        assert made.images(job())
+        made.unload()
+    assert len(encoded) == 1 and sent[-1] == Loaded(None)
 
 
 def test_results_are_kept_for_an_hour_and_within_limits(monkeypatch):

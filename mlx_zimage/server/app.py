@@ -123,4 +123,5 @@ def log_to_stderr() -> None:
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").addHandler(handler)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    for others in ("uvicorn.error", "python_multipart"):
+        logging.getLogger(others).setLevel(logging.ERROR)

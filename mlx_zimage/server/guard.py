@@ -193,10 +193,15 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._timer.cancel()
         self._expect_head()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._timer.cancel()
+
     def _expect_head(self) -> None:
-        self.loop.call_later(HEAD_S, self._check_head, self.cycle)
+        self._timer = self.loop.call_later(HEAD_S, self._check_head, self.cycle)
 
     def _check_head(self, last: object) -> None:
         if self.cycle is last and not self.transport.is_closing():

@@ -133,6 +133,7 @@ async def _while_connected(work: Any, request: Request) -> Any:
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # one may have failed while it was cancelled
 
 
 def log_images(api: str, ticket: Ticket) -> None:

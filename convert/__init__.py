@@ -94,7 +94,8 @@ def convert_steps(
     weights before they are rounded or quantized. Each of their keys must match a layer, unless partial is True.
 
     format "mlx" is a folder for this package. "diffusers" is a diffusers folder and "comfyui" a single safetensors file
-    with all three networks; neither can be quantized.
+    with all three networks; neither takes MLX's quantization. "comfyui-fp8" and "comfyui-int8" write the large matrices
+    as ComfyUI quantizes them: int8 rotated (ConvRot), with a scale per row.
 
     The folder appears under its name only when complete. Leaving the loop stops the work and removes what was written,
     and so does any failure; after a kill or a crash, the same call resumes from the finished shards. SHA256SUMS in the
@@ -131,8 +132,8 @@ def convert_steps(
 
         parts = {name: other for name, other in replaced.items() if name != "tokenizer"}
         factor_of = Calibration(source, memory, variant, parts).factor
-    if format == "comfyui":
-        layout = lay_out_comfyui(opened, dtype, dest.name)
+    if format.startswith("comfyui"):
+        layout = lay_out_comfyui(opened, dtype, dest.name, format.partition("-")[2] or None)
     else:
         extra = {"search": search or calibrate} | ({"calibrated": True} if calibrate else {})
         conversion = describe_conversion(opened, dtype, settings.to_dict() | extra)

@@ -1,4 +1,4 @@
-"""ComfyUI's quantized layers: what a file declares about them, and the rows that they represent.
+"""ComfyUI's quantized layers: what a file declares about them, the rows that they represent, and writing them.
 
 A layer is marked by a tensor LAYER.comfy_quant or in the file's metadata, as JSON such as {"format": "nvfp4"}. Its
 weight and scales are tensors next to each other; some layers are rotated first (ConvRot).
@@ -9,7 +9,8 @@ for bit, except those of rotated layers, which are summed in an exact order here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -22,7 +23,8 @@ from ..quantization import Quantization
 from ..untrusted import brief, parse_json
 from ..weights.component import Entry
 from .rounding import dequantize_rows
-from .rows import FP8, Packing, Tensor, stored_bytes, stored_rows
+from .rows import FP8, Packing, Tensor, read_rows, stored_bytes, stored_rows
+from .shards import Slot, Task
 
 MARK, METADATA = "comfy_quant", "_quantization_metadata"
 MAX_MARK = 4096  # bytes of JSON in a comfy_quant; ComfyUI writes 90
@@ -37,6 +39,7 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 FLOATS = ("F32", "F16", "BF16")
 FP8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 FP8_SCALES = ("weight_scale", "scale_weight")  # newer and older
+FP8_MOST = 448  # the largest number in e4m3
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 FP4 = np.concatenate([FP4, -FP4])
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 4  # of the blocks that scales of tensor cores are stored in
@@ -307,6 +310,63 @@ FORMATS: dict[str, Callable[[Layer], Tensor]] = {
     "convrot_w4a4": _w4a4,
     "asym_w4a8_int8": _w4a8,
 }
+
+
+# ---- writing
+
+WRITTEN = ("fp8", "int8")
+
+
+@dataclass(frozen=True)
+class Quantized(Task):
+    """A task that writes its tensors, stacked, as one layer in fp8 (one scale) or int8 (a scale per row, rotated)."""
+
+    form: str = "int8"
+
+    @classmethod
+    def of(cls, component: str, tensors: Sequence[Tensor], name: str, form: str) -> Quantized:
+        """The layer name of tensors (out, in) with equally long rows."""
+        rows, width = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
+        dtype, scales = ("F8_E4M3", ()) if form == "fp8" else ("I8", (rows, 1))
+        layer, mark = name.removesuffix(".weight"), render_mark(form, width)
+        slots = Slot(name, dtype, (rows, width)), Slot(f"{layer}.weight_scale", "F32", scales)
+        return cls(component, tuple(tensors), (*slots, Slot(f"{layer}.{MARK}", "U8", (len(mark),))), form=form)
+
+    def arrays(self, dtype: str) -> Iterator[mx.array]:
+        width = self.tensors[0].shape[1]
+        if self.form == "fp8":
+            most = mx.array(0.0)
+            for rows in self._rows():
+                most = mx.maximum(most, mx.abs(rows).max())
+                mx.eval(most)
+            scale = mx.where(most > 0, most / FP8_MOST, 1.0)
+            for rows in self._rows():
+                yield mx.to_fp8(rows / scale)
+            yield scale
+        else:
+            scales = []
+            for rows in self._rows():
+                turned = unrotated(rows, largest_group(width))
+                scales.append(mx.maximum(mx.abs(turned).max(axis=1, keepdims=True) / 127, 1e-30))
+                yield mx.clip(mx.round(turned / scales[-1]), -128, 127).astype(mx.int8)
+            yield mx.concatenate(scales)
+        yield mx.array(np.frombuffer(render_mark(self.form, width), np.uint8))
+
+    def _rows(self) -> Iterator[mx.array]:
+        for tensor in self.tensors:
+            yield from read_rows(tensor, "float32")
+
+
+def render_mark(form: str, width: int) -> bytes:
+    if form == "fp8":
+        return json.dumps({"format": "float8_e4m3fn"}).encode()
+    settings = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": largest_group(width)}
+    return json.dumps(settings if largest_group(width) > 1 else {"format": "int8_tensorwise"}).encode()
+
+
+def largest_group(width: int) -> int:
+    """The columns to rotate together: 256 as in ComfyUI, or a smaller power of 4 that divides the width."""
+    return next(group for group in (256, 64, 16, 4, 1) if width % group == 0)
 
 
 # ---- bits and orders

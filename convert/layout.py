@@ -15,7 +15,9 @@ from ..machine import mlx_version
 from ..quantization import Quantization
 from ..version import __version__
 from ..weights.names import COMFYUI_PREFIXES, comfyui_name
+from ..weights.quantize import tensor_quantization
 from .choose import Choice
+from .comfyui import WRITTEN, Quantized
 from .disk import render_json
 from .rows import Tensor
 from .shards import PAGE, Shard, Slot, Task, header
@@ -23,7 +25,8 @@ from .small import clean_record, without_paths
 from .sources import Source
 
 SHARD_BYTES = 512 * 10**6
-TARGETS = ("mlx", "diffusers", "comfyui")  # values of the option format
+TARGETS = ("mlx", "diffusers", "comfyui", *(f"comfyui-{form}" for form in WRITTEN))  # values of the option format
+ANY = Quantization(8, 32)  # to ask which matrices are quantized at all
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 Factors = Callable[[str], np.ndarray]  # by weight name, see Task.factor
@@ -71,19 +74,23 @@ def lay_out_folder(
     return Layout(shards, files)
 
 
-def lay_out_comfyui(source: Source, dtype: str, name: str) -> Layout:
-    """A single file with all three networks, with ComfyUI's names."""
-    tasks = []
+def lay_out_comfyui(source: Source, dtype: str, name: str, form: str | None = None) -> Layout:
+    """A single file with all three networks, with ComfyUI's names; large matrices in fp8 or int8 if form says so."""
+    tasks: list[Task] = []
     for component in source.components.values():
         stacked: dict[str, list[Tensor]] = {}
         for tensor in component.tensors:
             stacked.setdefault(comfyui_name(component.name, tensor.name), []).append(tensor)
         for own, tensors in stacked.items():
+            stored = COMFYUI_PREFIXES[component.name] + own
+            if form and all(tensor_quantization(component.name, t.name, t.shape, ANY) for t in tensors):
+                tasks.append(Quantized.of(component.name, tensors, stored, form))
+                continue
             first, *rest = (tensor.shape for tensor in tensors)
             shape = (first[0] + sum(other[0] for other in rest), *first[1:])
             if component.name == "vae" and ".mid.attn_1." in own and len(shape) == 2:
                 shape = (*shape, 1, 1)  # convolutions in LDM
-            slot = Slot(COMFYUI_PREFIXES[component.name] + own, SPELLED[dtype], shape)
+            slot = Slot(stored, SPELLED[dtype], shape)
             tasks.append(Task(component.name, tuple(tensors), (slot,)))
     return Layout([Shard(name, tasks, "pt")], single=True)
 

@@ -15,6 +15,7 @@ from ..quantization import Quantization
 from .rounding import quantize_rows
 from .rows import Tensor, read_packed, read_rows
 
+FOREIGN_BYTES = {"I8": 1, "F8_E4M3": 1}  # of dtypes that only ComfyUI's files have
 PAGE = 2**14  # bytes of a memory page on Apple Silicon: a tensor that begins on one can be mapped instead of read
 CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the overhead per column only pays off for many rows
 
@@ -29,7 +30,7 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
-        return ITEM_BYTES[self.dtype] * prod(self.shape)
+        return (ITEM_BYTES | FOREIGN_BYTES)[self.dtype] * prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,39 @@ def test_diffusers_loads_an_exported_folder(tmp_path, monkeypatch):
             assert np.array_equal(state[name].float().numpy(), np.array(array.astype(mx.float32)))
 
 
-@pytest.mark.parametrize("form", ["diffusers", "comfyui"])
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_a_file_for_comfyui_may_be_quantized_as_it_does(tmp_path, form):
+    file = convert("pocket", tmp_path / "all.safetensors", format=f"comfyui-{form}")
+    assert file.stat().st_size < 0.75 * convert("pocket", tmp_path / "x.safetensors", format="comfyui").stat().st_size
+    stored = mx.load(str(file))
+    layer = "model.diffusion_model.layers.0.attention.qkv"
+    mark = json.loads(bytes(stored[f"{layer}.comfy_quant"]))
+    assert stored[f"{layer}.weight"].shape == (576, 192)
+    if form == "fp8":
+        assert mark == {"format": "float8_e4m3fn"} and stored[f"{layer}.weight_scale"].shape == ()
+    else:
+        assert mark == {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}
+        assert stored[f"{layer}.weight"].dtype == mx.int8 and stored[f"{layer}.weight_scale"].shape == (576, 1)
+    for component in NETWORKS:
+        ours, theirs = read("pocket", component), read(file, component)
+        assert list(ours) == list(theirs)
+        for name, exact in ours.items():
+            exact, error = exact.astype(mx.float32), theirs[name].astype(mx.float32) - exact.astype(mx.float32)
+            if exact.ndim != 2 or not mx.any(error != 0):
+                assert not mx.any(error != 0), name
+            elif form == "fp8":  # half a unit in the last of 3 bits, or of the smallest number
+                bound = mx.maximum(mx.abs(exact) / 16, 2.0**-10 * mx.abs(exact).max() / 448 * 4)
+                assert (mx.abs(error) <= bound).all(), name
+            else:  # a rotation keeps lengths: half a step per value, of a row's largest after rotation
+                most = mx.sqrt(mx.square(exact).sum(1))
+                assert (mx.sqrt(mx.square(error).mean(1)) <= most / 127 / 2).all(), name
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui", "comfyui-int8"])
 def test_quantization_is_refused_for_formats_that_cannot_store_it(tmp_path, form):
     with pytest.raises(RequestError, match=f"{form} cannot read MLX's quantized weights"):
         convert("pocket", tmp_path / "out", format=form, bits=4)
-    with pytest.raises(RequestError, match="format must be one of mlx, diffusers, comfyui, got 'gguf'"):
+    with pytest.raises(
+        RequestError, match="format must be one of mlx, diffusers, comfyui, comfyui-fp8, comfyui-int8, got 'gguf'"
+    ):
         convert("pocket", tmp_path / "out", format="gguf")

@@ -75,10 +75,11 @@ QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_
 )
 @click.option(
     "--format",
-    type=click.Choice(["mlx", "diffusers", "comfyui"]),
+    type=click.Choice(["mlx", "diffusers", "comfyui", "comfyui-fp8", "comfyui-int8"]),
     default="mlx",
     show_default=True,
-    help="Output format: mlx (a folder for this program), diffusers (a folder) or comfyui (a single file).",
+    help="Output format: mlx (a folder for this program), diffusers (a folder) or comfyui (a single file, which may be "
+    "quantized as ComfyUI does).",
 )
 @click.option(
     "--report",

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 from ..dtypes import FLOATS, ITEM_BYTES, SPELLED
 from ..errors import RequestError
 from ..sizes import size
+from ..weights.controlnets import is_controlnet
 from ..weights.library import smaller_parts
 from ..weights.manifest import CONVERSION
 from .choose import Recipe, Settings, quantizations
 from .disk import render_json
 from .fuse import Loras, fuse
 from .layout import TARGETS, Layout, describe_conversion, describe_job, lay_out_comfyui, lay_out_folder
-from .sources import Source, open_source
+from .sources import Source, open_controlnet_source, open_source
 from .writer import OutputFolder, check_absent, check_outside
 
 __all__ = ["Progress", "convert", "convert_steps"]
@@ -90,6 +91,8 @@ def convert_steps(
     transformer; the matrices are then quantized to preserve the products with those inputs. For the real model this
     takes many times as long, and a few gigabytes beyond memory (see ZImagePipeline.from_pretrained).
 
+    A source may be a ControlNet, too: the folder then contains only it, quantized as a transformer would be.
+
     loras, pairs of a LoRA (a file, a PEFT folder, a Hugging Face id or id:file) and its strength, are added to the
     weights before they are rounded or quantized. Each of their keys must match a layer, unless partial is True.
 
@@ -113,6 +116,14 @@ def convert_steps(
         raise RequestError(f"{format} cannot read MLX's quantized weights; leave out the quantization options")
     dest = Path(dest).expanduser()
     check_absent(dest)  # before anything is downloaded
+    if is_controlnet(source):
+        whole = (transformer, text_encoder, vae, tokenizer, base, variant)
+        if format != "mlx" or calibrate or loras or any(option is not None for option in whole):
+            raise RequestError(
+                f"{source} is a ControlNet, which is converted alone and to MLX; use only dtype and the "
+                f"options for quantization"
+            )
+        return _convert_controlnet(source, dest, dtype, settings, search)
     source, transformer = smaller_parts(source, transformer)
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     opened = open_source(source, **replaced, base=base, variant=variant)
@@ -140,6 +151,23 @@ def convert_steps(
         small = opened.files | {CONVERSION: render_json(conversion)}
         choice = settings.choice(opened, dtype) if format == "mlx" else lambda component, tensor: None
         layout = lay_out_folder(opened, dtype, choice, format, small, search or calibrate, factor_of)
+    _warn_of_waste(opened, layout, settings, dtype)
+    return _write(opened, layout, dest, dtype)
+
+
+def _convert_controlnet(
+    source: str | Path, dest: Path, dtype: str, settings: Settings, search: bool
+) -> Iterator[Progress]:
+    """Convert a ControlNet to a folder that contains only it, quantized like a transformer."""
+    opened = open_controlnet_source(source)
+    if opened.at.is_dir():
+        check_outside(dest, opened.at)
+    own = settings.networks.get("transformer")
+    kept = ("controlnet",) if "transformer" in settings.kept else ()
+    settings = replace(settings, networks={"controlnet": own}, kept=kept)
+    conversion = describe_conversion(opened, dtype, settings.to_dict() | {"search": search})
+    small = {CONVERSION: render_json(conversion)}
+    layout = lay_out_folder(opened, dtype, settings.choice(opened, dtype), "mlx", small, search)
     _warn_of_waste(opened, layout, settings, dtype)
     return _write(opened, layout, dest, dtype)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError, RequestError, warn
-from ..models import NETWORKS
+from ..models import CONTROLNET, NETWORKS
 from ..request import LoraUse
 from ..scheduler import SchedulerConfig
 from ..tokenizer import MAX_BYTES, MAX_VALUES, Tokenizer
@@ -23,6 +23,7 @@ from ..weights.checkpoint import (
     weight_files,
 )
 from ..weights.component import Component, find_network, needs_converting, read_entries, read_json
+from ..weights.controlnets import open_controlnet
 from ..weights.hub import check_inside, locate, name_of
 from ..weights.parts import (
     PIPELINE_CLASS,
@@ -123,6 +124,17 @@ def open_source(
     except (ValueError, AttributeError, CheckpointError) as error:
         raise CheckpointError(f"{Path(opened.origin) / SCHEDULER}: {error}") from error
     return replace(opened, components={name: opened.components[name] for name in NETWORKS}, files=files)
+
+
+def open_controlnet_source(source: str | Path) -> Source:
+    """Open a ControlNet, downloading it if needed."""
+    component = open_controlnet(source).component
+    path = component.folder
+    origin = name_of(path) if Path(source).expanduser().exists() else str(source)
+    own = path.parent if path.name == CONTROLNET else path
+    conversion = read_conversion(own) if own.is_dir() else {}
+    files = weight_files([component])
+    return Source(origin, own, {CONTROLNET: _component(component)}, files, {}, conversion)
 
 
 def _model_index(content: bytes) -> bytes:

@@ -49,7 +49,8 @@ def write(folder: Path, seed: int, tag: str) -> Path:
     """A ControlNet's folder as diffusers saves it."""
     (folder / tag).parent.mkdir(parents=True, exist_ok=True)
     tiny.FILE_STEM["controlnet"] = "diffusion_pytorch_model"
-    tiny.save_component(folder / tag, "controlnet", weights(seed, tag), CONFIGS[tag])
+    config = {"_class_name": "ZImageControlNetModel", **CONFIGS[tag]}
+    tiny.save_component(folder / tag, "controlnet", weights(seed, tag), config)
     return folder / tag
 
 

@@ -1,18 +1,24 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import controls
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 from compare import TOLERANCE, relative_error
 
-from mlx_zimage.errors import CheckpointError
+from mlx_zimage.cli import main
+from mlx_zimage.convert import convert
+from mlx_zimage.errors import CheckpointError, RequestError
 from mlx_zimage.models import transformer
 from mlx_zimage.models.controlnet import ControlNetConfig, config_of, control_latents
+from mlx_zimage.models.layers import linear
 from mlx_zimage.models.transformer import Chain, TransformerConfig, in_order
-from mlx_zimage.weights.controlnets import Kind, open_controlnet
+from mlx_zimage.quantization import Quantization
+from mlx_zimage.weights.controlnets import ControlNetFile, Kind, open_controlnet
 from mlx_zimage.weights.library import planned_network
 from mlx_zimage.weights.random import RandomWeights
 
@@ -119,22 +125,25 @@ def test_the_published_layouts_are_recognized():
         assert found == config and len(found.layers) == blocks
 
 
-def test_the_published_sizes_are_those_of_the_files():
-    def parameters(places, mode, channels):
-        config = ControlNetConfig.from_dict(
-            {
-                "control_layers_places": places,
-                "control_refiner_layers_places": [0, 1],
-                "add_control_noise_refiner": mode,
-                "control_in_dim": channels,
-            }
-        )
-        return sum(int(np.prod(shape)) for shape in config.shapes().values())
-
-    assert parameters([*range(0, 30, 5)], None, 16) == 1_550_778_368
-    assert parameters([*range(0, 30, 2)], "control_layers", 33) == 2_950_156_800
-    assert parameters([*range(0, 30, 2)], "control_noise_refiner", 33) == 3_356_225_792
-    assert parameters([0, 10, 20], "control_noise_refiner", 33) == 1_008_308_480
+@pytest.mark.parametrize(
+    ("version", "places", "mode", "channels", "parameters", "gigabytes"),
+    [
+        ("1", [*range(0, 30, 5)], None, 16, 1_550_778_368, ("3.1", "0.9")),
+        ("2.0", [*range(0, 30, 2)], "control_layers", 33, 2_950_156_800, ("5.9", "1.7")),
+        ("2.1", [*range(0, 30, 2)], "control_noise_refiner", 33, 3_356_225_792, ("6.7", "2.0")),
+        ("2.1 lite", [0, 10, 20], "control_noise_refiner", 33, 1_008_308_480, ("2.0", "0.6")),
+    ],
+)
+def test_the_published_sizes_are_those_of_the_page(version, places, mode, channels, parameters, gigabytes):
+    refined = {"control_refiner_layers_places": [0, 1], "add_control_noise_refiner": mode}
+    config = {"control_layers_places": places, "control_in_dim": channels, **refined}
+    planned = [planned_network("controlnet", config, q) for q in (None, Quantization(4))]
+    assert sum(int(np.prod(shape)) for shape in planned[0].shapes.values()) == parameters
+    assert tuple(f"{network.nbytes / 1e9:.1f}" for network in planned) == gigabytes
+    assert ControlNetFile(planned[0], Kind(None), "x").version == version
+    page = (Path(__file__).parents[1] / "examples/controlnet.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| {version} |"))
+    assert all(f" {size} GB " in row for size in gigabytes)
 
 
 @pytest.mark.parametrize("part", ["before_proj", "after_proj"])
@@ -209,3 +218,44 @@ def test_random_weights_have_its_shapes():
     network = planned_network("controlnet", controls.CONFIGS["control_v21"], None, RandomWeights)
     tree = network.read("control_layers.0", mx.float32)()
     assert tree["before_proj"]["weight"].shape == (48, 48)
+
+
+# ---- converted, and described
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_converted_controlnet_gives_nearly_the_same_outputs(pipe, tmp_path, bits):
+    config = controls.CONFIGS["control_v21"] | {"dim": 192, "n_heads": 6}
+    shapes = ControlNetConfig.from_dict(config).shapes()
+    weights = {name: mx.array(tiny.weight(0, "wide", name, shape)) for name, shape in shapes.items()}
+    source = tmp_path / "Z-Image-Turbo-Fun-Controlnet-Tile-2.1-8steps.safetensors"
+    mx.save_safetensors(str(source), weights)
+    folder = convert(source, tmp_path / "converted", bits=bits, dtype="float32")
+    opened, original = open_controlnet(folder), open_controlnet(source)
+    assert opened.component.config == original.component.config
+    assert str(opened.kind) == str(original.kind) == "8-steps, tile"
+    layers = {layer.rpartition(".")[2] for layer in opened.component.quantizations}
+    assert layers == ({"to_q", "to_k", "to_v", "0", "w1", "w2", "w3", "before_proj", "after_proj"} if bits else set())
+    x = mx.array(tiny.randn(0, "x", 4, 192))
+    for name in ("control_layers.0.after_proj", "control_noise_refiner.1.attention.to_out.0"):
+        ours, wanted = (linear(x, one.component.read(name, mx.float32)()) for one in (opened, original))
+        # rounding to bits, with scales of 64 weights each
+        assert relative_error(ours, wanted) < {None: 1e-9, 8: 0.02, 4: 0.25}[bits]
+
+
+def test_info_tells_controlnets_apart(folder, tmp_path):
+    path = controls.write(folder, 0, "control_v21")
+    shown = CliRunner().invoke(main, ["info", str(path)])
+    assert "ControlNet Union 2.1 lite (of unknown training), 2 + 2 blocks, 33 channels" in shown.output
+    known = json.loads(CliRunner().invoke(main, ["info", str(path), "--json"]).output)
+    assert (known["version"], known["trained_for"], known["scale"]) == ("2.1 lite", None, 0.9)
+    for tag, version in (("control_v1", "1"), ("control_v20", "2.0 lite")):
+        assert json.loads(CliRunner().invoke(main, ["info", str(controls.write(folder, 0, tag)), "--json"]).output)[
+            "version"
+        ] == version  # fmt: skip
+
+
+def test_options_for_whole_models_are_refused_for_a_controlnet(folder, tmp_path):
+    path = controls.write(folder, 0, "control_v21")
+    with pytest.raises(RequestError, match="is a ControlNet, which is converted alone"):
+        convert(path, tmp_path / "converted", vae="pocket")

@@ -42,6 +42,11 @@ def info(source: str, as_json: bool) -> None:
         raise ModelNotFoundError(
             f"no model folder or image at {source}; `mlx-zimage models` lists the models on this machine"
         )
+    from ..weights.controlnets import is_controlnet
+
+    if is_controlnet(source):
+        _print_controlnet(source, as_json)
+        return
     try:
         model = describe(source)
     except CheckpointError:
@@ -63,6 +68,22 @@ def info(source: str, as_json: bool) -> None:
     _print_networks(model["networks"])
     side = model["sample_size"]
     echo(f"default size: {side}x{side} pixels")
+
+
+def _print_controlnet(source: str, as_json: bool) -> None:
+    from ..weights.controlnets import open_controlnet
+
+    opened = open_controlnet(source)
+    network = _network(opened.component)
+    if as_json:
+        traits = None if opened.kind.traits is None else sorted(opened.kind.traits)
+        known = {"controlnet": opened.name, "version": opened.version, "trained_for": traits}
+        defaults = {"scale": opened.scale, "steps": opened.steps, "fingerprint": opened.fingerprint}
+        click.echo(json.dumps({**known, **defaults, "networks": {opened.component.name: network}}))
+        return
+    echo(str(opened))
+    _print_networks({opened.component.name: network})
+    echo(f"default scale: {opened.scale:g}")
 
 
 def _print_networks(networks: dict[str, dict]) -> None:

@@ -14,17 +14,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, ModelNotFoundError, RequestError
+from ..errors import CheckpointError, ModelNotFoundError, RequestError, ZImageError
 from ..models import CONTROLNET
 from ..models.controlnet import LAYERS, MASKED, PUBLISHED_LAYERS, REFINER, config_of
 from ..models.transformer import TransformerConfig
 from ..untrusted import brief
-from .checkpoint import fingerprint, weight_files
+from .checkpoint import fingerprint, origins, weight_files
 from .component import Component, Entry, entries_in, read_entries, read_header, read_json
 from .hub import POCKET, Repository, locate, name_of
 from .names import foreign_kind
 
 LITE_BLOCKS = 3
+CLASS = "ZImageControlNetModel"  # what config.json declares, as in diffusers
 # What a ControlNet may have been trained for, and how its name says so.
 TRAITS = {
     "8-steps": re.compile(r"8-?steps", re.IGNORECASE),
@@ -122,6 +123,25 @@ def find_controlnet(source: str | Path) -> tuple[Path, Repository | None]:
     return path, repository
 
 
+def is_controlnet(source: str | Path) -> bool:
+    """Whether a source is a ControlNet; False if it is anything else, or cannot be read."""
+    try:
+        path, repository = locate(source)
+        if _is_folder(path, repository):
+            names = repository.names(path) if repository else [file.name for file in path.iterdir()]
+            if "model_index.json" in names:
+                return False
+            within = path if "config.json" in names else path / CONTROLNET
+            return read_json(within / "config.json").get("_class_name") == CLASS
+        return path.suffix == ".safetensors" and foreign_kind(entries_in(path, repository)) == "ControlNet"
+    except (ZImageError, OSError):
+        return False
+
+
+def _is_folder(path: Path, repository: Repository | None) -> bool:
+    return path.is_dir() or (repository is not None and path not in repository.sizes)
+
+
 def open_controlnet(
     source: str | Path, kind: str | None = None, transformer: TransformerConfig | None = None
 ) -> ControlNetFile:
@@ -147,11 +167,12 @@ def open_controlnet(
             CONTROLNET, opened.folder, opened.raw_config | {"add_control_noise_refiner": LAYERS}, entries
         )
     name = name_of(path)
-    return ControlNetFile(opened, given or Kind.of(f"{source} {name}"), name, (repository,) if repository else ())
+    names = " ".join([str(source), name, *origins(path)])  # a conversion keeps what the original's name says
+    return ControlNetFile(opened, given or Kind.of(names), name, (repository,) if repository else ())
 
 
 def _open(path: Path, repository: Repository | None, layers: int) -> Component:
-    folder = path.is_dir() or (repository is not None and path not in repository.sizes)
+    folder = _is_folder(path, repository)
     if folder:
         within = path / "controlnet"  # of a pipeline that diffusers saved
         path = within if (within / "config.json").is_file() else path
@@ -167,7 +188,8 @@ def _open(path: Path, repository: Repository | None, layers: int) -> Component:
         raise CheckpointError(f"{path} is {what}; expected a ControlNet for Z-Image")
     file = path / "config.json"
     try:
-        config = read_json(file) if folder and file.is_file() else config_of(_dense(own), layers)
+        given = folder and file.is_file()
+        config = read_json(file) if given else {"_class_name": CLASS, **config_of(_dense(own), layers)}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Component(CONTROLNET, path, config, own)

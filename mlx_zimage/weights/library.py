@@ -338,7 +338,8 @@ def register(folder: Path) -> None:
     folder = folder.expanduser().resolve()
     known = _registered()
     is_own = folder.parent == home().resolve() or any(map(is_snapshot, (folder, *folder.parents)))
-    if is_own or not (folder / CONVERSION).is_file() or str(folder) in known:
+    is_model = (folder / CONVERSION).is_file() and (folder / "model_index.json").is_file()
+    if is_own or not is_model or str(folder) in known:
         return
     with suppress(OSError):  # at worst, the folder is missing from the list
         home().mkdir(parents=True, exist_ok=True)

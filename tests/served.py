@@ -303,7 +303,8 @@ def raw(server: Server, method: str, path: str, body: bytes, headers: dict[str, 
         answer = b""
         try:
             client.sendall(head.encode("latin-1") + b"\r\n" + body)
-            client.shutdown(socket.SHUT_WR)
+            if {"Content-Length", "Transfer-Encoding"} & headers.keys():
+                client.shutdown(socket.SHUT_WR)  # otherwise the server waits for the rest
             while chunk := client.recv(2**16):
                 answer += chunk
                 if b"\r\n0\r\n\r\n" in answer:

@@ -22,7 +22,7 @@ from mlx_zimage.generate import open_model
 from mlx_zimage.models.text_encoder import TextEncoder
 from mlx_zimage.server import guard, results, worker
 from mlx_zimage.server.errors import Refusal
-from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, Body, host_name
+from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, Body, Guard, host_name
 from mlx_zimage.server.messages import Done, Job, Loaded, Model, Options
 from mlx_zimage.server.messages import Image as Finished
 from mlx_zimage.server.queue import Queue
@@ -417,11 +417,33 @@ def test_a_body_that_stops_arriving_is_given_up(monkeypatch):
         await asyncio.sleep(60)
 
     async def receive() -> Message:
-        return await Body(never).receive()
+        return await Body(never, Guard(None, Access())).receive()
 
     monkeypatch.setattr(guard, "BODY_S", 0.05)
     with pytest.raises(Refusal, match="did not arrive within"):
         asyncio.run(receive())
+
+
+def test_bodies_are_limited_together(monkeypatch):
+    """As they are held in memory until their requests are answered."""
+    answered = []
+
+    async def arriving() -> Message:
+        return {"type": "http.request", "body": bytes(40), "more_body": False}
+
+    async def app(scope, receive, send) -> None:
+        try:
+            answered.append(len((await receive())["body"]))
+        except Refusal as refusal:
+            answered.append(refusal.status)
+        if len(answered) < 4:
+            await outer(scope, arriving, send)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}
+    outer = Guard(app, Access())
+    monkeypatch.setattr(guard, "MAX_BODIES", 100)
+    asyncio.run(outer(scope, arriving, None))
+    assert answered == [40, 40, 503, 503] and outer.held == 0
 
 
 def test_an_unloaded_model_keeps_its_prompts(small_pocket, watch):

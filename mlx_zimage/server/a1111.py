@@ -160,7 +160,7 @@ class A1111:
         count = count_of(values)
         marks = "black" if values.get("inpainting_mask_invert") in (1, True) else "white"
         job = Job(0, model.name, fields, seeds_of(None if seed == -1 else seed, count), image, mask, marks)
-        with self.service.submit(job) as ticket:
+        with self.service.queue.submit(job) as ticket:
             self.jobs.add(ticket.job.id)
             try:
                 await accepted(ticket, request)
@@ -172,7 +172,7 @@ class A1111:
             raise Refusal(409, "the request was interrupted")
         sent = [] if values.get("send_images") is False else images
         body = {
-            "images": [base64.b64encode(image.content).decode() for image in sent],
+            "images": [base64.b64encode(made.content).decode() for made in sent],
             "parameters": fields,
             "info": json.dumps(info(images)),
         }

@@ -24,9 +24,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .errors import Refusal, answer
+from .errors import Refusal, answer, unavailable
 
 MAX_BODY = 32 * 2**20  # bytes: a photo of 24 MB in base64
+MAX_BODIES = 8 * MAX_BODY  # of all requests in progress together
 BODY_S = 60.0  # to send a body in
 HEAD_S = 5.0  # to send a request's head in
 # Under which containers reach the machine they run on: names that no one can register.
@@ -96,6 +97,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, access: Access):
         self.app, self.access = app, access
+        self.held = 0  # bytes of the bodies of requests in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -126,7 +128,11 @@ class Guard:
         except Refusal as refusal:
             await answer(path, refusal)(scope, receive, with_cors)
             return
-        await self.app(scope, Body(receive).receive, with_cors)
+        body = Body(receive, self)
+        try:
+            await self.app(scope, body.receive, with_cors)
+        finally:
+            self.held -= body.size
 
     def check(self, headers: Headers, allowed: bool) -> None:
         """Refuse a name that is not this machine's, and a web page that was not allowed."""
@@ -162,9 +168,9 @@ def too_large() -> Refusal:
 class Body:
     """The body of one request, within limits of size and time."""
 
-    def __init__(self, receive: Receive):
-        self._receive = receive
-        self._size = 0
+    def __init__(self, receive: Receive, guard: Guard):
+        self.size = 0
+        self._receive, self._guard = receive, guard
         self._complete = False
         self._until = asyncio.get_running_loop().time() + BODY_S
 
@@ -177,10 +183,14 @@ class Body:
         except TimeoutError:
             raise Refusal(408, f"the body of the request did not arrive within {BODY_S:g} s") from None
         if message["type"] == "http.request":
-            self._size += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            self.size += size
+            self._guard.held += size
             self._complete = not message.get("more_body", False)
-            if self._size > MAX_BODY:
+            if self.size > MAX_BODY:
                 raise too_large()
+            if self._guard.held > MAX_BODIES:
+                raise unavailable("the server is receiving too many large images at once; try again later")
         return message
 
 

@@ -99,7 +99,7 @@ class OpenAI:
             0, model.name, fields_of(values), seeds_of(values.get("seed"), values.get("n", 1)), image, mask,
             "transparent", wanted.ending, wanted.quality, wanted.previews, wanted.metadata,
         )  # fmt: skip
-        ticket = self.service.submit(job)
+        ticket = self.service.queue.submit(job)
         try:
             fits = await accepted(ticket, request)
             if wanted.stream:
@@ -111,7 +111,7 @@ class OpenAI:
         log_images(kind, ticket)
         if len(images) < len(job.seeds):
             raise Refusal(409, "the request was interrupted")
-        rows = [self.row(request, wanted, image) for image in images]
+        rows = [self.row(request, wanted, made) for made in images]
         return JSONResponse(
             {
                 "created": int(time.time()),

@@ -16,7 +16,7 @@ from ..request import MAX_SEED
 from ..untrusted import brief, parse_json
 from .errors import Refusal
 from .loras import lora_files
-from .messages import Accepted, Done, Image, Job, Model
+from .messages import Accepted, Done, Image, Model
 from .queue import Queue, Ticket
 from .results import Results
 
@@ -71,9 +71,6 @@ class Service:
             if not isinstance(name, str) or name not in known:
                 listed = ", ".join(known) or "none; --lora-dir names a folder of them"
                 raise Refusal(404, f"no LoRA {brief(name)} (there are: {listed})", param="loras")
-
-    def submit(self, job: Job) -> Ticket:
-        return self.queue.submit(job)
 
 
 def seeds_of(seed: object, count: object) -> tuple[int, ...]:

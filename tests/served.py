@@ -307,7 +307,7 @@ def raw(server: Server, method: str, path: str, body: bytes, headers: dict[str, 
                 client.shutdown(socket.SHUT_WR)  # otherwise the server waits for the rest
             while chunk := client.recv(2**16):
                 answer += chunk
-                if b"\r\n0\r\n\r\n" in answer:
+                if b"\r\n0\r\n\r\n" in answer or (method == "HEAD" and b"\r\n\r\n" in answer):
                     break
                 length = answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
                 if length.isdigit() and len(answer.partition(b"\r\n\r\n")[2]) >= int(length):

@@ -134,7 +134,7 @@ def test_a_mask_without_transparent_parts_is_refused(sdk):
         ({"output_format": "gif"}, openai.BadRequestError, "output_format must be png or jpeg or webp"),
         ({"extra_body": {"seed": -1}}, openai.BadRequestError, "seed must be a whole number from 0"),
         ({"extra_body": {"strength": 0.5}}, openai.BadRequestError, "there is no image to start from"),
-        ({"extra_body": {"control": {}}}, openai.BadRequestError, "control is not supported"),
+        ({"extra_body": {"control": {}}}, openai.BadRequestError, "control is not supported by the server yet"),
         (
             {"extra_body": {"loras": [{"name": "../style"}]}},
             openai.NotFoundError,

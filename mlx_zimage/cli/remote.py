@@ -33,7 +33,7 @@ LOCAL = (  # options of `generate` that only a model in this process takes
     *("latents_file", "lora_partial", "preview", "preview_dir"),
 )
 DEFAULTS = {field.name: field.default for field in fields(GenerateRequest)}
-ELSEWHERE = {*ARRAYS, "loras", "num_images"}  # fields that are not sent under their own names
+ELSEWHERE = {*ARRAYS, "loras", "num_images", "controls", "controlnet"}  # fields that are not sent under their own names
 
 
 class Remote:
@@ -63,6 +63,8 @@ class Remote:
         request = job.request(self.model["size"])
         if request.num_images > 1:
             raise RequestError(f"num_images is for a model in this process, got {request.num_images}; use count")
+        if request.controls:
+            raise RequestError("a server does not follow control images yet; leave --server out")
         return request
 
     def generate(

@@ -89,7 +89,7 @@ class OpenAI:
         known = isinstance(named, str) and OPENAI_MODELS.fullmatch(named)
         model = self.service.model(None if known else named)
         if "control" in values:
-            raise Refusal(400, "control is not supported by this version of mlx-zimage", param="control")
+            raise Refusal(400, "control is not supported by the server yet; leave it out", param="control")
         if "guidance" in values:
             values["guidance_scale"] = values["guidance"]
         headers = self.service.adjust(values, model, "guidance_scale", 0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,6 +31,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import comfyui_files
 import mlx.core as mx
 import numpy as np
 import tiny
@@ -37,6 +39,7 @@ from measure import peak
 from PIL import Image, ImageCms
 
 from mlx_zimage.convert import gguf
+from mlx_zimage.convert.files import stored_weights
 from mlx_zimage.convert.sources import open_source
 from mlx_zimage.errors import UNSAFE, ZImageError
 from mlx_zimage.images import source
@@ -50,7 +53,7 @@ from mlx_zimage.request import GenerateRequest
 from mlx_zimage.sizes import parse_memory
 from mlx_zimage.tokenizer import Tokenizer
 from mlx_zimage.weights.checkpoint import open_headers, read_conversion
-from mlx_zimage.weights.component import read_header, read_weight_map
+from mlx_zimage.weights.component import read_header, read_metadata, read_weight_map
 from mlx_zimage.weights.lora import describe, read_lora
 from mlx_zimage.weights.manifest import read_manifest
 from mlx_zimage.weights.store import Store
@@ -213,6 +216,20 @@ def safetensors_seeds(folder: Path) -> list[bytes]:
 
 def single_seeds(folder: Path) -> list[bytes]:
     return [next((model(folder) / name).glob("*.safetensors")).read_bytes() for name in ("transformer", "vae")]
+
+
+def comfyui_seeds(folder: Path) -> list[bytes]:
+    found = []
+    for form, marked in itertools.product(comfyui_files.FORMS, (False, True)):
+        settings, parts, _ = comfyui_files.random_layer(form, 7, 64, np.random.default_rng(0))
+        fp8 = comfyui_files.F8_NAMES
+        tensors = {f"a.{part}": ("F8_E4M3", x) if (form, part) in fp8 else x for part, x in parts.items()}
+        mark = json.dumps({"layers": {"a": settings}})
+        if marked:
+            tensors["a.comfy_quant"] = np.frombuffer(json.dumps(settings).encode(), np.uint8)
+        metadata = None if marked else {"_quantization_metadata": mark}
+        found.append(comfyui_files.save(folder / "seed.safetensors", tensors, metadata).read_bytes())
+    return found
 
 
 def gguf_seeds(folder: Path) -> list[bytes]:
@@ -395,6 +412,12 @@ def read_single(file: Path) -> None:
     open_source(file, base=model(file.parent))
 
 
+def read_quantized(file: Path) -> None:
+    for tensor in stored_weights(read_header(file), read_metadata(file), "file").values():
+        if tensor.shape and tensor.shape[0]:
+            assert tensor.read(0, 1).shape[0] == 1
+
+
 def read_sums(folder: Path) -> None:
     for name in read_manifest(folder):
         assert (folder / name).is_relative_to(folder)
@@ -440,6 +463,7 @@ def config(name: str, read: Callable[[Path], object] = open_headers) -> Parser:
 PARSERS = {
     "headers": Parser(safetensors_seeds, mutate_header, read_header, "model.safetensors"),
     "single": Parser(single_seeds, mutate_header, read_single, "single.safetensors"),
+    "comfyui": Parser(comfyui_seeds, mutate_header, read_quantized, "layer.safetensors"),
     "gguf": Parser(gguf_seeds, mutate_bytes, gguf.read_tensors, "dit.gguf"),
     "gguf-file": Parser(gguf_seeds, mutate_bytes, read_single, "dit.gguf"),
     "transformer-config": config("transformer/config.json"),

@@ -140,6 +140,8 @@ class OpenAI:
             "quality": "auto",
             "size": f"{fits.width}x{fits.height}",
         }
+        if wanted.progress:
+            yield {"type": f"{wanted.kind}.progress", **progress(ticket, fits)}
         while not isinstance(message := await ticket.next(), Done):
             if isinstance(message, (Moved, Started, Progress)) and wanted.progress:
                 yield {"type": f"{wanted.kind}.progress", **progress(ticket, message)}
@@ -208,7 +210,7 @@ def described(model: Model) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": 0, "owned_by": "mlx-zimage", **own}
 
 
-def progress(ticket: Ticket, message: Moved | Started | Progress) -> dict[str, Any]:
+def progress(ticket: Ticket, message: object) -> dict[str, Any]:
     """Where a job is: jobs before it, steps done, and seconds until it has ended if they can be estimated."""
     done, steps = (message.done, message.steps) if isinstance(message, Progress) else (0, None)
     seconds = ticket.queue.estimate(ticket.position + 1)

@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 import warnings
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Condition, Lock, Thread
@@ -119,7 +120,7 @@ class Worker:
         pipeline = self.models[job.model].pipeline
         try:
             inputs = inputs_of(job)
-            request = GenerateRequest(**{**job.fields, "loras": (), "seed": job.seeds[-1]})
+            request = replace(request_of(job, job.seeds[-1]), loras=())
             with self.attaching:
                 request = pipeline.complete(request, inputs)
                 pipeline.plan(request, inputs)
@@ -169,10 +170,10 @@ class Worker:
         model = self.ready(job.model)
         inputs = inputs_of(job)
         with self.attaching:
-            self.attach(job.model, [use["name"] for use in job.fields.get("loras") or ()])
+            self.attach(job.model, [use.name for use in request_of(job, job.seeds[0]).loras or ()])
         before = 0
         for index, seed in enumerate(job.seeds):
-            request = model.pipeline.complete(GenerateRequest(**{**job.fields, "seed": seed}), inputs)
+            request = model.pipeline.complete(request_of(job, seed), inputs)
             steps = model.pipeline.count_steps(request)
             shown = preview_steps(steps, job.previews)
             colours = self.colours_of(job.model) if shown else None
@@ -230,6 +231,10 @@ def described(name: str, model: OpenModel) -> Model:
     variant = model.pipeline.variant
     size = model.pipeline.sample_size
     return Model(name, variant.name, variant.steps, size, variant.takes_guidance, model.fingerprint)
+
+
+def request_of(job: Job, seed: int) -> GenerateRequest:
+    return GenerateRequest(**{"loras": (), **job.fields, "seed": seed})
 
 
 def inputs_of(job: Job) -> Inputs:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
-from compare import relative_error
+from compare import TOLERANCE, relative_error
 from PIL import Image
 
 from mlx_zimage import GenerateRequest, Inputs, RequestError, ZImagePipeline
@@ -17,6 +17,7 @@ from mlx_zimage.images.metadata import Origin, read_origin
 from mlx_zimage.images.source import digest, read_image
 from mlx_zimage.memory import Workload, make_plan
 from mlx_zimage.models.controlnet import ControlNetConfig
+from mlx_zimage.noise import initial_noise
 from mlx_zimage.request import ControlUse
 
 CALL = {"prompt": "a red fox", "num_inference_steps": 3, "seed": 3, "output_type": "latent"}
@@ -201,6 +202,52 @@ def test_a_plain_controlnet_of_version_2_needs_more_steps_than_turbos(controlled
     assert controlled.complete(request, inputs).steps == 20
     assert controlled.complete(replace(request, steps=9), inputs).steps == 9
     assert ControlNetConfig.from_dict(controls.CONFIGS["control_v21"]) == controlled.controlnet.component.config
+
+
+def test_a_lora_changes_a_controlled_image_and_its_strength_0_does_not(controlled, tmp_path):
+    rank = {"lora_A": (4, 48), "lora_B": (48, 4)}
+    tensors = {
+        f"diffusion_model.layers.{i}.attention.to_q.{part}.weight": mx.array(tiny.randn(i, part, *shape))
+        for i in range(3)
+        for part, shape in rank.items()
+    }
+    mx.save_safetensors(str(tmp_path / "lora.safetensors"), tensors)
+    plain = controlled(**CALL, control_image=outline()).images
+    name = controlled.load_lora(tmp_path / "lora.safetensors")
+    assert relative_error(controlled(**CALL, control_image=outline()).images, plain) > 0.01
+    controlled.set_loras({name: 0.0})
+    assert np.array_equal(controlled(**CALL, control_image=outline()).images, plain)
+
+
+def test_an_image_is_upscaled_in_tiles_of_its_control_image(controlled, monkeypatch):
+    seen = []
+    original = controlled.networks.denoise
+
+    def denoise(*args):
+        seen.extend((control.latents, args[-2]) for control in args[-1])
+        return (yield from original(*args))
+
+    monkeypatch.setattr(controlled.networks, "denoise", denoise)
+    photo = Image.fromarray(tiny.photo())
+    call = {**CALL, "output_type": "np", "image": photo, "upscale": 2, "tile": 96, "num_inference_steps": 8}
+    one = controlled(**call, control_image=photo).images
+    ((latents, tiles),) = seen
+    assert latents.shape[1:3] == (2 * tiny.HEIGHT // 8, 2 * tiny.WIDTH // 8) and tiles.count > 1
+    assert relative_error(one, controlled(**call).images) > 0.001
+
+
+def test_two_prompts_and_two_images_at_once_follow_it_as_one_by_one(controlled):
+    both = {"num_inference_steps": 1, "seed": 3, "output_type": "latent", "control_image": outline()}
+    batch = controlled("a red fox", **both, num_images_per_prompt=2).images
+    guided = controlled("a red fox", **both, guidance_scale=2.0, negative_prompt="blurry").images
+    assert batch.shape[0] == 2 and guided.shape[0] == 1
+    alone = controlled("a red fox", **both, latents=controlled_noise(batch)[1:]).images
+    # float32: a batch may be summed in another order
+    assert relative_error(batch[1:], alone) < TOLERANCE
+
+
+def controlled_noise(batch: np.ndarray) -> np.ndarray:
+    return np.array(initial_noise(3, batch.shape))
 
 
 # ---- the command line

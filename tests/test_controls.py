@@ -328,3 +328,11 @@ def test_a_controlnet_that_does_not_suit_the_model_or_the_steps_is_warned_of(tin
         done = generate(*run, "--control-kind", kind, "--steps", steps, "-o", tmp_path / "x.png", "--seed", 0)
         assert message in done.stderr, done.output
     assert "trained" not in generate(*run, "--control-kind", "8-steps", "--steps", 8, "-o", tmp_path / "x.png").stderr
+
+
+def test_plan_includes_the_controlnet(tiny_folder, here):
+    shown = CliRunner().invoke(main, ["plan", str(tiny_folder), "--control-model", str(here / "control_v21")])
+    assert shown.exit_code == 0 and "controlnet   4 blocks in memory, 0 streamed from disk" in shown.output
+    assert "image " in shown.output
+    alone = CliRunner().invoke(main, ["plan", "--control-model", str(here / "control_v21")])
+    assert "--control-model needs MODEL" in alone.output

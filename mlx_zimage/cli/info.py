@@ -73,12 +73,12 @@ def info(source: str, as_json: bool) -> None:
 def _print_controlnet(source: str, as_json: bool) -> None:
     from ..weights.controlnets import open_controlnet
 
-    opened = open_controlnet(source)
+    opened = open_controlnet(source, fetch=False)
     network = _network(opened.component)
     if as_json:
         traits = None if opened.kind.traits is None else sorted(opened.kind.traits)
         known = {"controlnet": opened.name, "version": opened.version, "trained_for": traits}
-        defaults = {"scale": opened.scale, "steps": opened.steps, "fingerprint": opened.fingerprint}
+        defaults = {"scale": opened.scale, "steps": opened.steps}
         click.echo(json.dumps({**known, **defaults, "networks": {opened.component.name: network}}))
         return
     echo(str(opened))

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ..dtypes import FLOATS
+from ..errors import RequestError
 from ..request import GenerateRequest, Outpaint
 from ..sizes import parse_memory, rounded_up, size
 from ..variants import TURBO
 from .elsewhere import Command
 from .models import DEFAULT_MODEL
 from .output import DEFAULT_DTYPE
-from .values import FilePath, ModelName, sides, size_options
+from .values import FilePath, LoraName, ModelName, sides, size_options
 
 if TYPE_CHECKING:
     from ..memory import Plan, Planner, Workload
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--outpaint", metavar="SIDES", help="Plan for extending --image on these sides: left=256,top=128.")
 @click.option("--upscale", type=float, metavar="FACTOR", help="Plan for enlarging --image, or what is generated first.")
 @click.option("--tile", type=int, metavar="PIXELS", help="Largest side of the tiles for --upscale, as in `generate`.")
+@click.option("--control-model", metavar="PATH", type=LoraName(), help="Plan for a control image with this ControlNet.")
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),
@@ -61,6 +63,7 @@ def plan(
     outpaint: str | None,
     upscale: float | None,
     tile: int | None,
+    control_model: str | None,
     dtype: str | None,
     memory: str | None,
     keep: bool | None,
@@ -78,8 +81,12 @@ def plan(
     from ..inputs import Inputs, completed
     from ..machine import default_dtype, machine_budget
     from ..memory import Planner, Workload
+    from ..models import CONTROLNET
+    from ..weights.controlnets import open_controlnet
     from ..weights.library import CHOICES, choose_bits, open_to_plan, planned
 
+    if control_model is not None and model is None:
+        raise RequestError("--control-model needs MODEL; give the model that it is for")
     sides(**shape, default=TURBO.size)  # refuses what can be refused before a model is opened
     inputs = Inputs(image=image_file)
     asked = GenerateRequest(
@@ -110,6 +117,10 @@ def plan(
         checkpoint = open_to_plan(model, variant)
         planner = Planner(checkpoint, compute)
         parts = works(checkpoint)
+        if control_model is not None:
+            opened = open_controlnet(control_model, transformer=checkpoint.transformer.config, fetch=False)
+            planner.set_controlnet(opened.component, CONTROLNET)
+            parts = [replace(work, from_image=True, controls=1) for work in parts]
         plans = [planner.plan(work, budget, keep) for work in parts]
         _show(planner, max(plans, key=lambda plan: plan.room), _images(parts, count))
         return
@@ -154,7 +165,8 @@ def _show(planner: Planner, plan: Plan, images: str) -> None:
         click.echo(f"{phase:13}about {rounded_up(peak)}, at most {rounded_up(plan.rooms[phase])}")
     click.echo(f"networks     {'kept in memory between images' if plan.keep else 'unloaded after use'}")
     footprints = planner.footprints
-    for name, network in (("encoder", footprints["text_encoder"]), ("transformer", footprints["transformer"])):
+    shown = {"encoder": "text_encoder", "transformer": "transformer", "controlnet": "controlnet"}
+    for name, network in ((name, footprints[own]) for name, own in shown.items() if own in footprints):
         streamed = len(plan.streamed & network.blocks.keys())
         click.echo(f"{name:13}{len(network.blocks) - streamed} blocks in memory, {streamed} streamed from disk")
     strips = "in one piece" if plan.strip_bytes is None else f"in strips of {plan.strip_bytes / 1e6:.2g} MB"

@@ -108,7 +108,7 @@ def find_controlnet(source: str | Path) -> tuple[Path, Repository | None]:
     """The file or folder of a ControlNet; ID:FILE names one of a repository's, of which only configs are downloaded."""
     if not isinstance(source, (str, Path)):
         raise RequestError(f"a ControlNet must be a file, a folder or a Hugging Face id, got {type(source).__name__}")
-    if str(source) == "pocket":
+    if str(source) == "pocket" and (POCKET / CONTROLNET).is_dir():
         return POCKET / CONTROLNET, None
     try:
         path, repository = locate(source)
@@ -143,25 +143,28 @@ def _is_folder(path: Path, repository: Repository | None) -> bool:
 
 
 def open_controlnet(
-    source: str | Path, kind: str | None = None, transformer: TransformerConfig | None = None
+    source: str | Path,
+    kind: str | None = None,
+    transformer: TransformerConfig | None = None,
+    fetch: bool = True,
 ) -> ControlNetFile:
     """Find a ControlNet, check it against the architecture, and download it if needed. Reads no tensor data, except to
     see whether the blocks of version 2.0 for the noise refiner were trained.
 
     CheckpointError if it is not a ControlNet, or not one for this transformer. kind is what it was trained for, by
-    default what its name says.
+    default what its name says. For planning, fetch=False only reads the headers of a repository.
     """
     given = Kind.parse(kind) if kind is not None else None
     path, repository = find_controlnet(source)
     opened = _open(path, repository, transformer.n_layers if transformer else PUBLISHED_LAYERS)
     if transformer:
         _check_fits(opened, transformer, path)
-    if repository:
+    if repository and fetch:
         files = weight_files([opened])
         repository.fetch(repository.own(files))
         for file in files:
             read_header(file)  # raises if the file is incomplete
-    if _is_untrained(opened):
+    if all(file.exists() for file in weight_files([opened])) and _is_untrained(opened):
         entries = {name: entry for name, entry in opened.entries.items() if not name.startswith(f"{REFINER}.")}
         opened = Component(
             CONTROLNET, opened.folder, opened.raw_config | {"add_control_noise_refiner": LAYERS}, entries

@@ -3,13 +3,16 @@
 import asyncio
 import json
 import os
+import plistlib
 import signal
 import socket
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -504,3 +507,10 @@ def test_an_error_names_files_without_their_folders(tmp_path):
     )
     assert said == "a.safetensors is damaged; see vae and y.json"
     assert made.without_paths("the image has 1/2 of it") == "the image has 1/2 of it"
+
+
+def test_the_service_for_launchd_runs_a_command_that_exists():
+    words = plistlib.loads((Path(__file__).parents[1] / "examples/server.plist").read_bytes())["ProgramArguments"]
+    assert words[0].endswith("/.venv/bin/mlx-zimage") and words[1] == "serve"
+    command = main.resolve_command(click.Context(main), words[1:])[1]
+    command.make_parser(click.Context(command)).parse_args(words[2:])

@@ -86,5 +86,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def render_json(content: dict) -> bytes:
-    """The bytes of a JSON file: equal contents give equal bytes."""
-    return (json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """The bytes of a JSON file: equal contents give equal bytes. Halves of surrogate pairs stay escaped."""
+    text = json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")

@@ -89,7 +89,9 @@ def cleaned(name: str, content: bytes) -> bytes:
     kept = without_paths(values, OF_TOKENS if own in TOKENS else ())
     if kept == values:
         return content
-    return json.dumps(kept, ensure_ascii=False).encode() if own in TOKENS else render_json(kept)
+    return (
+        json.dumps(kept, ensure_ascii=False).encode(errors="backslashreplace") if own in TOKENS else render_json(kept)
+    )
 
 
 def _without_places(name: str, text: str) -> str:

@@ -120,8 +120,11 @@ def open_source(
     opened_tokenizer = Tokenizer(tokenizer_file, files[TOKENIZER])
     check_tokenizer(opened_tokenizer, architectures["text_encoder"].vocab_size, tokenizer_file)
     try:
-        SchedulerConfig.from_dict(parse_json(files[SCHEDULER]))
-    except (ValueError, AttributeError, CheckpointError) as error:
+        schedule = parse_json(files[SCHEDULER])
+        if not isinstance(schedule, dict):
+            raise ValueError(f"expected a JSON object but got {type(schedule).__name__}")
+        SchedulerConfig.from_dict(schedule)
+    except (ValueError, CheckpointError) as error:
         raise CheckpointError(f"{Path(opened.origin) / SCHEDULER}: {error}") from error
     return replace(opened, components={name: opened.components[name] for name in NETWORKS}, files=files)
 

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,6 +255,7 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
     metadata = read_metadata(file)
     scaling = _Scaling.of(file, _header_config(file, metadata) if config is None else config)
     names = Names(configs)
+    _check_sizes(file, entries, [math.prod(shape) for shapes in names.shapes.values() for shape in shapes.values()])
     layers, unknown = _group(file, entries)
     _refuse_kinds(file, unknown, len(entries))
     found: dict[str, tuple[list[Place], bool]] = {path: names.find(path) for path in layers}
@@ -309,6 +310,25 @@ def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:
         return {key.removeprefix("transformer."): value for key, value in stored.items()}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: {HEADER_CONFIG} is not a JSON object ({error})") from error
+
+
+def _check_sizes(file: Path, entries: Mapping[str, Entry], weights: Sequence[int]) -> None:
+    """Refuse a tensor larger than any weight of the model, and a file larger than all of it: a sparse one has terabytes.
+
+    weights are the sizes of the model's weights, in numbers.
+    """
+    sizes = {name: math.prod(entry.shape) for name, entry in entries.items()}
+    for name, numbers in sizes.items():
+        if numbers > max(weights):
+            raise CheckpointError(
+                f"{file}: {name} has {numbers:,} numbers, expected at most the {max(weights):,} of the model's largest "
+                f"weight; is it a LoRA for this model?"
+            )
+    if sum(sizes.values()) > sum(weights):
+        raise CheckpointError(
+            f"{file} has {sum(sizes.values()):,} numbers, expected at most the {sum(weights):,} of the model; is it a "
+            f"LoRA for this model?"
+        )
 
 
 def _config_in(folder: Path) -> Path:

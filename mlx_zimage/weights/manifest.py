@@ -18,6 +18,7 @@ MANIFEST = "SHA256SUMS"
 CONVERSION = "conversion.json"  # what the folder was made from, and how
 # Bytes to hash: of a file, and of all files of a model, which in float32 takes 41 GB. A sparse one may have terabytes.
 MAX_HASHED = 64 * 10**9
+MAX_FILES = 2000  # in a manifest: a model in float32 has 100
 
 
 def sha256(file: Path, most: int = MAX_HASHED) -> str:
@@ -46,6 +47,8 @@ def read_manifest(folder: Path) -> dict[str, str]:
         sums = parse_manifest(content.decode().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot be read ({error}); convert again") from error
+    if len(sums) > MAX_FILES:
+        raise CheckpointError(f"lists {len(sums):,} files, expected at most {MAX_FILES:,}; convert again")
     if render_manifest(sums) != content:
         raise CheckpointError("is damaged; convert again")
     for name in sums:

@@ -234,3 +234,14 @@ def test_a_token_that_is_a_path_stays_a_token(folder, tmp_path):
     out = convert(folder, tmp_path / "out")
     written = json.loads((out / "tokenizer" / "tokenizer.json").read_text())
     assert written["model"]["vocab"][token] == 500 and written["decoder"] == decoder
+
+
+def test_half_of_a_surrogate_pair_is_written_as_it_was_read(folder, tmp_path):
+    names = ["vae/config.json", "tokenizer/tokenizer_config.json", "model_index.json"]
+    for name in names:
+        change(folder / name, **{"\ud800": "\udc00 🦊", "from": HOME})
+    out = convert(folder, tmp_path / "out")
+    for name in names:
+        written = json.loads((out / name).read_text())
+        assert written["\ud800"] == "\udc00 🦊" and "from" not in written
+    assert verify(out) == []

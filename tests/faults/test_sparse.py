@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import math
 import os
 
 import mlx.core as mx
 import pytest
+import tiny
 from click.testing import CliRunner
 
-from mlx_zimage import cli
+from mlx_zimage import CheckpointError, cli
 from mlx_zimage.convert import convert
 from mlx_zimage.convert import verify as module
 from mlx_zimage.convert.verify import verify
+from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.weights.hub import POCKET
+from mlx_zimage.weights.lora import read_lora
 from mlx_zimage.weights.manifest import MANIFEST, read_manifest, render_manifest
 
 
@@ -91,3 +95,45 @@ def enlarge(file, name: str) -> None:
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     os.truncate(file, 8 + len(text) + end + 2**42)
+
+
+d, LAYER = tiny.TRANSFORMER["dim"], "transformer.layers.0.attention.to_q"
+SMALL = {f"{LAYER}.lora_A.weight": (2, d), f"{LAYER}.lora_B.weight": (d, 2)}
+LORAS = {
+    "a rank of 2**28": {f"{LAYER}.lora_A.weight": (2**28, d), f"{LAYER}.lora_B.weight": (d, 2**28)},
+    "a rank of 2**20": {f"{LAYER}.lora_A.weight": (2**20, d), f"{LAYER}.lora_B.weight": (d, 2**20)},
+    "a LoKr of 2**36": {f"{LAYER}.lokr_w1": (2**18, 2**18), f"{LAYER}.lokr_w2": (1, 1)},
+    "a LoKr's rank of 2**30": {
+        **{f"{LAYER}.lokr_w1_a": (8, 2**30), f"{LAYER}.lokr_w1_b": (2**30, 8)},
+        **{f"{LAYER}.lokr_w2": (d // 8, d // 8)},
+    },
+    "a LoHa's rank of 2**28": {
+        f"{LAYER}.hada_{part}": (d, 2**28) if part[-1] == "a" else (2**28, d)
+        for part in ("w1_a", "w1_b", "w2_a", "w2_b")
+    },
+    "terabytes that match nothing": SMALL | {"x.y.lora_A.weight": (2**20, 2**20), "x.y.lora_B.weight": (2**20, 2**20)},
+    "more than the model": SMALL | {f"x.y{i}.lora_A.weight": (40, d) for i in range(1000)},
+}
+
+
+@pytest.mark.parametrize("shapes", LORAS.values(), ids=list(LORAS))
+@pytest.mark.parametrize("partial", [False, True], ids=["all keys", "partial"])
+def test_a_sparse_lora_is_refused_before_it_is_read(tmp_path, monkeypatch, shapes, partial):
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        nbytes = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header).encode()
+    (tmp_path / "lora.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(tmp_path / "lora.safetensors", 8 + len(text) + end)
+    monkeypatch.setattr(mx, "load", lambda *args, **options: pytest.fail("read"))
+    configs = {"transformer": TransformerConfig.from_dict(tiny.TRANSFORMER)}
+    with pytest.raises(CheckpointError, match=r"lora.safetensors.* numbers, expected at most "):
+        read_lora(tmp_path / "lora.safetensors", configs, partial)
+
+
+def test_a_manifest_of_many_files_is_refused_before_any_is_looked_for(folder):
+    lines = "".join(sorted(f"{'0' * 64}  f{i}\n" for i in range(100_000)))
+    (folder / MANIFEST).write_text(lines)
+    assert verify(folder) == [f"{MANIFEST}: lists 100,000 files, expected at most 2,000; convert again"]

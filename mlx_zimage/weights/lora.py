@@ -313,7 +313,7 @@ def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:
 
 
 def _check_sizes(file: Path, entries: Mapping[str, Entry], weights: Sequence[int]) -> None:
-    """Refuse a tensor larger than any weight of the model, and a file larger than all of it: a sparse one has terabytes.
+    """Refuse tensors larger than any weight of the model, and more than all of it: sparse files may claim terabytes.
 
     weights are the sizes of the model's weights, in numbers.
     """

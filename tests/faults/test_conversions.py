@@ -34,11 +34,15 @@ def everything(folder):
 
 
 @pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_kill_at_any_moment_leaves_everything_or_nothing_and_the_next_run_succeeds(tiny_folder, tmp_path, step):
+def test_a_kill_at_any_moment_leaves_everything_or_nothing_and_the_next_run_succeeds(
+    tiny_folder, tmp_path, step, record_property
+):
     script = Path(killed.__file__)
     done = subprocess.run([sys.executable, script, tiny_folder, tmp_path, str(step)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) > 500
+    changes = int(done.stdout.split()[0])
+    assert changes > 500
+    record_property("attacks", changes // step)
 
 
 def test_the_next_run_resumes_from_the_finished_shards(tiny_folder, tmp_path, monkeypatch):
@@ -162,7 +166,8 @@ def test_verify_finds_no_fault_in_an_intact_folder(converted, tiny_folder):
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_verify_finds_every_flipped_byte(converted, tmp_path, count):
+def test_verify_finds_every_flipped_byte(converted, tmp_path, count, record_property):
+    record_property("attacks", count)
     folder = shutil.copytree(converted, tmp_path / "folder")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = np.array([path.stat().st_size for path in paths])

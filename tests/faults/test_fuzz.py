@@ -14,7 +14,8 @@ INPUTS = 60
 
 
 @pytest.mark.parametrize("name", fuzz.PARSERS)
-def test_a_parser_survives_mutated_input(tmp_path, on_cpu, name):
+def test_a_parser_survives_mutated_input(tmp_path, on_cpu, name, record_property):
+    record_property("attacks", INPUTS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         *_, total = fuzz.fuzz(name, seconds=60, seed=7, folder=tmp_path, most_inputs=INPUTS)

@@ -33,6 +33,14 @@ ours = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property):
+    """Each of Hypothesis's examples is one attack."""
+    record_property("attacks", ours.max_examples)
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
 FIELDS = sorted(GenerateRequest.__dataclass_fields__)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -30,7 +31,7 @@ def info(source: str, as_json: bool) -> None:
     image: everything that `generate --from` needs to generate it again.
     """
     path = Path(source)
-    if path.is_file() and path.suffix.lower() not in (".safetensors", ".gguf"):
+    if os.path.isfile(path) and path.suffix.lower() not in (".safetensors", ".gguf"):
         from ..images.metadata import parameters, read_origin
 
         origin = read_origin(path)
@@ -50,7 +51,7 @@ def info(source: str, as_json: bool) -> None:
     try:
         model = describe(source)
     except CheckpointError:
-        contents = path.is_file() and _contents(path)
+        contents = os.path.isfile(path) and _contents(path)
         if not contents:
             raise
         click.echo(json.dumps({"file": str(path), "networks": contents})) if as_json else echo(str(path))

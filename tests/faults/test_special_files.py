@@ -264,3 +264,10 @@ def test_weights_of_another_kind_of_file_are_refused(folder):
     for content in (b"", b"PK\x03\x04", b"<html>", mx.__name__.encode()):
         file.write_bytes(content)
         assert run("info", folder).exit_code == 4
+
+
+@pytest.mark.parametrize("command", ["info", "plan", "verify"])
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", f"{'a' * 300}/b"], ids=["long", "NUL", "long folder"])
+def test_a_name_that_the_system_does_not_take_is_no_model(command, name):
+    result = run(command, name)
+    assert result.exit_code == 3 and len(result.output) < 1000, result.output

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -19,22 +19,11 @@ from PIL import Image
 
 from .errors import RequestError
 from .images.controls import prepared
-from .images.masks import canvas, canvas_mask, canvas_size, fit_mask, read_mask, values
-from .images.source import cover, digest, fit_size, over_white, read_image
+from .images.masks import canvas, canvas_mask, fit_mask, read_mask, values
+from .images.source import cover, digest, over_white, read_image
 from .noise import initial_noise, noises
-from .request import (
-    LATENT_PIXELS,
-    MASKED_STRENGTH,
-    MAX_SIZE,
-    MAX_TOKENS,
-    REFINING,
-    SIZE_MULTIPLE,
-    STRENGTH,
-    GenerateRequest,
-    Outpaint,
-)
+from .request import LATENT_PIXELS, MAX_TOKENS, SIZE_MULTIPLE, Outpaint
 from .untrusted import open_regular
-from .variants import Variant
 
 MAX_NPY = 70 * 10**6  # bytes; float32 latents of the largest image take 67 MB
 NPY_MAGIC, NPY_HEADER = b"\x93NUMPY", 256  # bytes within which a header of four axes ends
@@ -171,36 +160,6 @@ class Inputs:
 
 
 NONE = Inputs()  # for a request that uses none
-
-
-def completed(request: GenerateRequest, inputs: Inputs, side: int, variant: Variant) -> GenerateRequest:
-    """The request with the digests of its inputs, and the defaults of a model whose images are side x side pixels.
-
-    An image gives it a size and a strength: see `fit_size`. Its LoRAs stay as they are.
-    """
-    if inputs is not NONE:
-        inputs.check_named(request.arrays)
-        request = replace(request, **inputs.digests)
-    own = {"width": side, "height": side, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
-    if inputs.source is not None:
-        area = side**2 if request.upscale is None else MAX_SIZE**2
-        given = inputs.source.size, area, request.width, request.height
-        sides = fit_size(*given) if request.outpaint is None else canvas_size(request.outpaint, *given)
-        own |= dict(zip(("width", "height"), sides, strict=True))
-    elif request.control_images and inputs.controls:
-        first = inputs.controls.get(request.control_images[0])
-        if first is not None:
-            sides = fit_size(first.size, side**2, request.width, request.height)
-            own |= dict(zip(("width", "height"), sides, strict=True))
-    if request.upscale is not None:
-        own |= {"strength": REFINING, "tile": side}
-    elif request.image is not None:
-        own["strength"] = MASKED_STRENGTH if request.inpaints else STRENGTH
-    missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
-    request.check_image()
-    request = replace(request, **missing)
-    _ = request.parts  # refuses an upscaled size that cannot be
-    return request
 
 
 def check_latents(latents: Any, shape: tuple[int, ...], name: str = "latents") -> np.ndarray:

@@ -22,7 +22,7 @@ from .models import CONTROLNET
 from .models.layers import sum_dtype, vae_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
 from .models.vae import CPU_STRIP, SCORES, VAEConfig, convolution_flops, strip_within
-from .request import LATENT_PIXELS, SIZE_MULTIPLE, GenerateRequest
+from .request import LATENT_PIXELS, SIZE_MULTIPLE
 from .sizes import rounded_up
 from .tiles import Tiles
 from .weights.blocks import READS_AHEAD
@@ -55,19 +55,10 @@ class Workload:
     tile: int = 0
     controls: int = 0
 
-    @classmethod
-    def of(cls, part: GenerateRequest, tokens: int, loras: Mapping[str, Extra] | None = None) -> Workload:
-        """The size of a part of a complete request, with prompts of at most `tokens`."""
-        width, height, steps = part.extent
-        run, prompts, controls = steps - part.first_step, 1 + part.guided, len(part.controls)
-        encodes, tile = part.image is not None or controls > 0, part.tile or 0
-        return cls(width, height, part.num_images, tokens, run, prompts, loras or {}, encodes, tile, controls)
-
     @property
     def tiles(self) -> Tiles | None:
         """The tiles that the steps run on, if there is more than one."""
-        tiles = Tiles.of(self.width, self.height, self.tile) if self.tile else None
-        return tiles if tiles and tiles.count > 1 else None
+        return Tiles.if_several(self.width, self.height, self.tile) if self.tile else None
 
     @property
     def parts(self) -> Workload:

@@ -31,7 +31,7 @@ from .models.text_encoder import TextEncoder
 from .models.transformer import Transformer
 from .models.vae import VAE
 from .noise import initial_noise
-from .request import TOKENS
+from .request import LATENT_PIXELS, TOKENS
 from .sampling import Change, Guidance, Kept, Step, denoise, guide
 from .scheduler import times
 from .tiles import Tiles, tiled
@@ -224,15 +224,17 @@ class Networks:
         sigmas: Sequence[float] | np.ndarray,
         guidance: Guidance,
         kept: Kept | None = None,
-        tiles: Tiles | None = None,
+        tile: int = 0,
         controls: Sequence[Controlled] = (),
     ) -> Generator[Step, Change | None, mx.array]:
         """The Steps from noise (B, h, w, 16) along the sigmas; returns the final latents.
 
-        A second prompt is the negative prompt. kept is what inpainting leaves as it is. With tiles, the
-        transformer sees these instead of the whole. controls are what a ControlNet is shown.
+        A second prompt is the negative prompt. kept is what inpainting leaves as it is. Unless tile is 0, the
+        transformer sees tiles of at most that many pixels per side instead of the whole. controls are what a
+        ControlNet is shown.
         """
         _, h, w, _ = noise.shape
+        tiles = Tiles.if_several(w * LATENT_PIXELS, h * LATENT_PIXELS, tile) if tile else None
         if tiles is not None:
             h, w = tiles.h, tiles.w
             controls = [replace(control, latents=tiles.cut(control.latents)) for control in controls]

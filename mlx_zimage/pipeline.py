@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,9 +20,9 @@ from .controls import ControlNetMethods
 from .errors import MemoryBudgetError, NumericsError, RequestError, warn
 from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_signed, to_uint8, to_unit
-from .images.masks import feathered, paste, to_latents
-from .images.source import cover, over_white
-from .inputs import NONE, Inputs, completed
+from .images.masks import canvas_size, feathered, paste, to_latents
+from .images.source import cover, fit_size, over_white
+from .inputs import NONE, Inputs
 from .loras import LoraMethods
 from .machine import check_budget, default_dtype, machine_budget, wide_dtype
 from .memory import Plan, Planner, Workload
@@ -33,7 +33,12 @@ from .models.transformer import PATCH, Transformer
 from .models.vae import VAE
 from .networks import Networks, Phase
 from .request import (
-    FEATHER,
+    FEATHERS,
+    MASKED_STRENGTH,
+    MAX_SIZE,
+    REFINING,
+    RESAMPLE,
+    STRENGTH,
     TOKENS,
     GenerateRequest,
     Outpaint,
@@ -49,6 +54,7 @@ from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.controlnets import ControlNetFile
 from .weights.library import already_converted, smaller_parts
 from .weights.lora import Lora
+from .weights.overlay import Extra
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -209,9 +215,10 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         mask_image: Any = None,
         strength: float | None = None,
         sample_posterior: bool = False,
-        mask_feather: int = FEATHER,
+        mask_feather: int | None = None,
         mask_grow: int = 0,
         mask_soft: bool = False,
+        mask_resample: int | None = None,
         outpaint: Outpaint | dict[str, int] | str | None = None,
         upscale: float | None = None,
         tile: int | None = None,
@@ -240,7 +247,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
 
         mask_image (inpainting, as in diffusers' ZImageInpaintPipeline) is white where the image is regenerated, at
         strength 1 by default; the pixels outside it are unchanged. It may be a list, too. See `GenerateRequest` for
-        mask_feather, mask_grow and mask_soft. outpaint={"left": 256} extends the image instead, by multiples of 16.
+        mask_feather, mask_grow, mask_soft and mask_resample; diffusers does what mask_resample=0 does.
+        outpaint={"left": 256} extends the image instead, by multiples of 16.
 
         upscale=2 enlarges the image, or the one generated first, and refines it with strength 0.2 unless given, in
         tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole image at once.
@@ -276,6 +284,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             "mask_feather": mask_feather,
             "mask_grow": mask_grow,
             "mask_soft": mask_soft,
+            "mask_resample": mask_resample,
             "outpaint": outpaint,
             "upscale": upscale,
             "tile": tile,
@@ -410,8 +419,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
         sigmas, prompts = self.sigmas(request), self._prompts(request, inputs)
         inputs.check_named(request.arrays)
-        work = self._work(request, prompts)
-        plan = self.networks.plan(work, self.keep)
+        plan = self.networks.plan(self._work(request, prompts), self.keep)
         self.networks.set_loras(request.lora_strengths)
         shape = self._latents_shape(request)
         noise, sample = inputs.noise(shape, request.seed, request.rng, request.sample_posterior)
@@ -427,12 +435,14 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
                     image = yield from networks.encode_image(to_signed(pixels)[None], sample)
                     start = add_noise(image, noise, float(sigmas[0]))
                     if mask is not None:
-                        kept = Kept(image, noise, mx.array(to_latents(mask))[None, :, :, None])
+                        masked = mx.array(to_latents(mask))[None, :, :, None]
+                        kept = Kept(image, noise, masked, request.mask_resample or 0, request.seed)
                     mx.eval(start)  # as above
                 controls: list[Controlled] = []
+                tile = request.tile or 0
                 if request.controls:
                     controls = yield from self._controls(request, inputs, pixels, mask, len(sigmas) - 1)
-                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept, work.tiles, controls)
+                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept, tile, controls)
             except NumericsError as error:
                 if networks.dtype == mx.float16:
                     raise _Overflowed(str(error)) from error
@@ -443,7 +453,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
                 decoded = yield from networks.decode(one)
                 unit = to_unit(decoded[0])
                 if pixels is not None and mask is not None:
-                    unit = paste(pixels.astype(np.float32) / 255, unit, feathered(mask, request.mask_feather))
+                    unit = paste(pixels.astype(np.float32) / 255, unit, feathered(mask, request.mask_feather or 0))
                 if is_flat(unit):
                     warn(
                         f"image {i + 1} of seed {request.seed} is a single colour, or nothing but black, white and "
@@ -524,7 +534,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         ]
 
     def _work(self, part: GenerateRequest, prompts: Sequence[Sized]) -> Workload:
-        return Workload.of(part, max(map(len, prompts)), self.networks.lora_extras(part.lora_strengths))
+        return workload(part, max(map(len, prompts)), self.networks.lora_extras(part.lora_strengths))
 
     def tokenize(self, prompt: str, max_sequence_length: int = TOKENS) -> tuple[int, ...]:
         """The prompt's ids, template included: at most max_sequence_length; warns if that truncates the prompt."""
@@ -648,6 +658,50 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
     def num_timesteps(self) -> int:
         """The number of steps of the current or last call."""
         return self._num_timesteps
+
+
+# ---- what a request needs of any model
+
+
+def completed(request: GenerateRequest, inputs: Inputs, side: int, variant: Variant) -> GenerateRequest:
+    """The request with the digests of its inputs, and the defaults of a model whose images are side x side pixels.
+
+    An image gives it a size and a strength: see `fit_size`. Its LoRAs stay as they are.
+    """
+    if inputs is not NONE:
+        inputs.check_named(request.arrays)
+        request = replace(request, **inputs.digests)
+    own = {"width": side, "height": side, "steps": variant.steps, "guidance_scale": variant.guidance_scale}
+    if inputs.source is not None:
+        area = side**2 if request.upscale is None else MAX_SIZE**2
+        given = inputs.source.size, area, request.width, request.height
+        sides = fit_size(*given) if request.outpaint is None else canvas_size(request.outpaint, *given)
+        own |= dict(zip(("width", "height"), sides, strict=True))
+    elif request.control_images and inputs.controls:
+        first = inputs.controls.get(request.control_images[0])
+        if first is not None:
+            sides = fit_size(first.size, side**2, request.width, request.height)
+            own |= dict(zip(("width", "height"), sides, strict=True))
+    if request.upscale is not None:
+        own |= {"strength": REFINING, "tile": side}
+    elif request.image is not None:
+        own["strength"] = MASKED_STRENGTH if request.inpaints else STRENGTH
+    if request.inpaints:
+        shorter = min(request.width or own["width"], request.height or own["height"])
+        own |= {"mask_feather": shorter // FEATHERS, "mask_resample": RESAMPLE}
+    missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
+    request.check_image()
+    request = replace(request, **missing)
+    _ = request.parts  # refuses an upscaled size that cannot be
+    return request
+
+
+def workload(part: GenerateRequest, tokens: int, loras: Mapping[str, Extra] | None = None) -> Workload:
+    """The size of a part of a complete request, with prompts of at most `tokens`."""
+    width, height, steps = part.extent
+    run, prompts, controls = steps - part.first_step, 1 + part.guided, len(part.controls)
+    encodes, tile = part.image is not None or controls > 0, part.tile or 0
+    return Workload(width, height, part.num_images, tokens, run, prompts, loras or {}, encodes, tile, controls)
 
 
 class _Overflowed(NumericsError):

@@ -25,7 +25,9 @@ RNGS = ("torch", "mlx")
 MAX_UPSCALE = 8
 REFINING = 0.2  # the strength that refines an enlarged image: two of Turbo's steps, from sigma 0.5
 STRENGTH, MASKED_STRENGTH = 0.6, 1.0  # diffusers' defaults, without and with a mask
-FEATHER = 16  # pixels
+FEATHERS = 64  # a mask's feather is the shorter side divided by this: 16 pixels of 1024
+RESAMPLE = 5  # times per step of inpainting: see examples/guided-images.md
+MAX_RESAMPLE = 100
 MAX_MARGIN = 1024  # pixels, of a mask's feather and growth
 LORA_TAG = re.compile(r"<(?:lora|lyco):([^:<>]{1,200}):?([^:<>]{0,20})[^<>]{0,20}>", re.IGNORECASE)  # of A1111
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -175,9 +177,10 @@ class GenerateRequest:
     samples the image's latents from the distribution that the VAE gives, as diffusers does, instead of its mean.
 
     mask_image says which part of the image is regenerated (white); the pixels outside it are unchanged. The
-    new part covers the old one gradually, over mask_feather pixels inside the mask. mask_grow moves the mask's edges
-    outwards by that many pixels. With mask_soft, grey parts are regenerated in the later steps only, the darker the
-    fewer; otherwise the mask is split at half.
+    new part covers the old one gradually, over mask_feather pixels inside the mask, by default a 64th of the shorter
+    side. mask_resample, by default 5, is how often the latents are sampled again before each step. mask_grow moves the
+    mask's edges outwards by that many pixels. With mask_soft, grey parts are regenerated in the later steps only, the
+    darker the fewer; otherwise the mask is split at half.
 
     outpaint extends the image on the given sides instead; width and height are those of the whole.
 
@@ -215,9 +218,10 @@ class GenerateRequest:
     sample_posterior: bool = False
     posterior_noise: str | None = None
     mask_image: str | None = None
-    mask_feather: int = FEATHER
+    mask_feather: int | None = None
     mask_grow: int = 0
     mask_soft: bool = False
+    mask_resample: int | None = None
     outpaint: Outpaint | None = None
     upscale: float | None = None
     tile: int | None = None
@@ -259,8 +263,9 @@ class GenerateRequest:
         for name in ("sample_posterior", "mask_soft"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {brief(getattr(self, name))}")
-        for name in ("mask_feather", "mask_grow"):
-            _check_int(name, getattr(self, name), 0, MAX_MARGIN)
+        for name, most in (("mask_feather", MAX_MARGIN), ("mask_grow", MAX_MARGIN), ("mask_resample", MAX_RESAMPLE)):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, most)
 
         if self.outpaint is not None:
             object.__setattr__(self, "outpaint", Outpaint.of(self.outpaint))
@@ -318,9 +323,9 @@ class GenerateRequest:
         parts = [name for name in ("mask_image", "outpaint", "upscale") if getattr(self, name) is not None]
         if len(parts) > 1:
             raise RequestError(f"{parts[0]} and {parts[1]} were both given; give one, then run the other on its result")
-        of_mask = {"mask_feather": FEATHER, "mask_grow": 0, "mask_soft": False}
+        of_mask = {"mask_feather": None, "mask_resample": None, "mask_grow": 0, "mask_soft": False}
         for name, unused in of_mask.items():
-            used = self.inpaints if name == "mask_feather" else self.mask_image is not None
+            used = self.inpaints if unused is None else self.mask_image is not None
             if not used and getattr(self, name) != unused:
                 raise RequestError(f"{name} is for inpainting, but there is no mask; give one")
 

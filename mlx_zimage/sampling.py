@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import exp
 from typing import TypeVar
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from .errors import NumericsError
 Velocity = Callable[[mx.array, int], mx.array]
 Velocities = Callable[[mx.array, int, int | None], Sequence[mx.array]]  # one per prompt, or for the first few
 E = TypeVar("E")
+SEEN, SEEN_OF_KEPT = exp(-1), 4 / 5  # parts of the noise in the latents that resampling keeps
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,42 @@ class Kept:
 
     mask (1, h, w, 1) is 1 where the image is regenerated and 0 where it is kept. In between, it is regenerated from a
     later step on: at 0.25, in the last quarter of the steps (differential diffusion).
+
+    Before each step, its latents are sampled again `resample` times, each as costly as a step: in the first steps,
+    noise hides the kept part, so what they begin may not go with it. The regenerated part becomes the network's clean
+    estimate, and the kept part the image, both with a mixture of the noise that the network sees in the latents and
+    new noise from the seed. Source: LanPaint, lanpaint.py: its Langevin steps, here with step size 1 and lambda 4.
     """
 
     image: mx.array
     noise: mx.array
     mask: mx.array
+    resample: int = 0
+    seed: int = 0
 
     def over(self, latents: mx.array, sigma: float, done: float) -> mx.array:
         """The kept part, with noise for sigma, over latents; `done` is the part of the steps that are done."""
         kept = scheduler.add_noise(self.image, self.noise, sigma) if sigma else self.image
         return mx.where(self.mask > 1 - done, latents, kept)
+
+    def resampled(
+        self, velocity: Velocity, latents: mx.array, sigmas: Sequence[float] | np.ndarray, i: int
+    ) -> mx.array:
+        """The latents before step i, with the regenerated part resampled."""
+        sigma, steps = float(sigmas[i]), len(sigmas) - 1
+        if sigma == 1:  # nothing of the kept part is seen yet
+            return latents
+        first = 2 + i * self.resample  # the initial noise may come from the first two
+        keys = mx.random.split(mx.random.key(self.seed), 2 + steps * self.resample)
+        for key in keys[first : first + self.resample]:
+            v = velocity(latents, i)
+            clean, seen = (scheduler.step(latents, v, sigma, end) for end in (0.0, 1.0))
+            new = mx.random.normal(latents.shape, key=key)
+            again = scheduler.add_noise(clean, SEEN * seen + (1 - SEEN**2) ** 0.5 * new, sigma)
+            kept = scheduler.add_noise(self.image, SEEN_OF_KEPT * seen + (1 - SEEN_OF_KEPT) ** 0.5 * new, sigma)
+            latents = mx.where(self.mask > 1 - (i + 1) / steps, again, kept)
+            mx.eval(latents)
+        return latents
 
 
 def denoise(
@@ -74,6 +102,8 @@ def denoise(
     """
     steps = len(sigmas) - 1
     for i in range(steps):
+        if kept:
+            latents = kept.resampled(velocity, latents, sigmas, i)
         v = velocity(latents, i)
         latents = scheduler.step(latents, v, sigmas[i], sigmas[i + 1])
         clean = scheduler.step(latents, v, sigmas[i + 1], 0.0)

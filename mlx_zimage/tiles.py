@@ -34,6 +34,12 @@ class Tiles:
         w, columns = spread(width, most)
         return cls(h, w, rows, columns)
 
+    @classmethod
+    def if_several(cls, width: int, height: int, most: int) -> Tiles | None:
+        """The tiles for an image of width x height pixels; None if one is enough."""
+        tiles = cls.of(width, height, most)
+        return tiles if tiles.count > 1 else None
+
     @property
     def count(self) -> int:
         return len(self.rows) * len(self.columns)

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,10 +188,11 @@ def test_a_request_is_read_from_what_mflux_stored(run, tmp_path):
         ),
         ({"lora_paths": ["x.safetensors"], "lora_scales": ["a"]}, "the strength of LoRA x must be a number"),
         (
-            {"image_path": "a.png"},
-            "mflux generated it from another image; give the prompt, and that image with --image FILE",
+            {"image_path": "a.png", "image_strength": 0.25},
+            "old.json was generated from an image; pass that file with --image",
         ),
-        ({"image_path": "a.png", "image_strength": 0.25}, "with --image FILE --strength 0.75"),
+        ({"image_path": "a.png", "image_strength": 1}, "expected image_strength from 0 to below 1"),
+        ({"image_path": "a.png", "image_strength": 0.5, "steps": 1}, "strength 0 leaves no step to run"),
         ({"masked_image_path": "a.png"}, "mflux generated it with a masked image"),
         ({"steps": "many"}, "steps must be a whole number"),
         ({"prompt": None}, "prompt must be text"),
@@ -204,6 +206,23 @@ def test_a_request_of_mflux_that_cannot_be_generated_here_is_refused(run, tmp_pa
     result = run("generate", "-C", "old.json")
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("steps", [2, 8, 9, 25, 50])
+def test_a_request_that_mflux_ran_from_an_image_runs_the_same_steps_from_it(run, tmp_path, steps):
+    for percent in range(1, 100):
+        values = {"image_path": "a.png", "image_strength": percent / 100, "steps": steps}
+        Path("old.json").write_text(json.dumps({**SIDECAR, **values}))
+        request = replace(read_origin(Path("old.json")).request, image="0" * 64)
+        # Source: mflux 0.24.0, config.py, init_time_step
+        assert request.first_step == max(1, int(steps * (percent / 100)))
+    Path("old.json").write_text(json.dumps({**SIDECAR, "image_path": "a.png", "image_strength": 0.25, "steps": 2}))
+    Image.new("RGB", (48, 32), "red").save("a.png")
+    result = run("generate", "-C", "old.json", "-m", "pocket", "--image", "a.png", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["request"]["strength"] == pytest.approx(0.5)
+    Path("old.json").write_text(json.dumps({**SIDECAR, "image_path": "a.png", "image_strength": None}))
+    assert read_origin(Path("old.json")).request.strength is None  # mflux ignored the image
 
 
 def test_guidance_of_mflux_is_off_up_to_1(run):

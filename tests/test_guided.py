@@ -1,6 +1,7 @@
 """Image to image: a request that starts from an image."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from mlx_zimage.convert import convert
 from mlx_zimage.images.codec import to_signed
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.images.source import cover, read_image
+from mlx_zimage.models.transformer import Transformer
 from mlx_zimage.models.vae import VAE
 from mlx_zimage.noise import initial_noise, torch_randn
 from mlx_zimage.pipeline import Phase
-from mlx_zimage.sampling import denoise
+from mlx_zimage.sampling import Kept, denoise
 from mlx_zimage.scheduler import add_noise
 from mlx_zimage.sizes import parse_memory
 
@@ -156,13 +158,15 @@ def pixels_of(pipe, request: GenerateRequest, inputs: Inputs = MASK) -> np.ndarr
 
 
 def test_every_step_of_inpainting_equals_the_reference(golden, golden_pipe):
-    request = request_of(prompt=tiny.PROMPTS["short"], seed=tiny.IMAGE_SEED, sample_posterior=True)
+    request = request_of(prompt=tiny.PROMPTS["short"], seed=tiny.IMAGE_SEED, sample_posterior=True, mask_resample=0)
     found = latents_of(golden_pipe, request, MASK)
     for ours, wanted in zip(found, golden["pipeline/inpaint.steps"], strict=True):
         assert relative_error(ours.transpose(0, 3, 1, 2), wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("changes", [{}, {"mask_feather": 0}, {"strength": 0.5}, {"num_images": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"mask_feather": 0}, {"mask_resample": 0}, {"strength": 0.5}, {"num_images": 2}], ids=str
+)
 def test_pixels_outside_the_mask_come_back_exactly_and_those_inside_change(pipe, changes):
     changed = (pixels_of(pipe, request_of(**changes)) != tiny.photo()).any(axis=2)
     assert not changed[OUTSIDE].any()
@@ -177,6 +181,13 @@ def test_a_feather_covers_the_image_gradually_inside_the_mask(pipe):
     assert np.abs(feathered[border] - photo[border]).sum() < np.abs(sharp[border] - photo[border]).sum() / 2
 
 
+def test_the_feather_is_a_64th_of_the_shorter_side_unless_given(pipe):
+    large = {"width": 1024, "height": 2048}
+    assert [pipe.complete(request_of(**size), MASK).mask_feather for size in ({}, large)] == [1, 16]
+    assert pipe.complete(request_of(), MASK).mask_resample == 5
+    assert pipe.complete(request_of(), PHOTO).mask_feather is None
+
+
 def test_a_mask_may_grow(pipe):
     changed = (pixels_of(pipe, request_of(mask_grow=8, mask_feather=0)) != tiny.photo()).any(axis=2)
     rows, columns = np.nonzero(changed)
@@ -186,7 +197,7 @@ def test_a_mask_may_grow(pipe):
 def test_a_white_mask_at_strength_1_is_text_to_image(pipe):
     size = {"width": tiny.WIDTH, "height": tiny.HEIGHT}
     white = Inputs(image=tiny.photo(), mask_image=np.full_like(tiny.mask(), 255))
-    found = latents_of(pipe, request_of(), white)
+    found = latents_of(pipe, request_of(mask_resample=0), white)
     wanted = [step.latents for step in pipe.denoise(request_of(**size))]
     assert all(mx.array_equal(*pair) for pair in zip(found, wanted, strict=True))
 
@@ -201,6 +212,35 @@ def test_grey_parts_of_a_soft_mask_are_regenerated_in_the_last_steps(pipe):
         kept = add_noise(image, noise, float(sigmas[i + 1]))
         # float32: the encoder's strips may sum products in another order
         assert (relative_error(latents, kept) < TOLERANCE) == (i < 2), i
+
+
+def test_each_step_but_the_first_resamples_the_part_inside_the_mask(pipe, watch):
+    called = watch(Transformer, "__call__")
+    sigmas = pipe.sigmas(request_of(width=tiny.WIDTH, height=tiny.HEIGHT))
+    image = pipe.vae.encode(to_signed(tiny.photo())[None])
+    noise = initial_noise(0, SHAPE).transpose(0, 2, 3, 1)
+    outside = mx.array(tiny.mask()[::8, ::8] == 0)[None, :, :, None]
+    for run, steps in (({}, 4), ({"strength": 0.5}, 2)):
+        called.clear()
+        found = latents_of(pipe, request_of(mask_resample=3, **run), MASK)
+        assert (len(found), len(called)) == (steps, 4 * steps - 3 * (steps == 4))
+        plain = latents_of(pipe, request_of(mask_resample=0, **run), MASK)
+        assert relative_error(found[0], plain[0]) == 0 if steps == 4 else relative_error(found[0], plain[0]) > 0.1
+        assert relative_error(found[-1], plain[-1]) > 0.1
+        for latents, sigma in zip(found, sigmas[-steps:], strict=True):
+            kept = add_noise(image, noise, float(sigma))
+            # float32: the encoder's strips may sum products in another order
+            assert relative_error(mx.where(outside, latents, 0), mx.where(outside, kept, 0)) < TOLERANCE
+
+
+def test_resampling_leaves_what_the_network_is_sure_of():
+    image, noise, latents, target = mx.random.normal((4, 2, 6, 6, 16), key=mx.random.key(0))
+    mask = (mx.arange(6) > 2)[None, None, :, None].astype(mx.float32)
+    sigmas = [0.9, 0.5, 0.2, 0.0]
+    towards = lambda x, i: (x - target) / sigmas[i]  # noqa: E731
+    *_, last = denoise(towards, latents, sigmas, Kept(image, noise, mask, resample=3))
+    # float32: the same differences, summed in another order
+    assert relative_error(last.latents, mx.where(mask > 0, target, image)) < 1e-6
 
 
 def test_diffusers_names_inpaint_too(pipe):
@@ -219,6 +259,14 @@ def test_the_strength_is_1_with_a_mask_unless_given(pipe):
     ("call", "message"),
     [
         ({"mask_image": tiny.mask()}, "mask_image is for image to image, but there is no image to start from"),
+        (
+            {"image": tiny.photo(), "mask_resample": 2},
+            "mask_resample is for inpainting, but there is no mask; give one",
+        ),
+        (
+            {"image": tiny.photo(), "mask_image": tiny.mask(), "mask_resample": 101},
+            "mask_resample must be from 0 to 100, got 101",
+        ),
         ({"image": tiny.photo(), "mask_grow": 4}, "mask_grow is for inpainting, but there is no mask; give one"),
         ({"image": tiny.photo(), "mask_image": tiny.mask()[:40]}, "the mask has 96x40 pixels, but the image has 96x80"),
         ({"image": tiny.photo(), "mask_image": 0 * tiny.mask()}, "the mask is black"),
@@ -417,7 +465,20 @@ def test_a_mask_keeps_the_rest_and_is_needed_again(run):
     mask[8:24, 16:40] = 255
     Image.fromarray(mask).save("mask.png")
     options = ["--image", "a.png", "--mask", "mask.png"]
-    result = run("generate", PROMPT, *SMALL, *options, "--seed", "1", "--mask-feather", "4", "-o", "old.png")
+    result = run(
+        "generate",
+        PROMPT,
+        *SMALL,
+        *options,
+        "--seed",
+        "1",
+        "--mask-feather",
+        "4",
+        "--mask-resample",
+        "1",
+        "-o",
+        "old.png",
+    )
     assert result.exit_code == 0, result.stderr
     changed = (np.asarray(Image.open("old.png")) != np.asarray(Image.open("a.png"))).any(axis=2)
     assert changed.any() and not changed[mask == 0].any()
@@ -425,7 +486,14 @@ def test_a_mask_keeps_the_rest_and_is_needed_again(run):
     assert (result.exit_code, "was generated from a mask; pass that file with --mask" in result.stderr) == (2, True)
     assert run("generate", "--from", "old.png", *options).exit_code == 0
     assert Path("image.png").read_bytes() == Path("old.png").read_bytes()
-    line = {"prompt": PROMPT, "seed": 1, "image": "a.png", "mask_image": "mask.png", "mask_feather": 4}
+    line = {
+        "prompt": PROMPT,
+        "seed": 1,
+        "image": "a.png",
+        "mask_image": "mask.png",
+        "mask_feather": 4,
+        "mask_resample": 1,
+    }
     Path("r.jsonl").write_text(json.dumps(line | {"output": "json.png"}))
     assert run("generate", *SMALL, "--requests", "r.jsonl").exit_code == 0
     assert Path("json.png").read_bytes() == Path("old.png").read_bytes()
@@ -524,3 +592,28 @@ def test_the_distance_from_the_image_rises_with_the_strength(count):
         distances.append([np.sqrt(np.mean(difference**2)) for difference in apart])
     mean = np.mean(distances, axis=0)
     assert (np.diff(mean) > 0).all()
+
+
+@pytest.mark.parametrize("count", [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)])
+def test_resampling_makes_the_masked_part_follow_the_prompt_twice_as_often(monkeypatch, count):
+    """Captions of two objects, of which the image has one, and the mask is where the other belongs; four seeds each."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "pocket")
+    from judge import judge
+    from render import ground_truth
+    from scenes import sample_scene
+
+    pipe = ZImagePipeline.from_pretrained("pocket")
+    rng, right = random.Random(2027), {0: 0, 5: 0}
+    for seed in range(count):
+        scene = sample_scene(rng, "held out", kind="pair", canvas=(128, 128))
+        image = ground_truth([replace(scene, kind="single", things=scene.things[:1])])[0]
+        missing, reach = scene.things[1], scene.things[1].radius + 8
+        mask = Image.new("L", (128, 128))
+        box = (missing.x - reach, missing.y - reach, missing.x + reach, missing.y + reach)
+        ImageDraw.Draw(mask).rectangle(box, fill="white")
+        for times in right:
+            run = {"image": image, "mask_image": mask, "mask_resample": times, "seed": seed}
+            made = pipe(scene.caption, num_images_per_prompt=4, **run).images
+            assert not (np.asarray(made[0]) != image)[np.asarray(mask) == 0].any()
+            right[times] += sum(judge(np.asarray(one), scene).is_right for one in made)
+    assert right[5] >= (2 if count == 50 else 1.5) * right[0]  # of 20 images, chance moves a few

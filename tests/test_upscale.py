@@ -17,8 +17,8 @@ from PIL import Image
 
 from mlx_zimage import GenerateRequest, Inputs, MemoryBudgetError, Step, ZImagePipeline, cli
 from mlx_zimage.images.metadata import read_origin
-from mlx_zimage.memory import Workload
 from mlx_zimage.models.transformer import Transformer
+from mlx_zimage.pipeline import workload
 from mlx_zimage.sizes import rounded_up
 from mlx_zimage.tiles import Tiles, spread
 
@@ -169,7 +169,7 @@ def test_plan_shows_the_larger_image_and_its_tiles_as_generate_plans_them(tmp_pa
 
 def test_what_does_not_fit_is_refused_with_the_largest_size_that_does(pipe):
     """In tiles, too, whose number depends on the size."""
-    work = Workload.of(pipe.complete(request_of(upscale=8, tile=96), PHOTO).parts[0], tokens=32)
+    work = workload(pipe.complete(request_of(upscale=8, tile=96), PHOTO).parts[0], tokens=32)
     planner = pipe.networks.planner
     budget = planner.best(replace(work, width=256, height=256), 1).room
     with pytest.raises(MemoryBudgetError, match=r"the largest size that fits is 256x256; .*use smaller tiles"):

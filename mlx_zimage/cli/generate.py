@@ -30,7 +30,7 @@ from ..jobs import (
     read_requests,
     read_text,
 )
-from ..request import FEATHER, RNGS, GenerateRequest, LoraUse, check_prompt_and_seed
+from ..request import FEATHERS, RESAMPLE, RNGS, GenerateRequest, LoraUse, check_prompt_and_seed
 from ..sizes import parse_memory
 from ..variants import ALIASES
 from .adapters import WithLoras, load_loras, lora_options, name_paths
@@ -75,6 +75,7 @@ SECTIONS = {  # of the help text, with the names of their options
             "mask_feather",
             "mask_grow",
             "mask_soft",
+            "mask_resample",
             "outpaint",
             "upscale",
             "tile",
@@ -238,13 +239,21 @@ class Generate(WithLoras):
     "--mask-feather",
     type=int,
     metavar="PIXELS",
-    help=f"Width of the blend between old and new, inside the mask.  [default: {FEATHER}]",
+    help="Width of the blend between old and new, inside the mask.  "
+    f"[default: 1/{FEATHERS} of the shorter side: 16 at 1024x1024]",
 )
 @click.option("--mask-grow", type=int, metavar="PIXELS", help="Move the mask's edges outwards by PIXELS.  [default: 0]")
 @click.option(
     "--mask-soft",
     is_flag=True,
     help="Regenerate grey parts of the mask in the later steps only, instead of rounding them to black or white.",
+)
+@click.option(
+    "--mask-resample",
+    type=int,
+    metavar="N",
+    help="Sample the latents again N times before each step, so that the part inside the mask fits the prompt and the "
+    f"rest better. Each time takes as long as a step; 0 is what diffusers does.  [default: {RESAMPLE}]",
 )
 @click.option(
     "--outpaint",
@@ -661,10 +670,11 @@ def _check_old(old: Origin, path: Path | None, digests: Mapping[str, str | None]
 
     arrays = old.request.arrays
     for name, what in (("latents", "a latents file"), ("image", "an image"), ("mask_image", "a mask")):
-        if arrays[name] is None or all(name in own for own in prompts):
+        is_unnamed = name == "image" and old.request.strength is not None and old.request.upscale is None  # by mflux
+        if (arrays[name] is None and not is_unnamed) or all(name in own for own in prompts):
             continue
         if digests[name] is None:
             raise RequestError(f"{path} was generated from {what}; pass that file with {OPTIONS[name]}")
-        if digests[name] != arrays[name]:
+        if arrays[name] not in (None, digests[name]):
             these = "these are not the latents" if name == "latents" else f"this is not the {what.split()[-1]}"
             warnings.warn(f"{these} that {path} was generated from; the image will differ", stacklevel=1)

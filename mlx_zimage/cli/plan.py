@@ -78,10 +78,11 @@ def plan(
     """
     import mlx.core as mx
 
-    from ..inputs import Inputs, completed
+    from ..inputs import Inputs
     from ..machine import default_dtype, machine_budget
-    from ..memory import Planner, Workload
+    from ..memory import Planner
     from ..models import CONTROLNET
+    from ..pipeline import completed, workload
     from ..weights.controlnets import open_controlnet
     from ..weights.library import CHOICES, choose_bits, open_to_plan, planned
 
@@ -111,7 +112,7 @@ def plan(
         if shape["size"]:
             given = dict(zip(given, sides(**shape, default=side), strict=True))
         request = completed(replace(asked, **given), inputs, side, checkpoint.variant)
-        return [Workload.of(part, tokens) for part in request.parts]
+        return [workload(part, tokens) for part in request.parts]
 
     if model is not None:
         checkpoint = open_to_plan(model, variant)

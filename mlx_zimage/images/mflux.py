@@ -34,13 +34,8 @@ def to_request(values: dict[str, Any]) -> tuple[GenerateRequest, str]:
     """The request, and the name of the model. RequestError if it needs what is not supported here, or is invalid.
 
     mflux uses MLX's noise, and its guidance is off up to 1. Its LoRAs are named after their files, without a SHA-256.
+    If it started from an image, the request has a strength, but no image: mflux stores only its path.
     """
-    if values.get("image_path"):
-        strength = values.get("image_strength")
-        ours = f" --strength {1 - strength:g}" if isinstance(strength, (int, float)) and 0 <= strength < 1 else ""
-        raise RequestError(
-            f"mflux generated it from another image; give the prompt, and that image with --image FILE{ours}"
-        )
     for name, what in NOT_HERE.items():
         if values.get(name):
             raise RequestError(f"mflux generated it with {what} ({name}), which is not supported here")
@@ -56,9 +51,26 @@ def to_request(values: dict[str, Any]) -> tuple[GenerateRequest, str]:
         guidance_scale=guidance if not isinstance(guidance, (int, float)) or guidance > 1 else 0.0,
         negative_prompt=values.get("negative_prompt") or "",
         rng="mlx",
+        strength=_strength(values) if values.get("image_path") else None,
         loras=_loras(values.get("lora_paths") or [], values.get("lora_scales")),
     )
     return request, str(values.get("model_path") or values.get("model") or TURBO.repository)
+
+
+def _strength(values: dict[str, Any]) -> float | None:
+    """The strength that runs the same steps; None if mflux ignored the image.
+
+    mflux begins at step floor(steps * image_strength), but not before the second.
+    """
+    steps, strength = values.get("steps"), values.get("image_strength")
+    if strength is None or strength == 0:
+        return None
+    if not isinstance(steps, int) or not isinstance(strength, (int, float)) or not 0 < strength < 1:
+        raise RequestError(
+            f"expected image_strength from 0 to below 1 and a number of steps, got {brief(strength)} and {brief(steps)}"
+        )
+    run = steps - max(1, int(steps * strength))
+    return run / steps - 1e-9 if run > 0 else 0.0  # a hair less, so that rounding does not add a step
 
 
 def _loras(paths: Any, scales: Any) -> tuple[LoraUse, ...]:

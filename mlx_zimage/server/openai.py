@@ -33,7 +33,7 @@ OPENAI_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[a-z0-9.-]{1,40}")
 EXTENSIONS = (
     *("width", "height", "steps", "guidance_scale", "negative_prompt", "strength", "loras", "shift", "sigmas", "rng"),
     *("cfg_normalization", "cfg_truncation", "max_sequence_length", "sample_posterior"),
-    *("mask_feather", "mask_grow", "mask_soft", "outpaint", "upscale", "tile"),
+    *("mask_feather", "mask_grow", "mask_soft", "mask_resample", "outpaint", "upscale", "tile"),
 )
 TEXTS = ("prompt", "negative_prompt", "model", "size", "rng")  # the others are JSON in a form
 COUNTS = ("n", "seed", "partial_images", "output_compression")

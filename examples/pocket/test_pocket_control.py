@@ -6,7 +6,8 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from control import Trainer, as_image, covered, examples, masks, moved, outlined_scenes, outlines, overlap
+from control import Trainer, as_bytes, as_image, covered, examples, masks, moved, outlined_scenes, outlines, overlap
+from PIL import Image
 from render import ground_truth
 
 from mlx_zimage import ZImagePipeline
@@ -72,3 +73,15 @@ def test_what_is_saved_is_what_was_trained(pipe, found, tmp_path):
             key = f"{block}.attention.{name}{'.0' if name == 'to_out' else ''}.weight"
             assert mx.array_equal(array, trainer.weights[key].astype(mx.bfloat16).astype(mx.float32))
     assert replace(opened.config, norm_eps=1e-5) == trainer.net.config
+
+
+def test_pockets_own_controlnet_follows_outlines_it_has_not_seen(pipe):
+    pipe.load_controlnet("pocket")
+    scenes = outlined_scenes(5, seed=99, split="held out")
+    lines = [Image.fromarray(as_bytes(line)) for line in outlines(scenes)]
+    found: dict[float, list[float]] = {1.0: [], 0.0: []}
+    for scale, overlaps in found.items():
+        for scene, line, inside in zip(scenes, lines, covered(scenes), strict=True):
+            call = {"control_image": line, "controlnet_conditioning_scale": scale, "seed": 5}
+            overlaps.append(overlap(np.asarray(pipe(scene.caption, **call).images[0]), inside))
+    assert np.mean(found[1.0]) > 0.8 and np.mean(found[0.0]) < 0.5  # of 200: see README.md

@@ -117,7 +117,7 @@ def choose_control(
 ) -> str | None:
     """The ControlNet to load, if it is used: the one given, pocket's own, or the lite one, which is offered."""
     if is_used:
-        return source or (_pockets() if model == "pocket" else _lite(yes, quiet))
+        return source or ("pocket" if model == "pocket" else _lite(yes, quiet))
     for name, value in (("--control-model", source), ("--control-kind", kind)):
         if value is not None:
             raise RequestError(f"{name} is for control images, but there is none; give one with --control")
@@ -134,15 +134,6 @@ def load_control(
     say(f"ControlNet {opened}", quiet)
     if old and old.request.controlnet not in (None, opened.fingerprint):
         warnings.warn(f"{opened.name} is not the ControlNet that {image} was generated with", stacklevel=2)
-
-
-def _pockets() -> str:
-    from ..models import CONTROLNET
-    from ..weights.hub import POCKET
-
-    if not (POCKET / CONTROLNET).is_dir():
-        raise ModelNotFoundError(f"pocket has no ControlNet; examples/pocket/control.py trains one. {TAKES}")
-    return "pocket"
 
 
 def _lite(yes: bool, quiet: bool) -> str:

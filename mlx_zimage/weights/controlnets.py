@@ -108,7 +108,7 @@ def find_controlnet(source: str | Path) -> tuple[Path, Repository | None]:
     """The file or folder of a ControlNet; ID:FILE names one of a repository's, of which only configs are downloaded."""
     if not isinstance(source, (str, Path)):
         raise RequestError(f"a ControlNet must be a file, a folder or a Hugging Face id, got {type(source).__name__}")
-    if str(source) == "pocket" and (POCKET / CONTROLNET).is_dir():
+    if str(source) == "pocket":
         return POCKET / CONTROLNET, None
     try:
         path, repository = locate(source)

@@ -9,13 +9,13 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from mlx_zimage import MemoryBudgetError, RequestError, ZImageError, bench, pipeline
+from mlx_zimage import MemoryBudgetError, RequestError, ZImageError, bench, pipeline, variants
 from mlx_zimage.convert import convert
 from mlx_zimage.machine import backend
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import Transformer, TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
-from mlx_zimage.variants import BASE, VARIANTS
+from mlx_zimage.variants import BASE
 from mlx_zimage.weights.blocks import READS_AHEAD
 from mlx_zimage.weights.random import RandomWeights
 
@@ -77,7 +77,7 @@ def test_the_report_has_the_models_own_bits(tmp_path, monkeypatch, bits, expecte
 
 def test_steps_default_to_the_models_own(light_pocket, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "time_first_step", lambda *_: 1.0)
-    monkeypatch.setitem(VARIANTS, "base", replace(BASE, steps=3))
+    monkeypatch.setattr(variants, "BASE", replace(BASE, steps=3))
     folder = shutil.copytree(light_pocket, tmp_path / "base")
     scheduler = folder / "scheduler/scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": BASE.shift}))

@@ -410,7 +410,7 @@ def test_damaged_gguf_headers_are_refused(tmp_path):
         "8 bytes at 16 extend past the end": content[:20],
         "version 9": content[:4] + struct.pack("<I", 9) + content[8:],
         "tensors and 3 metadata values": content[:8] + struct.pack("<Q", 2**60) + content[16:],
-        "bytes at 32 extend past the end": content[:24] + struct.pack("<Q", 2**62) + content[32:],
+        "bytes at 32, expected at most 256": content[:24] + struct.pack("<Q", 2**62) + content[32:],
     }
     for fault, damaged in cases.items():
         file.write_bytes(damaged)

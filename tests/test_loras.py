@@ -219,6 +219,9 @@ def test_loras_over_weights_streamed_in_a_tight_budget_give_the_same_bits(small_
     files = [("a", "low rank"), ("b", "DoRA")]
     found = []
     for tight in (False, True):
+        pipe = None
+        gc.collect()
+        before = mx.get_active_memory()  # what other tests hold
         pipe = ZImagePipeline.from_pretrained(small_pocket, dtype="float32")
         for i, (name, kind) in enumerate(files):
             pipe.load_lora(write_kind(tmp_path / f"{name}.safetensors", kind, pipe.transformer.config, i), strength=0.5)
@@ -230,7 +233,7 @@ def test_loras_over_weights_streamed_in_a_tight_budget_give_the_same_bits(small_
             mx.reset_peak_memory()
         *_, image = pipe.stream(request)
         found.append(image.pixels)
-    assert mx.get_peak_memory() <= plan.peak
+    assert mx.get_peak_memory() - before <= plan.peak
     np.testing.assert_array_equal(*found)
 
 

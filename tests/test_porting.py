@@ -125,7 +125,7 @@ def guidance_off(pipe, index, timestep, values):
         ({"prompt_embeds": [np.zeros((3, 40))] * 2}, "prompt_embeds must have one entry per prompt, 1 in all, got 2"),
         ({"generator": 7}, "generator must be a torch.Generator, got int; or use seed=N"),
         ({"generator": []}, "generator is an empty list"),
-        ({"generator": [Generator(1), Generator(2)]}, "one per image, 1 in all, got 2"),
+        ({"generator": [Generator(1), Generator(2)]}, "one per image (1 in all), got 2"),
         ({"generator": Generator(1), "seed": 1}, "seed and generator were both given; give one"),
         ({"prompt": ["a", "b"], "latents": np.zeros(SHAPE)}, "latents have shape (1, 16, 10, 12)"),
         ({"output_type": "pt"}, "output_type='np' and torch.from_numpy"),

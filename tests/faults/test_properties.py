@@ -106,7 +106,8 @@ def test_json_lines_are_requests_or_refused(values, end):
         requests = read_requests(lines_of(io.BytesIO(text), "f"), "f")
     except RequestError:
         return
-    assert [*requests.values()] == [value for value in values if isinstance(value, dict)]
+    # as text, since NaN is not equal to itself
+    assert repr([*requests.values()]) == repr([value for value in values if isinstance(value, dict)])
 
 
 @ours

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..config import read_config
 from ..errors import CheckpointError
+from .runner import NetworkConfig
 from .transformer import PATCH, Chain, Control, block_shapes, linear_shapes, modulation_shapes, turned
 
 EMBEDDER = "control_all_x_embedder.2-1"
@@ -27,7 +28,7 @@ PUBLISHED_LAYERS = 30  # of the transformer that the published files are for
 
 
 @dataclass(frozen=True)
-class ControlNetConfig:
+class ControlNetConfig(NetworkConfig):
     """control_layers_places are the transformer's layers that get a hint, one per block; likewise for the refiner.
 
     add_control_noise_refiner names the blocks that run in the noise refiner: its own (version 2.1), "control_layers"
@@ -102,18 +103,6 @@ class ControlNetConfig:
                 if block.endswith(".0"):
                     shapes |= linear_shapes(f"{block}.before_proj", d, d)
         return shapes
-
-    def spare(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
-    def unused(self, name: str) -> bool:
-        return False
-
-    def stays(self, name: str) -> bool:
-        return True
-
-    def named(self, name: str) -> str:
-        return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor (or one part of a quantized one) in the layout used for computing: see `transformer.turned`."""

@@ -29,7 +29,7 @@ Where = mx.Stream | mx.ThreadLocalStream | None
 
 
 class NetworkConfig(Protocol):
-    """A network's config.json, as the dataclass of its architecture."""
+    """A network's config.json, as the dataclass of its architecture: a child of this, with what most have in common."""
 
     @classmethod
     def from_dict(cls, config: dict) -> Self:
@@ -44,6 +44,7 @@ class NetworkConfig(Protocol):
 
     def spare(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every other tensor that a checkpoint may have. Nothing reads them."""
+        return {}
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor (or one part of a quantized one) in the layout used for computing: the same numbers, rearranged."""
@@ -54,12 +55,15 @@ class NetworkConfig(Protocol):
 
     def unused(self, name: str) -> bool:
         """Whether a tensor cannot affect the output, and may be missing."""
+        return False
 
     def stays(self, name: str) -> bool:
         """Whether a tensor outside the blocks stays in memory while they run."""
+        return True
 
     def named(self, name: str) -> str:
         """The architecture's name for a stored tensor."""
+        return name
 
 
 class Weights(Protocol):

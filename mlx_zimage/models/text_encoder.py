@@ -14,11 +14,11 @@ import mlx.core as mx
 from ..config import read_config
 from ..errors import CheckpointError
 from .layers import Product, linear, margin, result, rms_norm, scaled, silu, sum_dtype
-from .runner import Runner, Tree
+from .runner import NetworkConfig, Runner, Tree
 
 
 @dataclass(frozen=True)
-class TextEncoderConfig:
+class TextEncoderConfig(NetworkConfig):
     hidden_size: int = 2560
     intermediate_size: int = 9728
     num_hidden_layers: int = 36

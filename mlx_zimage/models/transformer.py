@@ -34,7 +34,7 @@ from .layers import (
     silu,
     sum_dtype,
 )
-from .runner import Runner, Tree
+from .runner import NetworkConfig, Runner, Tree
 
 PATCH = 2  # a token covers PATCH x PATCH latent pixels
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
@@ -46,7 +46,7 @@ TURNED = re.compile(r"\.attention\.(to|norm)_[qk]\.")
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(NetworkConfig):
     dim: int = 3840
     n_layers: int = 30
     n_refiner_layers: int = 2
@@ -119,18 +119,6 @@ class TransformerConfig:
         for block in self.modulated:
             shapes |= modulation_shapes(block, d)
         return shapes
-
-    def spare(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
-    def unused(self, name: str) -> bool:
-        return False
-
-    def stays(self, name: str) -> bool:
-        return True
-
-    def named(self, name: str) -> str:
-        return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor (or one part of a quantized one) in the layout used for computing: see `turned`."""

@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 from ..machine import backend
 from ..needless import Needless
 from .layers import compiled, linear, result, settle, silu
-from .runner import Runner, Tree
+from .runner import NetworkConfig, Runner, Tree
 
 EPS = 1e-6
 SCORES = 2**28  # bytes of scores that are in memory at a time: a fraction of a second on any GPU
@@ -32,7 +32,7 @@ CPU_STRIP = 2**22  # bytes of a tensor per strip on a CPU
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(NetworkConfig):
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     latent_channels: int = 16
@@ -100,17 +100,8 @@ class VAEConfig:
     def read_once(self) -> str:
         return ""
 
-    def spare(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
-    def unused(self, name: str) -> bool:
-        return False
-
     def stays(self, name: str) -> bool:
         return name.startswith("decoder.")  # the encoder is unloaded after use
-
-    def named(self, name: str) -> str:
-        return name
 
     def sanitize(self, name: str, array: mx.array) -> mx.array:
         """A tensor in the layout used for computing; kernels from PyTorch's (out, in, h, w) to that of `convolve`."""

@@ -99,21 +99,26 @@ def save(path, tensors, metadata=None, shapes=None):
     return path
 
 
-def pocket_tensors():
-    """The pocket transformer with ComfyUI's names, float32."""
-    entries = open_checkpoint("pocket").transformer.entries
-    loaded = mx.load(str(next(iter(entries.values())).file))
-    dense = {name: np.array(loaded[entry.name].astype(mx.float32)) for name, entry in entries.items()}
+def comfy_names(tensors):
+    """A transformer's tensors with ComfyUI's names, in the opposite direction to the converter."""
     out = {}
-    for name, array in dense.items():
+    for name, array in tensors.items():
         name = re.sub(r"^all_(x_embedder|final_layer)\.2-1\.", r"\1.", name)
         name = name.replace(".to_out.0.", ".out.").replace(".norm_q.", ".q_norm.").replace(".norm_k.", ".k_norm.")
         if name.endswith("attention.to_q.weight"):
             stem = name.removesuffix("to_q.weight")
-            out[f"{stem}qkv.weight"] = np.concatenate([dense[f"{stem}to_{x}.weight"] for x in "qkv"])
+            out[f"{stem}qkv.weight"] = mx.concatenate([tensors[f"{stem}to_{x}.weight"] for x in "qkv"])
         elif not re.search(r"attention\.to_[kv]\.weight", name):
             out[name] = array
     return out
+
+
+def pocket_tensors():
+    """The pocket transformer with ComfyUI's names, float32."""
+    entries = open_checkpoint("pocket").transformer.entries
+    loaded = mx.load(str(next(iter(entries.values())).file))
+    named = comfy_names({name: loaded[entry.name].astype(mx.float32) for name, entry in entries.items()})
+    return {name: np.array(array) for name, array in named.items()}
 
 
 def mixed(path, marked="tensors", prefix="", forms=FORMS, seed=0):

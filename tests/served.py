@@ -183,13 +183,13 @@ def kills(server: Server, count: int = 20) -> None:
         for connection in waiting:
             answer = Answer(connection.getresponse())
             ended = "event: error" in answer.body.decode() or answer.status == 503
-            statuses["told why" if ended and b"SIGKILL" in answer.body else f"status {answer.status}"] += 1
+            statuses["said why" if ended and b"SIGKILL" in answer.body else f"status {answer.status}"] += 1
             connection.close()
         begin = time.monotonic()
         check_serves(server)
         seconds.append(time.monotonic() - begin)
     report("kills", count=count, **statuses, longest_until_it_serves_again=f"{max(seconds):.1f} s")
-    assert statuses["told why"] + statuses["status 200"] == 4 * count
+    assert statuses["said why"] + statuses["status 200"] == 4 * count
 
 
 # ---- hostile requests

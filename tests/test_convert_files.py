@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from comfyui_files import comfy_names
 
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.convert import convert, gguf
@@ -62,16 +63,7 @@ def assert_same(source, component, bound=0.0):
 
 
 def comfy_transformer(tensors):
-    out = {}
-    for name, array in tensors.items():
-        name = re.sub(r"^all_(x_embedder|final_layer)\.2-1\.", r"\1.", name)
-        name = name.replace(".to_out.0.", ".out.").replace(".norm_q.", ".q_norm.").replace(".norm_k.", ".k_norm.")
-        if name.endswith("attention.to_q.weight"):
-            stem = name.removesuffix("to_q.weight")
-            out[f"{stem}qkv.weight"] = mx.concatenate([tensors[f"{stem}to_{x}.weight"] for x in "qkv"])
-        elif not re.search(r"attention\.to_[kv]\.weight", name):
-            out[name] = array
-    return out | {"norm_final.weight": mx.ones((192,))}
+    return comfy_names(tensors) | {"norm_final.weight": mx.ones((192,))}
 
 
 def ldm_vae(tensors):

@@ -10,21 +10,7 @@ from control import Trainer, as_bytes, as_image, covered, examples, masks, moved
 from PIL import Image
 from render import ground_truth
 
-from mlx_zimage import ZImagePipeline
 from mlx_zimage.weights.controlnets import open_controlnet
-from mlx_zimage.weights.hub import POCKET
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_kept():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLX_ZIMAGE_EMBEDDINGS", "off")
-        yield
-
-
-@pytest.fixture(scope="module")
-def pipe() -> ZImagePipeline:
-    return ZImagePipeline.from_pretrained(POCKET, dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,6 @@ from mlx_zimage.convert import convert
 from mlx_zimage.weights.hub import POCKET
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nothing_kept():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLX_ZIMAGE_EMBEDDINGS", "off")
-        yield
-
-
-@pytest.fixture(scope="module")
-def pipe() -> ZImagePipeline:
-    return ZImagePipeline.from_pretrained(POCKET, dtype="float32")
-
-
 @pytest.fixture(scope="module")
 def pipes(pipe, tmp_path_factory) -> list[ZImagePipeline]:
     """The model in float32 and in 4 bits."""

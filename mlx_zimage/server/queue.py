@@ -183,7 +183,7 @@ class Queue:
     # ---- jobs
 
     def submit(self, job: Job) -> Ticket:
-        """Queue a job, which is given its id here; Refusal if the queue is full, or if there is no worker."""
+        """Queue a job and give it an id; Refusal if the queue is full, or if there is no worker."""
         if self.process is None:
             raise unavailable("the process that generates images is being restarted; try again in a few seconds")
         if len(self.tickets) > self.limit:

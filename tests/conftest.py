@@ -84,14 +84,14 @@ def small_pocket(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(small_pocket, tmp_path_factory):
-    """A server with a key and a LoRA called style, shared by all tests that do not stop it."""
+    """A server with a key, a LoRA called style and pocket's ControlNet, shared by all tests that do not stop it."""
     from test_cli_lora import write as write_lora
 
     folder = tmp_path_factory.mktemp("server")
     (folder / "loras").mkdir()
     write_lora(folder / "loras/style.safetensors")
-    options = ("--model", small_pocket, "--lora-dir", folder / "loras", "--queue", 3, "--cors", "https://app.example")
-    with serving(*options, log=folder / "log") as server:
+    options = ("--model", small_pocket, "--lora-dir", folder / "loras", "--control-model", "pocket")
+    with serving(*options, "--queue", 3, "--cors", "https://app.example", log=folder / "log") as server:
         yield server
 
 

@@ -208,6 +208,7 @@ FIELDS = (
     *("stream", "partial_images", "response_format", "output_format", "output_compression", "shift", "sigmas", "rng"),
     *("outpaint", "upscale", "mask_feather", "width", "height", "cfg_scale", "batch_size", "n_iter", "init_images"),
     *("mask", "override_settings", "denoising_strength", "enable_hr", "hr_scale", "sd_model_checkpoint", "image"),
+    "alwayson_scripts",
 )
 # Values that would be valid and take long are left out: what is tested is that nothing invalid does.
 CHANGES = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4).filter(
@@ -231,9 +232,10 @@ PATHS = (
         "/v1/../etc/passwd",
     ),
     *("/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options", "/sdapi/v1/progress", "/sdapi/v1/interrupt"),
+    *("/sdapi/v1/png-info", "/controlnet/model_list"),
     *("/sdapi/v1/loras", "/%00", "/%2e%2e/%2e%2e/etc/passwd", "/sdapi", "/v1/images/results/../../../etc/passwd"),
 )
-POSTED = (GENERATE, EDIT, "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options")
+POSTED = (GENERATE, EDIT, "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options", "/sdapi/v1/png-info")
 HEADERS = st.dictionaries(
     st.sampled_from(["Host", "Origin", "Sec-Fetch-Site", "Authorization", "Content-Type", "Transfer-Encoding", "Range"])
     | st.sampled_from(["Content-Length", "Expect", "Upgrade", "Connection", "Cookie", "X-Forwarded-Host", "Accept"]),

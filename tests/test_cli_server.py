@@ -82,6 +82,16 @@ def test_what_the_server_changes_is_a_warning(run):
     assert result.exit_code == 0 and "generated with steps 8 instead of 12" in result.stderr
 
 
+def test_control_images_are_sent(run, small_pocket):
+    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save("photo.png")
+    options = ("--control", "canny:photo.png", "--control", "photo.png", "--control-scale", "0.5", "--control-end", "1")
+    result = run(*WORDS, *options, "-o", "server.png")
+    assert result.exit_code == 0, result.stderr
+    alone(small_pocket, *WORDS, *options, "--control-model", "pocket")
+    assert same("server.png", "alone.png")
+    assert read_origin(Path("server.png")).request == read_origin(Path("alone.png")).request
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -89,6 +99,7 @@ def test_what_the_server_changes_is_a_warning(run):
         (("--lora", "other"), "no LoRA 'other' (there are: style)"),
         (("--size", "8192x8192"), "the largest size that fits is"),
         (("--dtype", "float32"), "--dtype cannot be used with --server"),
+        (("--control-model", "pocket"), "--control-model cannot be used with --server"),
         (("--preview",), "--preview cannot be used with --server"),
         (("--server", "http://127.0.0.1:1"), "no server answers at http://127.0.0.1:1"),
         (("--server", "127.0.0.1"), "--server takes a URL such as http://127.0.0.1:8796"),

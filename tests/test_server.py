@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import click
+import controls
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -119,6 +120,8 @@ def test_another_host_needs_a_key_or_a_flag(monkeypatch, tmp_path):
     for file in (tmp_path / "key", "/dev/zero"):
         result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--api-key-file", str(file)])
         assert result.exit_code == 2 and f"the API key in {file} cannot be read" in result.stderr
+    result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--control-kind", "tile"])
+    assert result.exit_code == 2 and "--control-kind is for --control-model" in result.stderr
     result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--cors", "*"])
     assert result.exit_code == 2 and "--cors takes an origin" in result.stderr
 
@@ -134,6 +137,22 @@ def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path):
     (tmp_path / "empty").mkdir()
     result = CliRunner().invoke(main, ["serve", "--model", str(tmp_path / "empty"), "--port", "0"])
     assert result.exit_code == CheckpointError.exit_code and "empty" in result.stderr
+
+
+def test_a_controlnet_that_fits_no_model_ends_the_server(small_pocket, tmp_path):
+    """One that fits another model than the first is not offered for the first."""
+    other = controls.write(tmp_path, 0, "control_lite")
+    result = CliRunner().invoke(
+        main, ["serve", "--model", str(small_pocket), "--control-model", str(other), "--port", "0"]
+    )
+    assert result.exit_code == CheckpointError.exit_code and "control_lite is for another model" in result.stderr
+
+
+def test_a_controlnet_is_offered_for_the_models_that_it_fits(small_pocket, tiny_folder):
+    async def test(queue: Queue) -> None:
+        assert {model.name: model.controlnet for model in queue.models} == {"pocket": "controlnet", "tiny": None}
+
+    run(test, options=Options({"tiny": str(tiny_folder), "pocket": str(small_pocket)}, controlnet="pocket"))
 
 
 # ---- bodies
@@ -495,9 +514,17 @@ def test_previews_are_spread_over_the_steps(steps, previews, expected):
     ],
 )
 def test_steps_and_guidance_are_adjusted_for_turbo_only(takes_guidance, honor, given, kept, said):
-    model = Model("m", "turbo", 8, 1024, takes_guidance, "")
+    model = Model("m", "turbo", 8, 1024, takes_guidance, 0.0, "")
     headers = Service(None, honor_client_steps=honor).adjust(given, model, "guidance", 0.0)
     assert given == kept and headers == ({} if said is None else {ADJUSTED: said})
+
+
+def test_a_controlnet_that_needs_more_steps_is_given_them():
+    model = Model("m", "turbo", 8, 1024, False, 0.0, "", "union", 20)
+    for steps, kept in ((50, 20), (20, 20), (12, 12)):
+        values = {"steps": steps}
+        Service(None).adjust(values, model, "guidance", 0.0, controlled=True)
+        assert values == {"steps": kept}
 
 
 def test_an_error_names_files_without_their_folders(tmp_path):

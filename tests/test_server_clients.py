@@ -13,7 +13,7 @@ import urllib.request
 import numpy as np
 import openai
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from serving import KEY, PROMPT, form, opened, png
 
 from mlx_zimage import ZImagePipeline
@@ -134,7 +134,15 @@ def test_a_mask_without_transparent_parts_is_refused(sdk):
         ({"output_format": "gif"}, openai.BadRequestError, "output_format must be png or jpeg or webp"),
         ({"extra_body": {"seed": -1}}, openai.BadRequestError, "seed must be a whole number from 0"),
         ({"extra_body": {"strength": 0.5}}, openai.BadRequestError, "there is no image to start from"),
-        ({"extra_body": {"control": {}}}, openai.BadRequestError, "control is not supported by the server yet"),
+        ({"extra_body": {"control": "edges"}}, openai.BadRequestError, "control must be an object with some of kind"),
+        ({"extra_body": {"control": {"image": "/etc/passwd"}}}, openai.BadRequestError, "must be an image in base64"),
+        ({"extra_body": {"control": {"image": 1}}}, openai.BadRequestError, "must be an image in base64, got 1"),
+        ({"extra_body": {"control": {"image": "AAAA"}}}, openai.BadRequestError, "control: the image is not an image"),
+        ({"extra_body": {"control": {"kind": "pose"}}}, openai.BadRequestError, "can be made into canny, gray, scrib"),
+        ({"extra_body": {"control": {"path": "a.png"}}}, openai.BadRequestError, "got {'path': 'a.png'}"),
+        ({"extra_body": {"control": {"scale": -1}}}, openai.BadRequestError, "control scale must be"),
+        ({"extra_body": {"control": {}}}, openai.BadRequestError, "there is no mask; give an image"),
+        ({"extra_body": {"control": [{}] * 5}}, openai.BadRequestError, "at most 4 images, got 5"),
         (
             {"extra_body": {"loras": [{"name": "../style"}]}},
             openai.NotFoundError,
@@ -162,6 +170,102 @@ def test_a_lora_is_chosen_by_name(sdk, alone):
         for loras in ([], [{"name": "style", "strength": 0.8}], [{"name": "style", "strength": 0}])
     )
     assert same(opened(plain), opened(off)) and not same(opened(plain), opened(strong))
+
+
+# ---- control images
+
+
+OUTLINE = Image.new("RGB", (64, 64), "black")
+ImageDraw.Draw(OUTLINE).ellipse((12, 12, 44, 44), outline="white", width=2)
+PHOTO = Image.new("RGB", (64, 64), "blue")
+ImageDraw.Draw(PHOTO).ellipse((12, 12, 44, 44), fill="yellow")
+CONTROLLED = {"seed": 1, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def followed(alone):
+    """followed(image, ...): the library's image that follows a control image."""
+    alone.load_controlnet("pocket")
+
+    def generate(image: Image.Image, prepare: str | None = None, **options) -> Image.Image:
+        shown = image if prepare is None else (prepare, image)
+        return alone(PROMPT, control_image=shown, seed=1, num_inference_steps=4, **options).images[0]
+
+    return generate
+
+
+def base64_of(image: Image.Image) -> str:
+    return base64.b64encode(png(image)).decode()
+
+
+@pytest.mark.parametrize(
+    ("image", "control", "options"),
+    [
+        (OUTLINE, {}, {}),
+        (PHOTO, {"kind": "canny", "scale": 0.5}, {"prepare": "canny", "controlnet_conditioning_scale": 0.5}),
+        (PHOTO, {"kind": "scribble", "end": 0.5}, {"prepare": "scribble", "control_guidance_end": 0.5}),
+        (PHOTO, {"kind": "gray", "start": 0.5}, {"prepare": "gray", "control_guidance_start": 0.5}),
+    ],
+    ids=["ready", "canny", "scribble", "gray"],
+)
+def test_a_control_image_is_followed_as_in_the_library(sdk, followed, image, control, options):
+    control["image"] = f"data:image/png;base64,{base64_of(image)}"
+    answer = sdk.images.generate(prompt=PROMPT, extra_body={"control": control, **CONTROLLED})
+    assert same(opened(answer.data[0].b64_json), followed(image, **options))
+
+
+def test_an_edit_takes_control_images_in_its_form(sdk, server, alone):
+    mask = Image.new("RGBA", (64, 64), "black")
+    mask.paste((0, 0, 0, 0), (16, 16, 48, 48))
+    fields = {"prompt": PROMPT, **{name: str(value) for name, value in CONTROLLED.items()}}
+    files = [("image", png(PHOTO)), ("mask", png(mask))]
+    made = []
+    for control in ([{}], [{"image": base64_of(OUTLINE)}], []):
+        body, content_type = form({**fields, "control": json.dumps(control)}, files)
+        answer = server.request("POST", "/v1/images/edits", body, {"Content-Type": content_type})
+        assert answer.status == 200, answer.body
+        made.append(answer.json["data"][0]["b64_json"])
+    assert len({*made}) == 3, "what is kept, an outline, nothing"
+
+
+def test_a1111s_controlnet_extension_is_followed_too(server, followed):
+    unit = {"enabled": True, "image": base64_of(PHOTO), "module": "canny", "weight": 0.5, "model": "union [abc]"}
+    unit |= {"guidance_start": 0, "guidance_end": 1, "control_mode": "Balanced", "pixel_perfect": True}
+    off = {"enabled": False, "module": "depth_midas"}
+    values = {"prompt": PROMPT, "seed": 1, "steps": 4, "alwayson_scripts": {"ControlNet": {"args": [off, unit]}}}
+    answer = server.post("/sdapi/v1/txt2img", values)
+    assert answer.status == 200, answer.body
+    expected = followed(PHOTO, "canny", controlnet_conditioning_scale=0.5)
+    assert same(opened(answer.json["images"][0]), expected)
+    assert server.get("/controlnet/module_list") == {"module_list": ["none", "canny", "gray", "scribble", "tile"]}
+    assert server.get("/controlnet/model_list") == {"model_list": ["controlnet"]}
+    for wrong, message in ((off | {"enabled": True}, "has no image"), (unit | {"module": "depth_midas"}, "'depth'")):
+        refused = server.post("/sdapi/v1/txt2img", values | {"alwayson_scripts": {"controlnet": {"args": [wrong]}}})
+        assert refused.status == 422 and message in refused.json["detail"]
+
+
+def test_an_image_to_image_unit_without_an_image_is_shown_the_one_that_it_starts_from(server):
+    made = []
+    for shown in ({}, {"image": {"image": base64_of(PHOTO), "mask": None}}, {"enabled": False}):
+        scripts = {"controlnet": {"args": [{"module": "canny", **shown}]}}
+        values = {"prompt": PROMPT, "seed": 1, "init_images": [base64_of(PHOTO)], "alwayson_scripts": scripts}
+        made.append(server.post("/sdapi/v1/img2img", values).json["images"][0])
+    assert made[0] == made[1] != made[2]
+
+
+def test_an_image_says_how_it_was_generated(server, sdk):
+    for ending in ("png", "jpeg", "webp"):
+        answer = sdk.images.generate(prompt=PROMPT, output_format=ending, extra_body={"seed": 9, "steps": 1})
+        found = server.post("/sdapi/v1/png-info", {"image": answer.data[0].b64_json}).json
+        assert found["origin"]["request"]["seed"] == 9 and found["origin"]["request"]["prompt"] == PROMPT
+        assert "Seed: 9" in found["info"] == found["items"]["parameters"]
+    for image, message in (
+        (base64_of(PHOTO), "no mlx-zimage or mflux metadata"),
+        ("AAAA", "not a PNG"),
+        (None, "base64"),
+    ):
+        refused = server.post("/sdapi/v1/png-info", {"image": image})
+        assert refused.status == 422 and message in refused.json["detail"]
 
 
 # ---- Open WebUI

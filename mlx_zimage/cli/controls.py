@@ -31,6 +31,14 @@ INPAINT = "inpaint"
 TAKES = "--control-model takes a file, a folder, a Hugging Face id or id:file"
 
 
+control_kind_option = click.option(
+    "--control-kind",
+    metavar="KIND",
+    help="What --control-model was trained for, if its name does not say: plain, or some of 8-steps, tile and base, "
+    "separated by commas.",
+)
+
+
 def control_options(command: Any) -> Any:
     """The options of ControlNets."""
     options = (
@@ -58,11 +66,7 @@ def control_options(command: Any) -> Any:
             "--control-end", type=float, metavar="PART",
             help="Follow up to this part of the steps, where 1 is the last.  [default: 1]",
         ),
-        click.option(
-            "--control-kind", metavar="KIND",
-            help="What --control-model was trained for, if its name does not say: plain, or some of 8-steps, tile and "
-            "base, separated by commas.",
-        ),
+        control_kind_option,
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)

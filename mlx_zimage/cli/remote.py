@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
 from typing import Any
@@ -20,9 +20,10 @@ from PIL import Image
 from ..errors import ModelNotFoundError, RequestError, ZImageError
 from ..images.codec import FORMATS, to_png
 from ..images.metadata import Origin
+from ..images.source import digest, read_image
 from ..inputs import Inputs
 from ..jobs import Job
-from ..request import ARRAYS, GenerateRequest
+from ..request import ARRAYS, ControlUse, GenerateRequest
 from ..untrusted import brief, parse_json
 from .output import progress_bar
 
@@ -30,7 +31,7 @@ KEY = "MLX_ZIMAGE_API_KEY"
 TIMEOUT_S = 3600  # between two events: a large image's step, or others' images
 LOCAL = (  # options of `generate` that only a model in this process takes
     *("variant", "transformer", "text_encoder", "vae", "dtype", "memory", "keep", "wired", "yes"),
-    *("latents_file", "lora_partial", "preview", "preview_dir"),
+    *("latents_file", "lora_partial", "control_model", "control_kind", "preview", "preview_dir"),
 )
 DEFAULTS = {field.name: field.default for field in fields(GenerateRequest)}
 ELSEWHERE = {*ARRAYS, "loras", "num_images", "controls", "controlnet"}  # fields that are not sent under their own names
@@ -63,8 +64,6 @@ class Remote:
         request = job.request(self.model["size"])
         if request.num_images > 1:
             raise RequestError(f"num_images is for a model in this process, got {request.num_images}; use count")
-        if request.controls:
-            raise RequestError("a server does not follow control images yet; leave --server out")
         return request
 
     def generate(
@@ -77,6 +76,8 @@ class Remote:
         values |= {"metadata": metadata, "stream": True, "progress": True}
         if request.loras is not None:
             values["loras"] = [{"name": use.name, "strength": use.strength} for use in request.loras]
+        if request.controls:
+            values["control"] = control_of(request.controls, inputs)
         if inputs.source is None:
             body, kind = json.dumps(values).encode(), "application/json"
             sent = self._send("POST", "/v1/images/generations", body, {"Content-Type": kind})
@@ -139,6 +140,22 @@ def images_of(inputs: Inputs) -> dict[str, Image.Image]:
     mask = Image.new("RGBA", inputs.mask.size)
     mask.putalpha(inputs.mask.point(lambda value: 255 - value))
     return {"image": inputs.source, "mask": mask}
+
+
+def control_of(controls: Sequence[ControlUse], inputs: Inputs) -> list[dict[str, Any]]:
+    """The field `control` of a request to the server."""
+    read = [read_image(image) for image in inputs.control_images]
+    shown = {digest(image): base64.b64encode(to_png(np.asarray(image))).decode() for image in read}
+    return [
+        {
+            "image": use.image and shown[use.image],
+            "kind": use.prepare,
+            "scale": use.scale,
+            "start": use.start,
+            "end": use.end,
+        }
+        for use in controls
+    ]
 
 
 def form(values: Mapping[str, Any], files: Mapping[str, bytes]) -> tuple[bytes, str]:

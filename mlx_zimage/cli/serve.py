@@ -12,10 +12,11 @@ from ..errors import RequestError, ZImageError
 from ..sizes import parse_memory
 from ..untrusted import read_bytes
 from ..variants import ALIASES
+from .controls import control_kind_option
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
 from .output import say
-from .values import FilePath, ModelName
+from .values import FilePath, LoraName, ModelName
 
 PORT = 8796
 KEY = "MLX_ZIMAGE_API_KEY"
@@ -53,6 +54,14 @@ class Duration(click.ParamType):
     type=FilePath(exists=True, file_okay=False),
     help="Let requests use the LoRAs in this folder, by the names of their files.",
 )
+@click.option(
+    "--control-model",
+    metavar="PATH",
+    type=LoraName(),
+    help="The ControlNet Union for requests with control images: a file, a folder, a Hugging Face id or id:file.  "
+    "[default: none; pocket has its own]",
+)
+@control_kind_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than this machine's "
               "own (127.0.0.1) need an API key or --no-api-key.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="Port; 0 for any.")
@@ -98,9 +107,9 @@ class Duration(click.ParamType):
 )
 @click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
 def serve(
-    sources: tuple[str, ...], lora_dir: Path | None, host: str, port: int, api_key_file: Path | None,
-    no_api_key: bool, origins: tuple[str, ...], memory: str | None, limit: int, idle_s: float | None,
-    honor_client_steps: bool, yes: bool,
+    sources: tuple[str, ...], lora_dir: Path | None, control_model: str | None, control_kind: str | None,
+    host: str, port: int, api_key_file: Path | None, no_api_key: bool, origins: tuple[str, ...],
+    memory: str | None, limit: int, idle_s: float | None, honor_client_steps: bool, yes: bool,
 ) -> None:  # fmt: skip
     """Serve images over HTTP to the clients of OpenAI's and AUTOMATIC1111's APIs, and print the address.
 
@@ -117,6 +126,8 @@ def serve(
     for origin in origins:
         if not re.fullmatch(r"https?://[^/*\s]+", origin):
             raise RequestError(f"--cors takes an origin such as https://app.example, got {origin!r}")
+    if control_kind is not None and control_model is None:
+        raise RequestError("--control-kind is for --control-model, but there is none; give one")
     access = Access(host, _key(api_key_file), frozenset(origins))
     if not access.loopback and access.key is None and not no_api_key:
         raise RequestError(
@@ -125,10 +136,11 @@ def serve(
         )
     budget = None if memory is None else parse_memory(memory)
     models = _named([*sources] or [DEFAULT_MODEL], yes)
+    control_model = control_model and _absolute(control_model)
+    options = Options(models, lora_dir and lora_dir.resolve(), control_model, control_kind, budget, idle_s)
     with listen(host, port) as listener:
         say(f"Opening {', '.join(models)}")
-        queue = Queue(Options(models, lora_dir and lora_dir.resolve(), budget, idle_s), limit)
-        asyncio.run(serve(listener, queue, access, lora_dir, honor_client_steps))
+        asyncio.run(serve(listener, Queue(options, limit), access, lora_dir, honor_client_steps))
 
 
 def _key(file: Path | None) -> str | None:
@@ -154,5 +166,10 @@ def _named(sources: list[str], yes: bool) -> dict[str, str]:
             raise RequestError(f"two models are called {name}; rename one of the folders")
         if not local and (source in ALIASES or source == DEFAULT_MODEL):
             source = str(first_run(ALIASES.get(source, source), yes, False))
-        named[name] = str(Path(source).resolve()) if Path(source).exists() else source
+        named[name] = _absolute(source)
     return named
+
+
+def _absolute(source: str) -> str:
+    """A folder or file by its whole path; anything else as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source

@@ -163,31 +163,39 @@ def read_origin(path: Path) -> Origin:
         with open_regular(path) as file:
             start = file.read(12)
             content = start + file.read(MAX_WEBP if start.endswith(b"WEBP") else MAX_READ)
+    except FileNotFoundError:
+        raise RequestError(f"no image at {path}") from None
+    except OSError as error:
+        raise RequestError(f"{path} is not a PNG, JPEG or WebP image ({error})") from error
+    return origin_in(content, path)
+
+
+def origin_in(content: bytes, label: object) -> Origin:
+    """The origin stored in the content of an image file, which errors call by its label."""
+    try:
         with Image.open(io.BytesIO(content), formats=READABLE) as image:
             xmp = image.info.get("xmp") or b""
             # where there is no EXIF, Pillow would decode the whole image to look for it
             exif = image.getexif().get_ifd(EXIF_DIRECTORY) if "exif" in image.info else {}
             comment = exif.get(USER_COMMENT)
-    except FileNotFoundError:
-        raise RequestError(f"no image at {path}") from None
     except UnidentifiedImageError:
-        raise RequestError(f"{path} is not a PNG, JPEG or WebP image") from None
+        raise RequestError(f"{label} is not a PNG, JPEG or WebP image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path} is not a PNG, JPEG or WebP image ({error})") from error
+        raise RequestError(f"{label} is not a PNG, JPEG or WebP image ({error})") from error
     found = re.search(rb'\szimage:origin="([^"<]*)"', xmp)
     if not found or NAMESPACE.encode() not in xmp:
         values = mflux.stored(comment) if isinstance(comment, bytes) else None
         if values:
-            return _from_mflux(path, values)
+            return _from_mflux(label, values)
         raise RequestError(
-            f"{path} contains no mlx-zimage or mflux metadata: another program wrote it, or the metadata was removed"
+            f"{label} contains no mlx-zimage or mflux metadata: another program wrote it, or the metadata was removed"
         )
     if len(found[1]) > MAX_JSON:
-        raise RequestError(f"{path}: its metadata was not written by mlx-zimage (longer than {MAX_JSON:,} characters)")
+        raise RequestError(f"{label}: its metadata was not written by mlx-zimage (longer than {MAX_JSON:,} characters)")
     try:
         return Origin.from_json(html.unescape(found[1].decode("ascii", "replace")))
     except RequestError as error:
-        raise RequestError(f"{path}: {error}") from error
+        raise RequestError(f"{label}: {error}") from error
 
 
 def read_sidecar(path: Path) -> Origin:
@@ -212,10 +220,10 @@ def read_sidecar(path: Path) -> Origin:
     return _from_mflux(path, values)
 
 
-def _from_mflux(path: Path, values: dict) -> Origin:
+def _from_mflux(label: object, values: dict) -> Origin:
     """An origin whose model is known by name only: fingerprint and dtype are empty."""
     try:
         request, model = mflux.to_request(values)
     except RequestError as error:
-        raise RequestError(f"{path}: {error}") from error
+        raise RequestError(f"{label}: {error}") from error
     return Origin(request, model, "", "", software=f"mflux {values['mflux_version']}")

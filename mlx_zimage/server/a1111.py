@@ -1,13 +1,13 @@
 """The part of AUTOMATIC1111's API that its clients use: Open WebUI, SillyTavern and LibreChat.
 
 Fields that do not apply, such as sampler_name and restore_faces, are accepted and ignored. `cfg_scale` 1 is off, as
-there. LoRAs are named in the prompt, as in <lora:name:0.8>, and come from the server's folder only.
+there. LoRAs are named in the prompt, as in <lora:name:0.8>, and come from the server's folder only. Control images are
+those of its ControlNet extension.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from math import prod
@@ -18,12 +18,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..errors import RequestError
+from ..images.metadata import origin_in, parameters
+from ..request import CONTROLS
 from ..untrusted import brief
 from ..version import __version__
+from .controls import check_controls, units_of
 from .errors import Refusal
 from .loras import lora_files
 from .messages import Image, Job
-from .service import Service, accepted, images_of, json_object, log_images, seeds_of
+from .service import Service, accepted, decoded, images_of, json_object, log_images, seeds_of
 
 TAG = re.compile(r"<lora:([^:<>]{1,200})(?::([^:<>]{1,20}))?[^<>]{0,50}>", re.IGNORECASE)
 SAMPLER, SCHEDULER = "Euler", "Simple"
@@ -31,7 +35,7 @@ MASK_BLUR = 4  # pixels, as there
 
 
 class A1111:
-    """The routes under /sdapi/v1."""
+    """The routes under /sdapi/v1 and /controlnet."""
 
     def __init__(self, service: Service):
         self.service = service
@@ -50,11 +54,16 @@ class A1111:
             "progress": self.progress,
         }
         self.routes = [Route(f"/sdapi/v1/{name}", self.answering(list)) for name, list in lists.items()]
+        self.routes += [
+            Route("/controlnet/model_list", self.answering(lambda: {"model_list": self.controlnets()})),
+            Route("/controlnet/module_list", self.answering(lambda: {"module_list": ["none", *CONTROLS]})),
+        ]
         for name, endpoint in (
             ("options", self.set_options),
             ("txt2img", self.txt2img),
             ("img2img", self.img2img),
             ("interrupt", self.interrupt),
+            ("png-info", self.png_info),
         ):
             self.routes.append(Route(f"/sdapi/v1/{name}", endpoint, methods=["POST"]))
 
@@ -83,6 +92,9 @@ class A1111:
     def loras(self) -> list[dict[str, Any]]:
         files = lora_files(self.service.lora_dir)
         return [{"name": name, "alias": name, "path": file.name, "metadata": {}} for name, file in files.items()]
+
+    def controlnets(self) -> list[str]:
+        return sorted({model.controlnet for model in self.service.queue.models if model.controlnet})
 
     def options(self) -> dict[str, Any]:
         return {
@@ -140,6 +152,18 @@ class A1111:
             values.setdefault("mask_blur", MASK_BLUR)
         return await self.respond(request, values, image, mask)
 
+    async def png_info(self, request: Request) -> Response:
+        """How an image of ours was generated: A1111's text for it and, as `origin`, all that it stores."""
+        values = await json_object(request)
+        content = await run_in_threadpool(decoded, values.get("image"), "image")
+        try:
+            origin = await run_in_threadpool(origin_in, content, "the image")
+        except RequestError as error:
+            raise Refusal(400, str(error), param="image") from None
+        text = parameters(origin)
+        stored = json.loads(origin.to_json())
+        return JSONResponse({"info": text, "items": {"parameters": text}, "origin": stored})
+
     async def interrupt(self, request: Request) -> Response:
         """Stop the running job, if it is one of this API: others would not know why theirs ended."""
         queue = self.service.queue
@@ -153,13 +177,15 @@ class A1111:
         overrides = values.get("override_settings")
         overrides = overrides if isinstance(overrides, dict) else {}
         model = self.service.model(overrides.get("sd_model_checkpoint") or self.chosen)
-        headers = self.service.adjust(values, model, "cfg_scale", 1.0)
-        fields = fields_of(values, image is not None, mask is not None)
+        controls = await run_in_threadpool(units_of, values.get("alwayson_scripts"), image)
+        check_controls(controls, model)
+        headers = self.service.adjust(values, model, "cfg_scale", 1.0, bool(controls[0]))
+        fields = fields_of(values, image is not None, mask is not None) | {"controls": controls[0]}
         self.service.check_loras(fields["loras"])
         seed = values.get("seed")
         count = count_of(values)
         marks = "black" if values.get("inpainting_mask_invert") in (1, True) else "white"
-        job = Job(0, model.name, fields, seeds_of(None if seed == -1 else seed, count), image, mask, marks)
+        job = Job(0, model.name, fields, seeds_of(None if seed == -1 else seed, count), image, mask, controls[1], marks)
         with self.service.queue.submit(job) as ticket:
             self.jobs.add(ticket.job.id)
             try:
@@ -216,18 +242,6 @@ def count_of(values: dict[str, Any]) -> object:
     counts = [values.get(name, 1) for name in ("batch_size", "n_iter")]
     wrong = [count for count in counts if type(count) is not int or count < 1]
     return wrong[0] if wrong else prod(counts)
-
-
-def decoded(text: object, name: str) -> bytes:
-    """The bytes of an image in base64, which may be a data: URL."""
-    if not isinstance(text, str):
-        raise Refusal(400, f"{name} must be an image in base64, got {brief(text)}", param=name)
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise Refusal(400, f"{name} must be an image in base64; got {brief(text)}", param=name) from None
 
 
 def info(images: list[Image]) -> dict[str, Any]:

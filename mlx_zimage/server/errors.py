@@ -53,6 +53,6 @@ def a1111_error(refusal: Refusal) -> dict:
 
 def answer(path: str, refusal: Refusal) -> JSONResponse:
     """The refusal in the shape of the API that the path belongs to; A1111 answers wrong values with 422."""
-    a1111 = path.startswith("/sdapi/")
+    a1111 = path.startswith(("/sdapi/", "/controlnet/"))
     status = 422 if a1111 and refusal.status == 400 else refusal.status
     return JSONResponse(a1111_error(refusal) if a1111 else openai_error(refusal), status, dict(refusal.headers))

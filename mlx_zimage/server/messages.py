@@ -12,10 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Options:
-    """What a worker is started with: models' sources by name, the budget in bytes, and when to unload, in seconds."""
+    """What a worker is started with: models' sources by name, the budget in bytes, and when to unload, in seconds.
+
+    controlnet is the source of a ControlNet for the models that it fits, and control_kind what it was trained for.
+    """
 
     models: Mapping[str, str]
     lora_dir: Path | None = None
+    controlnet: str | None = None
+    control_kind: str | None = None
     memory: int | None = None
     idle_s: float | None = None
 
@@ -26,7 +31,8 @@ class Job:
 
     marks says which part of the mask is regenerated: its "white", "black" or "transparent" pixels. ending and quality
     are those of the files to make; previews is the number of previews per image. Without metadata, they do not say how
-    they were made.
+    they were made. controls are the files of the control images, one for each of fields["controls"], which do not name
+    theirs; None for one without an image.
     """
 
     id: int
@@ -35,6 +41,7 @@ class Job:
     seeds: tuple[int, ...]
     image: bytes | None = None
     mask: bytes | None = None
+    controls: tuple[bytes | None, ...] = ()
     marks: str = "white"
     ending: str = ".png"
     quality: int = 95
@@ -52,14 +59,20 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Model:
-    """An open model: its name, defaults and capabilities."""
+    """An open model: its name, defaults and capabilities.
+
+    controlnet is the name of its ControlNet, if it has one, and control_steps are its default steps with that.
+    """
 
     name: str
     variant: str
     steps: int
     size: int
     takes_guidance: bool
+    guidance: float
     fingerprint: str
+    controlnet: str | None = None
+    control_steps: int | None = None
 
 
 @dataclass(frozen=True)

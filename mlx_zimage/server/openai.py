@@ -1,7 +1,8 @@
 """OpenAI's images API, as its SDKs, Open WebUI and LibreChat use it.
 
 Fields that do not apply, such as quality and moderation, are accepted and ignored. Beyond OpenAI's, a request may have
-those of a GenerateRequest under their own names (EXTENSIONS), `guidance` for guidance_scale, and `metadata`.
+those of a GenerateRequest under their own names (EXTENSIONS), `guidance` for guidance_scale, `control` for control
+images, and `metadata`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -22,7 +24,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..untrusted import brief, parse_json
+from .controls import check_controls, controls_of
 from .errors import Refusal, openai_error
+from .guard import MAX_BODY
 from .messages import Accepted, Done, Image, Job, Model, Preview, Progress, Started
 from .queue import Moved, Ticket
 from .service import Service, accepted, images_of, json_object, log_images, seeds_of
@@ -36,9 +40,10 @@ EXTENSIONS = (
     *("mask_feather", "mask_grow", "mask_soft", "mask_resample", "outpaint", "upscale", "tile"),
 )
 TEXTS = ("prompt", "negative_prompt", "model", "size", "rng")  # the others are JSON in a form
+OTHERS = ("guidance", "control", "stream", "progress", "metadata")
 COUNTS = ("n", "seed", "partial_images", "output_compression")
 MAX_PREVIEWS = 3
-MAX_FIELDS, MAX_FILES, MAX_FIELD = 100, 17, 2**20  # of a form; a field's size is in bytes
+MAX_FIELDS, MAX_FILES = 100, 17  # of a form; a field may be as large as the body, since control images are in one
 
 
 class OpenAI:
@@ -88,15 +93,16 @@ class OpenAI:
         named = values.get("model")
         known = isinstance(named, str) and OPENAI_MODELS.fullmatch(named)
         model = self.service.model(None if known else named)
-        if "control" in values:
-            raise Refusal(400, "control is not supported by the server yet; leave it out", param="control")
+        controls = await run_in_threadpool(controls_of, values.get("control", []))
+        check_controls(controls, model)
         if "guidance" in values:
             values["guidance_scale"] = values["guidance"]
-        headers = self.service.adjust(values, model, "guidance_scale", 0.0)
+        headers = self.service.adjust(values, model, "guidance_scale", 0.0, bool(controls[0]))
         self.service.check_loras(values.get("loras"))
         wanted = Wanted(values, kind)
         job = Job(
-            0, model.name, fields_of(values), seeds_of(values.get("seed"), values.get("n", 1)), image, mask,
+            0, model.name, fields_of(values) | {"controls": controls[0]},
+            seeds_of(values.get("seed"), values.get("n", 1)), image, mask, controls[1],
             "transparent", wanted.ending, wanted.quality, wanted.previews, wanted.metadata,
         )  # fmt: skip
         ticket = self.service.queue.submit(job)
@@ -205,8 +211,9 @@ class Events(StreamingResponse):
 
 
 def described(model: Model) -> dict[str, Any]:
-    """A model in a list, with the size and the number of steps of an image that asks for neither."""
-    own = {"size": model.size, "steps": model.steps}
+    """A model in a list, with the defaults of a request, and whether it takes guidance and control images."""
+    own = {"size": model.size, "steps": model.steps, "guidance": model.guidance}
+    own |= {"takes_guidance": model.takes_guidance, "control": model.controlnet is not None}
     return {"id": model.name, "object": "model", "created": 0, "owned_by": "mlx-zimage", **own}
 
 
@@ -267,7 +274,7 @@ async def form_of(request: Request) -> tuple[dict[str, Any], dict[str, list[byte
     values: dict[str, Any] = {}
     files: dict[str, list[bytes]] = {}
     try:
-        async with request.form(max_fields=MAX_FIELDS, max_files=MAX_FILES, max_part_size=MAX_FIELD) as form:
+        async with request.form(max_fields=MAX_FIELDS, max_files=MAX_FILES, max_part_size=MAX_BODY) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     files.setdefault(name, []).append(await value.read())
@@ -281,7 +288,7 @@ async def form_of(request: Request) -> tuple[dict[str, Any], dict[str, list[byte
         raise
     except Exception as error:  # whatever the parser raises on a damaged form
         raise Refusal(400, f"the form is damaged ({type(error).__name__})") from None
-    for name in values.keys() & {*EXTENSIONS, *COUNTS, "guidance", "stream", "progress", "metadata"} - {*TEXTS}:
+    for name in values.keys() & {*EXTENSIONS, *COUNTS, *OTHERS} - {*TEXTS}:
         with suppress(ValueError):  # a value that is not JSON is refused with the other values that are not numbers
-            values[name] = parse_json(values[name])
+            values[name] = await run_in_threadpool(parse_json, values[name])
     return {name: value for name, value in values.items() if value is not None}, files

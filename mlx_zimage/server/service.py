@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import logging
 import secrets
 from dataclasses import dataclass, field
@@ -45,15 +47,16 @@ class Service:
         known = ", ".join(model.name for model in self.queue.models)
         raise Refusal(404, f"no model {brief(name)} is served; expected {known}", param="model", code="model_not_found")
 
-    def adjust(self, values: dict, model: Model, guidance: str, off: float) -> dict[str, str]:
+    def adjust(self, values: dict, model: Model, guidance: str, off: float, controlled: bool = False) -> dict[str, str]:
         """Replace more steps than Turbo is made for, and guidance, which it is made without; `off` turns guidance off.
 
-        Returns the headers that say so.
+        A ControlNet may need more steps. Returns the headers that say so.
         """
         if self.honor_client_steps or model.takes_guidance:
             return {}
         changes = []
-        for name, most, own in (("steps", MOST_STEPS, model.steps), (guidance, off, off)):
+        steps = (model.control_steps if controlled else None) or model.steps
+        for name, most, own in (("steps", max(MOST_STEPS, steps), steps), (guidance, off, off)):
             given = values.get(name)
             if isinstance(given, (int, float)) and not isinstance(given, bool) and given > most:
                 values[name] = own
@@ -82,6 +85,18 @@ def seeds_of(seed: object, count: object) -> tuple[int, ...]:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED - count + 1:
         raise Refusal(400, f"seed must be a whole number from 0 to 2**64 - {count}, got {brief(seed)}", param="seed")
     return tuple(range(seed, seed + count))
+
+
+def decoded(text: object, name: str) -> bytes:
+    """The bytes of an image in base64, which may be a data: URL."""
+    if not isinstance(text, str):
+        raise Refusal(400, f"{name} must be an image in base64, got {brief(text)}", param=name)
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refusal(400, f"{name} must be an image in base64; got {brief(text)}", param=name) from None
 
 
 async def json_object(request: Request) -> dict[str, Any]:

@@ -15,23 +15,24 @@ import signal
 import sys
 import traceback
 import warnings
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Condition, Lock, Thread
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from ..errors import DeviceError, RequestError, ZImageError
+from ..errors import CheckpointError, DeviceError, RequestError, ZImageError
 from ..generate import Finished, OpenModel, events, open_model
 from ..images.codec import encode, enlarge
 from ..images.masks import read_mask
 from ..images.metadata import parameters
 from ..images.preview import colours_of, sketch
-from ..inputs import NONE, Inputs
+from ..images.source import digest, read_image
+from ..inputs import Inputs
 from ..request import LATENT_PIXELS, GenerateRequest
 from ..sampling import Step
 from .loras import lora_files
@@ -77,6 +78,7 @@ class Worker:
             for name, source in self.options.models.items():
                 self.models[name] = open_model(source, memory=self.options.memory)
                 self.loras[name] = {}
+            self.load_controlnet()
         except ZImageError as error:  # the server's own user reads it
             self.send(Failed(None, type(error).__name__, str(error)))
             return
@@ -94,6 +96,20 @@ class Worker:
                 self.generate(job)
             finally:
                 self.running = None
+
+    def load_controlnet(self) -> None:
+        """Load the ControlNet into the models that it fits, of which there must be one; pocket has its own."""
+        source, misfit = self.options.controlnet, None
+        for name, model in self.models.items():
+            try:
+                if source is not None:
+                    model.pipeline.load_controlnet(source, self.options.control_kind)
+                elif self.options.models[name] == "pocket":
+                    model.pipeline.load_controlnet("pocket")
+            except CheckpointError as error:
+                misfit = error
+        if misfit and not any(model.pipeline.controlnet for model in self.models.values()):
+            raise misfit
 
     def send(self, message: object) -> None:
         with self.sending:
@@ -119,8 +135,8 @@ class Worker:
         """Queue a job if it is valid and fits in memory. What its LoRAs add is known when they are read."""
         pipeline = self.models[job.model].pipeline
         try:
-            inputs = inputs_of(job)
-            request = replace(request_of(job, job.seeds[-1]), loras=())
+            fields, inputs = read(job)
+            request = GenerateRequest(**{**fields, "loras": ()}, seed=job.seeds[-1])
             with self.attaching:
                 request = pipeline.complete(request, inputs)
                 pipeline.plan(request, inputs)
@@ -146,8 +162,8 @@ class Worker:
         return Failed(id, type(error).__name__, self.without_paths(str(error)))
 
     def without_paths(self, message: str) -> str:
-        roots = [self.options.lora_dir, *map(Path, self.options.models.values())]
-        for root in filter(None, roots):
+        sources = [self.options.lora_dir, self.options.controlnet, *self.options.models.values()]
+        for root in (Path(source) for source in sources if source):
             if root.is_absolute():
                 message = message.replace(f"{root}{os.sep}", "").replace(str(root), root.name)
         return PATH.sub(r"\1", message)
@@ -168,12 +184,12 @@ class Worker:
     def images(self, job: Job) -> bool:
         """Generate a job's images; False if it was cancelled."""
         model = self.ready(job.model)
-        inputs = inputs_of(job)
+        fields, inputs = read(job)
         with self.attaching:
-            self.attach(job.model, [use.name for use in request_of(job, job.seeds[0]).loras or ()])
+            self.attach(job.model, [use.name for use in GenerateRequest(**fields, seed=job.seeds[0]).loras or ()])
         before = 0
         for index, seed in enumerate(job.seeds):
-            request = model.pipeline.complete(request_of(job, seed), inputs)
+            request = model.pipeline.complete(GenerateRequest(**fields, seed=seed), inputs)
             steps = model.pipeline.count_steps(request)
             shown = preview_steps(steps, job.previews)
             colours = self.colours_of(job.model) if shown else None
@@ -228,22 +244,27 @@ class Worker:
 
 
 def described(name: str, model: OpenModel) -> Model:
-    variant = model.pipeline.variant
-    size = model.pipeline.sample_size
-    return Model(name, variant.name, variant.steps, size, variant.takes_guidance, model.fingerprint)
+    variant, net = model.pipeline.variant, model.pipeline.controlnet
+    own = variant.steps, model.pipeline.sample_size, variant.takes_guidance, variant.guidance_scale
+    control = () if net is None else (net.name, (not variant.takes_guidance and net.steps) or variant.steps)
+    return Model(name, variant.name, *own, model.fingerprint, *control)
 
 
-def request_of(job: Job, seed: int) -> GenerateRequest:
-    return GenerateRequest(**{"loras": (), **job.fields, "seed": seed})
-
-
-def inputs_of(job: Job) -> Inputs:
-    """The image and mask of a job, not decoded yet."""
+def read(job: Job) -> tuple[dict[str, Any], Inputs]:
+    """The fields of a job's request but its seed, and its images."""
     mask: Pillow.Image | None = None
     if job.mask is not None:
         mask = read_mask(job.mask, transparent=job.marks == "transparent")
         mask = ImageOps.invert(mask) if job.marks == "black" else mask
-    return NONE if job.image is None and mask is None else Inputs(image=job.image, mask_image=mask)
+    fields, shown = {"loras": (), **job.fields}, []
+    try:
+        shown = [None if content is None else read_image(content) for content in job.controls]
+    except RequestError as error:
+        raise RequestError(f"control: {error}") from error
+    if shown:
+        uses = zip(fields["controls"], shown, strict=True)
+        fields["controls"] = [use if image is None else {**use, "image": digest(image)} for use, image in uses]
+    return fields, Inputs(image=job.image, mask_image=mask, control_images=[image for image in shown if image])
 
 
 def preview_steps(steps: int, previews: int) -> list[int]:

@@ -204,7 +204,7 @@ class Networks:
     ) -> Generator[Phase, None, list[mx.array]]:
         """The embeddings (L, cap_feat_dim) of tokenized prompts; those given as arrays are used as is.
 
-        sigmas are those of the steps that will follow.
+        sigmas are those of the schedule that `denoise` will follow.
         """
         yield from self._scale()
         self.transformer.forget_schedule_but(times(sigmas[:-1]))
@@ -226,8 +226,9 @@ class Networks:
         kept: Kept | None = None,
         tile: int = 0,
         controls: Sequence[Controlled] = (),
+        first: int = 0,
     ) -> Generator[Step, Change | None, mx.array]:
-        """The Steps from noise (B, h, w, 16) along the sigmas; returns the final latents.
+        """The Steps from noise (B, h, w, 16) along the sigmas, from number `first` on; returns the final latents.
 
         A second prompt is the negative prompt. kept is what inpainting leaves as it is. Unless tile is 0, the
         transformer sees tiles of at most that many pixels per side instead of the whole. controls are what a
@@ -239,9 +240,10 @@ class Networks:
             h, w = tiles.h, tiles.w
             controls = [replace(control, latents=tiles.cut(control.latents)) for control in controls]
         with wired(self._resident()) if self.wired else nullcontext():
-            velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w, controls)
+            velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w, controls, first)
             if tiles is not None:
                 velocities = tiled(velocities, tiles)
+            sigmas = sigmas[first:]
             latents = yield from denoise(guide(velocities, guidance, sigmas), noise, sigmas, kept)
         self.end_stage("transformer")
         return latents
@@ -267,7 +269,8 @@ class Networks:
                 "the image's latents are not finite; no image was generated. Try dtype float32; if that fails too, the "
                 "VAE's weights are damaged"
             )
-        runner.release()
+        if not planned:
+            runner.release()  # within a request, freed memory is limited already, and of use to the steps
         return latents
 
     def encode_prompt(self, ids: Ids) -> Generator[Phase, None, mx.array]:

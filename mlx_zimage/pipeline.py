@@ -417,7 +417,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
     def _part(
         self, request: GenerateRequest, inputs: Inputs, decode: bool
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
-        sigmas, prompts = self.sigmas(request), self._prompts(request, inputs)
+        schedule, prompts = self._schedule(request), self._prompts(request, inputs)
+        first = request.first_step
         inputs.check_named(request.arrays)
         plan = self.networks.plan(self._work(request, prompts), self.keep)
         self.networks.set_loras(request.lora_strengths)
@@ -429,11 +430,11 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         mx.eval(noise, sample)  # the next event may be requested from another thread
         with self.networks.running(plan) as networks:
             try:
-                embeddings = yield from networks.encode(prompts, sigmas)
+                embeddings = yield from networks.encode(prompts, schedule)
                 start, kept = noise, None
                 if pixels is not None:
                     image = yield from networks.encode_image(to_signed(pixels)[None], sample)
-                    start = add_noise(image, noise, float(sigmas[0]))
+                    start = add_noise(image, noise, float(schedule[first]))
                     if mask is not None:
                         masked = mx.array(to_latents(mask))[None, :, :, None]
                         kept = Kept(image, noise, masked, request.mask_resample or 0, request.seed)
@@ -441,8 +442,10 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
                 controls: list[Controlled] = []
                 tile = request.tile or 0
                 if request.controls:
-                    controls = yield from self._controls(request, inputs, pixels, mask, len(sigmas) - 1)
-                latents = yield from networks.denoise(embeddings, start, sigmas, guidance, kept, tile, controls)
+                    controls = yield from self._controls(request, inputs, pixels, mask, request.extent[2] - first)
+                latents = yield from networks.denoise(
+                    embeddings, start, schedule, guidance, kept, tile, controls, first
+                )
             except NumericsError as error:
                 if networks.dtype == mx.float16:
                     raise _Overflowed(str(error)) from error
@@ -486,10 +489,17 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
     def sigmas(self, request: GenerateRequest) -> np.ndarray:
         """The schedule of a request: (steps + 1,) float32, falling to 0. From an image, it is the last steps only."""
         request = self.complete(request)
+        return self._schedule(request)[request.first_step :]
+
+    def _schedule(self, request: GenerateRequest) -> np.ndarray:
+        """The sigmas of all steps of a complete request, also of those that image to image does not run.
+
+        What depends on them is computed for the whole, so that it is there already after a request for the same steps.
+        """
         width, height, steps = request.extent
         token = self.checkpoint.vae.config.scale * PATCH
         tokens = (width // token) * (height // token)
-        return self.checkpoint.scheduler.sigmas(steps, tokens, request.shift, request.sigmas)[request.first_step :]
+        return self.checkpoint.scheduler.sigmas(steps, tokens, request.shift, request.sigmas)
 
     def plan(self, request: GenerateRequest, inputs: Inputs = NONE) -> Plan:
         """The memory plan for this request within the pipeline's budget."""
@@ -699,9 +709,9 @@ def completed(request: GenerateRequest, inputs: Inputs, side: int, variant: Vari
 def workload(part: GenerateRequest, tokens: int, loras: Mapping[str, Extra] | None = None) -> Workload:
     """The size of a part of a complete request, with prompts of at most `tokens`."""
     width, height, steps = part.extent
-    run, prompts, controls = steps - part.first_step, 1 + part.guided, len(part.controls)
+    prompts, controls = 1 + part.guided, len(part.controls)
     encodes, tile = part.image is not None or controls > 0, part.tile or 0
-    return Workload(width, height, part.num_images, tokens, run, prompts, loras or {}, encodes, tile, controls)
+    return Workload(width, height, part.num_images, tokens, steps, prompts, loras or {}, encodes, tile, controls)
 
 
 class _Overflowed(NumericsError):

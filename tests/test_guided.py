@@ -374,6 +374,16 @@ def test_the_encoder_is_read_once_per_request_and_unloaded(tiny_folder, bytes_re
     assert bytes_read["vae"] == whole + (encoder if keep else whole)
 
 
+def test_what_depends_on_the_steps_is_there_after_other_strengths_and_plain_generation(tiny_folder, bytes_read):
+    size = {"width": tiny.WIDTH, "height": tiny.HEIGHT}
+    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32", keep=True)
+    list(pipe.denoise(request_of(**size)))
+    before = bytes_read["transformer"]
+    for strength in (0.25, 0.5, 1.0):
+        list(pipe.denoise(request_of(strength=strength), PHOTO))
+    assert bytes_read["transformer"] == before > 0
+
+
 def test_an_image_is_encoded_in_the_way_that_the_plan_says(monkeypatch):
     made = []
     init = VAE.__init__

@@ -96,7 +96,7 @@ def test_every_tile_of_a_step_shares_one_read_of_the_weights(pipe, watch):
 
 
 def test_tiles_agree_with_the_whole_where_the_network_looks_at_each_latent_alone(pipe, monkeypatch):
-    def alone(self, prompts, sigmas, h, w, controls):
+    def alone(self, *_):
         return lambda latents, i, count=None: [mx.sin(latents)]
 
     monkeypatch.setattr(Transformer, "velocities", alone)

@@ -623,10 +623,10 @@ class Transformer:
         h: int,
         w: int,
         controls: Sequence[Controls] = (),
+        first: int = 0,
     ) -> Callable[..., list[mx.array]]:
-        """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[i], float32, for each prompt.
-
-        A third argument n limits it to the first n prompts.
+        """The function (latents (B, h, w, C) float32, i) -> d latents / d sigma at sigmas[first + i], float32, for each
+        prompt. A third argument n limits it to the first n prompts.
 
         prompts are the text encoder's outputs (L, cap_feat_dim). Everything that does not depend on the latents is
         computed here, once. Each call reads each block once for all prompts and images.
@@ -637,14 +637,14 @@ class Transformer:
         count_own = len(self.config.modulated)
 
         def velocities(latents: mx.array, i: int, count: int | None = None) -> list[mx.array]:
-            modulation, active, start = row(modulations, i), [], count_own
+            modulation, active, start = row(modulations, first + i), [], count_own
             for own, tokens in zip(controls, images, strict=True):
                 end = start + len(own.blocks)
                 if (control := own.control(tokens, modulation[start:end], i)) is not None:
                     active.append(control)
                 start = end
             # The network points from noise to data; sigma grows from data to noise.
-            found = self(latents, captions[:count], modulation[:count_own], row(final_scales, i), active)
+            found = self(latents, captions[:count], modulation[:count_own], row(final_scales, first + i), active)
             return [-x for x in found]
 
         return velocities

@@ -8,8 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from compare import TOLERANCE, relative_error
 
-from mlx_zimage import GenerateRequest, ZImagePipeline
+from mlx_zimage import GenerateRequest, Inputs, ZImagePipeline
+from mlx_zimage.convert import convert
 from mlx_zimage.errors import CheckpointError, MemoryBudgetError, ModelNotFoundError, RequestError
 from mlx_zimage.images.metadata import Origin
 from mlx_zimage.machine import wide_dtype
@@ -69,6 +71,29 @@ def test_a_loaded_lora_changes_the_next_image_until_it_is_unloaded(pipe, style):
     np.testing.assert_array_equal(latents(pipe), loaded)
     pipe.unload_lora("style")
     np.testing.assert_array_equal(latents(pipe), model)
+
+
+MASKED = Inputs(image=tiny.photo(), mask_image=tiny.mask())
+FROM_IMAGES = {
+    "image": ({"strength": 0.5}, replace(MASKED, mask_image=None)),
+    "mask": ({"mask_resample": 1}, MASKED),
+    "outpaint": ({"outpaint": "left=16", "mask_resample": 1}, replace(MASKED, mask_image=None)),
+    "upscale": ({"upscale": 1.5, "tile": 96}, replace(MASKED, mask_image=None)),
+    "guided": ({"strength": 0.5, "guidance_scale": 2.0, "negative_prompt": "blurry"}, replace(MASKED, mask_image=None)),
+}
+
+
+@pytest.mark.parametrize("kind", FROM_IMAGES)
+def test_a_lora_changes_what_is_made_of_an_image_as_if_fused(pipe, style, tmp_path, kind):
+    changes, inputs = FROM_IMAGES[kind]
+    request = GenerateRequest("a red fox", seed=1, steps=4, **changes)
+    last = lambda pipe: [step.latents for step in pipe.denoise(request, inputs)][-1]  # noqa: E731
+    model = last(pipe)
+    pipe.load_lora(style, strength=0.7)
+    convert(pipe.checkpoint.folder, tmp_path / "fused", dtype="float32", loras=[(style, 0.7)])
+    fused = ZImagePipeline.from_pretrained(tmp_path / "fused", dtype="float32")
+    # float32: only the order of the sums differs
+    assert relative_error(last(pipe), last(fused)) < TOLERANCE < relative_error(last(pipe), model)
 
 
 def test_a_request_may_choose_its_own_among_the_loaded_ones(pipe, style, face):

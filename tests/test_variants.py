@@ -1,11 +1,16 @@
 """Which model of the family a folder contains, and the defaults that follow."""
 
 import json
+import shutil
 
 import mlx.core as mx
+import numpy as np
 import pytest
+import tiny
+from click.testing import CliRunner
+from PIL import Image
 
-from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline
+from mlx_zimage import GenerateRequest, Inputs, RequestError, ZImagePipeline, cli
 from mlx_zimage.variants import BASE, DE_TURBO, TURBO, VARIANTS, recognize
 from mlx_zimage.weights import official
 from mlx_zimage.weights.checkpoint import open_checkpoint
@@ -53,6 +58,21 @@ def test_a_de_turbo_file_has_the_defaults_of_de_turbo(folder, tmp_path):
     assert (request.steps, request.guidance_scale) == (25, 2.0)
 
 
+def test_a_de_turbo_file_of_another_name_works_by_flags(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "renamed")
+    Image.fromarray(tiny.photo()).save("a.png")
+    common = ["generate", "a red fox", "-m", "renamed", "--seed", "1", "-q", "--json", "--image", "a.png"]
+    for options, strength in (["--variant", "de-turbo"], 0.2), (["--steps", "25", "--guidance", "2"], 0.2):
+        named = options[0] == "--variant"
+        result = CliRunner().invoke(cli.main, [*common, *options, "--strength", str(strength), "-o", f"{named}.png"])
+        assert result.exit_code == 0, result.stderr
+        assert ("guidance" in result.stderr) is not named, "Turbo does not know it"
+        request = json.loads(result.stdout)["request"]
+        assert (request["steps"], request["guidance_scale"], request["strength"]) == (25, 2.0, strength)
+    assert np.array_equal(*(np.asarray(Image.open(f"{named}.png")) for named in (True, False)))
+
+
 def test_a_damaged_record_is_ignored(folder):
     (folder / "conversion.json").write_text("{broken")
     assert open_checkpoint(folder).variant == TURBO
@@ -82,3 +102,17 @@ def test_a_pipeline_has_the_defaults_of_its_variant(folder, watch, variant):
     assert out.images.shape == (1, 16, 2, 2)
     assert len(calls) == variant.steps * (2 if variant.guidance_scale else 1)
     assert bool(variant.guidance_scale) == variant.takes_guidance
+
+
+def test_base_starts_from_images_with_its_own_steps_and_guidance(folder, watch):
+    from mlx_zimage.models.transformer import Transformer
+
+    inputs = Inputs(image=tiny.photo(), mask_image=tiny.mask())
+    pipe = ZImagePipeline.from_pretrained(folder, dtype="float32", variant="base")
+    request = pipe.complete(GenerateRequest("a red fox", seed=1, strength=0.1, mask_resample=0), inputs)
+    assert (request.steps, request.guidance_scale, len(pipe.sigmas(request))) == (50, 4.0, 6)
+    calls = watch(Transformer, "finish")
+    *steps, image = pipe.stream(request, inputs)
+    assert (len(steps), len(calls)) == (5, 10)
+    changed = (image.pixels != tiny.photo()).any(axis=2)
+    assert changed.any() and not changed[tiny.mask() == 0].any()

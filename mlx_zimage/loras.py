@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError, warn
+from .models.runner import NetworkConfig
 from .needless import Elsewhere
 from .request import LoraUse
 from .untrusted import brief
 from .weights.lora import Lora, find_lora, name_of_lora, read_lora
+from .weights.overlay import Extra
 
 if TYPE_CHECKING:
     from .networks import Networks
@@ -46,8 +48,7 @@ class LoraMethods:
         path = find_lora(source)
         name = name_of_lora(path) if name is None else name
         use = LoraUse(name, strength)
-        configs = {network: overlay.config for network, overlay in self.networks.overlays.items()}
-        lora = read_lora(path, configs, partial)
+        lora = read_lora(path, self._configs, partial)
         if lora.unmatched:
             warn(
                 f"{path}: ignoring keys that match no layer ({len(lora.unmatched)} in all); the first is "
@@ -65,6 +66,18 @@ class LoraMethods:
         self._loras[name] = lora
         self._strengths[name] = use.strength
         return name
+
+    def lora_extras(self, files: Mapping[Path, float]) -> dict[str, Extra]:
+        """What LoRA files at these strengths would add to the memory of each network, for `plan`, without loading them.
+
+        May be called beside a request, from another thread. CheckpointError if a file is not a LoRA for this model.
+        """
+        read = {str(file): read_lora(file, self._configs, headers=True) for file in files}
+        return self.networks.extras_of(read, {str(file): strength for file, strength in files.items()})
+
+    @property
+    def _configs(self) -> dict[str, NetworkConfig]:
+        return {network: overlay.config for network, overlay in self.networks.overlays.items()}
 
     def set_loras(self, strengths: Mapping[str, float]) -> None:
         """Use loaded LoRAs at these strengths from the next request on, and no others. 1 is as trained, 0 is off."""

@@ -159,6 +159,13 @@ class Networks:
         """What attached LoRAs at these strengths add to the memory of each network."""
         return {name: overlay.extra(strengths) for name, overlay in self.overlays.items()}
 
+    def extras_of(self, loras: Mapping[str, Lora], strengths: Mapping[str, float]) -> dict[str, Extra]:
+        """The same of these LoRAs, by any name, if they were attached instead; they may have been read for planning."""
+        return {
+            name: overlay.extra_of({key: lora.deltas.get(name, {}) for key, lora in loras.items()}, strengths)
+            for name, overlay in self.overlays.items()
+        }
+
     # ---- a ControlNet
 
     def set_controlnet(self, component: Component | None) -> None:

@@ -501,12 +501,15 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         tokens = (width // token) * (height // token)
         return self.checkpoint.scheduler.sigmas(steps, tokens, request.shift, request.sigmas)
 
-    def plan(self, request: GenerateRequest, inputs: Inputs = NONE) -> Plan:
-        """The memory plan for this request within the pipeline's budget."""
+    def plan(self, request: GenerateRequest, inputs: Inputs = NONE, loras: Mapping[str, Extra] | None = None) -> Plan:
+        """The memory plan for this request within the pipeline's budget.
+
+        loras has what other LoRAs than its own would add, as `lora_extras` gives it.
+        """
         request = self.complete(request, inputs)
         self._pixels(request, inputs)  # refuses a mask that does not fit
         prompts = self._prompts(request, inputs)
-        plans = [self.networks.plan(self._work(part, prompts), self.keep) for part in request.parts]
+        plans = [self.networks.plan(self._work(part, prompts, loras), self.keep) for part in request.parts]
         return max(plans, key=lambda plan: plan.room)
 
     def most_tokens(self, request: GenerateRequest, inputs: Inputs = NONE) -> int:
@@ -543,8 +546,11 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             for text, embeddings in zip(texts, given, strict=True)
         ]
 
-    def _work(self, part: GenerateRequest, prompts: Sequence[Sized]) -> Workload:
-        return workload(part, max(map(len, prompts)), self.networks.lora_extras(part.lora_strengths))
+    def _work(
+        self, part: GenerateRequest, prompts: Sequence[Sized], loras: Mapping[str, Extra] | None = None
+    ) -> Workload:
+        extras = self.networks.lora_extras(part.lora_strengths) if loras is None else loras
+        return workload(part, max(map(len, prompts)), extras)
 
     def tokenize(self, prompt: str, max_sequence_length: int = TOKENS) -> tuple[int, ...]:
         """The prompt's ids, template included: at most max_sequence_length; warns if that truncates the prompt."""

@@ -206,6 +206,8 @@ def test_a_block_diagonal_fusion_of_three_files_keeps_its_scale_and_its_ranks(tm
         assert delta.rank == RANK
         difference = np.array(delta.difference(mx.array(BASE)))
         np.testing.assert_allclose(difference, ALPHA / RANK * ups[i] @ downs[i], rtol=1e-5, atol=1e-6)
+    header = read_lora(tmp_path / "lora.safetensors", CONFIGS, headers=True)
+    assert [delta.rank for delta in header.deltas["transformer"].values()] == 3 * [RANK], "planned as it will be used"
 
 
 def test_fused_copies_of_layers_that_are_there_one_by_one_are_listed_as_ignored(tmp_path):

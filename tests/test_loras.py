@@ -1,6 +1,7 @@
 """LoRAs of a pipeline: which requests they change, and what is reported about them."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 
@@ -56,6 +57,21 @@ def face(tmp_path):
 def latents(pipe: ZImagePipeline, request: GenerateRequest = REQUEST) -> np.ndarray:
     *_, last = pipe.denoise(request)
     return np.array(last.latents)
+
+
+def test_what_loras_need_is_known_before_they_are_loaded(pipe, tmp_path, style, face):
+    """In another thread than the one that generates, too, and the plan is the one that it will be."""
+    encoder = write(tmp_path / "words.safetensors", 3, encoder=True)
+    files = {style: 0.5, face: 0.0, encoder: 1.0}
+    with ThreadPoolExecutor() as pool:
+        extras = pool.submit(pipe.lora_extras, files).result()
+    expected = pipe.plan(REQUEST, loras=extras)
+    assert expected.peak > pipe.plan(REQUEST).peak
+    for file, strength in files.items():
+        pipe.load_lora(file, strength=strength)
+    strengths = pipe.complete(REQUEST).lora_strengths
+    assert extras == pipe.networks.lora_extras(strengths)
+    assert pipe.plan(REQUEST) == expected
 
 
 def test_a_loaded_lora_changes_the_next_image_until_it_is_unloaded(pipe, style):

@@ -264,3 +264,14 @@ def test_swapping_loras_many_times_leaks_nothing(plain):
         memory.append(mx.get_active_memory())
     assert all(len(outputs) == 1 for outputs in seen.values()) and len(seen) == 4
     assert max(memory[12:]) <= max(memory[:12])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_files_need_is_known_before_they_are_attached(components, kind):
+    """To the byte, and without reading the model or the file."""
+    component, files = components("dense"), {"a": KINDS[kind](), "b": KINDS["low rank"]()}
+    unread = overlay(component, {})
+    unread.base = None
+    for strengths in ({"a": 0.5, "b": 1.0}, {"a": 0.5, "b": 0.0}):
+        needed = unread.extra_of(files, strengths)
+        assert needed == overlay(component, files).extra(strengths) and needed.held

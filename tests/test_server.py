@@ -8,26 +8,30 @@ import signal
 import socket
 import subprocess
 import time
+from bisect import bisect_left
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import click
 import controls
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 from serving import KEY, PROMPT, Answer, form, png, serving
 from starlette.types import Message
+from test_cli_lora import write as write_lora
 
+from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.cli import main
-from mlx_zimage.errors import CheckpointError
+from mlx_zimage.errors import CheckpointError, MemoryBudgetError
 from mlx_zimage.generate import open_model
 from mlx_zimage.models.text_encoder import TextEncoder
 from mlx_zimage.server import guard, results, worker
 from mlx_zimage.server.errors import Refusal
 from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, Body, Guard, host_name
-from mlx_zimage.server.messages import Done, Job, Loaded, Model, Options
+from mlx_zimage.server.messages import Accepted, Done, Failed, Job, Loaded, Model, Options
 from mlx_zimage.server.messages import Image as Finished
 from mlx_zimage.server.queue import Queue
 from mlx_zimage.server.service import ADJUSTED, Service
@@ -472,9 +476,7 @@ def test_bodies_are_limited_together(monkeypatch):
 
 
 def test_an_unloaded_model_keeps_its_prompts(small_pocket, watch):
-    sent = []
-    made = worker.Worker(SimpleNamespace(send=sent.append), Options({"pocket": str(small_pocket)}))
-    made.models["pocket"], made.loras["pocket"] = open_model(str(small_pocket)), {}
+    made, sent = opened_worker(small_pocket, small_pocket)
     encoded = watch(TextEncoder, "steps")
     for _ in range(2):
         made.running = 0
@@ -486,6 +488,68 @@ def test_an_unloaded_model_keeps_its_prompts(small_pocket, watch):
 def test_results_are_kept_for_an_hour_and_within_limits(monkeypatch):
     clock = [0.0]
     kept = results.Results(now=lambda: clock[0])
+def opened_worker(small_pocket, lora_dir: Path) -> tuple[worker.Worker, list]:
+    """A worker that runs nothing by itself, and what it sends."""
+    sent: list = []
+    made = worker.Worker(SimpleNamespace(send=sent.append), Options({"pocket": str(small_pocket)}, lora_dir))
+    made.models["pocket"], made.loras["pocket"] = open_model(str(small_pocket)), {}
+    return made, sent
+
+
+def test_a_request_that_does_not_fit_with_its_loras_is_refused_before_it_is_queued(small_pocket, tmp_path):
+    write_lora(tmp_path / "style.safetensors")
+    made, sent = opened_worker(small_pocket, tmp_path)
+    pipeline = made.models["pocket"].pipeline
+    fits = range(10**6, pipeline.plan(GenerateRequest(PROMPT, 32, 32, seed=1)).peak)
+    pipeline.budget = fits[bisect_left(fits, True, key=lambda budget: is_enough(pipeline, budget))]
+    for job_, kind in (
+        (job(), Accepted),
+        (job(loras=[{"name": "style", "strength": 0.5}]), Failed),
+        (job(loras=[{"name": "style", "strength": 0.0}]), Failed),  # it is read all the same
+    ):
+        made.check(job_)
+        assert isinstance(sent[-1], kind), sent[-1]
+    assert [message.kind for message in sent[1:]] == 2 * ["MemoryBudgetError"]
+    assert len(made.waiting) == 1 and not made.loras["pocket"], "nothing was loaded"
+
+
+def is_enough(pipeline: ZImagePipeline, budget: int) -> bool:
+    pipeline.budget = budget
+    try:
+        pipeline.plan(GenerateRequest(PROMPT, 32, 32, seed=1, steps=1))
+    except MemoryBudgetError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("loras", "message"),
+    [
+        ([{"name": "style"}, {"name": "style"}], "uses LoRA 'style' twice"),
+        ([{"name": "gone"}], "'gone' is no longer in the server's folder"),
+        ([{"name": "style", "sha256": "0" * 64}], "does not have SHA-256 0000"),
+        ([{"name": "flux"}], "flux.safetensors: 2 of 2 keys match no layer of Z-Image"),
+    ],
+)
+def test_loras_that_cannot_be_used_are_refused_before_the_request_is_queued(small_pocket, tmp_path, loras, message):
+    write_lora(tmp_path / "style.safetensors")
+    names = [f"single_blocks.0.lora_{part}.weight" for part in "AB"]
+    mx.save_safetensors(str(tmp_path / "flux.safetensors"), {name: mx.zeros((4, 4)) for name in names})
+    made, sent = opened_worker(small_pocket, tmp_path)
+    made.check(job(loras=loras))
+    assert message in sent[-1].message and str(tmp_path) not in sent[-1].message and not made.waiting
+
+
+def test_unloading_a_model_unloads_its_loras(small_pocket, tmp_path):
+    write_lora(tmp_path / "style.safetensors")
+    made, _ = opened_worker(small_pocket, tmp_path)
+    made.running = 0
+    assert made.images(job(loras=[{"name": "style"}]))
+    assert made.models["pocket"].pipeline.get_active_adapters() == ["style"]
+    made.unload()
+    assert made.models["pocket"].pipeline.get_active_adapters() == [] and not made.loras["pocket"]
+
+
     first, second = kept.put(b"first", ".png"), kept.put(b"second", ".jpg")
     assert first != second and second.endswith(".jpg") and kept.get(first) == b"first"
     clock[0] = results.KEPT_S

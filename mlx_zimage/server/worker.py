@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Collection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Condition, Lock, Thread
@@ -35,6 +36,7 @@ from ..images.source import digest, read_image
 from ..inputs import Inputs
 from ..request import LATENT_PIXELS, GenerateRequest
 from ..sampling import Step
+from ..weights.manifest import sha256
 from .loras import lora_files
 from .messages import (
     Accepted,
@@ -69,7 +71,7 @@ class Worker:
         self.attaching = Lock()  # LoRAs must not change while a plan is made
         self.models: dict[str, OpenModel] = {}
         self.loaded: str | None = None  # the model that may have weights in memory
-        self.loras: dict[str, dict[str, int]] = {}  # by model: those that are attached, and when their files changed
+        self.loras: dict[str, dict[Path, int]] = {}  # by model: those that are attached, and when their files changed
         self.colours: dict[str, np.ndarray] = {}  # by model, for previews
 
     def run(self) -> None:
@@ -132,14 +134,14 @@ class Worker:
             os._exit(0)  # the server is gone; a step in progress cannot be interrupted
 
     def check(self, job: Job) -> None:
-        """Queue a job if it is valid and fits in memory. What its LoRAs add is known when they are read."""
+        """Queue a job if it is valid and fits in memory, with its LoRAs: those that are attached are another job's."""
         pipeline = self.models[job.model].pipeline
         try:
             fields, inputs = read(job)
-            request = GenerateRequest(**{**fields, "loras": ()}, seed=job.seeds[-1])
+            extras = pipeline.lora_extras(self.files_of(GenerateRequest(**fields, seed=job.seeds[-1])))
             with self.attaching:
-                request = pipeline.complete(request, inputs)
-                pipeline.plan(request, inputs)
+                request = pipeline.complete(GenerateRequest(**{**fields, "loras": ()}, seed=job.seeds[-1]), inputs)
+                pipeline.plan(request, inputs, extras)
                 steps = pipeline.count_steps(request)
             prompts = [request.prompt, request.negative_prompt][: 1 + request.guided]
             tokens = sum(len(pipeline.tokenize(text, request.max_sequence_length)) for text in prompts)
@@ -153,6 +155,21 @@ class Worker:
         with self.changed:
             self.waiting[job.id] = job
             self.changed.notify()
+
+    def files_of(self, request: GenerateRequest) -> dict[Path, float]:
+        """The files of a request's LoRAs, and their strengths."""
+        uses = request.loras or ()
+        files, found = lora_files(self.options.lora_dir) if uses else {}, {}
+        for use in uses:
+            file = files.get(use.name)
+            if file is None:
+                raise RequestError(f"the LoRA {use.name!r} is no longer in the server's folder")
+            if file in found:
+                raise RequestError(f"the request uses LoRA {use.name!r} twice; give its strength once")
+            if use.sha256 not in (None, use.sha256 and sha256(file)):
+                raise RequestError(f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; leave that out")
+            found[file] = use.strength
+        return found
 
     def failure(self, id: int, error: Exception) -> Failed:
         """What the client may know about an error: no path of this machine, and nothing about a bug but its kind."""
@@ -186,7 +203,7 @@ class Worker:
         model = self.ready(job.model)
         fields, inputs = read(job)
         with self.attaching:
-            self.attach(job.model, [use.name for use in GenerateRequest(**fields, seed=job.seeds[0]).loras or ()])
+            self.attach(job.model, self.files_of(GenerateRequest(**fields, seed=job.seeds[0])))
         before = 0
         for index, seed in enumerate(job.seeds):
             request = model.pipeline.complete(GenerateRequest(**fields, seed=seed), inputs)
@@ -215,27 +232,25 @@ class Worker:
         return self.models[name]
 
     def unload(self) -> None:
-        """Free the memory of the loaded model's weights; it stays open, with the embeddings of its prompts."""
+        """Free the memory of the loaded model's weights and LoRAs; it stays open, with its prompts' embeddings."""
         if self.loaded:
+            with self.attaching:
+                self.attach(self.loaded, ())
             self.models[self.loaded].pipeline.networks.release()
             mx.clear_cache()
             self.loaded = None
             self.send(Loaded(None))
 
-    def attach(self, name: str, wanted: list[str]) -> None:
+    def attach(self, name: str, files: Collection[Path]) -> None:
         """Load these LoRAs into a model, and unload all others."""
         pipeline, attached = self.models[name].pipeline, self.loras[name]
-        files = lora_files(self.options.lora_dir) if wanted else {}
-        for lora in wanted:
-            if lora not in files:
-                raise RequestError(f"the LoRA {lora!r} is no longer in the server's folder")
-        changed = {lora: files[lora].stat().st_mtime_ns for lora in wanted}
-        for lora in [lora for lora, time in attached.items() if changed.get(lora) != time]:
-            pipeline.unload_lora(lora)
-            del attached[lora]
-        for lora in changed.keys() - attached.keys():
-            pipeline.load_lora(files[lora], lora)
-            attached[lora] = changed[lora]
+        changed = {file: file.stat().st_mtime_ns for file in files}
+        for file in [file for file, time in attached.items() if changed.get(file) != time]:
+            pipeline.unload_lora(file.stem)
+            del attached[file]
+        for file in changed.keys() - attached.keys():
+            pipeline.load_lora(file, file.stem)
+            attached[file] = changed[file]
 
     def colours_of(self, name: str) -> np.ndarray:
         if name not in self.colours:

@@ -237,12 +237,15 @@ def _fitting(by_layer: Mapping[str, float], path: str, default: float | None) ->
     return next((value for layer, value in by_layer.items() if f".{path}".endswith(f".{layer}")), default)
 
 
-def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = False) -> Lora:
+def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = False, headers: bool = False) -> Lora:
     """Read a LoRA's safetensors file (or PEFT folder) for networks of these configs, in any dialect.
 
     Every key must belong to a difference of a known weight, with factors that fit it and numbers that are finite;
     otherwise CheckpointError names what does not. partial=True leaves out keys that match no layer, unless none does;
     they are listed in `unmatched`.
+
+    headers=True is for planning: it reads as little of the file as the shapes of its differences need, so that it may
+    have numbers that are not finite; and does not form the checksum.
     """
     config: dict | None = None
     if file.is_dir():
@@ -273,14 +276,19 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
             if targets and not exact and all((t.component, t.name) in own for t in targets):
                 ignored += keys.values()
                 continue
-            mx.eval([arrays[key] for key in keys.values()])  # see `Weights.read`
+            if not headers:
+                mx.eval([arrays[key] for key in keys.values()])  # see `Weights.read`
             for target in targets:
                 for kind, delta in _deltas(file, path, keys, arrays, scaling, names, target):
                     name = _weight_name(target.name, kind, names.shapes[target.component])
                     if name in deltas[target.component]:
                         raise CheckpointError(f"{file}: {path} is a second difference for {name}; expected only one")
+                    if not headers and not is_finite(delta):
+                        raise CheckpointError(
+                            f"{file}: {path} has numbers that are not finite; download or train it again"
+                        )
                     deltas[target.component][name] = delta
-        checksum = sha256(file)
+        checksum = "" if headers else sha256(file)
     read = {network: found for network, found in deltas.items() if found}
     return Lora(file, checksum, read, tuple(sorted(ignored)), tuple(unmatched), metadata, _dialect(entries))
 
@@ -411,11 +419,11 @@ def _deltas(
     file: Path, path: str, keys: Mapping[str, str], arrays: Mapping[str, mx.array], scaling: _Scaling, names: Names,
     target: Place,
 ) -> Iterator[tuple[str, Delta]]:  # fmt: skip
-    """("weight" or "bias", its difference) of one target, checked: whole, of the weight's shape, finite."""
-    parts = {part: arrays[key] for part, key in keys.items()}
+    """("weight" or "bias", its difference) of one target, checked: whole, and of the weight's shape."""
+    parts: dict[str, Any] = {part: arrays[key] for part, key in keys.items()}
     expected = names.shape(target)
     stored = (expected[0] * target.parts, *expected[1:])
-    alpha = float(parts.pop("alpha").reshape(-1)[0]) if "alpha" in parts else None
+    alpha = float(parts.pop("alpha").item()) if "alpha" in parts else None
     magnitude = parts.pop("magnitude", None)
     bias = parts.pop("diff_b", None)
     delta = _weight_delta(file, path, parts, alpha, scaling)
@@ -451,8 +459,6 @@ def _deltas(
                 f"{file}: the difference of {path} is {tuple(each.shape)}, but the model's {kind} is {shape}; it was "
                 f"made for another model"
             )
-        if not is_finite(each):
-            raise CheckpointError(f"{file}: {path} has numbers that are not finite; download or train it again")
         yield kind, each.rows(target.part, target.parts) if target.parts > 1 else each
 
 

@@ -22,6 +22,7 @@ from .blocks import Blocks
 from .deltas import Delta, DoRA, Hadamard, Kronecker, LowRank, Replacement
 
 Edit = Callable[[Any], Any]  # returns the replacement for a part of a tree
+Base = Callable[[str], mx.array]  # returns a weight of the model, as computed with
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,26 @@ class Overlay:
         return self.runner.dtype
 
     def extra(self, strengths: Mapping[str, float]) -> Extra:
-        """What files at these strengths need in addition to the network's own weights and work."""
+        """What the attached files, at these strengths, need in addition to the network's own weights and work."""
+        return self._extra({file: (deltas, self._computed(file)) for file, deltas in self._deltas.items()}, strengths)
+
+    def extra_of(self, files: Mapping[str, Mapping[str, Delta]], strengths: Mapping[str, float]) -> Extra:
+        """What these files would need if they were attached instead. Uses the shapes of arrays only, and reads none."""
+        shapes = self.config.shapes()
+
+        def sides(deltas: Mapping[str, Delta]) -> dict[str, Side]:
+            return {
+                name: self._side(name, delta, lambda base: mx.zeros(shapes[base])) for name, delta in deltas.items()
+            }
+
+        return self._extra({file: (deltas, sides(deltas)) for file, deltas in files.items()}, strengths)
+
+    def _extra(
+        self, files: Mapping[str, tuple[Mapping[str, Delta], Mapping[str, Side]]], strengths: Mapping[str, float]
+    ) -> Extra:
         held, features, weights, shapes = 0, Counter[str](), Counter[str](), self.config.shapes()
         kinds: dict[str, list[str]] = {}
-        for file, deltas in self._deltas.items():
-            sides = self._computed(file)
+        for file, (deltas, sides) in files.items():
             arrays = [array for delta in deltas.values() for array in delta.arrays]
             arrays += [array for side in sides.values() for array in (*side.arrays.values(), *side.gain.values())]
             held += sum({id(array): array.nbytes for array in arrays}.values())  # many are shared
@@ -120,7 +136,10 @@ class Overlay:
 
         Reads the model's own weights where a difference depends on them: under DoRA, layer by layer.
         """
-        sides = {name: self._side(name, delta) for name, delta in deltas.items()}
+        sides: dict[str, Side] = {}
+        for name, delta in deltas.items():
+            sides[name] = self._side(name, delta, self.base)
+            mx.eval(dict(sides[name].arrays), dict(sides[name].gain))
         self._deltas[file], self._sides[file] = deltas, sides
 
     def detach(self, file: str) -> None:
@@ -189,20 +208,17 @@ class Overlay:
 
     # ---- a difference in the layout used for computing
 
-    def _side(self, name: str, delta: Delta) -> Side:
+    def _side(self, name: str, delta: Delta, base: Base) -> Side:
         delta = delta.reordered(partial(self.config.sanitize, name))
-        side = self._layer(name, delta) if _is_layer(name, delta) else self._sum(name, delta)
-        mx.eval(dict(side.arrays), dict(side.gain))
-        return side
+        if _is_layer(name, delta):
+            return self._layer(name, delta, base)
+        return Side("sum", {"diff": delta.difference(base(name))})
 
-    def _sum(self, name: str, delta: Delta) -> Side:
-        return Side("sum", {"diff": delta.difference(self.base(name))})
-
-    def _layer(self, name: str, delta: Delta) -> Side:
+    def _layer(self, name: str, delta: Delta, base: Base) -> Side:
         gain: dict[str, mx.array] = {}
         if isinstance(delta, DoRA):
             axis = "rows" if delta.by_row else "columns"
-            gain[axis] = delta.gain(self.base(name)).reshape(-1)
+            gain[axis] = delta.gain(base(name)).reshape(-1)
             delta = delta.inner
         cast = partial(mx.array.astype, dtype=self.dtype)
         if isinstance(delta, LowRank):
@@ -218,8 +234,8 @@ class Overlay:
         if isinstance(delta, Hadamard):
             names = ("w1_a", "w1_b", "w2_a", "w2_b")
             return Side("hada", {n: cast(getattr(delta, n)) for n in names}, delta.scale, gain)
-        base = self.base(name) if isinstance(delta, Replacement) else mx.array(0.0)
-        return Side("dense", {"diff": cast(delta.difference(base))}, 1.0, gain)
+        own = base(name) if isinstance(delta, Replacement) else mx.array(0.0)
+        return Side("dense", {"diff": cast(delta.difference(own))}, 1.0, gain)
 
     def base(self, name: str) -> mx.array:
         """The model's own weight as computed with, dense, float32."""

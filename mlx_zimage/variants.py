@@ -39,6 +39,11 @@ MEMORIES = (8, 16, 24, 32, 64)  # gigabytes of the Macs that README advises
 ALIASES = {"z-image-turbo": TURBO.repository, "turbo": TURBO.repository, "z-image": BASE.repository}
 
 
+def repository_of(name: str) -> str:
+    """The Hugging Face id that an alias stands for; any other name as it is."""
+    return ALIASES.get(name, name)
+
+
 def named(name: str) -> Variant:
     """The variant with this name."""
     if name not in VARIANTS:

@@ -29,8 +29,10 @@ from mlx_zimage.errors import CheckpointError, MemoryBudgetError
 from mlx_zimage.generate import open_model
 from mlx_zimage.models.text_encoder import TextEncoder
 from mlx_zimage.server import guard, results, worker
+from mlx_zimage.server.app import is_answered
 from mlx_zimage.server.errors import Refusal
 from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, Body, Guard, host_name
+from mlx_zimage.server.loras import lora_files
 from mlx_zimage.server.messages import Accepted, Done, Failed, Job, Loaded, Model, Options
 from mlx_zimage.server.messages import Image as Finished
 from mlx_zimage.server.queue import Queue
@@ -135,6 +137,7 @@ def test_a_taken_port_is_an_error_that_says_so(server):
     result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--port", port])
     assert result.exit_code == 1
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in result.stderr
+    assert is_answered("0.0.0.0", int(port)), "also where the system would let both listen"
 
 
 def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path):
@@ -485,9 +488,6 @@ def test_an_unloaded_model_keeps_its_prompts(small_pocket, watch):
     assert len(encoded) == 1 and sent[-1] == Loaded(None)
 
 
-def test_results_are_kept_for_an_hour_and_within_limits(monkeypatch):
-    clock = [0.0]
-    kept = results.Results(now=lambda: clock[0])
 def opened_worker(small_pocket, lora_dir: Path) -> tuple[worker.Worker, list]:
     """A worker that runs nothing by itself, and what it sends."""
     sent: list = []
@@ -550,6 +550,9 @@ def test_unloading_a_model_unloads_its_loras(small_pocket, tmp_path):
     assert made.models["pocket"].pipeline.get_active_adapters() == [] and not made.loras["pocket"]
 
 
+def test_results_are_kept_for_an_hour_and_within_limits(monkeypatch):
+    clock = [0.0]
+    kept = results.Results(now=lambda: clock[0])
     first, second = kept.put(b"first", ".png"), kept.put(b"second", ".jpg")
     assert first != second and second.endswith(".jpg") and kept.get(first) == b"first"
     clock[0] = results.KEPT_S
@@ -581,6 +584,25 @@ def test_steps_and_guidance_are_adjusted_for_turbo_only(takes_guidance, honor, g
     model = Model("m", "turbo", 8, 1024, takes_guidance, 0.0, "")
     headers = Service(None, honor_client_steps=honor).adjust(given, model, "guidance", 0.0)
     assert given == kept and headers == ({} if said is None else {ADJUSTED: said})
+
+
+@pytest.mark.parametrize("served", ["z-image-turbo", "Tongyi-MAI/Z-Image-Turbo"])
+def test_a_model_goes_by_its_alias_and_its_id(served):
+    models = [Model(name, "turbo", 8, 1024, False, 0.0, "") for name in ("other", served)]
+    service = Service(SimpleNamespace(models=models))
+    for name in ("z-image-turbo", "turbo", "Tongyi-MAI/Z-Image-Turbo"):
+        assert service.model(name).name == served
+    assert service.model("other").name == service.model(None).name == service.model("").name == "other"
+    for name in ("z-image", "Z-Image-Turbo", "../other", ["other"], 1):
+        with pytest.raises(Refusal, match="is served; expected other, "):
+            service.model(name)
+
+
+def test_loras_are_the_visible_files_of_the_folder_alone(tmp_path):
+    for name in ("a.safetensors", ".b.safetensors", "._a.safetensors", "c.bin", "d.safetensors/e.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert lora_files(tmp_path) == {"a": tmp_path / "a.safetensors"} and lora_files(None) == {}
 
 
 def test_a_controlnet_that_needs_more_steps_is_given_them():

@@ -126,6 +126,7 @@ def test_a_mask_without_transparent_parts_is_refused(sdk):
     ("options", "error", "message"),
     [
         ({"size": "100x100"}, openai.BadRequestError, "nearest are 96 and 112"),
+        ({"prompt": "a cat <lora:style:1>"}, openai.BadRequestError, "use the field loras, such as [{'name': 'style'"),
         ({"size": "large"}, openai.BadRequestError, "size must be auto or pixels such as 1024x1024, got 'large'"),
         ({"n": 11}, openai.BadRequestError, "from 1 to 10, got 11"),
         ({"prompt": " "}, openai.BadRequestError, "the prompt is empty"),
@@ -392,6 +393,9 @@ def test_a_lora_is_named_in_the_prompt_of_a1111(server, sdk):
     named = sdk.images.generate(prompt=PROMPT, extra_body={"seed": 1, "steps": 2, "loras": loras})
     assert same(opened(tagged.json["images"][0]), opened(named.data[0].b64_json))
     assert "<lora" not in json.loads(tagged.json["info"])["prompt"]
+    for strength in ("much", "nan", "1e9"):
+        refused = server.post("/sdapi/v1/txt2img", silly(prompt=f"x <lora:style:{strength}>"))
+        assert refused.status == 422 and "strength of LoRA" in refused.json["detail"]
     for name in ("../style", "/etc/passwd", "other"):
         refused = server.post("/sdapi/v1/txt2img", silly(prompt=f"x <lora:{name}:1>"))
         assert refused.status == 404 and "there are: style" in refused.json["detail"]

@@ -25,6 +25,7 @@ from ..inputs import Inputs
 from ..jobs import Job
 from ..request import ARRAYS, ControlUse, GenerateRequest
 from ..untrusted import brief, parse_json
+from ..variants import repository_of
 from .output import progress_bar
 
 KEY = "MLX_ZIMAGE_API_KEY"
@@ -53,7 +54,7 @@ class Remote:
         self._connect = lambda: kind(parts.netloc, timeout=TIMEOUT_S)
         with closing(self._send("GET", "/v1/models")) as answer:
             models = parse_json(answer.read())["data"]
-        named = [entry for entry in models if model in (None, entry["id"])]
+        named = [entry for entry in models if model is None or repository_of(model) == repository_of(entry["id"])]
         if not named:
             known = ", ".join(entry["id"] for entry in models)
             raise ModelNotFoundError(f"{url} does not serve the model {brief(model)}; it has {known}")

@@ -11,7 +11,7 @@ import click
 from ..errors import RequestError, ZImageError
 from ..sizes import parse_memory
 from ..untrusted import read_bytes
-from ..variants import ALIASES
+from ..variants import ALIASES, repository_of
 from .controls import control_kind_option
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
@@ -165,7 +165,7 @@ def _named(sources: list[str], yes: bool) -> dict[str, str]:
         if name in named:
             raise RequestError(f"two models are called {name}; rename one of the folders")
         if not local and (source in ALIASES or source == DEFAULT_MODEL):
-            source = str(first_run(ALIASES.get(source, source), yes, False))
+            source = str(first_run(repository_of(source), yes, False))
         named[name] = _absolute(source)
     return named
 

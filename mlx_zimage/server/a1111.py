@@ -29,7 +29,7 @@ from .loras import lora_files
 from .messages import Image, Job
 from .service import Service, accepted, decoded, images_of, json_object, log_images, seeds_of
 
-TAG = re.compile(r"<lora:([^:<>]{1,200})(?::([^:<>]{1,20}))?[^<>]{0,50}>", re.IGNORECASE)
+TAG = re.compile(r"<(?:lora|lyco):([^:<>]{1,200})(?::([^:<>]{1,20}))?[^<>]{0,50}>", re.IGNORECASE)
 SAMPLER, SCHEDULER = "Euler", "Simple"
 MASK_BLUR = 4  # pixels, as there
 

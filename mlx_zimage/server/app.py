@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import socket
 import sys
 from pathlib import Path
@@ -73,6 +75,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        if port and is_answered(host, port):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         listener.bind((host, port))
         listener.listen(CONNECTIONS)
     except OSError as error:
@@ -82,6 +86,15 @@ def listen(host: str, port: int) -> socket.socket:
             f"--port (0 for any)"
         ) from error
     return listener
+
+
+def is_answered(host: str, port: int) -> bool:
+    """Whether a program listens there already. macOS lets several do so, on one address and on all."""
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def address(listener: socket.socket) -> str:

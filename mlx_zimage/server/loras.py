@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..weights.listing import visible
+
 
 def lora_files(folder: Path | None) -> dict[str, Path]:
     """The safetensors files in a folder, by their names without the suffix."""
-    found = sorted(folder.glob("*.safetensors")) if folder else []
+    found = visible(folder, "*.safetensors") if folder else []
     return {file.stem: file for file in found if file.is_file() and file.stem.isprintable() and len(file.stem) <= 200}

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from ..request import LORA_TAG
 from ..untrusted import brief, parse_json
 from .controls import check_controls, controls_of
 from .errors import Refusal, openai_error
@@ -244,6 +245,11 @@ def fields_of(values: dict[str, Any]) -> dict[str, Any]:
     if "prompt" not in values:
         raise Refusal(400, "prompt is missing", param="prompt")
     fields = {name: values[name] for name in ("prompt", *EXTENSIONS) if name in values}
+    for name in ("prompt", "negative_prompt"):
+        if isinstance(fields.get(name), str) and (tag := LORA_TAG.search(fields[name])):
+            use = {"name": tag[1], "strength": 0.8}
+            message = f"{name} contains {brief(tag[0])}; leave it out, and use the field loras, such as {[use]}"
+            raise Refusal(400, message, param=name)
     size = values.get("size", "auto")
     if size != "auto":
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size, re.ASCII) if isinstance(size, str) else None

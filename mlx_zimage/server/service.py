@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from ..request import MAX_SEED
 from ..untrusted import brief, parse_json
+from ..variants import repository_of
 from .errors import Refusal
 from .loras import lora_files
 from .messages import Accepted, Done, Image, Model
@@ -38,12 +39,13 @@ class Service:
     results: Results = field(default_factory=Results)
 
     def model(self, name: object) -> Model:
-        """The model with a name; the first one if there is none."""
+        """The model with a name, or whose alias or id it is; the first one if there is none."""
         if name is None or name == "":
             return self.queue.models[0]
-        for model in self.queue.models:
-            if model.name == name:
-                return model
+        if isinstance(name, str):
+            for model in self.queue.models:
+                if repository_of(name) == repository_of(model.name):
+                    return model
         known = ", ".join(model.name for model in self.queue.models)
         raise Refusal(404, f"no model {brief(name)} is served; expected {known}", param="model", code="model_not_found")
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models import NETWORKS
 from ..untrusted import read_bytes
-from ..variants import ALIASES, TURBO
+from ..variants import TURBO, repository_of
 from . import headers
 from .listing import is_hidden
 from .manifest import CONVERSION, MANIFEST
@@ -150,7 +150,7 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
     if is_folder or is_file:
         return check_name(folder), None
     name = re.split("[@:]", str(source))[0]
-    if named := IN_REPOSITORY.fullmatch(ALIASES.get(name, name) + str(source)[len(name) :]):
+    if named := IN_REPOSITORY.fullmatch(repository_of(name) + str(source)[len(name) :]):
         within = (named[3] or "").rstrip("/")
         repository = Repository(named[1], named[2], within)
         path = repository.folder / within

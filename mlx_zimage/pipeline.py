@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from PIL.Image import Resampling
 
 from . import porting
 from .controls import ControlNetMethods
@@ -22,6 +21,7 @@ from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_signed, to_uint8, to_unit
 from .images.masks import canvas_size, feathered, paste, to_latents
 from .images.source import cover, fit_size, over_white
+from .images.upscale import back_projected, resized
 from .inputs import NONE, Inputs
 from .loras import LoraMethods
 from .machine import check_budget, default_dtype, machine_budget, wide_dtype
@@ -251,7 +251,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         outpaint={"left": 256} extends the image instead, by multiples of 16.
 
         upscale=2 enlarges the image, or the one generated first, and refines it with strength 0.2 unless given, in
-        tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole image at once.
+        tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole image at once. Reduced
+        to the image's size, the result is the image again: see `mlx_zimage.images.upscale`.
 
         control_image is what a ControlNet follows (see `load_controlnet`): an image that is ready to use, or a pair of
         a preparation ("canny", "gray", "scribble" or "tile") and a photo, or a list of several, whose effects add up.
@@ -403,15 +404,16 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             return counted(event)
 
         def named(event: Phase | Step | Generated) -> Phase | Step | Generated:
-            return replace(event, request=request) if isinstance(event, Generated) else counted(event)
+            if isinstance(event, Generated):
+                return replace(event, unit=back_projected(event.unit, images[0]), request=request)
+            return counted(event)
 
         for part in first:
             yield from relayed(self._part(part, inputs, True), kept)
             before = self.count_steps(part)
         if inputs.source is not None:
             images.append(np.asarray(cover(over_white(inputs.source), *request.extent[:2])))
-        image = to_pil(images[0]).resize(refinement.extent[:2], Resampling.LANCZOS)
-        enlarged = replace(inputs, image=image, latents=None)
+        enlarged = replace(inputs, image=resized(images[0], *refinement.extent[:2]), latents=None)
         yield from relayed(self._part(replace(refinement, **enlarged.digests), enlarged, decode), named)
 
     def _part(

@@ -249,6 +249,10 @@ def feed_forward(x: mx.array, weights: Tree, factor: float = 1.0, product: Produ
     return product(silu(gate) * scaled(product(x, weights["w3"]), factor), weights["w2"])
 
 
+# What a ControlNet adds to a block's output: (B, L, dim), and the scale () to multiply it by, in the sums' dtype.
+Hint = tuple[mx.array, mx.array]
+
+
 # A block is two pure functions of its weights, so that one compiled trace of each serves all blocks, and memory can be
 # freed between the two. modulation is (4, dim): scale and gate of the attention, then of the feed-forward. Products
 # are scaled by `factor`, which the norm that follows cancels.
@@ -280,16 +284,20 @@ def feed(
     x: mx.array,
     weights: Tree,
     modulation: mx.array,
+    hints: Sequence[Hint] = (),
     *,
     eps: float,
     factor: float = 1.0,
     product: Product = linear,
 ) -> mx.array:
-    """The feed-forward half of a block on x (B, L, dim)."""
+    """The feed-forward half of a block on x (B, L, dim), and the hints for its rows added to the result."""
     scale, gate = row(modulation, 2), row(modulation, 3)
     h = modulated_norm(x, weights["ffn_norm1"], scale, eps)
     h = feed_forward(h, weights["feed_forward"], factor, product)
-    return x + modulated_norm(h, weights["ffn_norm2"], gate, eps * factor**2)
+    x = x + modulated_norm(h, weights["ffn_norm2"], gate, eps * factor**2)
+    for hint, strength in hints:
+        x = x + strength * hint[:, : x.shape[1]].astype(strength.dtype)
+    return x
 
 
 def row(x: mx.array, i: int) -> mx.array:
@@ -401,8 +409,8 @@ class Stream:
 
     x is (B, L, dim); modulation (blocks, 4, dim) has the scales and gates of exactly the blocks that this walk runs;
     cos, sin (L, head / 2) are the rotary tables of its rows. Only the first `rows` rows of the last block's output are
-    computed. beside has the tokens (B, L, dim) of each `Chain` that runs along; hint is what the next block adds for
-    them, if anything.
+    computed. beside has the tokens (B, L, dim) of each `Chain` that runs along; hints are what the next block adds for
+    them.
     """
 
     x: mx.array
@@ -411,11 +419,11 @@ class Stream:
     sin: mx.array
     rows: int | None = None
     beside: tuple[mx.array, ...] = ()
-    hint: mx.array | None = None
+    hints: tuple[Hint, ...] = ()
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        return (self.x, *self.beside, *(() if self.hint is None else (self.hint,)))
+        return (self.x, *self.beside, *(hint for hint, _ in self.hints))
 
 
 @dataclass(frozen=True)
@@ -694,28 +702,33 @@ class Transformer:
     def apply(self, stream: Stream, weights: Tree, i: int) -> Stream:
         """Run block i of this walk on a stream."""
         rows = stream.rows if i == len(stream.modulation) - 1 else None
-        x = self._block(stream.x, weights, row(stream.modulation, i), stream, rows)
-        return replace(stream, x=x if stream.hint is None else x + stream.hint[:, :rows], hint=None)
+        x = self._block(stream.x, weights, row(stream.modulation, i), stream, rows, stream.hints)
+        return replace(stream, x=x, hints=())
 
     def apply_beside(self, stream: Stream, weights: Tree, i: int, k: int, chain: Chain) -> Stream:
-        """Run block i of a chain on the stream's tokens number k; the hint that it leaves is added to others'."""
-        x, hint = stream.beside[k], stream.hint
+        """Run block i of a chain on the stream's tokens number k; it may leave a hint."""
+        x, hints = stream.beside[k], stream.hints
         block = {name: part for name, part in weights.items() if name not in ("before_proj", "after_proj")}
         if "before_proj" in weights:
             x = self.product(x, weights["before_proj"]).astype(self.sums) + stream.x
         x = self._block(x, block, row(chain.modulation, i), stream)
         if i < len(chain.places):
-            own = chain.scale * self.product(x, weights["after_proj"]).astype(self.sums)
-            hint = own if hint is None else hint + own
-        return replace(stream, beside=(*stream.beside[:k], x, *stream.beside[k + 1 :]), hint=hint)
+            hints = (*hints, (self.product(x, weights["after_proj"]), mx.array(chain.scale, self.sums)))
+        return replace(stream, beside=(*stream.beside[:k], x, *stream.beside[k + 1 :]), hints=hints)
 
     def _block(
-        self, x: mx.array, weights: Tree, modulation: mx.array, stream: Stream, rows: int | None = None
+        self,
+        x: mx.array,
+        weights: Tree,
+        modulation: mx.array,
+        stream: Stream,
+        rows: int | None = None,
+        hints: Sequence[Hint] = (),
     ) -> mx.array:
         x = self._attend(x, weights, modulation, stream.cos, stream.sin, rows)
         if self.lean:
             settle(x)
-        return self._feed(x, weights, modulation)
+        return self._feed(x, weights, modulation, hints)
 
 
 def joined(*parts: Stream) -> Stream:

@@ -98,7 +98,7 @@ def test_inpainting_shows_the_controlnet_what_is_kept(controlled, monkeypatch):
     original = controlled.networks.denoise
 
     def denoise(*args):
-        seen.append(np.array(args[-1][0].latents))
+        seen.append(np.array(args[6][0].latents))
         return (yield from original(*args))
 
     monkeypatch.setattr(controlled.networks, "denoise", denoise)
@@ -224,7 +224,7 @@ def test_an_image_is_upscaled_in_tiles_of_its_control_image(controlled, monkeypa
     original = controlled.networks.denoise
 
     def denoise(*args):
-        seen.extend((control.latents, args[-2]) for control in args[-1])
+        seen.extend((control.latents, args[5]) for control in args[6])
         return (yield from original(*args))
 
     monkeypatch.setattr(controlled.networks, "denoise", denoise)

@@ -30,13 +30,13 @@ from mlx_zimage.generate import open_model
 from mlx_zimage.models.text_encoder import TextEncoder
 from mlx_zimage.server import guard, results, worker
 from mlx_zimage.server.app import is_answered
-from mlx_zimage.server.errors import Refusal
+from mlx_zimage.server.errors import ADJUSTED, Refusal
 from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, Body, Guard, host_name
 from mlx_zimage.server.loras import lora_files
 from mlx_zimage.server.messages import Accepted, Done, Failed, Job, Loaded, Model, Options
 from mlx_zimage.server.messages import Image as Finished
 from mlx_zimage.server.queue import Queue
-from mlx_zimage.server.service import ADJUSTED, Service
+from mlx_zimage.server.service import Service
 
 GENERATE = "/v1/images/generations"
 QUICK = {"prompt": PROMPT, "size": "32x32", "steps": 1}
@@ -78,13 +78,18 @@ def test_another_name_for_this_machine_or_another_web_page_is_refused(server, he
         assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-def test_a_page_that_was_allowed_is_answered_and_asked_no_more_than_it_needs(server):
+def test_a_page_that_was_allowed_is_answered(server):
+    """With the headers of OpenAI's SDK, and with those that say what was changed."""
     page = {"Origin": "https://app.example", "Sec-Fetch-Site": "cross-site"}
-    asked = {"Access-Control-Request-Method": "POST", **page}
-    preflight = server.request("OPTIONS", GENERATE, headers=asked | {"Authorization": ""})
+    asked = {"Access-Control-Request-Method": "POST", **page, "Authorization": ""}
+    preflight = server.request("OPTIONS", GENERATE, headers=asked)
     assert preflight.status == 204 and "Authorization" in preflight.headers["Access-Control-Allow-Headers"]
+    asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+    preflight = server.request("OPTIONS", GENERATE, headers=asked)
+    assert preflight.headers["Access-Control-Allow-Headers"] == asked["Access-Control-Request-Headers"]
     answer = server.request("GET", "/v1/models", headers=page)
     assert answer.status == 200 and answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
+    assert ADJUSTED in answer.headers["Access-Control-Expose-Headers"]
     assert server.request("GET", "/v1/models", headers={**page, "Authorization": ""}).status == 401
 
 
@@ -201,6 +206,8 @@ def test_a_body_in_chunks_is_counted(server):
         (b'{"prompt": "\\ud800"}', "application/json", "not valid Unicode"),
         (b'{"prompt": "x", "strength": NaN}', "application/json", "strength must be"),
         (b'{"prompt": "x", "model": {}}', "application/json", "no model {}"),
+        (b'{"prompt": "x", "loras": ["style"]}', "application/json", "a LoRA must be an object with name"),
+        (b'{"prompt": "x", "loras": [{"name": []}]}', "application/json", "a LoRA's name must be"),
         (b'{"prompt": "x", "loras": {"a": 1}}', "application/json", "loras must be a list"),
         (b'{"prompt": "x", "loras": [{"name": "style", "strength": []}]}', "application/json", "must be a number"),
         (b'{"prompt": "x", "output_format": []}', "application/json", "output_format must be"),

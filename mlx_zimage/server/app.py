@@ -20,11 +20,12 @@ from starlette.types import ASGIApp
 from ..errors import ZImageError
 from .a1111 import A1111
 from .errors import Refusal, answer
-from .guard import Access, Guard, Protocol
+from .guard import Access, Guard, Protocol, is_loopback
 from .openai import OpenAI
 from .queue import Queue
 from .service import Service
 
+ANY = ("0.0.0.0", "::")  # every address of this machine
 CONNECTIONS = 512  # at once; more are answered with 503
 SHUTDOWN_S = 3  # for answers in progress
 
@@ -75,7 +76,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        if port and is_answered(host, port):
+        if port and (is_loopback(host) or host in ANY) and is_answered(host, port):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         listener.bind((host, port))
         listener.listen(CONNECTIONS)

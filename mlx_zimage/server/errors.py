@@ -14,6 +14,7 @@ STATUS = {  # of the worker's errors; what is not listed is a bug
     "NumericsError": 503,
     "DeviceError": 503,
 }
+ADJUSTED = "X-MLX-ZImage-Adjusted"  # the header that says what was changed in a request
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {401: "invalid_api_key", 404: "not_found", 413: "too_large", 429: "queue_full"}
 

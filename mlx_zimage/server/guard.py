@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .errors import Refusal, answer, unavailable
+from .errors import ADJUSTED, Refusal, answer, unavailable
 
 MAX_BODY = 32 * 2**20  # bytes: a photo of 24 MB in base64
 MAX_BODIES = 8 * MAX_BODY  # of all requests in progress together
@@ -35,6 +35,7 @@ CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal", "host.lim
 OPEN = ("/health", "/v1/images/results/")  # need no key: the names of results cannot be guessed
 HOST = re.compile(r"(?:\[([0-9a-f:.]{2,45})\]|([a-z0-9_.-]{1,253}?)\.?)(?::\d{1,5})?")
 METHODS, HEADERS = "GET, POST, OPTIONS", "Authorization, Content-Type"
+EXPOSED = f"{ADJUSTED}, Retry-After"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Guard:
             if message["type"] == "http.response.start" and allowed:
                 found = MutableHeaders(raw=message["headers"])
                 found["Access-Control-Allow-Origin"] = origin
+                found["Access-Control-Expose-Headers"] = EXPOSED
                 found.add_vary_header("Origin")
                 message = {**message, "headers": found.raw}
             await send(message)
@@ -119,7 +121,8 @@ class Guard:
         try:
             self.check(headers, allowed)
             if scope["method"] == "OPTIONS" and allowed:
-                answered = {"Access-Control-Allow-Methods": METHODS, "Access-Control-Allow-Headers": HEADERS}
+                asked = headers.get("access-control-request-headers", HEADERS)  # OpenAI's SDK adds some of its own
+                answered = {"Access-Control-Allow-Methods": METHODS, "Access-Control-Allow-Headers": asked}
                 await Response(status_code=204, headers=answered)(scope, receive, with_cors)
                 return
             if not path.startswith(OPEN) and self.access.key is not None:

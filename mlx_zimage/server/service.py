@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from ..request import MAX_SEED
 from ..untrusted import brief, parse_json
 from ..variants import repository_of
-from .errors import Refusal
+from .errors import ADJUSTED, Refusal
 from .loras import lora_files
 from .messages import Accepted, Done, Image, Model
 from .queue import Queue, Ticket
@@ -26,7 +26,6 @@ from .results import Results
 log = logging.getLogger(__name__)
 MAX_IMAGES = 10  # per request, as in OpenAI's API
 MOST_STEPS = 9  # that Turbo is given unless clients' steps are honored; its model card recommends 8 or 9
-ADJUSTED = "X-MLX-ZImage-Adjusted"
 
 
 @dataclass
@@ -69,11 +68,11 @@ class Service:
         return {ADJUSTED: ", ".join(changes)}
 
     def check_loras(self, uses: object) -> None:
-        """Refuse LoRAs that are not in the server's folder. Their strengths are checked with the request."""
+        """Refuse LoRAs that are not in the server's folder. The rest is checked with the request."""
         known = lora_files(self.lora_dir)
         for use in uses if isinstance(uses, (list, tuple)) else ():
             name = use.get("name") if isinstance(use, dict) else None
-            if not isinstance(name, str) or name not in known:
+            if isinstance(name, str) and name not in known:
                 listed = ", ".join(known) or "none; --lora-dir names a folder of them"
                 raise Refusal(404, f"no LoRA {brief(name)} (there are: {listed})", param="loras")
 
@@ -154,7 +153,7 @@ def log_images(api: str, ticket: Ticket) -> None:
     """Log what was generated, without the prompt."""
     now, fits, count = ticket.queue.loop.time(), ticket.accepted, len(ticket.job.seeds)
     waited = (ticket.started or now) - ticket.arrived
-    size = f"{fits.width}x{fits.height}, {fits.steps} steps" if fits else ""
+    size = f"{fits.width}x{fits.height}, {fits.steps} step{'s' * (fits.steps > 1)}" if fits else ""
     images = f"{count} image{'s' * (count > 1)}"
     took = f"{now - ticket.arrived:.1f} s, {waited:.1f} of them waiting"
     log.info("%s: %s, %s, %s in %s", api, ticket.job.model, images, size, took)

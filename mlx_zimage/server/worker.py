@@ -297,7 +297,8 @@ def finished(job: Job, index: int, image: Finished) -> Image:
 
 
 def main(descriptor: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends this process
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the server ends this process
+        signal.signal(number, signal.SIG_IGN)
     connection = Connection(descriptor)
     try:
         worker = Worker(connection, connection.recv())

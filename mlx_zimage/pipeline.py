@@ -301,7 +301,10 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             runs = [(self.complete(GenerateRequest(**texts, **settings), inputs), inputs) for texts, inputs in rows]
         for request, inputs in runs:
             self.plan(request, inputs)  # refuses what does not fit, before any work
+        porting.check_sizes([request for request, _ in runs])
         first, arrays = runs[0]
+        for note in self.variant.notes(first.guidance_scale or 0.0, first.negative_prompt):
+            warn(note)
         count, *size = self._latents_shape(first)
         sampled = (len(image) if isinstance(image, (list, tuple)) else 1) if sample_posterior else 0
         noise, samples = porting.noise_of(latents, generator, first, (len(runs) * count, *size), sampled)

@@ -244,6 +244,16 @@ def seed_of(generator: Any) -> int:
     return generators[0].initial_seed()
 
 
+def check_sizes(requests: Sequence[GenerateRequest]) -> None:
+    """Refuse a call whose images give its prompts different sizes, since their noise is generated together."""
+    sizes = {f"{width}x{height}" for width, height, _ in (request.extent for request in requests)}
+    if len(sizes) > 1:
+        raise RequestError(
+            f"the images of one call must give one size, got {' and '.join(sorted(sizes))}; set width and height, or "
+            f"call once for each"
+        )
+
+
 def noise_of(
     latents: Any, generator: Any, request: GenerateRequest, shape: tuple[int, ...], sampled: int = 0
 ) -> tuple[np.ndarray | None, np.ndarray | None]:

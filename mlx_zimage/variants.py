@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import RequestError
@@ -23,6 +24,17 @@ class Variant:
     shift: float
     takes_guidance: bool
     size: int = 1024
+
+    def notes(self, guidance_scale: float, negative_prompt: str) -> Iterator[str]:
+        """Notes on guidance or a negative prompt that changes nothing, or makes images worse."""
+        if negative_prompt and not guidance_scale:
+            advice = f"; try a guidance of {self.guidance_scale:g}" if self.takes_guidance else ", as Turbo requires"
+            yield f"the negative prompt changes nothing, since guidance is 0{advice}"
+        if guidance_scale and not self.takes_guidance:
+            yield (
+                f"guidance is {guidance_scale:g}, but Turbo was trained to work without it: steps take twice as long, "
+                f"and images rarely improve"
+            )
 
 
 TURBO = Variant("turbo", "Tongyi-MAI/Z-Image-Turbo", steps=8, guidance_scale=0.0, shift=3.0, takes_guidance=False)

@@ -212,7 +212,7 @@ def refused_at_once(pipe, watch):
     def refused_at_once(message: str, **call) -> None:
         encoded = watch(TextEncoder, "steps")
         with pytest.raises(RequestError) as caught:
-            pipe("a red fox", num_inference_steps=2, **call)
+            pipe(**{"prompt": "a red fox", "num_inference_steps": 2, **call})
         assert message in str(caught.value)
         assert not encoded
 

@@ -329,7 +329,7 @@ def test_equal_jobs_are_planned_once_and_started_at_once(run, watch):
         (["--guidance", "2"], "guidance is 2, but Turbo was trained to work without"),
         (
             ["--variant", "base", "--guidance", "0", "--negative-prompt", "a"],
-            "the negative prompt changes nothing, since guidance is 0; try --guidance 4",
+            "the negative prompt changes nothing, since guidance is 0; try a guidance of 4",
         ),
         (["--latents", "noise.npy", "--seed", "3"], "--seed changes nothing: --latents replaces the noise"),
         (["--latents", "noise.npy", "--rng", "mlx"], "--rng changes nothing: --latents replaces the noise"),

@@ -129,6 +129,10 @@ def test_values_that_cannot_work_are_refused(values, message):
         ({"image": "none.png"}, "no image at none.png"),
         ({"image": tiny.photo(), "latents": np.zeros(SHAPE)}, "latents and image were both given"),
         ({"image": [tiny.photo()] * 2}, "image must have one entry per prompt, 1 in all, got 2"),
+        (
+            {"prompt": ["a", "b"], "image": [tiny.photo(), tiny.photo()[:64]]},
+            "the images of one call must give one size, got 96x64 and 96x80; set width and height, or call once",
+        ),
         ({"image": np.zeros((5,))}, "the image is an array of shape (5,)"),
         ({"image": tiny.photo(), "strength": 0}, "leaves no step to run"),
     ],

@@ -41,15 +41,7 @@ POCKET_KNOWS = (
 
 def notes(request: GenerateRequest, checkpoint: Checkpoint) -> Iterator[str]:
     """The notes on a request that a model is about to run."""
-    variant = checkpoint.variant
-    if request.negative_prompt and not request.guided:
-        advice = f"; try --guidance {variant.guidance_scale:g}" if variant.takes_guidance else ", as Turbo requires"
-        yield f"the negative prompt changes nothing, since guidance is 0{advice}"
-    if request.guided and not variant.takes_guidance:
-        yield (
-            f"guidance is {request.guidance_scale:g}, but Turbo was trained to work without it: steps take twice as "
-            f"long, and images rarely improve"
-        )
+    yield from checkpoint.variant.notes(request.guidance_scale or 0.0, request.negative_prompt)
     if is_pocket(checkpoint):
         unknown = unknown_to_pocket(request.prompt)
         if unknown:

@@ -121,8 +121,11 @@ class Layer:
         return Tensor(f"{self.name}.weight", shape, nbytes, read, packing, padded)
 
 
-def declared(entries: Mapping[str, Entry], metadata: Mapping[str, str], label: str) -> dict[str, Settings]:
-    """The settings of each quantized layer, by its stored name. As in ComfyUI, metadata overrides marks."""
+def declared(entries: Mapping[str, Entry], metadata: Sequence[Mapping[str, str]], label: str) -> dict[str, Settings]:
+    """The settings of each quantized layer, by its stored name; metadata is that of each file.
+
+    As in ComfyUI, metadata overrides marks.
+    """
     found = {}
     for name, entry in entries.items():
         layer, _, part = name.rpartition(".")
@@ -132,18 +135,25 @@ def declared(entries: Mapping[str, Entry], metadata: Mapping[str, str], label: s
                     f"{label}: {name} has shape {entry.shape}, expected up to {MAX_MARK} bytes; download the file again"
                 )
             found[layer] = _settings(bytes(stored_bytes(entry)(0, entry.shape[0])), name, label)
-    if METADATA in metadata:
-        listed = _parsed(metadata[METADATA], METADATA, label).get("layers")
-        if not isinstance(listed, dict):
-            raise CheckpointError(f"{label}: {METADATA} has no object layers; download the file again")
-        for layer, own in listed.items():
+    for own in metadata:
+        for layer, settings in _listed(own, label).items():
             named = [f"{prefix}{layer}" for prefix in PREFIXES if f"{prefix}{layer}.weight" in entries]
             if not named:
                 raise CheckpointError(
-                    f"{label}: {METADATA} lists {brief(layer)}, which the file does not contain; download it again"
+                    f"{label}: {METADATA} lists {brief(layer)}, which is not stored there; download it again"
                 )
-            found[named[0]] = _checked(own, f"{METADATA} of {layer:.80}", label)
+            found[named[0]] = _checked(settings, f"{METADATA} of {layer:.80}", label)
     return found
+
+
+def _listed(metadata: Mapping[str, str], label: str) -> dict[str, object]:
+    """What a file's metadata lists as quantized, by layer."""
+    if METADATA not in metadata:
+        return {}
+    layers = _parsed(metadata[METADATA], METADATA, label).get("layers")
+    if not isinstance(layers, dict):
+        raise CheckpointError(f"{label}: {METADATA} has no object layers; download the file again")
+    return layers
 
 
 def _settings(content: bytes, name: str, label: str) -> Settings:

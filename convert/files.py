@@ -6,7 +6,7 @@ are fused, and checked against the architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def open_file(file: Path, configs: Mapping[str, dict]) -> tuple[dict[str, Source
         tensors = {name: _gguf_tensor(tensor) for name, tensor in stored.items()}
     else:
         files = [file]
-        tensors = stored_weights(read_header(file), read_metadata(file), str(file))
+        tensors = stored_weights(read_header(file), [read_metadata(file)], str(file))
     return assemble(tensors, configs, str(file)), files
 
 
@@ -76,8 +76,8 @@ def _gguf_tensor(stored: gguf.GGUFTensor) -> Tensor:
     return Tensor(stored.name, stored.shape, stored.nbytes, read)
 
 
-def stored_weights(entries: dict[str, Entry], metadata: Mapping[str, str], label: str) -> dict[str, Tensor]:
-    """The weights among stored tensors, with their scales applied and unpacked."""
+def stored_weights(entries: dict[str, Entry], metadata: Sequence[Mapping[str, str]], label: str) -> dict[str, Tensor]:
+    """The weights among stored tensors, with their scales applied and unpacked; metadata is that of each file."""
     settings = comfyui.declared(entries, metadata, label)
     tensors = {}
     for name, entry in entries.items():

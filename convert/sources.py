@@ -22,17 +22,23 @@ from ..weights.checkpoint import (
     resolve,
     weight_files,
 )
-from ..weights.component import Component, find_network, needs_converting, read_entries, read_json
+from ..weights.component import Component, find_network, needs_converting, read_entries, read_json, read_metadata
 from ..weights.controlnets import open_controlnet
 from ..weights.hub import check_inside, locate, name_of
 from ..weights.parts import (
     PIPELINE_CLASS,
     check_pipeline,
     check_variant,
+    chosen,
+    comfyui_tree,
     config_files,
+    declared_network,
+    is_own_folder,
     open_network,
     open_networks,
     own_configs,
+    read_single,
+    translated,
 )
 from .disk import render_json
 from .files import assemble, open_file, refuse_pickles, stored_weights
@@ -175,33 +181,57 @@ def _open_model(
     folder: Path, origin: str, configs: dict[str, dict], variant: str | None, names: Sequence[str]
 ) -> Source:
     if not (folder / "model_index.json").is_file():
-        found = open_networks(folder, None, variant, names, configs)
+        components, weights = _open_bare(folder, configs, variant, names)
         files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
-        components = {name: _component(component) for name, component in found.items()}
-        return Source(origin, folder, components, weight_files(found.values()), files)
+        return Source(origin, folder, components, weights, files)
     check_pipeline(folder)
     check_variant(folder, variant)
     return open_folder(folder, origin, names, variant)
+
+
+def _open_bare(
+    folder: Path, configs: dict[str, dict], variant: str | None, names: Sequence[str]
+) -> tuple[dict[str, SourceComponent], list[Path]]:
+    """The networks of a folder without a model_index.json, and the files that contain their weights."""
+    if is_own_folder(folder):
+        name, config = declared_network(folder)
+        component, own = _open_network(folder, name, config, variant)
+        return {name: component}, sorted(own)
+    if tree := comfyui_tree(folder):
+
+        def unconverted(file: Path) -> dict[str, tuple[SourceComponent, Path]]:
+            found = translated(read_single(file), configs, file)
+            return {name: (_component(component), file) for name, component in found.items()}
+
+        def quantized(file: Path) -> dict[str, tuple[SourceComponent, Path]]:
+            return {name: (component, file) for name, component in open_file(file, configs)[0].items()}
+
+        held = {name: chosen(name, files, unconverted, quantized) for name in names if (files := tree[name])}
+        return {name: component for name, (component, _) in held.items()}, sorted({file for _, file in held.values()})
+    found = open_networks(folder, None, variant, names, configs)
+    return {name: _component(component) for name, component in found.items()}, weight_files(found.values())
 
 
 def open_folder(folder: Path, origin: str, names: Iterable[str], variant: str | None = None) -> Source:
     """The named networks of a folder from diffusers or this package, checked as in the loader; fp8 is read, too."""
     components, weights = {}, set()
     for name in names:
-        components[name], files = _open_network(folder, name, variant)
+        own = find_network(folder, name)
+        components[name], files = _open_network(own, name, read_json(own / "config.json"), variant)
         weights |= files
     return Source(origin, folder, components, sorted(weights), small_files(folder), read_conversion(folder))
 
 
-def _open_network(folder: Path, name: str, variant: str | None) -> tuple[SourceComponent, set[Path]]:
-    """A network of a folder, and the files that contain its weights."""
-    own = find_network(folder, name)
-    config, entries = read_json(own / "config.json"), read_entries(own, variant)
+def _open_network(folder: Path, name: str, config: dict, variant: str | None) -> tuple[SourceComponent, set[Path]]:
+    """A network in a folder of its own, and the files that contain its weights."""
+    entries = read_entries(folder, variant)
+    files = {entry.file for entry in entries.values()}
     if needs_converting(entries):
-        opened = assemble(stored_weights(entries, {}, str(own)), {name: config}, str(own))[name]
+        metadata = [read_metadata(file) for file in sorted(files)]
+        opened = assemble(stored_weights(entries, metadata, str(folder)), {name: config}, str(folder))[name]
     else:
-        opened = _component(open_network(name, own, config, entries))
-    return opened, {entry.file for entry in entries.values()}
+        opened = _component(open_network(name, folder, config, entries))
+    return opened, files
 
 
 def read_configs(base: str | Path) -> dict[str, dict]:

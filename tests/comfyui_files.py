@@ -145,6 +145,26 @@ def mixed(path, marked="tensors", prefix="", forms=FORMS, seed=0):
     return save(path, tensors, listed), values
 
 
+def split(file, folder):
+    """Write the tensors of a file marked by metadata as two shards with an index; each shard lists its own layers."""
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    listed = json.loads(header.pop("__metadata__")["_quantization_metadata"])["layers"]
+    layers = sorted({name.rpartition(".")[0] for name in header})
+    index = {}
+    for i, own in enumerate((layers[::2], layers[1::2]), 1):
+        names = [name for name in header if name.rpartition(".")[0] in own]
+        ranges = {name: slice(*(start + at for at in header[name]["data_offsets"])) for name in names}
+        tensors = {name: (header[name]["dtype"], np.frombuffer(content[ranges[name]], np.uint8)) for name in names}
+        metadata = json.dumps({"layers": {layer: listed[layer] for layer in own if layer in listed}})
+        shapes = {name: header[name]["shape"] for name in names}
+        shard = f"model-0000{i}-of-00002.safetensors"
+        save(folder / shard, tensors, {"_quantization_metadata": metadata}, shapes)
+        index |= dict.fromkeys(names, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
 def renamed(values):
     """Values by diffusers' names, with queries, keys and values apart."""
     out = {}

@@ -413,7 +413,7 @@ def read_single(file: Path) -> None:
 
 
 def read_quantized(file: Path) -> None:
-    for tensor in stored_weights(read_header(file), read_metadata(file), "file").values():
+    for tensor in stored_weights(read_header(file), [read_metadata(file)], "file").values():
         if tensor.shape and tensor.shape[0]:
             assert tensor.read(0, 1).shape[0] == 1
 

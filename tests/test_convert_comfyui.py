@@ -2,21 +2,23 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from comfyui_files import mixed, random_layer, renamed, save
+from comfyui_files import mixed, pocket_tensors, random_layer, renamed, save, split
 
 from mlx_zimage.convert import comfyui, convert
 from mlx_zimage.convert.files import stored_weights
 from mlx_zimage.convert.rows import read_packed
 from mlx_zimage.convert.sources import open_source
-from mlx_zimage.errors import CheckpointError, NumericsError
+from mlx_zimage.errors import CheckpointError, NumericsError, RequestError
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.component import read_header
+from mlx_zimage.weights.hub import POCKET
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from comfyui_layers import FILE, FORMATS, SHAPES
@@ -36,7 +38,7 @@ def recorded():
     """The recorded layers by name and rows, and what comfy-kitchen dequantizes them to."""
     entries = read_header(FILE)
     expected = {name.removesuffix(".dequantized"): name for name in entries if name.endswith(".dequantized")}
-    stored = stored_weights({name: e for name, e in entries.items() if name not in expected.values()}, {}, "file")
+    stored = stored_weights({name: e for name, e in entries.items() if name not in expected.values()}, [], "file")
     loaded = mx.load(str(FILE))
     return {layer: (stored[f"{layer}.weight"], np.array(loaded[name])) for layer, name in expected.items()}
 
@@ -83,6 +85,41 @@ def test_a_file_may_mix_all_formats_however_they_are_marked(tmp_path, marked, pr
         assert np.abs(rows_of(tensor) - exact).max() <= 2.0**-22 * np.abs(exact).max(), tensor.name
 
 
+def same_weights(one, other):
+    tensors = [{tensor.name: tensor for tensor in source.components["transformer"].tensors} for source in (one, other)]
+    assert tensors[0].keys() == tensors[1].keys()
+    return all(np.array_equal(rows_of(tensors[0][name]), rows_of(tensors[1][name])) for name in tensors[0])
+
+
+def test_shards_of_a_folder_each_list_their_own_layers(tmp_path):
+    file, _ = mixed(tmp_path / "mixed.safetensors", "metadata")
+    model = shutil.copytree(POCKET, tmp_path / "model")
+    for shard in (model / "transformer").glob("*.safetensors*"):
+        shard.unlink()
+    split(file, model / "transformer")
+    whole = open_source(file, base="pocket")
+    assert same_weights(open_source(model), whole)
+    assert same_weights(open_source(model / "transformer", base="pocket"), whole), "a network's own folder"
+
+
+def test_a_models_folder_may_have_only_quantized_files(tmp_path):
+    folder = tmp_path / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    file, _ = mixed(folder / "z_image_int8.safetensors", forms=("convrot",))
+    source = open_source(tmp_path, base="pocket")
+    assert same_weights(source, open_source(file, base="pocket")) and file in source.weights
+    with pytest.raises(CheckpointError, match="; convert it first: mlx-zimage convert SOURCE DEST"):
+        open_checkpoint(tmp_path)
+    other, _ = mixed(folder / "z_image_nvfp4.safetensors", "metadata", forms=("nvfp4",))
+    with pytest.raises(
+        RequestError, match=r"several files .*int8\.safetensors, .*nvfp4\.safetensors; choose one with --t"
+    ):
+        open_source(tmp_path, base="pocket")
+    assert same_weights(open_source(tmp_path, transformer=other, base="pocket"), open_source(other, base="pocket"))
+    save(folder / "z_image_bf16.safetensors", pocket_tensors())
+    assert same_weights(open_source(tmp_path, base="pocket"), open_source("pocket")), "of several, the dense one"
+
+
 def test_mxfp8_stays_packed_unless_bits_are_given(tmp_path):
     file, values = mixed(tmp_path / "mx.safetensors", forms=("mxfp8",))
     out = convert(file, tmp_path / "out", base="pocket", dtype="float32")
@@ -118,7 +155,7 @@ def test_a_scale_of_the_inputs_is_applied_to_the_columns(tmp_path):
     factor = rng.random(64, np.float32)
     tensors = {f"x.{part}": ("F8_E4M3", a) if part == "weight_scale" else a for part, a in parts.items()}
     tensors |= {"x.pre_quant_scale": factor, "x.comfy_quant": np.frombuffer(json.dumps(settings).encode(), np.uint8)}
-    tensor = stored_weights(read_header(save(tmp_path / "x.safetensors", tensors)), {}, "file")["x.weight"]
+    tensor = stored_weights(read_header(save(tmp_path / "x.safetensors", tensors)), [], "file")["x.weight"]
     inputs = rng.standard_normal((3, 64))
     # one more rounding to float32
     assert np.allclose(inputs @ rows_of(tensor).T, (inputs * factor) @ values.T, rtol=1e-5)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from comfyui_files import mixed
 from hub import GENERATE, HEADER_BYTES
 
 from mlx_zimage.cli.generate import DEFAULT_MODEL
@@ -101,6 +102,18 @@ def test_a_repository_that_mflux_uploaded_is_used_as_it_is(run, hub, mflux, few_
     fetched = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix == ".safetensors")
     on_disk = [path for path in tmp_path.joinpath("home").rglob("*") if path.is_file() and not path.is_symlink()]
     assert sum(path.stat().st_size for path in on_disk) < fetched + 100_000, "no second copy"
+
+
+def test_a_repository_with_only_quantized_files_is_converted_from_what_its_headers_show(run, hub, tmp_path):
+    folder = tmp_path / "quantized/split_files/diffusion_models"
+    folder.mkdir(parents=True)
+    mixed(folder / "z_image_nvfp4.safetensors", forms=("nvfp4",))
+    (folder / "another.safetensors").write_bytes((POCKET / "vae/diffusion_pytorch_model.safetensors").read_bytes())
+    hub.serve(tmp_path / "quantized", "someone/quantized")
+    result = run("convert", "someone/quantized", "out", "--base", "pocket")
+    assert result.returncode == 0, result.stderr
+    sent = {name.rpartition("/")[2]: count for name, count in hub.sent.items()}
+    assert sent["another.safetensors"] <= HEADER_BYTES < sent["z_image_nvfp4.safetensors"]
 
 
 def test_a_model_in_a_folder_of_a_repository_is_used_as_it_is(run, hub, tmp_path):

@@ -30,6 +30,7 @@ from .unchanged import Version, unchanged
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 FLOAT_SPELLINGS = ("F32", "F16", "BF16")
 ONLY_CONVERTED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8")
+ONLY_COMFYUI = (".comfy_quant", ".weight_scale", ".scale_weight", ".weight_s_rel")  # next to its quantized weights
 
 
 def read_json(path: Path) -> dict:
@@ -379,7 +380,7 @@ def find_network(folder: Path, name: str) -> Path:
 
 def needs_converting(entries: Mapping[str, Entry]) -> bool:
     """Whether some of the tensors have a dtype that only the converter reads: fp8, or one of ComfyUI's formats."""
-    return any(entry.dtype in ONLY_CONVERTED for entry in entries.values())
+    return any(entry.dtype in ONLY_CONVERTED or name.endswith(ONLY_COMFYUI) for name, entry in entries.items())
 
 
 def with_packing(arrays: dict[str, mx.array], quantizations: Mapping[str, Quantization]) -> list[tuple[str, Any]]:

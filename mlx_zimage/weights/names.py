@@ -180,6 +180,11 @@ def arrange(names: Collection[str], label: object) -> dict[str, dict[str, tuple[
     return found
 
 
+def networks_of(names: Collection[str]) -> list[str]:
+    """The networks that stored tensors belong to, quantized or not."""
+    return list(dict.fromkeys(place.component for name in names for place in places(name) or ()))
+
+
 def check_sampler(names: Collection[str], label: object) -> None:
     """Refuse TwinFlow, whose names are otherwise those of Z-Image."""
     if any(TWINFLOW.search(name) for name in names):

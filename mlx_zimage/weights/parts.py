@@ -7,9 +7,11 @@ files, which the networks cannot compute with, must first be converted with `mlx
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import CheckpointError, RequestError
 from ..models import NETWORKS, OPTIONAL
@@ -26,7 +28,7 @@ from .component import (
 )
 from .hub import Repository, check_inside, name_of
 from .listing import NUMBERED, visible, weight_variants
-from .names import arrange, foreign_kind, some
+from .names import arrange, foreign_kind, networks_of, some
 
 PIPELINE_CLASS = "ZImagePipeline"
 # The pipelines that use the same networks. A ControlNet next to them is not read.
@@ -42,6 +44,7 @@ COMFYUI_FOLDERS = {
     "text_encoder": ("text_encoders", "clip"),
     "vae": ("vae",),
 }
+T = TypeVar("T")
 
 
 def open_networks(
@@ -81,10 +84,15 @@ def _open_networks(
         check_variant(path, variant, repository)
         there = [name for name in names if name not in OPTIONAL or _is_folder(path / name, repository)]
         return {name: open_component(path, name, variant, repository) for name in there}
-    if "config.json" in here and any(name.endswith(".safetensors") for name in here):
-        return _own_folder(path, repository, variant)
-    if tree := _comfyui_tree(path, repository):
-        return {name: _choose(name, tree[name], repository, configs) for name in names if tree[name]}
+    if is_own_folder(path, repository):
+        name, config = declared_network(path)
+        return {name: open_network(name, path, config, read_entries(path, variant, repository))}
+    if tree := comfyui_tree(path, repository):
+
+        def held(file: Path) -> dict[str, Component]:
+            return translated(read_single(file, repository), configs, file)
+
+        return {name: chosen(name, files, held) for name in names if (files := tree[name])}
     own = [name for name in NETWORKS if _has_weights(path / name, repository)]
     if own and not any("config.json" in names_in(path / name, repository) for name in own):
         return {
@@ -101,11 +109,7 @@ def files_to_convert(path: Path, repository: Repository, names: Iterable[str], v
     if not _is_folder(path, repository):
         return set(_series(path, names_in(path.parent, repository)))
     if "model_index.json" not in names_in(path, repository):
-        return {
-            entry.file
-            for part in open_networks(path, repository, variant, names).values()
-            for entry in part.entries.values()
-        }
+        return _bare_files_to_convert(path, repository, names, variant)
     check_pipeline(path)
     check_variant(path, variant, repository)
     found: set[Path] = set()
@@ -116,6 +120,26 @@ def files_to_convert(path: Path, repository: Repository, names: Iterable[str], v
             open_network(name, own, config, entries)
         found |= {entry.file for entry in entries.values()}
     return found
+
+
+def _bare_files_to_convert(path: Path, repository: Repository, names: Iterable[str], variant: str | None) -> set[Path]:
+    """`files_to_convert` of a folder without a model_index.json."""
+    stored = cache(partial(read_single, repository=repository))
+
+    def unconverted(file: Path) -> dict[str, Path]:
+        return dict.fromkeys(translated(stored(file), official.CONFIGS, file), file)
+
+    def quantized(file: Path) -> dict[str, Path]:
+        return dict.fromkeys(networks_of(stored(file)), file)
+
+    if is_own_folder(path, repository):
+        _, entries = declared_network(path), read_entries(path, variant, repository)
+        if needs_converting(entries):
+            return {entry.file for entry in entries.values()}
+    elif tree := comfyui_tree(path, repository):
+        return {chosen(name, files, unconverted, quantized) for name in names if (files := tree[name])}
+    networks = open_networks(path, repository, variant, names)
+    return {entry.file for part in networks.values() for entry in part.entries.values()}
 
 
 def config_files(folder: Path) -> list[Path]:
@@ -209,16 +233,22 @@ def _turns(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return len(stored) == len(shape) == 4 and (stored[0], stored[3], stored[1], stored[2]) == shape
 
 
-def _own_folder(path: Path, repository: Repository | None, variant: str | None) -> dict[str, Component]:
-    """The network in a folder of its own, as transformers or diffusers saves it."""
+def is_own_folder(path: Path, repository: Repository | None = None) -> bool:
+    """Whether a folder contains one network, as transformers or diffusers saves it."""
+    here = names_in(path, repository)
+    return "config.json" in here and any(name.endswith(".safetensors") for name in here)
+
+
+def declared_network(path: Path) -> tuple[str, dict]:
+    """The network that a folder of its own is for, and its config."""
     config = read_json(path / "config.json")
     kind = config.get("_class_name") or config.get("model_type")
     if kind not in DECLARED:
         raise CheckpointError(f"{path / 'config.json'} declares {kind or 'no model'}; expected {', '.join(DECLARED)}")
-    return {DECLARED[kind]: open_network(DECLARED[kind], path, config, read_entries(path, variant, repository))}
+    return DECLARED[kind], config
 
 
-def _comfyui_tree(path: Path, repository: Repository | None) -> dict[str, list[Path]]:
+def comfyui_tree(path: Path, repository: Repository | None = None) -> dict[str, list[Path]]:
     """The files in ComfyUI's models folder by the network that they are for; empty if it is no such folder."""
     for root in (path / root for root in COMFYUI_ROOTS):
         if any(_has_weights(root / folder, repository) for folder in COMFYUI_FOLDERS["transformer"]):
@@ -234,26 +264,28 @@ def _comfyui_tree(path: Path, repository: Repository | None) -> dict[str, list[P
     return {}
 
 
-def _choose(name: str, files: list[Path], repository: Repository | None, configs: Mapping[str, dict]) -> Component:
-    """The one file among ComfyUI's that is this network, in a dtype that it can be computed from."""
-    found, faults = [], []
-    for file in files:
-        try:
-            held = translated(read_single(file, repository), configs, file)
-            if name not in held:
-                raise CheckpointError(f"{file} contains only {' and '.join(held)}")
-            found.append(held[name])
-        except CheckpointError as error:
-            faults.append(str(error))
-    if not found:
-        raise CheckpointError(f"none of {files[0].parent}'s files can be used as the {name}: {'; '.join(faults)}")
-    if len(found) > 1:
-        listed = ", ".join(str(component.folder) for component in found)
-        raise RequestError(
-            f"several files can be used as the {name}: {listed}; choose one with --{name.replace('_', '-')} "
-            f"({name}= in Python)"
-        )
-    return found[0]
+def chosen(name: str, files: list[Path], *ways: Callable[[Path], Mapping[str, T]]) -> T:
+    """The one network of this name in ComfyUI's files for it: read in the first of these ways that can read any."""
+    faults: list[str] = []
+    for read in ways:
+        found: dict[Path, T] = {}
+        faults = []
+        for file in files:
+            try:
+                held = read(file)
+                if name not in held:
+                    raise CheckpointError(f"{file} contains only {' and '.join(held)}")
+                found[file] = held[name]
+            except CheckpointError as error:
+                faults.append(str(error))
+        if len(found) > 1:
+            raise RequestError(
+                f"several files can be used as the {name}: {', '.join(map(str, found))}; choose one with "
+                f"--{name.replace('_', '-')} ({name}= in Python)"
+            )
+        if found:
+            return next(iter(found.values()))
+    raise CheckpointError(f"none of {files[0].parent}'s files can be used as the {name}: {'; '.join(faults)}")
 
 
 def _series(path: Path, names: Iterable[str]) -> list[Path]:

@@ -34,7 +34,7 @@ def stored(parts, form):
 def reads_or_refuses(file):
     """The layer is refused by name, or its rows can be read and are as wide as its shape says."""
     try:
-        tensor = stored_weights(read_header(file), read_metadata(file), "file")[f"{LAYER}.weight"]
+        tensor = stored_weights(read_header(file), [read_metadata(file)], "file")[f"{LAYER}.weight"]
         for start, stop in ((0, 1), (tensor.shape[0] - 1, tensor.shape[0])):
             assert tensor.read(start, stop).shape == (stop - start, *tensor.shape[1:])
     except NumericsError:
@@ -87,7 +87,11 @@ def test_metadata_of_any_kind_is_read_or_refused(file, text):
 DAMAGED = {
     "an unknown format": ({"format": "awq_w4a16"}, {}, "declares 'awq_w4a16', expected float8_e4m3fn or"),
     "no format": ({"formats": "nvfp4"}, {}, "is not valid (it declares no format)"),
-    "a layer that is not there": ({"format": "nvfp4", "at": "layers.99.x"}, {}, "lists 'layers.99.x', which the file"),
+    "a layer that is not there": (
+        {"format": "nvfp4", "at": "layers.99.x"},
+        {},
+        "lists 'layers.99.x', which is not stored",
+    ),
     "another format's": ({"format": "nvfp4"}, {}, "w1.weight has dtype I8, expected U8"),
     "no scale": (
         {},

@@ -52,7 +52,7 @@ def test_layers_have_the_values_that_comfy_kitchen_gives_them(tmp_path, name, sh
     weight = np.random.default_rng(columns).standard_normal(shape, np.float32) / 50
     parts, expected = layer(name, torch.from_numpy(weight))
     save_file({f"x.{part}": tensor for part, tensor in parts.items()}, tmp_path / "x.safetensors")
-    tensor = stored_weights(read_header(tmp_path / "x.safetensors"), {}, "x")["x.weight"]
+    tensor = stored_weights(read_header(tmp_path / "x.safetensors"), [], "x")["x.weight"]
     # what is read has padding, to multiples of 16 or 32
     got = np.array(tensor.read(0, tensor.shape[0]).astype(mx.float32))[:rows, :columns]
     exact = expected[:rows, :columns].numpy()

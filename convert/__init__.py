@@ -143,11 +143,11 @@ def convert_steps(
 
         parts = {name: other for name, other in replaced.items() if name != "tokenizer"}
         factor_of = Calibration(source, memory, variant, parts).factor
+    extra = {"search": search or calibrate} | ({"calibrated": True} if calibrate else {})
+    conversion = describe_conversion(opened, dtype, settings.to_dict() | extra)
     if format.startswith("comfyui"):
-        layout = lay_out_comfyui(opened, dtype, dest.name, format.partition("-")[2] or None)
+        layout = lay_out_comfyui(opened, dtype, dest.name, conversion, format.partition("-")[2] or None)
     else:
-        extra = {"search": search or calibrate} | ({"calibrated": True} if calibrate else {})
-        conversion = describe_conversion(opened, dtype, settings.to_dict() | extra)
         small = opened.files | {CONVERSION: render_json(conversion)}
         choice = settings.choice(opened, dtype) if format == "mlx" else lambda component, tensor: None
         layout = lay_out_folder(opened, dtype, choice, format, small, search or calibrate, factor_of)

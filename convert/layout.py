@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from ..dtypes import SPELLED
 from ..machine import mlx_version
 from ..quantization import Quantization
 from ..version import __version__
+from ..weights.manifest import CONVERSION_KEY
 from ..weights.names import COMFYUI_PREFIXES, comfyui_name
 from ..weights.quantize import tensor_quantization
 from .choose import Choice
@@ -74,8 +76,11 @@ def lay_out_folder(
     return Layout(shards, files)
 
 
-def lay_out_comfyui(source: Source, dtype: str, name: str, form: str | None = None) -> Layout:
-    """A single file with all three networks, with ComfyUI's names; large matrices in fp8 or int8 if form says so."""
+def lay_out_comfyui(source: Source, dtype: str, name: str, conversion: dict, form: str | None = None) -> Layout:
+    """A single file with all three networks, with ComfyUI's names; large matrices in fp8 or int8 if form says so.
+
+    Its metadata contains the conversion, since there is no folder for a conversion.json.
+    """
     tasks: list[Task] = []
     for component in source.components.values():
         stacked: dict[str, list[Tensor]] = {}
@@ -92,7 +97,7 @@ def lay_out_comfyui(source: Source, dtype: str, name: str, form: str | None = No
                 shape = (*shape, 1, 1)  # convolutions in LDM
             slot = Slot(stored, SPELLED[dtype], shape)
             tasks.append(Task(component.name, tuple(tensors), (slot,)))
-    return Layout([Shard(name, tasks, "pt")], single=True)
+    return Layout([Shard(name, tasks, "pt", {CONVERSION_KEY: json.dumps(conversion)})], single=True)
 
 
 def _task(
@@ -181,7 +186,7 @@ def describe_job(source: Source, layout: Layout) -> dict:
     """What identifies a conversion: the source's files and everything that will be written."""
     headers = hashlib.sha256()
     for shard in layout.shards:
-        headers.update(header(shard.slots, shard.form))
+        headers.update(header(shard))
     stats = [(str(path.resolve()), path.stat()) for path in source.weights]
     return {
         "mlx": mlx_version(),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 
 import mlx.core as mx
@@ -79,11 +79,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file to write; form is the format declared in its metadata."""
+    """A safetensors file to write; form is the format declared in its metadata, next to other entries."""
 
     name: str
     tasks: list[Task]
     form: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def slots(self) -> list[Slot]:
@@ -95,11 +96,11 @@ class Shard:
         return sum(task.nbytes for task in self.tasks)
 
 
-def header(slots: Iterable[Slot], form: str) -> bytes:
+def header(shard: Shard) -> bytes:
     """A safetensors header, preceded by its length and padded so that the data begins on a page."""
-    fields: dict = {"__metadata__": {"format": form}}
+    fields: dict = {"__metadata__": {"format": shard.form, **shard.metadata}}
     offset = 0
-    for slot in slots:
+    for slot in shard.slots:
         end = offset + slot.nbytes
         fields[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [offset, end]}
         offset = end

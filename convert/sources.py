@@ -166,7 +166,7 @@ def open_part(
     origin = name_of(at) if Path(source).expanduser().exists() else str(source)
     if at.is_file():
         components, weights = open_file(at, configs)
-        return Source(origin, at, components, weights, {})
+        return Source(origin, at, components, weights, {}, read_conversion(at))
     check_inside(at, config_files(at))
     try:
         opened = _open_model(at, origin, configs, variant, names)

@@ -96,7 +96,7 @@ class OutputFolder:
             return
         (self.folder / shard.name).parent.mkdir(exist_ok=True)
         with OutputFile(self.folder / shard.name) as file:
-            file.write(header(shard.slots, shard.form))
+            file.write(header(shard))
             expected = file.size + sum(slot.nbytes for slot in shard.slots)
             for task in shard.tasks:
                 for array in task.arrays(dtype):

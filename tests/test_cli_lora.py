@@ -278,9 +278,10 @@ def test_fused_equals_attached(style, options, tolerance):
     found = fused("a red circle", **call).images
     # in float32 only the order of sums differs, measured 8e-7; 8 bits round every weight
     assert np.abs(found - expected).max() <= tolerance
-    if not comfyui:
-        conversion = json.loads(Path("fused/conversion.json").read_text())
-        assert conversion["loras"][0]["name"] == "style" and conversion["loras"][0]["strength"] == 0.8
+    conversion = json.loads(run("info", dest, "--json").stdout)["conversion"]
+    assert conversion["loras"][0]["name"] == "style" and conversion["loras"][0]["strength"] == 0.8
+    assert conversion["source"] == "pocket" and "by mlx-zimage" in run("info", dest).stdout
+    assert ", with 1 LoRA" in run("info", dest).stdout
 
 
 def test_fuse_needs_a_lora_and_writes_nothing_for_a_wrong_one(style, tmp_path):

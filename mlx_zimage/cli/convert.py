@@ -9,7 +9,7 @@ from ..variants import MEMORIES
 from .elsewhere import Command
 from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar, say
-from .values import FilePath, ModelName, quantization_options
+from .values import MODEL_FORMATS, FilePath, ModelName, quantization_options
 
 PARTS = ("transformer", "text_encoder", "vae")
 # options that choose bits, by name
@@ -75,7 +75,7 @@ QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_
 )
 @click.option(
     "--format",
-    type=click.Choice(["mlx", "diffusers", "comfyui", "comfyui-fp8", "comfyui-int8"]),
+    type=click.Choice(MODEL_FORMATS),
     default="mlx",
     show_default=True,
     help="Output format: mlx (a folder for this program), diffusers (a folder) or comfyui (a single file, which may be "

@@ -6,7 +6,7 @@ import click
 
 from .adapters import WithLoras, lora_options
 from .output import print_path, progress_bar
-from .values import FilePath, ModelName, quantization_options
+from .values import MODEL_FORMATS, FilePath, ModelName, quantization_options
 
 
 @click.command(
@@ -22,7 +22,7 @@ from .values import FilePath, ModelName, quantization_options
     help="Dtype of the weights that are not quantized.",
 )  # fmt: skip
 @click.option(
-    "--format", type=click.Choice(["mlx", "diffusers", "comfyui"]), default="mlx", show_default=True,
+    "--format", type=click.Choice(MODEL_FORMATS), default="mlx", show_default=True,
     help="Output format, as in `mlx-zimage convert`.",
 )  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
@@ -50,6 +50,5 @@ def fuse(model, dest, loras, lora_partial, quiet, **options):
             bar.total = step.total_bytes
             bar.set_description(step.component, refresh=False)
             bar.update(step.done_bytes - bar.n)
-    if options["format"] != "comfyui":
-        register(dest)
+    register(dest)
     print_path(dest)

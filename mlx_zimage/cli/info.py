@@ -43,6 +43,7 @@ def info(source: str, as_json: bool) -> None:
         raise ModelNotFoundError(
             f"no model folder or image at {source}; `mlx-zimage models` lists the models on this machine"
         )
+    from ..weights.checkpoint import read_conversion
     from ..weights.controlnets import is_controlnet
 
     if is_controlnet(source):
@@ -54,8 +55,12 @@ def info(source: str, as_json: bool) -> None:
         contents = os.path.isfile(path) and _contents(path)
         if not contents:
             raise
-        click.echo(json.dumps({"file": str(path), "networks": contents})) if as_json else echo(str(path))
-        if not as_json:
+        conversion = read_conversion(path)
+        if as_json:
+            click.echo(json.dumps({"file": str(path), "conversion": conversion or None, "networks": contents}))
+        else:
+            echo(str(path))
+            _print_conversion(conversion)
             _print_networks(contents)
         return
     to_fetch = model["bytes_to_fetch"]
@@ -63,12 +68,16 @@ def info(source: str, as_json: bool) -> None:
         click.echo(json.dumps(model))
         return
     echo(f"{source}, of which {size(to_fetch)} has not been downloaded" if to_fetch else model["folder"])
-    if conversion := model["conversion"]:
-        how = "".join(f", {part}" for part in _how(conversion.get("quantization", {})))
-        echo(f"converted from {_origin(conversion)} by {conversion.get('converter', 'another converter')}{how}")
+    _print_conversion(model["conversion"])
     _print_networks(model["networks"])
     side = model["sample_size"]
     echo(f"default size: {side}x{side} pixels")
+
+
+def _print_conversion(conversion: dict | None) -> None:
+    if conversion:
+        how = "".join(f", {part}" for part in _how(conversion))
+        echo(f"converted from {_origin(conversion)} by {conversion.get('converter', 'another converter')}{how}")
 
 
 def _print_controlnet(source: str, as_json: bool) -> None:
@@ -156,8 +165,9 @@ def _origin(conversion: dict) -> str:
     return conversion.get("source", "an unknown source") + (f" (from {_origin(before)})" if before else "")
 
 
-def _how(quantization: dict) -> list[str]:
-    """What `convert` was asked for, besides bits."""
+def _how(conversion: dict) -> list[str]:
+    """What `convert` or `fuse` was asked for, besides bits."""
+    quantization = conversion.get("quantization", {})
     asked = {
         "a mixed recipe": quantization.get("recipe") == "mixed",
         "a custom recipe": quantization.get("recipe") == "custom",
@@ -166,7 +176,9 @@ def _how(quantization: dict) -> list[str]:
     }
     target = quantization.get("target_bytes")
     within = [f"within {size(target)}"] if target else []
-    return within + [part for part, was in asked.items() if was]
+    loras = conversion.get("loras")
+    fused = [f"with {len(loras)} LoRA{'s' * (len(loras) > 1)}"] if loras and isinstance(loras, list) else []
+    return fused + within + [part for part, was in asked.items() if was]
 
 
 def _stored_as(component: Component) -> list[str]:

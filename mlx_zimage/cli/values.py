@@ -21,6 +21,9 @@ from ..variants import ALIASES
 F = TypeVar("F", bound=Callable)
 
 
+MODEL_FORMATS = ("mlx", "diffusers", "comfyui", "comfyui-fp8", "comfyui-int8")  # that the converter writes
+
+
 class _Expanded(click.ParamType):
     """~ stands for the home folder, even where the shell does not: in quotes, and after a comma or an equals sign."""
 

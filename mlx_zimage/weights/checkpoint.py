@@ -17,12 +17,12 @@ from ..errors import CheckpointError, RequestError, warn
 from ..models import NETWORKS, OPTIONAL
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
-from ..untrusted import brief, open_regular
+from ..untrusted import brief, open_regular, parse_json
 from ..variants import Variant
 from . import official
-from .component import Component, checked_config, read_header, read_json
+from .component import Component, checked_config, read_header, read_json, read_metadata
 from .hub import TOKENIZER_FILES, Repository, check_inside, locate, name_of
-from .manifest import CONVERSION
+from .manifest import CONVERSION, CONVERSION_KEY
 from .parts import check_variant, files_to_convert, open_component, open_networks, own_configs
 from .unchanged import unchanged
 
@@ -215,12 +215,19 @@ def origins(folder: Path) -> list[str]:
     return found
 
 
-def read_conversion(folder: Path) -> dict:
-    """How our converter made a folder, as conversion.json records it; empty if it did not. Types are checked."""
-    file = folder / CONVERSION
-    if not file.is_file():
+def read_conversion(path: Path) -> dict:
+    """How our converter made a folder or a single file, as it records there; empty if it did not. Types are checked."""
+    file = path / CONVERSION
+    if path.is_file():
+        file, text = path, read_metadata(path).get(CONVERSION_KEY, "{}")
+        try:
+            record = parse_json(text.encode())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {CONVERSION_KEY} in its metadata is not valid ({error})") from error
+    elif file.is_file():
+        record = read_json(file)
+    else:
         return {}
-    record = read_json(file)
     step: Any = record
     types = {"source": str, "converter": str, "dtype": str, "quantization": dict}
     while step:
@@ -230,7 +237,7 @@ def read_conversion(folder: Path) -> dict:
         if not isinstance(target.get("target_bytes") or 0, int):
             raise CheckpointError(f"{file}: target_bytes is {brief(target['target_bytes'])}, expected a whole number")
         step = step.get("before")
-    return record
+    return record or {}
 
 
 def fingerprint(model: Checkpoint | Component) -> str:

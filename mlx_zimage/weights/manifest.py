@@ -16,6 +16,7 @@ from ..untrusted import brief, open_regular, read_bytes
 
 MANIFEST = "SHA256SUMS"
 CONVERSION = "conversion.json"  # what the folder was made from, and how
+CONVERSION_KEY = "mlx_zimage_conversion"  # of the same in the metadata of a single file
 # Bytes to hash: of a file, and of all files of a model, which in float32 takes 41 GB. A sparse one may have terabytes.
 MAX_HASHED = 64 * 10**9
 MAX_FILES = 2000  # in a manifest: a model in float32 has 100

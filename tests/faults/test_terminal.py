@@ -88,6 +88,14 @@ def test_a_conversion_of_wrong_types_is_refused(folder, changes):
     assert_plain(run("info", folder), 4)
 
 
+@pytest.mark.parametrize("record", ["[", "7", '{"source": 7}', json.dumps({"converter": [EVIL]}), EVIL])
+def test_a_hostile_record_in_a_single_file_is_refused(tmp_path, record):
+    file = tmp_path / "file.safetensors"
+    arrays = {"layers.0.attention.out.weight": mx.ones((2, 2))}
+    mx.save_safetensors(str(file), arrays, {"mlx_zimage_conversion": record})
+    assert_plain(run("info", file), 4)
+
+
 def test_a_hostile_manifest_is_plain(tmp_path):
     model = shutil.copytree(POCKET, tmp_path / "model")
     (model / MANIFEST).write_text("0" * 64 + f"  {EVIL}\n".replace("\n", "") + "\n")

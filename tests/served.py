@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from serving import KEY, PROMPT, Answer, Server, form, opened, png, serving
+from test_cli_lora import write as write_lora
 
 from mlx_zimage import GenerateRequest
 from mlx_zimage.generate import Finished, events, open_model
@@ -210,6 +211,29 @@ FIELDS = (
     *("mask", "override_settings", "denoising_strength", "enable_hr", "hr_scale", "sd_model_checkpoint", "image"),
     "alwayson_scripts",
 )
+IMAGE = base64.b64encode(png(Image.new("RGB", (32, 32)))).decode()
+IMAGES = JSON | st.sampled_from([IMAGE, f"data:image/png;base64,{IMAGE}", IMAGE[:90], {"image": IMAGE, "mask": 1}])
+NESTED = {  # what is only refused deep inside
+    "control": st.fixed_dictionaries(
+        {"image": IMAGES},
+        optional={
+            "kind": st.sampled_from(["canny", "gray", "scribble", "tile"]) | JSON,
+            **{name: st.floats(0, 1) | JSON for name in ("scale", "start", "end")},
+        },
+    ),
+    "unit": st.fixed_dictionaries(
+        {"image": IMAGES, "module": st.sampled_from(["none", "canny", "tile_resample"]) | JSON},
+        optional={name: st.floats(0, 1) | JSON for name in ("weight", "guidance_start", "guidance_end", "enabled")},
+    ),
+    "lora": st.fixed_dictionaries(
+        {"name": st.just("style") | JSON}, optional={"strength": st.floats(-2, 2) | JSON, "sha256": JSON}
+    ),
+}
+DEEP = st.one_of(
+    st.fixed_dictionaries({"control": NESTED["control"] | st.lists(NESTED["control"], max_size=5)}),
+    st.lists(NESTED["unit"], max_size=5).map(lambda units: {"alwayson_scripts": {"ControlNet": {"args": units}}}),
+    st.fixed_dictionaries({"loras": st.lists(NESTED["lora"], max_size=3)}),
+)
 # Values that would be valid and take long are left out: what is tested is that nothing invalid does.
 CHANGES = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4).filter(
     lambda changes: (
@@ -268,7 +292,7 @@ HEADERS = st.dictionaries(
     | st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30),
     max_size=3,
 )
-BASE = {**SMALL, "width": 32, "height": 32, "init_images": [base64.b64encode(png(Image.new("RGB", (32, 32)))).decode()]}
+BASE = {**SMALL, "width": 32, "height": 32, "image": IMAGE, "init_images": [IMAGE]}
 FORM, FORM_TYPE = form({"prompt": PROMPT, "size": "32x32", "steps": "1"}, [("image", png(Image.new("RGB", (32, 32))))])
 
 
@@ -285,7 +309,7 @@ def requests(draw) -> tuple[str, str, bytes, dict[str, str]]:
             start = draw(st.integers(0, len(body)))
             body[start : start + draw(st.integers(0, 60))] = draw(st.binary(max_size=20))
     else:
-        values = {**BASE, **draw(CHANGES)}
+        values = {**BASE, **draw(CHANGES), **(draw(DEEP) if draw(st.integers(0, 2)) == 0 else {})}
         for name in draw(st.sets(st.sampled_from(FIELDS), max_size=2)):
             values.pop(name, None)
         body = bytearray(json.dumps(values).encode())
@@ -369,9 +393,11 @@ def main(names: list[str]) -> None:
         config = model / "vae/config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 64}))
         (Path(folder) / "loras").mkdir()
+        write_lora(Path(folder) / "loras/style.safetensors")
+        options = ("--model", model, "--lora-dir", Path(folder) / "loras", "--control-model", "pocket")
         for name in names or PARTS:
             log = Path(folder) / f"{name}.log"
-            with serving("--model", model, "--lora-dir", Path(folder) / "loras", log=log) as server:
+            with serving(*options, log=log) as server:
                 server.model = model
                 try:
                     PARTS[name](server)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import plistlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -354,6 +355,33 @@ def test_no_path_of_this_machine_and_no_prompt_leaves_the_server(server, small_p
     for text in (json.dumps(answers), refused.body.decode()):
         assert str(small_pocket.parent) not in text and str(server.log.parent) not in text
     assert PROMPT not in server.log.read_text()
+
+
+def test_models_that_cannot_be_opened_again_are_an_answer_without_their_path(small_pocket, tmp_path):
+    moved = shutil.copytree(small_pocket, tmp_path / "model")
+
+    async def test(queue: Queue) -> None:
+        shutil.rmtree(moved / "transformer")
+        queue.process.kill()
+        said = set()
+        while "the models cannot be opened again; the server's log says why" not in said:
+            with pytest.raises(Refusal) as caught:
+                await finished(queue, job())
+            assert caught.value.status == 503 and str(tmp_path) not in caught.value.message
+            said.add(caught.value.message)
+            await asyncio.sleep(0.05)
+
+    async def within_a_minute(queue: Queue) -> None:
+        async with asyncio.timeout(60):
+            await test(queue)
+
+    run(within_a_minute, options=Options({"pocket": str(moved)}))
+
+
+def test_a_signal_to_the_whole_group_leaves_the_worker_to_the_server(server):
+    before = server.worker
+    os.kill(before, signal.SIGTERM)
+    assert server.post(GENERATE, QUICK).status == 200 and server.worker == before
 
 
 def test_the_key_is_not_in_the_arguments_of_any_process(server):

@@ -317,7 +317,8 @@ class Generate(WithLoras):
     envvar="MLX_ZIMAGE_SERVER",
     metavar="URL",
     help="Generate on this server, which `mlx-zimage serve` starts, instead of loading the model; --model is then one "
-    "of its models, and --lora the name of one of its LoRAs. MLX_ZIMAGE_SERVER does the same.",
+    "of its models, --lora the name of one of its LoRAs, and --control-model is its own. MLX_ZIMAGE_SERVER does the "
+    "same.",
 )
 @click.option(
     "--from",

@@ -101,7 +101,7 @@ class Remote:
                     raise ZImageError(f"{self.url}: {event['error']['message']}")
                 if event["type"].endswith(".progress"):
                     before = event["position"]
-                    bar.set_description(f"Waiting for {before} others" if before else "Denoising")
+                    bar.set_description(f"Waiting for {before} other{'s' * (before > 1)}" if before else "Denoising")
                     bar.total = event["steps"] or bar.total
                     bar.update(event["step"] - bar.n)
                 elif event["type"].endswith(".completed"):

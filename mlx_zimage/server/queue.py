@@ -172,7 +172,10 @@ class Queue:
         wait = RESTART_S[min(self._ends, len(RESTART_S) - 1)]
         self._ends += 1
         log.error("%s; starting another%s", reason, f" in {wait:g} s" if wait else "")
-        self._fail_all(unavailable(f"{reason}. It is being restarted: try again, or ask for a smaller image"))
+        if self._why:  # may contain a path
+            self._fail_all(unavailable("the models cannot be opened again; the server's log says why"))
+        else:
+            self._fail_all(unavailable(f"{reason}. It is being restarted: try again, or ask for a smaller image"))
         self._restarting = self.loop.create_task(self._restart(wait))
 
     async def _restart(self, wait: float) -> None:

@@ -105,16 +105,18 @@ class Duration(click.ParamType):
     help="Run Turbo with the steps and guidance that clients send. By default, more than 9 steps become 8 and guidance "
     "is off: many clients send values for other models, which would take 3 to 6 times as long and look worse.",
 )
+@click.option("--open", "show", is_flag=True, help="Open the server's page in your browser.")
 @click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
 def serve(
     sources: tuple[str, ...], lora_dir: Path | None, control_model: str | None, control_kind: str | None,
     host: str, port: int, api_key_file: Path | None, no_api_key: bool, origins: tuple[str, ...],
-    memory: str | None, limit: int, idle_s: float | None, honor_client_steps: bool, yes: bool,
+    memory: str | None, limit: int, idle_s: float | None, honor_client_steps: bool, show: bool, yes: bool,
 ) -> None:  # fmt: skip
-    """Serve images over HTTP to the clients of OpenAI's and AUTOMATIC1111's APIs, and print the address.
+    """Serve images over HTTP, on a page for your browser and to the clients of OpenAI's and AUTOMATIC1111's APIs.
 
-    The models stay loaded between requests, in one process, and generate one image at a time. See examples/server.md
-    for the settings of Open WebUI, SillyTavern, LibreChat and the OpenAI SDK. Ctrl-C stops the server.
+    It prints its address, which is that of the page. The models stay loaded between requests, in one process, and
+    generate one image at a time. See examples/server.md for the settings of Open WebUI, SillyTavern, LibreChat and the
+    OpenAI SDK. Ctrl-C stops the server.
     """
     try:
         from ..server.app import listen, serve
@@ -140,7 +142,7 @@ def serve(
     options = Options(models, lora_dir and lora_dir.resolve(), control_model, control_kind, budget, idle_s)
     with listen(host, port) as listener:
         say(f"Opening {', '.join(models)}")
-        asyncio.run(serve(listener, Queue(options, limit), access, lora_dir, honor_client_steps))
+        asyncio.run(serve(listener, Queue(options, limit), access, lora_dir, honor_client_steps, show))
 
 
 def _key(file: Path | None) -> str | None:

@@ -7,7 +7,9 @@ import logging
 import os
 import socket
 import sys
+import webbrowser
 from pathlib import Path
+from threading import Thread
 
 import uvicorn
 from starlette.applications import Starlette
@@ -24,6 +26,7 @@ from .guard import Access, Guard, Protocol, is_loopback
 from .openai import OpenAI
 from .queue import Queue
 from .service import Service
+from .static import routes as page_routes
 
 ANY = ("0.0.0.0", "::")  # every address of this machine
 CONNECTIONS = 512  # at once; more are answered with 503
@@ -63,7 +66,7 @@ def application(service: Service, access: Access) -> ASGIApp:
     async def bug(request: Request, error: Exception) -> Response:
         return answer(request.scope["path"], Refusal(500, "a bug in mlx-zimage; the server's log has more"))
 
-    routes = [Route("/health", health), *OpenAI(service).routes, *A1111(service).routes]
+    routes = [*page_routes(), Route("/health", health), *OpenAI(service).routes, *A1111(service).routes]
     handlers = {Refusal: refused, HTTPException: http_error, ClientDisconnect: gone, Exception: bug}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
@@ -100,14 +103,26 @@ def is_answered(host: str, port: int) -> bool:
 
 def address(listener: socket.socket) -> str:
     """The URL at which a listening socket is reached."""
+    return _url(*listener.getsockname()[:2])
+
+
+def page_address(listener: socket.socket) -> str:
+    """The URL of the page for a browser on this machine, which may not know the address that stands for all."""
     host, port = listener.getsockname()[:2]
+    return _url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+
+
+def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def serve(
-    listener: socket.socket, queue: Queue, access: Access, lora_dir: Path | None, honor_client_steps: bool
+    listener: socket.socket, queue: Queue, access: Access, lora_dir: Path | None, honor_client_steps: bool, show: bool
 ) -> None:
-    """Serve until a signal stops it. ZImageError, before anything is answered, if the models cannot be opened."""
+    """Serve until a signal stops it; `show` opens the page in a browser once the models are open.
+
+    ZImageError, before anything is answered, if the models cannot be opened.
+    """
     log_to_stderr()
     try:
         await queue.start()
@@ -125,6 +140,8 @@ async def serve(
             timeout_graceful_shutdown=SHUTDOWN_S,
         )
         print(address(listener), flush=True)
+        if show:
+            Thread(target=webbrowser.open, args=(page_address(listener),), daemon=True).start()  # some wait for its end
         await uvicorn.Server(config).serve(sockets=[listener])
     finally:
         await queue.stop()

@@ -32,7 +32,8 @@ BODY_S = 60.0  # to send a body in
 HEAD_S = 5.0  # to send a request's head in
 # Under which containers reach the machine they run on: names that no one can register.
 CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal", "host.lima.internal")
-OPEN = ("/health", "/v1/images/results/")  # need no key: the names of results cannot be guessed
+PAGE = "/"
+OPEN = ("/health", "/v1/images/results/", "/page/")  # need no key: the names of results cannot be guessed
 HOST = re.compile(r"(?:\[([0-9a-f:.]{2,45})\]|([a-z0-9_.-]{1,253}?)\.?)(?::\d{1,5})?")
 METHODS, HEADERS = "GET, POST, OPTIONS", "Authorization, Content-Type"
 EXPOSED = f"{ADJUSTED}, Retry-After"
@@ -119,13 +120,13 @@ class Guard:
             await send(message)
 
         try:
-            self.check(headers, allowed)
+            self.check(headers, allowed or is_visit(path, headers))
             if scope["method"] == "OPTIONS" and allowed:
                 asked = headers.get("access-control-request-headers", HEADERS)  # OpenAI's SDK adds some of its own
                 answered = {"Access-Control-Allow-Methods": METHODS, "Access-Control-Allow-Headers": asked}
                 await Response(status_code=204, headers=answered)(scope, receive, with_cors)
                 return
-            if not path.startswith(OPEN) and self.access.key is not None:
+            if not (path == PAGE or path.startswith(OPEN)) and self.access.key is not None:
                 self.check_key(headers)
             check_length(headers)
         except Refusal as refusal:
@@ -154,6 +155,11 @@ class Guard:
         if len(given) != 1 or not self.access.admits(given[0]):
             wanted = {"WWW-Authenticate": 'Bearer realm="mlx-zimage"'}
             raise Refusal(401, "expected the server's API key, as a bearer token or basic password", headers=wanted)
+
+
+def is_visit(path: str, headers: Headers) -> bool:
+    """Whether a browser opens the page, perhaps by a link on another one, which can do nothing with it."""
+    return path == PAGE and headers.get("sec-fetch-mode") == "navigate" and "origin" not in headers
 
 
 def check_length(headers: Headers) -> None:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from .detectors import LIBRARIES, check_library, detected
 from .errors import RequestError
 from .images.codec import to_signed
+from .images.controls import prepared
 from .inputs import NONE, Inputs
 from .models.controlnet import MASKED, Controlled, ControlNet, control_latents
 from .networks import CONTROLNET_PREFIX, Phase
@@ -91,14 +93,34 @@ class ControlNetMethods:
                 f"a control without an image needs a ControlNet that reads a mask ({MASKED} channels), but "
                 f"{opened.name} reads {opened.component.config.control_in_dim}; give a control image"
             )
+        for use in request.controls:
+            check_library(use.prepare)
         if inputs is not NONE:
             inputs.check_controls(request.control_images, *request.extent[:2])
         return request
 
+    def _shown(self, part: GenerateRequest, inputs: Inputs) -> list[np.ndarray | None]:
+        """The control images of a part of a request, after their preparation: (height, width, 3) uint8."""
+        found: list[np.ndarray | None] = []
+        for use in part.controls:
+            image = None if use.image is None else inputs.control(use.image, *part.extent[:2])
+            if image is not None:
+                image = detected(image, use.prepare) if use.prepare in LIBRARIES else prepared(image, use.prepare)
+            found.append(image)
+        return found
+
     def _controls(
-        self, part: GenerateRequest, inputs: Inputs, pixels: np.ndarray | None, mask: np.ndarray | None, steps: int
+        self,
+        part: GenerateRequest,
+        shown: list[np.ndarray | None],
+        pixels: np.ndarray | None,
+        mask: np.ndarray | None,
+        steps: int,
     ) -> Generator[Phase, None, list[Controlled]]:
-        """What the ControlNet is shown in a part of a request that starts from these pixels, if any, and runs steps."""
+        """What the ControlNet is shown in a part of a request that starts from these pixels, if any, and runs steps.
+
+        shown are its control images.
+        """
         assert self.controlnet is not None  # checked in `complete`
         config, encode = self.controlnet.component.config, self.networks.encode_image
         kept = outside = None
@@ -108,11 +130,10 @@ class ControlNetMethods:
             signed = np.array(to_signed(pixels))
             outside = yield from encode(mx.array(np.where(hidden[..., None], np.float32(0), signed))[None])
         found, net = [], ControlNet(config, CONTROLNET_PREFIX)
-        for use in part.controls:
+        for use, given in zip(part.controls, shown, strict=True):
             image = None
-            if use.image is not None:
-                shown = inputs.control(use.image, *part.extent[:2], use.prepare)
-                image = yield from encode(to_signed(shown)[None])
+            if given is not None:
+                image = yield from encode(to_signed(given)[None])
             latents = control_latents(config.control_in_dim, image, kept, outside)
             mx.eval(latents)  # the next event may be requested from another thread
             found.append(Controlled(net, latents, use.scales(steps)))

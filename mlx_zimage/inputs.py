@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from .errors import RequestError
-from .images.controls import prepared
 from .images.masks import canvas, canvas_mask, fit_mask, read_mask, values
 from .images.source import cover, digest, over_white, read_image
 from .noise import initial_noise, noises
@@ -100,9 +99,9 @@ class Inputs:
                     f"{width}x{height}; crop it to that aspect ratio, or leave out the size to use its own"
                 )
 
-    def control(self, wanted: str, width: int, height: int, prepare: str | None) -> np.ndarray:
-        """A control image at a size, after its preparation: (height, width, 3) uint8."""
-        return prepared(np.asarray(cover(self.controls[wanted], width, height)), prepare)
+    def control(self, wanted: str, width: int, height: int) -> np.ndarray:
+        """A control image at a size: (height, width, 3) uint8."""
+        return np.asarray(cover(self.controls[wanted], width, height))
 
     def noise(
         self, shape: tuple[int, int, int, int], seed: int, rng: str, posterior: bool = False

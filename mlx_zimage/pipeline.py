@@ -255,7 +255,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         to the image's size, the result is the image again: see `mlx_zimage.images.upscale`.
 
         control_image is what a ControlNet follows (see `load_controlnet`): an image that is ready to use, or a pair of
-        a preparation ("canny", "gray", "scribble" or "tile") and a photo, or a list of several, whose effects add up.
+        a preparation ("canny", "gray", "scribble", "tile", "lines", "pose" or "depth") and a photo, or a list of
+        several, whose effects add up.
         It gives the size, unless there is one. controlnet_conditioning_scale, by default the ControlNet's own, and
         the part of the steps from control_guidance_start to control_guidance_end may be lists, too. When inpainting, a
         ControlNet that reads a mask is shown what is kept; control_image="inpaint" shows it nothing else.
@@ -430,6 +431,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         shape = self._latents_shape(request)
         noise, sample = inputs.noise(shape, request.seed, request.rng, request.sample_posterior)
         pixels, mask = self._pixels(request, inputs)
+        shown = self._shown(request, inputs)  # before any weight is read: a photo may show no one
         guidance = Guidance(request.guidance_scale or 0.0, request.cfg_normalization, request.cfg_truncation)
         noise, sample = noise.transpose(0, 2, 3, 1), None if sample is None else sample.transpose(0, 2, 3, 1)
         mx.eval(noise, sample)  # the next event may be requested from another thread
@@ -447,7 +449,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
                 controls: list[Controlled] = []
                 tile = request.tile or 0
                 if request.controls:
-                    controls = yield from self._controls(request, inputs, pixels, mask, request.extent[2] - first)
+                    controls = yield from self._controls(request, shown, pixels, mask, request.extent[2] - first)
                 latents = yield from networks.denoise(
                     embeddings, start, schedule, guidance, kept, tile, controls, first
                 )

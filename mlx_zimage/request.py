@@ -39,7 +39,8 @@ ARRAYS = (
     "posterior_noise",
     "mask_image",
 )  # named by digest
-CONTROLS = ("canny", "gray", "scribble", "tile")  # what a control image can be made into: see images.controls
+# What a control image can be made into: see images.controls for the first four, and detectors for the others.
+CONTROLS = ("canny", "gray", "scribble", "tile", "lines", "pose", "depth")
 FINGERPRINT = re.compile(r"[0-9a-f]{10}")
 REQUIRED: Any = object()  # default of a required field that follows optional ones
 

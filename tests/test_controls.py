@@ -297,7 +297,7 @@ def test_requests_name_control_images_by_path(tiny_folder, here, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--control", "pose:x.png"], "expected FILE, or KIND:FILE with one of canny"),
+        (["--control", "sketch:x.png"], "expected FILE, or KIND:FILE with one of canny"),
         (["--control-scale", "1"], "need --control FILE"),
         (["--control-model", "x.safetensors"], "--control-model is for control images"),
         (["--control", "LINE"], "--yes downloads alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union-2.1:"),

@@ -139,7 +139,11 @@ def test_a_mask_without_transparent_parts_is_refused(sdk):
         ({"extra_body": {"control": {"image": "/etc/passwd"}}}, openai.BadRequestError, "must be an image in base64"),
         ({"extra_body": {"control": {"image": 1}}}, openai.BadRequestError, "must be an image in base64, got 1"),
         ({"extra_body": {"control": {"image": "AAAA"}}}, openai.BadRequestError, "control: the image is not an image"),
-        ({"extra_body": {"control": {"kind": "pose"}}}, openai.BadRequestError, "can be made into canny, gray, scrib"),
+        (
+            {"extra_body": {"control": {"kind": "sketch"}}},
+            openai.BadRequestError,
+            "can be made into canny, gray, scrib",
+        ),
         ({"extra_body": {"control": {"path": "a.png"}}}, openai.BadRequestError, "got {'path': 'a.png'}"),
         ({"extra_body": {"control": {"scale": -1}}}, openai.BadRequestError, "control scale must be"),
         ({"extra_body": {"control": {}}}, openai.BadRequestError, "there is no mask; give an image"),
@@ -238,9 +242,14 @@ def test_a1111s_controlnet_extension_is_followed_too(server, followed):
     assert answer.status == 200, answer.body
     expected = followed(PHOTO, "canny", controlnet_conditioning_scale=0.5)
     assert same(opened(answer.json["images"][0]), expected)
-    assert server.get("/controlnet/module_list") == {"module_list": ["none", "canny", "gray", "scribble", "tile"]}
+    assert server.get("/controlnet/module_list") == {
+        "module_list": ["none", "canny", "gray", "scribble", "tile", "lines", "pose", "depth"]
+    }
     assert server.get("/controlnet/model_list") == {"model_list": ["controlnet"]}
-    for wrong, message in ((off | {"enabled": True}, "has no image"), (unit | {"module": "depth_midas"}, "'depth'")):
+    for wrong, message in (
+        (off | {"enabled": True}, "has no image"),
+        (unit | {"module": "softedge_hed"}, "'softedge'"),
+    ):
         refused = server.post("/sdapi/v1/txt2img", values | {"alwayson_scripts": {"controlnet": {"args": [wrong]}}})
         assert refused.status == 422 and message in refused.json["detail"]
 

@@ -162,6 +162,22 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
     )
 
 
+def fetch_pinned(id: str, revision: str, name: str) -> Path:
+    """A file of a repository at a commit, from the hub's cache or, if it is not there yet, downloaded."""
+    folder = cached().get(id)
+    if folder and (path := folder / "snapshots" / revision / name).is_file():
+        return path
+    if not _answers(id, revision):
+        raise ModelNotFoundError(
+            f"{id}:{name} is not in the Hugging Face cache, and the hub cannot be reached; check the network and "
+            f"HF_HUB_OFFLINE"
+        )
+    path = _download(id, [glob.escape(name)], revision, shown=True) / name
+    if not path.is_file():
+        raise ModelNotFoundError(f"{id} has no file {name} at {revision}")
+    return path
+
+
 def check_name(path: Path) -> Path:
     """The path; ModelNotFoundError if it is not valid text, since neither MLX nor tokenizers could open it."""
     try:

@@ -529,6 +529,28 @@ def test_requests_name_images_of_their_own(run):
     assert "no image at none.png" in run("generate", *SMALL, "--requests", "r.jsonl").stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"image": "none.png"}, "no image at none.png"),
+        ({"image": "text.png"}, "text.png is not an image"),
+        ({"image": "a.png", "mask_image": "none.png"}, "no image at none.png"),
+        ({"image": "a.png", "mask_image": "small.png"}, "the mask has 16x16 pixels, but the image has 48x32"),
+        ({"image": "a.png", "mask_image": "black.png"}, "the mask is black"),
+    ],
+)
+def test_images_that_cannot_work_are_refused_with_their_line_before_any_image_is_generated(run, line, message):
+    Path("text.png").write_text("text")
+    Image.new("L", (16, 16), 255).save("small.png")
+    Image.new("L", (tiny.WIDTH, tiny.HEIGHT)).save("black.png")
+    lines = [{"prompt": PROMPT, "seed": 1, **own} for own in ({}, line)]
+    Path("r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = run("generate", *SMALL, "--size", "96x80", "--requests", "r.jsonl")
+    assert result.exit_code == 2
+    assert f"Error: r.jsonl, line 2: {message}" in result.stderr
+    assert not Path("image.png").exists()
+
+
 def test_every_seed_starts_from_the_image_and_shows_previews(run):
     result = run(
         "generate", PROMPT, *SMALL, "--image", "a.png", "--seed", "1", "--count", "2", "--preview-dir", "steps"

@@ -381,7 +381,7 @@ def generate(
     from ..images.files import make_folder
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
-    from ..inputs import check_latents_size
+    from ..inputs import NONE, check_latents_size
     from ..tokenizer import most_ids
     from ..weights.library import register
     from .given import Given
@@ -395,7 +395,10 @@ def generate(
     given = options_given(ctx)
     by_line, file = _prompts(prompt_option if prompt is None else prompt, prompt_file, requests_file, old)
     prompts, lora_paths = name_paths([*by_line.values()], [path for path, _ in loras])
-    prompts = files_given.named(prompts)
+    places = [f"{file}, line {line}" if file else "" for line in by_line]
+    for i, place in enumerate(places):
+        with _located(place):
+            prompts[i] = files_given.named(prompts[i])
     _warn_of_overridden(given, prompts if requests_file else [])
     flags = {"sample_posterior": sample_posterior or None, "mask_soft": mask_soft or None}
     base, ratio = _base(values | flags, size, old, files_given)
@@ -410,7 +413,6 @@ def generate(
         _check_old(old, from_image, files_given.digests, prompts)
     all_series = multiply(base, prompts, _seeds(seed, auto_seeds, old), output, ratio, count)
     total = sum(map(len, all_series))
-    places = [f"{file}, line {line}" if file else "" for line in by_line]
     kinds: dict[str, list[tuple[str, Series]]] = {}  # which differ in more than prompts and seeds
     for place, own, series in zip(places, prompts, all_series, strict=True):
         alike = kinds.setdefault(series.kind, [])
@@ -480,7 +482,8 @@ def generate(
             request = complete(next(iter(series)))
             if latents_file:
                 check_latents_size(latents_file, files_given.latents, *request.extent[:2])
-            model.pipeline.plan(request)  # refuses what does not fit, before any work
+            inputs = files_given.inputs(request) if request.mask_image else NONE
+            model.pipeline.plan(request, inputs)  # refuses what does not fit, masks too, before any work
             most = model.pipeline.most_tokens(request) if others else 0
         requests.append(request)
         for place, series in others:

@@ -35,14 +35,13 @@ class Given:
         self._files[digest] = path
         return digest
 
-    def named(self, requests: Sequence[dict]) -> list[dict]:
-        """JSON requests that name their images by digest instead of by path."""
-        return [
-            own
-            | {name: self.add(name, Path(os.path.expanduser(own[name]))) for name in IMAGES if _is_path(own.get(name))}
-            | ({"controls": [*map(self._control_named, own["controls"])]} if _is_list(own.get("controls")) else {})
-            for own in requests
-        ]
+    def named(self, own: dict) -> dict:
+        """A JSON request that names its images by digest instead of by path."""
+        paths = {name: Path(os.path.expanduser(own[name])) for name in IMAGES if _is_path(own.get(name))}
+        named = own | {name: self.add(name, path) for name, path in paths.items()}
+        if _is_list(own.get("controls")):
+            named["controls"] = [*map(self._control_named, own["controls"])]
+        return named
 
     def add_control(self, path: Path) -> str:
         """Read a control image; returns the digest by which requests name it."""

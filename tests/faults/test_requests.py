@@ -73,9 +73,9 @@ def test_a_name_is_a_template_of_known_words_only(name):
 def test_images_that_do_not_fit_are_planned_once_per_size_before_any_is_generated(monkeypatch):
     planned, plan = [], ZImagePipeline.plan
 
-    def counted(self, request):
+    def counted(self, request, *inputs):
         planned.append(request.extent[:2])
-        return plan(self, request)
+        return plan(self, request, *inputs)
 
     monkeypatch.setattr(ZImagePipeline, "plan", counted)
     monkeypatch.setattr(ZImagePipeline, "stream", lambda *args, **options: pytest.fail("generated"))

@@ -214,23 +214,17 @@ def own(k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     return k, v
 
 
-def attention(
+def heads_of(
     x: mx.array,
     weights: Tree,
     cos: mx.array,
     sin: mx.array,
     heads: int,
     rows: int | None = None,
-    factor: float = 1.0,
     product: Product = linear,
     gather: Gather = own,
-    most: float = math.inf,
-) -> mx.array:
-    """Self-attention on x (B, L, dim) with RMS-normed, rotated queries and keys; output for the first `rows` rows only.
-
-    There is no mask: padding attends and is attended to. Values are multiplied by `factor` before the last product.
-    Queries are computed in pieces of at most `most` FLOP.
-    """
+) -> tuple[mx.array, mx.array, mx.array]:
+    """RMS-normed, rotated queries of the first `rows` rows of x (B, L, dim), and all keys and values: (B, H, L, D)."""
     B, _, D = x.shape
     q, k, v = (
         product(part, weights[name]).reshape(B, -1, heads, D // heads)
@@ -239,8 +233,13 @@ def attention(
     q = norm_and_rotate(q, weights["norm_q"], cos[:rows], sin[:rows])
     k = norm_and_rotate(k, weights["norm_k"], cos, sin)
     q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *gather(k, v)))
-    out = dot_product_attention(q, k, v, most)
-    return product(scaled(out, factor).transpose(0, 2, 1, 3).reshape(B, -1, D), weights["to_out"][0])
+    return q, k, v
+
+
+def joined_heads(out: mx.array, weights: Tree, factor: float = 1.0, product: Product = linear) -> mx.array:
+    """The attention's output (B, H, L, D), multiplied by `factor`, through its last product: (B, L, dim)."""
+    B, H, _, D = out.shape
+    return product(scaled(out, factor).transpose(0, 2, 1, 3).reshape(B, -1, H * D), weights["to_out"][0])
 
 
 def feed_forward(x: mx.array, weights: Tree, factor: float = 1.0, product: Product = linear) -> mx.array:
@@ -273,11 +272,52 @@ def attend(
     gather: Gather = own,
     most: float = math.inf,
 ) -> mx.array:
-    """The attention half of a block on x (B, L, dim); output for the first `rows` rows."""
-    scale, gate = row(modulation, 0), row(modulation, 1)
-    h = modulated_norm(x, weights["attention_norm1"], scale, eps)
-    h = attention(h, weights["attention"], cos, sin, heads, rows, factor, product, gather, most)
-    return x[:, :rows] + modulated_norm(h, weights["attention_norm2"], gate, eps * factor**2)
+    """The attention half of a block on x (B, L, dim); output for the first `rows` rows.
+
+    There is no mask: padding attends and is attended to. Queries are computed in pieces of at most `most` FLOP.
+    """
+    q, k, v = attention_inputs(
+        x, weights, modulation, cos, sin, rows, heads=heads, eps=eps, product=product, gather=gather
+    )
+    out = dot_product_attention(q, k, v, most)
+    return add_attention(x, out, weights, modulation, eps=eps, factor=factor, product=product)
+
+
+# The two ends of that half; training computes the gradients of each, and those of the attention between them.
+
+
+def attention_inputs(
+    x: mx.array,
+    weights: Tree,
+    modulation: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    rows: int | None = None,
+    *,
+    heads: int,
+    eps: float,
+    product: Product = linear,
+    gather: Gather = own,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries, keys and values of a block on x (B, L, dim): see `heads_of`."""
+    h = modulated_norm(x, weights["attention_norm1"], row(modulation, 0), eps)
+    return heads_of(h, weights["attention"], cos, sin, heads, rows, product, gather)
+
+
+def add_attention(
+    x: mx.array,
+    out: mx.array,
+    weights: Tree,
+    modulation: mx.array,
+    *,
+    eps: float,
+    factor: float = 1.0,
+    product: Product = linear,
+) -> mx.array:
+    """x (B, L, dim) plus the attention's output (B, H, L', D), for the first L' rows."""
+    h = joined_heads(out, weights["attention"], factor, product)
+    gate = row(modulation, 1)
+    return x[:, : h.shape[1]] + modulated_norm(h, weights["attention_norm2"], gate, eps * factor**2)
 
 
 def feed(
@@ -505,7 +545,7 @@ class Caption:
 class Transformer:
     """The network, with its weights and compute dtype from a `Runner`.
 
-    product multiplies by the blocks' matrices, and gather collects keys and values (see `attention`). lean frees memory
+    product multiplies by the blocks' matrices, and gather collects keys and values (see `heads_of`). lean frees memory
     in the middle of each block, at a small cost in time; the numbers are the same. factor is a power of two that keeps
     products in float16's range (see `mlx_zimage.headroom`). A product with side effects, such as recording its inputs,
     needs compile=False. most is the FLOP of an attention's kernel (see `machine.kernel_flops`).

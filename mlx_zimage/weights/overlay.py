@@ -259,7 +259,7 @@ class Overlay:
                 if path == prefix or path.startswith(start)
             ]
         for path, change in self._under[prefix]:
-            tree = _changed(tree, path, change)
+            tree = changed(tree, path, change)
         return tree
 
 
@@ -267,7 +267,7 @@ def _is_layer(name: str, delta: Delta) -> bool:
     return name.endswith(".weight") and len(delta.shape) == 2
 
 
-def _changed(tree: Tree, path: Sequence[str], change: Edit) -> Tree:
+def changed(tree: Tree, path: Sequence[str], change: Edit) -> Tree:
     """A copy of the tree with one part changed, and all others shared; the tree itself where the part is not in it."""
     if not path:
         return change(tree)
@@ -275,7 +275,7 @@ def _changed(tree: Tree, path: Sequence[str], change: Edit) -> Tree:
     key = int(path[0]) if isinstance(tree, list) else path[0]
     if isinstance(tree, dict) and key not in tree:  # a part that was not read, such as the blocks' modulation
         return tree
-    copy[key] = _changed(tree[key], path[1:], change)
+    copy[key] = changed(tree[key], path[1:], change)
     return copy
 
 

@@ -1,0 +1,1 @@
+"""Training LoRAs: a data set, the gradients of factors laid over a frozen transformer, and the steps."""

@@ -1,0 +1,133 @@
+"""One block of the transformer with factors laid over its weights: its output, and the gradients of its inputs.
+
+A block is computed in three pieces, so that its attention can be differentiated as in `attention`: what is before it,
+the attention itself, and what is after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from ..models.layers import Product, compiled, linear, settle
+from ..models.runner import Tree
+from ..models.transformer import TransformerConfig, add_attention, attention_inputs, feed
+from . import attention
+from .factors import laid
+
+Layers = dict[str, dict[str, mx.array]]  # the factors of one block, by the layer's name within it
+
+BEFORE = ("attention.to_q", "attention.to_k", "attention.to_v")  # the layers before the attention
+
+
+class Block:
+    """Blocks of an architecture that compute in dtype; the factors' difference is scale * up @ down.
+
+    product and most are as in `Transformer`. In all methods x is (B, L, dim), own has the block's factors, modulation
+    is (4, dim), cos and sin are the rotary tables of the rows of x, and only the first `rows` rows of the output are
+    computed.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        dtype: mx.Dtype,
+        scale: float,
+        product: Product = linear,
+        most: float = math.inf,
+    ):
+        self.config = config
+        self.dtype = dtype
+        self.scale = scale
+        self.product = product
+        self.most = most
+        self._enter_fast, self._leave_fast = compiled(self._enter), compiled(self._leave)
+        self._enter_back_fast, self._leave_back_fast = compiled(self._enter_back), compiled(self._leave_back)
+
+    def __call__(
+        self,
+        x: mx.array,
+        own: Layers,
+        weights: Tree,
+        modulation: mx.array,
+        cos: mx.array,
+        sin: mx.array,
+        rows: int | None = None,
+    ) -> mx.array:
+        """The block's output."""
+        q, k, v = self._enter_fast(x, own, weights, modulation, cos, sin, rows)
+        return self._leave_fast(x, attention.attention(q, k, v, self.most), own, weights, modulation)
+
+    def gradients(
+        self,
+        x: mx.array,
+        own: Layers,
+        weights: Tree,
+        modulation: mx.array,
+        cos: mx.array,
+        sin: mx.array,
+        rows: int | None,
+        d: mx.array,
+    ) -> tuple[mx.array, mx.array, Layers]:
+        """The loss's gradients by x, by the modulation and by the factors, given the one by the block's output.
+
+        The block is computed again, and evaluated piece by piece.
+        """
+        q, k, v = self._enter_fast(x, own, weights, modulation, cos, sin, rows)
+        out = attention.attention(q, k, v, self.most)
+        settle(q, k, v, out)
+        after = {layer: factors for layer, factors in own.items() if layer not in BEFORE}
+        before = {layer: factors for layer, factors in own.items() if layer in BEFORE}
+        dx, d_out, d_modulation, found_after = self._leave_back_fast(x, out, after, weights, modulation, d)
+        settle(dx, d_out, d_modulation, *_arrays(found_after))
+        dq, dk, dv = attention.gradients(q, k, v, out, d_out)
+        settle(dq, dk, dv)
+        del q, k, v, out, d_out
+        by_x, by_modulation, found = self._enter_back_fast(x, before, weights, modulation, cos, sin, rows, dq, dk, dv)
+        dx, d_modulation = dx + by_x, d_modulation + by_modulation
+        settle(dx, d_modulation, *_arrays(found))
+        return dx, d_modulation, {**found, **found_after}
+
+    def _over(self, weights: Tree, own: Layers) -> Tree:
+        return laid(weights, own, self.scale, self.dtype)
+
+    def _enter(self, x, own, weights, modulation, cos, sin, rows):
+        """Queries, keys and values."""
+        config, laid_over = self.config, self._over(weights, own)
+        shared = {"heads": config.n_heads, "eps": config.norm_eps, "product": self.product}
+        return attention_inputs(x, laid_over, modulation, cos, sin, rows, **shared)
+
+    def _leave(self, x, out, own, weights, modulation):
+        """From the attention's output to the block's."""
+        laid_over = self._over(weights, own)
+        x = add_attention(x, out, laid_over, modulation, eps=self.config.norm_eps, product=self.product)
+        return feed(x, laid_over, modulation, eps=self.config.norm_eps, product=self.product)
+
+    def _leave_back(self, x, out, own, weights, modulation, d):
+        def leave(x, out, modulation, own):
+            return (self._leave(x, out, own, weights, modulation),)
+
+        return pulled_back(leave, (x, out, modulation, own), (d,))
+
+    def _enter_back(self, x, own, weights, modulation, cos, sin, rows, dq, dk, dv):
+        def enter(x, modulation, own):
+            return self._enter(x, own, weights, modulation, cos, sin, rows)
+
+        return pulled_back(enter, (x, modulation, own), (dq, dk, dv))
+
+
+def pulled_back(function: Callable[..., tuple[mx.array, ...]], given: tuple, cotangents: tuple[mx.array, ...]) -> tuple:
+    """The loss's gradients by the arguments of a function, each an array or a tree, given those by its results."""
+
+    def probe(*given):
+        pairs = zip(function(*given), cotangents, strict=True)
+        return sum((found.astype(mx.float32) * d).sum() for found, d in pairs)
+
+    found = mx.grad(probe, argnums=tuple(range(len(given))))(*given)
+    return found if len(given) > 1 else (found,)  # MLX returns a single argument's as it is
+
+
+def _arrays(own: Layers) -> list[mx.array]:
+    return [array for factors in own.values() for array in factors.values()]

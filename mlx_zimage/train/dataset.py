@@ -1,0 +1,151 @@
+"""A folder of captioned images, read and checked before anything is computed.
+
+Captions are in a .txt file of the image's name, or in metadata.jsonl, one image a line:
+
+    {"file_name": "cat.png", "text": "a photo of [trigger]", "repeats": 2}
+
+"prompt" and "caption" stand for "text" as well. `[trigger]` in a caption is replaced by the trigger word. An image is
+scaled down to at most resolution x resolution pixels and cropped to sides that are multiples of 16, never enlarged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RequestError
+from ..images.source import digest, fit_size, over_white, read_image
+from ..request import SIZE_MULTIPLE
+from ..untrusted import brief, parse_json, read_bytes
+
+METADATA = "metadata.jsonl"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif")
+TEXTS = ("text", "prompt", "caption")
+TRIGGER = "[trigger]"
+LEAST = 2  # images
+NAMED = 5  # files that a message names at most
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image, the size at which it is used, the digest of its pixels, its caption, and its repeats in one pass."""
+
+    file: Path
+    width: int
+    height: int
+    digest: str
+    caption: str
+    repeats: int = 1
+
+
+def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> list[Example]:
+    """The examples of a folder in the order of their names; RequestError names all that is wrong with it."""
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is not a folder; give one with images and their captions")
+    captions = list(_captions(folder))
+    if len(captions) < LEAST:
+        raise RequestError(
+            f"{folder} has {len(captions)} image{'s' * (len(captions) != 1)}; training needs at least {LEAST}"
+        )
+    bare = [file for file, text, _ in captions if text is None]
+    if bare:
+        raise RequestError(
+            f"{len(bare)} of {len(captions)} images have no caption: {_some(bare)}; write it to a .txt file of the "
+            f"same name, such as {bare[0].with_suffix('.txt').name}"
+        )
+    empty = [file for file, text, _ in captions if not text]
+    if empty:
+        raise RequestError(f"{len(empty)} of {len(captions)} captions are empty: {_some(empty)}; describe these images")
+    texts = _with_trigger([str(text) for _, text, _ in captions], trigger, folder)
+    examples, broken = [], []
+    for (file, _, repeats), text in zip(captions, texts, strict=True):
+        try:
+            image = over_white(read_image(file))
+        except RequestError as error:
+            broken.append(str(error))
+            continue
+        if min(image.size) < SIZE_MULTIPLE:
+            broken.append(f"{file} has {image.width}x{image.height} pixels, fewer than {SIZE_MULTIPLE} on a side")
+            continue
+        width, height = fit_size(image.size, resolution**2)
+        examples.append(Example(file, width, height, digest(image), text, repeats))
+    if broken:
+        more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+        raise RequestError(
+            f"{len(broken)} of {len(captions)} images cannot be used: {'; '.join(broken[:NAMED])}{more}. Replace or "
+            f"remove them"
+        )
+    return examples
+
+
+def order_of(examples: Sequence[Example]) -> list[int]:
+    """The number of each example, as often as it is repeated in one pass."""
+    return [i for i, example in enumerate(examples) for _ in range(example.repeats)]
+
+
+def _captions(folder: Path) -> Iterator[tuple[Path, str | None, int]]:
+    """Each image with its caption, if it has one, and its repeats."""
+    if (folder / METADATA).exists():
+        yield from _listed(folder / METADATA)
+        return
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+            text = file.with_suffix(".txt")
+            yield file, _text(text) if text.exists() else None, 1
+
+
+def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
+    for number, line in enumerate(_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line.encode())
+        except ValueError as error:
+            raise RequestError(f"{file}, line {number} is not valid JSON ({error})") from error
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str):
+            raise RequestError(f'{file}, line {number}: expected an object with a "file_name" but got {brief(row)}')
+        image, text, repeats = file.parent / name, _first(row), row.get("repeats", 1)
+        if not image.resolve().is_relative_to(file.parent.resolve()):
+            raise RequestError(f"{file}, line {number}: {name} is outside the folder")
+        if text is not None and not isinstance(text, str):
+            raise RequestError(f"{file}, line {number}: expected a text but got {brief(text)}")
+        if type(repeats) is not int or repeats < 1:
+            raise RequestError(f"{file}, line {number}: repeats must be a whole number from 1, got {brief(repeats)}")
+        yield image, text if text is None else text.strip(), repeats
+
+
+def _first(row: dict) -> object:
+    return next((row[key] for key in TEXTS if key in row), None)
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_bytes(file).decode("utf-8-sig").strip()
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RequestError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def _with_trigger(texts: Sequence[str], trigger: str | None, folder: Path) -> list[str]:
+    marked = [text for text in texts if TRIGGER in text]
+    if trigger is None:
+        if marked:
+            raise RequestError(
+                f"{len(marked)} captions in {folder} contain {TRIGGER}, and there is no trigger word; give one with "
+                f"--trigger"
+            )
+        return list(texts)
+    if not trigger.strip():
+        raise RequestError("the trigger word is empty; give a word that no caption would contain otherwise")
+    found = [text.replace(TRIGGER, trigger) for text in texts]
+    if not any(trigger in text for text in found):
+        raise RequestError(f"no caption in {folder} contains {TRIGGER} or {brief(trigger)}; write {TRIGGER} into some")
+    return found
+
+
+def _some(files: Sequence[Path]) -> str:
+    more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
+    return ", ".join(file.name for file in files[:NAMED]) + more

@@ -1,0 +1,115 @@
+"""The LoRA that training writes, and the state that it goes on from.
+
+A LoRA has ai-toolkit's keys, which ComfyUI, diffusers, mflux and sd.cpp read, too. It is in bfloat16, and has no alpha:
+`up` includes the scale.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from .. import atomic
+from ..errors import CheckpointError, OutputError, RequestError
+from ..models.transformer import TransformerConfig
+from ..untrusted import parse_json
+from ..version import __version__
+from .factors import Factors, deltas
+from .optimizer import AdamW
+from .settings import Settings
+
+PARTS = ("factors", "first", "second")
+FREE = ("steps",)  # what may be changed when a run is resumed
+
+
+def write_lora(
+    path: Path, factors: Factors, settings: Settings, config: TransformerConfig, model: str, checksum: str
+) -> None:
+    """Write factors as a LoRA; model and checksum say what it was trained on."""
+    tensors = {}
+    for name, delta in deltas(factors, settings.scale, config).items():
+        layer = f"diffusion_model.{name.removesuffix('.weight')}"
+        tensors[f"{layer}.lora_A.weight"] = delta.down.astype(mx.bfloat16)
+        tensors[f"{layer}.lora_B.weight"] = delta.up.astype(mx.bfloat16)
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "Z-Image/lora",
+        "modelspec.title": path.stem,
+        "modelspec.implementation": f"mlx-zimage {__version__}",
+        "ss_base_model_version": "zimage",
+        "ss_network_dim": str(settings.rank),
+        "mlx_zimage.base": model,
+        "mlx_zimage.base_sha256": checksum,
+        "mlx_zimage.settings": json.dumps(settings.to_dict(), ensure_ascii=False),
+    }
+    if settings.trigger is not None:
+        metadata["modelspec.trigger_phrase"] = settings.trigger
+    _write(path, tensors, metadata)
+
+
+def write_state(path: Path, factors: Factors, optimizer: AdamW, run: Mapping[str, object]) -> None:
+    """Write all that a run needs to go on exactly; run says what run it is."""
+    trees = (factors, optimizer.first, optimizer.second)
+    tensors = {
+        f"{part}/{block}/{layer}/{name}": array
+        for part, tree in zip(PARTS, trees, strict=True)
+        for block, layers in tree.items()
+        for layer, own in layers.items()
+        for name, array in own.items()
+    }
+    _write(path, tensors, {"format": "mlx", "step": str(optimizer.step), "run": json.dumps(run)})
+
+
+def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Factors, AdamW] | None:
+    """What `write_state` wrote, if there is such a file; RequestError if it is another run's.
+
+    new are the factors that the run starts with. The order of what is read is theirs, so that sums are the same.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+        other, step = parse_json(metadata["run"]), int(metadata["step"])
+        _check_run(path, other, run)
+        arrays = mx.load(str(path))
+        assert isinstance(arrays, dict)
+        factors, first, second = (
+            {
+                block: {
+                    layer: {name: arrays[f"{part}/{block}/{layer}/{name}"] for name in own}
+                    for layer, own in layers.items()
+                }
+                for block, layers in new.items()
+            }
+            for part in PARTS
+        )
+        mx.eval(factors, first, second)
+    except RequestError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it to start again") from error
+    return factors, AdamW(first, second, step)
+
+
+def _check_run(path: Path, other: Mapping[str, object], run: Mapping[str, object]) -> None:
+    for key, value in run.items():
+        if other.get(key) != value:
+            raise RequestError(
+                f"{path} is of a run with another {key} ({other.get(key)!r} instead of {value!r}); use the same one to "
+                f"go on, or another output to start a new run"
+            )
+
+
+def _write(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, lambda file: mx.save_safetensors(str(file), tensors, metadata))
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"could not write {path}: {reason}") from error

@@ -1,0 +1,70 @@
+"""Everything about a run of training except its data: validated, and compared when a run is resumed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from ..errors import RequestError
+from ..request import MAX_SIZE, SIZE_MULTIPLE
+from ..untrusted import brief
+from .factors import EXTRAS
+from .objective import OBJECTIVES
+
+STEPS, RANK, RATE = 3000, 16, 1e-4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """objective is one of OBJECTIVES; None is the model's own.
+
+    resolution is the side in pixels of a square that no image is larger than. A step takes the mean gradient of
+    `accumulate` images, at most `clip` long; its rate rises to `rate` in the first `warm_up` steps. dropout is the
+    share of images shown with an empty caption. alpha None is the rank. extras are of `factors.EXTRAS`.
+    """
+
+    steps: int = STEPS
+    rank: int = RANK
+    alpha: float | None = None
+    rate: float = RATE
+    decay: float = 1e-4
+    clip: float = 1.0
+    warm_up: int = 0
+    accumulate: int = 1
+    dropout: float = 0.05
+    objective: str | None = None
+    extras: tuple[str, ...] = ()
+    resolution: int = 512
+    trigger: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("rank", 1), ("warm_up", 0), ("accumulate", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise RequestError(f"{name} must be a whole number from {least}, got {brief(value)}")
+        for name in ("rate", "clip", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RequestError(f"{name} must be a positive number, got {brief(value)}")
+        if not 0 <= self.decay < math.inf:
+            raise RequestError(f"decay must be a number from 0, got {brief(self.decay)}")
+        if not 0 <= self.dropout <= 1:
+            raise RequestError(f"dropout must be from 0 to 1, got {brief(self.dropout)}")
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise RequestError(f"objective must be one of {', '.join(OBJECTIVES)}, got {brief(self.objective)}")
+        if not set(self.extras) <= set(EXTRAS):
+            raise RequestError(f"extras must be of {', '.join(EXTRAS)}, got {brief(list(self.extras))}")
+        if self.resolution % SIZE_MULTIPLE or not SIZE_MULTIPLE <= self.resolution <= MAX_SIZE:
+            raise RequestError(
+                f"resolution must be a multiple of {SIZE_MULTIPLE} from {SIZE_MULTIPLE} to {MAX_SIZE} pixels, got "
+                f"{brief(self.resolution)}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"extras": list(self.extras)}

@@ -1,0 +1,148 @@
+"""Training teaches a LoRA what it is shown, and a run that was stopped ends as if it had not been."""
+
+import itertools
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline
+from mlx_zimage.train import objective
+from mlx_zimage.train.dataset import read_dataset
+from mlx_zimage.train.loop import Saved, Stepped, train
+from mlx_zimage.train.settings import Settings
+from mlx_zimage.weights.component import read_metadata
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Four images of 32x32 and 48x32 pixels, with captions."""
+    folder = tmp_path_factory.mktemp("images")
+    for i, width in enumerate((32, 48, 32, 48)):
+        pixels = np.random.default_rng(i).integers(0, 255, (32, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"[trigger] number {i}")
+    return folder
+
+
+@pytest.fixture
+def pipe(tiny_folder) -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+
+
+def settings(**changed) -> Settings:
+    return Settings(**{"steps": 6, "rank": 4, "rate": 1e-3, "trigger": "sks", "resolution": 64, **changed})
+
+
+def run(pipe, images, output, save_every: int = 2, **changed) -> list:
+    own = settings(**changed)
+    return list(train(pipe, read_dataset(images, own.resolution, own.trigger), own, output, save_every))
+
+
+def test_a_run_that_stopped_anywhere_ends_with_the_same_file(pipe, images, tmp_path, tiny_folder):
+    changed = {"accumulate": 2, "warm_up": 3, "dropout": 0.3}
+    whole = run(pipe, images, tmp_path / "whole" / "lora.safetensors", **changed)
+    losses = [event.loss for event in whole if isinstance(event, Stepped)]
+    output = tmp_path / "parts" / "lora.safetensors"
+    own, found = settings(**changed), {}
+    for stop in (1, 2, 3):  # each part stops after so many steps, which may not have been saved
+        again = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+        events = train(again, read_dataset(images, 64, "sks"), own, output, 2)
+        steps = (event for event in events if isinstance(event, Stepped))
+        found |= {event.step: event.loss for event in itertools.islice(steps, stop)}
+        events.close()
+    again = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+    found |= {e.step: e.loss for e in run(again, images, output, **changed) if isinstance(e, Stepped)}
+    assert [found[i + 1] for i in range(6)] == losses
+    assert output.read_bytes() == (tmp_path / "whole" / "lora.safetensors").read_bytes()
+
+
+def test_a_run_does_not_go_on_with_other_settings(pipe, images, tmp_path):
+    output = tmp_path / "lora.safetensors"
+    run(pipe, images, output, steps=2)
+    with pytest.raises(RequestError, match="another rank"):
+        run(pipe, images, output, rank=2)
+    longer = run(pipe, images, output, steps=3)
+    assert [event.step for event in longer if isinstance(event, Stepped)] == [3]
+
+
+def test_nothing_is_encoded_again_and_the_encoders_are_unloaded(pipe, images, tmp_path, tiny_folder):
+    output = tmp_path / "lora.safetensors"
+    first = [event for event in run(pipe, images, output, steps=1) if not isinstance(event, (Stepped, Saved))]
+    assert {phase.name for phase in first} == {"captions", "images"}
+    assert not pipe.networks.runners["vae"]._kept and not pipe.networks.runners["text_encoder"]._kept
+    again = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+    assert all(isinstance(event, (Stepped, Saved)) for event in run(again, images, output, steps=2))
+
+
+def test_the_file_is_used_as_any_lora_and_says_how_it_was_made(pipe, images, tmp_path):
+    output = tmp_path / "lora.safetensors"
+    run(pipe, images, output, rate=0.03, alpha=8.0, extras=("adaln", "refiners"))
+    metadata = read_metadata(output)
+    assert metadata["modelspec.trigger_phrase"] == "sks"
+    assert json.loads(metadata["mlx_zimage.settings"])["alpha"] == 8.0
+    assert len(metadata["mlx_zimage.base_sha256"]) == 64
+    request = GenerateRequest("sks number 1", width=32, height=32, seed=0, steps=2)
+    (*_, plain) = pipe.stream(request)
+    pipe.load_lora(output)
+    (*_, adapted) = pipe.stream(request)
+    assert np.abs(adapted.unit - plain.unit).max() > 0.01
+
+
+def test_steps_reduce_the_loss(pipe, images, tmp_path):
+    """The tiny model is random, so all that it can learn is to say less."""
+    events = run(pipe, images, tmp_path / "lora.safetensors", steps=40, rank=16, rate=0.03, objective="uniform")
+    losses = [event.loss for event in events if isinstance(event, Stepped)]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_a_rank_larger_than_a_matrix_is_refused_before_anything_is_encoded(pipe, images, tmp_path):
+    with pytest.raises(RequestError, match=r"rank must be from 1 to 48, .* got 49"):
+        run(pipe, images, tmp_path / "lora.safetensors", rank=49)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"steps": 0}, "steps must be"),
+        ({"rate": float("nan")}, "rate must be"),
+        ({"dropout": 2}, "dropout must be"),
+        ({"objective": "sideways"}, "objective must be"),
+        ({"extras": ("vae",)}, "extras must be"),
+        ({"resolution": 100}, "resolution must be"),
+    ],
+)
+def test_wrong_settings_are_refused(changed, said):
+    with pytest.raises(RequestError, match=said):
+        settings(**changed)
+
+
+# ---- noise levels
+
+
+def test_every_example_is_drawn_as_often_as_it_is_repeated():
+    order, shapes = [0, 1, 1, 2], [(1, 2, 2, 4)] * 3
+    drawn = [objective.draw(3, i, order, shapes, "uniform", 0.0).example for i in range(40)]
+    for start in range(0, 40, 4):
+        assert sorted(drawn[start : start + 4]) == order
+    assert len({tuple(drawn[start : start + 4]) for start in range(0, 40, 4)}) > 2  # shuffled anew
+
+
+@pytest.mark.parametrize("name, mean", [("weighted", 0.5005), ("uniform", 0.5), ("logit-normal", 0.64)])
+def test_noise_levels_have_their_distribution(name, mean):
+    random = np.random.default_rng(0)
+    sigmas, weights = np.array([objective.level(name, random) for _ in range(20000)]).T
+    assert sigmas.min() >= 0 and sigmas.max() <= 1
+    assert sigmas.mean() == pytest.approx(mean, abs=0.008)  # 4 standard errors
+    assert weights.mean() == pytest.approx(1, abs=0.01)
+
+
+def test_a_draw_depends_on_its_number_alone():
+    given = [0, 1, 2], [(1, 4, 4, 16)] * 3, "weighted", 0.5
+    first, second = (objective.draw(1, 7, *given) for _ in range(2))
+    assert mx.array_equal(mx.array(first.noise), mx.array(second.noise)) and first.sigma == second.sigma
+    assert not np.array_equal(first.noise, objective.draw(1, 8, *given).noise)

@@ -29,7 +29,7 @@ FEATHERS = 64  # a mask's feather is the shorter side divided by this: 16 pixels
 RESAMPLE = 5  # times per step of inpainting: see examples/guided-images.md
 MAX_RESAMPLE = 100
 MAX_MARGIN = 1024  # pixels, of a mask's feather and growth
-LORA_TAG = re.compile(r"<(?:lora|lyco):([^:<>]{1,200}):?([^:<>]{0,20})[^<>]{0,20}>", re.IGNORECASE)  # of A1111
+LORA_TAG = re.compile(r"<(?:lora|lyco):([^:<>]{1,200}):?([^:<>]{0,20})[^<>]{0,50}>", re.IGNORECASE)  # of A1111
 DIGEST = re.compile(r"[0-9a-f]{64}")
 ARRAYS = (
     "latents",

@@ -84,12 +84,18 @@ def test_what_the_server_changes_is_a_warning(run):
 
 def test_control_images_are_sent(run, small_pocket):
     Image.radial_gradient("L").resize((64, 64)).convert("RGB").save("photo.png")
-    options = ("--control", "canny:photo.png", "--control", "photo.png", "--control-scale", "0.5", "--control-end", "1")
-    result = run(*WORDS, *options, "-o", "server.png")
-    assert result.exit_code == 0, result.stderr
-    alone(small_pocket, *WORDS, *options, "--control-model", "pocket")
-    assert same("server.png", "alone.png")
-    assert read_origin(Path("server.png")).request == read_origin(Path("alone.png")).request
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save("mask.png")
+    for options in (
+        ("--control", "canny:photo.png", "--control", "photo.png", "--control-scale", "0.5", "--control-end", "1"),
+        ("--control", "inpaint", "--image", "photo.png", "--mask", "mask.png", "--mask-resample", "0"),
+    ):
+        result = run(*WORDS, *options, "-o", "server.png", "--overwrite")
+        assert result.exit_code == 0, result.stderr
+        alone(small_pocket, *WORDS, *options, "--control-model", "pocket")
+        assert same("server.png", "alone.png")
+        assert read_origin(Path("server.png")).request == read_origin(Path("alone.png")).request
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import subprocess
 import time
 from bisect import bisect_left
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ from mlx_zimage.server.app import is_answered
 from mlx_zimage.server.errors import ADJUSTED, Refusal
 from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, Body, Guard, host_name
 from mlx_zimage.server.loras import lora_files
-from mlx_zimage.server.messages import Accepted, Done, Failed, Job, Loaded, Model, Options
+from mlx_zimage.server.messages import Accepted, Done, Job, Loaded, Model, Options
 from mlx_zimage.server.messages import Image as Finished
 from mlx_zimage.server.queue import Queue
 from mlx_zimage.server.service import Service
@@ -531,20 +532,28 @@ def opened_worker(small_pocket, lora_dir: Path) -> tuple[worker.Worker, list]:
     return made, sent
 
 
-def test_a_request_that_does_not_fit_with_its_loras_is_refused_before_it_is_queued(small_pocket, tmp_path):
+def test_a_request_that_does_not_fit_is_refused_before_it_is_queued(small_pocket, tmp_path):
+    """With all that it asks for: what just fits no longer does with a LoRA, a control image, or more of it."""
     write_lora(tmp_path / "style.safetensors")
     made, sent = opened_worker(small_pocket, tmp_path)
     pipeline = made.models["pocket"].pipeline
+    pipeline.load_controlnet("pocket")
+    controlled = replace(job(controls=[{}]), controls=(png(Image.new("RGB", (32, 32))),))
     fits = range(10**6, pipeline.plan(GenerateRequest(PROMPT, 32, 32, seed=1)).peak)
     pipeline.budget = fits[bisect_left(fits, True, key=lambda budget: is_enough(pipeline, budget))]
-    for job_, kind in (
-        (job(), Accepted),
-        (job(loras=[{"name": "style", "strength": 0.5}]), Failed),
-        (job(loras=[{"name": "style", "strength": 0.0}]), Failed),  # it is read all the same
-    ):
-        made.check(job_)
-        assert isinstance(sent[-1], kind), sent[-1]
-    assert [message.kind for message in sent[1:]] == 2 * ["MemoryBudgetError"]
+    made.check(job())
+    assert isinstance(sent[0], Accepted), sent
+    too_large = (
+        job(loras=[{"name": "style", "strength": 0.5}]),
+        job(loras=[{"name": "style", "strength": 0.0}]),  # it is read all the same
+        controlled,
+        job(width=512, height=512),
+        job(steps=1000),
+        job(upscale=2.0),
+    )
+    for refused in too_large:
+        made.check(refused)
+    assert [getattr(message, "kind", message) for message in sent[1:]] == len(too_large) * ["MemoryBudgetError"]
     assert len(made.waiting) == 1 and not made.loras["pocket"], "nothing was loaded"
 
 

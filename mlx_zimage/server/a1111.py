@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from math import prod
 from typing import Any
 
@@ -20,7 +19,7 @@ from starlette.routing import Route
 
 from ..errors import RequestError
 from ..images.metadata import origin_in, parameters
-from ..request import CONTROLS
+from ..request import CONTROLS, LORA_TAG
 from ..untrusted import brief
 from ..version import __version__
 from .controls import check_controls, units_of
@@ -29,7 +28,6 @@ from .loras import lora_files
 from .messages import Image, Job
 from .service import Service, accepted, decoded, images_of, json_object, log_images, seeds_of
 
-TAG = re.compile(r"<(?:lora|lyco):([^:<>]{1,200})(?::([^:<>]{1,20}))?[^<>]{0,50}>", re.IGNORECASE)
 SAMPLER, SCHEDULER = "Euler", "Simple"
 MASK_BLUR = 4  # pixels, as there
 
@@ -210,7 +208,7 @@ def fields_of(values: dict[str, Any], from_image: bool, masked: bool) -> dict[st
     prompt, loras = without_tags(values.get("prompt", ""))
     fields: dict[str, Any] = {"prompt": prompt, "loras": loras}
     if isinstance(values.get("negative_prompt"), str):
-        fields["negative_prompt"] = TAG.sub("", values["negative_prompt"])
+        fields["negative_prompt"] = LORA_TAG.sub("", values["negative_prompt"])
     fields |= {name: values[name] for name in ("width", "height", "steps", "upscale") if name in values}
     if "denoising_strength" in values and (from_image or "upscale" in values):
         fields["strength"] = values["denoising_strength"]
@@ -229,12 +227,12 @@ def without_tags(prompt: object) -> tuple[Any, list[dict[str, Any]]]:
     if not isinstance(prompt, str):
         return prompt, []
     strengths: dict[str, float] = {}
-    for name, strength in TAG.findall(prompt):
+    for name, strength in LORA_TAG.findall(prompt):
         try:
             strengths[name] = float(strength or 1)
         except ValueError:
             raise Refusal(400, f"the strength of LoRA {brief(name)} must be a number, got {brief(strength)}") from None
-    return TAG.sub("", prompt).strip(), [{"name": name, "strength": value} for name, value in strengths.items()]
+    return LORA_TAG.sub("", prompt).strip(), [{"name": name, "strength": value} for name, value in strengths.items()]
 
 
 def count_of(values: dict[str, Any]) -> object:

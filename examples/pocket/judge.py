@@ -81,15 +81,20 @@ class Found:
 
 def judge(image: np.ndarray, scene: Scene) -> Verdict:
     """image is (height, width, 3) uint8."""
+    return look(image, scene)[0]
+
+
+def look(image: np.ndarray, scene: Scene) -> tuple[Verdict, list[Seen]]:
+    """The verdict, and the objects in the order of the scene's; none if their number is wrong."""
     if image.shape != (scene.height, scene.width, 3):
         raise ValueError(f"the scene is {scene.width}x{scene.height}, the image {image.shape[1]}x{image.shape[0]}")
     background, is_near, found, stray = find_objects(image)
     has_background = is_near and background == scene.background
     if len(found) != len(scene.things) or stray >= STRAY:
-        return Verdict(has_background, count=False)
+        return Verdict(has_background, count=False), []
     seen = _match([_measure(one, found) for one in found], scene)
     pairs = list(zip(seen, scene.things, strict=True))
-    return Verdict(
+    verdict = Verdict(
         background=has_background,
         count=True,
         colors=all(one.color == thing.color and one.has_right_color for one, thing in pairs),
@@ -97,6 +102,7 @@ def judge(image: np.ndarray, scene: Scene) -> Verdict:
         sizes=all(_has_size(one.radii[thing.shape], thing) for one, thing in pairs),
         place=_is_in_place(seen, scene),
     )
+    return verdict, seen
 
 
 def find_objects(image: np.ndarray) -> tuple[int, bool, list[Found], int]:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from evaluate import images_of
+import variety
+from evaluate import as_bytes, images_of
 from judge import Verdict, judge
 from palette import PALETTE, SHAPES
 from render import ground_truth
@@ -23,6 +24,7 @@ from scenes import (
     is_held_out,
     sample_scene,
 )
+from variety import NONE, Batches, Way, compare
 
 SCENES = held_out_scenes(60, seed=5)
 IMAGES = ground_truth(SCENES)
@@ -307,3 +309,33 @@ def test_rows_are_compared_with_float32_alone():
     assert table[-1].endswith("| 1 | 0 |")
     alone = as_table(ROWS[1:2], SCENES[:1], {"bfloat16": wrong[:1]}).splitlines()
     assert alone[-1].endswith("| |") and " 0.0 ± 0.0 " in alone[-1]
+
+
+def test_pairs_of_images_are_compared_where_both_are_right():
+    scene = next(scene for scene in SCENES if scene.kind == "single" and scene.position is None)
+    (thing,) = scene.things
+    there = replace(scene, things=(replace(thing, x=thing.x + 16),))
+    empty = replace(scene, things=())
+    images = ground_truth([scene, scene, there, empty])
+    right, pairs = compare((scene, images))
+    assert right == [True, True, True, False]
+    assert [pairs[pair].moved for pair in ((0, 1), (0, 2), (1, 2), (0, 3))] == [False, True, True, None]
+    assert pairs[0, 1].distance == 0 < pairs[0, 2].distance == pairs[1, 2].distance
+    way = Way("low", 0.5, 1)
+    row = {NONE: (right, pairs), way: compare((scene, images[:1] * 4))}
+    # by hand: from three right images to four, and from two of three pairs that differ to none
+    expected = "| low 0.5, 1 step | 100.00 | +25.00 ± nan | 0.0000 | -100.00 ± nan | 0.0 | -66.67 ± nan |"
+    assert variety.as_table([row], [way]).endswith(expected)
+
+
+@pytest.mark.slow
+def test_batches_generate_what_the_pipeline_does():
+    scenes = [(i, scene) for i, scene in enumerate(SCENES) if (scene.width, scene.height) == (128, 128)][:2]
+    batches, ways = Batches("pocket", "float32"), [NONE, *map(Way.of, ("noise:0:2", "empty:0:1", "noise:1:1"))]
+    found = batches.images(scenes, 2, ways)
+    one = batches.pipe(scenes[1][1].caption, height=128, width=128, seed=100 * scenes[1][0] + 1, output_type="np")
+    # a batch adds products in another order
+    assert np.abs(found[NONE][3].astype(int) - as_bytes(one.images[0])).max() <= 1
+    for way in ways[1:3]:
+        assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(found[NONE], found[way], strict=True))
+    assert np.abs(found[NONE][0].astype(int) - found[ways[3]][0]).max() > 1

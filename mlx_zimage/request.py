@@ -325,6 +325,8 @@ class GenerateRequest:
         parts = [name for name in ("mask_image", "outpaint", "upscale") if getattr(self, name) is not None]
         if len(parts) > 1:
             raise RequestError(f"{parts[0]} and {parts[1]} were both given; give one, then run the other on its result")
+        if self.posterior_noise is not None and not self.sample_posterior:
+            raise RequestError("posterior_noise is given, but not used: it is for sample_posterior")
         of_mask = {"mask_feather": None, "mask_resample": None, "mask_grow": 0, "mask_soft": False}
         for name, unused in of_mask.items():
             used = self.inpaints if unused is None else self.mask_image is not None

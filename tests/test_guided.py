@@ -142,6 +142,11 @@ def test_a_call_that_cannot_work_is_refused_before_any_work(refused_at_once, cal
     refused_at_once(message, **call)
 
 
+def test_noise_that_would_not_be_used_is_refused(pipe):
+    with pytest.raises(RequestError, match="posterior_noise is given, but not used: it is for sample_posterior"):
+        pipe.complete(request_of(), replace(PHOTO, posterior_noise=np.zeros(SHAPE)))
+
+
 def test_a_request_expects_the_image_that_it_names(pipe):
     request = pipe.complete(request_of(), PHOTO)
     for inputs in (None, Inputs(image=255 - tiny.photo())):

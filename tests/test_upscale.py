@@ -151,6 +151,14 @@ def test_a_call_that_cannot_work_is_refused_before_any_work(refused_at_once, cal
     refused_at_once(message, **call)
 
 
+def test_several_images_are_upscaled_in_one_call(pipe):
+    images = [tiny.photo(), 255 - tiny.photo()]
+    call = {"upscale": 2, "num_inference_steps": 4, "guidance_scale": 0.0, "seed": 0}
+    found = pipe(["a red fox"] * 2, image=images, **call).images
+    for own, image in zip(found, images, strict=True):
+        assert np.array_equal(own, pipe("a red fox", image=image, **call).images[0])
+
+
 # ---- the command line
 
 

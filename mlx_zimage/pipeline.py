@@ -159,7 +159,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         default they are kept if all fit at once.
 
         "z-image-turbo" and "turbo" are what the first run of `mlx-zimage generate` converted; without it, the official
-        model with its transformer in bfloat16, a download of 21 GB instead of 33.
+        model with its transformer in bfloat16, a download of 21 GB instead of 33. As in diffusers, downloads start
+        without asking.
 
         transformer, text_encoder and vae each name another place to take that network from: a model, the network's own
         folder or file, or an id; ID:PATH is a file or folder in a repository. Networks and a tokenizer that the model

@@ -9,21 +9,26 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 from compare import TOLERANCE, relative_error
 
 from mlx_zimage import GenerateRequest, Inputs, ZImagePipeline
+from mlx_zimage.cli import main
 from mlx_zimage.convert import convert
 from mlx_zimage.errors import CheckpointError, MemoryBudgetError, ModelNotFoundError, RequestError
 from mlx_zimage.images.metadata import Origin
 from mlx_zimage.machine import wide_dtype
+from mlx_zimage.memory import Workload
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.pipeline import Overflow
 from mlx_zimage.request import LoraUse
+from mlx_zimage.sizes import rounded_up
 
 SHAPES = TransformerConfig.from_dict(tiny.TRANSFORMER).shapes()
 ENCODER = TextEncoderConfig.from_dict(tiny.TEXT_ENCODER).shapes()
 REQUEST = GenerateRequest("a red fox", 32, 32, seed=1, steps=2)
+WORK = Workload(32, 32, images=1, tokens=20, steps=8)
 
 
 def write(path, seed: int, encoder: bool = False):
@@ -72,6 +77,24 @@ def test_what_loras_need_is_known_before_they_are_loaded(pipe, tmp_path, style, 
     strengths = pipe.complete(REQUEST).lora_strengths
     assert extras == pipe.networks.lora_extras(strengths)
     assert pipe.plan(REQUEST) == expected
+
+
+def test_plan_shows_what_loras_need_as_generate_plans_it(tiny_folder, tmp_path, style, face):
+    encoder = write(tmp_path / "words.safetensors", 3, encoder=True)
+    words = ["--size", "32x32", "--tokens", "20", "--memory", "1GB", "--dtype", "float32"]
+    loras = ["--lora", style, "0.5", "--lora", face, "--lora", encoder]
+    run = lambda *args: CliRunner().invoke(main, ["plan", *map(str, args), *words])  # noqa: E731
+    with_loras, without = run(tiny_folder, *loras), run(tiny_folder)
+    assert with_loras.exit_code == 0, with_loras.output
+    pipe = ZImagePipeline.from_pretrained(tiny_folder, "float32", "1GB")
+    for shown, expected in ((without, {}), (with_loras, {style: 0.5, face: 1.0, encoder: 1.0})):
+        work = replace(WORK, loras=pipe.lora_extras(expected))
+        assert f"denoise      about {rounded_up(pipe.networks.plan(work).peaks['denoise'])}, " in shown.output
+    assert with_loras.output != without.output
+    refused = run(tiny_folder, "--lora", tmp_path / "none.safetensors")
+    assert refused.exit_code == 3 and "none.safetensors" in refused.stderr
+    other = run("--lora", style)  # of the full size
+    assert other.exit_code == 4 and "style.safetensors" in other.stderr, other.output
 
 
 def test_a_loaded_lora_changes_the_next_image_until_it_is_unloaded(pipe, style):

@@ -11,17 +11,20 @@ from ..errors import RequestError
 from ..request import GenerateRequest, Outpaint
 from ..sizes import parse_memory, rounded_up, size
 from ..variants import TURBO
-from .elsewhere import Command
+from .adapters import WithLoras, lora_options
 from .models import DEFAULT_MODEL
 from .output import DEFAULT_DTYPE
 from .values import FilePath, LoraName, ModelName, sides, size_options
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from ..memory import Plan, Planner, Workload
     from ..weights.checkpoint import Checkpoint
+    from ..weights.overlay import Extra
 
 
-@click.command(cls=Command, epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
+@click.command(cls=WithLoras, epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
 @click.argument("model", required=False, type=ModelName(converted=True))
 @click.option(
     "--variant",
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--upscale", type=float, metavar="FACTOR", help="Plan for enlarging --image, or what is generated first.")
 @click.option("--tile", type=int, metavar="PIXELS", help="Largest side of the tiles for --upscale, as in `generate`.")
 @click.option("--control-model", metavar="PATH", type=LoraName(), help="Plan for a control image with this ControlNet.")
+@lora_options
 @click.option(
     "--dtype",
     type=click.Choice(sorted(FLOATS)),
@@ -64,6 +68,8 @@ def plan(
     upscale: float | None,
     tile: int | None,
     control_model: str | None,
+    loras: list[tuple[str, float | None]],
+    lora_partial: bool,
     dtype: str | None,
     memory: str | None,
     keep: bool | None,
@@ -112,7 +118,8 @@ def plan(
         if shape["size"]:
             given = dict(zip(given, sides(**shape, default=side), strict=True))
         request = completed(replace(asked, **given), inputs, side, checkpoint.variant)
-        return [workload(part, tokens) for part in request.parts]
+        extras = _extras(checkpoint, compute, loras, lora_partial)
+        return [workload(part, tokens, extras) for part in request.parts]
 
     if model is not None:
         checkpoint = open_to_plan(model, variant)
@@ -138,6 +145,26 @@ def plan(
     click.echo(
         f"The first `mlx-zimage generate` on {machine} converts the model to {_stored(choose_bits(sizes, budget))}."
     )
+
+
+def _extras(
+    checkpoint: Checkpoint, dtype: mx.Dtype, loras: list[tuple[str, float | None]], partial: bool
+) -> dict[str, Extra]:
+    """What LoRAs add to the memory of each network. Reads only their headers, but downloads those of the hub."""
+    from ..weights.blocks import Blocks
+    from ..weights.lora import find_lora, read_lora
+    from ..weights.overlay import Overlay
+
+    networks = {name: checkpoint.networks[name] for name in ("text_encoder", "transformer")}
+    configs = {name: component.config for name, component in networks.items()}
+    read = {path: read_lora(find_lora(path), configs, partial, headers=True) for path, _ in loras}
+    strengths = {path: 1.0 if strength is None else strength for path, strength in loras}
+    return {
+        name: Overlay(Blocks(component, dtype), configs[name]).extra_of(
+            {path: lora.deltas.get(name, {}) for path, lora in read.items()}, strengths
+        )
+        for name, component in networks.items()
+    }
 
 
 def _stored(bits: int | None) -> str:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from .errors import CheckpointError, RequestError
 from .images.poses import Network, normalized, pose
-from .weights.hub import fetch_pinned
+from .weights.hub import fetch_pinned, pinned
 from .weights.manifest import sha256
 
 LIBRARIES = {
@@ -83,6 +83,11 @@ def check_library(kind: str | None) -> None:
                 f"finding {kind} in a photo needs {name}: pip install 'mlx-zimage[control]', or give a control image "
                 f"that is ready to use"
             )
+
+
+def is_downloaded(kind: str | None) -> bool:
+    """Whether this kind of control image can be made without downloading anything."""
+    return all(pinned(model.repository, model.revision, model.name) for model in MODELS.get(kind or "", ()))
 
 
 def detected(pixels: np.ndarray, kind: str) -> np.ndarray:

@@ -20,18 +20,20 @@ import controls
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from huggingface_hub import constants
 from PIL import Image
 from serving import KEY, PROMPT, Answer, form, png, serving
 from starlette.types import Message
 from test_cli_lora import write as write_lora
 
-from mlx_zimage import GenerateRequest, ZImagePipeline
+from mlx_zimage import GenerateRequest, ZImagePipeline, detectors
 from mlx_zimage.cli import main
 from mlx_zimage.errors import CheckpointError, MemoryBudgetError
 from mlx_zimage.generate import open_model
 from mlx_zimage.models.text_encoder import TextEncoder
 from mlx_zimage.server import guard, results, worker
 from mlx_zimage.server.app import is_answered
+from mlx_zimage.server.controls import units_of
 from mlx_zimage.server.errors import ADJUSTED, Refusal
 from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, Body, Guard, host_name
 from mlx_zimage.server.loras import lora_files
@@ -48,11 +50,12 @@ SLOW = {"prompt": PROMPT, "size": "64x64", "steps": 8, "n": 10}
 # ---- who may use it
 
 
-def test_without_the_key_nothing_is_answered_but_health(server):
-    for path in ("/v1/models", "/sdapi/v1/options", "/", "/v1/images/result"):
+def test_without_the_key_nothing_is_answered_but_health_and_the_pages_own_files(server):
+    for path in ("/v1/models", "/sdapi/v1/options", "/page", "/v1/images/result"):
         answer = server.request("GET", path, headers={"Authorization": "Bearer wrong"})
         assert answer.status == 401 and KEY.encode() not in answer.body
-    assert server.request("GET", "/health", headers={"Authorization": ""}).status == 200
+    for path in ("/health", "/"):
+        assert server.request("GET", path, headers={"Authorization": ""}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -584,6 +587,24 @@ def test_loras_that_cannot_be_used_are_refused_before_the_request_is_queued(smal
     assert message in sent[-1].message and str(tmp_path) not in sent[-1].message and not made.waiting
 
 
+def test_a_request_downloads_nothing(small_pocket, tmp_path, monkeypatch):
+    """Networks for poses and depth are used if they are here."""
+    monkeypatch.setattr(detectors, "find_spec", lambda module: True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    made, sent = opened_worker(small_pocket, tmp_path)
+    made.models["pocket"].pipeline.load_controlnet("pocket")
+    for kind in ("pose", "depth"):
+        controlled = replace(job(controls=[{"prepare": kind}]), controls=(png(Image.new("RGB", (32, 32))),))
+        made.check(controlled)
+        assert sent[-1].kind == "ModelNotFoundError" and f"no networks that find {kind}" in sent[-1].message
+        for file in detectors.MODELS[kind]:
+            folder = tmp_path / f"models--{file.repository.replace('/', '--')}/snapshots/{file.revision}"
+            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file.name).touch()
+        made.check(controlled)
+        assert isinstance(sent[-1], Accepted)
+
+
 def test_unloading_a_model_unloads_its_loras(small_pocket, tmp_path):
     write_lora(tmp_path / "style.safetensors")
     made, _ = opened_worker(small_pocket, tmp_path)
@@ -640,6 +661,16 @@ def test_a_model_goes_by_its_alias_and_its_id(served):
     for name in ("z-image", "Z-Image-Turbo", "../other", ["other"], 1):
         with pytest.raises(Refusal, match="is served; expected other, "):
             service.model(name)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [("None", None), ("canny", "canny"), ("tile_resample", "tile"), ("scribble_hed", "scribble"), ("mlsd", "lines"),
+     ("depth_anything_v2", "depth"), ("openpose_full", "pose"), ("dw_openpose_full", "pose")],
+)  # fmt: skip
+def test_a_module_of_a1111s_extension_is_a_kind_of_control_image(module, kind):
+    scripts = {"ControlNet": {"args": [{"module": module, "image": "AAAA", "weight": 1}]}}
+    assert units_of(scripts, None) == ([{"scale": 1, "prepare": kind}], (b"\0\0\0",))
 
 
 def test_loras_are_the_visible_files_of_the_folder_alone(tmp_path):

@@ -16,6 +16,7 @@ from .service import decoded
 MAX_CONTROLS = 4  # per request: each takes a ControlNet's time in every step
 PARTS = ("kind", "scale", "start", "end", "image")
 UNIT = {"weight": "scale", "guidance_start": "start", "guidance_end": "end"}  # of A1111's extension
+MODULES = {"openpose": "pose", "dw": "pose", "mlsd": "lines"}  # what it calls kinds that have another name here
 
 Controls = tuple[list[dict[str, Any]], tuple[bytes | None, ...]]
 
@@ -41,9 +42,9 @@ def units_of(scripts: Any, image: bytes | None) -> Controls:
         if unit.get("enabled", True) is not True:
             continue
         use = {ours: unit[name] for name, ours in UNIT.items() if unit.get(name) is not None}
-        kind = str(unit.get("module") or "none").lower().partition("_")[0]  # tile_resample is one of its tiles
-        if kind != "none":
-            use["kind"] = kind
+        module = str(unit.get("module") or "none").lower().partition("_")[0]  # tile_resample is one of its tiles
+        if module != "none":
+            use["kind"] = MODULES.get(module, module)
         shown = unit.get("image") or unit.get("input_image") or image
         shown = shown.get("image") if isinstance(shown, dict) else shown
         if shown is None:

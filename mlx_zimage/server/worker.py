@@ -26,7 +26,8 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from ..errors import CheckpointError, DeviceError, RequestError, ZImageError
+from ..detectors import is_downloaded
+from ..errors import CheckpointError, DeviceError, ModelNotFoundError, RequestError, ZImageError
 from ..generate import Finished, OpenModel, events, open_model
 from ..images.codec import encode, enlarge
 from ..images.masks import read_mask
@@ -141,6 +142,7 @@ class Worker:
             extras = pipeline.lora_extras(self.files_of(GenerateRequest(**fields, seed=job.seeds[-1])))
             with self.attaching:
                 request = pipeline.complete(GenerateRequest(**{**fields, "loras": ()}, seed=job.seeds[-1]), inputs)
+                check_downloaded(request)
                 pipeline.plan(request, inputs, extras)
                 steps = pipeline.count_steps(request)
             prompts = [request.prompt, request.negative_prompt][: 1 + request.guided]
@@ -263,6 +265,16 @@ def described(name: str, model: OpenModel) -> Model:
     own = variant.steps, model.pipeline.sample_size, variant.takes_guidance, variant.guidance_scale
     control = () if net is None else (net.name, (not variant.takes_guidance and net.steps) or variant.steps)
     return Model(name, variant.name, *own, model.fingerprint, *control)
+
+
+def check_downloaded(request: GenerateRequest) -> None:
+    """Refuse control images that take networks which are not here: no client makes others wait for a download."""
+    for kind in (use.prepare for use in request.controls):
+        if not is_downloaded(kind):
+            raise ModelNotFoundError(
+                f"the server has no networks that find {kind} in a photo; `mlx-zimage generate --control {kind}:FILE` "
+                f"downloads them there"
+            )
 
 
 def read(job: Job) -> tuple[dict[str, Any], Inputs]:

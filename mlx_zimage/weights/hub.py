@@ -162,11 +162,17 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
     )
 
 
-def fetch_pinned(id: str, revision: str, name: str) -> Path:
-    """A file of a repository at a commit, from the hub's cache or, if it is not there yet, downloaded."""
+def pinned(id: str, revision: str, name: str) -> Path | None:
+    """A file of a repository at a commit, in the hub's cache; None if it is not there."""
     folder = cached().get(id)
-    if folder and (path := folder / "snapshots" / revision / name).is_file():
-        return path
+    path = folder / "snapshots" / revision / name if folder else None
+    return path if path and path.is_file() else None
+
+
+def fetch_pinned(id: str, revision: str, name: str) -> Path:
+    """The same, downloaded if it is not there yet."""
+    if found := pinned(id, revision, name):
+        return found
     if not _answers(id, revision):
         raise ModelNotFoundError(
             f"{id}:{name} is not in the Hugging Face cache, and the hub cannot be reached; check the network and "

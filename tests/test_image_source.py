@@ -313,6 +313,22 @@ def test_a_large_image_is_halved(monkeypatch, photo):
     assert read_image(photo) == photo
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
+def test_a_large_image_is_the_same_in_strips_as_converted_whole_and_halved(monkeypatch, photo, mode):
+    odd = photo.crop((0, 0, 47, 31))  # whose last row and column are single
+    odd.putalpha(odd.getchannel("R").point(lambda red: 255 if red < 128 else red))
+    grey = np.asarray(odd.convert("L"), np.uint16) * 200
+    image = Image.fromarray(grey) if mode == "I;16" else odd.convert("RGB" if mode != "RGBA" else mode).convert(mode)
+    image.info["icc_profile"] = swapped() if mode == "RGBA" else None
+    whole = read_image(image)
+    monkeypatch.setattr(source, "KEPT_PIXELS", 1)
+    monkeypatch.setattr(source, "STRIP", 8)
+    halved = read_image(image)
+    assert halved == whole.reduce(2)
+    image.getexif()[0x0112] = 6
+    assert read_image(image) == halved.transpose(Image.Transpose.ROTATE_270)
+
+
 READ = """
 image = read_image(sys.argv[1])
 print(image.width, image.height, *image.getpixel((10, 10)))
@@ -320,9 +336,11 @@ print(image.width, image.height, *image.getpixel((10, 10)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("format", "mode", "most"), [("JPEG", "RGB", 150), ("PNG", "RGBA", 700)])
+@pytest.mark.parametrize(
+    ("format", "mode", "most"), [("JPEG", "RGB", 150), ("PNG", "L", 150), ("PNG", "RGB", 300), ("PNG", "RGBA", 300)]
+)
 def test_a_48_megapixel_photo_is_read_and_halved_in_bounded_memory(tmp_path, format, mode, most):
-    colour = (200, 100, 50) if mode == "RGB" else (200, 100, 50, 128)
+    colour = {"L": 200, "RGB": (200, 100, 50), "RGBA": (200, 100, 50, 128)}[mode]
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"quality": 80} if format == "JPEG" else {"compress_level": 1}

@@ -10,14 +10,14 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from ..errors import RequestError, warn
 from ..request import MAX_SIZE, SIZE_MULTIPLE
@@ -27,7 +27,8 @@ READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # HEIC is read
 NAMED = "PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
 MAX_PIXELS = 50_000_000  # a 48-megapixel photo is read
 MAX_FILE = 256 * 2**20  # bytes: Pillow reads a WebP or AVIF whole; 50 megapixels of 8-bit TIFF have 150 MB
-KEPT_PIXELS = 4096**2  # of what is read: larger images are halved, so that memory stays within 0.6 GB
+KEPT_PIXELS = 4096**2  # of what is read: larger images are halved
+STRIP = 256  # rows that are converted at a time, so that there is never a second copy of 50 megapixels; even
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 AVIF_BRANDS = {b"avif", b"avis"}
 GREY = ("1", "L", "LA")
@@ -184,20 +185,33 @@ def _check_pixels(image: Image.Image, label: str) -> None:
 
 
 def _prepared(image: Image.Image, label: str, own: bool) -> Image.Image:
-    """An image upright, in 8-bit sRGB, and halved if it is large. The original is changed only if it is our own."""
+    """An image upright, in 8-bit sRGB, and halved if it is large. The original is left as it is; closed if `own`."""
     _check_pixels(image, label)
     if image.mode in NUMBERS:
         raise RequestError(f"{label} has 32-bit pixels (mode {image.mode}); expected 8 or 16 bits, so save it as PNG")
     with _explained(label):
         image.load()
+        to_srgb = _conversion(image, label)
+        result = _halved(image, to_srgb) if image.width * image.height > KEPT_PIXELS else to_srgb(image)
+        result.info = {}  # who took a photo, and where, is nobody's business
+        if turned := image.getexif().get(ExifTags.Base.Orientation):
+            result.getexif()[ExifTags.Base.Orientation] = turned
         if own:
-            ImageOps.exif_transpose(image, in_place=True)
-        else:
-            image = ImageOps.exif_transpose(image)
-        image = _to_srgb(_eight_bit(image), label)
-        image = image.reduce(2) if image.width * image.height > KEPT_PIXELS else image
-        image.info = {}  # who took a photo, and where, is nobody's business
-        return image
+            image.close()  # frees its pixels before there is another copy
+        ImageOps.exif_transpose(result, in_place=True)
+        result.info = {}
+        return result
+
+
+def _halved(image: Image.Image, to_srgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """An image converted and halved (box filter), a strip at a time."""
+    result = Image.new("RGB", (-(-image.width // 2), -(-image.height // 2)))
+    for top in range(0, image.height, STRIP):
+        part = to_srgb(image.crop((0, top, image.width, min(top + STRIP, image.height)))).reduce(2)
+        if part.mode == "RGBA" and result.mode == "RGB":
+            result.putalpha(255)
+        result.paste(part, (0, top // 2))
+    return result
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -212,37 +226,42 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _to_srgb(image: Image.Image, label: str) -> Image.Image:
-    """RGB in sRGB, or RGBA if any pixel is transparent."""
-    profile = image.info.get("icc_profile")
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if image.mode in GREY:
-        image = image.convert("L")
-    elif image.mode not in ("CMYK", "LAB", "RGB"):
-        image = image.convert("RGBA").convert("RGB")  # by way of RGBA, so that a palette keeps its colours
-    if profile or image.mode == "LAB":
-        image = _converted(image, profile, label)
-    image = image.convert("RGB")
-    if alpha is not None and np.asarray(alpha).min() < 255:
-        image.putalpha(alpha)
-    return image
+def _conversion(image: Image.Image, label: str) -> Callable[[Image.Image], Image.Image]:
+    """What makes an image, or a part of it, RGB in sRGB, or RGBA if any pixel of the part is transparent."""
+    mode = "L" if image.mode in GREY or image.mode.startswith("I;16") else image.mode
+    mode = mode if mode in ("L", "CMYK", "LAB") else "RGB"
+    transform = _transform(image.info.get("icc_profile"), mode, label)
+
+    def to_srgb(image: Image.Image) -> Image.Image:
+        image = _eight_bit(image)
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if image.mode != mode:  # RGB by way of RGBA, so that a palette keeps its colours
+            image = image.convert("RGBA").convert("RGB") if mode == "RGB" else image.convert(mode)
+        if transform:
+            image = transform.apply(image)
+        image = image.convert("RGB")
+        if alpha is not None and np.asarray(alpha).min() < 255:
+            image.putalpha(alpha)
+        return image
+
+    return to_srgb
 
 
-def _converted(image: Image.Image, profile: bytes | None, label: str) -> Image.Image:
-    """An image with its colour profile converted to sRGB; a damaged profile is ignored with a warning."""
+def _transform(profile: bytes | None, mode: str, label: str) -> ImageCms.ImageCmsTransform | None:
+    """From an image's colour profile to sRGB; a damaged profile is ignored with a warning."""
     try:
-        if not profile:
-            given = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-        else:
+        if profile:
             given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "sRGB" in ImageCms.getProfileDescription(given):
-                return image  # so that its pixels are exactly the same
-        result = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                return None  # so that its pixels are exactly the same
+        elif mode == "LAB":
+            given = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+        else:
+            return None
+        return ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         warn(f"{label} has a colour profile that cannot be used ({error}); its colours are read as sRGB")
-        return image
-    assert result is not None  # Pillow returns None only if the image is changed in place
-    return result
+        return None
 
 
 def _from_array(value: Any) -> Image.Image:

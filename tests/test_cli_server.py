@@ -1,6 +1,9 @@
 """`generate --server`: the same files as without it, from a model that is loaded once."""
 
+import base64
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +118,75 @@ def test_what_cannot_be_done_there_is_an_error(run, options, message):
     result = run(*WORDS, *options)
     assert result.exit_code and message in result.stderr
     assert not list(Path().glob("*.png"))
+
+
+ORIGIN = {"request": {"prompt": PROMPT}, "model": "a", "fingerprint": "0" * 10, "dtype": "float32"}
+LISTED = b'{"data": [{"id": "a", "size": 64}]}'
+
+
+def event(**fields: object) -> bytes:
+    return b"data: " + json.dumps({"type": "image_generation.completed", **fields}).encode() + b"\n\n"
+
+
+def progress(**fields: object) -> bytes:
+    return event(**{"type": "image_generation.progress", "position": 0, "step": 1, "steps": 2, **fields})
+
+
+@pytest.mark.parametrize(
+    ("models", "answer"),
+    [
+        *((listed, b"") for listed in (b"", b"[" * 10**6, b"{}", b'{"data": 7}', b'{"data": [7]}', b'{"data": [{}]}')),
+        (b'{"data": [{"id": {}, "size": 64}]}', b""),
+        *(
+            (b'{"data": [{"id": "a", "size": %s}]}' % size, b"")
+            for size in (b'"64"', b"0", b"-64", b"1e999", b"9" * 99)
+        ),
+        (b" " * (8 * 2**20 + 1), b""),
+        *((LISTED, content) for content in (b"", b"<html>", b"data: ", b"data: 7\n", b"data: {}\n", b"data: \xff\n")),
+        (LISTED, event(b64_json="", origin=ORIGIN)),
+        (LISTED, event(b64_json="a", origin=ORIGIN)),
+        (LISTED, event(b64_json=base64.b64encode(b"#!/bin/sh\nrm -rf ~").decode(), origin=ORIGIN)),
+        (LISTED, event(b64_json=7, origin=ORIGIN)),
+        (LISTED, event(b64_json="", origin={})),
+        (LISTED, event(type=7)),
+        *((LISTED, progress(**{name: "\x1b[2J"})) for name in ("position", "step", "steps")),
+        (LISTED, progress(step=-1)),
+        (LISTED, event(error={"message": "\x1b[2J" + "a" * 10**6})),
+        (LISTED, event(error="a")),
+    ],
+)
+def test_whatever_another_server_answers_is_an_error_and_leaves_no_file(tmp_path, monkeypatch, models, answer):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(models)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *words):
+            pass
+
+    monkeypatch.chdir(tmp_path)
+    with HTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        result = CliRunner().invoke(main, [*WORDS, "--server", url])
+        other.shutdown()
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    assert f"Error: {url}" in result.stderr and "\x1b" not in result.stderr and len(result.stderr) < 5000
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_address_or_a_key_that_is_none_is_an_error(run, monkeypatch):
+    assert "--server takes a URL" in run(*WORDS, "--server", "http://[::1").stderr
+    monkeypatch.setenv("MLX_ZIMAGE_API_KEY", "a\nb")
+    result = run(*WORDS)
+    assert result.exit_code == 1 and "no server answers" in result.stderr
 
 
 def test_a_missing_key_is_asked_for(run, monkeypatch):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import json
 import os
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,12 +24,13 @@ from ..images.metadata import Origin
 from ..images.source import digest, read_image
 from ..inputs import Inputs
 from ..jobs import Job
-from ..request import ARRAYS, ControlUse, GenerateRequest
-from ..untrusted import brief, parse_json
+from ..request import ARRAYS, MAX_SIZE, ControlUse, GenerateRequest
+from ..untrusted import MAX_BYTES, brief, parse_json
 from ..variants import repository_of
 from .output import progress_bar
 
 KEY = "MLX_ZIMAGE_API_KEY"
+MAX_LINE = 257 * 2**20  # bytes of an event: MAX_SIZE x MAX_SIZE pixels, not compressed, take 256 MiB in base64
 TIMEOUT_S = 3600  # between two events: a large image's step, or others' images
 LOCAL = (  # options of `generate` that only a model in this process takes
     *("variant", "transformer", "text_encoder", "vae", "dtype", "memory", "keep", "wired", "yes"),
@@ -43,8 +45,12 @@ class Remote:
 
     def __init__(self, url: str, model: str | None, given: Mapping[str, str]):
         """given has the options of the command line by the names of their values."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            host = parts.hostname if parts.scheme in ("http", "https") else None
+        except ValueError:  # half an IPv6 address, for example
+            host = None
+        if not host:
             raise RequestError(f"--server takes a URL such as http://127.0.0.1:8796, got {brief(url)}")
         for name in LOCAL:
             if name in given:
@@ -52,8 +58,8 @@ class Remote:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.url = url
         self._connect = lambda: kind(parts.netloc, timeout=TIMEOUT_S)
-        with closing(self._send("GET", "/v1/models")) as answer:
-            models = parse_json(answer.read())["data"]
+        with closing(self._send("GET", "/v1/models")) as answer, self._understood():
+            models = [_model(entry) for entry in parse_json(_whole(answer))["data"]]
         named = [entry for entry in models if model is None or repository_of(model) == repository_of(entry["id"])]
         if not named:
             known = ", ".join(entry["id"] for entry in models)
@@ -85,28 +91,44 @@ class Remote:
         else:
             body, kind = form(values, {name: to_png(np.asarray(image)) for name, image in images_of(inputs).items()})
             sent = self._send("POST", "/v1/images/edits", body, {"Content-Type": kind})
-        with closing(sent) as answer:
+        with closing(sent) as answer, self._understood():
             content, origin = self._received(answer, quiet)
+            with Image.open(io.BytesIO(content), formats=[FORMATS[ending.lower()]]) as image:
+                image.verify()
         made = origin.request.to_dict()
         for name, value in own.items():
             if made[name] != value:
-                warnings.warn(f"{self.url} generated with {name} {made[name]} instead of {value}", stacklevel=2)
+                other = brief(made[name])
+                warnings.warn(f"{self.url} generated with {name} {other} instead of {brief(value)}", stacklevel=2)
         return content, origin
 
     def _received(self, answer: http.client.HTTPResponse, quiet: bool) -> tuple[bytes, Origin]:
         with progress_bar(quiet, desc="Waiting", total=1, unit="step", leave=True) as bar:
-            for line in answer:
+            while line := answer.readline(MAX_LINE):
                 event: dict[str, Any] = parse_json(line[6:]) if line.startswith(b"data: ") else {"type": ""}
                 if "error" in event:
                     raise ZImageError(f"{self.url}: {event['error']['message']}")
                 if event["type"].endswith(".progress"):
-                    before = event["position"]
+                    before, step, steps = (_count(event[name] or 0) for name in ("position", "step", "steps"))
                     bar.set_description(f"Waiting for {before} other{'s' * (before > 1)}" if before else "Denoising")
-                    bar.total = event["steps"] or bar.total
-                    bar.update(event["step"] - bar.n)
+                    bar.total = steps or bar.total
+                    bar.update(step - bar.n)
                 elif event["type"].endswith(".completed"):
                     return base64.b64decode(event["b64_json"]), Origin.from_json(json.dumps(event["origin"]))
         raise ZImageError(f"{self.url} closed the connection before the image was finished; its log says why")
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Turn whatever reading an answer raises into a ZImageError: the server may be another program."""
+        try:
+            yield
+        except (ZImageError, MemoryError) as error:
+            if isinstance(error, RequestError):  # about an origin; the request itself was checked before
+                raise ZImageError(f"{self.url} did not answer as mlx-zimage does ({error})") from error
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ZImageError(f"{self.url} did not answer as mlx-zimage does, or not completely ({why})") from error
 
     def _send(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
@@ -118,19 +140,39 @@ class Remote:
             connection = self._connect()
             connection.request(method, path, body, {"Connection": "close", **authorization, **(headers or {})})
             answer = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a key that is not a header's
             raise ZImageError(f"no server answers at {self.url} ({error}); `mlx-zimage serve` starts one") from error
         if answer.status == 200:
             return answer
         with closing(answer):
             try:
-                message = parse_json(answer.read())["error"]["message"]
-            except (ValueError, KeyError, TypeError):
+                message = str(parse_json(_whole(answer))["error"]["message"])
+            except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException):
                 message = f"expected mlx-zimage, but got {answer.status} {answer.reason}"
         if answer.status == 401:
             message += f"; set {KEY} to its key"
         kind = RequestError if answer.status in (400, 404, 413, 422) else ZImageError
         raise kind(f"{self.url}: {message}")
+
+
+def _whole(answer: http.client.HTTPResponse) -> bytes:
+    content = answer.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes")
+    return content
+
+
+def _model(entry: Any) -> dict[str, Any]:
+    """A model in a server's list, checked."""
+    if not isinstance(entry["id"], str) or not 0 < _count(entry["size"]) <= MAX_SIZE:
+        raise ValueError(f"a model {brief(entry)}")
+    return entry
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a count, got {brief(value)}")
+    return value
 
 
 def images_of(inputs: Inputs) -> dict[str, Image.Image]:

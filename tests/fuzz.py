@@ -9,9 +9,12 @@ and its input is kept. Prints, for each parser: executions, seconds, findings, t
 from __future__ import annotations
 
 import argparse
+import asyncio
+import base64
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -32,12 +35,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import comfyui_files
+import controls
 import mlx.core as mx
 import numpy as np
 import tiny
 from measure import peak
 from PIL import Image, ImageCms
 
+from mlx_zimage.cli import remote
 from mlx_zimage.convert import gguf
 from mlx_zimage.convert.files import stored_weights
 from mlx_zimage.convert.sources import open_source
@@ -45,7 +50,7 @@ from mlx_zimage.errors import UNSAFE, ZImageError
 from mlx_zimage.images import source
 from mlx_zimage.images.codec import encode
 from mlx_zimage.images.metadata import Origin, parameters, read_origin
-from mlx_zimage.inputs import read_latents
+from mlx_zimage.inputs import NONE, read_latents
 from mlx_zimage.jobs import lines_of, multiply, parse_seeds, parse_size, read_prompts, read_requests
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
@@ -54,6 +59,7 @@ from mlx_zimage.sizes import parse_memory
 from mlx_zimage.tokenizer import Tokenizer
 from mlx_zimage.weights.checkpoint import open_headers, read_conversion
 from mlx_zimage.weights.component import read_header, read_metadata, read_weight_map
+from mlx_zimage.weights.controlnets import Kind, open_controlnet
 from mlx_zimage.weights.lora import describe, read_lora
 from mlx_zimage.weights.manifest import read_manifest
 from mlx_zimage.weights.store import Store
@@ -62,6 +68,7 @@ MAX_SECONDS, MAX_BYTES = 1.0, 200 * 10**6
 PHOTO = (6.0, 600 * 10**6)  # an image of 50 megapixels is decoded
 HANG_SECONDS = 300  # without an answer; a busy machine may take many to start
 SLICE_SECONDS = 120
+MARK = 120  # bytes of the JSON that marks a quantized layer
 CONFIGS = {
     "transformer": TransformerConfig.from_dict(tiny.TRANSFORMER),
     "text_encoder": TextEncoderConfig.from_dict(tiny.TEXT_ENCODER),
@@ -169,6 +176,23 @@ def mutate_header(content: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
+def mutate_layer(content: bytes, rng: random.Random) -> bytes:
+    """A safetensors file whose header is mutated, or the JSON that one of its tensors contains."""
+    start = content.find(b'{"format"', 8 + int.from_bytes(content[:8], "little"))
+    if start < 0 or rng.random() < 0.5:
+        return mutate_header(content, rng)
+    mark = mutate_text(content[start : start + MARK], rng)[:MARK]
+    return content[:start] + mark.ljust(MARK) + content[start + MARK :]
+
+
+def mutate_events(content: bytes, rng: random.Random) -> bytes:
+    """Lines of which some are server-sent events."""
+    lines = content.split(b"\n")
+    i = rng.randrange(len(lines))
+    head, data, event = lines[i].rpartition(b"data: ")
+    return b"\n".join([*lines[:i], head + data + mutate_text(event, rng), *lines[i + 1 :]])
+
+
 # ---- parsers: the valid inputs they start from, how these are mutated, and what reads them
 
 
@@ -226,7 +250,7 @@ def comfyui_seeds(folder: Path) -> list[bytes]:
         tensors = {f"a.{part}": ("F8_E4M3", x) if (form, part) in fp8 else x for part, x in parts.items()}
         mark = json.dumps({"layers": {"a": settings}})
         if marked:
-            tensors["a.comfy_quant"] = np.frombuffer(json.dumps(settings).encode(), np.uint8)
+            tensors["a.comfy_quant"] = np.frombuffer(json.dumps(settings).encode().ljust(MARK), np.uint8)
         metadata = None if marked else {"_quantization_metadata": mark}
         found.append(comfyui_files.save(folder / "seed.safetensors", tensors, metadata).read_bytes())
     return found
@@ -252,6 +276,25 @@ def gguf_seeds(folder: Path) -> list[bytes]:
     ]
     start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs))
     return [start + b"".join(pairs + tensors) + bytes(40_000)]
+
+
+def gguf_rows_seeds(folder: Path) -> list[bytes]:
+    """Two rows of every type of block, of random bytes."""
+    rng, found = random.Random(0), []
+    for number, kind in gguf.KINDS.items():
+        start = b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"a" + struct.pack("<IQQIQ", 2, 256, 2, number, 0)
+        blocks = 512 // kind.values * kind.block_bytes
+        found.append(start.ljust(-(-len(start) // 32) * 32, b"\0") + rng.randbytes(blocks))
+    return found
+
+
+def controlnet_seeds(folder: Path) -> list[bytes]:
+    found = []
+    for tag in controls.CONFIGS:
+        arrays = {name: mx.array(array).astype(mx.bfloat16) for name, array in controls.weights(0, tag).items()}
+        mx.save_safetensors(str(folder / "seed.safetensors"), arrays)
+        found.append((folder / "seed.safetensors").read_bytes())
+    return found
 
 
 def lora_seeds(folder: Path) -> list[bytes]:
@@ -368,13 +411,36 @@ MFLUX = {
 }
 INDEX = {"metadata": {"total_size": 1}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
 CONVERSION = {"source": "a", "converter": "b", "dtype": "bfloat16", "quantization": {"target_bytes": 7}}
+CONVERSION |= {"parts": {"transformer": "Z-Image-Turbo-Fun-Controlnet-Union-2.1"}, "loras": [{"name": "a", "scale": 1}]}
 MANIFEST = b"0" * 64 + b"  model_index.json\n" + b"1" * 64 + b"  vae/config.json\n"
-WORDS = [b"6GB", b"1,2,5", b"3:2", b"1280x720", b"a cat\na dog\n# no", b"<lora:a:1>"]
+WORDS = [b"6GB", b"1,2,5", b"3:2", b"1280x720", b"a cat\na dog\n# no", b"<lora:a:1>", b"8-steps, tile"]
 REQUESTS = [
     {"prompt": "a cat", "seed": 1, "output": "cat.png", "size": "3:2", "guidance": 0, "count": 2},
     {"prompt": "a dog", "width": 64, "height": 64, "steps": 3, "sigmas": [1.0, 0.5, 0.1], "loras": [{"name": "a"}]},
     {"prompt": "猫", "negative_prompt": "b", "rng": "mlx", "num_images": 2, "shift": 3.0, "guidance_scale": 2.0},
+    {
+        **{"prompt": "a", "image": "0" * 64, "strength": 0.5, "upscale": 2, "tile": 64, "sample_posterior": True},
+        "controls": [{"image": "0" * 64, "prepare": "canny", "scale": 0.5, "start": 0.1, "end": 0.9}, {}],
+    },
+    {
+        **{"prompt": "a", "image": "0" * 64, "mask_image": "1" * 64, "mask_feather": 8, "mask_grow": 2},
+        **{"mask_soft": True, "mask_resample": 3, "outpaint": {"left": 16, "top": 0, "right": 0, "bottom": 32}},
+    },
 ]
+ANSWERED = {"type": "image_generation.completed", "origin": ORIGIN, "b64_json": ""}  # to be completed
+PROGRESS = {"type": "image_generation.progress", "position": 1, "step": 2, "steps": 8, "estimated_seconds": 1.5}
+MODELS = {"object": "list", "data": [{"id": "a", "object": "model", "size": 1024, "steps": 8}]}
+TO_OPENAI = {
+    **{"prompt": "a cat", "model": "pocket", "n": 2, "size": "64x64", "seed": 1, "steps": 4, "guidance": 1.5},
+    **{"negative_prompt": "b", "stream": True, "partial_images": 1, "output_format": "webp", "output_compression": 9},
+    **{"response_format": "url", "loras": [{"name": "a", "strength": 0.5}], "upscale": 2.0, "progress": True},
+}
+TO_A1111 = {
+    **{"prompt": "a cat <lora:a:0.8>", "negative_prompt": "b", "width": 64, "height": 64, "steps": 4, "seed": -1},
+    **{"cfg_scale": 1.5, "batch_size": 1, "n_iter": 2, "sampler_name": "Euler", "enable_hr": True, "hr_scale": 2.0},
+    **{"denoising_strength": 0.5, "override_settings": {"sd_model_checkpoint": "pocket"}, "send_images": True},
+}
+BOUNDARY = "-boundary"
 
 
 def npy_seeds(folder: Path) -> list[bytes]:
@@ -402,14 +468,137 @@ def read_lines(file: Path) -> None:
 
 def read_words(file: Path) -> None:
     text = file.read_bytes().decode("utf-8", "surrogateescape")
-    for parse in (parse_memory, parse_seeds, parse_size, lambda text: read_prompts(text.split(), "prompts")):
+    for parse in (
+        parse_memory,
+        parse_seeds,
+        parse_size,
+        Kind.parse,
+        lambda text: read_prompts(text.split(), "prompts"),
+    ):
         with suppress(ZImageError):
             parse(text)
+    Kind.of(text)
     GenerateRequest(text, seed=0)
 
 
 def read_single(file: Path) -> None:
     open_source(file, base=model(file.parent))
+
+
+def read_rows(file: Path) -> None:
+    for tensor in gguf.read_tensors(file).values():
+        if tensor.shape and tensor.shape[0]:
+            with np.errstate(all="ignore"):  # random scales
+                assert gguf.read_floats(tensor, 0, 1).shape == (1, *tensor.shape[1:])
+
+
+def read_controlnet(source: Path) -> None:
+    opened = open_controlnet(source, transformer=TransformerConfig.from_dict(tiny.TRANSFORMER))
+    assert str(opened) and opened.fingerprint and opened.scale and opened.steps in (None, 20)
+
+
+def controlnet(folder: Path) -> Path:
+    return folder / "control_v21" if (folder / "control_v21").exists() else controls.write(folder, 0, "control_v21")
+
+
+def read_controlnet_config(file: Path) -> None:
+    folder = controlnet(file.parent)
+    shutil.copyfile(file, folder / "config.json")
+    read_controlnet(folder)
+
+
+def answers(folder: Path) -> list[bytes]:
+    """What a server answers `generate --server`: its models, and the events of an image."""
+    events = [f"event: a\ndata: {json.dumps(event)}\n" for event in (PROGRESS, ANSWERED | {"b64_json": small_text()})]
+    return ["\n".join([json.dumps(MODELS), *events]).encode()]
+
+
+class Answering(remote.Remote):
+    """A server that answers with the lines of a file."""
+
+    def __init__(self, content: bytes):
+        self.lines = [io.BytesIO(part) for part in content.partition(b"\n")[::2]]
+        super().__init__("http://127.0.0.1", None, {})
+
+    def _send(self, *request: object):
+        return self.lines.pop(0)
+
+
+def read_answer(file: Path) -> None:
+    Answering(file.read_bytes()).generate(GenerateRequest("a cat", 16, 16, seed=1), ".png", NONE, False, quiet=True)
+
+
+def ask(path: str, kind: str) -> Callable[[Path], object]:
+    """Sends the input to the server's application, whose jobs are checked as the worker does and then refused."""
+
+    def read(file: Path) -> int:
+        loras = file.parent / "loras"
+        loras.mkdir(exist_ok=True)
+        (loras / "a.safetensors").touch()
+        return asyncio.run(answer(path, kind, file.read_bytes(), loras))
+
+    return read
+
+
+async def answer(path: str, kind: str, body: bytes, loras: Path) -> int:
+    """The status of the application's answer: 503 for a job that is valid."""
+    from mlx_zimage.server import app, errors, guard, messages, service, worker
+
+    class Checked:
+        models = (messages.Model("pocket", "Turbo", 8, 1024, False, 0.0, "0" * 10, "union", 8),)
+
+        def submit(self, job: messages.Job) -> None:
+            try:
+                fields, inputs = worker.read(job)
+                for seed in job.seeds:
+                    assert GenerateRequest(**fields, seed=seed).to_dict()
+                assert inputs.source is None or inputs.source.size
+            except ZImageError as error:
+                raise errors.Refusal(400, str(error)) from error
+            raise errors.Refusal(503, "checked")
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: dict) -> None:
+        statuses.append(message.get("status"))
+
+    statuses: list[int] = []
+    head = {"host": "localhost", "content-type": kind, "content-length": str(len(body))}
+    headers = [(name.encode(), value.encode()) for name, value in head.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+             "headers": headers, "scheme": "http", "http_version": "1.1", "server": ("localhost", 80)}  # fmt: skip
+    await app.application(service.Service(Checked(), loras), guard.Access())(scope, receive, send)
+    assert statuses[0] in (400, 404, 422, 503), statuses
+    return statuses[0]
+
+
+def small_png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGBA", (16, 16)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def small_text() -> str:
+    return base64.b64encode(small_png()).decode()
+
+
+def to_openai(folder: Path) -> list[bytes]:
+    control = {"kind": "canny", "scale": 0.5, "start": 0.1, "end": 0.9, "image": small_text()}
+    return [json.dumps(TO_OPENAI | more).encode() for more in ({}, {"control": [control, control]})]
+
+
+def forms(folder: Path) -> list[bytes]:
+    body, kind = remote.form(TO_OPENAI, {"image": small_png(), "mask": small_png()})
+    return [body.replace(kind.partition("=")[2].encode(), BOUNDARY.encode())]
+
+
+def a1111_images(folder: Path) -> list[bytes]:
+    image = small_text()
+    unit = {"enabled": True, "module": "canny", "weight": 0.5, "guidance_end": 0.9, "image": image, "model": "union"}
+    more = {"init_images": [image], "mask": image, "mask_blur": 4, "inpainting_mask_invert": 1}
+    units = {"alwayson_scripts": {"ControlNet": {"args": [unit, {"module": "none", "image": {"image": image}}]}}}
+    return [json.dumps(TO_A1111 | more | controls).encode() for controls in ({}, units)]
 
 
 def read_quantized(file: Path) -> None:
@@ -463,8 +652,13 @@ def config(name: str, read: Callable[[Path], object] = open_headers) -> Parser:
 PARSERS = {
     "headers": Parser(safetensors_seeds, mutate_header, read_header, "model.safetensors"),
     "single": Parser(single_seeds, mutate_header, read_single, "single.safetensors"),
-    "comfyui": Parser(comfyui_seeds, mutate_header, read_quantized, "layer.safetensors"),
+    "comfyui": Parser(comfyui_seeds, mutate_layer, read_quantized, "layer.safetensors"),
+    "controlnet": Parser(controlnet_seeds, mutate_header, read_controlnet, "controlnet.safetensors"),
+    "controlnet-config": Parser(
+        lambda folder: [(controlnet(folder) / "config.json").read_bytes()], mutate_text, read_controlnet_config
+    ),
     "gguf": Parser(gguf_seeds, mutate_bytes, gguf.read_tensors, "dit.gguf"),
+    "gguf-rows": Parser(gguf_rows_seeds, mutate_bytes, read_rows, "rows.gguf"),
     "gguf-file": Parser(gguf_seeds, mutate_bytes, read_single, "dit.gguf"),
     "transformer-config": config("transformer/config.json"),
     "text-encoder-config": config("text_encoder/config.json"),
@@ -485,6 +679,11 @@ PARSERS = {
     "words": Parser(lambda folder: WORDS, mutate_bytes, read_words),
     "embeddings": Parser(lambda folder: [cached(folder).read_bytes()], mutate_header, read_embeddings),
     "latents": Parser(npy_seeds, mutate_bytes, read_latents, "latents.npy"),
+    "answers": Parser(answers, mutate_events, read_answer),
+    "to-openai": Parser(to_openai, mutate_text, ask("/v1/images/generations", "application/json")),
+    "to-a1111": Parser(text_of(TO_A1111), mutate_text, ask("/sdapi/v1/txt2img", "application/json")),
+    "to-a1111-image": Parser(a1111_images, mutate_text, ask("/sdapi/v1/img2img", "application/json")),
+    "forms": Parser(forms, mutate_bytes, ask("/v1/images/edits", f"multipart/form-data; boundary={BOUNDARY}")),
 }
 
 
@@ -565,6 +764,7 @@ def _child(name: str, seconds: float, seed: int, folder: Path, most_inputs: floa
     mx.set_default_device(mx.cpu)
     os.chdir(folder)
     warnings.simplefilter("ignore")
+    logging.disable()
     for row in fuzz(name, seconds, seed, folder, most_inputs):
         results.send(row)
 

@@ -36,6 +36,14 @@ def test_valid_input_is_among_what_a_parser_is_given(tmp_path, on_cpu, name):
     assert taken or name in ("single", "gguf-file")  # a part of a model, for which the rest is missing
 
 
+@pytest.mark.parametrize("name", ["to-openai", "to-a1111", "to-a1111-image", "forms"])
+def test_valid_input_becomes_a_job_of_the_server(tmp_path, name):
+    parser = fuzz.PARSERS[name]
+    for content in parser.seeds(tmp_path):
+        (tmp_path / parser.name).write_bytes(content)
+        assert parser.read(tmp_path / parser.name) == 503
+
+
 def test_mutations_depend_on_the_seed_only():
     content = b'{"a": [1, {"b": null}], "c": "d"}'
     for mutate in (fuzz.mutate_bytes, fuzz.mutate_text, fuzz.mutate_lines):

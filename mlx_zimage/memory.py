@@ -147,7 +147,7 @@ class Plan:
     @property
     def strip_bytes(self) -> int | None:
         """The bytes per strip when decoding images; None to decode them whole."""
-        return self.ways["decode"].strip_bytes
+        return self.ways["decode"].strip_bytes if "decode" in self.ways else None
 
     @property
     def buffer(self) -> int:
@@ -399,7 +399,7 @@ class Planner:
 
     def denoise_work(self, work: Workload, lean: bool) -> int:
         config, bound = self.checkpoint.transformer.config, self.bounds
-        length, together = self._tokens(work)
+        length, together = self.tokens_of(work)
         block = (bound.lean_block if lean else bound.block) * length * config.dim
         block += self._score(config.dim // config.n_heads) * config.n_heads * length**2
         waiting = work.prompts * work.images if work.prompts * work.images > together else 0
@@ -420,7 +420,7 @@ class Planner:
             return 0 if head_dim in FUSED_ON_METAL else 4
         return self.bounds.score
 
-    def _tokens(self, work: Workload) -> tuple[int, int]:
+    def tokens_of(self, work: Workload) -> tuple[int, int]:
         """The tokens of an image with its prompt, and how many images go through a block at once."""
         scale = self.checkpoint.vae.config.scale * PATCH
         image_tokens = (work.width // scale) * (work.height // scale)
@@ -429,13 +429,13 @@ class Planner:
 
     def _widest(self, work: Workload) -> int:
         """Bytes of a block's largest tensor: what is between the two products of a feed-forward, or scores."""
-        config, (length, together) = self.checkpoint.transformer.config, self._tokens(work)
+        config, (length, together) = self.checkpoint.transformer.config, self.tokens_of(work)
         scores = self._score(config.dim // config.n_heads) * config.n_heads * length**2
         return int(together * max(length * config.ffn_dim * self.dtype.size, scores))
 
     def _longest(self, work: Workload) -> float:
         """FLOP of a block's longest kernel: an attention or a product, in pieces of at most `most`."""
-        config, (length, together) = self.checkpoint.transformer.config, self._tokens(work)
+        config, (length, together) = self.checkpoint.transformer.config, self.tokens_of(work)
         return min(self.most, together * length * config.dim * max(4 * length, 2 * config.ffn_dim))
 
     def modulations(self, steps: int, controls: int = 0) -> int:

@@ -49,7 +49,6 @@ def run(tmp_path, monkeypatch):
         (["mflux-generate-z-image-turbo", "--prompt", "x"], 'to generate an image: mlx-zimage generate "a cat"'),
         (["mflux-save", "--path", "x"], "use `mlx-zimage convert SOURCE DEST --q-bits 8`"),
         (["server"], "use `mlx-zimage serve`"),
-        (["train", "x.json"], "that is not available yet"),
         (["-V"], "use `mlx-zimage --version`"),
         (["models", "pocket"], "mlx-zimage info pocket"),
         (["generate", PROMPT, "--no-bake-lora"], "leave it out"),

@@ -37,7 +37,8 @@ PAGES = [
 LONG = ("examples/guided-images.md", "examples/lora.md", "examples/measure-your-mac.md")  # to run
 # What only another machine, or a long time, can do: the lines are parsed. .ci/run runs the installing.
 PARSED = re.compile(
-    r"git clone|\bpip\b|pytest|\.ci/|pre-commit|examples/pocket/|--upload-repo|--report|pipx|mlx-zimage serve|--server|"
+    r"git clone|\bpip\b|pytest|\.ci/|pre-commit|examples/pocket/|--upload-repo|--report|pipx|--server|"
+    r"mlx-zimage (serve|train)|"
     r"examples/(full_size|quality|sensitivity)\.py"  # test_examples.py and test_convert_quality.py have small ones
 )
 STAND_INS = {  # random weights of full size take minutes

@@ -36,6 +36,7 @@ COMMANDS = {  # name of the command and its module: the first sentence of its he
     "models": "List the models on this machine, or remove one.",
     "plan": "Show how MODEL would run within a memory budget, without loading it.",
     "serve": "Serve images over HTTP to the clients of OpenAI's and AUTOMATIC1111's APIs, and print the address.",
+    "train": "Train a LoRA on the images in the folder DATASET, and print its path.",
     "verify": "Check every byte of a model FOLDER and report any faults.",
 }
 

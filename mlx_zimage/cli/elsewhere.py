@@ -83,7 +83,6 @@ COMMANDS = {  # of other programs, and what to use instead
     **dict.fromkeys(("rm", "remove", "delete"), "use `mlx-zimage models rm NAME`"),
     **dict.fromkeys(("save", "quantize", "export"), "use `mlx-zimage convert SOURCE DEST --q-bits 8`"),
     **dict.fromkeys(("show", "inspect"), "use `mlx-zimage info SOURCE`"),
-    "train": "that is not available yet",
     "server": "use `mlx-zimage serve`",
     **dict.fromkeys(("edit", "upscale", "img2img", "inpaint", "outpaint"), f"add an image: {GENERATE} --image FILE"),
     **dict.fromkeys(("version", "-v", "-V"), "use `mlx-zimage --version`"),

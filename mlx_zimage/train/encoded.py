@@ -25,7 +25,7 @@ from .dataset import Example
 class Encoded:
     """The encoded examples of a run, in a folder of their own."""
 
-    def __init__(self, networks: Networks, folder: Path):
+    def __init__(self, networks: Networks, folder: Path | None):
         self.networks = networks
         self.store = Store(networks.dtype, folder)
         self.store.limit = 2**63  # what is needed again in every pass must not be forgotten

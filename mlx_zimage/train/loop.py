@@ -3,9 +3,10 @@
     for event in train(pipe, examples, settings, Path("lora.safetensors")):
         ...
 
-`train` yields events as things happen: Phases while images and captions are encoded, a Stepped after each step, and a
-Saved when a file is written. Whoever holds the loop owns progress and logs, and leaving it stops the run; the same call
-goes on from the last state that was saved, and ends with the same file.
+`train` yields events as things happen: Phases while images and captions are encoded, a Stepped after each step, a Saved
+when a LoRA is written, and a Previewed for each image that it is tried with. Whoever holds the loop owns progress and
+logs, and leaving it stops the run; the same call goes on from the last state that was saved, and ends with the same
+file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,22 +22,27 @@ from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
-from ..errors import NumericsError, RequestError
+from ..errors import NumericsError, OutputError, RequestError
+from ..machine import default_dtype
 from ..networks import Phase
-from ..pipeline import ZImagePipeline
+from ..pipeline import Generated, ZImagePipeline
+from ..request import GenerateRequest
+from ..sizes import size
 from ..weights.hub import name_of
 from ..weights.store import checksum
 from .dataset import Example, order_of
 from .encoded import Encoded
-from .factors import Factors, new_factors
+from .factors import Factors, arrays_of, new_factors
 from .gradients import Case, Gradients
+from .memory import plan_training
 from .objective import Draw, default_objective, draw
 from .optimizer import AdamW, added, clipped, warmed_up
 from .output import FREE, read_state, write_lora, write_state
 from .settings import Settings
 
-SAVE_EVERY = 100  # steps
+SAVE_EVERY = 250  # steps
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,28 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Previewed:
+    """What the LoRA after a step makes of preview prompt `index`: pixels (H, W, 3) uint8."""
+
+    step: int
+    index: int
+    pixels: np.ndarray
+
+
+def folder_of(output: Path) -> Path:
+    """The folder of the run that writes output: what it resumes from, what was encoded, and its log."""
+    return output.with_name(f"{output.stem}-training")
+
+
+def open_to_train(model: str, dtype: str | None = None, memory: str | int | None = None) -> ZImagePipeline:
+    """A pipeline that trains in dtype: by default the machine's, but bfloat16 in place of float16."""
+    name = dtype or default_dtype()
+    return ZImagePipeline.from_pretrained(model, "bfloat16" if not dtype and name == "float16" else name, memory, False)
+
+
+@dataclass(frozen=True)
 class Run:
-    """What a run is made of. folder has the state it resumes from, and what was encoded."""
+    """What a run is made of."""
 
     pipe: ZImagePipeline
     examples: Sequence[Example]
@@ -68,7 +95,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.output.with_name(f"{self.output.stem}-training")
+        return folder_of(self.output)
 
     @property
     def state(self) -> Path:
@@ -93,34 +120,89 @@ class Run:
 
 
 def train(
-    pipe: ZImagePipeline, examples: Sequence[Example], settings: Settings, output: Path, save_every: int = SAVE_EVERY
-) -> Iterator[Phase | Stepped | Saved]:
-    """Train a LoRA on examples, and write it to output; resumes the run if there is one. See the module."""
+    pipe: ZImagePipeline,
+    examples: Sequence[Example],
+    settings: Settings,
+    output: Path,
+    save_every: int = SAVE_EVERY,
+    previews: Sequence[str] = (),
+) -> Iterator[Phase | Stepped | Saved | Previewed]:
+    """Train a LoRA on examples, and write it to output; resumes the run if there is one. See the module.
+
+    Every save_every steps the LoRA is written to the run's folder as well, and the prompts in previews are generated
+    with it, prompt i from seed i. Stopped between two of these, a run loses the steps after the first.
+    """
     if pipe.dtype == mx.float16:
         raise RequestError("gradients exceed float16's range; train in bfloat16 or float32")
     settings = replace(settings, objective=settings.objective or default_objective(pipe.variant))
     networks = pipe.networks
     config = networks.transformer.config
-    factors = new_factors(config, settings.rank, settings.extras, settings.seed)
+    new = new_factors(config, settings.rank, settings.extras, settings.seed)
+    tokens = max(len(networks.tokenize(example.caption)) for example in examples)
+    count = sum(array.size for array in arrays_of(new))
+    plan = plan_training(pipe.planner, examples, tokens, count, pipe.budget)
     run = Run(pipe, examples, settings, output)
-    resumed = read_state(run.state, factors, run.identity)
-    factors, optimizer = resumed or (factors, AdamW.new(factors))
+    if output.exists() and not run.state.exists():
+        raise RequestError(f"{output} exists, and is not of a run that can go on; choose another output")
+    _check_space(run, count, tokens, save_every)
+    factors, optimizer = read_state(run.state, new, run.identity) or (new, AdamW.new(new))
+    del new
     encoded = Encoded(networks, run.folder / "encoded")
     yield from encoded.encode(examples)
+    networks.set_loras({})
     transformer = networks.transformer
     gradients = Gradients(
         config, networks.overlays["transformer"], settings.scale, transformer.product, transformer.most
     )
+    written = config, name_of(pipe.checkpoint.folder), run.checksum
     for step in range(optimizer.step, settings.steps):
         begin = time.perf_counter()
-        with pipe.turns.computing(), networks.guarded():
+        with pipe.turns.computing(), networks.guarded(), networks.running(plan):
             factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer)
-        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
+        done, rate = step + 1, warmed_up(settings.rate, step, settings.warm_up)
+        yield Stepped(done, loss, norm, rate, time.perf_counter() - begin)
+        if done % save_every == 0 or done == settings.steps:
             write_state(run.state, factors, optimizer, run.identity)
-        rate = warmed_up(settings.rate, step, settings.warm_up)
-        yield Stepped(step + 1, loss, norm, rate, time.perf_counter() - begin)
-    write_lora(output, factors, settings, config, name_of(pipe.checkpoint.folder), run.checksum)
+            path = run.folder / f"{output.stem}-{done:06}.safetensors"
+            write_lora(path, factors, settings, *written)
+            yield Saved(done, path)
+            yield from _tried(pipe, path, done, previews, settings.resolution)
+    write_lora(output, factors, settings, *written)
     yield Saved(optimizer.step, output)
+
+
+def _check_space(run: Run, count: int, tokens: int, save_every: int) -> None:
+    """Refuse a run whose files might not fit on the disk; count is the number of trained values."""
+    encoded, existing = Encoded(run.pipe.networks, None), run.output.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    images = sum(4 * math.prod(encoded.shape(example)) for example in run.examples)
+    captions = (1 + len(run.examples)) * tokens * run.pipe.transformer.config.cap_feat_dim * 4
+    states = 2 * 3 * 4 * count  # the old one and the new: factors and two moments
+    loras = (run.settings.steps // save_every + 2) * 2 * count
+    needed, free = images + captions + states + loras, shutil.disk_usage(existing).free
+    if needed > free and not run.state.exists():
+        raise OutputError(
+            f"training writes up to {size(needed)} next to {run.output}, and {size(free)} are free there; free some "
+            f"space, or raise --save-every"
+        )
+
+
+def _tried(
+    pipe: ZImagePipeline, path: Path, step: int, prompts: Sequence[str], side: int
+) -> Iterator[Phase | Previewed]:
+    """What the pipeline generates from prompts with a LoRA, which is unloaded again."""
+    if not prompts:
+        return
+    name = pipe.load_lora(path)
+    try:
+        for i, prompt in enumerate(prompts):
+            yield Phase("previews", i, len(prompts))
+            for event in pipe.stream(GenerateRequest(prompt, side, side, seed=i)):
+                if isinstance(event, Generated):
+                    yield Previewed(step, i, event.pixels)
+    finally:
+        pipe.unload_lora(name)
 
 
 def one_step(

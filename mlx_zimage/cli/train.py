@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import click
+
+from ..dtypes import FLOATS
+from ..errors import RequestError
+from .elsewhere import Command
+from .models import DEFAULT_MODEL, first_run
+from .output import print_path, progress_bar, say
+from .values import FilePath, ModelName
+
+
+@click.command(
+    cls=Command, epilog="Example: mlx-zimage train photos -o dog.safetensors --trigger sks --preview 'a sks dog'"
+)
+@click.argument("dataset", type=FilePath())
+@click.option("-o", "--output", required=True, type=FilePath(dir_okay=False), help="The LoRA to write: a .safetensors.")
+@click.option(
+    "-m",
+    "--model",
+    type=ModelName(converted=True),
+    help=f"Model folder, Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
+)
+@click.option("--steps", type=int, help="Number of training steps.  [default: 3000]")
+@click.option("--resolution", type=int, help="Images are reduced to at most this side squared.  [default: 512]")
+@click.option("--trigger", metavar="WORD", help="What [trigger] in captions stands for.")
+@click.option("--rank", type=int, help="Rank of the LoRA.  [default: 16]")
+@click.option("--alpha", type=float, help="The LoRA is multiplied by alpha / rank.  [default: the rank]")
+@click.option("--rate", type=float, help="Learning rate of AdamW.  [default: 1e-4]")
+@click.option("--decay", type=float, help="Weight decay of AdamW.  [default: 1e-4]")
+@click.option("--clip", type=float, help="Largest norm of a step's gradient.  [default: 1]")
+@click.option("--warm-up", type=int, help="Number of steps in which the rate rises.  [default: 0]")
+@click.option("--accumulate", type=int, help="Number of images per step, one after another.  [default: 1]")
+@click.option("--dropout", type=float, help="Share of images shown with an empty caption.  [default: 0.05]")
+@click.option(
+    "--objective",
+    type=click.Choice(["weighted", "logit-normal", "uniform"]),
+    help="How noise levels are chosen and weighted.  [default: weighted for Turbo, otherwise logit-normal]",
+)
+@click.option(
+    "--also",
+    "extras",
+    multiple=True,
+    type=click.Choice(["adaln", "refiners"]),
+    help="Train these too, besides attention and feed-forward of the main layers. Can be repeated.",
+)
+@click.option("--seed", type=int, help="Seed of the factors, the order of images, and the noise.  [default: 0]")
+@click.option(
+    "--preview", "previews", multiple=True, metavar="PROMPT", help="Generate this prompt as it goes. Can be repeated."
+)
+@click.option(
+    "--save-every",
+    type=click.IntRange(1),
+    default=250,
+    show_default=True,
+    help="Save the LoRA, and generate the previews, after so many steps.",
+)
+@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help="Compute dtype: bfloat16 or float32.")
+@click.option("--memory", metavar="SIZE", help="Memory budget, such as 12GB.  [default: based on this machine]")
+@click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
+def train(
+    dataset: Path, output: Path, model: str | None, previews: tuple[str, ...], save_every: int, dtype: str | None,
+    memory: str | None, yes: bool, quiet: bool, **given,
+) -> None:  # fmt: skip
+    """Train a LoRA on the images in the folder DATASET, and print its path.
+
+    Each image has its caption in a .txt file of the same name, or in metadata.jsonl as {"file_name": ..., "text":
+    ...}. Everything else is written to a folder next to the output, NAME-training: encoded images, a log (log.jsonl)
+    and a plot of the loss (loss.svg), previews, and the state from which the same command goes on if it was stopped.
+    """
+    from ..networks import Phase
+    from ..train.dataset import read_dataset
+    from ..train.loop import Previewed, Saved, Stepped, open_to_train
+    from ..train.loop import train as run
+    from ..train.record import Record
+    from ..train.settings import Settings
+
+    if output.suffix != ".safetensors":
+        raise RequestError(f"the output must be a .safetensors file, got {output}")
+    values = {name: value for name, value in given.items() if value is not None}
+    settings = Settings(**{**values, "extras": tuple(sorted(set(given["extras"])))})
+    examples = read_dataset(dataset, settings.resolution, settings.trigger)
+    pipe = open_to_train(model or str(first_run(DEFAULT_MODEL, yes, quiet)), dtype, memory)
+    say(f"Training on {len(examples)} images for {settings.steps} steps.", quiet)
+    steps = 0
+    with closing(Record(output)) as record, progress_bar(quiet, total=settings.steps, unit="step") as bar:
+        for event in run(pipe, examples, settings, output, save_every, previews):
+            if isinstance(event, Stepped):
+                record.step(event)
+                if steps == 0:
+                    bar.initial = bar.n = event.step - 1
+                if steps == 1:  # the first one reads the model
+                    hours = (settings.steps - event.step) * event.elapsed_s / 3600
+                    say(f"The remaining {settings.steps - event.step} steps will take about {hours:.1f} h.", quiet)
+                steps += 1
+                bar.set_description("training", refresh=False)
+                bar.set_postfix_str(f"loss {event.loss:.4f}, rate {event.rate:.1e}", refresh=False)
+                bar.update()
+            elif isinstance(event, Phase):
+                bar.set_description(f"{event.name} {event.done + 1}/{event.total}")
+            elif isinstance(event, Previewed):
+                say(f"Preview: {record.preview(event)}", quiet)
+            elif isinstance(event, Saved):
+                record.plot()
+    print_path(output)

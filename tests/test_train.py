@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline
+from mlx_zimage import GenerateRequest, ModelNotFoundError, RequestError, ZImagePipeline
 from mlx_zimage.train import objective
 from mlx_zimage.train.dataset import read_dataset
-from mlx_zimage.train.loop import Saved, Stepped, train
+from mlx_zimage.train.loop import Previewed, Saved, Stepped, train
 from mlx_zimage.train.settings import Settings
 from mlx_zimage.weights.component import read_metadata
 
@@ -90,6 +90,30 @@ def test_the_file_is_used_as_any_lora_and_says_how_it_was_made(pipe, images, tmp
     pipe.load_lora(output)
     (*_, adapted) = pipe.stream(request)
     assert np.abs(adapted.unit - plain.unit).max() > 0.01
+
+
+def test_an_adapter_takes_part_in_training_and_not_in_previews(pipe, images, tmp_path):
+    adapter = tmp_path / "adapter.safetensors"
+    down, up = mx.random.normal((4, 48), key=mx.random.key(0)), mx.random.normal((48, 4), key=mx.random.key(1))
+    layer = "diffusion_model.layers.1.attention.to_v"
+    mx.save_safetensors(str(adapter), {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up})
+    examples = read_dataset(images, 64, "sks")
+    own = settings(steps=2, rate=1e-30, decay=0.0)  # factors that stay as they are
+
+    def events(name, **given):
+        return list(train(pipe, examples, own, tmp_path / name, 2, ["a fox"], **given))
+
+    without, with_it = events("without.safetensors"), events("with.safetensors", adapter=adapter)
+    losses = [[e.loss for e in found if isinstance(e, Stepped)] for found in (without, with_it)]
+    previews = [[e.pixels for e in found if isinstance(e, Previewed)] for found in (without, with_it)]
+    assert losses[0] != losses[1]
+    with pytest.raises(ModelNotFoundError, match="or leave the adapter out"):
+        events("other.safetensors", adapter=tmp_path / "none.safetensors")
+    assert np.array_equal(previews[0], previews[1])
+    with pytest.raises(RequestError, match="another adapter"):
+        events("with.safetensors")
+    plain = pipe(prompt="a fox", width=64, height=64, seed=0, output_type="np").images[0]
+    assert np.array_equal(np.round(plain * 255).astype(np.uint8), previews[0][0])
 
 
 def test_steps_reduce_the_loss(pipe, images, tmp_path):

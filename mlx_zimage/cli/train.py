@@ -7,10 +7,13 @@ import click
 
 from ..dtypes import FLOATS
 from ..errors import RequestError
+from ..variants import TURBO
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
 from .output import print_path, progress_bar, say
-from .values import FilePath, ModelName
+from .values import FilePath, LoraName, ModelName
+
+ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2.safetensors"
 
 
 @click.command(
@@ -47,6 +50,12 @@ from .values import FilePath, ModelName
     type=click.Choice(["adaln", "refiners"]),
     help="Train these too, besides attention and feed-forward of the main layers. Can be repeated.",
 )
+@click.option(
+    "--adapter",
+    metavar="LORA",
+    type=LoraName(),
+    help=f"Lay this LoRA over the model in training only. For Turbo: {ADAPTER}",
+)
 @click.option("--seed", type=int, help="Seed of the factors, the order of images, and the noise.  [default: 0]")
 @click.option(
     "--preview", "previews", multiple=True, metavar="PROMPT", help="Generate this prompt as it goes. Can be repeated."
@@ -63,8 +72,8 @@ from .values import FilePath, ModelName
 @click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 def train(
-    dataset: Path, output: Path, model: str | None, previews: tuple[str, ...], save_every: int, dtype: str | None,
-    memory: str | None, yes: bool, quiet: bool, **given,
+    dataset: Path, output: Path, model: str | None, adapter: str | None, previews: tuple[str, ...], save_every: int,
+    dtype: str | None, memory: str | None, yes: bool, quiet: bool, **given,
 ) -> None:  # fmt: skip
     """Train a LoRA on the images in the folder DATASET, and print its path.
 
@@ -85,10 +94,12 @@ def train(
     settings = Settings(**{**values, "extras": tuple(sorted(set(given["extras"])))})
     examples = read_dataset(dataset, settings.resolution, settings.trigger)
     pipe = open_to_train(model or str(first_run(DEFAULT_MODEL, yes, quiet)), dtype, memory)
+    if adapter is None and pipe.variant == TURBO:
+        say(f"Training undoes Turbo's distillation; if images get soft, use --adapter {ADAPTER}", quiet)
     say(f"Training on {len(examples)} images for {settings.steps} steps.", quiet)
     steps = 0
     with closing(Record(output)) as record, progress_bar(quiet, total=settings.steps, unit="step") as bar:
-        for event in run(pipe, examples, settings, output, save_every, previews):
+        for event in run(pipe, examples, settings, output, save_every, previews, adapter):
             if isinstance(event, Stepped):
                 record.step(event)
                 if steps == 0:

@@ -24,13 +24,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..errors import NumericsError, OutputError, RequestError
+from ..errors import ModelNotFoundError, NumericsError, OutputError, RequestError
 from ..machine import default_dtype
+from ..models.transformer import TransformerConfig
 from ..networks import Phase
 from ..pipeline import Generated, ZImagePipeline
 from ..request import GenerateRequest
 from ..sizes import size
 from ..weights.hub import name_of
+from ..weights.lora import Lora, find_lora, read_lora
 from ..weights.store import checksum
 from .dataset import Example, order_of
 from .encoded import Encoded
@@ -92,6 +94,7 @@ class Run:
     examples: Sequence[Example]
     settings: Settings
     output: Path
+    adapter: Lora | None = None
 
     @property
     def folder(self) -> Path:
@@ -114,6 +117,7 @@ class Run:
         return {
             **own,
             "base_sha256": self.checksum,
+            "adapter": None if self.adapter is None else self.adapter.sha256,
             "dtype": str(self.pipe.dtype),
             "data": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
         }
@@ -126,11 +130,14 @@ def train(
     output: Path,
     save_every: int = SAVE_EVERY,
     previews: Sequence[str] = (),
+    adapter: str | Path | None = None,
 ) -> Iterator[Phase | Stepped | Saved | Previewed]:
     """Train a LoRA on examples, and write it to output; resumes the run if there is one. See the module.
 
     Every save_every steps the LoRA is written to the run's folder as well, and the prompts in previews are generated
-    with it, prompt i from seed i. Stopped between two of these, a run loses the steps after the first.
+    with it, prompt i from seed i. Stopped between two of these, a run loses the steps after the first. adapter is a
+    LoRA, as `load_lora` takes it, that is laid over the model in training only: for Turbo, one that undoes its
+    distillation, so that training does not.
     """
     if pipe.dtype == mx.float16:
         raise RequestError("gradients exceed float16's range; train in bfloat16 or float32")
@@ -140,16 +147,20 @@ def train(
     new = new_factors(config, settings.rank, settings.extras, settings.seed)
     tokens = max(len(networks.tokenize(example.caption)) for example in examples)
     count = sum(array.size for array in arrays_of(new))
-    plan = plan_training(pipe.planner, examples, tokens, count, pipe.budget)
-    run = Run(pipe, examples, settings, output)
+    over = None if adapter is None else _read_adapter(adapter, config)
+    run = Run(pipe, examples, settings, output, over)
     if output.exists() and not run.state.exists():
         raise RequestError(f"{output} exists, and is not of a run that can go on; choose another output")
+    strengths = {} if over is None else {over.sha256: 1.0}
+    if over is not None:
+        networks.attach(over)
+    held = networks.lora_extras(strengths)["transformer"].held
+    plan = plan_training(pipe.planner, examples, tokens, count, pipe.budget - held)
     _check_space(run, count, tokens, save_every)
     factors, optimizer = read_state(run.state, new, run.identity) or (new, AdamW.new(new))
     del new
     encoded = Encoded(networks, run.folder / "encoded")
     yield from encoded.encode(examples)
-    networks.set_loras({})
     transformer = networks.transformer
     gradients = Gradients(
         config, networks.overlays["transformer"], settings.scale, transformer.product, transformer.most
@@ -158,6 +169,7 @@ def train(
     for step in range(optimizer.step, settings.steps):
         begin = time.perf_counter()
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
+            networks.set_loras(strengths)
             factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer)
         done, rate = step + 1, warmed_up(settings.rate, step, settings.warm_up)
         yield Stepped(done, loss, norm, rate, time.perf_counter() - begin)
@@ -167,8 +179,17 @@ def train(
             write_lora(path, factors, settings, *written)
             yield Saved(done, path)
             yield from _tried(pipe, path, done, previews, settings.resolution)
+    if over is not None:
+        networks.detach(over)
     write_lora(output, factors, settings, *written)
     yield Saved(optimizer.step, output)
+
+
+def _read_adapter(source: str | Path, config: TransformerConfig) -> Lora:
+    try:
+        return read_lora(find_lora(source), {"transformer": config})
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"{error}; or leave the adapter out, to train without one") from error
 
 
 def _check_space(run: Run, count: int, tokens: int, save_every: int) -> None:

@@ -161,10 +161,13 @@ export class Painter extends EventTarget {
 }
 
 function paint(context, { radius, points }) {
-  Object.assign(context, { lineWidth: 2 * radius, lineCap: "round", lineJoin: "round", strokeStyle: COLOUR });
+  Object.assign(context, { lineWidth: 2 * radius, lineCap: "round", lineJoin: "round" });
+  Object.assign(context, { strokeStyle: COLOUR, fillStyle: COLOUR });
   context.beginPath();
-  context.moveTo(...points[0]);
-  for (const point of points) context.lineTo(...point); // a line to where it begins is a dot
+  context.arc(...points[0], radius, 0, 2 * Math.PI); // a line without length is not drawn
+  context.fill();
+  context.beginPath();
+  for (const point of points) context.lineTo(...point);
   context.stroke();
 }
 

@@ -1,0 +1,354 @@
+"""The server's page in a real browser: Chromium or Chrome of this system, driven by Playwright."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from serving import KEY, Server, serving
+from test_cli_lora import write as write_lora
+
+from mlx_zimage.images.metadata import read_origin
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[browser]' for tests in a browser")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+expect = playwright.expect
+
+PROMPT = "a red circle on a blue background"
+PROGRAMS = (
+    *("chromium", "chromium-browser", "google-chrome"),
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+CHROME = os.environ.get("MLX_ZIMAGE_TEST_BROWSER") or next(filter(None, map(shutil.which, PROGRAMS)), None)
+SLOWEST_MS = 30_000  # for an image, on a busy machine
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROME is None, reason="no Chromium or Chrome here; MLX_ZIMAGE_TEST_BROWSER names another one"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        # root, as in CI's container, may not use Chromium's own sandbox
+        browser = driver.chromium.launch(executable_path=CHROME, args=["--no-sandbox"] * (os.getuid() == 0))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def origin(small_pocket, tmp_path_factory) -> Iterator[Server]:
+    """A server as most people start it: without a key."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "loras").mkdir()
+    write_lora(folder / "loras/style.safetensors")
+    with serving("--model", small_pocket, "--lora-dir", folder / "loras", log=folder / "log", key=None) as server:
+        yield server
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(server, ...) opens the page in a new window, which must ask no other host and log no error of its own."""
+    contexts, faults = [], []
+
+    def visit(server: Server, **options):
+        context = browser.new_context(**options)
+        contexts.append(context)
+        context.set_default_timeout(SLOWEST_MS)
+        page = context.new_page()
+        page.on("request", lambda request: foreign(request.url, server) and faults.append(request.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: "Content Security" in message.text and faults.append(message.text))
+        page.goto(server.url)
+        return page
+
+    def foreign(url: str, server: Server) -> bool:
+        return not url.removeprefix("blob:").startswith(f"{server.url}/")
+
+    expect.set_options(timeout=SLOWEST_MS)
+    yield visit
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+@pytest.fixture
+def page(visit, origin):
+    page = visit(origin, viewport={"width": 1280, "height": 900})
+    expect(page.get_by_label("Model")).to_have_value("pocket")
+    return page
+
+
+def generate(page, prompt: str = PROMPT, **fields: str):
+    """Fill in the form and generate; returns the card of the run."""
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    for label, value in fields.items():
+        page.get_by_label(label, exact=True).fill(value)
+    before = page.locator(".run").count()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".run")).to_have_count(before + 1)
+    return page.locator(".run").first
+
+
+def finished(run):
+    """The same card, once all its images are there."""
+    expect(run.locator(".status")).to_contain_text("Done in")
+    return run
+
+
+def downloaded(page, run, tmp_path, name: str = "Download this image") -> Path:
+    with page.expect_download() as download:
+        run.get_by_role("link", name=name).click()
+    file = tmp_path / download.value.suggested_filename
+    download.value.save_as(file)
+    return file
+
+
+def photo(tmp_path) -> Path:
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def check_accessible(page) -> None:
+    """No serious or critical fault, by axe-core's rules for WCAG 2 and its advice."""
+    found = axe.Axe().run(page).response["violations"]
+    serious = [fault for fault in found if fault["impact"] in ("serious", "critical")]
+    assert not serious, [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in serious]
+
+
+# ---- generating
+
+
+def test_an_image_forms_in_previews_and_its_file_contains_its_settings(page, tmp_path):
+    run = generate(page, Seed="18446744073709551615")
+    expect(run.locator("img.preview")).to_be_visible()
+    expect(run.get_by_role("progressbar")).to_be_visible()
+    finished(run)
+    expect(run.locator("img")).to_have_attribute("alt", PROMPT)
+    file = downloaded(page, run, tmp_path)
+    assert file.name == "a-red-circle-on-a-blue-background-18446744073709551615.png"
+    request = read_origin(file).request
+    assert (request.prompt, request.seed) == (PROMPT, 2**64 - 1), "JavaScript's numbers have 53 bits"
+    assert Image.open(file).size == (64, 64)
+
+
+def test_four_images_have_consecutive_seeds_and_one_of_them_can_be_made_again(page, tmp_path):
+    run = finished(generate(page, Images="4", Seed="5", Steps="2"))
+    expect(run.locator("figcaption span")).to_have_text([f"Seed {seed}" for seed in (5, 6, 7, 8)])
+    third = downloaded(page, run, tmp_path, "Download image 3")
+    page.get_by_label("Prompt", exact=True).fill("something else")
+    run.get_by_role("button", name="Use the seed of image 3").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
+    expect(page.get_by_label("Images", exact=True)).to_have_value("1")
+    again = downloaded(page, finished(generate(page)), tmp_path)
+    assert again.read_bytes() == third.read_bytes()
+
+
+def test_waiting_and_running_requests_show_where_they_are_and_can_be_cancelled(page, origin):
+    generate(page, Images="10")
+    second = generate(page, Images="1")
+    first = page.locator(".run").last
+    expect(second.locator(".status")).to_contain_text("Waiting for one other")
+    expect(first.locator(".status")).to_contain_text("Image 1 of 10, step")
+    second.get_by_role("button", name="Cancel").click()
+    expect(second.locator(".status")).to_have_text("Cancelled")
+    first.get_by_role("button", name="Cancel").click()
+    expect(first.locator(".status")).to_contain_text("Cancelled")
+    origin.until(lambda health: not health["running"] and not health["waiting"])
+    second.get_by_role("button", name="Remove").click()
+    expect(page.locator(".run")).to_have_count(1)
+
+
+def test_more_requests_than_a_browser_has_connections_all_end(page):
+    for _ in range(8):
+        generate(page, Steps="1")
+    for run in page.locator(".run").all():
+        finished(run)
+
+
+def test_an_error_is_shown_at_the_setting_that_it_concerns_until_that_is_changed(page):
+    for label, value, field, words in (
+        ("Prompt", " ", "prompt", "The prompt is empty"),
+        ("Images", "11", "n", "from 1 to 10, got 11"),
+        ("Seed", "red", "seed", "A seed is a whole number"),
+        ("Steps", "0", "steps", "steps must be from 1 to 1000"),
+    ):
+        page.get_by_label("Prompt", exact=True).fill(PROMPT)
+        page.get_by_label(label, exact=True).fill(value)
+        page.get_by_role("button", name="Generate").click()
+        error = page.locator(f'[data-field="{field}"] > .error')
+        expect(error).to_have_text(re.compile(words, re.IGNORECASE))
+        expect(page.get_by_label(label, exact=True)).to_be_focused()
+        page.get_by_label(label, exact=True).fill("1")
+        expect(error).to_be_empty()
+    page.get_by_label("Size", exact=True).select_option("custom")
+    generate_button = page.get_by_role("button", name="Generate")
+    page.get_by_label("Width").fill("100")
+    generate_button.click()
+    expect(page.locator('[data-field="size"] > .error')).to_contain_text("nearest are 96 and 112")
+    expect(page.locator(".run")).to_have_count(0)
+
+
+# ---- images to start from, masks, LoRAs
+
+
+def test_an_image_is_started_from_and_a_painted_mask_keeps_the_rest(page, tmp_path):
+    page.locator("#start input[type=file]").set_input_files(photo(tmp_path))
+    expect(page.get_by_label("Size", exact=True)).to_have_value("64x64")
+    run = finished(generate(page, Seed="1"))
+    assert read_origin(downloaded(page, run, tmp_path)).request.strength == 0.6
+    page.get_by_role("button", name="Paint a mask").click()
+    canvas = page.locator("#painting")
+    canvas.scroll_into_view_if_needed()
+    page.get_by_label("Brush size").fill("40")
+    box = canvas.bounding_box()
+    across = [(box["x"] + part * box["width"], box["y"] + box["height"] / 2) for part in (0.3, 0.7)]
+    page.mouse.move(*across[0])
+    page.mouse.down()
+    page.mouse.move(*across[1], steps=5)
+    page.mouse.up()
+    run = finished(generate(page))
+    file = downloaded(page, run, tmp_path)
+    assert read_origin(file).request.mask_image and read_origin(file).request.strength == 1
+    pixels = Image.open(file).convert("RGB")
+    assert {pixels.getpixel((x, y)) for x in range(64) for y in (*range(17), *range(47, 64))} == {(255, 255, 255)}
+    assert any(pixels.getpixel((x, 32)) != (255, 255, 255) for x in range(64))
+    for button in ("Undo", "Clear the mask"):
+        expect(page.get_by_role("button", name=button)).to_be_enabled()
+    page.get_by_role("button", name="Undo").click()
+    expect(page.get_by_role("button", name="Clear the mask")).to_be_disabled()
+
+
+def test_a_variation_starts_from_one_of_the_images(page, tmp_path):
+    run = finished(generate(page, Seed="1"))
+    run.get_by_role("button", name="Start from this image").click()
+    expect(page.locator("#painting")).to_be_visible()
+    varied = finished(generate(page, "a green star on a blue background"))
+    assert read_origin(downloaded(page, varied, tmp_path)).request.image
+
+
+def test_loras_are_added_with_a_strength_and_a_file_of_ours_brings_its_settings_back(page, origin, tmp_path):
+    page.get_by_label("Add a LoRA").select_option("style")
+    page.get_by_label("Strength of style").fill("0.5")
+    run = finished(generate(page, Seed="3", Steps="2"))
+    file = downloaded(page, run, tmp_path)
+    page.reload()
+    expect(page.get_by_label("Model")).to_have_value("pocket")
+    page.get_by_label("Load settings from an image").set_input_files(file)
+    expect(page.get_by_label("Strength of style")).to_have_value("0.5")
+    again = downloaded(page, finished(page_generates(page)), tmp_path)
+    assert again.read_bytes() == file.read_bytes()
+    page.get_by_label("Load settings from an image").set_input_files(photo(tmp_path))
+    expect(page.locator('[data-field="load"] > .error')).to_contain_text("contains no mlx-zimage or mflux metadata")
+
+
+def page_generates(page):
+    page.get_by_role("button", name="Generate").click()
+    return page.locator(".run").first
+
+
+def test_an_image_that_is_dropped_brings_its_settings_and_in_the_field_it_is_started_from(page, tmp_path):
+    file = downloaded(page, finished(generate(page, Seed="3", Steps="2")), tmp_path)
+    drop = """(target, bytes) => {
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([new Uint8Array(bytes)], "dropped.png", { type: "image/png" }));
+        target.dispatchEvent(new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: transfer }));
+    }"""
+    page.get_by_label("Seed").fill("4")
+    page.locator("#results").evaluate(drop, list(file.read_bytes()))
+    expect(page.get_by_label("Seed")).to_have_value("3")
+    page.locator("#start").evaluate(drop, list(file.read_bytes()))
+    expect(page.locator("#painting")).to_be_visible()
+
+
+# ---- for everyone
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_axe_finds_no_serious_fault_and_nothing_is_cut_off(visit, origin, tmp_path, scheme, width):
+    page = visit(origin, viewport={"width": width, "height": 740}, color_scheme=scheme)
+    expect(page.get_by_label("Model")).to_have_value("pocket")
+    check_accessible(page)
+    page.get_by_label("Add a LoRA").select_option("style")
+    page.locator("#start input[type=file]").set_input_files(photo(tmp_path))
+    page.get_by_role("button", name="Paint a mask").click()
+    page.locator("#painting").click()
+    finished(generate(page, Images="2", Steps="1"))
+    page.get_by_label("Images", exact=True).fill("11")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator('[data-field="n"] > .error')).not_to_be_empty()
+    check_accessible(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every((c) => c < 60)")
+    assert dark == (scheme == "dark")
+
+
+def test_the_keyboard_alone_generates_paints_a_mask_and_cancels(page, tmp_path):
+    press = page.keyboard.press
+    page.locator("#start input[type=file]").set_input_files(photo(tmp_path))  # the system's own dialog
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
+    page.keyboard.type(PROMPT)
+    tab_to(page, "paint")
+    press("Enter")
+    expect(page.locator("#painting")).to_be_focused()
+    press("ArrowLeft")
+    expect(page.locator("#announcements")).to_have_text(re.compile(r"Brush at \d\d% from the left, 50% from the top"))
+    press("Space")
+    press("Shift+ArrowRight")
+    expect(page.get_by_label("Strength", exact=False).first).to_have_value("1")
+    page.get_by_label("Prompt", exact=True).focus()
+    press("Control+Enter")
+    run = page.locator(".run").first
+    finished(run)
+    expect(page.locator("#announcements")).to_contain_text("Done in")
+    assert read_origin(downloaded(page, run, tmp_path)).request.mask_image
+    page.get_by_label("Images", exact=True).fill("10")
+    press("Enter")
+    tab_to(page, "Cancel")
+    press("Enter")
+    expect(run.locator(".status")).to_contain_text("Cancelled")
+    expect(run.get_by_role("button", name="Use these settings")).to_be_focused()
+
+
+def tab_to(page, name: str) -> None:
+    """Press Tab until the element with this id or text is focused."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        found = page.evaluate("[document.activeElement.id, document.activeElement.textContent]")
+        if name in found:
+            return
+    raise AssertionError(f"Tab does not reach {name}")
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab_only(visit, server):
+    page = visit(server)
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("This server needs its API key")
+    check_accessible(page)
+    page.get_by_label("API key", exact=True).fill("wrong-key")
+    page.get_by_role("button", name="Use the key").click()
+    expect(dialog).to_contain_text("The server did not accept this key")
+    page.get_by_label("API key", exact=True).fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Model")).to_have_value("pocket")
+    assert page.evaluate("[Object.values(sessionStorage), localStorage.length, document.cookie]") == [[KEY], 0, ""]
+    finished(generate(page, Steps="1"))
+
+
+def test_a_server_that_ends_is_reported(visit, small_pocket, tmp_path):
+    with serving("--model", small_pocket, log=tmp_path / "log", key=None) as server:
+        page = visit(server)
+        expect(page.get_by_label("Model")).to_have_value("pocket")
+        run = generate(page, Images="10")
+        expect(run.locator(".status")).to_contain_text("step")
+        server.stop()
+        expect(run.locator(".status")).to_contain_text(re.compile("shutting down|connection to the server was lost"))
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator('[data-field="generate"] > .error')).to_contain_text("The server does not answer")

@@ -12,11 +12,12 @@ from ..models import NETWORKS
 from ..weights import official
 from ..weights.checkpoint import open_checkpoint, resolve
 from ..weights.component import find_network, needs_converting, read_entries
+from ..weights.controlnets import find_controlnet, is_controlnet, open_controlnet
 from ..weights.hub import check_inside, is_snapshot, locate
 from ..weights.listing import is_hidden, visible
 from ..weights.manifest import MANIFEST, MAX_HASHED, read_manifest, sha256
 from .rows import Tensor, read_rows
-from .sources import Source, open_folder, open_part, open_source
+from .sources import Source, open_controlnet_source, open_folder, open_part, open_source
 
 # Types of files that the loader reads: an extra one, not listed in the manifest, could change the model.
 LOADED = (".json", ".safetensors", ".txt", ".jinja")
@@ -39,7 +40,12 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def fetch_all(source: str | Path) -> Path:
-    """The folder of a model; of a repository, every file in its manifest is downloaded."""
+    """The folder or file of a model or ControlNet; of a repository, every file in its manifest is downloaded."""
+    if is_controlnet(source):
+        path, repository = find_controlnet(source)
+        if repository:
+            open_controlnet(source)
+        return path
     folder = resolve(source)
     _, repository = locate(source)
     if repository:
@@ -49,7 +55,7 @@ def fetch_all(source: str | Path) -> Path:
 
 
 def verify_steps(folder: str | Path) -> Iterator[Checked]:
-    """Check a model (anything that the converter reads), yielding Checked per file and tensor.
+    """Check a model or ControlNet (anything that the converter reads), yielding Checked per file and tensor.
 
     Every file is compared with the folder's SHA256SUMS. A folder not written by our converter has none; then only
     headers, names, shapes and values are checked. Raises CheckpointError for what is no model at all.
@@ -102,6 +108,11 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
 
 def _open(path: Path) -> Source:
     """What is at a path, checked as in the loader or, if only the converter reads it (fp8, GGUF), as there."""
+    if is_controlnet(path):
+        opened = open_controlnet_source(path)
+        if path.is_dir():
+            check_inside(path, opened.weights)
+        return opened
     if not (path / "model_index.json").is_file():
         return open_part(path, official.CONFIGS)
     if any(needs_converting(read_entries(find_network(path, name))) for name in NETWORKS):

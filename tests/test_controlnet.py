@@ -9,9 +9,11 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from compare import TOLERANCE, relative_error
+from safetensors.numpy import save_file
 
 from mlx_zimage.cli import main
 from mlx_zimage.convert import convert
+from mlx_zimage.convert.verify import verify
 from mlx_zimage.errors import CheckpointError, RequestError
 from mlx_zimage.models import transformer
 from mlx_zimage.models.controlnet import ControlNetConfig, config_of, control_latents
@@ -259,3 +261,29 @@ def test_options_for_whole_models_are_refused_for_a_controlnet(folder, tmp_path)
     path = controls.write(folder, 0, "control_v21")
     with pytest.raises(RequestError, match="is a ControlNet, which is converted alone"):
         convert(path, tmp_path / "converted", vae="pocket")
+
+
+def test_verify_checks_the_values_of_a_published_file(tmp_path):
+    file = tmp_path / "Z-Image-Fun-lite.safetensors"
+    arrays = controls.weights(0, "control_lite")
+    save_file(arrays, file)
+    assert verify(file) == []
+    arrays["control_layers.0.after_proj.bias"][3] = np.nan
+    save_file(arrays, file)
+    (fault,) = verify(file)
+    assert fault.startswith("controlnet control_layers.0.after_proj.bias: ")
+
+
+def test_verify_finds_a_changed_byte_of_a_converted_controlnet(folder, tmp_path):
+    source = controls.write(folder, 0, "control_v21")
+    assert verify(source) == []
+    convert(source, tmp_path / "converted")
+    assert verify(tmp_path / "converted") == []
+    (file,) = tmp_path.glob("converted/controlnet/*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    (fault,) = verify(tmp_path / "converted")
+    assert fault.startswith(f"controlnet/{file.name}: has sha256")
+    result = CliRunner().invoke(main, ["verify", "-q", str(tmp_path / "converted")])
+    assert result.exit_code == 4 and "is damaged: 1 fault found" in result.output

@@ -56,7 +56,7 @@ def control_options(command: Any) -> Any:
         click.option(
             "--control-scale", "control_scales", type=float, multiple=True, metavar="SCALE",
             help="How strictly to follow: one for all control images, or one for each.  [default: the ControlNet's "
-            "own, 0.75 to 0.9]",
+            "own, 0.75 to 1]",
         ),
         click.option(
             "--control-start", type=float, metavar="PART",

@@ -12,7 +12,7 @@ from .values import ModelName
 @click.argument("folder", type=ModelName(converted=True))
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 def verify(folder: str, quiet: bool) -> None:
-    """Check every byte of a model FOLDER and report any faults.
+    """Check every byte of a model FOLDER, or of a ControlNet's folder or file, and report any faults.
 
     Files are compared with the checksums written by `convert`. Headers, names, shapes and values are always checked,
     so a diffusers folder can be verified too, but without checksums a changed weight is only detected if it is not

@@ -89,7 +89,9 @@ class ControlNetFile:
 
     @property
     def scale(self) -> float:
-        """The published recommendation: the fewer blocks, the stronger."""
+        """The published recommendation: the fewer blocks, the stronger. Pocket's own is best as trained."""
+        if self.component.folder == POCKET / CONTROLNET:
+            return 1.0
         return 0.85 if "tile" in self.kind else 0.9 if "lite" in self.version else 0.75
 
     @property

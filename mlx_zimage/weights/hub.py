@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -280,16 +282,17 @@ def _download(repository: str, patterns: list[str], revision: str | None, shown:
             super().__init__(*args, **{"disable": None if shown else True, **options})
 
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=[".*", "*/.*"],  # hidden files, see is_hidden, that the patterns would include
-                tqdm_class=Bar,
-                local_files_only=here_only,
+        with _none_may_match():
+            return Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    ignore_patterns=[".*", "*/.*"],  # hidden files, see is_hidden, that the patterns would include
+                    tqdm_class=Bar,
+                    local_files_only=here_only,
+                )
             )
-        )
     except LocalEntryNotFoundError as error:
         folder = cached().get(repository)
         if revision is None and folder and (only := snapshot(folder)):
@@ -300,6 +303,21 @@ def _download(repository: str, patterns: list[str], revision: str | None, shown:
         ) from error
     except (HFValidationError, HTTPError) as error:
         raise _failed(repository, error) from error
+
+
+@contextmanager
+def _none_may_match() -> Iterator[None]:
+    """Within the block, the hub's client does not warn that no file matches: a repository of LoRAs has no configs."""
+    logger = logging.getLogger("huggingface_hub._snapshot_download")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No files matched")
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _failed(repository: str, error: Exception) -> ModelNotFoundError:

@@ -262,6 +262,20 @@ def test_a_head_that_does_not_end_is_given_up(server):
                 time.sleep(0.2)
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+@pytest.mark.parametrize("path", ["/health", "/nothing", GENERATE])
+@pytest.mark.parametrize("body", [b"zz\r\n{}", b"2\r\n{}GARBAGE\r\n"])
+def test_what_is_not_http_is_refused_once_and_leaves_no_traceback(server, method, path, body):
+    """Whether the application has answered the request's head by then or not."""
+    host, port = server.host.split(":")
+    head = f"{method} {path} HTTP/1.1\r\nHost: {server.host}\r\nAuthorization: Bearer {KEY}\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + body)
+        answer = b"".join(iter(lambda: client.recv(2**16), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+    assert server.health()["status"] == "ok" and "Traceback" not in server.log.read_text()
+
+
 # ---- the queue
 
 

@@ -19,6 +19,7 @@ import socket
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import h11
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -204,7 +205,7 @@ class Body:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's protocol, which would wait forever for the head of a request."""
+    """uvicorn's protocol, which would wait forever for the head of a request, and fail twice on what is not HTTP."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -218,6 +219,17 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._timer.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, unless an answer has begun; the application may answer it no more."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            head = h11.Response(status_code=400, headers=[("Content-Length", "0"), ("Connection", "close")])
+            for event in (head, h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _expect_head(self) -> None:
         self._timer = self.loop.call_later(HEAD_S, self._check_head, self.cycle)

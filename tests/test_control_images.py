@@ -1,8 +1,10 @@
+import sys
+
 import numpy as np
 import pytest
 
 from mlx_zimage.detectors import LIBRARIES
-from mlx_zimage.images.controls import KINDS, canny, gray, prepared, scribble, tile
+from mlx_zimage.images.controls import KINDS, _grown, canny, gray, prepared, scribble, tile
 from mlx_zimage.request import CONTROLS
 
 
@@ -65,3 +67,38 @@ def test_large_images_take_no_time_per_pixel_of_an_edge():
     for i in range(0, 150, 8):
         spiral[i : 300 - i, i : 300 - i] = 255 * (i // 8 % 2)
     assert canny(spiral)[..., 0].any()
+
+
+def test_edges_grow_along_the_longest_line_in_few_rounds():
+    line = np.zeros((200, 200), bool)
+    line[::2] = True
+    line[1::4, -1] = line[3::4, 0] = True  # one line of 20,100 pixels through the whole image
+    start = np.zeros_like(line)
+    start[0, 0] = True
+    executed = []
+
+    def trace(frame, event, value):
+        if frame.f_code is _grown.__code__:
+            executed.append(frame.f_lineno)
+            return trace
+        return None
+
+    sys.settrace(trace)
+    try:
+        grown = _grown(start, line)
+    finally:
+        sys.settrace(None)
+    assert np.array_equal(grown, line)
+    assert len(executed) < 500  # pixel by pixel there were about 80,000: 22 s for an image of 2048x2048
+
+
+def test_edges_grow_only_within_what_a_seed_touches():
+    rng = np.random.default_rng(0)
+    within = rng.random((40, 60)) < 0.4
+    seeds = rng.random(within.shape) < 0.02
+    grown, before = seeds & within, None
+    while not np.array_equal(grown, before):
+        before = grown
+        padded = np.pad(grown, 1)
+        grown = within & np.any([padded[y : y + 40, x : x + 60] for y in range(3) for x in range(3)], axis=0)
+    assert np.array_equal(_grown(seeds, within), grown) and grown.sum() < within.sum()

@@ -84,16 +84,27 @@ def _is_ridge(length: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.nd
 
 
 def _grown(seeds: np.ndarray, within: np.ndarray) -> np.ndarray:
-    """The 8-connected parts of `within` that contain a seed."""
-    p, found = np.pad(within, 1).ravel(), np.pad(seeds & within, 1).ravel()
-    width = within.shape[1] + 2
-    beside = np.array([-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1])
-    latest = np.flatnonzero(found)
-    while latest.size:
-        near = np.unique(latest[:, None] + beside)
-        latest = near[p[near] & ~found[near]]
-        found[latest] = True
-    return found.reshape(-1, width)[1:-1, 1:-1]
+    """The 8-connected parts of `within` that contain a seed.
+
+    Each pixel points to another of its part, at last to the first one: rounds of joining neighbours, of which even a
+    line through the whole image takes few.
+    """
+    p, width = np.pad(within, 1).ravel(), within.shape[1] + 2
+    pixels = np.flatnonzero(p)
+    number = np.cumsum(p) - 1  # of a pixel among `pixels`
+    pairs = [(at := pixels[p[pixels + step]], at + step) for step in (1, width - 1, width, width + 1)]
+    one, other = (number[np.concatenate(ends)] for ends in zip(*pairs, strict=True))
+    first = np.arange(pixels.size)
+    while one.size:
+        np.minimum.at(first, np.maximum(first[one], first[other]), np.minimum(first[one], first[other]))
+        while not np.array_equal(nearer := first[first], first):
+            first = nearer
+        apart = first[one] != first[other]
+        one, other = one[apart], other[apart]
+    kept = np.zeros(pixels.size, bool)
+    kept[first[np.pad(seeds & within, 1).ravel()[pixels]]] = True
+    p[pixels] = kept[first]
+    return p.reshape(-1, width)[1:-1, 1:-1]
 
 
 KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -21,12 +21,7 @@ COMMIT = "c" * 40
 HEADER_BYTES = 100_001  # what is asked for to see the header of a safetensors file
 HEADER_RANGE = f"bytes=0-{HEADER_BYTES - 1}"
 GENERATE = ["generate", "a red circle", "--steps", "1", "--width", "32", "--height", "32", "--seed", "1"]
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
-from mlx_zimage.cli import main
-main()
-"""
+PROGRAM = "from mlx_zimage.cli import main; main()"
 
 
 class Hub:

@@ -534,17 +534,12 @@ def read_pty(handle: int) -> bytes:
         return b""
 
 
-def restore_sigint():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it
-
-
 def test_ctrl_c_exits_with_130_and_leaves_no_files(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "generate", PROMPT, "-m", "pocket", "--steps", "1000"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=restore_sigint,
     )
     assert process.stderr.readline().startswith(b"Seed:")
     process.send_signal(signal.SIGINT)

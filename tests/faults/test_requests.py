@@ -127,7 +127,6 @@ def test_a_second_interrupt_ends_at_once(here):
     process = subprocess.Popen(
         [*COMMAND, "a cat", "-m", str(POCKET), "--steps", "1000", "--size", "256x256", "--preview"],
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )
     said = b""
     while b"Preview" not in said:

@@ -10,10 +10,12 @@ import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
+from unittest.mock import create_autospec
 
 # An M5 multiplies float32 in TF32 otherwise, which keeps 11 bits; MLX reads this when it is imported.
 os.environ["MLX_ENABLE_TF32"] = "0"
 
+import huggingface_hub
 import mlx.core as mx
 import pytest
 import tiny
@@ -67,7 +69,7 @@ def signals_reach_children():
 
 @pytest.fixture(scope="session", params=[0, 7], ids=["seed0", "seed7"])
 def golden(request, tmp_path_factory) -> Golden:
-    folder = tiny.write_kinds(tmp_path_factory.mktemp("golden"), request.param)
+    folder = tmp_path_factory.mktemp("golden")
     return Golden(request.param, folder, load_file(tiny.GOLDEN / f"seed{request.param}.safetensors"))
 
 
@@ -199,6 +201,20 @@ def bytes_read(monkeypatch) -> Counter:
     monkeypatch.setattr(Component, "read", counted_read)
     monkeypatch.setattr(Component, "rows", counted_rows)
     return seen
+
+
+@pytest.fixture(scope="session")
+def hub_client():
+    """The methods of the Hugging Face client, whose signatures take long to look up."""
+    return create_autospec(huggingface_hub.HfApi, instance=True)
+
+
+@pytest.fixture
+def api(monkeypatch, hub_client):
+    """A stand-in for the Hugging Face client that records its calls."""
+    hub_client.reset_mock(return_value=True, side_effect=True)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub_client)
+    return hub_client
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,6 +23,12 @@ HEADER_BYTES = 100_001  # what is asked for to see the header of a safetensors f
 HEADER_RANGE = f"bytes=0-{HEADER_BYTES - 1}"
 GENERATE = ["generate", "a red circle", "--steps", "1", "--width", "32", "--height", "32", "--seed", "1"]
 PROGRAM = "from mlx_zimage.cli import main; main()"
+
+
+@cache
+def digest(file: Path, algorithm: str, changed: int) -> str:
+    """Computed once for each content: a listing has the digests of all files, and each answer has that of its file."""
+    return hashlib.new(algorithm, file.read_bytes()).hexdigest()
 
 
 class Hub:
@@ -131,10 +138,10 @@ class Hub:
         return name.endswith(".safetensors")
 
     def sha(self, file: Path) -> str:
-        return hashlib.sha1(file.read_bytes()).hexdigest()
+        return digest(file, "sha1", file.stat().st_mtime_ns)
 
     def sha256(self, file: Path) -> str:
-        return self.listed.get(file.name) or hashlib.sha256(file.read_bytes()).hexdigest()
+        return self.listed.get(file.name) or digest(file, "sha256", file.stat().st_mtime_ns)
 
     def send_file(self, request, name: str, file: Path) -> None:
         content = file.read_bytes()

@@ -418,14 +418,8 @@ def test_completion_is_installed_where_the_shell_looks_for_it(run, tmp_path, mon
 
 def test_commands_and_options_are_completed():
     def complete(words: str, index: int) -> str:
-        environment = {
-            **os.environ,
-            "_MLX_ZIMAGE_COMPLETE": "bash_complete",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(index),
-        }
-        code = "from mlx_zimage.cli import main; main(prog_name='mlx-zimage')"
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+        environment = {"_MLX_ZIMAGE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(index)}
+        return CliRunner().invoke(cli.main, env=environment, prog_name="mlx-zimage").stdout
 
     assert complete("mlx-zimage gen", 1) == "plain,generate\n"
     assert "plain,--seed\n" in complete("mlx-zimage generate --se", 2)
@@ -433,7 +427,7 @@ def test_commands_and_options_are_completed():
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-def test_completion_offers_models_and_files(tmp_path, monkeypatch):
+def test_completion_offers_models_and_files(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLX_ZIMAGE_HOME", raising=False)
     own = shutil.copytree(POCKET, tmp_path / "home/.cache/mlx-zimage/Z-Image-Turbo-4bit")
@@ -443,10 +437,11 @@ def test_completion_offers_models_and_files(tmp_path, monkeypatch):
     program.chmod(0o755)
     (tmp_path / "pocket.safetensors").touch()
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    completion = run("completion", "bash").stdout
 
     def complete(*words: str) -> list[str]:
         script = (
-            'compopt() { :; }\neval "$(mlx-zimage completion bash | grep -v ^complete)"\n'
+            f"compopt() {{ :; }}; complete() {{ :; }}\n{completion}\n"
             f"COMP_WORDS=(mlx-zimage {' '.join(words)}); COMP_CWORD={len(words)}\n"
             '_mlx_zimage_completion mlx-zimage; printf "%s\\n" "${COMPREPLY[@]}"'
         )

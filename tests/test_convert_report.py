@@ -7,7 +7,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from unittest.mock import create_autospec
 
 import huggingface_hub
 import mlx.core as mx
@@ -100,9 +99,7 @@ def test_a_model_card_names_what_the_model_was_converted_from(tmp_path):
 
 
 @pytest.fixture
-def api(monkeypatch):
-    api = create_autospec(huggingface_hub.HfApi, instance=True)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+def api(api, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_test")
     return api
 

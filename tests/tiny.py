@@ -135,7 +135,10 @@ MASKED = slice(24, 64), slice(32, 80)
 
 @dataclass(frozen=True)
 class Golden:
-    """Tiny checkpoints of one seed, one per kind, and the float32 arrays that diffusers computes with them."""
+    """Tiny checkpoints of one seed, one per kind, and the float32 arrays that diffusers computes with them.
+
+    The checkpoints are in `root`; one that is not there yet is written when it is used.
+    """
 
     seed: int
     root: Path
@@ -143,7 +146,11 @@ class Golden:
 
     @property
     def folder(self) -> Path:
-        return self.root / "tiny"
+        return self.kind("tiny")
+
+    def kind(self, name: str) -> Path:
+        folder = self.root / name
+        return folder if folder.exists() else write_checkpoint(folder, self.seed, name)
 
     @cached_property
     def pipe(self) -> ZImagePipeline:
@@ -151,11 +158,11 @@ class Golden:
 
     @cached_property
     def wide(self) -> ZImagePipeline:
-        return ZImagePipeline.from_pretrained(self.root / "wide", dtype="float32")
+        return ZImagePipeline.from_pretrained(self.kind("wide"), dtype="float32")
 
     @cached_property
     def faint(self) -> ZImagePipeline:
-        return ZImagePipeline.from_pretrained(self.root / "faint", dtype="float32")
+        return ZImagePipeline.from_pretrained(self.kind("faint"), dtype="float32")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from unittest.mock import create_autospec
 
 import huggingface_hub
 import pytest
@@ -153,9 +152,7 @@ def test_a_sources_name_says_nothing_else_in_the_card(folder, tmp_path, name):
 
 
 @pytest.fixture
-def uploaded(monkeypatch):
-    api = create_autospec(huggingface_hub.HfApi, instance=True)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+def uploaded(api):
     return lambda: [name for call in api.upload_folder.call_args_list for name in call.kwargs["allow_patterns"]]
 
 

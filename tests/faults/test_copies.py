@@ -185,12 +185,13 @@ LONGER = ["saved from {} yesterday", "--model={}", "a '{}'", '{{"from": "{}"}}',
 
 
 @pytest.mark.parametrize(
-    "path", [HOME, "/Users/somebody/x", "~/models/x", "C:\\Users\\x", "\\\\nas\\x", "file:///home/x/y"]
+    ("turn", "path"),
+    [*enumerate([HOME, "/Users/somebody/x", "~/models/x", "C:\\Users\\x", "\\\\nas\\x", "file:///home/x/y"])],
 )
-@pytest.mark.parametrize("text", LONGER)
-def test_no_path_is_in_a_longer_text_a_key_or_the_tokenizer_either(folder, tmp_path, text, path):
-    inside = text.format(path)
-    notes = {"note": inside, "deep": [{"list": [inside]}], path: 1, inside: {inside: 2}}
+def test_no_path_is_in_a_longer_text_a_key_or_the_tokenizer_either(folder, tmp_path, turn, path):
+    inside = [text.format(path) for text in LONGER]
+    notes = {"deep": [{"list": inside}], path: 1}
+    notes |= {f"note {i}": text for i, text in enumerate(inside)} | {text: {text: 2} for text in inside}
     for name in (*(f"{name}/config.json" for name in NETWORKS), "model_index.json"):
         change(folder / name, **notes)
     change(folder / "tokenizer" / "tokenizer_config.json", **notes)
@@ -198,9 +199,13 @@ def test_no_path_is_in_a_longer_text_a_key_or_the_tokenizer_either(folder, tmp_p
     values = json.loads(tokenizer.read_text())
     parts = {name: values[name] | notes for name in ("normalizer", "decoder", "post_processor")}
     change(tokenizer, **parts, added_tokens=[token | notes for token in values["added_tokens"]])
-    (folder / "tokenizer" / "chat_template.jinja").write_text(f"{{# {inside} #}}{{{{ messages }}}}")
-    (folder / "tokenizer" / "merges.txt").write_text(f"#version: {inside}\na b\n")
-    record = {"source": inside, "converter": inside, "quantization": {inside: inside}, "before": {"source": inside}}
+    comments = "".join(f"{{# {text} #}}" for text in inside)
+    (folder / "tokenizer" / "chat_template.jinja").write_text(f"{comments}{{{{ messages }}}}")
+    # each text comes to each of these places with one of the paths
+    first, source, converter, before = (inside + inside)[turn : turn + 4]
+    (folder / "tokenizer" / "merges.txt").write_text(f"#version: {first}\na b\n")
+    quantization = {text: text for text in inside}
+    record = {"source": source, "converter": converter, "quantization": quantization, "before": {"source": before}}
     (folder / "conversion.json").write_text(json.dumps(record))
     out = convert(folder, tmp_path / "out")
     written = texts(out)

@@ -112,7 +112,7 @@ def serve(
     host: str, port: int, api_key_file: Path | None, no_api_key: bool, origins: tuple[str, ...],
     memory: str | None, limit: int, idle_s: float | None, honor_client_steps: bool, show: bool, yes: bool,
 ) -> None:  # fmt: skip
-    """Serve images over HTTP, on a page for your browser and to the clients of OpenAI's and AUTOMATIC1111's APIs.
+    """Serve images over HTTP, on a page in a browser and to clients of OpenAI's and AUTOMATIC1111's APIs.
 
     It prints its address, which is that of the page. The models stay loaded between requests, in one process, and
     generate one image at a time. See examples/server.md for the settings of Open WebUI, SillyTavern, LibreChat and the

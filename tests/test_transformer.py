@@ -69,7 +69,7 @@ def test_every_part_equals_the_reference(golden, golden_pipe, watch, monkeypatch
         return walk(self, blocks, streams, watched, **options)
 
     monkeypatch.setattr(Blocks, "walk", walk_watched)
-    attentions, feeds = watch(transformer, "attention"), watch(transformer, "feed_forward")
+    attentions, feeds = watch(transformer, "joined_heads"), watch(transformer, "feed_forward")
     network = golden_pipe.transformer
     (latents, caption, time), *_ = tiny.case_inputs(golden.seed, "a_pad_both")
     out = run(network, latents, caption, time)

@@ -28,9 +28,8 @@ export class Run {
       element("h3", {}, settings.prompt),
       element("p", { className: "hint" }, summary(settings)),
       this.progress,
-      element("div", { className: "running" }, this.status, this.cancel),
+      element("div", { className: "row" }, this.status, this.cancel, this.reuse, this.remove),
       this.images,
-      element("div", { className: "row" }, this.reuse, this.remove),
     );
   }
 

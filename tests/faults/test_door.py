@@ -15,7 +15,8 @@ DOOR = {
     "untrusted.py": {"os.open", "json.loads"},
     "weights/headers.py": {"safe_open"},
 }
-BEHIND = {  # opened by open_regular, or after headers.read
+BEHIND = {  # opened by open_regular, after headers.read, or received within a limit
+    "cli/remote.py": {"Image.open"},
     "images/metadata.py": {"Image.open"},
     "images/source.py": {"Image.open"},
     "weights/component.py": {"mx.load"},
@@ -35,7 +36,10 @@ OURS = {  # written by this process, or by the system
     "images/codec.py": {"Image.open"},
     "machine.py": {".read_text"},
     "selftest.py": {"mx.load"},
+    "server/a1111.py": {"json.loads"},
+    "server/static.py": {".read_bytes"},
     "server/worker.py": {"json.loads"},
+    "train/output.py": {"mx.load", "safe_open"},
 }
 
 

@@ -432,7 +432,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         shape = self._latents_shape(request)
         noise, sample = inputs.noise(shape, request.seed, request.rng, request.sample_posterior)
         pixels, mask = self._pixels(request, inputs)
-        shown = self._shown(request, inputs)  # before any weight is read: a photo may show no one
+        # before any weight is read: a photo may show no one
+        shown = self._shown(request, inputs) if request.controls else []
         guidance = Guidance(request.guidance_scale or 0.0, request.cfg_normalization, request.cfg_truncation)
         noise, sample = noise.transpose(0, 2, 3, 1), None if sample is None else sample.transpose(0, 2, 3, 1)
         mx.eval(noise, sample)  # the next event may be requested from another thread

@@ -8,7 +8,8 @@
     ├── OutputError           6   a result cannot be written: the disk is full, or the folder is read-only
     ├── LockedError           7   another process is writing the same folder
     ├── NumericsError         8   a computation produced NaN or infinity
-    └── DeviceError           9   the GPU failed, or the system stopped its work
+    ├── DeviceError           9   the GPU failed, or the system stopped its work
+    └── GroupError           10   machines that generate images together lost one, or do not match
 
 A message names the thing, its value, what was expected, and what to do next. `warn` issues warnings.
 """
@@ -95,3 +96,9 @@ class DeviceError(ZImageError, RuntimeError):
     """The GPU failed, or the system stopped its work."""
 
     exit_code = 9
+
+
+class GroupError(ZImageError, RuntimeError):
+    """Machines that generate images together lost one of them, or do not match."""
+
+    exit_code = 10

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from .errors import DeviceError, MemoryBudgetError, ZImageError
+from .errors import DeviceError, GroupError, MemoryBudgetError, ZImageError
 
 SLOW_DISK = (
     "if the model is on a slow disk (network, USB), copy it to the internal one; if not, generate smaller images"
@@ -45,6 +45,11 @@ FAILURES: tuple[tuple[str, type[ZImageError], str], ...] = (
         r"SubmissionsIgnored|new command queue",
         DeviceError,
         "the GPU accepts no more work from this process, so none of its pipelines can continue: start a new process",
+    ),
+    (
+        r"^\[(ring|jaccl|nccl)\]|ncclResult|NCCL",
+        GroupError,
+        "the connection to another machine was lost: see what that one printed, and start all of them again",
     ),
     (r"InnocentVictim", DeviceError, "the GPU failed because of another program, and this work was lost: try again"),
     (

@@ -18,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from .distributed import Group
 from .images.codec import encode
 from .images.files import write_file
 from .images.metadata import Origin
@@ -160,10 +161,11 @@ def open_model(
     keep: bool | None = None,
     variant: str | None = None,
     wired: bool = False,
+    group: Group | None = None,
     **parts: str | None,
 ) -> OpenModel:
     """Open a model to generate with; see `ZImagePipeline.from_pretrained`, which takes the parts by name."""
-    pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant, wired, **parts)
+    pipeline = ZImagePipeline.from_pretrained(source, dtype, memory, keep, variant, wired, group=group, **parts)
     name = name_of(Path(source)) if Path(source).exists() else source  # not the full path: images are shared
     return OpenModel(pipeline, name, fingerprint(pipeline.checkpoint))
 

@@ -71,6 +71,27 @@ class Inputs:
             **{name: digest(image) for name, image in images.items() if image is not None},
         }
 
+    @cached_property
+    def packed(self) -> dict[str, np.ndarray]:
+        """All of them as arrays by name, for another process: see `unpacked`."""
+        names = "latents", "prompt_embeds", "negative_prompt_embeds", "posterior_noise"
+        given = {name: getattr(self, name) for name in names}
+        images = {"image": self.source, "mask_image": self.mask, **self.controls}
+        return {
+            **{name: _real(value, name, "any shape") for name, value in given.items() if value is not None},
+            **{name: np.asarray(image) for name, image in images.items() if image is not None},
+        }
+
+    @classmethod
+    def unpacked(cls, arrays: Mapping[str, np.ndarray]) -> Inputs:
+        """The inverse of `packed`."""
+        names = {field.name for field in fields(cls)}
+        given: dict[str, Any] = {name: array for name, array in arrays.items() if name in names}
+        for name in ("image", "mask_image"):
+            if name in given:
+                given[name] = Image.fromarray(given[name])
+        return cls(**given, control_images=[x for name, x in arrays.items() if name not in names])
+
     def check_named(self, arrays: Mapping[str, str | None]) -> None:
         """Refuse a request whose digests name arrays other than these."""
         for name, wanted in arrays.items():

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import headroom
+from .distributed import Group
 from .errors import NumericsError, warn
 from .failures import explained
 from .machine import kernel_flops, limits, unpack_from, wired
@@ -28,7 +29,7 @@ from .models import CONTROLNET
 from .models.controlnet import Controlled
 from .models.layers import product_from, result, sum_dtype, vae_dtype
 from .models.text_encoder import TextEncoder
-from .models.transformer import Transformer
+from .models.transformer import ALONE, Transformer
 from .models.vae import VAE
 from .noise import initial_noise
 from .request import LATENT_PIXELS, TOKENS
@@ -79,14 +80,18 @@ def phases(name: str, total: int, steps: Generator[int, None, mx.array]) -> Gene
 class Networks:
     """A checkpoint's tokenizer, text encoder, transformer and VAE, computing in dtype within a budget in bytes.
 
-    wired locks the weights that stay through all steps in physical memory on macOS (see `machine.wired`).
+    wired locks the weights that stay through all steps in physical memory on macOS (see `machine.wired`). With a group,
+    several machines do what a plan says: rank 0 encodes prompts, and each rank computes its share of every step.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int, wired: bool = False):
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: mx.Dtype, budget: int, wired: bool = False, group: Group | None = None
+    ):
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.budget = budget
         self.wired = wired
+        self.group = group
         self.tokenizer = checkpoint.open_tokenizer()
         self.planner = Planner(checkpoint, dtype)
         most = kernel_flops()
@@ -98,7 +103,9 @@ class Networks:
         configs = {name: component.config for name, component in checkpoint.networks.items()}
         self.overlays = {name: Overlay(self.runners[name], configs[name]) for name in ("text_encoder", "transformer")}
         self.text_encoder = TextEncoder(configs["text_encoder"], self.overlays["text_encoder"], product)
-        self.transformer = Transformer(configs["transformer"], self.overlays["transformer"], product, most=most)
+        self.transformer = Transformer(
+            configs["transformer"], self.overlays["transformer"], product, group or ALONE, most=most
+        )
         self.vae = VAE(configs["vae"], self.runners["vae"], most=most)
         self._store = Store(dtype, embeddings_folder())
         self._embeddings: dict[tuple[Hashable, ...], mx.array] = {}
@@ -215,14 +222,16 @@ class Networks:
         """
         yield from self._scale()
         self.transformer.forget_schedule_but(times(sigmas[:-1]))
-        embeddings = []
+        embeddings, follows = [], self.group is not None and not self.group.leads
         for prompt in prompts:
             if isinstance(prompt, mx.array):
                 embeddings.append(prompt.astype(sum_dtype(self.dtype)))
+            elif follows:
+                embeddings.append(mx.zeros((len(prompt), self.text_encoder.config.hidden_size), sum_dtype(self.dtype)))
             else:
                 embeddings.append((yield from self.encode_prompt(prompt)))
         self.end_stage("text_encoder")
-        return embeddings
+        return embeddings if self.group is None else self.group.all_from_first(embeddings)
 
     def denoise(
         self,
@@ -251,7 +260,8 @@ class Networks:
             if tiles is not None:
                 velocities = tiled(velocities, tiles)
             sigmas = sigmas[first:]
-            latents = yield from denoise(guide(velocities, guidance, sigmas), noise, sigmas, kept)
+            steps = denoise(guide(velocities, guidance, sigmas), noise, sigmas, kept)
+            latents = yield from steps if self.group is None else self.group.together(steps)
         self.end_stage("transformer")
         return latents
 

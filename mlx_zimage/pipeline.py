@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
@@ -16,6 +17,7 @@ import numpy as np
 
 from . import porting
 from .controls import ControlNetMethods
+from .distributed import Group
 from .errors import MemoryBudgetError, NumericsError, RequestError, warn
 from .failures import explained
 from .images.codec import is_flat, rounded, to_pil, to_signed, to_uint8, to_unit
@@ -50,7 +52,8 @@ from .scheduler import add_noise
 from .sizes import parse_memory
 from .turns import Turns
 from .variants import Variant
-from .weights.checkpoint import Checkpoint, open_checkpoint
+from .version import __version__
+from .weights.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from .weights.controlnets import ControlNetFile
 from .weights.library import already_converted, smaller_parts
 from .weights.lora import Lora
@@ -113,6 +116,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         budget: int | None = None,
         keep: bool | None = None,
         wired: bool = False,
+        group: Group | None = None,
     ):
         if keep not in (None, True, False):
             raise RequestError(f"keep must be True, False or None, got {keep!r}")
@@ -127,7 +131,11 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         self.controlnet: ControlNetFile | None = None
         self._strengths: dict[str, float] = {}
         budget = machine_budget() if budget is None else check_budget(budget)
-        self.networks = Networks(checkpoint, dtype, budget, wired)
+        self.networks = Networks(checkpoint, dtype, budget, wired, group)
+        if group is not None:
+            if dtype == mx.float16:
+                raise RequestError("dtype float16 does not work on several machines; choose bfloat16")
+            group.check_same(version=__version__, model=fingerprint(checkpoint), dtype=dtype)
 
     @classmethod
     def from_pretrained(
@@ -142,6 +150,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
+        group: mx.distributed.Group | Group | None = None,
         torch_dtype: Any = None,
         **options: object,
     ) -> ZImagePipeline:
@@ -172,6 +181,9 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         wired=True locks the resident weights in physical memory on macOS while the steps run. Leave it off unless other
         programs push the model out: kernel panics have been reported with wired memory.
 
+        group, from mx.distributed.init(), shares the work of each image among the processes that `mlx.launch` started:
+        rank 0 generates, the others call `follow`.
+
         Prompt embeddings are cached on disk, so that a prompt used before needs no text encoder; see
         `mlx-zimage models --help`.
         """
@@ -181,10 +193,13 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         given = torch_dtype if dtype is None else dtype
         with explained():  # a Mac may have no GPU for this session
             name = default_dtype() if given is None else porting.dtype_name(given)
+            if group is not None and given is None and name == "float16":
+                name = "bfloat16"  # finding float16's scale is not shared
             budget = None if memory is None else parse_memory(memory)
             source, transformer = smaller_parts(already_converted(source), transformer, check=False)
             parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-            return cls(open_checkpoint(source, variant, parts), getattr(mx, name), budget, keep, wired)
+            checkpoint = open_checkpoint(source, variant, parts)
+            return cls(checkpoint, getattr(mx, name), budget, keep, wired, Group.of(group))
 
     def __call__(
         self,
@@ -366,7 +381,46 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         """
         inputs = Inputs.of(inputs, latents)
         request = self.complete(request, inputs)
-        yield from self.turns.take(self._attempts(request, inputs, decode))
+        events = self._attempts(request, inputs, decode)
+        yield from self.turns.take(events if self.group is None else self._led(events, request, inputs))
+
+    # ---- on several machines
+
+    @property
+    def group(self) -> Group | None:
+        """The machines that share the work, if there are several."""
+        return self.networks.group
+
+    def follow(self) -> None:
+        """On every rank but the first of a group: compute this machine's share of rank 0's images, until it ends.
+
+        Raises GroupError if another machine is lost, and any error that this machine alone has.
+        """
+        group = self.group
+        if group is None or group.leads:
+            raise RequestError("follow() is for the other ranks of a group; rank 0 generates images")
+        with self.networks.guarded():
+            while work := group.receive():
+                request, inputs = GenerateRequest.from_dict(json.loads(str(work.pop("request")))), Inputs.unpacked(work)
+                with group.following():
+                    for _ in self.turns.take(self._attempts(self.complete(request, inputs), inputs, decode=False)):
+                        pass
+
+    def close(self) -> None:
+        """On rank 0 of a group: end `follow` on the others. Elsewhere, nothing."""
+        if self.group is not None and self.group.leads:
+            self.group.end()
+
+    def _led(
+        self, events: Generator[Phase | Step | Generated, Change | None, None], request: GenerateRequest, inputs: Inputs
+    ) -> Generator[Phase | Step | Generated, Change | None, None]:
+        """The events of a request that the other machines follow."""
+        assert self.group is not None
+        if not self.group.leads:
+            raise RequestError("only rank 0 of a group generates images; call follow() on the others")
+        work = {"request": np.array(json.dumps(request.to_dict())), **inputs.packed}
+        with self.group.leading(work):
+            yield from events
 
     def _attempts(
         self, request: GenerateRequest, inputs: Inputs, decode: bool
@@ -380,7 +434,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             pass
         wide = wide_dtype()
         warn(f"float16 overflowed with this model; restarting the image from its first step in {wide}", Overflow)
-        self.networks = Networks(self.checkpoint, getattr(mx, wide), self.budget, self.networks.wired)
+        self.networks = Networks(self.checkpoint, getattr(mx, wide), self.budget, self.networks.wired, self.group)
         mx.clear_cache()
         with self.networks.guarded():
             for lora in self._loras.values():

@@ -38,7 +38,7 @@ LONG = ("examples/guided-images.md", "examples/lora.md", "examples/measure-your-
 # What only another machine, or a long time, can do: the lines are parsed. .ci/run runs the installing.
 PARSED = re.compile(
     r"git clone|\bpip\b|pytest|\.ci/|pre-commit|examples/pocket/|--upload-repo|--report|pipx|--server|"
-    r"mlx-zimage (serve|train)|"
+    r"mlx-zimage (serve|train)|mlx\.launch|"
     r"examples/(full_size|quality|sensitivity)\.py"  # test_examples.py and test_convert_quality.py have small ones
 )
 STAND_INS = {  # random weights of full size take minutes
@@ -70,7 +70,9 @@ def lines(block: str) -> list[list[str]]:
 def parse(words: list[str]) -> None:
     """Fail where a command names a file, a command or an option that does not exist."""
     program = words[0]
-    if program.endswith("mlx-zimage"):
+    if program == "mlx.launch":
+        parse(words[words.index("--") + 1 :])
+    elif program.endswith("mlx-zimage"):
         name, command, rest = cli.main.resolve_command(click.Context(cli.main), words[1:])
         while isinstance(command, click.Group) and rest:
             name, command, rest = command.resolve_command(click.Context(command), rest)

@@ -10,6 +10,7 @@ from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import linear, rms_norm
 from mlx_zimage.models.transformer import (
+    Alone,
     Stream,
     Transformer,
     TransformerConfig,
@@ -184,14 +185,19 @@ def test_attention_split_by_rows_with_gathered_keys_and_values_equals_the_whole(
     shares = [replace(whole, x=whole.x[:, a:b], cos=whole.cos[a:b], sin=whole.sin[a:b]) for a, b in bounds]
     theirs: list[tuple[mx.array, mx.array]] = []
 
+    class Gathering(Alone):
+        def __init__(self, gather):
+            self.gather = gather
+
     def run(share: Stream, gather) -> mx.array:
-        machine = Transformer(network.config, network.runner, gather=gather, compile=False)  # it keeps what it sees
+        ranks = Gathering(gather)
+        machine = Transformer(network.config, network.runner, ranks=ranks, compile=False)  # it keeps what it sees
         return machine.run(["layers.0"], [share])[0].x
 
     for share in shares:  # what each machine would send
-        run(share, lambda k, v: theirs.append((k, v)) or (k, v))
+        run(share, lambda arrays, _: theirs.append(arrays) or arrays)
     everything = tuple(mx.concatenate(list(parts), axis=1) for parts in zip(*theirs, strict=True))
-    found = mx.concatenate([run(share, lambda k, v: everything) for share in shares], axis=1)
+    found = mx.concatenate([run(share, lambda arrays, _: everything) for share in shares], axis=1)
     # float32: products of fewer rows may be summed in another order, by other kernels on a GPU; attending to a part of
     # the rows only would change everything
     assert relative_error(found, network.run(["layers.0"], [whole])[0].x) < TOLERANCE

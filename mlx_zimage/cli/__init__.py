@@ -17,8 +17,9 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
-from ..errors import OutputError, ZImageError, plain
+from ..errors import OutputError, RequestError, ZImageError, plain
 from ..failures import explained
+from ..launched import launched_rank
 from ..version import __version__
 from .elsewhere import no_such_command
 from .stop import Terminated, stoppable
@@ -100,8 +101,8 @@ def main() -> None:
 
     Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 other failure, 2 invalid
     value, 3 model not found, 4 damaged model files, 5 not enough memory, 6 output cannot be written, 7 folder
-    locked by another process, 8 wrong or non-finite numbers, 9 GPU failure, 130 stopped by Ctrl-C, 143 stopped by
-    SIGTERM, 129 stopped because the terminal was closed.
+    locked by another process, 8 wrong or non-finite numbers, 9 GPU failure, 10 another machine of a group failed,
+    130 stopped by Ctrl-C, 143 stopped by SIGTERM, 129 stopped because the terminal was closed.
     """
 
 
@@ -128,7 +129,9 @@ def _terminal_is_closed() -> bool:
 
 
 def _fail(ctx: click.Context, error: Exception, code: int) -> NoReturn:
-    click.echo(f"Error: {plain(str(error))}", err=True)
+    rank = launched_rank()
+    if not rank or code != RequestError.exit_code:  # what is invalid is so on rank 0, too
+        click.echo(f"Error{f' on rank {rank}' if rank else ''}: {plain(str(error))}", err=True)
     ctx.exit(code)
 
 
@@ -140,6 +143,9 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
+    if launched_rank():
+        return  # rank 0 shows it, too
+
     from tqdm import tqdm  # takes as long to import as click
 
     with tqdm.external_write_mode():  # clears a running bar and redraws it afterwards

@@ -103,6 +103,30 @@ class Tokens(Protocol):
         """The arrays that blocks compute: the tokens x, and anything that runs along with them."""
 
 
+# How many rows of a sequence each machine has. Empty if they are not shared: then every machine has all of them.
+Shares = tuple[int, ...]
+
+
+class Ranks(Protocol):
+    """The machines that generate an image together: in MLX's words, the ranks of a group.
+
+    Each has all weights, computes its own rows of every sequence, and attends to everyone's: keys and values are all
+    that blocks exchange. Attention does not depend on the order of keys, so what is gathered stays ordered by rank.
+    """
+
+    def shares(self, parts: Sequence[int]) -> Shares:
+        """The rows that each machine has of a sequence made of parts, each of which is shared on its own."""
+
+    def count(self, rows: int) -> int:
+        """How many of so many rows this machine has."""
+
+    def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
+        """This machine's rows of a whole sequence made of parts."""
+
+    def gather(self, arrays: Sequence[mx.array], shares: Shares) -> Sequence[mx.array]:
+        """All rows of arrays (B, L, ...) of which each machine has its share; they are sent together."""
+
+
 S = TypeVar("S", bound=Tokens)
 Apply = Callable[[S, Tree, int], S]
 

@@ -34,7 +34,7 @@ from .layers import (
     silu,
     sum_dtype,
 )
-from .runner import NetworkConfig, Runner, Tree
+from .runner import NetworkConfig, Ranks, Runner, Shares, Tree
 
 PATCH = 2  # a token covers PATCH x PATCH latent pixels
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
@@ -205,13 +205,23 @@ def norm_and_rotate(x: mx.array, weights: Tree, cos: mx.array, sin: mx.array) ->
     return rotate(rms_norm(x, weights, 1e-5), cos, sin)
 
 
-# Collects all keys and values (B, L, H, D) that this machine's queries attend to.
-Gather = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+class Alone:
+    """The `Ranks` of a machine by itself, which has all rows."""
+
+    def shares(self, parts: Sequence[int]) -> Shares:
+        return ()
+
+    def count(self, rows: int) -> int:
+        return rows
+
+    def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
+        return x
+
+    def gather(self, arrays: Sequence[mx.array], shares: Shares) -> Sequence[mx.array]:
+        return arrays
 
 
-def own(k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-    """The `Gather` of a single machine, which already has them all."""
-    return k, v
+ALONE = Alone()
 
 
 def heads_of(
@@ -222,9 +232,13 @@ def heads_of(
     heads: int,
     rows: int | None = None,
     product: Product = linear,
-    gather: Gather = own,
+    ranks: Ranks = ALONE,
+    shares: Shares = (),
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """RMS-normed, rotated queries of the first `rows` rows of x (B, L, dim), and all keys and values: (B, H, L, D)."""
+    """RMS-normed, rotated queries of the first `rows` rows of x (B, L, dim), and all keys and values: (B, H, L, D).
+
+    x is this machine's share of the rows: see `Ranks`.
+    """
     B, _, D = x.shape
     q, k, v = (
         product(part, weights[name]).reshape(B, -1, heads, D // heads)
@@ -232,7 +246,7 @@ def heads_of(
     )
     q = norm_and_rotate(q, weights["norm_q"], cos[:rows], sin[:rows])
     k = norm_and_rotate(k, weights["norm_k"], cos, sin)
-    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *gather(k, v)))
+    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *ranks.gather((k, v), shares)))
     return q, k, v
 
 
@@ -264,12 +278,13 @@ def attend(
     cos: mx.array,
     sin: mx.array,
     rows: int | None = None,
+    shares: Shares = (),
     *,
     heads: int,
     eps: float,
     factor: float = 1.0,
     product: Product = linear,
-    gather: Gather = own,
+    ranks: Ranks = ALONE,
     most: float = math.inf,
 ) -> mx.array:
     """The attention half of a block on x (B, L, dim); output for the first `rows` rows.
@@ -277,7 +292,7 @@ def attend(
     There is no mask: padding attends and is attended to. Queries are computed in pieces of at most `most` FLOP.
     """
     q, k, v = attention_inputs(
-        x, weights, modulation, cos, sin, rows, heads=heads, eps=eps, product=product, gather=gather
+        x, weights, modulation, cos, sin, rows, shares, heads=heads, eps=eps, product=product, ranks=ranks
     )
     out = dot_product_attention(q, k, v, most)
     return add_attention(x, out, weights, modulation, eps=eps, factor=factor, product=product)
@@ -293,15 +308,16 @@ def attention_inputs(
     cos: mx.array,
     sin: mx.array,
     rows: int | None = None,
+    shares: Shares = (),
     *,
     heads: int,
     eps: float,
     product: Product = linear,
-    gather: Gather = own,
+    ranks: Ranks = ALONE,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Queries, keys and values of a block on x (B, L, dim): see `heads_of`."""
     h = modulated_norm(x, weights["attention_norm1"], row(modulation, 0), eps)
-    return heads_of(h, weights["attention"], cos, sin, heads, rows, product, gather)
+    return heads_of(h, weights["attention"], cos, sin, heads, rows, product, ranks, shares)
 
 
 def add_attention(
@@ -374,10 +390,14 @@ def unpatchify(tokens: mx.array, h: int, w: int) -> mx.array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h, w, -1)
 
 
-def pad_tokens(x: mx.array, pad: mx.array) -> mx.array:
-    """Append copies of the learned `pad` (1, dim) to x (B, L, dim) up to a multiple of 32 tokens."""
-    B, L, D = x.shape
-    extra = -L % PAD_MULTIPLE
+def padding(tokens: int) -> int:
+    """How many tokens are appended to this many: their number becomes a multiple of 32."""
+    return -tokens % PAD_MULTIPLE
+
+
+def pad_tokens(x: mx.array, pad: mx.array, extra: int) -> mx.array:
+    """Append copies of the learned `pad` (1, dim) to x (B, L, dim)."""
+    B, _, D = x.shape
     return mx.concatenate([x, mx.broadcast_to(pad.astype(x.dtype), (B, extra, D))], axis=1) if extra else x
 
 
@@ -388,7 +408,7 @@ def positions(caption_length: int, h: int, w: int) -> np.ndarray:
     3 and so on; the image is in the frame after the last of them; the image's padding is at (0, 0, 0).
     """
     rows, columns = h // PATCH, w // PATCH
-    image = np.zeros((rows * columns + -(rows * columns) % PAD_MULTIPLE, 3), dtype=np.int64)
+    image = np.zeros((rows * columns + padding(rows * columns), 3), dtype=np.int64)
     image[: rows * columns, 0] = caption_length + 1
     image[: rows * columns, 1:] = np.indices((rows, columns)).reshape(2, -1).T
     caption = np.zeros((caption_length, 3), dtype=np.int64)
@@ -450,7 +470,7 @@ class Stream:
     x is (B, L, dim); modulation (blocks, 4, dim) has the scales and gates of exactly the blocks that this walk runs;
     cos, sin (L, head / 2) are the rotary tables of its rows. Only the first `rows` rows of the last block's output are
     computed. beside has the tokens (B, L, dim) of each `Chain` that runs along; hints are what the next block adds for
-    them.
+    them. shares says how the rows of the whole sequence are shared: see `Ranks`.
     """
 
     x: mx.array
@@ -460,6 +480,7 @@ class Stream:
     rows: int | None = None
     beside: tuple[mx.array, ...] = ()
     hints: tuple[Hint, ...] = ()
+    shares: Shares = ()
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
@@ -526,7 +547,7 @@ def in_order(blocks: Sequence[str], chains: Sequence[Chain]) -> list[tuple[str, 
 def in_turns(stream: Stream) -> Iterator[Stream]:
     """Split a stream into batches of as many images as TOKENS_AT_ONCE allows."""
     B, L, _ = stream.x.shape
-    together = max(1, TOKENS_AT_ONCE // L)
+    together = max(1, TOKENS_AT_ONCE // max(stream.shares, default=L))  # the same on all machines
     for i in range(0, B, together):
         part = slice(i, i + together)
         beside = tuple(x[part] for x in stream.beside)
@@ -535,17 +556,22 @@ def in_turns(stream: Stream) -> Iterator[Stream]:
 
 @dataclass(frozen=True)
 class Caption:
-    """A prompt at one image size: its refined embeddings (1, L', dim), and the rotary tables of image and caption."""
+    """A prompt at one image size: its refined embeddings (1, L', dim), and the rotary tables of image and caption.
+
+    image and joint say how the rows of the image and of the joined sequence are shared; these are this machine's.
+    """
 
     embedded: mx.array
     cos: mx.array
     sin: mx.array
+    image: Shares = ()
+    joint: Shares = ()
 
 
 class Transformer:
     """The network, with its weights and compute dtype from a `Runner`.
 
-    product multiplies by the blocks' matrices, and gather collects keys and values (see `heads_of`). lean frees memory
+    product multiplies by the blocks' matrices, and ranks shares the rows of each sequence. lean frees memory
     in the middle of each block, at a small cost in time; the numbers are the same. factor is a power of two that keeps
     products in float16's range (see `mlx_zimage.headroom`). A product with side effects, such as recording its inputs,
     needs compile=False. most is the FLOP of an attention's kernel (see `machine.kernel_flops`).
@@ -559,7 +585,7 @@ class Transformer:
         config: TransformerConfig,
         runner: Runner,
         product: Product = linear,
-        gather: Gather = own,
+        ranks: Ranks = ALONE,
         lean: bool = False,
         compile: bool = True,
         most: float = math.inf,
@@ -567,7 +593,7 @@ class Transformer:
         self.config = config
         self.runner = runner
         self.product = product
-        self.gather = gather
+        self.ranks = ranks
         self.is_compiled = compile
         self.most = most
         self.sums = sum_dtype(runner.dtype)
@@ -586,7 +612,7 @@ class Transformer:
         self._factor = factor
         wrap = compiled if self.is_compiled else as_it_is
         shared: dict[str, Any] = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
-        self._attend = wrap(partial(attend, heads=self.config.n_heads, gather=self.gather, most=self.most, **shared))
+        self._attend = wrap(partial(attend, heads=self.config.n_heads, ranks=self.ranks, most=self.most, **shared))
         self._feed = wrap(partial(feed, **shared))
 
     def modulate(self, times: Sequence[float], beside: Sequence[str] = ()) -> tuple[mx.array, mx.array]:
@@ -618,7 +644,8 @@ class Transformer:
         """The text encoder's output (L, cap_feat_dim), embedded and padded, ready for the context refiner."""
         embedder = self.runner.tree("cap_embedder")
         x = rms_norm(cap_feats[None].astype(self.sums), embedder[0], self.config.norm_eps)
-        x = pad_tokens(self.product(x, embedder[1]).astype(self.sums), self.runner.tree("cap_pad_token"))
+        x = self.product(x, embedder[1]).astype(self.sums)
+        x = pad_tokens(x, self.runner.tree("cap_pad_token"), padding(x.shape[1]))
         # These blocks do not see the time. Multiplying by scales and gates of 1 is exact, and needs no second trace.
         ones = mx.ones((len(self.config.refiners), 4, self.config.dim), dtype=self.runner.dtype)
         return Stream(x, ones, *self.rope(x.shape[1], 0, 0))
@@ -629,12 +656,25 @@ class Transformer:
 
     def captions(self, prompts: Sequence[mx.array], h: int, w: int) -> list[Caption]:
         """The text encoder's outputs (L, cap_feat_dim) for an image of h x w latent pixels."""
-        return [Caption(x, *self.rope(x.shape[1], h, w)) for x in self.embed_captions(prompts)]
+        return [self._caption(x, h, w) for x in self.embed_captions(prompts)]
+
+    def _caption(self, embedded: mx.array, h: int, w: int) -> Caption:
+        tokens = (h // PATCH) * (w // PATCH)
+        parts = tokens, padding(tokens), embedded.shape[1]
+        cos, sin = (self.ranks.own(table, parts) for table in self.rope(parts[-1], h, w))
+        own = self.ranks.own(embedded, parts[-1:], axis=1)
+        return Caption(own, cos, sin, self.ranks.shares(parts[:-1]), self.ranks.shares(parts))
 
     def begin(self, latents: mx.array, embedder: str = "all_x_embedder.2-1") -> tuple[mx.array, int]:
-        """Latents (B, h, w, C) as embedded, padded tokens (B, L, dim), and the number of tokens before padding."""
-        x = self.product(patchify(latents.astype(self.runner.dtype)), self.runner.tree(embedder))
-        return pad_tokens(x.astype(self.sums), self.runner.tree("x_pad_token")), x.shape[1]
+        """Latents (B, h, w, C) as embedded, padded tokens (B, L, dim), and the number of tokens before padding.
+
+        Both are this machine's share.
+        """
+        tokens = patchify(latents.astype(self.runner.dtype))
+        extra = padding(tokens.shape[1])
+        x = self.product(self.ranks.own(tokens, tokens.shape[1:2], axis=1), self.runner.tree(embedder))
+        pad = self.runner.tree("x_pad_token")
+        return pad_tokens(x.astype(self.sums), pad, self.ranks.count(extra)), x.shape[1]
 
     def image_stream(
         self, x: mx.array, caption: Caption, modulation: mx.array, beside: Sequence[mx.array] = ()
@@ -642,20 +682,22 @@ class Transformer:
         """Embedded image tokens (B, L, dim), and a control image's for each chain, ready for the noise refiner."""
         length, refiners = x.shape[1], self.config.n_refiner_layers
         along = tuple(mx.broadcast_to(own, x.shape) for own in beside)
-        return Stream(x, modulation[:refiners], caption.cos[:length], caption.sin[:length], beside=along)
+        tables = caption.cos[:length], caption.sin[:length]
+        return Stream(x, modulation[:refiners], *tables, beside=along, shares=caption.image)
 
     def join(self, image: Stream, caption: Caption, modulation: mx.array, rows: int) -> Stream:
         """Refined images with their caption, ready for the layers; only the images' rows leave the last layer."""
         B, refiners = image.x.shape[0], self.config.n_refiner_layers
         embedded = mx.broadcast_to(caption.embedded, (B, *caption.embedded.shape[1:]))
         x, *beside = (mx.concatenate([own, embedded], axis=1) for own in (image.x, *image.beside))
-        return Stream(x, modulation[refiners:], caption.cos, caption.sin, rows, tuple(beside))
+        return Stream(x, modulation[refiners:], caption.cos, caption.sin, rows, tuple(beside), shares=caption.joint)
 
     def finish(self, x: mx.array, final_scale: mx.array, h: int, w: int) -> mx.array:
         """From image tokens (B, L, dim) after the last layer to data minus noise (B, h, w, C), float32."""
         x = mx.fast.layer_norm(x, None, None, 1e-6) * final_scale
         x = self.product(x.astype(self.runner.dtype), self.runner.tree("all_final_layer.2-1.linear"))
-        return unpatchify(x.astype(mx.float32), h, w)
+        (x,) = self.ranks.gather((x.astype(mx.float32),), self.ranks.shares(((h // PATCH) * (w // PATCH),)))
+        return unpatchify(x, h, w)
 
     def velocity(
         self, cap_feats: mx.array, sigmas: Sequence[float] | np.ndarray, h: int, w: int
@@ -765,7 +807,7 @@ class Transformer:
         rows: int | None = None,
         hints: Sequence[Hint] = (),
     ) -> mx.array:
-        x = self._attend(x, weights, modulation, stream.cos, stream.sin, rows)
+        x = self._attend(x, weights, modulation, stream.cos, stream.sin, rows, stream.shares)
         if self.lean:
             settle(x)
         return self._feed(x, weights, modulation, hints)

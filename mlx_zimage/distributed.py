@@ -1,0 +1,280 @@
+"""One image on several machines, on MLX's own communication: `mlx.launch` starts a process, a rank, on each of them.
+
+Every rank has the whole model, resident or streamed within its own memory budget, and computes its share of the rows of
+each sequence (see `models.runner.Ranks`). Rank 0 leads: it takes requests, encodes prompts and has the results. The
+others follow: they run the same requests. Only `all_gather` and `all_sum` are used, which every backend has: ring
+(TCP), jaccl (RDMA over Thunderbolt 5) and nccl (CUDA).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from enum import IntFlag
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import GroupError, NumericsError, RequestError
+from .launched import is_launched
+from .sampling import Change, Step
+
+R = TypeVar("R")
+PATIENCE = 600.0  # seconds for rank 0's caller to go on, and for the first step, which reads the weights
+LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times the longest step so far, and at least this many seconds
+PERIOD = 0.2  # seconds between the watchdog's looks
+
+
+class Signal(IntFlag):
+    """What ranks say before each thing that all of them compute. Rank 0 says the first three, or nothing: go on."""
+
+    CHANGED = 1  # other latents follow
+    STOPPED = 2  # the remaining steps are skipped
+    ENDED = 4  # the request is over
+    FAILED = 8  # a rank that follows cannot go on
+
+
+GO = Signal(0)
+
+
+class Ended(Exception):
+    """Rank 0 has ended the request that this rank follows."""
+
+
+class Group:
+    """The ranks that generate images together; a `models.runner.Ranks`.
+
+    speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal. A step that
+    takes more than `limit` seconds, by default five times as long as any before, ends this process with an error:
+    another rank has stalled, and MLX would wait forever.
+    """
+
+    def __init__(self, group: mx.distributed.Group, speeds: Sequence[float] | None = None, limit: float | None = None):
+        self.group = group
+        self.rank, self.size = group.rank(), group.size()
+        speeds = [1.0] * self.size if speeds is None else list(speeds)
+        if len(speeds) != self.size or not all(0 < speed < float("inf") for speed in speeds):
+            raise RequestError(f"speeds must be {self.size} positive numbers, one per rank, got {speeds}")
+        self._ends = [0.0, *(end / sum(speeds) for end in accumulate(speeds))]
+        self._limit = limit
+        self._longest = 0.0
+        self._broken = False
+        self._deadline: float | None = None
+        self._watchdog: threading.Thread | None = None
+
+    @classmethod
+    def of(cls, group: mx.distributed.Group | Group | None) -> Group | None:
+        """A Group of these ranks; None if there is only one."""
+        if group is None or isinstance(group, Group):
+            return group
+        return cls(group) if group.size() > 1 else None
+
+    @classmethod
+    def launched(cls) -> Group | None:
+        """The processes that `mlx.launch` started with this one; None if it did not start it, or it alone."""
+        return cls.of(mx.distributed.init(strict=True)) if is_launched() else None
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    # ---- rows: see `models.runner.Ranks`
+
+    def bounds(self, rows: int) -> list[tuple[int, int]]:
+        """The first row of each rank's part of a sequence, and the row after its last."""
+        return list(pairwise(round(end * rows) for end in self._ends))
+
+    def shares(self, parts: Sequence[int]) -> tuple[int, ...]:
+        each = [self.bounds(rows) for rows in parts]
+        return tuple(sum(end - start for start, end in bounds) for bounds in zip(*each, strict=True))
+
+    def count(self, rows: int) -> int:
+        start, end = self.bounds(rows)[self.rank]
+        return end - start
+
+    def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
+        pieces, before = [], 0
+        for rows in parts:
+            start, end = self.bounds(rows)[self.rank]
+            index = [slice(None)] * axis + [slice(before + start, before + end)]
+            pieces.append(x[tuple(index)])
+            before += rows
+        return mx.concatenate(pieces, axis=axis)
+
+    def gather(self, arrays: Sequence[mx.array], shares: Sequence[int]) -> Sequence[mx.array]:
+        if not shares:
+            return arrays
+        x = mx.concatenate([*arrays], axis=-1) if len(arrays) > 1 else arrays[0]
+        batch, own, *rest = x.shape
+        most = max(shares)
+        if own < most:  # MLX gathers arrays of equal shapes
+            x = mx.pad(x, [(0, 0), (0, most - own)] + [(0, 0)] * len(rest))
+        every = mx.distributed.all_gather(x, group=self.group).reshape(self.size, batch, most, *rest)
+        if min(shares) == most:
+            x = every.swapaxes(0, 1).reshape(batch, -1, *rest)
+        else:
+            x = mx.concatenate([every[i, :, :rows] for i, rows in enumerate(shares)], axis=1)
+        ends = list(accumulate(array.shape[-1] for array in arrays))
+        return list(mx.split(x, ends[:-1], axis=-1))
+
+    # ---- from rank 0 to the others
+
+    def from_first(self, x: mx.array) -> mx.array:
+        """Rank 0's x; the others pass any array of its shape and dtype."""
+        return mx.distributed.all_sum(x if self.leads else mx.zeros_like(x), group=self.group)
+
+    def all_from_first(self, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """Rank 0's arrays, once it has them."""
+        self.signal()
+        with self.computing():
+            found = [self.from_first(array) for array in arrays]
+            mx.eval(found)
+        return found
+
+    def send(self, content: Mapping[str, np.ndarray]) -> None:
+        """Rank 0 sends named arrays to the others, which `receive` them; no arrays at all end their `receive`."""
+        buffer = io.BytesIO()
+        if content:
+            np.savez(buffer, **dict(content))  # type: ignore[arg-type]  # a name could be an option's
+        data = np.frombuffer(buffer.getvalue(), np.uint8)
+        with self.computing(PATIENCE):
+            mx.eval(self.from_first(mx.array(len(data))))
+            if len(data):
+                mx.eval(self.from_first(mx.array(data)))
+
+    def end(self) -> None:
+        """Rank 0 ends `receive` on the others."""
+        if not self._broken:
+            self._broken = True
+            self.send({})
+
+    def receive(self) -> dict[str, np.ndarray]:
+        """What rank 0 sends next; this waits for as long as it takes."""
+        size = int(np.array(self.from_first(mx.array(0))))
+        if not size:
+            return {}
+        data = np.array(self.from_first(mx.zeros(size, dtype=mx.uint8)))
+        with np.load(io.BytesIO(data.tobytes()), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def check_same(self, **values: Any) -> None:
+        """GroupError on every rank if a value is not the same on all of them."""
+        digests = [hashlib.sha256(repr(value).encode()).digest()[:16] for value in values.values()]
+        own = mx.array(np.frombuffer(b"".join(digests), np.uint8))
+        with self.computing():
+            every = np.array(mx.distributed.all_gather(own[None], group=self.group)).reshape(self.size, -1, 16)
+        for i, name in enumerate(values):
+            others = [rank for rank in range(self.size) if (every[rank, i] != every[0, i]).any()]
+            if others:
+                ranks = " and ".join(map(str, others))
+                raise GroupError(
+                    f"rank {ranks} has a different {name.replace('_', ' ')} than rank 0; all machines need the same"
+                )
+
+    # ---- a request
+
+    @contextmanager
+    def leading(self, work: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """On rank 0: within the block, the others follow this work. It ends for them when it ends here."""
+        if self._broken:
+            raise GroupError("the group has lost a rank; start all of them again")
+        self.send(work)
+        try:
+            yield
+        finally:
+            if not self._broken:
+                self.signal(Signal.ENDED)
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """On the other ranks: within the block, do what `leading` was given."""
+        try:
+            with suppress(NumericsError):  # rank 0 has the same numbers, and reports it
+                yield
+            self.signal()
+        except Ended:
+            pass
+        except Exception:
+            if not self._broken:
+                self.signal(Signal.FAILED)
+            raise
+
+    def signal(self, own: Signal = GO) -> Signal:
+        """What rank 0 says; Ended on the others if it has ended the request, GroupError if another rank failed."""
+        with self.computing(PATIENCE):
+            said = int(np.array(mx.distributed.all_sum(mx.array(int(own)), group=self.group)))
+        if said >= Signal.FAILED:
+            if own is Signal.FAILED:
+                return own
+            self._broken = True
+            raise GroupError("another machine could not go on; its own message says why")
+        if said & Signal.ENDED and not self.leads:
+            raise Ended
+        return Signal(said)
+
+    def together(self, steps: Generator[Step, Change | None, R]) -> Generator[Step, Change | None, R]:
+        """Steps that all ranks compute. The answers of rank 0's caller are everyone's."""
+        change: Change | None = None
+        latents = mx.zeros(())
+        while True:
+            own = GO
+            if change is not None and self.leads:
+                own = (GO if change.latents is None else Signal.CHANGED) | (Signal.STOPPED if change.stop else GO)
+            said = self.signal(own)
+            with self.computing():
+                if said:
+                    own_latents = latents if change is None or change.latents is None else change.latents
+                    given = self.from_first(own_latents) if said & Signal.CHANGED else None
+                    change = Change(given, bool(said & Signal.STOPPED))
+                try:
+                    step = steps.send(change)
+                except StopIteration as end:
+                    return end.value
+            latents = step.latents
+            change = yield step
+
+    # ---- failures
+
+    @contextmanager
+    def computing(self, limit: float | None = None) -> Iterator[None]:
+        """Around what all ranks compute: if it fails on one of them only, the others wait in vain.
+
+        Then this rank can do nothing more for the group; once its process ends, the others fail, too. If another rank
+        stalls for longer than the limit in seconds, this process ends.
+        """
+        if self._watchdog is None:
+            self._watchdog = threading.Thread(target=self._watch, daemon=True, name="watchdog of the group")
+            self._watchdog.start()
+        begin = time.monotonic()
+        usual = max(SHORTEST_LIMIT, LIMIT * self._longest) if self._longest else PATIENCE
+        self._deadline = begin + (self._limit or limit or usual)
+        try:
+            yield
+            if limit is None:
+                self._longest = max(self._longest, time.monotonic() - begin)
+        except NumericsError:  # on all ranks, since they have the same latents
+            raise
+        except BaseException:
+            self._broken = True
+            raise
+        finally:
+            self._deadline = None
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(PERIOD)
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                message = (
+                    f"Error: rank {self.rank} has waited too long for the other machines: one of them has stalled, or "
+                    f"is much slower. Start all of them again\n"
+                )
+                os.write(2, message.encode())
+                os._exit(GroupError.exit_code)  # MLX cannot be interrupted while it waits

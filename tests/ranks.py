@@ -1,0 +1,88 @@
+"""Generate images on several ranks, and start the processes for that: MLX's ring on this machine.
+
+    python ranks.py MODEL CALLS.json OUT.npz OPTIONS
+
+CALLS.json is a list of a pipeline call's arguments; the image "photo" is the tests' own. Rank 0 writes the final
+latents of each call. In MODEL, {rank} is the rank. OPTIONS is a JSON object: speeds and limit as in Group, and memory,
+budgets by rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import controls
+import mlx.core as mx
+import numpy as np
+import tiny
+
+from mlx_zimage import ZImagePipeline
+from mlx_zimage.distributed import Group
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(size: int, folder: Path, words: list[str], **environment: str) -> list[subprocess.Popen]:
+    """Start a command as each rank of a group, as mlx.launch does with the ring backend."""
+    hosts = [[f"127.0.0.1:{free_port()}"] for _ in range(size)]
+    hostfile = folder / "hosts.json"
+    hostfile.write_text(json.dumps(hosts))
+    own = {**os.environ, "MLX_HOSTFILE": str(hostfile), **environment}
+    return [
+        subprocess.Popen(
+            words,
+            env={**own, "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str]]:
+    """The exit code and the output of each rank."""
+    output = [process.communicate(timeout=seconds)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, output, strict=True)]
+
+
+def latents(pipe: ZImagePipeline, calls: list[dict]) -> list[np.ndarray]:
+    """The final latents of each call: (B, C, h, w)."""
+    photo = tiny.photo()
+    given = [{name: photo if value == "photo" else value for name, value in call.items()} for call in calls]
+    return [pipe(**call, output_type="latent").images for call in given]
+
+
+def open_pipeline(model: str, folder: Path, group: Group | None = None, memory: str | None = None) -> ZImagePipeline:
+    """A float32 pipeline with a ControlNet."""
+    pipe = ZImagePipeline.from_pretrained(model, dtype="float32", memory=memory, group=group)
+    pipe.load_controlnet(controls.write(folder, 0, "control_v21"))
+    return pipe
+
+
+def main(model: str, calls: str, out: str, options: str) -> None:
+    given = json.loads(options)
+    group = Group(mx.distributed.init(backend="ring", strict=True), given.get("speeds"), given.get("limit"))
+    memory = given.get("memory", {}).get(str(group.rank))
+    pipe = open_pipeline(model.format(rank=group.rank), Path(out).parent / f"rank{group.rank}", group, memory)
+    Path(f"{out}.{group.rank}").touch()  # the model is open
+    if group.leads:
+        with closing(pipe):
+            np.savez(out, *latents(pipe, json.loads(Path(calls).read_text())))
+    else:
+        pipe.follow()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -174,9 +174,7 @@ class Group:
             others = [rank for rank in range(self.size) if (every[rank, i] != every[0, i]).any()]
             if others:
                 ranks = " and ".join(map(str, others))
-                raise GroupError(
-                    f"rank {ranks} has a different {name.replace('_', ' ')} than rank 0; all machines need the same"
-                )
+                raise GroupError(f"rank {ranks} has a different {name} than rank 0; all machines need the same")
 
     # ---- a request
 
@@ -230,15 +228,14 @@ class Group:
             said = self.signal(own)
             with self.computing():
                 if said:
-                    own_latents = latents if change is None or change.latents is None else change.latents
-                    given = self.from_first(own_latents) if said & Signal.CHANGED else None
+                    given = self.from_first(latents) if said & Signal.CHANGED else None
                     change = Change(given, bool(said & Signal.STOPPED))
                 try:
                     step = steps.send(change)
                 except StopIteration as end:
                     return end.value
-            latents = step.latents
             change = yield step
+            latents = step.latents if change is None or change.latents is None else change.latents
 
     # ---- failures
 

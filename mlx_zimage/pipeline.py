@@ -191,15 +191,16 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         if dtype is not None and torch_dtype is not None:
             raise RequestError("dtype and torch_dtype were both given; give one")
         given = torch_dtype if dtype is None else dtype
+        ranks = Group.of(group)
         with explained():  # a Mac may have no GPU for this session
             name = default_dtype() if given is None else porting.dtype_name(given)
-            if group is not None and given is None and name == "float16":
+            if ranks is not None and given is None and name == "float16":
                 name = "bfloat16"  # finding float16's scale is not shared
             budget = None if memory is None else parse_memory(memory)
             source, transformer = smaller_parts(already_converted(source), transformer, check=False)
             parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
             checkpoint = open_checkpoint(source, variant, parts)
-            return cls(checkpoint, getattr(mx, name), budget, keep, wired, Group.of(group))
+            return cls(checkpoint, getattr(mx, name), budget, keep, wired, ranks)
 
     def __call__(
         self,
@@ -272,10 +273,10 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
 
         control_image is what a ControlNet follows (see `load_controlnet`): an image that is ready to use, or a pair of
         a preparation ("canny", "gray", "scribble", "tile", "lines", "pose" or "depth") and a photo, or a list of
-        several, whose effects add up.
-        It gives the size, unless there is one. controlnet_conditioning_scale, by default the ControlNet's own, and
-        the part of the steps from control_guidance_start to control_guidance_end may be lists, too. When inpainting, a
-        ControlNet that reads a mask is shown what is kept; control_image="inpaint" shows it nothing else.
+        several, whose effects add up. It gives the size, unless there is one. controlnet_conditioning_scale, by default
+        the ControlNet's own, and the part of the steps from control_guidance_start to control_guidance_end may be
+        lists, too. When inpainting, a ControlNet that reads a mask is shown what is kept; control_image="inpaint" shows
+        it nothing else.
 
         output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,
         {"latents": mx.array}) may return other latents, and works for one prompt at a time. Several prompts are

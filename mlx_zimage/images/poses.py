@@ -124,7 +124,7 @@ def drawn(found: list[np.ndarray], width: int, height: int) -> np.ndarray:
         body = [_seen(person, i) for i in BODY]
         (x, y), seen = person[SHOULDERS, :2].mean(axis=0), person[SHOULDERS, 2] > SEEN
         body[NECK] = (float(x), float(y)) if seen.all() else None
-        for (a, b), colour in zip(LIMBS, COLOURS, strict=False):
+        for (a, b), colour in zip(LIMBS, COLOURS[: len(LIMBS)], strict=True):
             if (start := body[a]) and (end := body[b]):
                 dim = tuple(int(0.6 * part) for part in colour)
                 draw.polygon(_stick(start, end, max(0.5, STICK * unit)), fill=dim)

@@ -167,11 +167,11 @@ def train(
     )
     written = config, name_of(pipe.checkpoint.folder), run.checksum
     for step in range(optimizer.step, settings.steps):
-        begin = time.perf_counter()
+        begin, rate = time.perf_counter(), warmed_up(settings.rate, step, settings.warm_up)
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
             networks.set_loras(strengths)
-            factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer)
-        done, rate = step + 1, warmed_up(settings.rate, step, settings.warm_up)
+            factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer, rate)
+        done = step + 1
         yield Stepped(done, loss, norm, rate, time.perf_counter() - begin)
         if done % save_every == 0 or done == settings.steps:
             write_state(run.state, factors, optimizer, run.identity)
@@ -227,9 +227,9 @@ def _tried(
 
 
 def one_step(
-    run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, optimizer: AdamW
+    run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, optimizer: AdamW, rate: float
 ) -> tuple[Factors, float, float]:
-    """The factors after one more step, its mean loss, and its gradient's norm."""
+    """The factors after one more step at this rate, its mean loss, and its gradient's norm."""
     settings, total, losses = run.settings, Factors(), []
     for i in range(settings.accumulate):
         value, found = gradients(factors, case(run, encoded, optimizer.step * settings.accumulate + i))
@@ -240,7 +240,6 @@ def one_step(
         raise NumericsError(
             f"the gradient of step {optimizer.step + 1} is not finite; lower the rate, or try dtype float32"
         )
-    rate = warmed_up(settings.rate, optimizer.step, settings.warm_up)
     return optimizer.apply(factors, total, rate, settings.decay), sum(losses) / len(losses), norm
 
 

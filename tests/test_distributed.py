@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -68,10 +69,10 @@ def begin(size: int, model: Path, folder: Path, calls: list[dict], **options) ->
     "size, speeds",
     [
         (2, None),
-        pytest.param(2, [1, 3], marks=pytest.mark.slow),
-        pytest.param(3, None, marks=pytest.mark.slow),
         pytest.param(3, [2, 0.7, 1], marks=pytest.mark.slow),
-        pytest.param(4, None, marks=pytest.mark.slow),
+        pytest.param(2, [1, 3], marks=pytest.mark.long),
+        pytest.param(3, None, marks=pytest.mark.long),
+        pytest.param(4, None, marks=pytest.mark.long),
     ],
 )
 def test_several_ranks_compute_what_one_does(size, speeds, alone, tiny_folder, tmp_path):
@@ -120,9 +121,7 @@ def check_that_all_end(sign: int, rank: int, after: float, model: Path, folder: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sign", "rank"), [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGSTOP, 0), (signal.SIGSTOP, 2)]
-)
+@pytest.mark.parametrize(("sign", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
 def test_a_rank_that_dies_or_stalls_ends_all(sign, rank, tiny_folder, tmp_path):
     check_that_all_end(sign, rank, 2, tiny_folder, tmp_path)
 
@@ -152,7 +151,8 @@ def test_a_command_started_by_mlx_launch_prints_and_saves_once(light_folder, tmp
     refused = subprocess.run(
         [str(launch), "-n", "2", "--backend", "ring", "-p", port, "--", *ours, "--steps", "0"], **run
     )
-    assert refused.stderr.count("Error: ") == 1
+    # by whichever rank is first: then mlx.launch may end the other before it can speak
+    assert re.search(r"^Error( on rank 1)?: --steps must be from 1 to 1000, got 0$", refused.stderr, re.MULTILINE)
 
 
 def test_the_rows_of_uneven_ranks_are_all_there_once():

@@ -36,8 +36,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
+        # with OpenBLAS loaded ahead of it, Chromium cannot start its processes
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         # root, as in CI's container, may not use Chromium's own sandbox
-        browser = driver.chromium.launch(executable_path=CHROME, args=["--no-sandbox"] * (os.getuid() == 0))
+        flags = ["--no-sandbox"] * (os.getuid() == 0)
+        browser = driver.chromium.launch(executable_path=CHROME, args=flags, env=environment)
         yield browser
         browser.close()
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
-from ..errors import OutputError, RequestError, ZImageError, plain
+from ..errors import OutputError, ZImageError, plain
 from ..failures import explained
 from ..launched import launched_rank
 from ..version import __version__
@@ -129,9 +129,8 @@ def _terminal_is_closed() -> bool:
 
 
 def _fail(ctx: click.Context, error: Exception, code: int) -> NoReturn:
-    rank = launched_rank()
-    if not rank or code != RequestError.exit_code:  # what is invalid is so on rank 0, too
-        click.echo(f"Error{f' on rank {rank}' if rank else ''}: {plain(str(error))}", err=True)
+    rank = launched_rank()  # each speaks for itself: mlx.launch ends the others once one has failed
+    click.echo(f"Error{f' on rank {rank}' if rank else ''}: {plain(str(error))}", err=True)
     ctx.exit(code)
 
 

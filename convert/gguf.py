@@ -94,12 +94,13 @@ def read_floats(tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
     kind = tensor.kind
     row_values = prod(tensor.shape[1:])
     first, last = start * row_values, stop * row_values
-    blocks = (last - first) // kind.values
-    offset = tensor.offset + first // kind.values * kind.block_bytes
+    before = first // kind.values  # blocks; a tensor of one axis may start and stop within one
+    blocks = -(-last // kind.values) - before
     with unchanged([tensor]):
-        raw = read_range(tensor.file, offset, blocks * kind.block_bytes)
-    values = kind.decode(raw.reshape(blocks, kind.block_bytes))
-    return values.reshape(stop - start, *tensor.shape[1:])
+        raw = read_range(tensor.file, tensor.offset + before * kind.block_bytes, blocks * kind.block_bytes)
+    values = kind.decode(raw.reshape(blocks, kind.block_bytes)).reshape(-1)
+    first, last = first - before * kind.values, last - before * kind.values
+    return values[first:last].reshape(stop - start, *tensor.shape[1:])
 
 
 class _Header:

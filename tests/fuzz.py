@@ -279,10 +279,11 @@ def gguf_seeds(folder: Path) -> list[bytes]:
 
 
 def gguf_rows_seeds(folder: Path) -> list[bytes]:
-    """Two rows of every type of block, of random bytes."""
+    """Two rows, or a vector, of every type of block, of random bytes."""
     rng, found = random.Random(0), []
-    for number, kind in gguf.KINDS.items():
-        start = b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"a" + struct.pack("<IQQIQ", 2, 256, 2, number, 0)
+    for (number, kind), shape in itertools.product(gguf.KINDS.items(), ((256, 2), (512,))):
+        axes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        start = b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"a" + axes + struct.pack("<IQ", number, 0)
         blocks = 512 // kind.values * kind.block_bytes
         found.append(start.ljust(-(-len(start) // 32) * 32, b"\0") + rng.randbytes(blocks))
     return found

@@ -394,6 +394,23 @@ def test_a_range_of_rows_of_a_gguf_tensor_can_be_read(tmp_path):
     assert np.array_equal(gguf.read_floats(tensor, 17, 40), whole[17:40])
 
 
+def test_part_of_a_gguf_vector_may_start_and_stop_within_a_block(tmp_path):
+    package = pytest.importorskip("gguf")
+    values = np.random.default_rng(0).standard_normal(128).astype(np.float32)
+    used = package.GGMLQuantizationType.Q8_0  # blocks of 32 values
+    writer = package.GGUFWriter(tmp_path / "dit.gguf", "lumina2")
+    writer.add_tensor("x", package.quantize(values, used), raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = gguf.read_tensors(tmp_path / "dit.gguf")["x"]
+    assert tensor.shape == (128,)
+    whole = gguf.read_floats(tensor, 0, 128)
+    for start, stop in ((0, 1), (31, 33), (5, 100), (64, 128)):
+        assert np.array_equal(gguf.read_floats(tensor, start, stop), whole[start:stop])
+
+
 def test_damaged_gguf_headers_are_refused(tmp_path):
     file = save_gguf(tmp_path / "dit.gguf", {"x_pad_token": mx.ones((1, 64))}, "F32")
     content = file.read_bytes()

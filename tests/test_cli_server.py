@@ -3,6 +3,7 @@
 import base64
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -180,6 +181,45 @@ def test_whatever_another_server_answers_is_an_error_and_leaves_no_file(tmp_path
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
     assert f"Error: {url}" in result.stderr and "\x1b" not in result.stderr and len(result.stderr) < 5000
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("full", "waits"), [(2, [7, 600]), (99, [7] + [600] * 8)])
+def test_a_full_queue_is_waited_for_as_long_as_the_server_says(monkeypatch, tmp_path, full, waits):
+    """And the request is sent ten times at most."""
+    asked, waited = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(200, LISTED)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            if len(asked) <= full:
+                content = json.dumps({"error": {"message": "the queue is full"}}).encode()
+                self.answer(429, content, "7" if len(asked) == 1 else "99999")
+            else:
+                self.answer(200, event(error={"message": "a place was free"}))
+
+        def answer(self, status, content, after=None):
+            self.send_response(status)
+            if after:
+                self.send_header("Retry-After", after)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *words):
+            pass
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with HTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        result = CliRunner().invoke(main, [*WORDS, "--server", f"http://127.0.0.1:{other.server_port}"])
+        other.shutdown()
+    assert waited == waits and len(asked) == len(waits) + 1 <= 10
+    assert result.exit_code == 1 and "queue is full; trying again in 7 s" in result.stderr
+    assert ("a place was free" if full == 2 else "Error: http://") in result.stderr.splitlines()[-1]
 
 
 def test_an_address_or_a_key_that_is_none_is_an_error(run, monkeypatch):

@@ -19,10 +19,12 @@ import click
 import controls
 import mlx.core as mx
 import pytest
+import uvicorn
 from click.testing import CliRunner
 from huggingface_hub import constants
 from PIL import Image
 from serving import KEY, PROMPT, Answer, form, png, serving
+from starlette.responses import Response
 from starlette.types import Message
 from test_cli_lora import write as write_lora
 
@@ -31,13 +33,13 @@ from mlx_zimage.cli import main
 from mlx_zimage.errors import CheckpointError, MemoryBudgetError
 from mlx_zimage.generate import open_model
 from mlx_zimage.models.text_encoder import TextEncoder
-from mlx_zimage.server import guard, results, worker
-from mlx_zimage.server.app import is_answered
+from mlx_zimage.server import guard, queue, results, worker
+from mlx_zimage.server.app import is_answered, listen
 from mlx_zimage.server.controls import units_of
 from mlx_zimage.server.errors import ADJUSTED, Refusal
 from mlx_zimage.server.guard import HEAD_S, MAX_BODY, Access, Body, Guard, host_name
 from mlx_zimage.server.loras import lora_files
-from mlx_zimage.server.messages import Accepted, Done, Job, Loaded, Model, Options
+from mlx_zimage.server.messages import Accepted, Done, Job, Loaded, Model, Options, Started
 from mlx_zimage.server.messages import Image as Finished
 from mlx_zimage.server.queue import Queue
 from mlx_zimage.server.service import Service
@@ -112,6 +114,7 @@ def test_a_page_that_was_allowed_is_answered(server):
         ("0.0.0.0", f"{socket.gethostname()}:8796", True),
         ("0.0.0.0", "evil.example", False),
         ("mac.local", "mac.local:8796", True),
+        ("Mac.local", "mac.local:8796", True),
     ],
 )
 def test_which_names_are_this_machines_depends_on_where_it_listens(listening, host, known):
@@ -148,6 +151,26 @@ def test_a_taken_port_is_an_error_that_says_so(server):
     assert result.exit_code == 1
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in result.stderr
     assert is_answered("0.0.0.0", int(port)), "also where the system would let both listen"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--host", "nowhere.invalid", "--no-api-key"), "--host must be an address or a name of this machine"),
+        (("--host", "a..b", "--no-api-key"), "--host must be an address or a name of this machine"),
+        (("--host", "192.0.2.1", "--no-api-key"), "--host must be an address or a name of this machine"),
+    ],
+)
+def test_an_address_that_is_not_this_machines_is_an_error_that_says_so(options, message):
+    result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--port", "0", *options])
+    assert result.exit_code == 1 and f"cannot listen on {options[1]}" in result.stderr and message in result.stderr
+
+
+def test_a_budget_in_which_no_image_can_be_generated_ends_the_server():
+    """Before it prints an address."""
+    result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--port", "0", "--memory", "1MB"])
+    assert result.exit_code == MemoryBudgetError.exit_code and not result.stdout
+    assert "cannot be generated within 1 MB" in result.stderr
 
 
 def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path):
@@ -260,6 +283,32 @@ def test_a_head_that_does_not_end_is_given_up(server):
             while time.monotonic() < end:
                 client.sendall(b"X-A: b\r\n")
                 time.sleep(0.2)
+
+
+def test_a_request_that_follows_another_at_once_is_not_taken_for_a_head_that_does_not_end():
+    """HTTP pipelining: it runs already when the wait for the next head would begin."""
+    ran = []
+
+    async def app(scope, receive, send) -> None:
+        await asyncio.sleep(0.3 if scope["path"] == "/slow" else 0)
+        ran.append(scope["path"])
+        await Response("")(scope, receive, send)
+
+    async def test() -> bytes:
+        with listen("127.0.0.1", 0) as listener:
+            served = uvicorn.Server(uvicorn.Config(app, http=guard.Protocol, lifespan="off", log_config=None))
+            task = asyncio.create_task(served.serve(sockets=[listener]))
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.writelines(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() for path in ("/", "/slow"))
+            answered = await reader.read()  # up to the end of the connection, which comes when no third head does
+            writer.close()
+            served.should_exit = True
+            await task
+        return answered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "HEAD_S", 0.1)
+        assert asyncio.run(test()).count(b"HTTP/1.1 200") == 2 and ran == ["/", "/slow"]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
@@ -494,6 +543,23 @@ def test_two_models_take_turns_in_memory_and_a_late_job_is_given_up(small_pocket
     run(test, options=Options({"pocket": str(small_pocket), "other": "pocket"}))
 
 
+def test_a_cancelled_job_that_does_not_stop_is_ended_with_its_worker(small_pocket, monkeypatch):
+    monkeypatch.setattr(queue, "GRACE_S", 0.2)
+
+    async def test(queue: Queue) -> None:
+        with queue.submit(Job(0, "pocket", {"prompt": PROMPT}, tuple(range(10)))) as ticket:
+            while not isinstance(await ticket.next(), Started):
+                pass
+            queue.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(Refusal, match="killed by SIGKILL"):
+            await finished(queue, job())
+        while queue.process is None:
+            await asyncio.sleep(0.05)
+        assert await finished(queue, job())
+
+    run(test, options=Options({"pocket": str(small_pocket)}))
+
+
 # ---- parts
 
 
@@ -587,6 +653,7 @@ def is_enough(pipeline: ZImagePipeline, budget: int) -> bool:
     ("loras", "message"),
     [
         ([{"name": "style"}, {"name": "style"}], "uses LoRA 'style' twice"),
+        ([{"name": "style"}, {"name": "copy"}], "the LoRAs 'style' and 'copy' are the same; use only one of them"),
         ([{"name": "gone"}], "'gone' is no longer in the server's folder"),
         ([{"name": "style", "sha256": "0" * 64}], "does not have SHA-256 0000"),
         ([{"name": "flux"}], "flux.safetensors: 2 of 2 keys match no layer of Z-Image"),
@@ -594,6 +661,7 @@ def is_enough(pipeline: ZImagePipeline, budget: int) -> bool:
 )
 def test_loras_that_cannot_be_used_are_refused_before_the_request_is_queued(small_pocket, tmp_path, loras, message):
     write_lora(tmp_path / "style.safetensors")
+    shutil.copy(tmp_path / "style.safetensors", tmp_path / "copy.safetensors")
     names = [f"single_blocks.0.lora_{part}.weight" for part in "AB"]
     mx.save_safetensors(str(tmp_path / "flux.safetensors"), {name: mx.zeros((4, 4)) for name in names})
     made, sent = opened_worker(small_pocket, tmp_path)

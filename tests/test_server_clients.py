@@ -9,6 +9,7 @@ import base64
 import json
 import urllib.error
 import urllib.request
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from PIL import Image, ImageDraw
 from serving import KEY, PROMPT, form, opened, png
 
 from mlx_zimage import ZImagePipeline
-from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.images.metadata import origin_in, read_origin
+from mlx_zimage.server.errors import Refusal
+from mlx_zimage.server.openai import values_of
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +124,21 @@ def test_an_edit_with_a_mask_changes_only_what_is_transparent(sdk):
     assert (pixels[16:48, 16:48] < 200).any()
     pixels[16:48, 16:48] = 255
     assert (pixels == 255).all()
+
+
+def test_an_edit_takes_lists_and_objects_from_the_sdk_too(sdk, alone):
+    """It sends them as several fields of the form."""
+    photo = Image.new("RGB", (64, 64), "white")
+    given = {"seed": 1, "outpaint": {"left": 16, "top": 16}, "sigmas": [1.0, 0.5], "loras": [{"name": "style"}]}
+    made = []
+    for loras in ({}, {"loras": []}, {"loras": [{"name": "style", "strength": 0.5}]}):
+        answer = sdk.images.edit(image=("photo.png", png(photo)), prompt=PROMPT, extra_body={**given, **loras})
+        made.append(opened(answer.data[0].b64_json))
+    assert {image.size for image in made} == {(80, 80)}
+    assert not any(same(a, b) for a, b in pairwise([*made, made[0]]))
+    request = origin_in(base64.b64decode(answer.data[0].b64_json), "the image").request
+    assert [(use.name, use.strength) for use in request.loras] == [("style", 0.5)]
+    assert request.sigmas == (1.0, 0.5) and (request.outpaint.left, request.outpaint.top) == (16, 16)
 
 
 def test_a_mask_without_transparent_parts_is_refused(sdk, openai):
@@ -320,6 +338,39 @@ def test_a_hostile_value_in_a_form_is_refused(server, value):
     assert answer.status == 400 and "steps" in answer.json["error"]["message"], answer.body
 
 
+@pytest.mark.parametrize(
+    ("fields", "values"),
+    [
+        ([("sigmas[]", "1.0"), ("sigmas[]", "0.5")], {"sigmas": [1.0, 0.5]}),
+        ([("outpaint[left]", "16"), ("outpaint[top]", "32")], {"outpaint": {"left": 16, "top": 32}}),
+        ([("control[kind]", "canny"), ("control[scale]", "1")], {"control": {"kind": "canny", "scale": 1}}),
+        (
+            [("loras[][name]", "12"), ("loras[][name]", "b"), ("loras[][strength]", "1"), ("loras[][strength]", "2")],
+            {"loras": [{"name": "12", "strength": 1}, {"name": "b", "strength": 2}]},
+        ),
+        ([("prompt", "12"), ("n", "2"), ("user", "u"), ("seed", "null")], {"prompt": "12", "n": 2, "user": "u"}),
+    ],
+)
+def test_the_fields_of_a_form_are_values(fields, values):
+    assert values_of(fields) == values
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [("loras[][name]", "a"), ("loras[][name]", "b"), ("loras[][strength]", "1")],
+        [("loras[][name]", "a"), ("loras[name]", "b")],
+        [("loras[]", "a"), ("loras[name]", "b")],
+        [("outpaint[left]", "16"), ("outpaint[left]", "32")],
+        [("outpaint[left]", "16"), ("outpaint", "left=16")],
+        [("n", "1"), ("n", "2")],
+    ],
+)
+def test_fields_of_a_form_that_do_not_fit_together_are_refused(fields):
+    with pytest.raises(Refusal, match=r"do not fit together; send .* in JSON|given twice"):
+        values_of(fields)
+
+
 def basic(user: str) -> dict[str, str]:
     return {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
 
@@ -465,6 +516,20 @@ def test_a1111s_mask_is_white_where_the_image_changes_unless_inverted(server):
         assert (pixels[:, kept] == 255).all() and (pixels < 200).any()
 
 
+def test_a1111_takes_texts_and_fractions_of_zero_for_numbers(server):
+    plain = {"width": 32, "height": 32, "steps": 2, "cfg_scale": 1, "seed": 3, "batch_size": 2, "n_iter": 1}
+    others = ({name: str(value) for name, value in plain.items()}, {name: float(x) for name, x in plain.items()})
+    made = [server.post("/sdapi/v1/txt2img", {"prompt": PROMPT, **values}) for values in (plain, *others)]
+    assert [answer.status for answer in made] == [200] * 3
+    assert made[0].json == made[1].json == made[2].json and len(made[0].json["images"]) == 2
+
+
+def test_what_is_refused_is_logged_without_the_prompt(server):
+    assert server.post("/sdapi/v1/txt2img", {"prompt": PROMPT, "width": 112.5}).status == 422
+    log = server.log.read_text()
+    assert "/sdapi/v1/txt2img: 400, width must be a whole number, got 112.5" in log and PROMPT not in log
+
+
 @pytest.mark.parametrize(
     ("path", "values", "status", "message"),
     [
@@ -475,6 +540,10 @@ def test_a1111s_mask_is_white_where_the_image_changes_unless_inverted(server):
         ("img2img", {"prompt": PROMPT}, 422, "init_images must be a list of one image"),
         ("img2img", {"prompt": PROMPT, "init_images": ["/etc/passwd"]}, 422, "init_images must be an image in base64"),
         ("img2img", {"prompt": PROMPT, "init_images": ["AAAA"]}, 422, "the image is not an image that can be read"),
+        ("txt2img", {"prompt": PROMPT, "width": "wide"}, 422, "width must be a whole number, got 'wide'"),
+        ("txt2img", {"prompt": PROMPT, "width": 64.5}, 422, "width must be a whole number, got 64.5"),
+        ("txt2img", {"prompt": PROMPT, "negative_prompt": 3}, 422, "the negative prompt must be text"),
+        ("txt2img", {"prompt": PROMPT, "enable_hr": "yes"}, 422, "enable_hr must be true or false, got 'yes'"),
         ("nothing", {}, 404, "Not Found"),
     ],
 )

@@ -7,7 +7,9 @@ import http.client
 import io
 import json
 import os
+import re
 import secrets
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -27,11 +29,13 @@ from ..jobs import Job
 from ..request import ARRAYS, MAX_SIZE, ControlUse, GenerateRequest
 from ..untrusted import MAX_BYTES, brief, parse_json
 from ..variants import repository_of
-from .output import progress_bar
+from .output import progress_bar, say
 
 KEY = "MLX_ZIMAGE_API_KEY"
 MAX_LINE = 257 * 2**20  # bytes of an event: MAX_SIZE x MAX_SIZE pixels, not compressed, take 256 MiB in base64
 TIMEOUT_S = 3600  # between two events: a large image's step, or others' images
+TRIES = 10  # while the server's queue is full
+RETRY_S, MOST_S = 5, 600  # between them if the server does not say, and at most
 LOCAL = (  # options of `generate` that only a model in this process takes
     *("variant", "transformer", "text_encoder", "vae", "dtype", "memory", "keep", "wired", "yes"),
     *("latents_file", "lora_partial", "control_model", "control_kind", "preview", "preview_dir"),
@@ -87,11 +91,11 @@ class Remote:
             values["control"] = control_of(request.controls, inputs)
         if inputs.source is None:
             body, kind = json.dumps(values).encode(), "application/json"
-            sent = self._send("POST", "/v1/images/generations", body, {"Content-Type": kind})
+            path = "/v1/images/generations"
         else:
             body, kind = form(values, {name: to_png(np.asarray(image)) for name, image in images_of(inputs).items()})
-            sent = self._send("POST", "/v1/images/edits", body, {"Content-Type": kind})
-        with closing(sent) as answer, self._understood():
+            path = "/v1/images/edits"
+        with closing(self._send("POST", path, body, {"Content-Type": kind}, quiet)) as answer, self._understood():
             content, origin = self._received(answer, quiet)
             with Image.open(io.BytesIO(content), formats=[FORMATS[ending.lower()]]) as image:
                 image.verify()
@@ -131,17 +135,26 @@ class Remote:
             raise ZImageError(f"{self.url} did not answer as mlx-zimage does, or not completely ({why})") from error
 
     def _send(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        quiet: bool = True,
     ) -> http.client.HTTPResponse:
-        """The server's answer to a request; what it refuses is an error here, too. To be closed."""
-        key = os.environ.get(KEY)
-        authorization = {"Authorization": f"Bearer {key}"} if key else {}
-        try:
-            connection = self._connect()
-            connection.request(method, path, body, {"Connection": "close", **authorization, **(headers or {})})
-            answer = connection.getresponse()
-        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a key that is not a header's
-            raise ZImageError(f"no server answers at {self.url} ({error}); `mlx-zimage serve` starts one") from error
+        """The server's answer to a request; what it refuses is an error here, too. To be closed.
+
+        While its queue is full, the request is sent again when the server says, for TRIES times in all.
+        """
+        for left in reversed(range(TRIES)):
+            answer = self._answer(method, path, body, headers or {})
+            if answer.status != 429 or not left:
+                break
+            answer.close()
+            after = answer.headers.get("Retry-After", "")
+            wait = min(int(after), MOST_S) if re.fullmatch(r"[0-9]{1,9}", after) else RETRY_S
+            say(f"The server's queue is full; trying again in {wait} s", quiet)
+            time.sleep(wait)
         if answer.status == 200:
             return answer
         with closing(answer):
@@ -153,6 +166,19 @@ class Remote:
             message += f"; set {KEY} to its key"
         kind = RequestError if answer.status in (400, 404, 413, 422) else ZImageError
         raise kind(f"{self.url}: {message}")
+
+    def _answer(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        """Whatever the server answers to a request once."""
+        key = os.environ.get(KEY)
+        authorization = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            connection = self._connect()
+            connection.request(method, path, body, {"Connection": "close", **authorization, **headers})
+            return connection.getresponse()
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a key that is not a header's
+            raise ZImageError(f"no server answers at {self.url} ({error}); `mlx-zimage serve` starts one") from error
 
 
 def _whole(answer: http.client.HTTPResponse) -> bytes:

@@ -100,6 +100,14 @@ class Duration(click.ParamType):
     help="Free the model's memory after this time without a request, or never; the next request loads it again.",
 )
 @click.option(
+    "--deadline",
+    "deadline_s",
+    type=Duration(),
+    default="1h",
+    show_default=True,
+    help="Give up a request that is not answered within this time, waiting included, or never.",
+)
+@click.option(
     "--honor-client-steps",
     is_flag=True,
     help="Run Turbo with the steps and guidance that clients send. By default, more than 9 steps become 8 and guidance "
@@ -110,7 +118,8 @@ class Duration(click.ParamType):
 def serve(
     sources: tuple[str, ...], lora_dir: Path | None, control_model: str | None, control_kind: str | None,
     host: str, port: int, api_key_file: Path | None, no_api_key: bool, origins: tuple[str, ...],
-    memory: str | None, limit: int, idle_s: float | None, honor_client_steps: bool, show: bool, yes: bool,
+    memory: str | None, limit: int, idle_s: float | None, deadline_s: float | None, honor_client_steps: bool,
+    show: bool, yes: bool,
 ) -> None:  # fmt: skip
     """Serve images over HTTP, on a page in a browser and to clients of OpenAI's and AUTOMATIC1111's APIs.
 
@@ -142,7 +151,7 @@ def serve(
     options = Options(models, lora_dir and lora_dir.resolve(), control_model, control_kind, budget, idle_s)
     with listen(host, port) as listener:
         say(f"Opening {', '.join(models)}")
-        asyncio.run(serve(listener, Queue(options, limit), access, lora_dir, honor_client_steps, show))
+        asyncio.run(serve(listener, Queue(options, limit, deadline_s), access, lora_dir, honor_client_steps, show))
 
 
 def _key(file: Path | None) -> str | None:

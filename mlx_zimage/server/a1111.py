@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -20,16 +21,20 @@ from starlette.routing import Route
 from ..errors import RequestError
 from ..images.metadata import origin_in, parameters
 from ..request import CONTROLS, LORA_TAG
-from ..untrusted import brief
+from ..untrusted import brief, parse_json
 from ..version import __version__
 from .controls import check_controls, units_of
 from .errors import Refusal
 from .loras import lora_files
 from .messages import Image, Job
-from .service import Service, accepted, decoded, images_of, json_object, log_images, seeds_of
+from .service import Service, accepted, decoded, flag, images_of, json_object, log_images, seeds_of
 
 SAMPLER, SCHEDULER = "Euler", "Simple"
 MASK_BLUR = 4  # pixels, as there
+NUMBERS = (
+    *("width", "height", "steps", "seed", "batch_size", "n_iter", "mask_blur", "inpainting_mask_invert"),
+    *("cfg_scale", "denoising_strength", "hr_scale"),
+)
 
 
 class A1111:
@@ -130,15 +135,15 @@ class A1111:
     # ---- images
 
     async def txt2img(self, request: Request) -> Response:
-        values = await json_object(request)
-        if values.get("enable_hr") is True:
+        values = with_numbers(await json_object(request))
+        if flag(values, "enable_hr"):
             values["upscale"] = values.get("hr_scale", 2.0)
         else:
             values.pop("denoising_strength", None)
         return await self.respond(request, values)
 
     async def img2img(self, request: Request) -> Response:
-        values = await json_object(request)
+        values = with_numbers(await json_object(request))
         given = values.get("init_images")
         if not isinstance(given, list) or len(given) != 1:
             raise Refusal(400, "init_images must be a list of one image in base64")
@@ -182,7 +187,11 @@ class A1111:
         self.service.check_loras(fields["loras"])
         seed = values.get("seed")
         count = count_of(values)
-        marks = "black" if values.get("inpainting_mask_invert") in (1, True) else "white"
+        inverted = values.get("inpainting_mask_invert", 0)
+        if inverted not in (0, 1):
+            raise Refusal(400, f"inpainting_mask_invert must be 0 or 1, got {brief(inverted)}")
+        marks = "black" if inverted else "white"
+        shown = flag(values, "send_images", True)
         job = Job(0, model.name, fields, seeds_of(None if seed == -1 else seed, count), image, mask, controls[1], marks)
         with self.service.queue.submit(job) as ticket:
             self.jobs.add(ticket.job.id)
@@ -194,7 +203,7 @@ class A1111:
         log_images("img2img" if image else "txt2img", ticket)
         if not images:
             raise Refusal(409, "the request was interrupted")
-        sent = [] if values.get("send_images") is False else images
+        sent = images if shown else []
         body = {
             "images": [base64.b64encode(made.content).decode() for made in sent],
             "parameters": fields,
@@ -207,8 +216,8 @@ def fields_of(values: dict[str, Any], from_image: bool, masked: bool) -> dict[st
     """The fields of a GenerateRequest; it checks them itself."""
     prompt, loras = without_tags(values.get("prompt", ""))
     fields: dict[str, Any] = {"prompt": prompt, "loras": loras}
-    if isinstance(values.get("negative_prompt"), str):
-        fields["negative_prompt"] = LORA_TAG.sub("", values["negative_prompt"])
+    negative = values.get("negative_prompt", "")
+    fields["negative_prompt"] = LORA_TAG.sub("", negative) if isinstance(negative, str) else negative
     fields |= {name: values[name] for name in ("width", "height", "steps", "upscale") if name in values}
     if "denoising_strength" in values and (from_image or "upscale" in values):
         fields["strength"] = values["denoising_strength"]
@@ -233,6 +242,17 @@ def without_tags(prompt: object) -> tuple[Any, list[dict[str, Any]]]:
         except ValueError:
             raise Refusal(400, f"the strength of LoRA {brief(name)} must be a number, got {brief(strength)}") from None
     return LORA_TAG.sub("", prompt).strip(), [{"name": name, "strength": value} for name, value in strengths.items()]
+
+
+def with_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """A request with numbers for texts such as "512", and for 512.0, which are accepted there, too."""
+    for name in values.keys() & {*NUMBERS}:
+        if isinstance(values[name], str):
+            with suppress(ValueError):
+                values[name] = parse_json(values[name])
+        if isinstance(values[name], float) and values[name].is_integer():
+            values[name] = int(values[name])
+    return values
 
 
 def count_of(values: dict[str, Any]) -> object:

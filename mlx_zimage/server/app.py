@@ -29,6 +29,11 @@ from .service import Service
 from .static import routes as page_routes
 
 ANY = ("0.0.0.0", "::")  # every address of this machine
+ADVICE = {  # when a port cannot be listened on
+    errno.EADDRINUSE: "stop the program that uses it, or choose another --port (0 for any)",
+    errno.EACCES: "choose a --port above 1023",
+}
+log = logging.getLogger(__name__)
 CONNECTIONS = 512  # at once; more are answered with 503
 SHUTDOWN_S = 3  # for answers in progress
 
@@ -53,6 +58,7 @@ def application(service: Service, access: Access) -> ASGIApp:
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
+        log.info("%s: %d, %s", request.url.path, error.status, error.message)
         return answer(request.scope["path"], error)
 
     async def http_error(request: Request, error: Exception) -> Response:
@@ -74,7 +80,7 @@ def application(service: Service, access: Access) -> ASGIApp:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on an address; port 0 is any that is free. ZImageError if the port is taken."""
+    """A socket that listens on an address; port 0 is any that is free. ZImageError if that is impossible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -83,12 +89,11 @@ def listen(host: str, port: int) -> socket.socket:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         listener.bind((host, port))
         listener.listen(CONNECTIONS)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter from a name that cannot be looked up
         listener.close()
-        raise ZImageError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; stop the program that uses it, or choose another "
-            f"--port (0 for any)"
-        ) from error
+        why = error.strerror if isinstance(error, OSError) else error
+        advice = ADVICE.get(getattr(error, "errno", 0), "--host must be an address or a name of this machine")
+        raise ZImageError(f"cannot listen on {host}, port {port}: {why}; {advice}") from error
     return listener
 
 

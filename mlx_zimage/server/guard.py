@@ -55,7 +55,7 @@ class Access:
     def knows(self, host: str) -> bool:
         """Whether a Host header names this machine."""
         name = host_name(host)
-        if name in ("localhost", self.host, *CONTAINER_HOSTS) or is_loopback(name):
+        if name in ("localhost", self.host.lower(), *CONTAINER_HOSTS) or is_loopback(name):
             return True
         if self.loopback:
             return False
@@ -209,12 +209,13 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        self._expect_head_after(None)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
+        last = self.cycle
         self._timer.cancel()
-        self._expect_head()
+        super().on_response_complete()  # goes on with the next request, if it is here already
+        self._expect_head_after(last)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -231,8 +232,8 @@ class Protocol(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def _expect_head(self) -> None:
-        self._timer = self.loop.call_later(HEAD_S, self._check_head, self.cycle)
+    def _expect_head_after(self, last: object) -> None:
+        self._timer = self.loop.call_later(HEAD_S, self._check_head, last)
 
     def _check_head(self, last: object) -> None:
         if self.cycle is last and not self.transport.is_closing():

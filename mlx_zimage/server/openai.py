@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
 import time
 from collections.abc import AsyncIterator
@@ -30,8 +31,9 @@ from .errors import Refusal, openai_error
 from .guard import MAX_BODY
 from .messages import Accepted, Done, Image, Job, Model, Preview, Progress, Started
 from .queue import Moved, Ticket
-from .service import Service, accepted, images_of, json_object, log_images, seeds_of
+from .service import Service, accepted, flag, images_of, json_object, log_images, seeds_of
 
+log = logging.getLogger(__name__)
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 OPENAI_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[a-z0-9.-]{1,40}")  # LibreChat always sends one
@@ -40,9 +42,9 @@ EXTENSIONS = (
     *("cfg_normalization", "cfg_truncation", "max_sequence_length", "sample_posterior"),
     *("mask_feather", "mask_grow", "mask_soft", "mask_resample", "outpaint", "upscale", "tile"),
 )
-TEXTS = ("prompt", "negative_prompt", "model", "size", "rng")  # the others are JSON in a form
-OTHERS = ("guidance", "control", "stream", "progress", "metadata")
-COUNTS = ("n", "seed", "partial_images", "output_compression")
+# In a form, values are JSON except these, the last three of which are inside others.
+TEXTS = ("prompt", "negative_prompt", "model", "size", "rng", "name", "image", "kind")
+PART = re.compile(r"(loras|control|sigmas|outpaint)(\[\]|(?:\[\])?\[(\w{1,20})\])")  # see `joined`
 MAX_PREVIEWS = 3
 MAX_FIELDS, MAX_FILES = 100, 17  # of a form; a field may be as large as the body, since control images are in one
 
@@ -208,6 +210,7 @@ class Events(StreamingResponse):
             async for event in events:
                 yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
         except Refusal as refusal:
+            log.info("%s: %s", self.ticket.job.model, refusal.message)
             yield f"event: error\ndata: {json.dumps(openai_error(refusal))}\n\n"
 
 
@@ -266,35 +269,64 @@ def whole(values: dict[str, Any], name: str, default: int, low: int, high: int) 
     return value
 
 
-def flag(values: dict[str, Any], name: str, default: bool = False) -> bool:
-    value = values.get(name, default)
-    if not isinstance(value, bool):
-        raise Refusal(400, f"{name} must be true or false, got {brief(value)}", param=name)
-    return value
-
-
 async def form_of(request: Request) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
     """The values and files of a form. Values other than texts are read as JSON, so that numbers become numbers."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise Refusal(400, "expected a form with the image, with Content-Type: multipart/form-data")
-    values: dict[str, Any] = {}
+    fields: list[tuple[str, str]] = []
     files: dict[str, list[bytes]] = {}
     try:
         async with request.form(max_fields=MAX_FIELDS, max_files=MAX_FILES, max_part_size=MAX_BODY) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     files.setdefault(name, []).append(await value.read())
-                elif name in values:
-                    raise Refusal(400, f"{brief(name)} was given twice", param=name)
                 else:
-                    values[name] = value
+                    fields.append((name, value))
     except HTTPException as error:
         raise Refusal(400, f"the form is damaged ({error.detail})") from None
-    except (Refusal, ClientDisconnect):
+    except (Refusal, ClientDisconnect):  # a Refusal of the body's size
         raise
     except Exception as error:  # whatever the parser raises on a damaged form
         raise Refusal(400, f"the form is damaged ({type(error).__name__})") from None
-    for name in values.keys() & {*EXTENSIONS, *COUNTS, *OTHERS} - {*TEXTS}:
-        with suppress(ValueError):  # a value that is not JSON is refused with the other values that are not numbers
-            values[name] = await run_in_threadpool(parse_json, values[name])
-    return {name: value for name, value in values.items() if value is not None}, files
+    return await run_in_threadpool(values_of, fields), files
+
+
+def values_of(fields: list[tuple[str, str]]) -> dict[str, Any]:
+    """The values in the fields of a form, by name."""
+    values: dict[str, Any] = {}
+    parts: dict[str, dict[str, list[Any]]] = {}
+    for name, text in fields:
+        part = PART.fullmatch(name)
+        value: Any = text
+        if (part[3] if part else name) not in TEXTS:
+            with suppress(ValueError):  # what is not JSON is refused with the other values that are not numbers
+                value = parse_json(text)
+        if part:
+            parts.setdefault(part[1], {}).setdefault(part[2], []).append(value)
+        elif name in values:
+            raise Refusal(400, f"{brief(name)} was given twice", param=name)
+        else:
+            values[name] = value
+    for name, given in parts.items():
+        if name in values:
+            raise Refusal(400, f"{brief(name)} was given twice", param=name)
+        values[name] = joined(name, given)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def joined(name: str, parts: dict[str, list[Any]]) -> Any:
+    """A list or an object that OpenAI's SDK sends in parts: sigmas[], outpaint[left], loras[][name].
+
+    parts has the values of each by the rest of its name.
+    """
+    if parts.keys() == {"[]"}:
+        return parts["[]"]
+    listed = {rest.startswith("[]") for rest in parts}
+    if len(listed) == 1 and len({len(column) for column in parts.values()}) == 1:
+        keys = [rest.removeprefix("[]")[1:-1] for rest in parts]
+        rows = [dict(zip(keys, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+        if listed == {True}:
+            return rows
+        if len(rows) == 1:
+            return rows[0]
+    raise Refusal(400, f"the parts of {name} do not fit together; send {name} as one field, in JSON", param=name)

@@ -22,8 +22,7 @@ from .errors import STATUS, Refusal, unavailable
 from .messages import Accepted, Cancel, Done, Failed, Job, Loaded, Model, Note, Options, Progress, Ready, Started
 
 log = logging.getLogger(__name__)
-DEADLINE_S = 3600.0  # from a request's arrival to its answer
-GRACE_S = 60.0  # for a cancelled job to stop, before its worker is ended
+GRACE_S = 600.0  # for a cancelled job to stop, before its worker is ended: a step of a large image can take minutes
 RESTART_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # waits before a restart, by how many workers ended since the last image
 NEWEST = 0.3  # weight of the last job in the estimate of speed
 
@@ -58,11 +57,12 @@ class Ticket:
 
     async def next(self) -> Any:
         """The worker's next message about the job, up to Done; Refusal if it failed or took too long."""
-        left = self.arrived + self.queue.deadline_s - self.queue.loop.time()
+        deadline = self.queue.deadline_s
+        left = None if deadline is None else max(self.arrived + deadline - self.queue.loop.time(), 0)
         try:
-            message = await asyncio.wait_for(self._messages.get(), max(left, 0))
+            message = await asyncio.wait_for(self._messages.get(), left)
         except TimeoutError:
-            late = f"the images were not finished within {self.queue.deadline_s:g} s; ask for fewer or smaller ones"
+            late = f"the images were not finished within {deadline:g} s; ask for fewer or smaller ones"
             raise unavailable(late, retry=False) from None
         if isinstance(message, Refusal):
             raise message
@@ -88,10 +88,12 @@ class Ticket:
 class Queue:
     """Runs jobs in a worker process, in the order of their arrival; at most `limit` wait.
 
+    deadline_s is the time from a request's arrival to its answer, in seconds.
+
     When the worker ends by itself, as after an allocation that failed, all its jobs fail and another one is started.
     """
 
-    def __init__(self, options: Options, limit: int = 16, deadline_s: float = DEADLINE_S):
+    def __init__(self, options: Options, limit: int = 16, deadline_s: float | None = None):
         self.options, self.limit, self.deadline_s = options, limit, deadline_s
         self.models: tuple[Model, ...] = ()
         self.loaded: str | None = None  # the model with weights in memory

@@ -88,6 +88,13 @@ def seeds_of(seed: object, count: object) -> tuple[int, ...]:
     return tuple(range(seed, seed + count))
 
 
+def flag(values: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = values.get(name, default)
+    if not isinstance(value, bool):
+        raise Refusal(400, f"{name} must be true or false, got {brief(value)}", param=name)
+    return value
+
+
 def decoded(text: object, name: str) -> bytes:
     """The bytes of an image in base64, which may be a data: URL."""
     if not isinstance(text, str):

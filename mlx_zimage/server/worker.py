@@ -35,7 +35,7 @@ from ..images.metadata import parameters
 from ..images.preview import colours_of, sketch
 from ..images.source import digest, read_image
 from ..inputs import Inputs
-from ..request import LATENT_PIXELS, GenerateRequest
+from ..request import LATENT_PIXELS, SIZE_MULTIPLE, GenerateRequest
 from ..sampling import Step
 from ..weights.manifest import sha256
 from .loras import lora_files
@@ -56,6 +56,7 @@ from .messages import (
     Started,
 )
 
+SMALLEST = GenerateRequest("a", SIZE_MULTIPLE, SIZE_MULTIPLE, seed=0, steps=1)
 PATH = re.compile(r"(?<![\w/.])~?(?:/[^\s/:'\"]+)*/([^\s/:'\"]+)")
 
 
@@ -80,6 +81,7 @@ class Worker:
         try:
             for name, source in self.options.models.items():
                 self.models[name] = open_model(source, memory=self.options.memory)
+                self.models[name].pipeline.plan(SMALLEST)  # refuses a budget in which no image can be generated
                 self.loras[name] = {}
             self.load_controlnet()
         except ZImageError as error:  # the server's own user reads it
@@ -161,13 +163,17 @@ class Worker:
     def files_of(self, request: GenerateRequest) -> dict[Path, float]:
         """The files of a request's LoRAs, and their strengths."""
         uses = request.loras or ()
-        files, found = lora_files(self.options.lora_dir) if uses else {}, {}
+        files = lora_files(self.options.lora_dir) if uses else {}
+        found: dict[Path, float] = {}
         for use in uses:
             file = files.get(use.name)
             if file is None:
                 raise RequestError(f"the LoRA {use.name!r} is no longer in the server's folder")
             if file in found:
                 raise RequestError(f"the request uses LoRA {use.name!r} twice; give its strength once")
+            for other in found:
+                if file.stat().st_size == other.stat().st_size and sha256(file) == sha256(other):
+                    raise RequestError(f"the LoRAs {other.stem!r} and {use.name!r} are the same; use only one of them")
             if use.sha256 not in (None, use.sha256 and sha256(file)):
                 raise RequestError(f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; leave that out")
             found[file] = use.strength

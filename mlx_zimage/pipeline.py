@@ -321,19 +321,23 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             self.plan(request, inputs)  # refuses what does not fit, before any work
         porting.check_sizes([request for request, _ in runs])
         first, arrays = runs[0]
-        for note in self.variant.notes(first.guidance_scale or 0.0, first.negative_prompt):
+        guides = first.guidance_scale or 0.0, first.negative_prompt, first.cfg_normalization, first.cfg_truncation
+        for note in self.variant.notes(*guides):
             warn(note)
-        count, *size = self._latents_shape(first)
+        noised, refined = first.parts[0], first.parts[-1]  # the same, unless an image is generated and then enlarged
+        count, *size = self._latents_shape(noised)
         sampled = (len(image) if isinstance(image, (list, tuple)) else 1) if sample_posterior else 0
-        noise, samples = porting.noise_of(latents, generator, first, (len(runs) * count, *size), sampled)
+        shapes = (len(runs) * count, *size), (sampled, *self._latents_shape(refined)[1:])
+        noise, samples = porting.noise_of(latents, generator, first, *shapes)
         self._interrupt, self._guidance_scale = False, first.guidance_scale
         self._num_timesteps = self.count_steps(first)
         answer: Callable[[Step], Change] = lambda step: Change(stop=self._interrupt)  # noqa: E731
         if callback_on_step_end is not None:
             if len(runs) > 1:
                 raise RequestError(f"callback_on_step_end takes one prompt at a time, got {len(runs)}; loop over them")
-            names, schedule = callback_on_step_end_tensor_inputs, self.sigmas(first)
-            answer = porting.answer_by(self, callback_on_step_end, names, schedule, arrays)
+            starts = np.concatenate([self._schedule(part)[part.first_step : -1] for part in first.parts])
+            names = callback_on_step_end_tensor_inputs
+            answer = porting.answer_by(self, callback_on_step_end, names, starts, arrays)
         images: list[np.ndarray] = []
         with self._progress_bar(len(runs) * self._num_timesteps) as bar:
             for i, (request, inputs) in enumerate(runs):
@@ -445,35 +449,46 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
     def _events(
         self, request: GenerateRequest, inputs: Inputs, decode: bool
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
-        """The events of a request; with upscale, of generating its image, unless it is given, and of refining it."""
+        """The events of a request; with upscale, of generating its image, unless it is given, and of refining it.
+
+        If the steps are stopped before it is refined, it is only enlarged.
+        """
         if request.refinement is None:
             yield from self._part(request, inputs, decode)
             return
         inputs.check_named(request.arrays)
         *first, refinement = request.parts
         before, steps = 0, self.count_steps(request)
-        images: list[np.ndarray] = []
+        images: list[Generated] = []
 
         def counted(event: Phase | Step | Generated) -> Phase | Step | Generated:
             return replace(event, index=before + event.index, steps=steps) if isinstance(event, Step) else event
 
         def kept(event: Phase | Step | Generated) -> Phase | Step | Generated | None:
             if isinstance(event, Generated):
-                images.append(event.pixels)
+                images.append(event)
                 return None
             return counted(event)
 
         def named(event: Phase | Step | Generated) -> Phase | Step | Generated:
             if isinstance(event, Generated):
-                return replace(event, unit=back_projected(event.unit, images[0]), request=request)
+                return replace(event, unit=back_projected(event.unit, original), request=request)
             return counted(event)
 
+        size, latents = refinement.extent[:2], inputs.latents
         for part in first:
-            yield from relayed(self._part(part, inputs, True), kept)
-            before = self.count_steps(part)
-        if inputs.source is not None:
-            images.append(np.asarray(cover(over_white(inputs.source), *request.extent[:2])))
-        enlarged = replace(inputs, image=resized(images[0], *refinement.extent[:2]), latents=None)
+            stopped = yield from relayed(self._part(part, inputs, True), kept)
+            if stopped:
+                if decode:
+                    unit = resized(images[0].pixels, *size).astype(np.float32) / 255
+                    yield replace(images[0], unit=unit, request=request)
+                return
+            before, latents = self.count_steps(part), None  # they were its noise
+        if inputs.source is None:
+            original = images[0].pixels
+        else:
+            original = np.asarray(cover(over_white(inputs.source), *request.extent[:2]))
+        enlarged = replace(inputs, image=resized(original, *size), latents=latents)
         yield from relayed(self._part(replace(refinement, **enlarged.digests), enlarged, decode), named)
 
     def _part(
@@ -551,9 +566,12 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         return sum(part.extent[2] - part.first_step for part in self.complete(request).parts)
 
     def sigmas(self, request: GenerateRequest) -> np.ndarray:
-        """The schedule of a request: (steps + 1,) float32, falling to 0. From an image, it is the last steps only."""
-        request = self.complete(request)
-        return self._schedule(request)[request.first_step :]
+        """The schedule of a request: (steps + 1,) float32, falling to 0. From an image, it is the last steps only.
+
+        With upscale and without an image, it is that of the image that is generated first.
+        """
+        part = self.complete(request).parts[0]
+        return self._schedule(part)[part.first_step :]
 
     def _schedule(self, request: GenerateRequest) -> np.ndarray:
         """The sigmas of all steps of a complete request, also of those that image to image does not run.

@@ -255,22 +255,23 @@ def check_sizes(requests: Sequence[GenerateRequest]) -> None:
 
 
 def noise_of(
-    latents: Any, generator: Any, request: GenerateRequest, shape: tuple[int, ...], sampled: int = 0
+    latents: Any, generator: Any, request: GenerateRequest, shape: tuple[int, ...], sampled: tuple[int, ...]
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The noise (B, C, h, w) of a call whose first request this is, and (sampled, C, h, w) to sample its images with.
+    """The noise of a call whose first request this is, and the noise to sample its images with, (0, ...) for none.
 
-    As in diffusers, the latter is generated first. None if that request's seed gives all of it.
+    Both have the shapes given, (B, C, h, w). As in diffusers, the latter is generated first. None if that request's
+    seed gives all of it.
     """
     if latents is not None:
         return check_latents(latents, shape), None
-    images = (sampled, *shape[1:])
+    count = sampled[0]
     if generator is not None:
-        some = generator[:sampled] if isinstance(generator, (list, tuple)) else generator
-        samples = generate_noise(some, images) if sampled else None
+        some = generator[:count] if isinstance(generator, (list, tuple)) else generator
+        samples = generate_noise(some, sampled) if count else None
         return generate_noise(generator, shape), samples
     if shape[0] == request.num_images:
         return None, None
-    *first, noise = noises(request.seed, [images, shape] if sampled else [shape], request.rng)
+    *first, noise = noises(request.seed, [sampled, shape] if count else [shape], request.rng)
     return np.array(noise), np.array(first[0]) if first else None
 
 
@@ -300,8 +301,8 @@ def answer_by(
 ) -> Callable[[Step], Change]:
     """callback_on_step_end as a function that answers Steps; names are its tensor inputs.
 
-    Its latents are an mx.array (B, 16, h, w), replaced by those that it returns. As in diffusers, it may set
-    pipe._interrupt to skip the remaining steps.
+    sigmas has, for each step, the one that it starts at. The latents are an mx.array (B, 16, h, w), replaced by those
+    that the callback returns. As in diffusers, it may set pipe._interrupt to skip the remaining steps.
     """
     embeddings = {"prompt_embeds": inputs.prompt_embeds, "negative_prompt_embeds": inputs.negative_prompt_embeds}
     given = {name: [value] for name, value in embeddings.items() if value is not None}

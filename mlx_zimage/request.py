@@ -192,7 +192,8 @@ class GenerateRequest:
 
     image, mask_image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
     `mlx_zimage.inputs`. latents and the embeddings replace the seed's noise and the prompts; posterior_noise replaces
-    the seed's noise for sample_posterior. loras are laid over the model for this request. controls are followed by
+    the seed's noise for sample_posterior. latents have the size at which steps begin: with image and upscale,
+    that of the enlarged image. loras are laid over the model for this request. controls are followed by
     a ControlNet, whose fingerprint controlnet is. width, height, steps, guidance_scale, strength, loras and controlnet
     may be None; a pipeline's `complete` fills in its own.
     """
@@ -272,9 +273,9 @@ class GenerateRequest:
         if self.outpaint is not None:
             object.__setattr__(self, "outpaint", Outpaint.of(self.outpaint))
         if self.upscale is not None:
-            _check_number("upscale", self.upscale, 1.0)
-            if not 1 < self.upscale <= MAX_UPSCALE:
-                raise RequestError(f"upscale must be above 1 and at most {MAX_UPSCALE}, got {self.upscale:g}")
+            _check_number("upscale", self.upscale, 1.0, MAX_UPSCALE)
+            if self.upscale == 1:
+                raise RequestError("upscale 1 would not enlarge the image; give a factor above 1, such as 2")
             if self.num_images > 1:
                 raise RequestError(f"upscale takes one image per seed, got {self.num_images}; use several seeds")
         if self.tile is not None:
@@ -362,7 +363,8 @@ class GenerateRequest:
             return None
         width, height = (round(side * self.upscale / SIZE_MULTIPLE) * SIZE_MULTIPLE for side in self.extent[:2])
         image = self.image or "0" * 64  # of the one that is generated first, not known yet
-        return replace(self, width=width, height=height, image=image, latents=None, upscale=None)
+        latents = self.latents if self.image else None  # otherwise they are the noise of the image
+        return replace(self, width=width, height=height, image=image, latents=latents, upscale=None)
 
     @property
     def parts(self) -> list[GenerateRequest]:
@@ -371,7 +373,8 @@ class GenerateRequest:
             return [self]
         if self.image is not None:
             return [self.refinement]
-        return [replace(self, strength=None, sample_posterior=False, upscale=None, tile=None), self.refinement]
+        first = replace(self, strength=None, sample_posterior=False, posterior_noise=None, upscale=None, tile=None)
+        return [first, self.refinement]
 
     @property
     def guided(self) -> bool:
@@ -481,9 +484,7 @@ def _check_digest(name: str, value: str | None) -> None:
 
 
 def _check_strength(strength: float, steps: int | None) -> None:
-    _check_number("strength", strength, 0.0)
-    if strength > 1:
-        raise RequestError(f"strength must be at most 1, which ignores the image, got {strength:g}")
+    _check_number("strength", strength, 0.0, 1)
     if int((steps or 1) - (steps or 1) * strength) == (steps or 1):
         one = (
             f"{1 / steps:.3g} runs one of {steps} steps"
@@ -500,8 +501,8 @@ def _check_int(name: str, value: int, low: float = -inf, high: float = inf, high
         raise RequestError(f"{name} must be from {low} to {high_text or high}, got {brief(value)}")
 
 
-def _check_number(name: str, value: float, low: float) -> None:
+def _check_number(name: str, value: float, low: float, high: float = MAX_NUMBER) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise RequestError(f"{name} must be a number, got {brief(value)}")
-    if not low <= value <= MAX_NUMBER:
-        raise RequestError(f"{name} must be from {low:g} to {MAX_NUMBER}, got {brief(value)}")
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be from {low:g} to {high:g}, got {brief(value)}")

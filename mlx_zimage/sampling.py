@@ -166,15 +166,19 @@ def length(x: mx.array) -> mx.array:
 
 def relayed(
     events: Generator[E, Change | None, None], each: Callable[[E], E | None]
-) -> Generator[E, Change | None, None]:
-    """The events as `each` returns them, without those for which it returns None; answers go back to their origin."""
-    change = None
+) -> Generator[E, Change | None, bool]:
+    """The events as `each` returns them, without those for which it returns None; answers go back to their origin.
+
+    Returns whether one of them stopped the steps.
+    """
+    change, stopped = None, False
     while True:
         try:
             event = each(events.send(change))
         except StopIteration:
-            return
+            return stopped
         change = (yield event) if event is not None else None
+        stopped = stopped or (change is not None and change.stop)
 
 
 def answered(events: Generator[E, Change | None, None], answer: Callable[[Step], Change]) -> Iterator[E | Step]:

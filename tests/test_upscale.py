@@ -14,18 +14,21 @@ from compare import TOLERANCE, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_noise import Generator
 
-from mlx_zimage import GenerateRequest, Inputs, MemoryBudgetError, Step, ZImagePipeline, cli
+from mlx_zimage import GenerateRequest, Inputs, MemoryBudgetError, RequestError, Step, ZImagePipeline, cli
 from mlx_zimage.images.codec import rounded
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.images.upscale import back_projected, resized
 from mlx_zimage.models.transformer import Transformer
+from mlx_zimage.noise import torch_randn
 from mlx_zimage.pipeline import workload
 from mlx_zimage.sizes import rounded_up
 from mlx_zimage.tiles import Tiles, spread
 
 PHOTO = Inputs(image=tiny.photo())  # 96x80
 PROMPT = "a red circle on a blue background"
+ORDER = ["--mask", "--outpaint", "--upscale"]
 
 
 def request_of(**changes) -> GenerateRequest:
@@ -135,8 +138,9 @@ def test_a_call_upscales_and_the_strength_is_02_unless_given(pipe):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"upscale": 1}, "upscale must be above 1 and at most 8, got 1"),
-        ({"upscale": 9}, "upscale must be above 1 and at most 8, got 9"),
+        ({"upscale": 1}, "upscale 1 would not enlarge the image; give a factor above 1, such as 2"),
+        ({"upscale": 9}, "upscale must be from 1 to 8, got 9"),
+        ({"upscale": float("nan")}, "upscale must be from 1 to 8, got nan"),
         ({"upscale": "2"}, "upscale must be a number"),
         ({"upscale": 2, "num_images_per_prompt": 2}, "upscale takes one image per seed"),
         ({"upscale": 8, "width": 2048, "height": 16}, "width must be a multiple of 16 pixels from 16 to 8192"),
@@ -145,18 +149,71 @@ def test_a_call_upscales_and_the_strength_is_02_unless_given(pipe):
         ({"upscale": 2, "image": tiny.photo(), "outpaint": "left=16"}, "outpaint and upscale were both given"),
         ({"upscale": 2, "strength": 0}, "leaves no step to run"),
     ],
-    ids=[*"abcdefghi"],
+    ids=[*"abcdefghij"],
 )
 def test_a_call_that_cannot_work_is_refused_before_any_work(refused_at_once, call, message):
     refused_at_once(message, **call)
 
 
-def test_several_images_are_upscaled_in_one_call(pipe):
+CALL = {"upscale": 2, "num_inference_steps": 4, "guidance_scale": 0.0}
+NOISE = torch_randn(0, (2, 16, 20, 24))  # of the photo at twice its size
+
+
+def test_several_images_are_upscaled_in_one_call_each_from_noise_of_its_own(pipe):
     images = [tiny.photo(), 255 - tiny.photo()]
-    call = {"upscale": 2, "num_inference_steps": 4, "guidance_scale": 0.0, "seed": 0}
-    found = pipe(["a red fox"] * 2, image=images, **call).images
-    for own, image in zip(found, images, strict=True):
-        assert np.array_equal(own, pipe("a red fox", image=image, **call).images[0])
+    found = pipe(["a red fox"] * 2, image=images, seed=0, **CALL).images
+    for i, image in enumerate(images):
+        _, alone = run(pipe, request_of(upscale=2), Inputs(latents=NOISE[i : i + 1], image=image))
+        assert np.array_equal(found[i], alone)
+
+
+def test_given_noise_has_the_size_of_the_enlarged_image(pipe):
+    generator = Generator(0)
+    for i in (0, 1):
+        _, wanted = run(pipe, request_of(upscale=2), Inputs(latents=NOISE[i : i + 1], image=tiny.photo()))
+        found = pipe("a red fox", image=tiny.photo(), generator=generator, **CALL).images[0]
+        assert np.array_equal(found, wanted)
+    with pytest.raises(RequestError, match=r"latents have shape \(1, 16, 10, 12\), expected \(1, 16, 20, 24\)"):
+        run(pipe, request_of(upscale=2), Inputs(latents=NOISE[:1, :, :10, :12], image=tiny.photo()))
+
+
+@pytest.mark.parametrize("prompts", [["a red fox"], ["a red fox"] * 2], ids=["one", "two"])
+def test_an_enlarged_image_may_be_sampled_whether_it_was_given_or_generated(pipe, prompts):
+    size = {"width": 48, "height": 32}
+    for image in ({}, {"image": [tiny.photo()] * len(prompts)}):
+        sampled, mean = (
+            pipe(prompts, sample_posterior=value, seed=0, **size, **image, **CALL).images for value in (True, False)
+        )
+        assert len(sampled) == len(prompts) and not np.array_equal(sampled[0], mean[0])
+
+
+def test_a_callback_sees_the_steps_of_both_parts(pipe):
+    seen = []
+
+    def callback(pipe, index, timestep, values):
+        seen.append((index, float(timestep), values["latents"].shape[2:], pipe.num_timesteps))
+
+    pipe("a red fox", 32, 48, seed=0, strength=0.5, callback_on_step_end=callback, **CALL)
+    starts = [float(1000 * sigma) for sigma in pipe.sigmas(request_of(width=48, height=32))[:-1]]
+    sides = [(4, 6)] * 4 + [(8, 12)] * 2
+    assert seen == [(*row, 6) for row in zip(range(6), [*starts, *starts[2:]], sides, strict=True)]
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_an_image_whose_steps_are_stopped_is_enlarged_and_not_refined(pipe, last):
+    seen = []
+
+    def callback(pipe, index, timestep, values):
+        seen.append(index)
+        pipe._interrupt = index == last
+
+    call = {**CALL, "seed": 0, "callback_on_step_end": callback}
+    large = pipe("a red fox", 32, 48, **call).images[0]
+    assert seen == [*range(last + 1)]
+    small = pipe("a red fox", 32, 48, **{**call, "upscale": None}).images[0]
+    assert np.array_equal(large, resized(np.asarray(small), 96, 64))
+    latents = pipe("a red fox", 32, 48, output_type="latent", **call).images
+    assert latents.shape == (1, 16, 4, 6)
 
 
 # ---- the command line
@@ -177,6 +234,45 @@ def test_generate_upscales_a_file_or_what_it_generates_and_does_it_again(tmp_pat
         assert result.exit_code == 0, result.stderr
         assert json.loads(result.stdout)["request"]["tile"] == 64
         assert Path("again.png").read_bytes() == Path(f"{name}.png").read_bytes()
+
+
+def test_generate_takes_noise_for_an_enlarged_image(tmp_path, monkeypatch, light_pocket):
+    monkeypatch.chdir(tmp_path)
+    generate = ["generate", PROMPT, "-m", "pocket", "--steps", "2", "-q", "--seed", "1", "--upscale", "2"]
+    Image.fromarray(tiny.photo()).resize((48, 32)).save("a.png")
+    np.save("noise.npy", torch_randn(1, (1, 16, 8, 12)))
+    for name, options in (("seed", []), ("noise", ["--latents", "noise.npy"])):
+        result = CliRunner().invoke(cli.main, [*generate, *options, "--image", "a.png", "-o", f"{name}.png"])
+        assert result.exit_code == 0, result.stderr
+    assert np.array_equal(*(np.asarray(Image.open(f"{name}.png")) for name in ("seed", "noise")))
+    for options, size in (["--image", "a.png", "--size", "64x32"], "128x64"), (["--size", "48x32"], "48x32"):
+        result = CliRunner().invoke(cli.main, [*generate, *options, "--latents", "noise.npy"])
+        assert result.exit_code == 2 and f"but the requested size is {size}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "first", "second"),
+    [
+        (["--outpaint", "left=16"], ["--upscale", "2"], "--outpaint", "--upscale"),
+        (["--upscale", "2"], ["--mask", "mask.png"], "--upscale", "--mask"),
+        (["--mask", "mask.png"], ["--outpaint", "top=16"], "--mask", "--outpaint"),
+    ],
+    ids=str,
+)
+def test_two_ways_of_starting_from_an_image_are_not_combined(
+    tmp_path, monkeypatch, light_pocket, old, new, first, second
+):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (48, 32), "white").save("mask.png")
+    Image.fromarray(tiny.photo()).resize((48, 32)).save("a.png")
+    run = lambda *args: CliRunner().invoke(cli.main, ["generate", *args, "--image", "a.png", "-q"])  # noqa: E731
+    refused = run(PROMPT, "-m", "no/model", *old, *new)
+    assert refused.exit_code == 2
+    assert f"Error: {' and '.join(sorted([first, second], key=ORDER.index))} were both given" in refused.stderr
+    assert run(PROMPT, "-m", "pocket", "--steps", "1", *old, "-o", "old.png").exit_code == 0
+    refused = run("--from", "old.png", *new)
+    assert refused.exit_code == 2
+    assert f"old.png was generated with {first}, which cannot be combined with {second}; start from" in refused.stderr
 
 
 def test_plan_shows_the_larger_image_and_its_tiles_as_generate_plans_them(tmp_path, monkeypatch):

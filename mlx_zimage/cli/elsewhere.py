@@ -173,7 +173,10 @@ def options_given(ctx: click.Context) -> dict[str, str]:
 
 
 def as_typed(message: str, given: Mapping[str, str]) -> str:
-    """A message that begins with the name of a value, with the option by which it was given instead."""
+    """A message that begins with the name of a value, or of two, with the options by which they were given instead."""
+    if both := re.match(r"(\w+) and (\w+) were both given", message):
+        first, second = (given.get(name, name) for name in both.groups())
+        return f"{first} and {second} were both given{message[both.end() :]}"
     name, _, rest = message.partition(" ")
     if name in given:
         return f"{given[name]} {rest}"

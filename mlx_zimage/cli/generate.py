@@ -72,7 +72,7 @@ SECTIONS = {  # of the help text, with the names of their options
         *(
             "image_file",
             "strength",
-            "mask_file",
+            "mask_image",
             "mask_feather",
             "mask_grow",
             "mask_soft",
@@ -230,7 +230,7 @@ class Generate(WithLoras):
 )
 @click.option(
     "--mask",
-    "mask_file",
+    "mask_image",
     metavar="FILE",
     type=FilePath(),
     help="Regenerate only where this image is white, and leave the rest unchanged. It must be the same size as "
@@ -362,7 +362,7 @@ def generate(
     source: str | None, variant: str | None, transformer: str | None, text_encoder: str | None, vae: str | None,
     output: Path, overwrite: bool, size: str | None,
     seed: tuple[str, ...], count: int, auto_seeds: int | None, latents_file: Path | None, image_file: Path | None,
-    sample_posterior: bool, mask_file: Path | None, mask_soft: bool, dtype: str | None,
+    sample_posterior: bool, mask_image: Path | None, mask_soft: bool, dtype: str | None,
     memory: str | None, keep: bool | None, wired: bool, battery_limit: int | None, from_image: Path | None,
     loras: list[tuple[str, float | None]], lora_partial: bool,
     control_files: tuple[str, ...], control_model: str | None, control_scales: tuple[float, ...],
@@ -391,7 +391,7 @@ def generate(
     from .watch import Watch, add_views
 
     old = read_origin(from_image) if from_image else None
-    files_given = Given(latents_file, image=image_file, mask_image=mask_file)
+    files_given = Given(latents_file, image=image_file, mask_image=mask_image)
     if prompt is not None and prompt_option is not None:
         raise RequestError("the prompt was given twice, as an argument and with --prompt; give one")
     given = options_given(ctx)
@@ -412,6 +412,7 @@ def generate(
     elif old and not all("controls" in own for own in prompts):
         check_old_controls(old, from_image)
     if old:
+        _check_combined(old, from_image, base)
         _check_old(old, from_image, files_given.digests, prompts)
     all_series = multiply(base, prompts, _seeds(seed, auto_seeds, old), output, ratio, count)
     total = sum(map(len, all_series))
@@ -424,7 +425,7 @@ def generate(
         with _located(place, _names(given, own)):
             request = _check(series)
             files_given.inputs(request).check_named(request.arrays)
-            if latents_file and request.width and request.height:
+            if latents_file and request.width and request.height and not request.upscale:
                 check_latents_size(latents_file, files_given.latents, request.width, request.height)
     jobs = ((place, job) for place, series in zip(places, all_series, strict=True) for job in series)
     if server:
@@ -489,7 +490,7 @@ def generate(
         with _located(place):
             request = complete(next(iter(series)))
             if latents_file:
-                check_latents_size(latents_file, files_given.latents, *request.extent[:2])
+                check_latents_size(latents_file, files_given.latents, *request.parts[0].extent[:2])
             inputs = files_given.inputs(request) if request.mask_image else NONE
             model.pipeline.plan(request, inputs)  # refuses what does not fit, masks too, before any work
             most = model.pipeline.most_tokens(request) if others else 0
@@ -591,7 +592,8 @@ def _base(values: dict, size: str | None, old: Origin | None, given: Given) -> t
     base |= given.digests
     if given.latents is not None:
         known = fields_of_latents(given.latents.shape)
-        base = known | base | {"num_images": known["num_images"]}
+        sides = {} if base["image"] and base.get("upscale") else known  # they have the size of the enlarged image
+        base = sides | base | {"num_images": known["num_images"]}
     return base, ratio
 
 
@@ -673,6 +675,18 @@ def _check_battery(limit: int | None) -> None:
     if charge is not None and charge <= limit:
         raise ZImageError(
             f"stopped: the battery is at {charge}%, and --battery-limit is {limit}; charge it or lower the limit"
+        )
+
+
+def _check_combined(old: Origin, path: Path | None, base: dict) -> None:
+    """Refuse to combine the way in which an old image was made from another one with a second way."""
+    ways = {"mask_image": "--mask", "outpaint": "--outpaint", "upscale": "--upscale"}
+    old_ways = [option for name, option in ways.items() if getattr(old.request, name) is not None]
+    new_ways = [option for name, option in ways.items() if base.get(name) is not None and option not in old_ways]
+    if old_ways and new_ways:
+        raise RequestError(
+            f"{path} was generated with {old_ways[0]}, which cannot be combined with {new_ways[0]}; start from the "
+            f"finished image instead, with --image and a prompt"
         )
 
 

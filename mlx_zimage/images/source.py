@@ -176,8 +176,8 @@ def _open_heif(stream: BinaryIO, label: str) -> Image.Image:
 def _check_pixels(image: Image.Image, label: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise RequestError(
-            f"{label} has {image.width}x{image.height} pixels, {image.width * image.height / 1e6:.1f} megapixels; "
-            f"expected at most {MAX_PIXELS // 10**6}; resize it first"
+            f"{label} has {image.width}x{image.height} pixels, {image.width * image.height:,} in all; expected at most "
+            f"{MAX_PIXELS:,}; resize it first"
         )
 
 

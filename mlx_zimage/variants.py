@@ -25,11 +25,19 @@ class Variant:
     takes_guidance: bool
     size: int = 1024
 
-    def notes(self, guidance_scale: float, negative_prompt: str) -> Iterator[str]:
-        """Notes on guidance or a negative prompt that changes nothing, or makes images worse."""
-        if negative_prompt and not guidance_scale:
-            advice = f"; try a guidance of {self.guidance_scale:g}" if self.takes_guidance else ", as Turbo requires"
-            yield f"the negative prompt changes nothing, since guidance is 0{advice}"
+    def notes(
+        self, guidance_scale: float, negative_prompt: str, cfg_normalization: float, cfg_truncation: float
+    ) -> Iterator[str]:
+        """Notes on guidance, and on what it uses, that changes nothing or makes images worse."""
+        advice = f"; try a guidance of {self.guidance_scale:g}" if self.takes_guidance else ", as Turbo requires"
+        unused = {
+            "the negative prompt": negative_prompt,
+            "cfg normalization": cfg_normalization,
+            "cfg truncation": cfg_truncation < 1,
+        }
+        for name, is_given in unused.items():
+            if is_given and not guidance_scale:
+                yield f"{name} changes nothing, since guidance is 0{advice}"
         if guidance_scale and not self.takes_guidance:
             yield (
                 f"guidance is {guidance_scale:g}, but Turbo was trained to work without it: steps take twice as long, "

@@ -326,6 +326,8 @@ def test_equal_jobs_are_planned_once_and_started_at_once(run, watch):
     [
         (["--negative-prompt", "blue"], "the negative prompt changes nothing, since guidance is 0, as Turbo requires"),
         (["--guidance", "2"], "guidance is 2, but Turbo was trained to work without"),
+        (["--cfg-truncation", "0.5"], "cfg truncation changes nothing, since guidance is 0, as Turbo requires"),
+        (["--cfg-normalization", "1"], "cfg normalization changes nothing, since guidance is 0, as Turbo requires"),
         (
             ["--variant", "base", "--guidance", "0", "--negative-prompt", "a"],
             "the negative prompt changes nothing, since guidance is 0; try a guidance of 4",
@@ -382,7 +384,11 @@ def test_a_size_beyond_pocket_gives_one_warning(run):
 def test_pocket_knows_sizes_near_those_that_it_was_trained_at():
     checkpoint = open_checkpoint("pocket")
     for width, height, known in ((224, 224, 0), (64, 224, 0), (176, 96, 1), (112, 112, 1), (224, 128, 1)):
-        assert len(list(notes(GenerateRequest(PROMPT, width, height, seed=1, steps=1), checkpoint))) == 1 - known
+        request = GenerateRequest(PROMPT, width, height, seed=1, steps=1)
+        assert len(list(notes(request, checkpoint))) == 1 - known
+        from_an_image = replace(request, image="0" * 64)
+        assert len(list(notes(from_an_image, checkpoint))) == 1 - known
+        assert not [*notes(replace(from_an_image, upscale=2), checkpoint)], "it is refined in tiles"
 
 
 def test_pockets_words_are_those_of_the_captions_that_it_was_trained_on(monkeypatch):

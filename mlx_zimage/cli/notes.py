@@ -41,7 +41,9 @@ POCKET_KNOWS = (
 
 def notes(request: GenerateRequest, checkpoint: Checkpoint) -> Iterator[str]:
     """The notes on a request that a model is about to run."""
-    yield from checkpoint.variant.notes(request.guidance_scale or 0.0, request.negative_prompt)
+    yield from checkpoint.variant.notes(
+        request.guidance_scale or 0.0, request.negative_prompt, request.cfg_normalization, request.cfg_truncation
+    )
     if is_pocket(checkpoint):
         unknown = unknown_to_pocket(request.prompt)
         if unknown:
@@ -52,10 +54,11 @@ def notes(request: GenerateRequest, checkpoint: Checkpoint) -> Iterator[str]:
         width, height, _ = request.extent
         (low, high), side = POCKET_PIXELS, checkpoint.vae.config.sample_size
         fits = min(width, height) >= POCKET_LEAST_SIDE and low <= width * height <= high
-        if not fits and request.image is None:  # an image says what to generate, or is refined in tiles
+        refined = request.image is not None and request.upscale is not None  # in tiles of the size that it knows
+        if not fits and not refined:
             yield (
                 f"pocket knows sizes near 128x128, 192x128 and 160x160, so an image of {width}x{height} may be blank; "
-                f"leave out the size to get {side}x{side}"
+                f"try --size {side}x{side}"
             )
 
 

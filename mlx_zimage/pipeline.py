@@ -444,6 +444,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         with self.networks.guarded():
             for lora in self._loras.values():
                 self.networks.attach(lora)
+            if self.controlnet is not None:
+                self.networks.set_controlnet(self.controlnet.component)
             yield from self._events(request, inputs, decode)
 
     def _events(

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import controls
@@ -9,15 +10,18 @@ import tiny
 from click.testing import CliRunner
 from compare import TOLERANCE, relative_error
 from PIL import Image
+from safetensors.numpy import save_file
 
 from mlx_zimage import GenerateRequest, Inputs, RequestError, ZImagePipeline
 from mlx_zimage.cli import main
 from mlx_zimage.errors import CheckpointError
 from mlx_zimage.images.metadata import Origin, read_origin
 from mlx_zimage.images.source import digest, read_image
+from mlx_zimage.machine import wide_dtype
 from mlx_zimage.memory import Workload, make_plan
 from mlx_zimage.models.controlnet import ControlNetConfig
 from mlx_zimage.noise import initial_noise
+from mlx_zimage.pipeline import Overflow
 from mlx_zimage.request import ControlUse
 
 CALL = {"prompt": "a red fox", "num_inference_steps": 3, "seed": 3, "output_type": "latent"}
@@ -217,6 +221,28 @@ def test_a_lora_changes_a_controlled_image_and_its_strength_0_does_not(controlle
     assert relative_error(controlled(**CALL, control_image=outline()).images, plain) > 0.01
     controlled.set_loras({name: 0.0})
     assert np.array_equal(controlled(**CALL, control_image=outline()).images, plain)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_a_controlled_image_that_overflows_float16_is_redone_in_bfloat16_with_its_controlnet(
+    tiny_folder, tmp_path, scale
+):
+    path, wide = tmp_path / "loud", wide_dtype()
+    arrays = controls.weights(0, "control_v21")
+    arrays["control_layers.0.after_proj.weight"] *= scale
+    path.mkdir()
+    save_file(arrays, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(controls.CONFIGS["control_v21"]))
+    found = []
+    for dtype in ("float16", wide):
+        pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype=dtype)
+        pipe.load_controlnet(path)
+        with pytest.warns(Overflow) if scale > 1 and dtype == "float16" else nullcontext():
+            found.append(pipe(**CALL, control_image=outline()).images)
+        plain = pipe(**CALL, width=tiny.WIDTH, height=tiny.HEIGHT).images
+        assert pipe.dtype == getattr(mx, wide if scale > 1 else dtype) and np.isfinite(plain).all()
+        assert relative_error(found[-1], plain) > 0.01
+    assert np.array_equal(*found) == (scale > 1)
 
 
 def test_an_image_is_upscaled_in_tiles_of_its_control_image(controlled, monkeypatch):

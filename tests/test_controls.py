@@ -306,9 +306,37 @@ def test_an_image_with_controls_is_generated_again_from_its_metadata(tiny_folder
     assert [(use.prepare, use.scale, use.end) for use in request.controls] == [(None, 0.3, 0.5), ("canny", 0.3, 0.5)]
     missing = generate("--from", one, *model, "-o", two)
     assert "was generated from 2 control images; pass the file with --control" in missing.output
-    again = generate("--from", one, *model, *line, "--control", f"canny:{here / 'line.png'}", "-o", two)
+    for second in (f"canny:{here / 'line.png'}", here / "line.png"):
+        again = generate("--from", one, *model, *line, "--control", second, "-o", two, "--overwrite")
+        assert again.exit_code == 0, again.output
+        assert read_origin(two).request == request
+    other = generate("--from", one, *model, *line, "--control", f"gray:{here / 'line.png'}", "-o", two, "--overwrite")
+    assert other.exit_code == 0, other.output
+    last = read_origin(two).request.controls[1]
+    assert (last.prepare, last.scale, last.end) == ("gray", 0.9, 1.0), "it is not one of the old image's"
+
+
+def test_an_inpainted_image_keeps_the_scale_at_which_its_controlnet_saw_what_is_kept(tiny_folder, here, tmp_path):
+    Image.fromarray(tiny.mask()).save(tmp_path / "mask.png")
+    inputs = "--image", here / "line.png", "--mask", tmp_path / "mask.png", "--mask-resample", 0
+    run = "--model", tiny_folder, "--control-model", here / "control_v21", *inputs, "--control", "inpaint"
+    first = generate("a fox", *run, "--control-scale", 0.3, "--seed", 1, "--steps", 2, "-o", tmp_path / "one.png")
+    assert first.exit_code == 0, first.output
+    again = generate("--from", tmp_path / "one.png", *run, "-o", tmp_path / "two.png")
     assert again.exit_code == 0, again.output
-    assert read_origin(two).request.controls[0] == request.controls[0]
+    one, two = (read_origin(tmp_path / f"{name}.png").request for name in ("one", "two"))
+    assert two == one and one.controls[0].scale == 0.3
+
+
+def test_an_image_of_pockets_is_generated_again_with_pockets_own_controlnet(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "line.png")
+    line = "--control", tmp_path / "line.png"
+    first = generate("a fox", "--model", "pocket", *line, "--seed", 1, "--steps", 1, "-o", tmp_path / "one.png")
+    assert first.exit_code == 0, first.output
+    again = generate("--from", tmp_path / "one.png", *line, "-o", tmp_path / "two.png")
+    assert again.exit_code == 0, again.output
+    one, two = (read_origin(tmp_path / f"{name}.png").request for name in ("one", "two"))
+    assert two == one and one.controlnet
 
 
 def test_requests_name_control_images_by_path(tiny_folder, here, tmp_path):
@@ -323,7 +351,8 @@ def test_requests_name_control_images_by_path(tiny_folder, here, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--control", "sketch:x.png"], "expected FILE, or KIND:FILE with one of canny"),
+        (["--control", "sketch:x.png"], "must be FILE, or KIND:FILE with one of canny"),
+        (["--control", "canny:"], "with one of canny, gray, scribble, tile, lines, pose, depth, got 'canny:'"),
         (["--control-scale", "1"], "need --control FILE"),
         (["--control-model", "x.safetensors"], "--control-model is for control images"),
         (["--control", "LINE"], "--yes downloads alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union-2.1:"),

@@ -81,30 +81,34 @@ def controls_given(
     end: float | None,
     old: Origin | None,
 ) -> list[dict]:
-    """The controls that the options describe, for a request; those of an old image keep its settings."""
+    """The controls that the options describe, for a request. The same ones as of an old image keep its settings."""
     if len(scales) > 1 and len(scales) != len(files):
         raise RequestError(
             f"--control-scale must be given once, or once for each --control ({len(files)} in all), got {len(scales)}"
         )
-    found = []
+    found, waiting = [], [*old.request.controls] if old else []
     for i, text in enumerate(files):
-        use = _use(given, text, old)
+        use = _use(given, text, waiting)
         values = {"scale": scales[min(i, len(scales) - 1)] if scales else None, "start": start, "end": end}
         found.append(use | {name: value for name, value in values.items() if value is not None})
     return [asdict(ControlUse.of(use)) for use in found]
 
 
-def _use(given: Given, text: str, old: Origin | None) -> dict:
-    kind, colon, file = text.partition(":")
+def _use(given: Given, text: str, waiting: list[ControlUse]) -> dict:
+    """The control that one `--control` describes. It takes the place of the first one waiting that has its image, and
+    its kind if it names one."""
+    kind, _, file = text.partition(":")
+    is_kind = bool(file) and kind in CONTROLS
     if text == INPAINT and not os.path.exists(text):
-        return {}
-    is_kind = bool(colon) and kind in CONTROLS
-    if not is_kind and colon and not os.path.exists(os.path.expanduser(text)):
-        raise RequestError(f"--control {text}: expected FILE, or KIND:FILE with one of {', '.join(CONTROLS)}")
-    digest = given.add_control(Path(os.path.expanduser(file if is_kind else text)))
-    before = [asdict(use) for use in (old.request.controls if old else ()) if use.image == digest]
-    if before and not is_kind:
-        return before[0]
+        digest = None
+    elif ":" in text and not is_kind and not os.path.exists(os.path.expanduser(text)):
+        raise RequestError(f"--control must be FILE, or KIND:FILE with one of {', '.join(CONTROLS)}, got {text!r}")
+    else:
+        digest = given.add_control(Path(os.path.expanduser(file if is_kind else text)))
+    same = (use for use in waiting if use.image == digest and (not is_kind or use.prepare == kind))
+    if (before := next(same, None)) is not None:
+        waiting.remove(before)
+        return asdict(before)
     return {"image": digest, "prepare": kind if is_kind else None}
 
 

@@ -457,7 +457,8 @@ def generate(
         _warn("--wired changes nothing here: only macOS can lock the GPU's memory")
     budget = None if memory is None else parse_memory(memory)
     follows = any(series.values.get("controls") for series in all_series)
-    control_source = choose_control(control_model, control_kind, follows, source, yes, quiet)
+    known = source or (old.model if old else None)
+    control_source = choose_control(control_model, control_kind, follows, known, yes, quiet)
     if source is None:
         source = _default_model(old, from_image, yes, quiet)
     elif source in ALIASES and not Path(source).exists():

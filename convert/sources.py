@@ -137,9 +137,9 @@ def open_source(
 
 def open_controlnet_source(source: str | Path) -> Source:
     """Open a ControlNet, downloading it if needed."""
-    component = open_controlnet(source).component
-    path = component.folder
-    origin = name_of(path) if Path(source).expanduser().exists() else str(source)
+    opened = open_controlnet(source)
+    component, path = opened.component, opened.component.folder
+    origin = opened.name if Path(source).expanduser().exists() else str(source)
     own = path.parent if path.name == CONTROLNET else path
     conversion = read_conversion(own) if own.is_dir() else {}
     files = weight_files([component])

@@ -189,17 +189,19 @@ def each_prompt(
 
 def controls_of(images: Any, scales: Any, starts: Any, ends: Any) -> tuple[tuple[ControlUse, ...], tuple[Any, ...]]:
     """The controls of a call, and their images, from one or a list of each."""
-    if images is None:
-        if scales is not None:
-            raise RequestError("controlnet_conditioning_scale is for a control_image, but there is none; give one")
+    given = images if isinstance(images, list) else [] if images is None else [images]
+    values = {
+        "controlnet_conditioning_scale": (scales, None),
+        "control_guidance_start": (starts, 0.0),
+        "control_guidance_end": (ends, 1.0),
+    }
+    if not given:
+        for name, (value, default) in values.items():
+            if value != default:
+                raise RequestError(f"{name} is for a control_image, but there is none; give one")
         return (), ()
-    given = images if isinstance(images, list) else [images]
     columns = []
-    for name, value in (
-        ("controlnet_conditioning_scale", scales),
-        ("control_guidance_start", starts),
-        ("control_guidance_end", ends),
-    ):
+    for name, (value, _) in values.items():
         columns.append(list(value) if isinstance(value, (list, tuple)) else [value] * len(given))
         if len(columns[-1]) != len(given):
             raise RequestError(f"{name} must have one entry per control image, {len(given)} in all, got {len(value)}")

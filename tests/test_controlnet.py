@@ -186,6 +186,21 @@ def test_a_name_says_what_it_was_trained_for(folder, name, kind, version_scale_s
     assert (named.scale, named.steps) == version_scale_steps
 
 
+def test_the_folders_that_a_file_is_in_do_not_say_what_it_was_trained_for(tmp_path):
+    (tmp_path / "tile" / "8steps").mkdir(parents=True)
+    file = tmp_path / "tile" / "8steps" / "Z-Image-Turbo-Fun-Controlnet-Union-2.1.safetensors"
+    save_file(controls.weights(0, "control_lite"), file)
+    assert str(open_controlnet(file).kind) == "plain"
+
+
+def test_a_pipelines_own_controlnet_is_called_what_that_is_called(folder):
+    path = controls.write(folder / "mine", 0, "control_v1")
+    path.rename(folder / "mine" / "controlnet")
+    for source in (folder / "mine", folder / "mine" / "controlnet"):
+        assert open_controlnet(source).name == "mine"
+    assert open_controlnet("pocket").name == "pocket"
+
+
 def test_a_controlnet_for_another_model_is_refused_before_any_weight_is_read(folder, bytes_read):
     path = controls.write(folder, 0, "control_v21")
     for change, said in (({"dim": 96}, "48 wide"), ({"n_heads": 6}, "3 heads"), ({"n_layers": 2}, "layer 2")):

@@ -148,6 +148,8 @@ def test_a_request_of_another_controlnet_is_refused(controlled):
         ({"controlnet_conditioning_scale": -1}, "control scale must be from 0"),
         ({"controlnet_conditioning_scale": [1.0, 2.0]}, "one entry per control image"),
         ({"control_image": "inpaint"}, "is for inpainting, but there is no mask"),
+        ({"control_image": [], "control_guidance_start": 0.2}, "control_guidance_start is for a control_image"),
+        ({"control_image": [], "control_guidance_end": 0.7}, "control_guidance_end is for a control_image"),
         ({"control_image": ("pose2", (96, 80))}, "prepare must be one of"),
     ],
 )
@@ -156,7 +158,7 @@ def test_a_control_that_cannot_be_is_refused_before_any_weight_is_read(controlle
     size, image = given["control_image"], None
     if isinstance(size, tuple) and isinstance(size[0], str):
         image = (size[0], outline(size[1]))
-    given["control_image"] = image or (size if isinstance(size, str) else outline(size))
+    given["control_image"] = image or (outline(size) if isinstance(size, tuple) else size)
     with pytest.raises(RequestError, match=message):
         controlled(**CALL, **given, width=tiny.WIDTH, height=tiny.HEIGHT)
     assert not bytes_read
@@ -359,7 +361,12 @@ def test_requests_name_control_images_by_path(tiny_folder, here, tmp_path):
         (["--control", "LINE", "--control-scale", "1", "--control-scale", "2"], "must be given once, or once for each"),
         (["--control", "LINE", "--control-model", "CONTROL", "--control-kind", "soft"], "kind must be plain, or some"),
         (["--control", "LINE", "--control-model", "LORA"], "is a LoRA; expected a ControlNet"),
-        (["--control", "LINE", "--control-model", "CONTROL", "--size", "96x32"], "would lose 48 of them"),
+        (["--control", "LINE", "--control-model", "nothing"], "no ControlNet at nothing; give a file, a folder"),
+        (["--control", "LINE", "--control-model", "CONTROL", "--size", "96x32"], "leave out the size to use its own"),
+        (
+            ["--control", "LINE", "--control-model", "CONTROL", "--image", "LINE", "--outpaint", "left=32"],
+            "would lose 27 of them at 128x80; crop it to that aspect ratio\n",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_any_weight_is_read(

@@ -190,7 +190,7 @@ def test_a_controlnet_that_fits_no_model_ends_the_server(small_pocket, tmp_path)
 
 def test_a_controlnet_is_offered_for_the_models_that_it_fits(small_pocket, tiny_folder):
     async def test(queue: Queue) -> None:
-        assert {model.name: model.controlnet for model in queue.models} == {"pocket": "controlnet", "tiny": None}
+        assert {model.name: model.controlnet for model in queue.models} == {"pocket": "pocket", "tiny": None}
 
     run(test, options=Options({"tiny": str(tiny_folder), "pocket": str(small_pocket)}, controlnet="pocket"))
 

@@ -270,7 +270,7 @@ def test_a1111s_controlnet_extension_is_followed_too(server, followed):
     assert server.get("/controlnet/module_list") == {
         "module_list": ["none", "canny", "gray", "scribble", "tile", "lines", "pose", "depth"]
     }
-    assert server.get("/controlnet/model_list") == {"model_list": ["controlnet"]}
+    assert server.get("/controlnet/model_list") == {"model_list": ["pocket"]}
     for wrong, message in (
         (off | {"enabled": True}, "has no image"),
         (unit | {"module": "softedge_hed"}, "'softedge'"),

@@ -115,7 +115,10 @@ def find_controlnet(source: str | Path) -> tuple[Path, Repository | None]:
     try:
         path, repository = locate(source)
     except ModelNotFoundError as error:
-        raise ModelNotFoundError(str(error).replace("no model at", "no ControlNet at")) from None
+        if not str(error).startswith("no model at"):
+            raise
+        takes = "give a file, a folder, a Hugging Face id, id:file or 'pocket'"
+        raise ModelNotFoundError(f"no ControlNet at {source}; {takes}") from None
     if repository and path == repository.folder:
         files = [file for file in repository.sizes if file.suffix == ".safetensors"]
         if "config.json" not in repository.names(path) and len(files) != 1:
@@ -171,8 +174,8 @@ def open_controlnet(
         opened = Component(
             CONTROLNET, opened.folder, opened.raw_config | {"add_control_noise_refiner": LAYERS}, entries
         )
-    name = name_of(path)
-    names = " ".join([str(source), name, *origins(path)])  # a conversion keeps what the original's name says
+    name = name_of(path.parent if path.name == CONTROLNET else path)  # a pipeline's own is called what that is called
+    names = " ".join([name, *origins(path)])  # a conversion keeps what the original's name says
     return ControlNetFile(opened, given or Kind.of(names), name, (repository,) if repository else ())
 
 
@@ -189,8 +192,8 @@ def _open(path: Path, repository: Repository | None, layers: int) -> Component:
     own = {name: entry for name, entry in entries.items() if name.startswith("control_")}
     if not own:
         kind = foreign_kind(entries)
-        what = f"a {kind}" if kind else "something else"
-        raise CheckpointError(f"{path} is {what}; expected a ControlNet for Z-Image")
+        what = f"is a {kind}" if kind else "is not a ControlNet"
+        raise CheckpointError(f"{path} {what}; expected a ControlNet for Z-Image")
     file = path / "config.json"
     try:
         given = folder and file.is_file()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, NumericsError
-from ..models import NETWORKS
+from ..models import CONTROLNET, NETWORKS
 from ..weights import official
 from ..weights.checkpoint import open_checkpoint, resolve
 from ..weights.component import find_network, needs_converting, read_entries
@@ -56,6 +56,8 @@ def fetch_all(source: str | Path) -> Path:
 
 def verify_steps(folder: str | Path) -> Iterator[Checked]:
     """Check a model or ControlNet (anything that the converter reads), yielding Checked per file and tensor.
+
+    A ControlNet in a model's folder is checked with it.
 
     Every file is compared with the folder's SHA256SUMS. A folder not written by our converter has none; then only
     headers, names, shapes and values are checked. Raises CheckpointError for what is no model at all.
@@ -109,16 +111,25 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
 def _open(path: Path) -> Source:
     """What is at a path, checked as in the loader or, if only the converter reads it (fp8, GGUF), as there."""
     if is_controlnet(path):
-        opened = open_controlnet_source(path)
-        if path.is_dir():
-            check_inside(path, opened.weights)
-        return opened
+        return _open_controlnet(path)
     if not (path / "model_index.json").is_file():
         return open_part(path, official.CONFIGS)
     if any(needs_converting(read_entries(find_network(path, name))) for name in NETWORKS):
-        return open_source(path)
-    open_checkpoint(path).open_tokenizer()
-    return open_folder(path, str(path), NETWORKS)
+        opened = open_source(path)
+    else:
+        open_checkpoint(path).open_tokenizer()
+        opened = open_folder(path, str(path), NETWORKS)
+    own = path / CONTROLNET
+    if any(own.glob("*.safetensors")):  # pocket has one, and so may what diffusers saved
+        opened = replace(opened, components=opened.components | _open_controlnet(own).components)
+    return opened
+
+
+def _open_controlnet(path: Path) -> Source:
+    opened = open_controlnet_source(path)
+    if path.is_dir():
+        check_inside(path, opened.weights)
+    return opened
 
 
 def _excess(nbytes: int) -> str:

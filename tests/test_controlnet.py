@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mlx_zimage.models.layers import linear
 from mlx_zimage.models.transformer import Chain, TransformerConfig, in_order
 from mlx_zimage.quantization import Quantization
 from mlx_zimage.weights.controlnets import ControlNetFile, Kind, open_controlnet
+from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.library import planned_network
 from mlx_zimage.weights.random import RandomWeights
 
@@ -302,3 +304,18 @@ def test_verify_finds_a_changed_byte_of_a_converted_controlnet(folder, tmp_path)
     assert fault.startswith(f"controlnet/{file.name}: has sha256")
     result = CliRunner().invoke(main, ["verify", "-q", str(tmp_path / "converted")])
     assert result.exit_code == 4 and "is damaged: 1 fault found" in result.output
+
+
+def test_verify_checks_a_models_own_controlnet(tmp_path):
+    model = shutil.copytree(POCKET, tmp_path / "model")
+    assert verify(model) == []
+    file = model / "controlnet" / "diffusion_pytorch_model.safetensors"
+    tensors = dict(mx.load(str(file)))
+    tensors["control_layers.1.attention.to_v.weight"][5, 7] = float("inf")
+    mx.save_safetensors(str(file), tensors)
+    (fault,) = verify(model)
+    assert fault.startswith("controlnet control_layers.1.attention.to_v.weight: ")
+    (model / "controlnet" / "config.json").unlink()
+    file.write_bytes(file.read_bytes()[:-1])
+    (fault,) = verify(model)
+    assert "diffusion_pytorch_model.safetensors" in fault

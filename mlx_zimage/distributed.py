@@ -63,6 +63,8 @@ class Group:
         if len(speeds) != self.size or not all(0 < speed < float("inf") for speed in speeds):
             raise RequestError(f"speeds must be {self.size} positive numbers, one per rank, got {speeds}")
         self._ends = [0.0, *(end / sum(speeds) for end in accumulate(speeds))]
+        # NCCL computes on the GPU, the other backends on the CPU
+        self._stream = mx.new_thread_local_stream(mx.gpu if "NCCL_HOST_IP" in os.environ else mx.cpu)
         self._limit = limit
         self._longest = 0.0
         self._broken = False
@@ -108,27 +110,38 @@ class Group:
             before += rows
         return mx.concatenate(pieces, axis=axis)
 
-    def gather(self, arrays: Sequence[mx.array], shares: Sequence[int]) -> Sequence[mx.array]:
+    def gather(self, x: mx.array, shares: Sequence[int]) -> mx.array:
         if not shares:
-            return arrays
-        x = mx.concatenate([*arrays], axis=-1) if len(arrays) > 1 else arrays[0]
+            return x
         batch, own, *rest = x.shape
         most = max(shares)
         if own < most:  # MLX gathers arrays of equal shapes
             x = mx.pad(x, [(0, 0), (0, most - own)] + [(0, 0)] * len(rest))
-        every = mx.distributed.all_gather(x, group=self.group).reshape(self.size, batch, most, *rest)
+        every = self._all_gather(x).reshape(self.size, batch, most, *rest)
         if min(shares) == most:
-            x = every.swapaxes(0, 1).reshape(batch, -1, *rest)
-        else:
-            x = mx.concatenate([every[i, :, :rows] for i, rows in enumerate(shares)], axis=1)
-        ends = list(accumulate(array.shape[-1] for array in arrays))
-        return list(mx.split(x, ends[:-1], axis=-1))
+            return every.swapaxes(0, 1).reshape(batch, -1, *rest)
+        return mx.concatenate([every[i, :, :rows] for i, rows in enumerate(shares)], axis=1)
+
+    # ---- MLX's collectives. They run one after another on a stream of their own, and each is queued on its own: NCCL
+    # allows no two at a time, and MLX starts operations at once if neither needs the other's result.
+
+    def _all_gather(self, x: mx.array) -> mx.array:
+        mx.async_eval(x)
+        gathered = mx.distributed.all_gather(x, group=self.group, stream=self._stream)
+        mx.async_eval(gathered)
+        return gathered
+
+    def _all_sum(self, x: mx.array) -> mx.array:
+        mx.async_eval(x)
+        total = mx.distributed.all_sum(x, group=self.group, stream=self._stream)
+        mx.async_eval(total)
+        return total
 
     # ---- from rank 0 to the others
 
     def from_first(self, x: mx.array) -> mx.array:
         """Rank 0's x; the others pass any array of its shape and dtype."""
-        return mx.distributed.all_sum(x if self.leads else mx.zeros_like(x), group=self.group)
+        return self._all_sum(x if self.leads else mx.zeros_like(x))
 
     def all_from_first(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Rank 0's arrays, once it has them."""
@@ -169,7 +182,7 @@ class Group:
         digests = [hashlib.sha256(repr(value).encode()).digest()[:16] for value in values.values()]
         own = mx.array(np.frombuffer(b"".join(digests), np.uint8))
         with self.computing():
-            every = np.array(mx.distributed.all_gather(own[None], group=self.group)).reshape(self.size, -1, 16)
+            every = np.array(self._all_gather(own)).reshape(self.size, -1, 16)
         for i, name in enumerate(values):
             others = [rank for rank in range(self.size) if (every[rank, i] != every[0, i]).any()]
             if others:
@@ -207,7 +220,7 @@ class Group:
     def signal(self, own: Signal = GO) -> Signal:
         """What rank 0 says; Ended on the others if it has ended the request, GroupError if another rank failed."""
         with self.computing(PATIENCE):
-            said = int(np.array(mx.distributed.all_sum(mx.array(int(own)), group=self.group)))
+            said = int(np.array(self._all_sum(mx.array(int(own)))))
         if said >= Signal.FAILED:
             if own is Signal.FAILED:
                 return own

@@ -123,8 +123,9 @@ class Ranks(Protocol):
     def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
         """This machine's rows of a whole sequence made of parts."""
 
-    def gather(self, arrays: Sequence[mx.array], shares: Shares) -> Sequence[mx.array]:
-        """All rows of arrays (B, L, ...) of which each machine has its share; they are sent together."""
+    def gather(self, x: mx.array, shares: Shares) -> mx.array:
+        """All rows of an array (B, L, ...) of which each machine has its share. They are sent at once; nothing waits
+        for them until they are used."""
 
 
 S = TypeVar("S", bound=Tokens)

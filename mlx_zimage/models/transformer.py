@@ -39,6 +39,7 @@ from .runner import NetworkConfig, Ranks, Runner, Shares, Tree
 PATCH = 2  # a token covers PATCH x PATCH latent pixels
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
 TOKENS_AT_ONCE = 4608  # limit for a batch of images: this many rows keep any GPU busy, and more only cost memory
+PARTS = 2  # parts of the heads whose keys and values are sent to other machines one after another
 ADALN_WIDTH = 256
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
@@ -217,11 +218,27 @@ class Alone:
     def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
         return x
 
-    def gather(self, arrays: Sequence[mx.array], shares: Shares) -> Sequence[mx.array]:
-        return arrays
+    def gather(self, x: mx.array, shares: Shares) -> mx.array:
+        return x
 
 
 ALONE = Alone()
+
+
+def queries(
+    x: mx.array, weights: Tree, cos: mx.array, sin: mx.array, heads: int, product: Product = linear
+) -> mx.array:
+    """RMS-normed, rotated queries of x (B, L, dim): (B, L, H, D)."""
+    q = product(x, weights["to_q"]).reshape(*x.shape[:2], heads, -1)
+    return norm_and_rotate(q, weights["norm_q"], cos, sin)
+
+
+def keys_and_values(
+    x: mx.array, weights: Tree, cos: mx.array, sin: mx.array, heads: int, product: Product = linear
+) -> tuple[mx.array, mx.array]:
+    """RMS-normed, rotated keys and the values of x (B, L, dim): (B, L, H, D) each."""
+    k, v = (product(x, weights[name]).reshape(*x.shape[:2], heads, -1) for name in ("to_k", "to_v"))
+    return norm_and_rotate(k, weights["norm_k"], cos, sin), v
 
 
 def heads_of(
@@ -232,21 +249,10 @@ def heads_of(
     heads: int,
     rows: int | None = None,
     product: Product = linear,
-    ranks: Ranks = ALONE,
-    shares: Shares = (),
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """RMS-normed, rotated queries of the first `rows` rows of x (B, L, dim), and all keys and values: (B, H, L, D).
-
-    x is this machine's share of the rows: see `Ranks`.
-    """
-    B, _, D = x.shape
-    q, k, v = (
-        product(part, weights[name]).reshape(B, -1, heads, D // heads)
-        for name, part in (("to_q", x[:, :rows]), ("to_k", x), ("to_v", x))
-    )
-    q = norm_and_rotate(q, weights["norm_q"], cos[:rows], sin[:rows])
-    k = norm_and_rotate(k, weights["norm_k"], cos, sin)
-    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *ranks.gather((k, v), shares)))
+    """Queries of the first `rows` rows of x (B, L, dim), and all keys and values: (B, H, L, D)."""
+    q = queries(x[:, :rows], weights, cos[:rows], sin[:rows], heads, product)
+    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *keys_and_values(x, weights, cos, sin, heads, product)))
     return q, k, v
 
 
@@ -278,22 +284,18 @@ def attend(
     cos: mx.array,
     sin: mx.array,
     rows: int | None = None,
-    shares: Shares = (),
     *,
     heads: int,
     eps: float,
     factor: float = 1.0,
     product: Product = linear,
-    ranks: Ranks = ALONE,
     most: float = math.inf,
 ) -> mx.array:
     """The attention half of a block on x (B, L, dim); output for the first `rows` rows.
 
     There is no mask: padding attends and is attended to. Queries are computed in pieces of at most `most` FLOP.
     """
-    q, k, v = attention_inputs(
-        x, weights, modulation, cos, sin, rows, shares, heads=heads, eps=eps, product=product, ranks=ranks
-    )
+    q, k, v = attention_inputs(x, weights, modulation, cos, sin, rows, heads=heads, eps=eps, product=product)
     out = dot_product_attention(q, k, v, most)
     return add_attention(x, out, weights, modulation, eps=eps, factor=factor, product=product)
 
@@ -308,16 +310,14 @@ def attention_inputs(
     cos: mx.array,
     sin: mx.array,
     rows: int | None = None,
-    shares: Shares = (),
     *,
     heads: int,
     eps: float,
     product: Product = linear,
-    ranks: Ranks = ALONE,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Queries, keys and values of a block on x (B, L, dim): see `heads_of`."""
     h = modulated_norm(x, weights["attention_norm1"], row(modulation, 0), eps)
-    return heads_of(h, weights["attention"], cos, sin, heads, rows, product, ranks, shares)
+    return heads_of(h, weights["attention"], cos, sin, heads, rows, product)
 
 
 def add_attention(
@@ -334,6 +334,49 @@ def add_attention(
     h = joined_heads(out, weights["attention"], factor, product)
     gate = row(modulation, 1)
     return x[:, : h.shape[1]] + modulated_norm(h, weights["attention_norm2"], gate, eps * factor**2)
+
+
+# Where machines share the rows, that half in pieces, between which keys and values travel.
+
+
+def sent(
+    x: mx.array,
+    weights: Tree,
+    modulation: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    *,
+    heads: int,
+    eps: float,
+    parts: int,
+    product: Product = linear,
+) -> tuple[mx.array, ...]:
+    """A block's normed input (B, L, dim) and, for each of so many parts of the heads, its keys and values side by side:
+    (B, L, heads / parts, 2D)."""
+    h = modulated_norm(x, weights["attention_norm1"], row(modulation, 0), eps)
+    both = mx.concatenate(keys_and_values(h, weights["attention"], cos, sin, heads, product), axis=-1)
+    return h, *mx.split(both, ends_of(heads, parts), axis=2)
+
+
+def asked(
+    h: mx.array,
+    weights: Tree,
+    cos: mx.array,
+    sin: mx.array,
+    rows: int | None = None,
+    *,
+    heads: int,
+    parts: int,
+    product: Product = linear,
+) -> list[mx.array]:
+    """The queries of the first `rows` rows of a normed input (B, L, dim), for each part of the heads."""
+    q = queries(h[:, :rows], weights["attention"], cos[:rows], sin[:rows], heads, product)
+    return mx.split(q, ends_of(heads, parts), axis=2)
+
+
+def ends_of(heads: int, parts: int) -> list[int]:
+    """Where each part of the heads but the last ends."""
+    return [heads * i // parts for i in range(1, parts)]
 
 
 def feed(
@@ -459,7 +502,7 @@ def scales_and_gates(embedding: mx.array, layer: Tree, product: Product = linear
 # ---- the network
 
 
-def as_it_is(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+def as_it_is(function: Callable) -> Callable:
     return function
 
 
@@ -596,6 +639,7 @@ class Transformer:
         self.ranks = ranks
         self.is_compiled = compile
         self.most = most
+        self.parts = min(PARTS, config.n_heads)
         self.sums = sum_dtype(runner.dtype)
         self.lean = lean
         self._schedule: tuple | None = None  # the last schedule's times and other blocks, and `modulate`'s result
@@ -612,8 +656,12 @@ class Transformer:
         self._factor = factor
         wrap = compiled if self.is_compiled else as_it_is
         shared: dict[str, Any] = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
-        self._attend = wrap(partial(attend, heads=self.config.n_heads, ranks=self.ranks, most=self.most, **shared))
+        self._attend = wrap(partial(attend, heads=self.config.n_heads, most=self.most, **shared))
         self._feed = wrap(partial(feed, **shared))
+        self._add_attention = wrap(partial(add_attention, **shared))
+        split: dict[str, Any] = {"heads": self.config.n_heads, "parts": self.parts, "product": self.product}
+        self._sent = wrap(partial(sent, eps=self.config.norm_eps, **split))
+        self._asked = wrap(partial(asked, **split))
 
     def modulate(self, times: Sequence[float], beside: Sequence[str] = ()) -> tuple[mx.array, mx.array]:
         """Everything that depends on the times: see the function `modulate`. The last schedule's result is cached."""
@@ -696,8 +744,8 @@ class Transformer:
         """From image tokens (B, L, dim) after the last layer to data minus noise (B, h, w, C), float32."""
         x = mx.fast.layer_norm(x, None, None, 1e-6) * final_scale
         x = self.product(x.astype(self.runner.dtype), self.runner.tree("all_final_layer.2-1.linear"))
-        (x,) = self.ranks.gather((x.astype(mx.float32),), self.ranks.shares(((h // PATCH) * (w // PATCH),)))
-        return unpatchify(x, h, w)
+        shares = self.ranks.shares(((h // PATCH) * (w // PATCH),))
+        return unpatchify(self.ranks.gather(x.astype(mx.float32), shares), h, w)
 
     def velocity(
         self, cap_feats: mx.array, sigmas: Sequence[float] | np.ndarray, h: int, w: int
@@ -807,10 +855,33 @@ class Transformer:
         rows: int | None = None,
         hints: Sequence[Hint] = (),
     ) -> mx.array:
-        x = self._attend(x, weights, modulation, stream.cos, stream.sin, rows, stream.shares)
+        if stream.shares:
+            x = self._attend_to_all(x, weights, modulation, stream, rows)
+        else:
+            x = self._attend(x, weights, modulation, stream.cos, stream.sin, rows)
         if self.lean:
             settle(x)
         return self._feed(x, weights, modulation, hints)
+
+    def _attend_to_all(
+        self, x: mx.array, weights: Tree, modulation: mx.array, stream: Stream, rows: int | None
+    ) -> mx.array:
+        """`attend` of this machine's rows to those of all machines.
+
+        Keys and values of a part of the heads travel while queries, or the attention of the part before, are computed:
+        each piece is queued on its own, since MLX waits for everything that one piece needs before it starts.
+        """
+        h, *own = self._sent(x, weights, modulation, stream.cos, stream.sin)
+        mx.async_eval(h, *own)
+        parts = [self.ranks.gather(part, stream.shares) for part in own]
+        asked = self._asked(h, weights, stream.cos, stream.sin, rows)
+        mx.async_eval(*asked)
+        found = []
+        for q, both in zip(asked, parts, strict=True):
+            q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *mx.split(both, 2, axis=-1)))
+            found.append(dot_product_attention(q, k, v, self.most).transpose(0, 2, 1, 3))
+            mx.async_eval(found[-1])
+        return self._add_attention(x, mx.concatenate(found, axis=2).transpose(0, 2, 1, 3), weights, modulation)
 
 
 def joined(*parts: Stream) -> Stream:

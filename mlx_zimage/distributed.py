@@ -97,14 +97,13 @@ class Group:
         each = [self.bounds(rows) for rows in parts]
         return tuple(sum(end - start for start, end in bounds) for bounds in zip(*each, strict=True))
 
-    def count(self, rows: int) -> int:
-        start, end = self.bounds(rows)[self.rank]
-        return end - start
+    def mine(self, rows: int) -> tuple[int, int]:
+        return self.bounds(rows)[self.rank]
 
     def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
         pieces, before = [], 0
         for rows in parts:
-            start, end = self.bounds(rows)[self.rank]
+            start, end = self.mine(rows)
             index = [slice(None)] * axis + [slice(before + start, before + end)]
             pieces.append(x[tuple(index)])
             before += rows
@@ -249,6 +248,17 @@ class Group:
                     return end.value
             change = yield step
             latents = step.latents if change is None or change.latents is None else change.latents
+
+    def in_step(self, steps: Generator[int, None, R]) -> Generator[int, None, R]:
+        """Steps that all ranks compute; rank 0's caller may end them between any two."""
+        while True:
+            self.signal()
+            with self.computing():
+                try:
+                    done = next(steps)
+                except StopIteration as end:
+                    return end.value
+            yield done
 
     # ---- failures
 

@@ -28,8 +28,9 @@ from .memory import Plan, Planner, Workload
 from .models import CONTROLNET
 from .models.controlnet import Controlled
 from .models.layers import product_from, result, sum_dtype, vae_dtype
+from .models.runner import ALONE
 from .models.text_encoder import TextEncoder
-from .models.transformer import ALONE, Transformer
+from .models.transformer import Transformer
 from .models.vae import VAE
 from .noise import initial_noise
 from .request import LATENT_PIXELS, TOKENS
@@ -106,7 +107,7 @@ class Networks:
         self.transformer = Transformer(
             configs["transformer"], self.overlays["transformer"], product, group or ALONE, most=most
         )
-        self.vae = VAE(configs["vae"], self.runners["vae"], most=most)
+        self.vae = VAE(configs["vae"], self.runners["vae"], most=most, ranks=group or ALONE)
         self._store = Store(dtype, embeddings_folder())
         self._embeddings: dict[tuple[Hashable, ...], mx.array] = {}
         self._strengths: Mapping[str, float] = {}
@@ -265,21 +266,35 @@ class Networks:
         self.end_stage("transformer")
         return latents
 
-    def decode(self, latents: mx.array) -> Generator[Phase, None, mx.array]:
-        """Final latents (B, h, w, 16) to pixels (B, 8h, 8w, 3) float32, nominally in [-1, 1]."""
-        return (yield from phases("decode", self.vae.config.decoder_blocks, self.vae.decode_steps(latents)))
+    def decode(self, latents: mx.array, planned: bool = True) -> Generator[Phase, None, mx.array]:
+        """Final latents (B, h, w, 16) to pixels (B, 8h, 8w, 3) float32, nominally in [-1, 1].
+
+        Unless planned, outside a request, this machine computes all of it.
+        """
+        vae = self.vae
+        if not planned:
+            vae = VAE(vae.config, vae.runner, vae.strip_bytes, most=vae.most)
+        steps = self._in_step(vae.decode_steps(latents), planned)
+        return (yield from phases("decode", vae.config.decoder_blocks, steps))
+
+    def _in_step(self, steps: Generator[int, None, mx.array], planned: bool) -> Generator[int, None, mx.array]:
+        """Steps that all machines compute, if they are those of a request."""
+        return steps if self.group is None or not planned else self.group.in_step(steps)
 
     def encode_image(
         self, pixels: mx.array, noise: mx.array | None = None, planned: bool = True
     ) -> Generator[Phase, None, mx.array]:
         """Pixels (B, H, W, 3) in [-1, 1] to latents (B, H / 8, W / 8, 16); the encoder is unloaded afterwards.
 
-        noise is as in `VAE.encode_steps`. Unless planned, outside a request, strips are small.
+        noise is as in `VAE.encode_steps`. Unless planned, outside a request, strips are small, and this machine
+        computes all of them.
         """
         strip_bytes = self._plan.ways["image"].strip_bytes if planned and self._plan else SMALL_STRIP
         runner = Blocks(self.runners["vae"].weights, self.vae.runner.dtype)
-        vae = VAE(self.vae.config, runner, strip_bytes, most=self.vae.most)
-        latents = yield from phases("image", vae.config.encoder_blocks, vae.encode_steps(pixels, noise))
+        ranks = self.vae.ranks if planned else ALONE
+        vae = VAE(self.vae.config, runner, strip_bytes, most=self.vae.most, ranks=ranks)
+        steps = self._in_step(vae.encode_steps(pixels, noise), planned)
+        latents = yield from phases("image", vae.config.encoder_blocks, steps)
         mx.eval(latents)
         if not mx.isfinite(latents).all().item():
             raise NumericsError(

@@ -387,7 +387,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         inputs = Inputs.of(inputs, latents)
         request = self.complete(request, inputs)
         events = self._attempts(request, inputs, decode)
-        yield from self.turns.take(events if self.group is None else self._led(events, request, inputs))
+        yield from self.turns.take(events if self.group is None else self._led(events, request, inputs, decode))
 
     # ---- on several machines
 
@@ -406,10 +406,15 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             raise RequestError("follow() is for the other ranks of a group; rank 0 generates images")
         with self.networks.guarded():
             while work := group.receive():
-                request, inputs = GenerateRequest.from_dict(json.loads(str(work.pop("request")))), Inputs.unpacked(work)
+                request, decode = json.loads(str(work.pop("request"))), bool(work.pop("decode"))
+                request, inputs = GenerateRequest.from_dict(request), Inputs.unpacked(work)
                 with group.following():
-                    for _ in self.turns.take(self._attempts(self.complete(request, inputs), inputs, decode=False)):
+                    for _ in self.turns.take(self._attempts(self.complete(request, inputs), inputs, decode)):
                         pass
+
+    @property
+    def _follows(self) -> bool:
+        return self.group is not None and not self.group.leads
 
     def close(self) -> None:
         """On rank 0 of a group: end `follow` on the others. Elsewhere, nothing."""
@@ -417,13 +422,17 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             self.group.end()
 
     def _led(
-        self, events: Generator[Phase | Step | Generated, Change | None, None], request: GenerateRequest, inputs: Inputs
+        self,
+        events: Generator[Phase | Step | Generated, Change | None, None],
+        request: GenerateRequest,
+        inputs: Inputs,
+        decode: bool,
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
         """The events of a request that the other machines follow."""
         assert self.group is not None
         if not self.group.leads:
             raise RequestError("only rank 0 of a group generates images; call follow() on the others")
-        work = {"request": np.array(json.dumps(request.to_dict())), **inputs.packed}
+        work = {"request": np.array(json.dumps(request.to_dict())), "decode": np.array(decode), **inputs.packed}
         with self.group.leading(work):
             yield from events
 
@@ -538,7 +547,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
                 unit = to_unit(decoded[0])
                 if pixels is not None and mask is not None:
                     unit = paste(pixels.astype(np.float32) / 255, unit, feathered(mask, request.mask_feather or 0))
-                if is_flat(unit):
+                if is_flat(unit) and not self._follows:
                     warn(
                         f"image {i + 1} of seed {request.seed} is a single colour, or nothing but black, white and "
                         f"pure colours; unless you asked for that, check the model with `mlx-zimage verify`",
@@ -658,7 +667,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         """Final latents (h, w, 16) to pixels (8h, 8w, 3) uint8."""
         latents = porting.sides_checked(latents, "latents", self.checkpoint.vae.config.latent_channels)
         with self._beside_requests("vae"):
-            return to_uint8(result(self.networks.decode(latents[None]))[0])
+            return to_uint8(result(self.networks.decode(latents[None], planned=False))[0])
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (H, W, 3) in [-1, 1] to clean latents (H / 8, W / 8, 16) float32, using little memory."""

@@ -2,8 +2,8 @@
 
     python ranks.py MODEL CALLS.json OUT.npz OPTIONS
 
-CALLS.json is a list of a pipeline call's arguments; the image "photo" is the tests' own. Rank 0 writes the final
-latents of each call. In MODEL, {rank} is the rank. OPTIONS is a JSON object: speeds and limit as in Group, and memory,
+CALLS.json is a list of a pipeline call's arguments; the image "photo" is the tests' own. Rank 0 writes the result of
+each call. In MODEL, {rank} is the rank. OPTIONS is a JSON object: speeds and limit as in Group, and memory,
 budgets by rank.
 """
 
@@ -57,11 +57,11 @@ def finish(processes: list[subprocess.Popen], seconds: float = 300) -> list[tupl
     return [(process.returncode, text) for process, text in zip(processes, output, strict=True)]
 
 
-def latents(pipe: ZImagePipeline, calls: list[dict]) -> list[np.ndarray]:
-    """The final latents of each call: (B, C, h, w)."""
+def results(pipe: ZImagePipeline, calls: list[dict]) -> list[np.ndarray]:
+    """The final latents of each call, (B, C, h, w), unless it has another output_type."""
     photo = tiny.photo()
     given = [{name: photo if value == "photo" else value for name, value in call.items()} for call in calls]
-    return [pipe(**call, output_type="latent").images for call in given]
+    return [pipe(**{"output_type": "latent"} | call).images for call in given]
 
 
 def open_pipeline(model: str, folder: Path, group: Group | None = None, memory: str | None = None) -> ZImagePipeline:
@@ -79,7 +79,7 @@ def main(model: str, calls: str, out: str, options: str) -> None:
     Path(f"{out}.{group.rank}").touch()  # the model is open
     if group.leads:
         with closing(pipe):
-            np.savez(out, *latents(pipe, json.loads(Path(calls).read_text())))
+            np.savez(out, *results(pipe, json.loads(Path(calls).read_text())))
     else:
         pipe.follow()
 

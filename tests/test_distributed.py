@@ -33,6 +33,7 @@ CALLS = {
     "from an image": PROMPT | PHOTO | {"image": "photo", "strength": 0.5},
     "with a control image": PROMPT | PHOTO | {"control_image": "photo"},
     "upscaled": PROMPT | {"height": 64, "width": 64, "upscale": 2, "tile": 96},
+    "decoded in strips": PROMPT | {"height": 768, "width": 64, "num_inference_steps": 1, "output_type": "np"},
 }
 # float32: products of fewer rows may be summed in another order, and keys come in another; one missing row is > 1e-3
 TOLERANCE = 1e-5
@@ -55,7 +56,7 @@ class Rank:
 @pytest.fixture(scope="module")
 def alone(tiny_folder, tmp_path_factory) -> list[np.ndarray]:
     pipe = ranks.open_pipeline(tiny_folder, tmp_path_factory.mktemp("alone"))
-    return ranks.latents(pipe, [*CALLS.values()])
+    return ranks.results(pipe, [*CALLS.values()])
 
 
 def begin(size: int, model: Path, folder: Path, calls: list[dict], **options) -> list[subprocess.Popen]:

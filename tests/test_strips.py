@@ -1,9 +1,15 @@
 """The VAE in strips: the same result as for the whole image, in a fraction of the memory."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_zimage.distributed import Group
 from mlx_zimage.models import vae
 from mlx_zimage.models.vae import VAE, Rows, Strips
 from mlx_zimage.weights.blocks import Blocks
@@ -115,3 +121,60 @@ def test_batches_are_encoded_and_decoded_in_strips(runner, strip_bytes, size):
     assert mx.abs(latents - strips.encode(pixels)).max() < 1e-5 * mx.abs(latents).max()
     expected = whole.decode(latents)
     assert mx.abs(expected - strips.decode(latents)).max() < 1e-5 * mx.abs(expected).max()
+
+
+class Rank(Group):
+    """A rank that runs in a thread of this process beside the others."""
+
+    def __init__(self, number: int, size: int, sent: list, barrier: threading.Barrier, speeds: list[float] | None):
+        self.sent, self.barrier = sent, barrier
+        super().__init__(SimpleNamespace(rank=lambda: number, size=lambda: size), speeds)
+
+    def _all_gather(self, x: mx.array) -> mx.array:
+        self.sent[self.rank] = np.array(x.astype(mx.float32))
+        self.barrier.wait()
+        everything = mx.array(np.concatenate(self.sent)).astype(x.dtype)
+        self.barrier.wait()
+        return everything
+
+
+def on_each(size: int, speeds: list[float] | None, compute: Callable[[Group], mx.array]) -> list[np.ndarray]:
+    """What each of several ranks computes."""
+    sent, barrier = [None] * size, threading.Barrier(size, timeout=60)
+    with ThreadPoolExecutor(size) as pool:
+        ranks = [Rank(number, size, sent, barrier, speeds) for number in range(size)]
+        return list(pool.map(lambda rank: np.array(compute(rank)), ranks))
+
+
+@pytest.mark.parametrize(("size", "speeds", "strip_bytes"), [(2, None, None), (3, [1, 2, 1.5], 2**15)])
+def test_ranks_decode_their_rows_as_one_does_all(runner, size, speeds, strip_bytes, on_cpu, watch):
+    mx.random.seed(4)
+    latents = mx.random.normal((1, 77, 3, 16))
+    runner.tree("decoder")
+    whole = np.array(VAE(runner.weights.config, runner).decode(latents))
+    rows = watch(vae, "conv")
+    found = on_each(
+        size, speeds, lambda rank: VAE(runner.weights.config, runner, strip_bytes, ranks=rank).decode(latents)
+    )
+    assert all(x.end - x.first < x.height for x in rows), "no rank computes all rows"
+    for image in found:
+        assert np.array_equal(image, found[0])
+        # float32: products of fewer rows may be summed in another order, as in strips
+        assert np.abs(image - whole).max() < 1e-5 * np.abs(whole).max()
+
+
+def test_ranks_encode_their_rows_as_one_does_all(runner, on_cpu, watch):
+    mx.random.seed(5)
+    pixels = mx.tanh(mx.random.normal((1, 480, 16, 3)))
+    runner.tree("encoder")
+    whole = np.array(VAE(runner.weights.config, runner).encode(pixels))
+    rows = watch(vae, "conv")
+    for latents in on_each(2, None, lambda rank: VAE(runner.weights.config, runner, ranks=rank).encode(pixels)):
+        assert np.abs(latents - whole).max() < 1e-5 * np.abs(whole).max()  # as above
+    assert all(x.end - x.first < x.height for x in rows), "no rank computes all rows"
+
+
+def test_ranks_that_would_not_save_rows_compute_all_of_them(runner):
+    latents = mx.random.normal((1, 16, 8, 16))
+    group = Group(SimpleNamespace(rank=lambda: 0, size=lambda: 4))  # which could not gather
+    assert VAE(runner.weights.config, runner, ranks=group).decode(latents).shape == (1, 128, 64, 3)

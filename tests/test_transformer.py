@@ -9,8 +9,8 @@ from compare import TOLERANCE, relative_error
 from mlx_zimage.errors import CheckpointError
 from mlx_zimage.models import transformer
 from mlx_zimage.models.layers import linear, rms_norm
+from mlx_zimage.models.runner import Alone
 from mlx_zimage.models.transformer import (
-    Alone,
     Stream,
     Transformer,
     TransformerConfig,

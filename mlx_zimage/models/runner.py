@@ -117,8 +117,8 @@ class Ranks(Protocol):
     def shares(self, parts: Sequence[int]) -> Shares:
         """The rows that each machine has of a sequence made of parts, each of which is shared on its own."""
 
-    def count(self, rows: int) -> int:
-        """How many of so many rows this machine has."""
+    def mine(self, rows: int) -> tuple[int, int]:
+        """This machine's part of so many rows: its first row, and the row after its last."""
 
     def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
         """This machine's rows of a whole sequence made of parts."""
@@ -126,6 +126,25 @@ class Ranks(Protocol):
     def gather(self, x: mx.array, shares: Shares) -> mx.array:
         """All rows of an array (B, L, ...) of which each machine has its share. They are sent at once; nothing waits
         for them until they are used."""
+
+
+class Alone:
+    """The `Ranks` of a machine by itself, which has all rows."""
+
+    def shares(self, parts: Sequence[int]) -> Shares:
+        return ()
+
+    def mine(self, rows: int) -> tuple[int, int]:
+        return 0, rows
+
+    def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
+        return x
+
+    def gather(self, x: mx.array, shares: Shares) -> mx.array:
+        return x
+
+
+ALONE = Alone()
 
 
 S = TypeVar("S", bound=Tokens)

@@ -34,7 +34,7 @@ from .layers import (
     silu,
     sum_dtype,
 )
-from .runner import NetworkConfig, Ranks, Runner, Shares, Tree
+from .runner import ALONE, NetworkConfig, Ranks, Runner, Shares, Tree
 
 PATCH = 2  # a token covers PATCH x PATCH latent pixels
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
@@ -206,25 +206,6 @@ def norm_and_rotate(x: mx.array, weights: Tree, cos: mx.array, sin: mx.array) ->
     return rotate(rms_norm(x, weights, 1e-5), cos, sin)
 
 
-class Alone:
-    """The `Ranks` of a machine by itself, which has all rows."""
-
-    def shares(self, parts: Sequence[int]) -> Shares:
-        return ()
-
-    def count(self, rows: int) -> int:
-        return rows
-
-    def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
-        return x
-
-    def gather(self, x: mx.array, shares: Shares) -> mx.array:
-        return x
-
-
-ALONE = Alone()
-
-
 def queries(
     x: mx.array, weights: Tree, cos: mx.array, sin: mx.array, heads: int, product: Product = linear
 ) -> mx.array:
@@ -354,7 +335,7 @@ def sent(
     """A block's normed input (B, L, dim) and, for each of so many parts of the heads, its keys and values side by side:
     (B, L, heads / parts, 2D)."""
     h = modulated_norm(x, weights["attention_norm1"], row(modulation, 0), eps)
-    both = mx.concatenate(keys_and_values(h, weights["attention"], cos, sin, heads, product), axis=-1)
+    both = mx.concatenate([*keys_and_values(h, weights["attention"], cos, sin, heads, product)], axis=-1)
     return h, *mx.split(both, ends_of(heads, parts), axis=2)
 
 
@@ -371,7 +352,7 @@ def asked(
 ) -> list[mx.array]:
     """The queries of the first `rows` rows of a normed input (B, L, dim), for each part of the heads."""
     q = queries(h[:, :rows], weights["attention"], cos[:rows], sin[:rows], heads, product)
-    return mx.split(q, ends_of(heads, parts), axis=2)
+    return list(mx.split(q, ends_of(heads, parts), axis=2))
 
 
 def ends_of(heads: int, parts: int) -> list[int]:
@@ -722,7 +703,8 @@ class Transformer:
         extra = padding(tokens.shape[1])
         x = self.product(self.ranks.own(tokens, tokens.shape[1:2], axis=1), self.runner.tree(embedder))
         pad = self.runner.tree("x_pad_token")
-        return pad_tokens(x.astype(self.sums), pad, self.ranks.count(extra)), x.shape[1]
+        first, end = self.ranks.mine(extra)
+        return pad_tokens(x.astype(self.sums), pad, end - first), x.shape[1]
 
     def image_stream(
         self, x: mx.array, caption: Caption, modulation: mx.array, beside: Sequence[mx.array] = ()

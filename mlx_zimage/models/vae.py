@@ -6,13 +6,16 @@ A full-size tensor inside the decoder can be larger than the transformer, so lay
 function that computes any range of its rows. Convolutions ask for the neighbouring rows too, normalization first sums
 its statistics over the whole image, and a tensor that does not fit is computed again instead of kept. The result is
 that of decoding the whole image at once, without tiles and their seams; a GPU with enough memory does just that.
+
+Several machines each compute their rows of the image, and the few beyond them that convolutions reach; only the sums
+for normalization, what the middle block's attention attends to, and the finished rows are exchanged.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -24,7 +27,7 @@ from ..errors import CheckpointError
 from ..machine import backend
 from ..needless import Needless
 from .layers import compiled, linear, result, settle, silu
-from .runner import NetworkConfig, Runner, Tree
+from .runner import ALONE, NetworkConfig, Ranks, Runner, Tree
 
 EPS = 1e-6
 SCORES = 2**28  # bytes of scores that are in memory at a time: a fraction of a second on any GPU
@@ -153,20 +156,32 @@ def _levels(name: str, sampler: str, in_dim: int, widths: tuple[int, ...], depth
 class Rows:
     """A tensor (B, height, w, C) that may be too large to keep in memory: `get(a, b)` computes its rows a to b - 1.
 
-    forget(a) says that rows before a will not be asked for again.
+    forget(a) says that rows before a will not be asked for again. Only the rows from `first` to before `end` can be
+    asked for; on several machines, that is a part of the tensor.
     """
 
     height: int
     get: Callable[[int, int], mx.array]
-    forget: Callable[[int], None] = lambda a: None
+    forget: Callable[[int], None]
+    first: int
+    end: int
 
     @classmethod
-    def of(cls, x: mx.array) -> Rows:
-        return cls(x.shape[1], lambda a, b: x[:, a:b])
+    def of(cls, x: mx.array, height: int | None = None, first: int = 0) -> Rows:
+        """x, or what it is of a tensor with more rows."""
+        height, end = height or x.shape[1], first + x.shape[1]
+        return cls(height, lambda a, b: x[:, a - first : b - first], lambda a: None, first, end)
 
     def map(self, function: Callable[[mx.array], mx.array]) -> Rows:
         """The tensor that `function`, applied pixel by pixel, makes of this one."""
-        return Rows(self.height, lambda a, b: function(self.get(a, b)), self.forget)
+        return replace(self, get=lambda a, b: function(self.get(a, b)))
+
+    def only(self, first: int, end: int) -> Rows:
+        return replace(self, first=max(first, self.first), end=min(end, self.end))
+
+    def all(self) -> mx.array:
+        """All rows that there are."""
+        return self.get(self.first, self.end)
 
 
 class Strips:
@@ -174,20 +189,36 @@ class Strips:
 
     strip_bytes limits one strip of one tensor. None keeps every tensor; held_bytes then limits a strip, so that it is
     small enough for a CPU's caches or a GPU's time limit, and None computes whole images at once.
+
+    Images of so many `rows` of latents, and tensors at their other scales, are shared by ranks.
     """
 
-    def __init__(self, strip_bytes: int | None = None, held_bytes: int | None = None):
+    def __init__(
+        self, strip_bytes: int | None = None, held_bytes: int | None = None, ranks: Ranks = ALONE, rows: int = 1
+    ):
         self.holds = strip_bytes is None
         self.strip_bytes = held_bytes if self.holds else strip_bytes
+        self.ranks = ranks
+        self.rows = rows
+
+    def own(self, x: Rows, reach: int = 0) -> Rows:
+        """This machine's rows of x, and up to `reach` more above and below."""
+        first, end = (edge * x.height // self.rows for edge in self.ranks.mine(self.rows))
+        return x.only(first - reach, end + reach)
+
+    def gather(self, x: mx.array, height: int) -> mx.array:
+        """All rows of a tensor, of which every machine has its own."""
+        return self.ranks.gather(x, tuple(rows * height // self.rows for rows in self.ranks.shares((self.rows,))))
 
     def bounds(self, x: Rows, most: int | None = None) -> list[tuple[int, int]]:
         """The strips of x, as (first row, end row), of at most `most` bytes whatever else is the limit."""
         limits = [limit for limit in (self.strip_bytes, most) if limit]
+        rows = x.end - x.first
         if not limits:
-            return [(0, x.height)]
-        row = x.get(0, 1)  # lazy: only its size is needed
-        count = min(x.height, -(-x.height * row.nbytes // min(limits)))
-        edges = [round(i * x.height / count) for i in range(count + 1)]
+            return [(x.first, x.end)]
+        row = x.get(x.first, x.first + 1)  # lazy: only its size is needed
+        count = min(rows, -(-rows * row.nbytes // min(limits)))
+        edges = [x.first + round(i * rows / count) for i in range(count + 1)]
         return list(pairwise(edges))
 
     def each(self, x: Rows, function: Callable) -> Iterator[tuple[tuple[int, int], Any]]:
@@ -204,7 +235,7 @@ class Strips:
             strips[bound] = strip
             x.forget(bound[1])
         if len(strips) == 1:
-            return Rows.of(strip)
+            return Rows.of(strip, x.height, x.first)
 
         def get(a: int, b: int) -> mx.array:
             parts = [strip[:, max(a - c, 0) : b - c] for (c, d), strip in strips.items() if c < b and a < d]
@@ -214,7 +245,7 @@ class Strips:
             for a, b in [bound for bound in strips if bound[1] <= before]:
                 del strips[a, b]
 
-        return Rows(x.height, get, forget)
+        return replace(x, get=get, forget=forget)
 
     def hold_if_small(self, x: Rows) -> Rows:
         """Keep x in memory if it fits in one strip, or if everything is kept; otherwise compute it on each request."""
@@ -222,12 +253,14 @@ class Strips:
 
     def moments(self, x: Rows, groups: int) -> tuple[mx.array, mx.array]:
         """Mean and variance over (h, w, C / groups) of the whole tensor: each (B, 1, groups, 1) float32."""
+        own = self.own(x)
         if self.strip_bytes is None:
-            rows = [row_moments(x.get(0, x.height), groups)]
+            rows = [row_moments(own.all(), groups)]
         else:
-            rows = [made for _, made in self.each(x, partial(row_moments, groups=groups))]
-        # a row's moments do not depend on the strip it is in, so neither do the image's
-        means, variances = (mx.concatenate(list(part), axis=1) for part in zip(*rows, strict=True))
+            rows = [made for _, made in self.each(own, partial(row_moments, groups=groups))]
+        # a row's moments do not depend on the strip or the machine it is in, so neither do the image's
+        both = (mx.concatenate(list(part), axis=1) for part in zip(*rows, strict=True))
+        means, variances = (self.gather(part, x.height) for part in both)
         mean = means.mean(axis=1, keepdims=True)
         return mean, (variances + mx.square(means - mean)).mean(axis=1, keepdims=True)
 
@@ -332,7 +365,9 @@ def conv(x: Rows, weights: Tree) -> Rows:
             rows = mx.pad(rows, [(0, 0), (above, below), (0, 0), (0, 0)])
         return apply(rows, padding=(0, 1))
 
-    return Rows(x.height, get, lambda a: x.forget(a - 1))
+    # a row at the edge of what there is has no neighbour, unless the image ends there
+    first, end = x.first + (x.first > 0), x.end - (x.end < x.height)
+    return Rows(x.height, get, lambda a: x.forget(a - 1), first, end)
 
 
 def upsample(x: Rows, weights: Tree) -> Rows:
@@ -344,7 +379,8 @@ def upsample(x: Rows, weights: Tree) -> Rows:
         rows = mx.broadcast_to(rows[:, :, None, :, None], (B, h, 2, w, 2, C)).reshape(B, 2 * h, 2 * w, C)
         return rows[:, a % 2 : a % 2 + b - a]
 
-    return conv(Rows(2 * x.height, get, lambda a: x.forget(a // 2)), weights["conv"])
+    doubled = Rows(2 * x.height, get, lambda a: x.forget(a // 2), 2 * x.first, 2 * x.end)
+    return conv(doubled, weights["conv"])
 
 
 def downsample(x: Rows, weights: Tree) -> Rows:
@@ -356,7 +392,8 @@ def downsample(x: Rows, weights: Tree) -> Rows:
         rows = mx.pad(x.get(2 * a, end), [(0, 0), (0, 2 * b + 1 - end), (0, 1), (0, 0)])
         return convolve(rows, weights["conv"], stride=2)
 
-    return Rows(x.height // 2, get, lambda a: x.forget(2 * a))
+    end = x.height // 2 if x.end == x.height else (x.end - 1) // 2
+    return Rows(x.height // 2, get, lambda a: x.forget(2 * a), (x.first + 1) // 2, end)
 
 
 def group_norm(x: Rows, weights: Tree, groups: int, strips: Strips, then: Callable = affine) -> Rows:
@@ -374,7 +411,7 @@ def group_norm(x: Rows, weights: Tree, groups: int, strips: Strips, then: Callab
 def resnet(x: Rows, weights: Tree, groups: int, strips: Strips) -> Rows:
     x = strips.hold_if_small(x)
     h = conv(group_norm(x, weights["norm1"], groups, strips, affine_silu), weights["conv1"])
-    h = strips.hold_if_small(Rows(h.height, h.get))  # without `forget`: x is needed again
+    h = strips.hold_if_small(replace(h, forget=lambda a: None))  # x is needed again
     h = conv(group_norm(h, weights["norm2"], groups, strips, affine_silu), weights["conv2"])
     shortcut = x.map(lambda rows: convolve(rows, weights["conv_shortcut"])) if "conv_shortcut" in weights else x
 
@@ -382,29 +419,32 @@ def resnet(x: Rows, weights: Tree, groups: int, strips: Strips) -> Rows:
         shortcut.forget(before - 2)  # two convolutions reach two rows back; h.forget allows for that itself
         h.forget(before)
 
-    total = Rows(x.height, lambda a, b: shortcut.get(a, b) + h.get(a, b), forget)
+    total = replace(h, get=lambda a, b: shortcut.get(a, b) + h.get(a, b), forget=forget)
     return strips.hold(total)
 
 
-def attention(x: mx.array, weights: Tree, groups: int, strips: Strips) -> mx.array:
-    """Single-head self-attention over all pixels of x (B, h, w, C)."""
-    B, h, w, C = x.shape
-    y = group_norm(Rows.of(x), weights["group_norm"], groups, strips).get(0, h).reshape(B, 1, h * w, C)
-    q, k, v = (linear(y, weights[name]) for name in ("to_q", "to_k", "to_v"))
+def attention(x: Rows, weights: Tree, groups: int, strips: Strips) -> Rows:
+    """Single-head self-attention of x to all pixels of the image."""
+    rows = x.all()
+    B, h, w, C = rows.shape
+    normed = group_norm(Rows.of(rows, x.height, x.first), weights["group_norm"], groups, strips)
+    y = strips.gather(strips.own(normed).all(), x.height)
+    k, v = (linear(y.reshape(B, 1, -1, C), weights[name]) for name in ("to_k", "to_v"))
+    q = linear(y[:, x.first : x.end].reshape(B, 1, -1, C), weights["to_q"])
     # Queries are independent, so they too go in strips: no backend has a fused kernel for heads this wide, and all
     # scores of a strip are in memory.
-    scores = Rows(h * w, lambda a, b: mx.broadcast_to(mx.zeros((), mx.float32), (B, b - a, 1, h * w)))
+    scores = Rows.of(mx.broadcast_to(mx.zeros((), mx.float32), (B, h * w, 1, k.shape[2])))
     parts = []
     for a, b in strips.bounds(scores, SCORES):
         parts.append(mx.fast.scaled_dot_product_attention(q[:, :, a:b], k, v, scale=C**-0.5))
         settle(parts[-1])
     y = linear(mx.concatenate(parts, axis=2), weights["to_out"][0])
-    return x + y.reshape(B, h, w, C)
+    return Rows.of(rows + y.reshape(B, h, w, C), x.height, x.first)
 
 
 def mid_block(x: Rows, weights: Tree, groups: int, strips: Strips) -> Rows:
     x = resnet(x, weights["resnets"][0], groups, strips)
-    x = Rows.of(attention(x.get(0, x.height), weights["attentions"][0], groups, strips))
+    x = attention(x, weights["attentions"][0], groups, strips)
     return resnet(x, weights["resnets"][1], groups, strips)
 
 
@@ -413,9 +453,10 @@ def encoder(x: mx.array, weights: Tree, groups: int, strips: Strips) -> Generato
 
     Yields the number of blocks done, up to the config's `encoder_blocks`.
     """
-    h = conv(Rows.of(x), weights["conv_in"])
+    levels = weights["down_blocks"]
+    h = conv(strips.own(Rows.of(x), encoder_reach(len(levels), len(levels[0]["resnets"]))), weights["conv_in"])
     done = 0
-    for level in weights["down_blocks"]:
+    for level in levels:
         for block in level["resnets"]:
             h = resnet(h, block, groups, strips)
             done += 1
@@ -424,7 +465,7 @@ def encoder(x: mx.array, weights: Tree, groups: int, strips: Strips) -> Generato
             h = strips.hold(downsample(h, level["downsamplers"][0]))
     h = mid_block(h, weights["mid_block"], groups, strips)
     h = conv(group_norm(h, weights["conv_norm_out"], groups, strips, affine_silu), weights["conv_out"])
-    return h.get(0, h.height)
+    return strips.gather(strips.own(h).all(), h.height)
 
 
 def decoder(z: mx.array, weights: Tree, groups: int, strips: Strips) -> Generator[int, None, mx.array]:
@@ -432,9 +473,11 @@ def decoder(z: mx.array, weights: Tree, groups: int, strips: Strips) -> Generato
 
     Yields the number of blocks done, up to the config's `decoder_blocks`.
     """
-    x = mid_block(conv(Rows.of(z), weights["conv_in"]), weights["mid_block"], groups, strips)
+    levels = weights["up_blocks"]
+    x = conv(strips.own(Rows.of(z), decoder_reach(len(levels), len(levels[0]["resnets"]))), weights["conv_in"])
+    x = mid_block(x, weights["mid_block"], groups, strips)
     done = 0
-    for level in weights["up_blocks"]:
+    for level in levels:
         for block in level["resnets"]:
             x = resnet(x, block, groups, strips)
             done += 1
@@ -442,8 +485,27 @@ def decoder(z: mx.array, weights: Tree, groups: int, strips: Strips) -> Generato
         if "upsamplers" in level:
             x = upsample(x, level["upsamplers"][0])
     x = conv(group_norm(x, weights["conv_norm_out"], groups, strips, affine_silu), weights["conv_out"])
-    x = strips.hold(x)
-    return x.get(0, x.height)
+    return strips.gather(strips.hold(strips.own(x)).all(), x.height)
+
+
+def decoder_reach(levels: int, depth: int) -> int:
+    """How many more rows of latents than its own a machine needs above and below: what the convolutions reach."""
+    rows = 1  # conv_out
+    for level in range(levels):  # from the last to the first
+        rows += 2 * depth
+        if level < levels - 1:
+            rows = rows // 2 + 1  # upsample
+    return rows + 5  # mid_block and conv_in
+
+
+def encoder_reach(levels: int, depth: int) -> int:
+    """The same for the encoder, in pixels."""
+    rows = 5  # conv_out and mid_block
+    for level in range(levels):
+        rows += 2 * depth
+        if level < levels - 1:
+            rows = 2 * rows + 1  # downsample
+    return rows + 1  # conv_in
 
 
 def moments(encoded: mx.array) -> tuple[mx.array, mx.array]:
@@ -466,17 +528,26 @@ class VAE:
     """The autoencoder, with its weights and compute dtype from a `Runner`.
 
     strip_bytes limits the working memory (see Strips); None is fastest. A convolution of more than `most` FLOP is
-    computed in strips even then (see `machine.kernel_flops`).
+    computed in strips even then (see `machine.kernel_flops`). ranks share the rows of an image, if it has so many that
+    each of them has less to compute.
     """
 
     enable_tiling = Needless("images are decoded in strips if memory is short")
     enable_slicing = Needless("images are decoded one at a time")
 
-    def __init__(self, config: VAEConfig, runner: Runner, strip_bytes: int | None = None, most: float = math.inf):
+    def __init__(
+        self,
+        config: VAEConfig,
+        runner: Runner,
+        strip_bytes: int | None = None,
+        most: float = math.inf,
+        ranks: Ranks = ALONE,
+    ):
         self.config = config
         self.runner = runner
         self.strip_bytes = strip_bytes
         self.most = most
+        self.ranks = ranks
 
     def decode(self, latents: mx.array) -> mx.array:
         """Latents (B, h, w, 16), as the transformer sees them, to pixels (B, 8h, 8w, 3) float32, about [-1, 1]."""
@@ -506,9 +577,10 @@ class VAE:
 
     def _inputs(self, x: mx.array, name: str) -> tuple:
         held = CPU_STRIP if backend() == "cpu" else strip_within(self.config, self.runner.dtype, self.most)
-        return (
-            x.astype(self.runner.dtype),
-            self.runner.tree(name),
-            self.config.norm_num_groups,
-            Strips(self.strip_bytes, held),
-        )
+        levels, depth = len(self.config.block_out_channels), self.config.layers_per_block
+        rows, reach = x.shape[1], decoder_reach(levels, depth + 1)
+        if name == "encoder":
+            rows, reach = rows // self.config.scale, -(-encoder_reach(levels, depth) // self.config.scale)
+        most = max(self.ranks.shares((rows,)), default=rows)
+        strips = Strips(self.strip_bytes, held, self.ranks if most + 2 * reach < rows else ALONE, rows)
+        return x.astype(self.runner.dtype), self.runner.tree(name), self.config.norm_num_groups, strips

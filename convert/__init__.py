@@ -120,7 +120,7 @@ def convert_steps(
         whole = (transformer, text_encoder, vae, tokenizer, base, variant)
         if format != "mlx" or calibrate or loras or any(option is not None for option in whole):
             raise RequestError(
-                f"{source} is a ControlNet, which is converted alone and to MLX; use only dtype and the "
+                f"{source} is a ControlNet, which can only be converted on its own and to MLX; use only dtype and the "
                 f"options for quantization"
             )
         return _convert_controlnet(source, dest, dtype, settings, search)

@@ -152,7 +152,7 @@ def _listed(metadata: Mapping[str, str], label: str) -> dict[str, object]:
         return {}
     layers = _parsed(metadata[METADATA], METADATA, label).get("layers")
     if not isinstance(layers, dict):
-        raise CheckpointError(f"{label}: {METADATA} has no object layers; download the file again")
+        raise CheckpointError(f'{label}: {METADATA} has no object "layers"; download the file again')
     return layers
 
 

@@ -82,8 +82,8 @@ class ControlNetMethods:
         request = replace(request, controls=tuple(use for use in scaled if use.scale))
         if request.controlnet not in (None, opened.fingerprint):
             raise RequestError(
-                f"the request expects controlnet {request.controlnet}, but {opened.name} with {opened.fingerprint} is "
-                f"loaded; load the one that it expects"
+                f"the request expects the ControlNet with fingerprint {request.controlnet}, but {opened.name} has "
+                f"{opened.fingerprint}; load the one that the request expects"
             )
         request = replace(request, controlnet=opened.fingerprint if request.controls else None)
         for part in request.parts:

@@ -185,8 +185,8 @@ class Group:
         for i, name in enumerate(values):
             others = [rank for rank in range(self.size) if (every[rank, i] != every[0, i]).any()]
             if others:
-                ranks = " and ".join(map(str, others))
-                raise GroupError(f"rank {ranks} has a different {name} than rank 0; all machines need the same")
+                ranks = f"rank {others[0]} has" if len(others) == 1 else f"ranks {' and '.join(map(str, others))} have"
+                raise GroupError(f"{ranks} a different {name} from rank 0; all machines need the same one")
 
     # ---- a request
 
@@ -194,7 +194,7 @@ class Group:
     def leading(self, work: Mapping[str, np.ndarray]) -> Iterator[None]:
         """On rank 0: within the block, the others follow this work. It ends for them when it ends here."""
         if self._broken:
-            raise GroupError("the group has lost a rank; start all of them again")
+            raise GroupError("the group has lost a rank; restart all of them")
         self.send(work)
         try:
             yield
@@ -224,7 +224,7 @@ class Group:
             if own is Signal.FAILED:
                 return own
             self._broken = True
-            raise GroupError("another machine could not go on; its own message says why")
+            raise GroupError("another machine failed; its own message says why")
         if said & Signal.ENDED and not self.leads:
             raise Ended
         return Signal(said)
@@ -293,8 +293,8 @@ class Group:
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 message = (
-                    f"Error: rank {self.rank} has waited too long for the other machines: one of them has stalled, or "
-                    f"is much slower. Start all of them again\n"
+                    f"Error: rank {self.rank} waited too long for the other machines: one of them has stalled, or is "
+                    f"much slower. Restart all of them\n"
                 )
                 os.write(2, message.encode())
                 os._exit(GroupError.exit_code)  # MLX cannot be interrupted while it waits

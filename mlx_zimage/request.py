@@ -118,7 +118,7 @@ class ControlUse:
             return value
         known = [field.name for field in fields(cls)]
         if not isinstance(value, dict) or not {*value} <= {*known}:
-            raise RequestError(f"a control must be an object with some of {', '.join(known)}, got {brief(value)}")
+            raise RequestError(f"a control must be an object with keys from {', '.join(known)}, got {brief(value)}")
         return cls(**value)
 
 
@@ -340,11 +340,11 @@ class GenerateRequest:
         for use in self.controls:
             if use.scale and not any(use.scales(steps)):
                 raise RequestError(
-                    f"control start {use.start:g} and control end {use.end:g} contain none of the {steps} steps; move "
-                    f"them apart"
+                    f"none of the {steps} steps lies between control start {use.start:g} and control end {use.end:g}; "
+                    f"move them apart"
                 )
             if use.image is None and not self.inpaints:
-                raise RequestError("a control without an image is for inpainting, but there is no mask; give an image")
+                raise RequestError("a control without an image needs a mask; give a mask, or a control image")
 
     @property
     def control_images(self) -> list[str]:

@@ -106,7 +106,7 @@ def test_control_images_are_sent(run, small_pocket):
     ("options", "message"),
     [
         (("--model", "flux"), "does not serve the model 'flux'; it has pocket"),
-        (("--lora", "other"), "no LoRA 'other' (there are: style)"),
+        (("--lora", "other"), "no LoRA 'other' is served; expected style"),
         (("--size", "8192x8192"), "the largest size that fits is"),
         (("--dtype", "float32"), "--dtype cannot be used with --server"),
         (("--control-model", "pocket"), "--control-model cannot be used with --server"),
@@ -232,7 +232,7 @@ def test_an_address_or_a_key_that_is_none_is_an_error(run, monkeypatch):
 def test_a_missing_key_is_asked_for(run, monkeypatch):
     monkeypatch.delenv("MLX_ZIMAGE_API_KEY")
     result = run(*WORDS)
-    assert result.exit_code and "set MLX_ZIMAGE_API_KEY to its key" in result.stderr
+    assert result.exit_code and "set MLX_ZIMAGE_API_KEY to the server's key" in result.stderr
 
 
 def test_a_form_has_texts_as_they_are_and_other_values_as_json():

@@ -53,7 +53,7 @@ def test_on_a_terminal_it_asks_before_the_weights_are_downloaded(generate, hub, 
         os.close(slave)
     assert result.returncode == code, result.stderr
     nbytes = hub.repositories[REPOSITORY][FILE].stat().st_size
-    question = f"--control needs a ControlNet. To download {LITE}: {size(nbytes)}\nContinue? [Y/n]: "
+    question = f"--control needs a ControlNet. The download of {LITE} takes {size(nbytes)}.\nContinue? [Y/n]: "
     assert result.stderr.startswith(question), "and nothing before that, such as a client's warnings"
     assert (FILE in hub.sent, (run.work / "image.png").exists()) == (not code, not code)
     assert ("nothing was downloaded; --control-model takes" in result.stderr) == bool(code)

@@ -176,7 +176,7 @@ def test_what_diffusers_saves_with_the_transformers_own_weights_is_read(pipe, fo
         ("Z-Image-Turbo-Fun-Controlnet-Union-2.1", "plain", (0.75, 20)),
         ("Z-Image-Turbo-Fun-Controlnet-Tile-2.1-2601-8steps", "8-steps, tile", (0.85, None)),
         ("Z-Image-Fun-Controlnet-Union-2.1", "base", (0.75, None)),
-        ("my-own", "of unknown training", (0.75, None)),
+        ("my-own", "unknown kind", (0.75, None)),
     ],
 )
 def test_a_name_says_what_it_was_trained_for(folder, name, kind, version_scale_steps):
@@ -265,7 +265,7 @@ def test_a_converted_controlnet_gives_nearly_the_same_outputs(pipe, tmp_path, bi
 def test_info_tells_controlnets_apart(folder, tmp_path):
     path = controls.write(folder, 0, "control_v21")
     shown = CliRunner().invoke(main, ["info", str(path)])
-    assert "ControlNet Union 2.1 lite (of unknown training), 2 + 2 blocks, 33 channels" in shown.output
+    assert "ControlNet Union 2.1 lite (unknown kind), 2 + 2 blocks, 33 channels" in shown.output
     known = json.loads(CliRunner().invoke(main, ["info", str(path), "--json"]).output)
     assert (known["version"], known["trained_for"], known["scale"]) == ("2.1 lite", None, 0.9)
     for tag, version in (("control_v1", "1"), ("control_v20", "2.0 lite")):
@@ -276,7 +276,7 @@ def test_info_tells_controlnets_apart(folder, tmp_path):
 
 def test_options_for_whole_models_are_refused_for_a_controlnet(folder, tmp_path):
     path = controls.write(folder, 0, "control_v21")
-    with pytest.raises(RequestError, match="is a ControlNet, which is converted alone"):
+    with pytest.raises(RequestError, match="is a ControlNet, which can only be converted on its own"):
         convert(path, tmp_path / "converted", vae="pocket")
 
 

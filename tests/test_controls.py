@@ -135,7 +135,7 @@ def test_a_request_with_controls_survives_json_and_is_replayed(controlled):
 def test_a_request_of_another_controlnet_is_refused(controlled):
     image = outline()
     use = ControlUse(digest(read_image(image)))
-    with pytest.raises(RequestError, match="controlnet ffffffffff"):
+    with pytest.raises(RequestError, match="fingerprint ffffffffff"):
         controlled.complete(GenerateRequest("x", seed=0, controls=(use,), controlnet="f" * 10))
 
 
@@ -144,10 +144,10 @@ def test_a_request_of_another_controlnet_is_refused(controlled):
     [
         ({"control_image": (128, 80)}, "would lose"),
         ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "start must be below control end"),
-        ({"control_guidance_start": 0.9, "control_guidance_end": 0.95}, "contain none of the 3 steps"),
+        ({"control_guidance_start": 0.9, "control_guidance_end": 0.95}, "none of the 3 steps lies between"),
         ({"controlnet_conditioning_scale": -1}, "control scale must be from 0"),
         ({"controlnet_conditioning_scale": [1.0, 2.0]}, "one entry per control image"),
-        ({"control_image": "inpaint"}, "is for inpainting, but there is no mask"),
+        ({"control_image": "inpaint"}, "a control without an image needs a mask"),
         ({"control_image": [], "control_guidance_start": 0.2}, "control_guidance_start is for a control_image"),
         ({"control_image": [], "control_guidance_end": 0.7}, "control_guidance_end is for a control_image"),
         ({"control_image": ("pose2", (96, 80))}, "prepare must be one of"),
@@ -303,11 +303,11 @@ def test_an_image_with_controls_is_generated_again_from_its_metadata(tiny_folder
         "--seed", 1, "--steps", 2, "-o", one,
     )  # fmt: skip
     assert first.exit_code == 0, first.output
-    assert "ControlNet control_v21: ControlNet Union 2.1 lite (of unknown training), 2 + 2 blocks" in first.stderr
+    assert "ControlNet control_v21: ControlNet Union 2.1 lite (unknown kind), 2 + 2 blocks" in first.stderr
     request = read_origin(one).request
     assert [(use.prepare, use.scale, use.end) for use in request.controls] == [(None, 0.3, 0.5), ("canny", 0.3, 0.5)]
     missing = generate("--from", one, *model, "-o", two)
-    assert "was generated from 2 control images; pass the file with --control" in missing.output
+    assert "was generated from 2 control images; pass them with --control, in the same order" in missing.output
     for second in (f"canny:{here / 'line.png'}", here / "line.png"):
         again = generate("--from", one, *model, *line, "--control", second, "-o", two, "--overwrite")
         assert again.exit_code == 0, again.output
@@ -356,10 +356,13 @@ def test_requests_name_control_images_by_path(tiny_folder, here, tmp_path):
         (["--control", "sketch:x.png"], "must be FILE, or KIND:FILE with one of canny"),
         (["--control", "canny:"], "with one of canny, gray, scribble, tile, lines, pose, depth, got 'canny:'"),
         (["--control-scale", "1"], "need --control FILE"),
-        (["--control-model", "x.safetensors"], "--control-model is for control images"),
+        (["--control-model", "x.safetensors"], "--control-model needs a control image"),
         (["--control", "LINE"], "--yes downloads alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union-2.1:"),
         (["--control", "LINE", "--control-scale", "1", "--control-scale", "2"], "must be given once, or once for each"),
-        (["--control", "LINE", "--control-model", "CONTROL", "--control-kind", "soft"], "kind must be plain, or some"),
+        (
+            ["--control", "LINE", "--control-model", "CONTROL", "--control-kind", "soft"],
+            "kind must be plain, or one or more of",
+        ),
         (["--control", "LINE", "--control-model", "LORA"], "is a LoRA; expected a ControlNet"),
         (["--control", "LINE", "--control-model", "nothing"], "no ControlNet at nothing; give a file, a folder"),
         (["--control", "LINE", "--control-model", "CONTROL", "--size", "96x32"], "leave out the size to use its own"),
@@ -383,7 +386,7 @@ def test_options_that_cannot_work_are_refused_before_any_weight_is_read(
 def test_a_controlnet_that_does_not_suit_the_model_or_the_steps_is_warned_of(tiny_folder, here, tmp_path):
     run = "a fox", "--model", tiny_folder, "--control-model", here / "control_v21", "--control", here / "line.png"
     for kind, steps, message in (
-        ("plain", 2, "was not trained for so few steps as 2"),
+        ("plain", 2, "was not trained for as few as 2 steps"),
         ("base", 2, "was trained for base Z-Image, but this model is turbo"),
         ("8-steps", 17, "was trained for 8 steps, so 17 may not give a better image"),
     ):

@@ -140,7 +140,7 @@ def test_another_host_needs_a_key_or_a_flag(monkeypatch, tmp_path):
         result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--api-key-file", str(file)])
         assert result.exit_code == 2 and f"the API key in {file} cannot be read" in result.stderr
     result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--control-kind", "tile"])
-    assert result.exit_code == 2 and "--control-kind is for --control-model" in result.stderr
+    assert result.exit_code == 2 and "--control-kind needs --control-model" in result.stderr
     result = CliRunner().invoke(main, ["serve", "--model", "pocket", "--cors", "*"])
     assert result.exit_code == 2 and "--cors takes an origin" in result.stderr
 
@@ -678,7 +678,7 @@ def test_a_request_downloads_nothing(small_pocket, tmp_path, monkeypatch):
     for kind in ("pose", "depth"):
         controlled = replace(job(controls=[{"prepare": kind}]), controls=(png(Image.new("RGB", (32, 32))),))
         made.check(controlled)
-        assert sent[-1].kind == "ModelNotFoundError" and f"no networks that find {kind}" in sent[-1].message
+        assert sent[-1].kind == "ModelNotFoundError" and f"not downloaded what finds {kind}" in sent[-1].message
         for file in detectors.MODELS[kind]:
             folder = tmp_path / f"models--{file.repository.replace('/', '--')}/snapshots/{file.revision}"
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)

@@ -60,13 +60,19 @@ def test_a_run_that_stopped_anywhere_ends_with_the_same_file(pipe, images, tmp_p
     assert output.read_bytes() == (tmp_path / "whole" / "lora.safetensors").read_bytes()
 
 
-def test_a_run_does_not_go_on_with_other_settings(pipe, images, tmp_path):
+def test_a_run_is_not_resumed_with_other_settings(pipe, images, tmp_path):
     output = tmp_path / "lora.safetensors"
     run(pipe, images, output, steps=2)
-    with pytest.raises(RequestError, match="another rank"):
+    with pytest.raises(RequestError, match="a different rank"):
         run(pipe, images, output, rank=2)
     longer = run(pipe, images, output, steps=3)
     assert [event.step for event in longer if isinstance(event, Stepped)] == [3]
+
+
+def test_float16_is_refused_since_gradients_exceed_its_range(images, tmp_path, tiny_folder):
+    narrow = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16")
+    with pytest.raises(RequestError, match="train in bfloat16 or float32"):
+        run(narrow, images, tmp_path / "lora.safetensors")
 
 
 def test_nothing_is_encoded_again_and_the_encoders_are_unloaded(pipe, images, tmp_path, tiny_folder):

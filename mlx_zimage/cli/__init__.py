@@ -36,7 +36,7 @@ COMMANDS = {  # name of the command and its module: the first sentence of its he
     "lora": "Show what a LoRA contains, or convert it for other programs.",
     "models": "List the models on this machine, or remove one.",
     "plan": "Show how MODEL would run within a memory budget, without loading it.",
-    "serve": "Serve images over HTTP, on a page in a browser and to clients of OpenAI's and AUTOMATIC1111's APIs.",
+    "serve": "Serve images over HTTP, to your browser and to clients of OpenAI's and AUTOMATIC1111's APIs.",
     "train": "Train a LoRA on the images in the folder DATASET, and print its path.",
     "verify": "Check every byte of a model FOLDER, or of a ControlNet's folder or file, and report any faults.",
 }

@@ -34,8 +34,8 @@ TAKES = "--control-model takes a file, a folder, a Hugging Face id or id:file"
 control_kind_option = click.option(
     "--control-kind",
     metavar="KIND",
-    help="What --control-model was trained for, if its name does not say: plain, or some of 8-steps, tile and base, "
-    "separated by commas.",
+    help="What --control-model was trained for, if its name does not say: plain, or one or more of 8-steps, tile and "
+    "base, separated by commas.",
 )
 
 
@@ -44,27 +44,27 @@ def control_options(command: Any) -> Any:
     options = (
         click.option(
             "--control", "control_files", metavar="[KIND:]FILE", multiple=True,
-            help="Follow this control image (edges, a pose, depth and so on, as the ControlNet was trained on). KIND "
-            f"makes one of a photo first: {', '.join(CONTROLS)}. With --mask, just '{INPAINT}' shows the ControlNet "
-            "only what is kept.  [repeatable]",
+            help="Follow this control image: edges, a pose, a depth map or whatever else the ControlNet was trained "
+            f"on. KIND: makes one from a photo first: {', '.join(CONTROLS)}. With --mask, '{INPAINT}' instead of a "
+            "file shows the ControlNet only what is kept.  [repeatable]",
         ),
         click.option(
             "--control-model", metavar="PATH", type=LoraName(),
-            help="The ControlNet Union: a file, a folder, a Hugging Face id or id:file.  [default: offers to download "
-            "the lite one for 8 steps]",
+            help="ControlNet Union to use: a file, a folder, a Hugging Face id or id:file.  [default: the lite one for "
+            "8 steps; asks before downloading it]",
         ),
         click.option(
             "--control-scale", "control_scales", type=float, multiple=True, metavar="SCALE",
-            help="How strictly to follow: one for all control images, or one for each.  [default: the ControlNet's "
-            "own, 0.75 to 1]",
+            help="How closely to follow: one SCALE for all control images, or one for each.  [default: the "
+            "ControlNet's own, 0.75 to 1]",
         ),
         click.option(
-            "--control-start", type=float, metavar="PART",
-            help="Follow from this part of the steps on, where 0 is the first.  [default: 0]",
+            "--control-start", type=float, metavar="FRACTION",
+            help="Start following after this fraction of the steps.  [default: 0]",
         ),
         click.option(
-            "--control-end", type=float, metavar="PART",
-            help="Follow up to this part of the steps, where 1 is the last.  [default: 1]",
+            "--control-end", type=float, metavar="FRACTION",
+            help="Stop following after this fraction of the steps.  [default: 1]",
         ),
         control_kind_option,
     )  # fmt: skip
@@ -116,8 +116,9 @@ def check_old_controls(old: Origin, path: Path | None) -> None:
     """Require the control images that an old image was generated from."""
     if old.request.control_images:
         count = len(old.request.controls)
-        what = f"{count} control images" if count > 1 else "a control image"
-        raise RequestError(f"{path} was generated from {what}; pass the file with --control, in the same order")
+        what = f"{count} control images; pass them with --control, in the same order"
+        one = "a control image; pass it with --control"
+        raise RequestError(f"{path} was generated from {what if count > 1 else one}")
 
 
 def choose_control(
@@ -128,7 +129,7 @@ def choose_control(
         return source or ("pocket" if model == "pocket" else _lite(yes, quiet))
     for name, value in (("--control-model", source), ("--control-kind", kind)):
         if value is not None:
-            raise RequestError(f"{name} is for control images, but there is none; give one with --control")
+            raise RequestError(f"{name} needs a control image; give one with --control")
     return None
 
 
@@ -157,7 +158,7 @@ def _lite(yes: bool, quiet: bool) -> str:
     hub_bars(not quiet)
     missing = repository.to_fetch([path]) if repository else 0
     if missing:
-        say(f"--control needs a ControlNet. To download {LITE}: {size(missing)}", quiet)
+        say(f"--control needs a ControlNet. The download of {LITE} takes {size(missing)}.", quiet)
         if not yes and not click.confirm("Continue?", default=True, err=True):
             raise ModelNotFoundError(f"nothing was downloaded; {TAKES}")
     return LITE
@@ -174,7 +175,7 @@ def control_notes(request: GenerateRequest, pipeline: ZImagePipeline) -> Iterato
         yield f"{opened.name} was trained for {other} Z-Image, but this model is {variant.name}; the image may be worse"
     elif opened.steps is not None and steps < opened.steps and not variant.takes_guidance:
         yield (
-            f"{opened.name} was not trained for so few steps as {steps}, so the image may be soft; use --steps "
+            f"{opened.name} was not trained for as few as {steps} steps, so the image may be soft; use --steps "
             f"{opened.steps}, or a ControlNet for 8 steps"
         )
     elif "8-steps" in opened.kind and steps > 2 * variant.steps:

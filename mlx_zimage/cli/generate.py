@@ -253,8 +253,8 @@ class Generate(WithLoras):
     "--mask-resample",
     type=int,
     metavar="N",
-    help="Sample the latents again N times before each step, so that the part inside the mask fits the prompt and the "
-    f"rest better. Each time takes as long as a step; 0 is what diffusers does.  [default: {RESAMPLE}]",
+    help="Sample the latents again N times before each step, so that the part inside the mask better fits the prompt "
+    f"and its surroundings. Each time takes as long as a step; 0 is what diffusers does.  [default: {RESAMPLE}]",
 )
 @click.option(
     "--outpaint",
@@ -317,9 +317,9 @@ class Generate(WithLoras):
     "--server",
     envvar="MLX_ZIMAGE_SERVER",
     metavar="URL",
-    help="Generate on this server, which `mlx-zimage serve` starts, instead of loading the model; --model is then one "
-    "of its models, --lora the name of one of its LoRAs, and --control-model is its own. MLX_ZIMAGE_SERVER does the "
-    "same.",
+    help="Generate on this server, started by `mlx-zimage serve`, instead of loading the model here. --model and "
+    "--lora then name the server's models and LoRAs, and the ControlNet is the server's own. MLX_ZIMAGE_SERVER does "
+    "the same.",
 )
 @click.option(
     "--from",

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 @click.option("--image", "image_file", metavar="FILE", type=FilePath(), help="Plan for starting from this image.")
 @click.option("--strength", type=float, help="The fraction of the steps to run from an image.  [default: 0.6]")
 @click.option("--outpaint", metavar="SIDES", help="Plan for extending --image on these sides: left=256,top=128.")
-@click.option("--upscale", type=float, metavar="FACTOR", help="Plan for enlarging --image, or what is generated first.")
+@click.option(
+    "--upscale", type=float, metavar="FACTOR", help="Plan for enlarging --image, or the image generated first."
+)
 @click.option("--tile", type=int, metavar="PIXELS", help="Largest side of the tiles for --upscale, as in `generate`.")
 @click.option("--control-model", metavar="PATH", type=LoraName(), help="Plan for a control image with this ControlNet.")
 @lora_options

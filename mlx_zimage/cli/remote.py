@@ -74,7 +74,7 @@ class Remote:
         """A job's request; a ratio becomes a size for the server's model."""
         request = job.request(self.model["size"])
         if request.num_images > 1:
-            raise RequestError(f"num_images is for a model in this process, got {request.num_images}; use count")
+            raise RequestError(f"num_images must be 1 with --server, got {request.num_images}; use count")
         return request
 
     def generate(
@@ -114,7 +114,9 @@ class Remote:
                     raise ZImageError(f"{self.url}: {event['error']['message']}")
                 if event["type"].endswith(".progress"):
                     before, step, steps = (_count(event[name] or 0) for name in ("position", "step", "steps"))
-                    bar.set_description(f"Waiting for {before} other{'s' * (before > 1)}" if before else "Denoising")
+                    bar.set_description(
+                        f"Waiting for {before} other request{'s' * (before > 1)}" if before else "Denoising"
+                    )
                     bar.total = steps or bar.total
                     bar.update(step - bar.n)
                 elif event["type"].endswith(".completed"):
@@ -128,11 +130,13 @@ class Remote:
             yield
         except (ZImageError, MemoryError) as error:
             if isinstance(error, RequestError):  # about an origin; the request itself was checked before
-                raise ZImageError(f"{self.url} did not answer as mlx-zimage does ({error})") from error
+                raise ZImageError(f"{self.url} did not answer as `mlx-zimage serve` does ({error})") from error
             raise
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-            raise ZImageError(f"{self.url} did not answer as mlx-zimage does, or not completely ({why})") from error
+            raise ZImageError(
+                f"{self.url} did not answer as `mlx-zimage serve` does, or its answer was cut off ({why})"
+            ) from error
 
     def _send(
         self,
@@ -161,9 +165,9 @@ class Remote:
             try:
                 message = str(parse_json(_whole(answer))["error"]["message"])
             except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException):
-                message = f"expected mlx-zimage, but got {answer.status} {answer.reason}"
+                message = f"expected an answer from `mlx-zimage serve` but got {answer.status} {answer.reason}"
         if answer.status == 401:
-            message += f"; set {KEY} to its key"
+            message += f"; set {KEY} to the server's key"
         kind = RequestError if answer.status in (400, 404, 413, 422) else ZImageError
         raise kind(f"{self.url}: {message}")
 
@@ -191,7 +195,7 @@ def _whole(answer: http.client.HTTPResponse) -> bytes:
 def _model(entry: Any) -> dict[str, Any]:
     """A model in a server's list, checked."""
     if not isinstance(entry["id"], str) or not 0 < _count(entry["size"]) <= MAX_SIZE:
-        raise ValueError(f"a model {brief(entry)}")
+        raise ValueError(f"expected a model's id and size but got {brief(entry)}")
     return entry
 
 

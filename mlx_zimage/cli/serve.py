@@ -52,25 +52,25 @@ class Duration(click.ParamType):
 @click.option(
     "--lora-dir",
     type=FilePath(exists=True, file_okay=False),
-    help="Let requests use the LoRAs in this folder, by the names of their files.",
+    help="Let requests use the LoRAs in this folder, by file name.",
 )
 @click.option(
     "--control-model",
     metavar="PATH",
     type=LoraName(),
-    help="The ControlNet Union for requests with control images: a file, a folder, a Hugging Face id or id:file.  "
+    help="ControlNet Union for requests with control images: a file, a folder, a Hugging Face id or id:file.  "
     "[default: none; pocket has its own]",
 )
 @control_kind_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than this machine's "
-              "own (127.0.0.1) need an API key or --no-api-key.")  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Any address other than "
+              "127.0.0.1, which only this machine can reach, needs an API key or --no-api-key.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="Port; 0 for any.")
 @click.option(
     "--api-key-file",
     type=FilePath(exists=True, dir_okay=False),
     help=f"Require the API key in this file; {KEY} in the environment does the same.",
 )
-@click.option("--no-api-key", is_flag=True, help="Let everyone who reaches --host generate images.")
+@click.option("--no-api-key", is_flag=True, help="Let anyone who can reach --host generate images.")
 @click.option(
     "--cors",
     "origins",
@@ -97,7 +97,8 @@ class Duration(click.ParamType):
     type=Duration(),
     default="10m",
     show_default=True,
-    help="Free the model's memory after this time without a request, or never; the next request loads it again.",
+    help="Unload the models after this long without a request, or never if TIME is 'never'; the next request loads "
+    "them again.",
 )
 @click.option(
     "--deadline",
@@ -121,11 +122,11 @@ def serve(
     memory: str | None, limit: int, idle_s: float | None, deadline_s: float | None, honor_client_steps: bool,
     show: bool, yes: bool,
 ) -> None:  # fmt: skip
-    """Serve images over HTTP, on a page in a browser and to clients of OpenAI's and AUTOMATIC1111's APIs.
+    """Serve images over HTTP, to your browser and to clients of OpenAI's and AUTOMATIC1111's APIs.
 
-    It prints its address, which is that of the page. The models stay loaded between requests, in one process, and
-    generate one image at a time. See examples/server.md for the settings of Open WebUI, SillyTavern, LibreChat and the
-    OpenAI SDK. Ctrl-C stops the server.
+    Prints its address; open it in a browser for the server's page. The models stay loaded between requests, in one
+    process, and generate one image at a time. See examples/server.md for the settings of Open WebUI, SillyTavern,
+    LibreChat and the OpenAI SDK. Ctrl-C stops the server.
     """
     try:
         from ..server.app import listen, serve
@@ -138,12 +139,12 @@ def serve(
         if not re.fullmatch(r"https?://[^/*\s]+", origin):
             raise RequestError(f"--cors takes an origin such as https://app.example, got {origin!r}")
     if control_kind is not None and control_model is None:
-        raise RequestError("--control-kind is for --control-model, but there is none; give one")
+        raise RequestError("--control-kind needs --control-model; give both")
     access = Access(host, _key(api_key_file), frozenset(origins))
     if not access.loopback and access.key is None and not no_api_key:
         raise RequestError(
             f"--host {host} lets other machines in: give an API key with --api-key-file FILE or {KEY}, or pass "
-            f"--no-api-key to let everyone generate"
+            f"--no-api-key to let anyone generate images"
         )
     budget = None if memory is None else parse_memory(memory)
     models = _named([*sources] or [DEFAULT_MODEL], yes)

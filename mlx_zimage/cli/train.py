@@ -5,7 +5,6 @@ from pathlib import Path
 
 import click
 
-from ..dtypes import FLOATS
 from ..errors import RequestError
 from ..variants import TURBO
 from .elsewhere import Command
@@ -20,7 +19,7 @@ ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2
     cls=Command, epilog="Example: mlx-zimage train photos -o dog.safetensors --trigger sks --preview 'a sks dog'"
 )
 @click.argument("dataset", type=FilePath())
-@click.option("-o", "--output", required=True, type=FilePath(dir_okay=False), help="The LoRA to write: a .safetensors.")
+@click.option("-o", "--output", required=True, type=FilePath(dir_okay=False), help="Output file: .safetensors.")
 @click.option(
     "-m",
     "--model",
@@ -28,16 +27,16 @@ ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2
     help=f"Model folder, Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
 @click.option("--steps", type=int, help="Number of training steps.  [default: 3000]")
-@click.option("--resolution", type=int, help="Images are reduced to at most this side squared.  [default: 512]")
-@click.option("--trigger", metavar="WORD", help="What [trigger] in captions stands for.")
+@click.option("--resolution", metavar="N", type=int, help="Scale images down to at most N x N pixels.  [default: 512]")
+@click.option("--trigger", metavar="WORD", help="Word that replaces [trigger] in captions.")
 @click.option("--rank", type=int, help="Rank of the LoRA.  [default: 16]")
 @click.option("--alpha", type=float, help="The LoRA is multiplied by alpha / rank.  [default: the rank]")
 @click.option("--rate", type=float, help="Learning rate of AdamW.  [default: 1e-4]")
 @click.option("--decay", type=float, help="Weight decay of AdamW.  [default: 1e-4]")
-@click.option("--clip", type=float, help="Largest norm of a step's gradient.  [default: 1]")
-@click.option("--warm-up", type=int, help="Number of steps in which the rate rises.  [default: 0]")
+@click.option("--clip", type=float, help="Maximum norm of a step's gradient; a longer one is clipped.  [default: 1]")
+@click.option("--warm-up", type=int, help="Number of steps over which the rate rises to --rate.  [default: 0]")
 @click.option("--accumulate", type=int, help="Number of images per step, one after another.  [default: 1]")
-@click.option("--dropout", type=float, help="Share of images shown with an empty caption.  [default: 0.05]")
+@click.option("--dropout", type=float, help="Fraction of images trained with an empty caption.  [default: 0.05]")
 @click.option(
     "--objective",
     type=click.Choice(["weighted", "logit-normal", "uniform"]),
@@ -48,26 +47,37 @@ ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2
     "extras",
     multiple=True,
     type=click.Choice(["adaln", "refiners"]),
-    help="Train these too, besides attention and feed-forward of the main layers. Can be repeated.",
+    help="Also train these, besides the attention and feed-forward of the main layers.  [repeatable]",
 )
 @click.option(
     "--adapter",
     metavar="LORA",
     type=LoraName(),
-    help=f"Lay this LoRA over the model in training only. For Turbo: {ADAPTER}",
+    help=f"Apply this LoRA too, but only during training. For Turbo: {ADAPTER}",
 )
-@click.option("--seed", type=int, help="Seed of the factors, the order of images, and the noise.  [default: 0]")
 @click.option(
-    "--preview", "previews", multiple=True, metavar="PROMPT", help="Generate this prompt as it goes. Can be repeated."
+    "--seed", type=int, help="Seed of the LoRA's first weights, the order of images, and the noise.  [default: 0]"
+)
+@click.option(
+    "--preview",
+    "previews",
+    multiple=True,
+    metavar="PROMPT",
+    help="Generate an image from PROMPT each time the LoRA is saved, to show its progress.  [repeatable]",
 )
 @click.option(
     "--save-every",
+    metavar="N",
     type=click.IntRange(1),
     default=250,
     show_default=True,
-    help="Save the LoRA, and generate the previews, after so many steps.",
+    help="Save the LoRA, and generate the previews, every N steps.",
 )
-@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help="Compute dtype: bfloat16 or float32.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    help="Compute dtype.  [default: bfloat16 on a GPU, float32 on a CPU]",
+)
 @click.option("--memory", metavar="SIZE", help="Memory budget, such as 12GB.  [default: based on this machine]")
 @click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
@@ -79,7 +89,7 @@ def train(
 
     Each image has its caption in a .txt file of the same name, or in metadata.jsonl as {"file_name": ..., "text":
     ...}. Everything else is written to a folder next to the output, NAME-training: encoded images, a log (log.jsonl)
-    and a plot of the loss (loss.svg), previews, and the state from which the same command goes on if it was stopped.
+    and a plot of the loss (loss.svg), previews, and the state from which the same command resumes if it was stopped.
     """
     from ..networks import Phase
     from ..train.dataset import read_dataset

@@ -127,7 +127,9 @@ def _places(config: dict, name: str) -> tuple[int, ...]:
         or not all(type(place) is int for place in places)
         or list(places) != sorted({0, *places})
     ):
-        raise CheckpointError(f"controlnet config: {name} must be rising whole numbers from 0, got {places!r:.80}")
+        raise CheckpointError(
+            f"controlnet config: {name} must be increasing whole numbers, the first 0, got {places!r:.80}"
+        )
     return tuple(places)
 
 

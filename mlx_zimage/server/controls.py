@@ -26,7 +26,7 @@ def controls_of(given: Any) -> Controls:
     uses = given if isinstance(given, list) else [given]
     for use in uses:
         if not isinstance(use, dict) or not {*use} <= {*PARTS}:
-            what = f"control must be an object with some of {', '.join(PARTS)}, or a list of them"
+            what = f"control must be an object with keys from {', '.join(PARTS)}, or a list of such objects"
             raise Refusal(400, f"{what}, got {brief(use)}", param="control")
     return _read([{name: value for name, value in use.items() if value is not None} for use in uses], "control")
 
@@ -48,7 +48,7 @@ def units_of(scripts: Any, image: bytes | None) -> Controls:
         shown = unit.get("image") or unit.get("input_image") or image
         shown = shown.get("image") if isinstance(shown, dict) else shown
         if shown is None:
-            raise Refusal(400, "a unit of controlnet has no image; give one")
+            raise Refusal(400, "a ControlNet unit has no image; give one")
         uses.append({**use, "image": shown})
     return _read(uses, "controlnet")
 
@@ -72,7 +72,7 @@ def _read(uses: list[dict[str, Any]], name: str) -> Controls:
         kind, image = use.pop("kind", None), use.pop("image", None)
         if kind not in (None, *CONTROLS):
             known = ", ".join(CONTROLS)
-            raise Refusal(400, f"{name}: an image can be made into {known}, got {brief(kind)}", param=name)
+            raise Refusal(400, f"{name}: the kind must be one of {known}, got {brief(kind)}", param=name)
         fields.append({**use, "prepare": kind})
         images.append(image if image is None or isinstance(image, bytes) else decoded(image, f"{name}: image"))
     return fields, tuple(images)

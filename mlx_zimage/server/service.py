@@ -73,8 +73,8 @@ class Service:
         for use in uses if isinstance(uses, (list, tuple)) else ():
             name = use.get("name") if isinstance(use, dict) else None
             if isinstance(name, str) and name not in known:
-                listed = ", ".join(known) or "none; --lora-dir names a folder of them"
-                raise Refusal(404, f"no LoRA {brief(name)} (there are: {listed})", param="loras")
+                listed = f"expected {', '.join(known)}" if known else "--lora-dir names a folder of LoRAs"
+                raise Refusal(404, f"no LoRA {brief(name)} is served; {listed}", param="loras")
 
 
 def seeds_of(seed: object, count: object) -> tuple[int, ...]:

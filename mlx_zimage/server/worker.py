@@ -175,7 +175,7 @@ class Worker:
                 if file.stat().st_size == other.stat().st_size and sha256(file) == sha256(other):
                     raise RequestError(f"the LoRAs {other.stem!r} and {use.name!r} are the same; use only one of them")
             if use.sha256 not in (None, use.sha256 and sha256(file)):
-                raise RequestError(f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; leave that out")
+                raise RequestError(f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; leave it out")
             found[file] = use.strength
         return found
 
@@ -278,8 +278,8 @@ def check_downloaded(request: GenerateRequest) -> None:
     for kind in (use.prepare for use in request.controls):
         if not is_downloaded(kind):
             raise ModelNotFoundError(
-                f"the server has no networks that find {kind} in a photo; `mlx-zimage generate --control {kind}:FILE` "
-                f"downloads them there"
+                f"the server has not downloaded what finds {kind} in a photo; run `mlx-zimage generate --control "
+                f"{kind}:FILE` there once"
             )
 
 

@@ -51,8 +51,8 @@ def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> l
     bare = [file for file, text, _ in captions if text is None]
     if bare:
         raise RequestError(
-            f"{len(bare)} of {len(captions)} images have no caption: {_some(bare)}; write it to a .txt file of the "
-            f"same name, such as {bare[0].with_suffix('.txt').name}"
+            f"{len(bare)} of {len(captions)} images have no caption: {_some(bare)}; write each one to a .txt file of "
+            f"the same name, such as {bare[0].with_suffix('.txt').name}"
         )
     empty = [file for file, text, _ in captions if not text]
     if empty:
@@ -110,9 +110,11 @@ def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
         if not image.resolve().is_relative_to(file.parent.resolve()):
             raise RequestError(f"{file}, line {number}: {name} is outside the folder")
         if text is not None and not isinstance(text, str):
-            raise RequestError(f"{file}, line {number}: expected a text but got {brief(text)}")
+            raise RequestError(f"{file}, line {number}: expected text but got {brief(text)}")
         if type(repeats) is not int or repeats < 1:
-            raise RequestError(f"{file}, line {number}: repeats must be a whole number from 1, got {brief(repeats)}")
+            raise RequestError(
+                f"{file}, line {number}: repeats must be a whole number of at least 1, got {brief(repeats)}"
+            )
         yield image, text if text is None else text.strip(), repeats
 
 
@@ -134,7 +136,7 @@ def _with_trigger(texts: Sequence[str], trigger: str | None, folder: Path) -> li
     if trigger is None:
         if marked:
             raise RequestError(
-                f"{len(marked)} captions in {folder} contain {TRIGGER}, and there is no trigger word; give one with "
+                f"{len(marked)} captions in {folder} contain {TRIGGER}, but no trigger word was given; give one with "
                 f"--trigger"
             )
         return list(texts)
@@ -142,7 +144,7 @@ def _with_trigger(texts: Sequence[str], trigger: str | None, folder: Path) -> li
         raise RequestError("the trigger word is empty; give a word that no caption would contain otherwise")
     found = [text.replace(TRIGGER, trigger) for text in texts]
     if not any(trigger in text for text in found):
-        raise RequestError(f"no caption in {folder} contains {TRIGGER} or {brief(trigger)}; write {TRIGGER} into some")
+        raise RequestError(f"no caption in {folder} contains {TRIGGER} or {brief(trigger)}; add {TRIGGER} to some")
     return found
 
 

@@ -83,15 +83,15 @@ class Encoded:
 
     def _put(self, network, key: tuple, array: mx.array, label: str) -> None:
         if not mx.isfinite(array).all().item():
-            raise NumericsError(f"what the {network.name} makes of the {label} is not finite; try dtype float32")
+            raise NumericsError(f"the {network.name}'s output for the {label} is not finite; try dtype float32")
         self.store.put([network], key, array)
         self._found(self.store.get([network], key, array.shape, array.dtype))
 
     def _found(self, array: mx.array | None) -> mx.array:
         if array is None:
             raise OutputError(
-                f"what was encoded cannot be kept in {self.store.folder}, or was removed; free some space and run the "
-                f"same command again"
+                f"an encoded image or caption could not be stored in {self.store.folder}, or was removed from it; free "
+                f"some space and run the same command again"
             )
         return array
 

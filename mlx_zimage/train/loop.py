@@ -150,7 +150,7 @@ def train(
     over = None if adapter is None else _read_adapter(adapter, config)
     run = Run(pipe, examples, settings, output, over)
     if output.exists() and not run.state.exists():
-        raise RequestError(f"{output} exists, and is not of a run that can go on; choose another output")
+        raise RequestError(f"{output} already exists, and there is no run of it to resume; choose another output")
     strengths = {} if over is None else {over.sha256: 1.0}
     if over is not None:
         networks.attach(over)
@@ -204,8 +204,8 @@ def _check_space(run: Run, count: int, tokens: int, save_every: int) -> None:
     needed, free = images + captions + states + loras, shutil.disk_usage(existing).free
     if needed > free and not run.state.exists():
         raise OutputError(
-            f"training writes up to {size(needed)} next to {run.output}, and {size(free)} are free there; free some "
-            f"space, or raise --save-every"
+            f"training writes up to {size(needed)} next to {run.output}, but only {size(free)} is free there; free "
+            f"some space, or raise --save-every"
         )
 
 

@@ -101,8 +101,8 @@ def _check_run(path: Path, other: Mapping[str, object], run: Mapping[str, object
     for key, value in run.items():
         if other.get(key) != value:
             raise RequestError(
-                f"{path} is of a run with another {key} ({other.get(key)!r} instead of {value!r}); use the same one to "
-                f"go on, or another output to start a new run"
+                f"{path} belongs to a run with a different {key} ({other.get(key)!r} instead of {value!r}); use the "
+                f"same one to resume it, or another output to start a new run"
             )
 
 

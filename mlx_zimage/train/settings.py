@@ -42,19 +42,19 @@ class Settings:
         for name, least in (("steps", 1), ("rank", 1), ("warm_up", 0), ("accumulate", 1), ("seed", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise RequestError(f"{name} must be a whole number from {least}, got {brief(value)}")
+                raise RequestError(f"{name} must be a whole number of at least {least}, got {brief(value)}")
         for name in ("rate", "clip", "alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RequestError(f"{name} must be a positive number, got {brief(value)}")
         if not 0 <= self.decay < math.inf:
-            raise RequestError(f"decay must be a number from 0, got {brief(self.decay)}")
+            raise RequestError(f"decay must be a number of at least 0, got {brief(self.decay)}")
         if not 0 <= self.dropout <= 1:
             raise RequestError(f"dropout must be from 0 to 1, got {brief(self.dropout)}")
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise RequestError(f"objective must be one of {', '.join(OBJECTIVES)}, got {brief(self.objective)}")
         if not set(self.extras) <= set(EXTRAS):
-            raise RequestError(f"extras must be of {', '.join(EXTRAS)}, got {brief(list(self.extras))}")
+            raise RequestError(f"extras must be from {', '.join(EXTRAS)}, got {brief(list(self.extras))}")
         if self.resolution % SIZE_MULTIPLE or not SIZE_MULTIPLE <= self.resolution <= MAX_SIZE:
             raise RequestError(
                 f"resolution must be a multiple of {SIZE_MULTIPLE} from {SIZE_MULTIPLE} to {MAX_SIZE} pixels, got "

@@ -53,13 +53,13 @@ class Kind:
         names = [name.strip() for name in text.split(",")] if isinstance(text, str) else []
         if not names or not {*names} <= {*TRAITS, "plain"} or ("plain" in names and len(names) > 1):
             raise RequestError(
-                f"the ControlNet's kind must be plain, or some of {', '.join(TRAITS)} separated by commas, "
-                f"got {brief(text)}"
+                f"the ControlNet's kind must be plain, or one or more of {', '.join(TRAITS)} separated by commas, got "
+                f"{brief(text)}"
             )
         return cls(frozenset(names) - {"plain"})
 
     def __str__(self) -> str:
-        return "of unknown training" if self.traits is None else ", ".join(sorted(self.traits)) or "plain"
+        return "unknown kind" if self.traits is None else ", ".join(sorted(self.traits)) or "plain"
 
     def __contains__(self, trait: str) -> bool:
         return self.traits is not None and trait in self.traits

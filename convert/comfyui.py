@@ -51,7 +51,7 @@ Rows = Callable[[int, int], mx.array]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer as stored: its weight, what is next to it, and what the file declares about it; label is the file."""
+    """A layer as stored: its weight, the tensors that go with it, and what the file declares; label is the file."""
 
     name: str
     settings: Settings
@@ -80,7 +80,7 @@ class Layer:
         return self.weight.shape[1]
 
     def part(self, name: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> Entry:
-        """What is stored as name, which must have one of these dtypes and shapes."""
+        """The tensor stored as name, which must have one of these dtypes and shapes."""
         if name not in self.parts:
             raise self.fault(f" is {self.form}, but {self.name}.{name} is missing")
         own = self.parts[name].shape
@@ -210,7 +210,7 @@ def _fp8(layer: Layer) -> Tensor:
 
 
 def _int8(layer: Layer) -> Tensor:
-    """Whole numbers times a scale, rotated if it says so."""
+    """Whole numbers times a scale, rotated if the file declares it."""
     width = layer.matrix("I8")
     params = layer.settings.get("params")
     rotated = layer.settings.get("convrot", params.get("convrot") if isinstance(params, dict) else None)

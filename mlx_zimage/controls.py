@@ -1,4 +1,4 @@
-"""The ControlNet of a pipeline: loading it, and what it is shown in a request.
+"""The ControlNet of a pipeline: loading it, and what it reads in a request.
 
     pipe.load_controlnet("Z-Image-Turbo-Fun-Controlnet-Union-2.1-lite-2602-8steps.safetensors")
     pipe("a lighthouse", control_image="outline.png", controlnet_conditioning_scale=0.9)
@@ -65,7 +65,7 @@ class ControlNetMethods:
         self.controlnet = None
 
     def _steps_for_controls(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with the steps that its ControlNet needs, where it has none and those are not the model's own."""
+        """The request with the steps that its ControlNet needs, if it has none and the model's own would not do."""
         if request.steps is not None or self.controlnet is None:
             return request
         return replace(request, steps=None if self.variant.takes_guidance else self.controlnet.steps)

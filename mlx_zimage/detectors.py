@@ -45,7 +45,7 @@ class ModelFile:
         return f"{self.repository}:{self.name}"
 
     def fetch(self) -> Path:
-        """Its path in the hub's cache, where it is downloaded to if it is missing; CheckpointError if it is another."""
+        """Its path in the hub's cache, downloaded if it is missing; CheckpointError if its checksum differs."""
         path = fetch_pinned(self.repository, self.revision, self.name)
         if sha256(path) != self.sha256:
             raise CheckpointError(
@@ -75,7 +75,7 @@ MODELS = {
 
 
 def check_library(kind: str | None) -> None:
-    """RequestError if this kind of control image takes a library that is not installed."""
+    """RequestError if this kind of control image needs a library that is not installed."""
     if kind in LIBRARIES:
         module, name = LIBRARIES[kind]
         if find_spec(module) is None:

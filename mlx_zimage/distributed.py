@@ -1,4 +1,4 @@
-"""One image on several machines, on MLX's own communication: `mlx.launch` starts a process, a rank, on each of them.
+"""One image on several machines, through MLX's own communication: `mlx.launch` starts a process, a rank, on each.
 
 Every rank has the whole model, resident or streamed within its own memory budget, and computes its share of the rows of
 each sequence (see `models.runner.Ranks`). Rank 0 leads: it takes requests, encodes prompts and has the results. The
@@ -27,18 +27,18 @@ from .launched import is_launched
 from .sampling import Change, Step
 
 R = TypeVar("R")
-PATIENCE = 600.0  # seconds for rank 0's caller to go on, and for the first step, which reads the weights
+PATIENCE = 600.0  # seconds for rank 0's caller to continue, and for the first step, which reads the weights
 LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times the longest step so far, and at least this many seconds
-PERIOD = 0.2  # seconds between the watchdog's looks
+PERIOD = 0.2  # seconds between the watchdog's checks
 
 
 class Signal(IntFlag):
-    """What ranks say before each thing that all of them compute. Rank 0 says the first three, or nothing: go on."""
+    """What ranks signal before each joint computation. Rank 0 signals the first three, or nothing: continue."""
 
     CHANGED = 1  # other latents follow
     STOPPED = 2  # the remaining steps are skipped
     ENDED = 4  # the request is over
-    FAILED = 8  # a rank that follows cannot go on
+    FAILED = 8  # a rank that follows has failed
 
 
 GO = Signal(0)
@@ -80,7 +80,7 @@ class Group:
 
     @classmethod
     def launched(cls) -> Group | None:
-        """The processes that `mlx.launch` started with this one; None if it did not start it, or it alone."""
+        """The processes that `mlx.launch` started with this one; None if there are none."""
         return cls.of(mx.distributed.init(strict=True)) if is_launched() else None
 
     @property
@@ -192,7 +192,7 @@ class Group:
 
     @contextmanager
     def leading(self, work: Mapping[str, np.ndarray]) -> Iterator[None]:
-        """On rank 0: within the block, the others follow this work. It ends for them when it ends here."""
+        """On rank 0: within the block, the others follow this work; when the block ends, they stop."""
         if self._broken:
             raise GroupError("the group has lost a rank; restart all of them")
         self.send(work)
@@ -204,7 +204,7 @@ class Group:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """On the other ranks: within the block, do what `leading` was given."""
+        """On the other ranks: within the block, do the work that was given to `leading`."""
         try:
             with suppress(NumericsError):  # rank 0 has the same numbers, and reports it
                 yield
@@ -217,7 +217,7 @@ class Group:
             raise
 
     def signal(self, own: Signal = GO) -> Signal:
-        """What rank 0 says; Ended on the others if it has ended the request, GroupError if another rank failed."""
+        """Rank 0's signal; Ended on the others if it has ended the request, GroupError if another rank failed."""
         with self.computing(PATIENCE):
             said = int(np.array(self._all_sum(mx.array(int(own)))))
         if said >= Signal.FAILED:
@@ -264,10 +264,10 @@ class Group:
 
     @contextmanager
     def computing(self, limit: float | None = None) -> Iterator[None]:
-        """Around what all ranks compute: if it fails on one of them only, the others wait in vain.
+        """Wraps what all ranks compute together: if it fails on only one of them, the others wait in vain.
 
-        Then this rank can do nothing more for the group; once its process ends, the others fail, too. If another rank
-        stalls for longer than the limit in seconds, this process ends.
+        A rank that failed can do nothing more for the group; once its process ends, the others fail, too. If another
+        rank stalls for longer than the limit in seconds, this process ends.
         """
         if self._watchdog is None:
             self._watchdog = threading.Thread(target=self._watch, daemon=True, name="watchdog of the group")

@@ -1,4 +1,4 @@
-"""Whether `mlx.launch` started this process, and as which of several. It does without MLX: commands start quickly."""
+"""Whether `mlx.launch` started this process, and its rank; without importing MLX, so that commands start quickly."""
 
 from __future__ import annotations
 

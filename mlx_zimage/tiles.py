@@ -15,7 +15,7 @@ import numpy as np
 
 from .request import LATENT_PIXELS, SIZE_MULTIPLE
 
-OVERLAP = 8  # the part of a tile's length by which it overlaps the next is one in so many
+OVERLAP = 8  # a tile overlaps the next by its length divided by this
 
 
 @dataclass(frozen=True)

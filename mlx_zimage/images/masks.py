@@ -65,7 +65,7 @@ def values(mask: Image.Image, grow: int = 0, soft: bool = False) -> np.ndarray:
 def to_latents(mask: np.ndarray) -> np.ndarray:
     """A mask (H, W) at the resolution of latents: (H / 8, W / 8), the largest value of each square of 8x8 pixels.
 
-    So no masked pixel lies in a kept latent, from which it would be decoded unchanged.
+    So no masked pixel is in a kept latent, which would leave it unchanged.
     """
     height, width = mask.shape
     squares = mask.reshape(height // LATENT_PIXELS, LATENT_PIXELS, width // LATENT_PIXELS, LATENT_PIXELS)

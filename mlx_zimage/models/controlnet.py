@@ -137,7 +137,7 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], layers: int = PUBLISHED_LAY
     """The config.json of weights that come without one, from their names and shapes.
 
     The published files have 6, 15 or 3 blocks, evenly spread over the transformer's 30 layers. Whether the blocks for
-    the noise refiner were trained (version 2.0 was published with zeros) takes a look at the weights:
+    the noise refiner were trained (version 2.0 was published with zeros) can only be seen in the weights:
     `weights.controlnets.is_trained`.
     """
     try:
@@ -214,7 +214,7 @@ class Controlled:
 def control_latents(
     channels: int, image: mx.array | None, mask: mx.array | None = None, masked: mx.array | None = None
 ) -> mx.array:
-    """What a ControlNet of so many channels reads: (1, h, w, channels).
+    """What a ControlNet with this many channels reads: (1, h, w, channels).
 
     image is the control image's latents (1, h, w, 16). When inpainting, mask (1, h, w, 1) is 1 where the image is kept,
     and masked are the latents of the image without the rest; a kind of 33 channels reads both, and zeros otherwise. A

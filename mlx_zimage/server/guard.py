@@ -159,7 +159,7 @@ class Guard:
 
 
 def is_visit(path: str, headers: Headers) -> bool:
-    """Whether a browser opens the page, perhaps by a link on another one, which can do nothing with it."""
+    """Whether a browser is opening the page, perhaps from a link on another page, which cannot read it."""
     return path == PAGE and headers.get("sec-fetch-mode") == "navigate" and "origin" not in headers
 
 
@@ -186,7 +186,7 @@ class Body:
 
     async def receive(self) -> Message:
         if self._complete:
-            return await self._receive()  # waits for the client to go away
+            return await self._receive()  # waits for the client to disconnect
         try:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
@@ -205,7 +205,7 @@ class Body:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's protocol, which would wait forever for the head of a request, and fail twice on what is not HTTP."""
+    """uvicorn's protocol, which alone would wait forever for a request's head, and fail twice on what is not HTTP."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -222,7 +222,7 @@ class Protocol(H11Protocol):
         self._timer.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, unless an answer has begun; the application may answer it no more."""
+        """Refuse what is not HTTP, unless an answer has begun; the application can no longer answer it."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

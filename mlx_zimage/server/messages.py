@@ -30,9 +30,9 @@ class Job:
     """Images that differ in their seeds only: a GenerateRequest's other fields, and the files that it starts from.
 
     marks says which part of the mask is regenerated: its "white", "black" or "transparent" pixels. ending and quality
-    are those of the files to make; previews is the number of previews per image. Without metadata, they do not say how
-    they were made. controls are the files of the control images, one for each of fields["controls"], which do not name
-    theirs; None for one without an image.
+    are those of the files to make; previews is the number of previews per image. Without metadata, the files do not
+    record how they were made. controls are the files of the control images, one for each of fields["controls"], which
+    do not name theirs; None for one without an image.
     """
 
     id: int

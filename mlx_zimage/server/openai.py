@@ -270,7 +270,7 @@ def whole(values: dict[str, Any], name: str, default: int, low: int, high: int) 
 
 
 async def form_of(request: Request) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
-    """The values and files of a form. Values other than texts are read as JSON, so that numbers become numbers."""
+    """The values and files of a form. Values that are not strings are read as JSON."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise Refusal(400, "expected a form with the image, with Content-Type: multipart/form-data")
     fields: list[tuple[str, str]] = []

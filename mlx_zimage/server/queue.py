@@ -90,7 +90,7 @@ class Queue:
 
     deadline_s is the time from a request's arrival to its answer, in seconds.
 
-    When the worker ends by itself, as after an allocation that failed, all its jobs fail and another one is started.
+    When the worker dies, for example of a failed allocation, all its jobs fail and another one is started.
     """
 
     def __init__(self, options: Options, limit: int = 16, deadline_s: float | None = None):
@@ -212,7 +212,7 @@ class Queue:
                 self.loop.call_later(GRACE_S, self._end_stuck, ticket.job.id)
 
     def interrupt(self) -> None:
-        """Stop the running job before its next step; its client is given the images that are finished."""
+        """Stop the running job before its next step; its client gets the images that are finished."""
         if self.running is not None:
             self._outgoing.put(Cancel(self.running))
 

@@ -122,12 +122,12 @@ async def json_object(request: Request) -> dict[str, Any]:
 
 
 async def accepted(ticket: Ticket, request: Request) -> Accepted:
-    """Wait until a job is queued for good, as long as its client does."""
+    """Wait until a job has been accepted, for as long as its client is connected."""
     return await _while_connected(ticket.fits(), request)
 
 
 async def images_of(ticket: Ticket, request: Request) -> list[Image]:
-    """Wait for all images of a job, as long as its client does; fewer than asked for if it was interrupted."""
+    """Wait for all images of a job while its client is connected; fewer than asked for if it was interrupted."""
 
     async def collected() -> list[Image]:
         images = []

@@ -1,4 +1,4 @@
-"""The worker: a child process that owns the models. If MLX ends it, the server goes on and starts another.
+"""The worker: a child process that owns the models. If MLX ends it, the server keeps running and starts another.
 
 The main thread opens models and generates, one job at a time: MLX's streams belong to the thread that created them. A
 second thread reads the pipe, so that a job that cannot fit is refused, and a cancelled one stops, while another runs.
@@ -274,7 +274,7 @@ def described(name: str, model: OpenModel) -> Model:
 
 
 def check_downloaded(request: GenerateRequest) -> None:
-    """Refuse control images that take networks which are not here: no client makes others wait for a download."""
+    """Refuse control images whose networks are not downloaded yet: no client may make others wait for a download."""
     for kind in (use.prepare for use in request.controls):
         if not is_downloaded(kind):
             raise ModelNotFoundError(

@@ -1,1 +1,1 @@
-"""Training LoRAs: a data set, the gradients of factors laid over a frozen transformer, and the steps."""
+"""Training LoRAs: a dataset, the gradients of factors added to a frozen transformer, and the steps."""

@@ -38,7 +38,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, most: float = math.inf) -> 
 def gradients(
     q: mx.array, k: mx.array, v: mx.array, out: mx.array, d_out: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The loss's gradients by q, k and v, given the attention's output, and the gradient by it (B, H, L, D).
+    """The loss's gradients with respect to q, k and v, given the attention's output and its gradient (B, H, L, D).
 
     MLX's CUDA build has a fused gradient for some dtypes. Elsewhere it is evaluated in pieces, in float32.
     """

@@ -1,4 +1,4 @@
-"""One block of the transformer with factors laid over its weights: its output, and the gradients of its inputs.
+"""One block of the transformer with factors added to its weights: its output, and the gradients of its inputs.
 
 A block is computed in three pieces, so that its attention can be differentiated as in `attention`: what is before it,
 the attention itself, and what is after it.
@@ -71,7 +71,7 @@ class Block:
         rows: int | None,
         d: mx.array,
     ) -> tuple[mx.array, mx.array, Layers]:
-        """The loss's gradients by x, by the modulation and by the factors, given the one by the block's output.
+        """The loss's gradients with respect to x, the modulation and the factors, given that of the block's output.
 
         The block is computed again, and evaluated piece by piece.
         """
@@ -119,7 +119,7 @@ class Block:
 
 
 def pulled_back(function: Callable[..., tuple[mx.array, ...]], given: tuple, cotangents: tuple[mx.array, ...]) -> tuple:
-    """The loss's gradients by the arguments of a function, each an array or a tree, given those by its results."""
+    """The loss's gradients with respect to a function's arguments (arrays or trees), given those of its results."""
 
     def probe(*given):
         pairs = zip(function(*given), cotangents, strict=True)

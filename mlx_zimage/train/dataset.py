@@ -1,11 +1,11 @@
 """A folder of captioned images, read and checked before anything is computed.
 
-Captions are in a .txt file of the image's name, or in metadata.jsonl, one image a line:
+Captions are in .txt files named like the images, or in metadata.jsonl, one image per line:
 
     {"file_name": "cat.png", "text": "a photo of [trigger]", "repeats": 2}
 
-"prompt" and "caption" stand for "text" as well. `[trigger]` in a caption is replaced by the trigger word. An image is
-scaled down to at most resolution x resolution pixels and cropped to sides that are multiples of 16, never enlarged.
+"prompt" or "caption" may take the place of "text". `[trigger]` in a caption is replaced by the trigger word. An image
+is scaled down to at most resolution x resolution pixels and cropped to sides that are multiples of 16, never enlarged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Example:
 
 
 def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> list[Example]:
-    """The examples of a folder in the order of their names; RequestError names all that is wrong with it."""
+    """The examples of a folder, ordered by name; RequestError names everything that is wrong with it."""
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder; give one with images and their captions")
     captions = list(_captions(folder))
@@ -80,7 +80,7 @@ def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> l
 
 
 def order_of(examples: Sequence[Example]) -> list[int]:
-    """The number of each example, as often as it is repeated in one pass."""
+    """The number of each example, as many times as it is repeated in one pass."""
     return [i for i, example in enumerate(examples) for _ in range(example.repeats)]
 
 

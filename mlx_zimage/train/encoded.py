@@ -1,6 +1,6 @@
 """The latents of images and the embeddings of captions, computed once and cached on disk.
 
-They are found again by what they were computed from: pixels or token ids, and the network's checksum. After `encode`,
+Their cache keys are what they were computed from: pixels or token ids, and the network's checksum. After `encode`,
 neither the text encoder nor the VAE is needed.
 """
 

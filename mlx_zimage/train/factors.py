@@ -1,4 +1,4 @@
-"""The low-rank factors that training changes, and how they are laid over a model's weights.
+"""The low-rank factors that training changes, and how they are added to a model's weights.
 
     {"layers.3": {"attention.to_q": {"down": (rank, in), "up": (out, rank)}, ...}, ...}
 
@@ -64,7 +64,7 @@ def arrays_of(factors: Factors) -> list[mx.array]:
 
 
 def laid(tree: Tree, factors: Mapping[str, Mapping[str, mx.array]], scale: float, dtype: mx.Dtype) -> Tree:
-    """A block's tree with factors over it, besides those that are there already; see `models.lora`."""
+    """A block's tree with these factors added to any that it has already; see `models.lora`."""
     for layer, own in factors.items():
         tree = changed(tree, layer.split("."), partial(_beside, own=own, scale=scale, dtype=dtype))
     return tree
@@ -77,7 +77,7 @@ def _beside(weights: Tree, own: Mapping[str, mx.array], scale: float, dtype: mx.
         "up": own["up"].astype(dtype),
         "scale": mx.full((len(own["down"]),), scale, mx.float32),
     }
-    if "low" in lora:  # of a file that is laid over the model while training
+    if "low" in lora:  # the adapter's
         axes = {"down": 0, "up": 1, "scale": 0}
         low = {name: mx.concatenate([lora["low"][name], part], axis=axes[name]) for name, part in low.items()}
     return {**weights, "lora": {**lora, "low": low}}

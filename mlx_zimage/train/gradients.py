@@ -1,4 +1,4 @@
-"""The loss of one image, and its gradients by the factors, in the memory of one block.
+"""The loss of one image, and its gradients with respect to the factors, in the memory of one block.
 
 On the way forward, only the input of each block is kept. The way back is a walk through the same blocks from the last
 to the first, by the same runner: each block is computed again, differentiated and evaluated before the next one is
@@ -52,7 +52,7 @@ class Walked:
 
 @dataclass(frozen=True)
 class Back:
-    """The loss's gradient by a block's output (B, L, dim), with the gradients found in the block after it."""
+    """The loss's gradient with respect to a block's output (B, L, dim), with those found in the block after it."""
 
     d: mx.array
     found: tuple[mx.array, ...] = ()
@@ -63,7 +63,7 @@ class Back:
 
 
 class Gradients:
-    """Losses and gradients of factors laid over a runner's weights, which never change.
+    """Losses and gradients of factors added to a runner's weights, which never change.
 
     The factors' difference is scale * up @ down; product and most are as in `Transformer`.
     """
@@ -146,7 +146,7 @@ class Gradients:
     def _backward(
         self, walked: Walked, factors: Factors, d: mx.array, embedding: mx.array, gradients: Factors
     ) -> mx.array:
-        """From the gradient by a walk's output to the one by its input; adds the factors' to gradients."""
+        """From the gradient of a walk's output to that of its input; adds the factors' gradients to `gradients`."""
         blocks, stream = list(reversed(walked.blocks)), walked.stream
 
         def apply(back: Back, weights: Tree, i: int) -> Back:

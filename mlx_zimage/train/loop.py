@@ -4,9 +4,8 @@
         ...
 
 `train` yields events as things happen: Phases while images and captions are encoded, a Stepped after each step, a Saved
-when a LoRA is written, and a Previewed for each image that it is tried with. Whoever holds the loop owns progress and
-logs, and leaving it stops the run; the same call goes on from the last state that was saved, and ends with the same
-file.
+when a LoRA is written, and a Previewed for each preview. Whoever holds the loop owns progress and logs, and leaving it
+stops the run; the same call resumes from the last state that was saved, and ends with the same file.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Previewed:
-    """What the LoRA after a step makes of preview prompt `index`: pixels (H, W, 3) uint8."""
+    """The image of preview prompt `index` with the LoRA as it is after a step: pixels (H, W, 3) uint8."""
 
     step: int
     index: int
@@ -88,7 +87,7 @@ def open_to_train(model: str, dtype: str | None = None, memory: str | int | None
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of."""
+    """The inputs and output of a run."""
 
     pipe: ZImagePipeline
     examples: Sequence[Example]
@@ -135,9 +134,9 @@ def train(
     """Train a LoRA on examples, and write it to output; resumes the run if there is one. See the module.
 
     Every save_every steps the LoRA is written to the run's folder as well, and the prompts in previews are generated
-    with it, prompt i from seed i. Stopped between two of these, a run loses the steps after the first. adapter is a
-    LoRA, as `load_lora` takes it, that is laid over the model in training only: for Turbo, one that undoes its
-    distillation, so that training does not.
+    with it, prompt i from seed i. A run that is stopped loses the steps since the last of these. adapter is a LoRA, as
+    `load_lora` takes it, that is applied in training only: for Turbo, one that undoes its distillation, so that
+    training does not.
     """
     if pipe.dtype == mx.float16:
         raise RequestError("gradients exceed float16's range; train in bfloat16 or float32")
@@ -212,7 +211,7 @@ def _check_space(run: Run, count: int, tokens: int, save_every: int) -> None:
 def _tried(
     pipe: ZImagePipeline, path: Path, step: int, prompts: Sequence[str], side: int
 ) -> Iterator[Phase | Previewed]:
-    """What the pipeline generates from prompts with a LoRA, which is unloaded again."""
+    """The pipeline's images of prompts with a LoRA, which is unloaded afterwards."""
     if not prompts:
         return
     name = pipe.load_lora(path)

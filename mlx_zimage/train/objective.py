@@ -57,10 +57,10 @@ def level(objective: str, random: np.random.Generator) -> tuple[float, float]:
 def draw(
     seed: int, index: int, order: Sequence[int], shapes: Sequence[tuple[int, ...]], objective: str, dropout: float
 ) -> Draw:
-    """Gradient `index` of a run, counted from 0: a function of its arguments, so that a run can go on anywhere.
+    """Gradient `index` of a run, counted from 0: a function of its arguments, so that a run can be resumed anywhere.
 
-    order has the number of each example as often as it is repeated; each pass over it is shuffled anew. shapes are
-    those of all examples' latents.
+    order has the number of each example, as many times as it is repeated; each pass over it is shuffled anew. shapes
+    are those of all examples' latents.
     """
     pass_, place = divmod(index, len(order))
     example = order[int(np.random.default_rng([seed, 0, pass_]).permutation(len(order))[place])]

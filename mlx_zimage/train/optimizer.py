@@ -1,7 +1,6 @@
 """AdamW, with gradients clipped by their norm and a rate that warms up.
 
-Source: torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, which it follows; bias corrections are computed in
-float64, as there.
+It follows torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, which also compute bias corrections in float64.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 @dataclass
 class AdamW:
-    """The moments of all factors, float32, and the number of steps they are of."""
+    """The moments of all factors, float32, and the number of steps taken so far."""
 
     first: Factors
     second: Factors
@@ -57,7 +56,7 @@ def added(total: Factors, gradients: Factors) -> Factors:
 
 
 def clipped(gradients: Factors, norm: float, share: float = 1.0) -> tuple[Factors, float]:
-    """share times the gradients, scaled down to `norm` if theirs is larger; and what theirs was."""
+    """share times the gradients, scaled down if their norm exceeds `norm`; and their norm before that."""
     squares = [mx.square(array).sum() for array in arrays_of(gradients)]
     own = share * math.sqrt(float(mx.stack(squares).sum()))
     factor = share * min(1.0, norm / (own + 1e-6))

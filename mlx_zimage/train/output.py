@@ -1,4 +1,4 @@
-"""The LoRA that training writes, and the state that it goes on from.
+"""The LoRA that training writes, and the state that it resumes from.
 
 A LoRA has ai-toolkit's keys, which ComfyUI, diffusers, mflux and sd.cpp read, too. It is in bfloat16, and has no alpha:
 `up` includes the scale.
@@ -53,7 +53,7 @@ def write_lora(
 
 
 def write_state(path: Path, factors: Factors, optimizer: AdamW, run: Mapping[str, object]) -> None:
-    """Write all that a run needs to go on exactly; run says what run it is."""
+    """Write everything that a run needs to be resumed exactly; run identifies it."""
     trees = (factors, optimizer.first, optimizer.second)
     tensors = {
         f"{part}/{block}/{layer}/{name}": array
@@ -66,9 +66,9 @@ def write_state(path: Path, factors: Factors, optimizer: AdamW, run: Mapping[str
 
 
 def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Factors, AdamW] | None:
-    """What `write_state` wrote, if there is such a file; RequestError if it is another run's.
+    """What `write_state` wrote, if the file exists; RequestError if it belongs to another run.
 
-    new are the factors that the run starts with. The order of what is read is theirs, so that sums are the same.
+    new are the factors that the run starts with. What is read has their order, so that sums are the same.
     """
     if not path.exists():
         return None

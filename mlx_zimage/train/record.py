@@ -24,7 +24,7 @@ class Record:
         self._file: TextIO | None = None
 
     def step(self, event: Stepped) -> None:
-        """Log a step. The first one replaces what the log has of it and of later ones, from a run that was stopped."""
+        """Log a step. The first one replaces any rows for it and later steps, left by a run that was stopped."""
         if self._file is None:
             kept = [row for row in self.rows() if row["step"] < event.step]
             text = "".join(f"{json.dumps(row)}\n" for row in kept)
@@ -36,7 +36,7 @@ class Record:
         self._file.flush()
 
     def rows(self) -> list[dict]:
-        """The steps that the log has; a line that was cut off is left out."""
+        """The steps in the log; a line that was cut off is left out."""
         found = []
         for line in self.log.read_text().splitlines() if self.log.exists() else ():
             try:

@@ -18,9 +18,9 @@ STEPS, RANK, RATE = 3000, 16, 1e-4
 class Settings:
     """objective is one of OBJECTIVES; None is the model's own.
 
-    resolution is the side in pixels of a square that no image is larger than. A step takes the mean gradient of
-    `accumulate` images, at most `clip` long; its rate rises to `rate` in the first `warm_up` steps. dropout is the
-    share of images shown with an empty caption. alpha None is the rank. extras are of `factors.EXTRAS`.
+    No image is larger than resolution x resolution pixels. A step takes the mean gradient of `accumulate` images,
+    clipped to the norm `clip`; the learning rate rises to `rate` over the first `warm_up` steps. dropout is the
+    fraction of images trained with an empty caption. alpha None is the rank. extras are from `factors.EXTRAS`.
     """
 
     steps: int = STEPS

@@ -37,13 +37,13 @@ NAMED = re.compile(r"z-image(-turbo)?-fun-controlnet", re.IGNORECASE)  # as the 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a ControlNet was trained for: some of TRAITS; None if nothing says."""
+    """What a ControlNet was trained for: a set of TRAITS; None if it is not known."""
 
     traits: frozenset[str] | None
 
     @classmethod
     def of(cls, name: str) -> Kind:
-        """The kind that a Hugging Face id or a file's name says."""
+        """The kind that the name of a file or a Hugging Face id indicates."""
         found = frozenset(trait for trait, pattern in TRAITS.items() if pattern.search(name))
         return cls(found if found or NAMED.search(name) else None)
 
@@ -80,7 +80,7 @@ class ControlNetFile:
 
     @property
     def version(self) -> str:
-        """The version of the published ones that has this architecture, such as "2.1 lite"."""
+        """The published version that has this architecture, such as "2.1 lite"."""
         config = self.component.config
         if config.control_in_dim != MASKED:
             return "1"
@@ -107,7 +107,7 @@ class ControlNetFile:
 
 
 def find_controlnet(source: str | Path) -> tuple[Path, Repository | None]:
-    """The file or folder of a ControlNet; ID:FILE names one of a repository's, of which only configs are downloaded."""
+    """The file or folder of a ControlNet; ID:FILE names one in a repository. Only configs are downloaded."""
     if not isinstance(source, (str, Path)):
         raise RequestError(f"a ControlNet must be a file, a folder or a Hugging Face id, got {type(source).__name__}")
     if str(source) == "pocket":

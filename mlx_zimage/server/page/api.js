@@ -4,7 +4,7 @@ const KEY = "mlx-zimage key"; // in sessionStorage, which ends with the tab
 const PREVIEWS = 3; // of each image
 const TURNS = 4; // streams at once: browsers open six connections to a server, and some must stay free
 
-/** What the server refuses or cannot do, in its words. `param` names the setting that it concerns, if it says so. */
+/** What the server refuses or cannot do, in its words. `param` names the setting at fault, if the server does. */
 export class ServerError extends Error {
   constructor(message, param = null) {
     super(message);
@@ -110,20 +110,20 @@ async function refusal(response) {
   return new ServerError(sentence(message ?? `the server answered ${response.status} ${response.statusText}`), param);
 }
 
-/** JSON, in which numbers with more digits than JavaScript's are exact in, such as seeds, become texts. */
+/** The value of JSON text, with seeds that have more digits than JavaScript's numbers hold as strings. */
 function parse(text) {
-  // in a text the quotation marks would follow a backslash
+  // inside a string, the quotation marks would follow a backslash
   return JSON.parse(text.replace(/("seed": ?)(\d{16,})/g, '$1"$2"'));
 }
 
-/** The options of a request with a JSON body, in which the seed, a text of digits, is a number. */
+/** The options of a request with a JSON body, in which the seed, a string of digits, becomes a number. */
 function post({ seed, ...values }) {
   const json = JSON.stringify(values);
   const body = seed ? `{"seed":${seed},${json.slice(1)}` : json;
   return { method: "POST", body, headers: { "Content-Type": "application/json" } };
 }
 
-/** The options of a request with a form: texts as they are, everything else as JSON. */
+/** The options of a request with a form: strings as they are, everything else as JSON. */
 function form(values, files) {
   const body = new FormData();
   for (const [name, value] of Object.entries(values)) {

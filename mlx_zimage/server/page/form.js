@@ -9,7 +9,7 @@ import { pixels, sizeOf, sizesOf } from "./settings.js";
 const STRENGTH = 0.6; // the server's defaults, without and with a mask
 const MASKED_STRENGTH = 1;
 
-/** Words with which the server's messages about a setting begin or that they contain, and its field. */
+/** What the server's messages about a setting begin with or contain, and the setting's field. */
 const ABOUT = [
   [/^(the )?negative prompt/i, "negative_prompt"],
   [/^(the )?prompt/i, "prompt"],
@@ -28,7 +28,7 @@ const ABOUT = [
 export class SettingsForm {
   #others = {};
 
-  /** `announce` says a sentence to screen readers. */
+  /** `announce` has screen readers read out a sentence. */
   constructor(models, loras, announce) {
     this.models = models;
     this.announce = announce;
@@ -118,7 +118,7 @@ export class SettingsForm {
     field.scrollIntoView({ block: "nearest" });
   }
 
-  /** Show a sentence above the button, which screen readers say. */
+  /** Show a sentence above the button, which screen readers read out. */
   note(sentence) {
     find("#note").textContent = `${find("#note").textContent} ${sentence}`.trim();
   }

@@ -49,14 +49,14 @@ async function generate() {
 /** Show settings in the form. */
 function use(settings, what = "The settings") {
   const missing = form.write(settings);
-  form.note([`${what} are in the form.`, ...missing].join(" "));
+  form.note([`${what} are now in the form.`, ...missing].join(" "));
   find("#prompt").focus();
 }
 
 /** Start the next images from this one. */
 async function startFrom(file) {
   await form.image.read(file);
-  announce("The image is the one to start from");
+  announce("The next images will start from this one");
   find("#start").scrollIntoView({ block: "nearest" });
   find("#strength").focus();
 }
@@ -70,7 +70,7 @@ async function load(file) {
     const { image, mask_image: mask, controls } = origin.request;
     const lacking = [image && "the image that it started from", mask && "its mask", controls?.length && "its control image"];
     const names = lacking.filter(Boolean);
-    if (names.length) form.note(`Metadata does not contain ${names.join(", or ")}: add it again.`);
+    if (names.length) form.note(`The file does not contain ${names.join(" or ")}: add it again.`);
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
     form.showError(new ServerError(error.message, "load"));
@@ -95,7 +95,7 @@ function takeDrops() {
   });
 }
 
-/** Let screen readers say a sentence. */
+/** Have screen readers read out a sentence. */
 function announce(sentence) {
   find("#announcements").textContent = sentence;
 }

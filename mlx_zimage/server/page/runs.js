@@ -1,4 +1,4 @@
-// What was generated in this visit. A run is one request: its progress, its images, and its settings to use again.
+// What was generated since the page was opened. A run is one request: its progress, its images, and its settings.
 
 import { ServerError } from "./api.js";
 import { button, element } from "./elements.js";
@@ -67,7 +67,8 @@ export class Run {
   #showProgress({ position, step, steps, estimated_seconds: seconds }) {
     if (this.slots.length === 0) this.#addSlots();
     const left = seconds === null ? "" : `, about ${duration(seconds)} left`;
-    if (position > 0) this.#say(`Waiting for ${position === 1 ? "one other" : `${position} others`}${left}`);
+    const others = position === 1 ? "one other request" : `${position} other requests`;
+    if (position > 0) this.#say(`Waiting for ${others}${left}`);
     else if (!steps) this.#say("Starting");
     else {
       const images = this.slots.length;
@@ -168,7 +169,7 @@ function fileOf({ b64_json: text, output_format: format }, name) {
   return new File([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], name, { type: `image/${format}` });
 }
 
-/** What a run was asked for, in a line. */
+/** The settings of a run, in a line. */
 function summary({ size, model, steps, image, strokes, strength, control, loras }) {
   const parts = [pixels(size), model];
   if (steps) parts.push(`${steps} steps`);

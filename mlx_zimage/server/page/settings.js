@@ -4,7 +4,7 @@
 //  image: {file, bitmap} or null, strokes (see mask.js), strength, control: {file, kind, scale} or null,
 //  loras: [{name, strength}], others: {...}}
 //
-// What may be left to the server is undefined. Seeds are texts, since they have up to 20 digits.
+// What is left to the server is undefined. Seeds are strings, since they have up to 20 digits.
 
 import { base64 } from "./api.js";
 import { maskOf } from "./mask.js";
@@ -62,7 +62,7 @@ export async function requestOf(settings) {
   return { values, files };
 }
 
-/** The settings in an image's metadata. What they lack, the image that it started from, is null. */
+/** The settings in an image's metadata. The image that it started from is null, since metadata does not contain it. */
 export function settingsFrom({ model, request }) {
   const others = Object.entries(OTHERS).filter(([name, usual]) => ![usual, undefined].includes(request[name]));
   return {

@@ -174,7 +174,7 @@ class Remote:
     def _answer(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> http.client.HTTPResponse:
-        """Whatever the server answers to a request once."""
+        """The server's answer to a request sent once, whatever it is."""
         key = os.environ.get(KEY)
         authorization = {"Authorization": f"Bearer {key}"} if key else {}
         try:

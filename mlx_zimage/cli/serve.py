@@ -106,7 +106,7 @@ class Duration(click.ParamType):
     type=Duration(),
     default="1h",
     show_default=True,
-    help="Give up a request that is not answered within this time, waiting included, or never.",
+    help="Stop a request that is not finished within this time, waiting included; 'never' sets no limit.",
 )
 @click.option(
     "--honor-client-steps",
@@ -124,9 +124,9 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve images over HTTP, to your browser and to clients of OpenAI's and AUTOMATIC1111's APIs.
 
-    Prints its address; open it in a browser for the server's page. The models stay loaded between requests, in one
-    process, and generate one image at a time. See examples/server.md for the settings of Open WebUI, SillyTavern,
-    LibreChat and the OpenAI SDK. Ctrl-C stops the server.
+    Prints its address; open it in a browser for the server's page. The model stays loaded between
+    requests, and images are generated one at a time. See examples/server.md for the settings of Open WebUI,
+    SillyTavern, LibreChat and the OpenAI SDK. Ctrl-C stops the server.
     """
     try:
         from ..server.app import listen, serve

@@ -245,7 +245,7 @@ def without_tags(prompt: object) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def with_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """A request with numbers for texts such as "512", and for 512.0, which are accepted there, too."""
+    """A request with strings such as "512", and 512.0, as whole numbers: A1111 accepts these, too."""
     for name in values.keys() & {*NUMBERS}:
         if isinstance(values[name], str):
             with suppress(ValueError):

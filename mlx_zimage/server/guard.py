@@ -214,7 +214,7 @@ class Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         last = self.cycle
         self._timer.cancel()
-        super().on_response_complete()  # goes on with the next request, if it is here already
+        super().on_response_complete()  # continues with the next request, if it has arrived already
         self._expect_head_after(last)
 
     def connection_lost(self, exc: Exception | None) -> None:

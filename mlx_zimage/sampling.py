@@ -113,8 +113,8 @@ def denoise(
         mx.eval(latents, clean)
         if not mx.isfinite(latents).all().item():
             raise NumericsError(
-                f"the latents are not finite after step {i + 1} of {steps}; no image was generated. "
-                f"Lower the strength of any LoRA, or try dtype float32; if that fails too, the weights are damaged"
+                f"the latents are not finite after step {i + 1} of {steps}; no image was generated. Lower the strength "
+                f"of any LoRA or ControlNet, or try dtype float32; if that fails too, the weights are damaged"
             )
         change = yield Step(i, steps, float(sigmas[i + 1]), latents, clean)
         if change and change.latents is not None:

@@ -83,9 +83,12 @@ def run(transformer: Transformer, case: dict[str, np.ndarray], *controls: Contro
 
 
 class AsDiffusers(Transformer):
-    """Runs ControlNets in diffusers' order: what they add in the noise refiner reaches their own layers only."""
+    """Runs ControlNets in diffusers' order: what they add in the noise refiner reaches their own layers only.
 
-    seen: list[mx.array]
+    hints has what the last run added to each layer: (1, L, dim) by the layer's number.
+    """
+
+    hints: dict[int, mx.array]
 
     def __call__(
         self,
@@ -99,7 +102,7 @@ class AsDiffusers(Transformer):
         (caption,), (control,) = captions, controls
         x, tokens = self.begin(latents)
         names, refiners = self.config.modulated, self.config.n_refiner_layers
-        self.apart = None
+        self.apart, self.hints = None, {}
         (refined,) = self.run(
             names[:refiners], [self.image_stream(x, caption, modulation, [control.tokens])], [control.refiner]
         )
@@ -113,7 +116,11 @@ class AsDiffusers(Transformer):
         own = stream.x
         if self.apart is not None:
             stream = replace(stream, x=self.apart)
-        return replace(super().apply_beside(stream, weights, i, k, chain), x=own)
+        stream = super().apply_beside(stream, weights, i, k, chain)
+        if self.apart is not None:
+            hint, scale = stream.hints[-1]
+            self.hints[chain.places[i]] = hint * scale
+        return replace(stream, x=own)
 
 
 def opened(folder: Path, seed: int, tag: str) -> ControlNetFile:

@@ -3,6 +3,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import comfyui_files
 import controls
 import mlx.core as mx
 import numpy as np
@@ -216,8 +217,21 @@ def test_a_lora_or_a_model_in_its_place_is_refused(tiny_folder, tmp_path):
     mx.save_safetensors(str(lora), {"diffusion_model.layers.0.attention.to_q.lora_A.weight": mx.zeros((4, 48))})
     with pytest.raises(CheckpointError, match=r"is a LoRA; expected a ControlNet"):
         open_controlnet(lora)
-    with pytest.raises(CheckpointError, match=r"expected a ControlNet for Z-Image"):
+    with pytest.raises(CheckpointError, match=r"is not a ControlNet; expected a ControlNet for Z-Image"):
         open_controlnet(tiny_folder / "transformer")
+    flux = tmp_path / "flux.safetensors"
+    mx.save_safetensors(str(flux), {"controlnet_x_embedder.weight": mx.zeros((4, 4))})
+    with pytest.raises(CheckpointError, match=r"is a ControlNet for another model; expected a ControlNet for Z-Image"):
+        open_controlnet(flux)
+
+
+def test_a_controlnet_in_float8_is_refused_with_what_to_do_instead(tmp_path):
+    weights = controls.weights(0, "control_lite")
+    name = "control_layers.0.after_proj.weight"
+    weights[name] = ("F8_E4M3", np.zeros(weights[name].shape, np.uint8))
+    file = comfyui_files.save(tmp_path / "control.safetensors", weights)
+    with pytest.raises(CheckpointError, match=f"{name} is F8_E4M3; download it as published, in bfloat16"):
+        open_controlnet(file)
 
 
 def test_control_latents_have_the_mask_between_the_two_images():

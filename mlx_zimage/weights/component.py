@@ -17,7 +17,7 @@ from mlx.utils import tree_unflatten
 
 from ..dtypes import STORED
 from ..errors import CheckpointError, RequestError
-from ..models import CONFIGS
+from ..models import CONFIGS, CONTROLNET
 from ..models.runner import Reading, Tree, Where
 from ..quantization import Quantization
 from ..untrusted import open_regular, parse_json, read_bytes
@@ -256,6 +256,8 @@ class Component:
     def _hint(self) -> str:
         """The likely reason why weights do not fit: a format that must be converted, or an index for other files."""
         if needs_converting(self.entries):
+            if self.name == CONTROLNET:
+                return "; download it as published, in bfloat16"
             return "; convert it first: mlx-zimage convert SOURCE DEST"
         files = {entry.file.name for entry in self.entries.values()}
         for index in visible(self.folder) if files and self.folder.is_dir() else ():

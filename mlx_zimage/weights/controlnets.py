@@ -192,8 +192,8 @@ def _open(path: Path, repository: Repository | None, layers: int) -> Component:
     own = {name: entry for name, entry in entries.items() if name.startswith("control_")}
     if not own:
         kind = foreign_kind(entries)
-        what = f"is a {kind}" if kind else "is not a ControlNet"
-        raise CheckpointError(f"{path} {what}; expected a ControlNet for Z-Image")
+        others = {"ControlNet": "is a ControlNet for another model", None: "is not a ControlNet"}
+        raise CheckpointError(f"{path} {others.get(kind, f'is a {kind}')}; expected a ControlNet for Z-Image")
     file = path / "config.json"
     try:
         given = folder and file.is_file()

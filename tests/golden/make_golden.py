@@ -77,19 +77,27 @@ def record_controls(transformer, seed: int) -> dict[str, np.ndarray]:
     """Outputs with each ControlNet: diffusers' own, and in the order of its training by tests/parity's plain torch."""
     arrays = {}
     for tag, config in controls.CONFIGS.items():
+        _, out = run_control(transformer, seed, tag)
         weights = {name: torch.from_numpy(x) for name, x in controls.weights(seed, tag).items()}
-        net = ZImageControlNetModel(**config)
-        net.load_state_dict(weights)
-        net = ZImageControlNetModel.from_transformer(net.eval(), transformer)
         case = {name: torch.from_numpy(x) for name, x in controls.inputs(seed, tag).items()}
-        x, control, time = [case["x"][:, None]], [case["control"][:, None]], torch.tensor([controls.TIME])
-        hints = net(x, time, [case["cap"]], control, conditioning_scale=controls.SCALE)
-        out = transformer(x, time, [case["cap"]], controlnet_block_samples=hints, return_dict=False)[0][0][:, 0]
         own = {name: x.float() for name, x in transformer.state_dict().items()}
         given = case["x"], case["cap"], case["control"], controls.TIME, controls.SCALE
         trained = plain_controlnet.forward(own, tiny.TRANSFORMER, weights, config, *given)
-        arrays |= {f"{tag}/out": out.numpy(), f"{tag}/trained": trained.numpy()}
+        arrays |= {f"{tag}/out": out, f"{tag}/trained": trained.numpy()}
     return arrays
+
+
+def run_control(transformer, seed: int, tag: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """What diffusers' ControlNet adds to each layer, (1, L, dim) by its number, and the output (16, h, w)."""
+    net = ZImageControlNetModel(**controls.CONFIGS[tag])
+    net.load_state_dict({name: torch.from_numpy(x) for name, x in controls.weights(seed, tag).items()})
+    net = ZImageControlNetModel.from_transformer(net.eval(), transformer)
+    case = {name: torch.from_numpy(x) for name, x in controls.inputs(seed, tag).items()}
+    x, control, time = [case["x"][:, None]], [case["control"][:, None]], torch.tensor([controls.TIME])
+    with torch.no_grad():
+        hints = net(x, time, [case["cap"]], control, conditioning_scale=controls.SCALE)
+        out = transformer(x, time, [case["cap"]], controlnet_block_samples=hints, return_dict=False)[0][0][:, 0]
+    return {place: hint.numpy() for place, hint in hints.items()}, out.numpy()
 
 
 def record_text(pipe) -> dict[str, np.ndarray]:

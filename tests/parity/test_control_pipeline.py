@@ -1,4 +1,4 @@
-"""Version 1 of the ControlNet through diffusers' own pipeline: the one version that it runs as it was trained."""
+"""ControlNets in diffusers: what each block adds and, for version 1, which it runs as it was trained, its pipeline."""
 
 import controls
 import numpy as np
@@ -28,3 +28,14 @@ def test_a_run_with_a_control_image_equals_diffusers(golden, reference, tmp_path
     ours = ZImagePipeline.from_pretrained(golden.folder, dtype="float32")
     ours.load_controlnet(controls.write(tmp_path, golden.seed, "control_v1"))
     assert relative_error(ours("a red fox", **given, seed=3).images, np.asarray(wanted)) < TOLERANCE
+
+
+@pytest.mark.parametrize("tag", list(controls.CONFIGS))
+def test_what_each_block_adds_equals_diffusers(golden, reference, tmp_path, tag):
+    wanted, _ = reference.run_control(reference.open_pipeline(golden.folder).transformer, golden.seed, tag)
+    opened, case = controls.opened(tmp_path, golden.seed, tag), controls.inputs(golden.seed, tag)
+    network = controls.network(golden.pipe, opened, kind=controls.AsDiffusers)
+    controls.run(network, case, controls.controlled(opened, case["control"]))
+    assert network.hints.keys() == wanted.keys()
+    for place, hint in network.hints.items():
+        assert relative_error(np.array(hint), wanted[place]) < TOLERANCE

@@ -91,10 +91,10 @@ def open_source(
     """Open a complete model: the source, and its missing parts from elsewhere. Reads only configs and headers.
 
     Each of source, transformer, text_encoder and vae is a model folder (diffusers', mflux's, ComfyUI's or our own), a
-    network's own folder, a safetensors or GGUF file, "pocket", or a Hugging Face id (ID:PATH for a part of one);
-    tokenizer is a model folder, an id, or the folder or file of a tokenizer. base is a diffusers folder or id that
-    provides anything still missing, including configs for single files; by default that is the official model, whose
-    configs are built in. variant selects among the source's files.
+    network's own folder, a safetensors or GGUF file, "pocket", or a Hugging Face id (ID:PATH for a part of its
+    repository); tokenizer is a model folder, an id, or the folder or file of a tokenizer. base is a diffusers folder or
+    id that provides anything still missing, including configs for single files; by default that is the official model,
+    whose configs are built in. variant selects among the source's files.
 
     Raises for everything that `open_checkpoint` would refuse in the converted model.
     """

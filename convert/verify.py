@@ -60,7 +60,7 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
     A ControlNet in a model's folder is checked with it.
 
     Every file is compared with the folder's SHA256SUMS. A folder not written by our converter has none; then only
-    headers, names, shapes and values are checked. Raises CheckpointError for what is no model at all.
+    headers, names, shapes and values are checked. Raises CheckpointError for anything that is not a model.
     """
     folder = fetch_all(folder)
     files = [folder] if folder.is_file() else [path for path in visible(folder, "**/*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""What takes too long for every change: a server under load, left by its clients, killed, and attacked.
+"""Tests that take too long to run on every change: a server under load, abandoned by its clients, killed, and attacked.
 
     python tests/served.py [load] [latency] [disconnects] [kills] [hostile]
 
@@ -125,7 +125,7 @@ def load(server: Server, clients: int = 32, requests: int = 500) -> None:
 
 
 def latency(server: Server, pairs: int = 200) -> None:
-    """What the server adds to the library in one process, in turns with it."""
+    """The time that the server adds to the library's own in one process, both measured in turns."""
     model = open_model(str(server.model))
 
     def library(seed: int) -> bytes:
@@ -153,7 +153,7 @@ def latency(server: Server, pairs: int = 200) -> None:
 
 
 def disconnects(server: Server, count: int = 200) -> None:
-    """Whenever clients go away, however they do, the queue is empty afterwards and the next image is right."""
+    """Whenever and however clients disconnect, the queue is empty afterwards and the next image is right."""
     check_serves(server)
     left = Counter[str]()
     for _ in range(count):

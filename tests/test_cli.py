@@ -455,7 +455,7 @@ def test_completion_offers_models_and_files(run, tmp_path, monkeypatch):
         assert complete(*words, "po") == ["pocket.safetensors"], "a LoRA is a file"
     assert complete("generate", "-m", str(own)[:-3]) == [str(own), str(own)], "as a folder, and as a model"
     assert complete("models", "rm", str(own)[:-3]) == [str(own)]
-    assert complete("models", "rm", "po") == [], "it is no model to remove"
+    assert complete("models", "rm", "po") == [], "it is not a model that can be removed"
 
 
 @pytest.mark.parametrize("error", [errors.ZImageError, *errors.ZImageError.__subclasses__()])

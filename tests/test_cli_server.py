@@ -222,7 +222,7 @@ def test_a_full_queue_is_waited_for_as_long_as_the_server_says(monkeypatch, tmp_
     assert ("a place was free" if full == 2 else "Error: http://") in result.stderr.splitlines()[-1]
 
 
-def test_an_address_or_a_key_that_is_none_is_an_error(run, monkeypatch):
+def test_an_invalid_address_or_key_is_an_error(run, monkeypatch):
     assert "--server takes a URL" in run(*WORDS, "--server", "http://[::1").stderr
     monkeypatch.setenv("MLX_ZIMAGE_API_KEY", "a\nb")
     result = run(*WORDS)
@@ -235,7 +235,7 @@ def test_a_missing_key_is_asked_for(run, monkeypatch):
     assert result.exit_code and "set MLX_ZIMAGE_API_KEY to the server's key" in result.stderr
 
 
-def test_a_form_has_texts_as_they_are_and_other_values_as_json():
+def test_a_form_has_strings_as_they_are_and_other_values_as_json():
     body, kind = form({"prompt": "12", "steps": 3, "stream": True}, {"image": b"\0\r\n--"})
     assert kind.partition("=")[2].encode() in body
     for part in (

@@ -1,4 +1,4 @@
-"""`mlx-zimage train`: one command from a folder of images to a LoRA, which goes on where it was killed."""
+"""`mlx-zimage train`: one command from a folder of images to a LoRA, which resumes where it was killed."""
 
 import json
 import random
@@ -65,7 +65,7 @@ def test_train_writes_a_lora_a_log_a_plot_and_previews(images, tiny_folder, tmp_
         (("--dtype", "float16"), "'float16' is not one of"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_a_line(images, tiny_folder, tmp_path, more, said):
+def test_what_cannot_be_trained_is_refused_in_one_line(images, tiny_folder, tmp_path, more, said):
     done = CliRunner().invoke(main, words(images, tiny_folder, tmp_path / "lora.safetensors", *more))
     assert done.exit_code != 0 and done.stdout == ""
     assert said in done.stderr and done.stderr.count("Error") == 1
@@ -102,10 +102,10 @@ def killed_anywhere(images: Path, model: Path, folder: Path, kills: int, seed: i
     assert found[0] == found[1]
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_file(images, tiny_folder, tmp_path):
+def test_a_run_that_is_killed_resumes_and_writes_the_same_file(images, tiny_folder, tmp_path):
     killed_anywhere(images, tiny_folder, tmp_path, kills=2, seed=0)
 
 
 @pytest.mark.long
-def test_a_run_that_is_killed_twenty_times_goes_on_to_the_same_file(images, tiny_folder, tmp_path):
+def test_a_run_that_is_killed_twenty_times_resumes_and_writes_the_same_file(images, tiny_folder, tmp_path):
     killed_anywhere(images, tiny_folder, tmp_path, kills=20, seed=1)

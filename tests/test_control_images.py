@@ -62,7 +62,7 @@ def test_a_tile_keeps_the_size_and_the_mean_but_not_the_detail(size):
         assert abs(made.mean() - noise.mean()) < 6 and made.std() < 0.5 * noise.std()
 
 
-def test_large_images_take_no_time_per_pixel_of_an_edge():
+def test_long_edges_are_found_without_a_loop_over_their_pixels():
     spiral = np.zeros((300, 300, 3), np.uint8)
     for i in range(0, 150, 8):
         spiral[i : 300 - i, i : 300 - i] = 255 * (i // 8 % 2)

@@ -132,7 +132,7 @@ def test_a_request_with_controls_survives_json_and_is_replayed(controlled):
     assert mx.array_equal(first, second)
 
 
-def test_a_request_of_another_controlnet_is_refused(controlled):
+def test_a_request_for_another_controlnet_is_refused(controlled):
     image = outline()
     use = ControlUse(digest(read_image(image)))
     with pytest.raises(RequestError, match="fingerprint ffffffffff"):
@@ -153,7 +153,7 @@ def test_a_request_of_another_controlnet_is_refused(controlled):
         ({"control_image": ("pose2", (96, 80))}, "prepare must be one of"),
     ],
 )
-def test_a_control_that_cannot_be_is_refused_before_any_weight_is_read(controlled, bytes_read, options, message):
+def test_an_impossible_control_is_refused_before_any_weight_is_read(controlled, bytes_read, options, message):
     given = {"control_image": (tiny.WIDTH, tiny.HEIGHT), **options}
     size, image = given["control_image"], None
     if isinstance(size, tuple) and isinstance(size[0], str):
@@ -315,7 +315,7 @@ def test_an_image_with_controls_is_generated_again_from_its_metadata(tiny_folder
     other = generate("--from", one, *model, *line, "--control", f"gray:{here / 'line.png'}", "-o", two, "--overwrite")
     assert other.exit_code == 0, other.output
     last = read_origin(two).request.controls[1]
-    assert (last.prepare, last.scale, last.end) == ("gray", 0.9, 1.0), "it is not one of the old image's"
+    assert (last.prepare, last.scale, last.end) == ("gray", 0.9, 1.0), "the old image has none of this kind"
 
 
 def test_an_inpainted_image_keeps_the_scale_at_which_its_controlnet_saw_what_is_kept(tiny_folder, here, tmp_path):
@@ -383,7 +383,7 @@ def test_options_that_cannot_work_are_refused_before_any_weight_is_read(
     assert not any(bytes_read[name] for name in ("transformer", "text_encoder", "vae"))
 
 
-def test_a_controlnet_that_does_not_suit_the_model_or_the_steps_is_warned_of(tiny_folder, here, tmp_path):
+def test_a_controlnet_that_does_not_suit_the_model_or_the_steps_gives_a_warning(tiny_folder, here, tmp_path):
     run = "a fox", "--model", tiny_folder, "--control-model", here / "control_v21", "--control", here / "line.png"
     for kind, steps, message in (
         ("plain", 2, "was not trained for as few as 2 steps"),

@@ -102,7 +102,7 @@ def test_people_are_found_in_any_aspect_ratio_and_once_each(files):
         assert np.allclose(box, np.array(BOX) * max(width, height), atol=0.01)
 
 
-def test_far_and_unsure_people_are_told_apart(tmp_path):
+def test_people_far_apart_are_found_and_unlikely_ones_dropped(tmp_path):
     finder = network(
         constant(tmp_path / "x.onnx", out=cells((0, 0, 90, 200, 0.5), (300, 0, 400, 99, 0.9), (0, 400, 9, 420, 0.2)))
     )
@@ -201,7 +201,7 @@ def test_lines_are_straight_edges_and_not_texture():
 
 @pytest.fixture
 def there(files, tmp_path, monkeypatch):
-    """A hub that has the networks, and a cache that has not."""
+    """A hub that has the networks, and a cache that does not."""
     from huggingface_hub import constants
 
     folder, _ = files

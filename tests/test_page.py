@@ -16,7 +16,7 @@ FILES = sorted(static.FOLDER.iterdir())
 
 @pytest.fixture
 def open_page(server):
-    """open_page(path) sends what a browser sends that opens an address, without a key."""
+    """open_page(path) sends what a browser sends when it opens an address, without a key."""
 
     def open_page(path: str = "/", **headers: str):
         given = {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate", "Authorization": "", **headers}

@@ -100,7 +100,7 @@ def generate(page, prompt: str = PROMPT, **fields: str):
 
 
 def generate_many(page):
-    """A run that takes much longer than to look at it."""
+    """A run that takes long enough to be looked at."""
     page.get_by_label("Size", exact=True).select_option("custom")
     return generate(page, Images="10", Width="256", Height="256")
 

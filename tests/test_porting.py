@@ -266,7 +266,7 @@ def test_a_call_shows_a_bar_in_a_terminal_or_notebook_and_only_there(pipe, monke
 
     assert "4/4" in shown(Terminal())
     assert shown(io.StringIO()) == ""
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # whose stderr is no terminal
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # whose stderr is not a terminal
     assert "4/4" in shown(io.StringIO())
     monkeypatch.setattr(pipe, "_bar_options", {})
     pipe.set_progress_bar_config(disable=True)

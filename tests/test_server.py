@@ -273,7 +273,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(server):
     assert answer.status == 400 and "81.0 megapixels" in answer.json["error"]["message"]
 
 
-def test_a_head_that_does_not_end_is_given_up(server):
+def test_a_head_that_does_not_end_times_out(server):
     """Slow loris: the connection is closed although bytes keep arriving."""
     host, port = server.host.split(":")
     with socket.create_connection((host, int(port))) as client:
@@ -285,7 +285,7 @@ def test_a_head_that_does_not_end_is_given_up(server):
                 time.sleep(0.2)
 
 
-def test_a_request_that_follows_another_at_once_is_not_taken_for_a_head_that_does_not_end():
+def test_a_request_right_after_another_does_not_time_out():
     """HTTP pipelining: it runs already when the wait for the next head would begin."""
     ran = []
 
@@ -355,7 +355,7 @@ def test_what_cannot_fit_is_refused_at_once_while_another_request_runs(server):
     running.close()
 
 
-def test_a_client_that_goes_away_is_not_generated_for(server):
+def test_nothing_is_generated_for_a_client_that_disconnects(server):
     """Neither the one that runs, which stops within a step, nor the one that waits."""
     logged = server.log.read_text().count("10 images")
     running = server.begin(GENERATE, SLOW)
@@ -398,7 +398,7 @@ def test_progress_is_streamed_with_the_position_and_the_time_that_is_left(server
     assert all(event["estimated_seconds"] >= 0 for event in events[:-1])
 
 
-def test_a_killed_worker_is_an_answer_for_everyone_and_is_replaced(server):
+def test_when_the_worker_is_killed_everyone_is_answered_and_it_is_replaced(server):
     before = server.worker
     waiting = [server.begin(GENERATE, {**SLOW, "stream": i == 1}) for i in range(3)]
     server.until(lambda health: health["running"] and health["waiting"] == 2)
@@ -424,7 +424,7 @@ def test_no_path_of_this_machine_and_no_prompt_leaves_the_server(server, small_p
     assert PROMPT not in server.log.read_text()
 
 
-def test_models_that_cannot_be_opened_again_are_an_answer_without_their_path(small_pocket, tmp_path):
+def test_the_answer_about_models_that_cannot_be_opened_again_omits_their_path(small_pocket, tmp_path):
     moved = shutil.copytree(small_pocket, tmp_path / "model")
 
     async def test(queue: Queue) -> None:
@@ -529,7 +529,7 @@ def test_an_idle_model_is_unloaded_and_comes_back(small_pocket):
     run(test, options=Options({"pocket": str(small_pocket)}, idle_s=0.2))
 
 
-def test_two_models_take_turns_in_memory_and_a_late_job_is_given_up(small_pocket):
+def test_two_models_take_turns_in_memory_and_a_late_job_is_stopped(small_pocket):
     async def test(queue: Queue) -> None:
         for name in ("pocket", "other", "pocket"):
             await finished(queue, Job(0, name, dict(job().fields), (1,)))
@@ -563,7 +563,7 @@ def test_a_cancelled_job_that_does_not_stop_is_ended_with_its_worker(small_pocke
 # ---- parts
 
 
-def test_a_body_that_stops_arriving_is_given_up(monkeypatch):
+def test_a_body_that_stops_arriving_times_out(monkeypatch):
     async def never() -> None:
         await asyncio.sleep(60)
 
@@ -616,7 +616,7 @@ def opened_worker(small_pocket, lora_dir: Path) -> tuple[worker.Worker, list]:
 
 
 def test_a_request_that_does_not_fit_is_refused_before_it_is_queued(small_pocket, tmp_path):
-    """With all that it asks for: what just fits no longer does with a LoRA, a control image, or more of it."""
+    """All that it asks for counts: what fits does not with a LoRA, a control image, a larger size or more steps."""
     write_lora(tmp_path / "style.safetensors")
     made, sent = opened_worker(small_pocket, tmp_path)
     pipeline = made.models["pocket"].pipeline
@@ -762,7 +762,7 @@ def test_loras_are_the_visible_files_of_the_folder_alone(tmp_path):
     assert lora_files(tmp_path) == {"a": tmp_path / "a.safetensors"} and lora_files(None) == {}
 
 
-def test_a_controlnet_that_needs_more_steps_is_given_them():
+def test_a_controlnet_that_needs_more_steps_gets_them():
     model = Model("m", "turbo", 8, 1024, False, 0.0, "", "union", 20)
     for steps, kept in ((50, 20), (20, 20), (12, 12)):
         values = {"steps": steps}

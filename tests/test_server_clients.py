@@ -72,7 +72,7 @@ def test_several_images_have_consecutive_seeds(sdk):
     assert alone.data[0].b64_json == answer.data[1].b64_json
 
 
-def test_an_image_by_url_is_fetched_without_a_key_under_a_name_that_cannot_be_guessed(sdk, server):
+def test_an_image_is_fetched_by_url_without_a_key_under_a_name_that_cannot_be_guessed(sdk, server):
     answer = sdk.images.generate(prompt=PROMPT, response_format="url", size="auto", extra_body={"steps": 1})
     url = answer.data[0].url
     assert url.startswith(f"{server.url}/v1/images/results/") and len(url.rpartition("/")[2]) > 40
@@ -180,7 +180,7 @@ def test_a_mask_without_transparent_parts_is_refused(sdk, openai):
         ),
     ],
 )
-def test_what_is_wrong_is_an_error_of_the_sdk_that_says_so(sdk, openai, options, error, message):
+def test_what_is_wrong_raises_an_error_of_the_sdk_that_says_so(sdk, openai, options, error, message):
     with pytest.raises(getattr(openai, error)) as caught:
         sdk.images.generate(**{"prompt": PROMPT, **options})
     assert message in caught.value.body["message"]
@@ -516,7 +516,7 @@ def test_a1111s_mask_is_white_where_the_image_changes_unless_inverted(server):
         assert (pixels[:, kept] == 255).all() and (pixels < 200).any()
 
 
-def test_a1111_takes_texts_and_fractions_of_zero_for_numbers(server):
+def test_a1111_takes_strings_and_whole_floats_as_numbers(server):
     plain = {"width": 32, "height": 32, "steps": 2, "cfg_scale": 1, "seed": 3, "batch_size": 2, "n_iter": 1}
     others = ({name: str(value) for name, value in plain.items()}, {name: float(x) for name, x in plain.items()})
     made = [server.post("/sdapi/v1/txt2img", {"prompt": PROMPT, **values}) for values in (plain, *others)]
@@ -547,7 +547,7 @@ def test_what_is_refused_is_logged_without_the_prompt(server):
         ("nothing", {}, 404, "Not Found"),
     ],
 )
-def test_what_is_wrong_has_a1111s_shape(server, path, values, status, message):
+def test_errors_have_a1111s_format(server, path, values, status, message):
     answer = server.post(f"/sdapi/v1/{path}", values)
     assert answer.status == status and message in answer.json["detail"]
     assert answer.json.keys() == {"error", "detail", "body", "errors"}

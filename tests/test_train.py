@@ -1,4 +1,4 @@
-"""Training teaches a LoRA what it is shown, and a run that was stopped ends as if it had not been."""
+"""Training teaches a LoRA what it is shown, and an interrupted run ends with the same file as an uninterrupted one."""
 
 import itertools
 import json
@@ -116,14 +116,14 @@ def test_an_adapter_takes_part_in_training_and_not_in_previews(pipe, images, tmp
     with pytest.raises(ModelNotFoundError, match="or leave the adapter out"):
         events("other.safetensors", adapter=tmp_path / "none.safetensors")
     assert np.array_equal(previews[0], previews[1])
-    with pytest.raises(RequestError, match="another adapter"):
+    with pytest.raises(RequestError, match="a different adapter"):
         events("with.safetensors")
     plain = pipe(prompt="a fox", width=64, height=64, seed=0, output_type="np").images[0]
     assert np.array_equal(np.round(plain * 255).astype(np.uint8), previews[0][0])
 
 
 def test_steps_reduce_the_loss(pipe, images, tmp_path):
-    """The tiny model is random, so all that it can learn is to say less."""
+    """The tiny model is random, so all that it can learn is to output less."""
     events = run(pipe, images, tmp_path / "lora.safetensors", steps=40, rank=16, rate=0.03, objective="uniform")
     losses = [event.loss for event in events if isinstance(event, Stepped)]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])

@@ -1,4 +1,4 @@
-"""A data set is read whole, and refused whole, before anything is computed."""
+"""A dataset is read whole, and refused whole, before anything is computed."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def refused(folder, **options) -> str:
     return str(caught.value)
 
 
-def test_images_are_read_with_the_captions_of_their_names(tmp_path):
+def test_images_are_read_with_the_captions_in_files_of_the_same_name(tmp_path):
     write(tmp_path, "b.png", caption="a dog\n")
     write(tmp_path, "a.jpg", caption="a cat of 猫")
     (tmp_path / "notes.md").write_text("not an image")
@@ -47,7 +47,7 @@ def test_metadata_jsonl_gives_captions_and_repeats(tmp_path):
     "size, resolution, expected",
     [((64, 48), 512, (64, 48)), ((70, 50), 512, (64, 48)), ((128, 128), 64, (64, 64)), ((200, 50), 64, (128, 32))],
 )
-def test_images_are_reduced_to_multiples_of_16_and_never_enlarged(tmp_path, size, resolution, expected):
+def test_images_are_scaled_down_to_multiples_of_16_and_never_enlarged(tmp_path, size, resolution, expected):
     for name in ("a.png", "b.png"):
         write(tmp_path, name, size=size)
     assert {(e.width, e.height) for e in read_dataset(tmp_path, resolution)} == {expected}

@@ -90,7 +90,7 @@ def test_weights_streamed_from_disk_give_the_same_gradients(tiny_folder):
         assert mx.array_equal(gradient, other), name
 
 
-def test_a_file_laid_over_the_model_takes_part_and_gets_no_gradient(tiny_folder):
+def test_an_adapter_takes_part_and_gets_no_gradient(tiny_folder):
     """As training adapters do. Its difference may as well be in the weights."""
     component, given, factors = open_checkpoint(tiny_folder).transformer, case(), random_factors()
     config, name = component.config, "layers.1.attention.to_q.weight"

@@ -81,7 +81,7 @@ def controls_given(
     end: float | None,
     old: Origin | None,
 ) -> list[dict]:
-    """The controls that the options describe, for a request. The same ones as of an old image keep its settings."""
+    """The controls that the options describe, for a request. Those that an old image also has keep its settings."""
     if len(scales) > 1 and len(scales) != len(files):
         raise RequestError(
             f"--control-scale must be given once, or once for each --control ({len(files)} in all), got {len(scales)}"
@@ -95,8 +95,8 @@ def controls_given(
 
 
 def _use(given: Given, text: str, waiting: list[ControlUse]) -> dict:
-    """The control that one `--control` describes. It takes the place of the first one waiting that has its image, and
-    its kind if it names one."""
+    """The control that one `--control` describes. It takes the place of the first of those waiting with the same image
+    and, if it names a kind, the same kind."""
     kind, _, file = text.partition(":")
     is_kind = bool(file) and kind in CONTROLS
     if text == INPAINT and not os.path.exists(text):

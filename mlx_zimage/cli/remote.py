@@ -181,7 +181,11 @@ class Remote:
             connection = self._connect()
             connection.request(method, path, body, {"Connection": "close", **authorization, **headers})
             return connection.getresponse()
-        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a key that is not a header's
+        except (
+            OSError,
+            ValueError,
+            http.client.HTTPException,
+        ) as error:  # ValueError: a key that no header may contain
             raise ZImageError(f"no server answers at {self.url} ({error}); `mlx-zimage serve` starts one") from error
 
 
@@ -232,7 +236,7 @@ def control_of(controls: Sequence[ControlUse], inputs: Inputs) -> list[dict[str,
 
 
 def form(values: Mapping[str, Any], files: Mapping[str, bytes]) -> tuple[bytes, str]:
-    """A multipart body and its content type. Texts are sent as they are, everything else as JSON."""
+    """A multipart body and its content type. Strings are sent as they are, everything else as JSON."""
     boundary = secrets.token_hex(16)
     parts = [
         (f'name="{name}"', value.encode() if isinstance(value, str) else json.dumps(value).encode())

@@ -1,6 +1,6 @@
 """Control images made from a photo with NumPy and Pillow: edges, grey, a scribble, or the image made soft.
 
-They look as those that ControlNet Union was trained on: white lines on black, except for "gray" and "tile".
+They look like those that ControlNet Union was trained on: white lines on black, except for "gray" and "tile".
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def scribble(pixels: np.ndarray) -> np.ndarray:
 
 
 def tile(pixels: np.ndarray) -> np.ndarray:
-    """The image without its details, which a tile ControlNet makes anew."""
+    """The image without its details; a tile ControlNet adds new ones."""
     height, width = pixels.shape[:2]
     small = max(1, width // SOFT), max(1, height // SOFT)
     reduced = Image.fromarray(pixels).resize(small, Image.Resampling.BOX)

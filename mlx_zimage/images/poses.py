@@ -54,7 +54,7 @@ def pose(pixels: np.ndarray, finder: Network, estimator: Network) -> np.ndarray 
 
 
 def people(image: Image.Image, finder: Network) -> np.ndarray:
-    """The boxes around people (n, 4): left, top, right, bottom; the surest first."""
+    """The boxes around people (n, 4): left, top, right, bottom; the most confident first."""
     ratio = FINDER / max(image.size)
     seen = Image.new("RGB", (FINDER, FINDER), (GREY, GREY, GREY))
     seen.paste(
@@ -82,7 +82,7 @@ def _grid() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _apart(boxes: np.ndarray, scores: np.ndarray) -> list[int]:
-    """The numbers of the boxes that no surer one overlaps, the surest first."""
+    """The indices of the boxes that no more confident one overlaps, the most confident first."""
     kept: list[int] = []
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     for i in np.argsort(-scores, kind="stable"):

@@ -168,7 +168,7 @@ class Rows:
 
     @classmethod
     def of(cls, x: mx.array, height: int | None = None, first: int = 0) -> Rows:
-        """x, or what it is of a tensor with more rows."""
+        """x, which may be some rows of a larger tensor."""
         height, end = height or x.shape[1], first + x.shape[1]
         return cls(height, lambda a, b: x[:, a - first : b - first], lambda a: None, first, end)
 
@@ -180,7 +180,7 @@ class Rows:
         return replace(self, first=max(first, self.first), end=min(end, self.end))
 
     def all(self) -> mx.array:
-        """All rows that there are."""
+        """All available rows."""
         return self.get(self.first, self.end)
 
 

@@ -249,7 +249,7 @@ def declared_network(path: Path) -> tuple[str, dict]:
 
 
 def comfyui_tree(path: Path, repository: Repository | None = None) -> dict[str, list[Path]]:
-    """The files in ComfyUI's models folder by the network that they are for; empty if it is no such folder."""
+    """The files in ComfyUI's models folder by the network that they are for; empty if it is not such a folder."""
     for root in (path / root for root in COMFYUI_ROOTS):
         if any(_has_weights(root / folder, repository) for folder in COMFYUI_FOLDERS["transformer"]):
             return {

@@ -53,10 +53,10 @@ CLASSES = {
     "test_a_link_in_an_images_place_is_not_followed": "links to other files",
     "test_a_link_out_of_the_source_is_refused": "links to other files",
     "test_a_snapshot_of_the_hub_may_link_to_its_blobs_and_nowhere_else": "links to other files",
-    "test_a_damaged_note_of_our_own_is_as_none": "poisoned caches",
+    "test_a_damaged_note_of_our_own_is_ignored": "poisoned caches",
     "test_a_cached_revision_is_one_of_its_snapshots": "poisoned caches",
     "test_a_full_disk_ends_with_exit_code_6": "limits, signals, descriptors",
-    "test_a_reader_that_has_gone_is_no_traceback": "limits, signals, descriptors",
+    "test_a_reader_that_has_gone_causes_no_traceback": "limits, signals, descriptors",
     "test_a_second_interrupt_ends_at_once": "limits, signals, descriptors",
     "test_a_malicious_tokenizer_ends_in_exit_code_4": "malicious tokenizers",
 }

@@ -219,7 +219,7 @@ def test_a_special_file_in_a_partial_folder_starts_it_over(tmp_path, special, na
 @pytest.mark.parametrize(
     "content", ["[" * 10**5, '{"a": ' + "9" * 5000 + "}", "\0", None], ids=["deep", "digits", "NUL", "FIFO"]
 )
-def test_a_damaged_note_of_our_own_is_as_none(tmp_path, monkeypatch, name, content):
+def test_a_damaged_note_of_our_own_is_ignored(tmp_path, monkeypatch, name, content):
     monkeypatch.setenv("MLX_ZIMAGE_HOME", str(tmp_path))
     os.mkfifo(tmp_path / name) if content is None else (tmp_path / name).write_text(content)
     assert library._registered() == [] and machine._rates() == {}
@@ -268,6 +268,6 @@ def test_weights_of_another_kind_of_file_are_refused(folder):
 
 @pytest.mark.parametrize("command", ["info", "plan", "verify"])
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", f"{'a' * 300}/b"], ids=["long", "NUL", "long folder"])
-def test_a_name_that_the_system_does_not_take_is_no_model(command, name):
+def test_a_name_that_the_system_does_not_take_is_not_a_model(command, name):
     result = run(command, name)
     assert result.exit_code == 3 and len(result.output) < 1000, result.output

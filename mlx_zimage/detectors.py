@@ -74,15 +74,18 @@ MODELS = {
 }  # fmt: skip
 
 
+def is_installed(kind: str) -> bool:
+    """Whether the library that this kind of control image needs is installed; most kinds need none."""
+    return kind not in LIBRARIES or find_spec(LIBRARIES[kind][0]) is not None
+
+
 def check_library(kind: str | None) -> None:
     """RequestError if this kind of control image needs a library that is not installed."""
-    if kind in LIBRARIES:
-        module, name = LIBRARIES[kind]
-        if find_spec(module) is None:
-            raise RequestError(
-                f"finding {kind} in a photo needs {name}: pip install 'mlx-zimage[control]', or give a control image "
-                f"that is ready to use"
-            )
+    if kind is not None and not is_installed(kind):
+        raise RequestError(
+            f"finding {kind} in a photo needs {LIBRARIES[kind][1]}: pip install 'mlx-zimage[control]', or give a "
+            f"control image that is ready to use"
+        )
 
 
 def is_downloaded(kind: str | None) -> bool:

@@ -33,6 +33,7 @@ from mlx_zimage.cli import main
 from mlx_zimage.errors import CheckpointError, MemoryBudgetError
 from mlx_zimage.generate import open_model
 from mlx_zimage.models.text_encoder import TextEncoder
+from mlx_zimage.request import CONTROLS
 from mlx_zimage.server import guard, queue, results, worker
 from mlx_zimage.server.app import is_answered, listen
 from mlx_zimage.server.controls import units_of
@@ -685,6 +686,16 @@ def test_a_request_downloads_nothing(small_pocket, tmp_path, monkeypatch):
             (folder / file.name).touch()
         made.check(controlled)
         assert isinstance(sent[-1], Accepted)
+
+
+def test_kinds_of_control_images_whose_library_is_not_installed_are_not_listed(small_pocket, tmp_path, monkeypatch):
+    made, _ = opened_worker(small_pocket, tmp_path)
+    model = made.models["pocket"]
+    assert worker.described("pocket", model).control_kinds == ()
+    model.pipeline.load_controlnet("pocket")
+    for missing, kinds in (("none", CONTROLS), ("cv2", set(CONTROLS) - {"lines"}), ("onnxruntime", CONTROLS[:5])):
+        monkeypatch.setattr(detectors, "find_spec", lambda name, missing=missing: name != missing or None)
+        assert set(worker.described("pocket", model).control_kinds) == set(kinds)
 
 
 def test_unloading_a_model_unloads_its_loras(small_pocket, tmp_path):

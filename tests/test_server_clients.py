@@ -18,6 +18,7 @@ from serving import KEY, PROMPT, form, opened, png
 
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.images.metadata import origin_in, read_origin
+from mlx_zimage.request import CONTROLS
 from mlx_zimage.server.errors import Refusal
 from mlx_zimage.server.openai import values_of
 
@@ -50,7 +51,8 @@ def same(image: Image.Image, expected: Image.Image) -> bool:
 
 def test_the_sdk_lists_the_models(sdk):
     assert [model.id for model in sdk.models.list()] == ["pocket"]
-    assert sdk.models.retrieve("pocket").object == "model"
+    model = sdk.models.retrieve("pocket")
+    assert model.object == "model" and model.control == {"kinds": [*CONTROLS], "scale": 1}
 
 
 def test_an_image_is_the_one_that_the_library_generates(sdk, alone, tmp_path):
@@ -267,9 +269,7 @@ def test_a1111s_controlnet_extension_is_followed_too(server, followed):
     assert answer.status == 200, answer.body
     expected = followed(PHOTO, "canny", controlnet_conditioning_scale=0.5)
     assert same(opened(answer.json["images"][0]), expected)
-    assert server.get("/controlnet/module_list") == {
-        "module_list": ["none", "canny", "gray", "scribble", "tile", "lines", "pose", "depth"]
-    }
+    assert server.get("/controlnet/module_list") == {"module_list": ["none", *CONTROLS]}
     assert server.get("/controlnet/model_list") == {"model_list": ["pocket"]}
     for wrong, message in (
         (off | {"enabled": True}, "has no image"),

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from ..errors import RequestError
 from ..images.metadata import origin_in, parameters
-from ..request import CONTROLS, LORA_TAG
+from ..request import LORA_TAG
 from ..untrusted import brief, parse_json
 from ..version import __version__
 from .controls import check_controls, units_of
@@ -59,7 +59,7 @@ class A1111:
         self.routes = [Route(f"/sdapi/v1/{name}", self.answering(list)) for name, list in lists.items()]
         self.routes += [
             Route("/controlnet/model_list", self.answering(lambda: {"model_list": self.controlnets()})),
-            Route("/controlnet/module_list", self.answering(lambda: {"module_list": ["none", *CONTROLS]})),
+            Route("/controlnet/module_list", self.answering(lambda: {"module_list": ["none", *self.modules()]})),
         ]
         for name, endpoint in (
             ("options", self.set_options),
@@ -98,6 +98,9 @@ class A1111:
 
     def controlnets(self) -> list[str]:
         return sorted({model.controlnet for model in self.service.queue.models if model.controlnet})
+
+    def modules(self) -> list[str]:
+        return list(dict.fromkeys(kind for model in self.service.queue.models for kind in model.control_kinds))
 
     def options(self) -> dict[str, Any]:
         return {

@@ -61,7 +61,8 @@ class Cancel:
 class Model:
     """An open model: its name, defaults and capabilities.
 
-    controlnet is the name of its ControlNet, if it has one, and control_steps are its default steps with that.
+    controlnet is the name of its ControlNet, if it has one. With that, control_steps are its default steps,
+    control_scale is the default scale, and control_kinds are the kinds of control images that can be made from a photo.
     """
 
     name: str
@@ -73,6 +74,8 @@ class Model:
     fingerprint: str
     controlnet: str | None = None
     control_steps: int | None = None
+    control_scale: float | None = None
+    control_kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

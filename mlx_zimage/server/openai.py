@@ -216,8 +216,9 @@ class Events(StreamingResponse):
 
 def described(model: Model) -> dict[str, Any]:
     """A model in a list, with the defaults of a request, and whether it takes guidance and control images."""
-    own = {"size": model.size, "steps": model.steps, "guidance": model.guidance}
-    own |= {"takes_guidance": model.takes_guidance, "control": model.controlnet is not None}
+    control = {"kinds": model.control_kinds, "scale": model.control_scale} if model.controlnet else None
+    own: dict[str, Any] = {"size": model.size, "steps": model.steps, "guidance": model.guidance}
+    own |= {"takes_guidance": model.takes_guidance, "control": control}
     return {"id": model.name, "object": "model", "created": 0, "owned_by": "mlx-zimage", **own}
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from ..detectors import is_downloaded
+from ..detectors import is_downloaded, is_installed
 from ..errors import CheckpointError, DeviceError, ModelNotFoundError, RequestError, ZImageError
 from ..generate import Finished, OpenModel, events, open_model
 from ..images.codec import encode, enlarge
@@ -35,7 +35,7 @@ from ..images.metadata import parameters
 from ..images.preview import colours_of, sketch
 from ..images.source import digest, read_image
 from ..inputs import Inputs
-from ..request import LATENT_PIXELS, SIZE_MULTIPLE, GenerateRequest
+from ..request import CONTROLS, LATENT_PIXELS, SIZE_MULTIPLE, GenerateRequest
 from ..sampling import Step
 from ..weights.manifest import sha256
 from .loras import lora_files
@@ -269,8 +269,11 @@ class Worker:
 def described(name: str, model: OpenModel) -> Model:
     variant, net = model.pipeline.variant, model.pipeline.controlnet
     own = variant.steps, model.pipeline.sample_size, variant.takes_guidance, variant.guidance_scale
-    control = () if net is None else (net.name, (not variant.takes_guidance and net.steps) or variant.steps)
-    return Model(name, variant.name, *own, model.fingerprint, *control)
+    if net is None:
+        return Model(name, variant.name, *own, model.fingerprint)
+    steps = (not variant.takes_guidance and net.steps) or variant.steps
+    kinds = tuple(filter(is_installed, CONTROLS))
+    return Model(name, variant.name, *own, model.fingerprint, net.name, steps, net.scale, kinds)
 
 
 def check_downloaded(request: GenerateRequest) -> None:

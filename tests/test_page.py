@@ -9,6 +9,7 @@ import pytest
 from serving import serving
 
 from mlx_zimage.server import static
+from mlx_zimage.server.guard import MAX_BODY
 
 MOST = 150_000  # bytes of the whole page
 FILES = sorted(static.FOLDER.iterdir())
@@ -57,6 +58,11 @@ def test_no_file_names_another_host_or_has_inline_code(file):
 
 def test_the_page_weighs_less_than_150_kb():
     assert sum(file.stat().st_size for file in FILES) < MOST
+
+
+def test_the_page_knows_how_much_the_server_accepts():
+    factors = re.search(r"LARGEST = (\d+) \* 2 \*\* (\d+);", (static.FOLDER / "api.js").read_text())
+    assert int(factors[1]) * 2 ** int(factors[2]) == MAX_BODY
 
 
 def test_a_link_on_another_page_opens_the_page_and_nothing_else(open_page):

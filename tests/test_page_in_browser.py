@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from serving import KEY, Server, serving
 from test_cli_lora import write as write_lora
 
 from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.request import CONTROLS
+from mlx_zimage.server.guard import MAX_BODY
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[browser]' for tests in a browser")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -51,8 +54,11 @@ def origin(small_pocket, tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("page")
     (folder / "loras").mkdir()
     write_lora(folder / "loras/style.safetensors")
-    with serving("--model", small_pocket, "--lora-dir", folder / "loras", log=folder / "log", key=None) as server:
-        yield server
+    options = ("--model", small_pocket, "--lora-dir", folder / "loras", "--control-model", "pocket")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(folder / "hub"))  # without the networks that find poses
+        with serving(*options, log=folder / "log", key=None) as server:
+            yield server
 
 
 @pytest.fixture
@@ -119,9 +125,21 @@ def downloaded(page, run, tmp_path, name: str = "Download this image") -> Path:
     return file
 
 
-def photo(tmp_path) -> Path:
-    Image.new("RGB", (64, 64), "white").save(tmp_path / "photo.png")
+def photo(tmp_path, size: tuple[int, int] = (64, 64)) -> Path:
+    Image.new("RGB", size, "white").save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
+
+
+def drag(page, canvas, *places: tuple[float, float]) -> None:
+    """Drag the pointer across a canvas: places are fractions of its width and height."""
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    across = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in places]
+    page.mouse.move(*across[0])
+    page.mouse.down()
+    for place in across[1:]:
+        page.mouse.move(*place, steps=5)
+    page.mouse.up()
 
 
 def check_accessible(page) -> None:
@@ -165,8 +183,10 @@ def test_waiting_and_running_requests_show_where_they_are_and_can_be_cancelled(p
     first = page.locator(".run").last
     expect(second.locator(".status")).to_contain_text("Waiting for one other")
     expect(first.locator(".status")).to_have_text(re.compile(r"Image \d+ of 10, step \d of 8"))
+    check_accessible(page)
     second.get_by_role("button", name="Cancel").click()
     expect(second.locator(".status")).to_have_text("Cancelled")
+    origin.until(lambda health: health["running"] and not health["waiting"])
     first.get_by_role("button", name="Cancel").click()
     expect(first.locator(".status")).to_contain_text("Cancelled")
     origin.until(lambda health: not health["running"] and not health["waiting"])
@@ -213,15 +233,8 @@ def test_an_image_is_started_from_and_a_painted_mask_keeps_the_rest(page, tmp_pa
     run = finished(generate(page, Seed="1"))
     assert read_origin(downloaded(page, run, tmp_path)).request.strength == 0.6
     page.get_by_role("button", name="Paint a mask").click()
-    canvas = page.locator("#painting")
-    canvas.scroll_into_view_if_needed()
     page.get_by_label("Brush size").fill("40")
-    box = canvas.bounding_box()
-    across = [(box["x"] + part * box["width"], box["y"] + box["height"] / 2) for part in (0.3, 0.7)]
-    page.mouse.move(*across[0])
-    page.mouse.down()
-    page.mouse.move(*across[1], steps=5)
-    page.mouse.up()
+    drag(page, page.locator("#painting"), (0.3, 0.5), (0.7, 0.5))
     run = finished(generate(page))
     file = downloaded(page, run, tmp_path)
     assert read_origin(file).request.mask_image and read_origin(file).request.strength == 1
@@ -232,6 +245,31 @@ def test_an_image_is_started_from_and_a_painted_mask_keeps_the_rest(page, tmp_pa
         expect(page.get_by_role("button", name=button)).to_be_enabled()
     page.get_by_role("button", name="Undo").click()
     expect(page.get_by_role("button", name="Clear the mask")).to_be_disabled()
+
+
+def test_a_mask_is_painted_where_the_pointer_is_on_a_tall_image_too(page, tmp_path):
+    page.locator("#start input[type=file]").set_input_files(photo(tmp_path, (64, 192)))
+    page.get_by_role("button", name="Paint a mask").click()
+    canvas = page.locator("#painting")
+    drag(page, canvas, (0.1, 0.2), (0.3, 0.2))
+    box = canvas.bounding_box()
+    assert box["height"] / box["width"] == pytest.approx(3, rel=0.02), "the image fills the canvas"
+    greens = """(canvas, places) => places.map(([x, y]) => canvas.getContext("2d").getImageData(
+        Math.round(x * canvas.width), Math.round(y * canvas.height), 1, 1).data[1])"""
+    painted, left, below = canvas.evaluate(greens, [(0.2, 0.2), (0.8, 0.2), (0.2, 0.4)])
+    assert painted < 200 and left == below == 255
+
+
+def test_an_image_larger_than_the_server_accepts_is_not_sent(page, tmp_path):
+    side = int((MAX_BODY / 3) ** 0.5) + 16
+    Image.new("RGB", (side, side)).save(tmp_path / "large.bmp")
+    page.locator("#start input[type=file]").set_input_files(tmp_path / "large.bmp")
+    expect(page.locator("#painting")).to_be_visible()
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator('[data-field="image"] > .error')).to_contain_text("but the server accepts 32 MiB")
+    page.get_by_label("Load settings from an image").set_input_files(tmp_path / "large.bmp")
+    expect(page.locator('[data-field="load"] > .error')).to_contain_text("but the server accepts 32 MiB")
 
 
 def test_a_variation_starts_from_one_of_the_images(page, tmp_path):
@@ -276,7 +314,86 @@ def test_an_image_that_is_dropped_brings_its_settings_and_in_the_field_it_is_sta
     expect(page.locator("#painting")).to_be_visible()
 
 
+# ---- what some models and servers have
+
+
+def test_a_control_image_gives_the_size_and_what_is_made_of_it_is_followed(page, tmp_path):
+    house = Image.new("RGB", (150, 100), "white")
+    ImageDraw.Draw(house).rectangle((30, 20, 110, 80), fill="black")
+    house.save(tmp_path / "house.png")
+    page.locator("#control input[type=file]").set_input_files(tmp_path / "house.png")
+    expect(page.get_by_label("Size", exact=True)).to_have_value("80x48")
+    kinds = page.get_by_label("Follow").locator("option")
+    assert [kind.get_attribute("value") for kind in kinds.all()] == [*CONTROLS, ""]
+    expect(page.get_by_label("Scale")).to_have_attribute("placeholder", "1")
+    check_accessible(page)
+    page.get_by_label("Scale").fill("0.5")
+    made = []
+    for kind in ("canny", "lines", ""):
+        page.get_by_label("Follow").select_option(kind)
+        made.append(finished(generate(page, Steps="1", Seed="1")))
+        (use,) = read_origin(downloaded(page, made[-1], tmp_path)).request.controls
+        assert (use.prepare, use.scale) == (kind or None, 0.5)
+    expect(page.locator(".run .hint")).to_have_text([re.compile(r"image$"), re.compile("lines"), re.compile("canny")])
+    page.get_by_label("Follow").select_option("pose")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator('[data-field="control"] > .error')).to_contain_text("has not downloaded what finds pose")
+    page.get_by_role("button", name="Remove the control image").click()
+    page.locator(".run").nth(1).get_by_role("button", name="Use these settings").click()
+    expect(page.get_by_label("Follow")).to_have_value("lines")
+    expect(page.get_by_label("Scale")).to_have_value("0.5")
+    expect(page.locator("#control canvas")).to_be_visible()
+
+
+def test_kinds_of_control_images_whose_library_is_not_installed_are_not_offered(
+    visit, small_pocket, tmp_path, monkeypatch
+):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules |= {'cv2': None, 'onnxruntime': None}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = ("--model", small_pocket, "--control-model", "pocket")
+    with serving(*options, log=tmp_path / "log", key=None) as server:
+        page = visit(server)
+        page.locator("#control input[type=file]").set_input_files(photo(tmp_path))
+        expect(page.get_by_label("Follow").locator("option")).to_have_count(5)
+        offered = [kind.get_attribute("value") for kind in page.get_by_label("Follow").locator("option").all()]
+        assert offered == ["canny", "gray", "scribble", "tile", ""]
+
+
+def test_negative_prompts_and_guidance_are_for_models_that_take_them(visit, small_pocket, tmp_path):
+    base = shutil.copytree(small_pocket, tmp_path / "base")
+    config = base / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 6.0}))
+    with serving("--model", base, "--model", small_pocket, log=tmp_path / "log", key=None) as server:
+        page = visit(server)
+        expect(page.get_by_label("Model")).to_have_value("base")
+        expect(page.get_by_label("Guidance")).to_have_attribute("placeholder", "4")
+        expect(page.locator("#control")).to_be_hidden()
+        check_accessible(page)
+        run = finished(generate(page, Seed="1", Steps="2", Guidance="2.5", **{"Negative prompt": "green"}))
+        file = downloaded(page, run, tmp_path)
+        request = read_origin(file).request
+        assert (request.guidance_scale, request.negative_prompt) == (2.5, "green")
+        page.get_by_label("Model").select_option("pocket")
+        for label in ("Guidance", "Negative prompt"):
+            expect(page.get_by_label(label)).to_be_hidden()
+        request = read_origin(downloaded(page, finished(generate(page, Seed="2")), tmp_path)).request
+        assert (request.guidance_scale, request.negative_prompt) == (0, "")
+        page.get_by_label("Load settings from an image").set_input_files(file)
+        expect(page.get_by_label("Model")).to_have_value("base")
+        expect(page.get_by_label("Guidance")).to_have_value("2.5")
+        expect(page.get_by_label("Negative prompt")).to_have_value("green")
+
+
 # ---- for everyone
+
+
+def test_the_button_and_a_whole_image_with_a_long_prompt_fit_in_a_small_window(visit, origin):
+    page = visit(origin, viewport={"width": 1280, "height": 720})
+    expect(page.get_by_label("Model")).to_have_value("pocket")
+    expect(page.get_by_role("button", name="Generate")).to_be_in_viewport(ratio=1)
+    run = finished(generate(page, f"{PROMPT}, " * 30, Steps="1"))
+    expect(run.locator("img")).to_be_in_viewport(ratio=1)
+    expect(run.get_by_role("link", name="Download this image")).to_be_in_viewport(ratio=1)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -287,8 +404,10 @@ def test_axe_finds_no_serious_fault_and_nothing_is_cut_off(visit, origin, tmp_pa
     check_accessible(page)
     page.get_by_label("Add a LoRA").select_option("style")
     page.locator("#start input[type=file]").set_input_files(photo(tmp_path))
+    page.locator("#control input[type=file]").set_input_files(photo(tmp_path))
     page.get_by_role("button", name="Paint a mask").click()
     page.locator("#painting").click()
+    check_accessible(page)
     finished(generate(page, Images="2", Steps="1"))
     page.get_by_label("Images", exact=True).fill("11")
     page.get_by_role("button", name="Generate").click()

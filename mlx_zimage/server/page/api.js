@@ -1,5 +1,6 @@
 // The server's API: JSON, and images while they form. Asks for the API key if the server needs one.
 
+const LARGEST = 32 * 2 ** 20; // bytes of a request, which the server refuses if there are more
 const KEY = "mlx-zimage key"; // in sessionStorage, which ends with the tab
 const PREVIEWS = 3; // of each image
 const TURNS = 4; // streams at once: browsers open six connections to a server, and some must stay free
@@ -33,16 +34,17 @@ export class Server {
 
   /** How an image file was generated: its settings and its model; ServerError if it is not one of ours. */
   async origin(file) {
-    return (await this.#json("sdapi/v1/png-info", post({ image: await base64(file) }))).origin;
+    return (await this.#json("sdapi/v1/png-info", checked(post({ image: await base64(file) })))).origin;
   }
 
   /** Generate what `values` (see settings.js) describe: the events of the answer, until `signal` is aborted. */
   async *generate(values, files, signal) {
+    signal.throwIfAborted();
     await this.#turn(signal);
     try {
       const all = { ...values, stream: true, progress: true, partial_images: PREVIEWS };
       const [path, options] = files.image ? ["v1/images/edits", form(all, files)] : ["v1/images/generations", post(all)];
-      const response = await this.#request(path, { ...options, signal });
+      const response = await this.#request(path, { ...checked(options, files.image ? "image" : "control"), signal });
       const adjusted = response.headers.get("X-MLX-ZImage-Adjusted");
       if (adjusted) yield { type: "adjusted", changes: adjusted };
       yield* events(response);
@@ -131,6 +133,15 @@ function form(values, files) {
   }
   for (const [name, file] of Object.entries(files)) body.append(name, file);
   return { method: "POST", body };
+}
+
+/** The options of a request, unless its images are larger than the server accepts: ServerError about `param`. */
+function checked(options, param) {
+  const parts = typeof options.body === "string" ? [options.body] : [...options.body.values()];
+  const bytes = parts.reduce((sum, part) => sum + (part.size ?? part.length), 0);
+  if (bytes <= LARGEST) return options;
+  const [sent, most] = [bytes, LARGEST].map((size) => `${Math.ceil(size / 2 ** 20)} MiB`);
+  throw new ServerError(`This takes ${sent} to send, but the server accepts ${most}; choose a smaller file.`, param);
 }
 
 /** A file's content in base64. */

@@ -4,8 +4,18 @@ import { ServerError } from "./api.js";
 import { button, element, find } from "./elements.js";
 import { ImageField, LoraList, number } from "./fields.js";
 import { Painter, showOn } from "./mask.js";
-import { pixels, sizeOf, sizesOf } from "./settings.js";
+import { pixels, sizeLike, sizesOf } from "./settings.js";
 
+/** The kinds of control images that a server makes from a photo. */
+const KINDS = {
+  canny: "its edges (canny)",
+  scribble: "its coarse edges (scribble)",
+  gray: "its light and shade (gray)",
+  tile: "its colours and shapes (tile)",
+  lines: "its straight lines",
+  pose: "the poses of people",
+  depth: "its depth",
+};
 const STRENGTH = 0.6; // the server's defaults, without and with a mask
 const MASKED_STRENGTH = 1;
 
@@ -34,7 +44,7 @@ export class SettingsForm {
     this.announce = announce;
     this.form = find("#settings");
     this.image = new ImageField(find("#start"), (image) => this.#showImage(image));
-    this.control = new ImageField(find("#control"), (image) => image && showOn(find("#control canvas"), image.bitmap));
+    this.control = new ImageField(find("#control"), (image) => this.#showControlImage(image));
     this.painter = new Painter(find("#painting"));
     this.loras = new LoraList(find("#loras"), loras, announce);
     find("#model").replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
@@ -81,6 +91,7 @@ export class SettingsForm {
     this.clearErrors();
     if (this.models.some(({ id }) => id === settings.model)) find("#model").value = settings.model;
     else missing.push(`The model ${settings.model} is not on this server.`);
+    this.#showModel();
     find("#prompt").value = settings.prompt;
     find("#negative_prompt").value = settings.negative_prompt ?? "";
     for (const name of ["n", "seed", "steps", "guidance"]) find(`#${name}`).value = settings[name] ?? "";
@@ -94,7 +105,6 @@ export class SettingsForm {
     this.#setStrength(settings.strength ?? STRENGTH);
     missing.push(...this.loras.write(settings.loras).map((name) => `The LoRA ${name} is not on this server.`));
     this.#showOthers(settings.others);
-    this.#showModel();
     this.#showSize(settings.size);
     return missing;
   }
@@ -144,22 +154,28 @@ export class SettingsForm {
     find("#steps").placeholder = String(model.steps);
     find("#guidance").placeholder = String(model.guidance);
     for (const field of document.querySelectorAll('[data-for="guidance"]')) field.hidden = !model.takes_guidance;
-    for (const field of document.querySelectorAll('[data-for="control"]')) field.hidden = !model.control;
+    this.#showControl();
     this.#showSizes();
+  }
+
+  #showControl() {
+    const { control } = this.model;
+    find("#control").hidden = !control;
+    if (!control) return;
+    find("#scale").placeholder = String(control.scale);
+    const kinds = [...control.kinds.map((kind) => [kind, KINDS[kind] ?? kind]), ["", "the image as it is"]];
+    replaceOptions(find("#kind"), kinds);
   }
 
   /** The sizes to choose from, with the selected one as before if it is still there. */
   #showSizes() {
     const sizes = sizesOf(this.model).map(([ratio, size]) => [size, `${ratio} – ${pixels(size)}`]);
-    const { bitmap } = this.image.chosen ?? {};
-    if (bitmap) {
-      const size = sizeOf(bitmap.width, bitmap.height, this.model.size);
+    const image = this.image.chosen ?? this.control.chosen;
+    if (image) {
+      const size = sizeLike(image.bitmap, this.model.size);
       sizes.unshift([size, `like the image – ${pixels(size)}`]);
     }
-    const before = find("#size").value;
-    const options = [...sizes, ["custom", "other"]];
-    find("#size").replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
-    if (options.some(([value]) => value === before)) find("#size").value = before;
+    replaceOptions(find("#size"), [...sizes, ["custom", "custom"]]);
     this.#showCustomSize();
   }
 
@@ -202,7 +218,17 @@ export class SettingsForm {
     this.#setPainting(false);
     if (image) this.painter.show(image.bitmap, strokes);
     this.#showSizes();
-    if (image) find("#size").selectedIndex = 0;
+    if (image) this.#useSizeOfImage();
+  }
+
+  #showControlImage(image) {
+    if (image) showOn(find("#control canvas"), image.bitmap);
+    this.#showSizes();
+    if (image && !this.image.chosen) this.#useSizeOfImage();
+  }
+
+  #useSizeOfImage() {
+    find("#size").selectedIndex = 0;
     this.#showCustomSize();
   }
 
@@ -258,6 +284,13 @@ export class SettingsForm {
     });
     find("#others ul").replaceChildren(...rows);
   }
+}
+
+/** Replace the options of a menu, [value, text] each; the selected one stays so if it is still there. */
+function replaceOptions(menu, options) {
+  const before = menu.value;
+  menu.replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
+  if (options.some(([value]) => value === before)) menu.value = before;
 }
 
 function without(values, name) {

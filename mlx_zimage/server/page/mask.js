@@ -2,22 +2,28 @@
 //
 // A stroke is {radius, points: [[x, y], ...]} in pixels of the image. Strokes are never changed once they are done.
 
-const SHOWN = 1024; // pixels of a canvas, along its longer side, at most
+import { ServerError } from "./api.js";
+
+const SHOWN = 1024; // pixels of a canvas along its longer side
 const COLOUR = "#ff3d7f";
 const OPACITY = 0.55;
 
-/** A mask as OpenAI's API has it: a PNG of the image's size, transparent where strokes are. */
+/** A mask as OpenAI's API has it: a PNG of the image's size, transparent where strokes are. ServerError if that fails. */
 export function maskOf(strokes, width, height) {
   const { canvas, context } = canvasOf(width, height);
   context.fillRect(0, 0, width, height);
   context.globalCompositeOperation = "destination-out";
   strokes.forEach((stroke) => paint(context, stroke));
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  return new Promise((resolve, reject) => {
+    const size = `${width} × ${height} pixels`; // too many for a canvas of some browsers
+    const refuse = () => reject(new ServerError(`The mask of ${size} is too large for this browser; use a smaller image.`, "mask"));
+    canvas.toBlob((mask) => (mask ? resolve(mask) : refuse()), "image/png");
+  });
 }
 
-/** Show an image on a canvas, which takes its proportions. */
+/** Show an image on a canvas, which takes its proportions; CSS makes it smaller. */
 export function showOn(canvas, bitmap) {
-  const scale = Math.min(1, SHOWN / Math.max(bitmap.width, bitmap.height));
+  const scale = SHOWN / Math.max(bitmap.width, bitmap.height);
   canvas.width = Math.round(bitmap.width * scale);
   canvas.height = Math.round(bitmap.height * scale);
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
@@ -153,8 +159,9 @@ export class Painter extends EventTarget {
   #drawCursor(context, scale) {
     context.beginPath();
     context.arc(this.#cursor[0] * scale, this.#cursor[1] * scale, this.#radius * scale, 0, 2 * Math.PI);
-    for (const [colour, lineWidth] of [["#000", 4], ["#fff", 2]]) {
-      Object.assign(context, { strokeStyle: colour, lineWidth });
+    const pixel = this.canvas.width / this.canvas.getBoundingClientRect().width; // of the screen
+    for (const [colour, width] of [["#000", 4], ["#fff", 2]]) {
+      Object.assign(context, { strokeStyle: colour, lineWidth: width * pixel });
       context.stroke();
     }
   }

@@ -22,7 +22,7 @@ async function start() {
     generate();
   });
   find("#prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.repeat) generate();
   });
   find("#load").addEventListener("change", ({ target }) => {
     if (target.files[0]) load(target.files[0]);

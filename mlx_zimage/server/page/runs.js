@@ -22,10 +22,12 @@ export class Run {
     this.remove.hidden = true;
     this.slots = []; // until the server has accepted the request
     this.images = element("div", { className: "images" });
+    const [width, height] = settings.size.split("x");
+    this.images.style.setProperty("--ratio", width / height);
     this.card = element(
       "article",
       { className: "run" },
-      element("h3", {}, settings.prompt),
+      element("h3", { title: settings.prompt }, settings.prompt),
       element("p", { className: "hint" }, summary(settings)),
       this.progress,
       element("div", { className: "row" }, this.status, this.cancel, this.reuse, this.remove),
@@ -133,7 +135,6 @@ class Slot {
     this.settings = settings;
     this.image = element("img", { alt: "", hidden: true });
     this.frame = element("div", { className: "frame" }, this.image);
-    this.frame.style.aspectRatio = settings.size.replace("x", " / ");
     this.figure = element("figure", {}, this.frame);
   }
 
@@ -146,7 +147,6 @@ class Slot {
     this.#show(file, "", this.settings.prompt);
     const { src: href } = this.image;
     const open = element("a", { href, target: "_blank", className: "frame", ariaLabel: `Open ${which}` }, this.image);
-    open.style.aspectRatio = this.frame.style.aspectRatio;
     this.frame.replaceWith(open);
     const download = element("a", { href, download: file.name, className: "button", ariaLabel: `Download ${which}` }, "Download");
     const buttons = element("div", { className: "row" }, download, start(file), ...(use ? [use()] : []));
@@ -170,11 +170,12 @@ function fileOf({ b64_json: text, output_format: format }, name) {
 }
 
 /** The settings of a run, in a line. */
-function summary({ size, model, steps, image, strokes, strength, control, loras }) {
+function summary({ size, model, steps, guidance, image, strokes, strength, control, loras }) {
   const parts = [pixels(size), model];
-  if (steps) parts.push(`${steps} steps`);
+  if (steps) parts.push(`${steps} step${steps === 1 ? "" : "s"}`);
+  if (guidance !== undefined) parts.push(`guidance ${guidance}`);
   if (image) parts.push(`from an image${strokes.length ? " with a mask" : ""}, strength ${strength}`);
-  if (control) parts.push("with a control image");
+  if (control) parts.push(`with a control image${control.kind && ` (${control.kind})`}`);
   for (const lora of loras) parts.push(`${lora.name} ${lora.strength}`);
   return parts.join(" · ");
 }

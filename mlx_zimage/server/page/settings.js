@@ -30,9 +30,20 @@ export const FORMATS = { png: "png", jpeg: "jpg", webp: "webp" }; // and the suf
 const RATIOS = ["1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16"];
 
 /** Width and height with an aspect ratio and about side x side pixels, as `generate --size 3:2` computes them. */
-export function sizeOf(width, height, side) {
-  const rounded = (ratio) => Math.max(1, Math.round((side * Math.sqrt(ratio)) / 16)) * 16;
-  return `${rounded(width / height)}x${rounded(height / width)}`;
+function sizeOf(width, height, side) {
+  return `${multiple(side * Math.sqrt(width / height))}x${multiple(side * Math.sqrt(height / width))}`;
+}
+
+/** The same for an image, of which cropping then takes at most 8 pixels of one side. */
+export function sizeLike({ width, height }, side) {
+  const ratio = Math.max(width, height) / Math.min(width, height);
+  const shorter = multiple(side / Math.sqrt(ratio));
+  const longer = multiple(shorter * ratio);
+  return width < height ? `${shorter}x${longer}` : `${longer}x${shorter}`;
+}
+
+function multiple(pixels) {
+  return Math.max(1, Math.round(pixels / 16)) * 16;
 }
 
 /** A size as it is shown: 1024 × 1024. */

@@ -151,6 +151,15 @@ def test_no_kernel_is_predicted_to_take_a_second_and_no_tensor_exceeds_a_buffer(
     assert plan.buffer <= planner.max_buffer
 
 
+@pytest.mark.parametrize("tile", [1024, 0], ids=["in tiles", "whole"])
+@pytest.mark.parametrize("bits", MODELS.values(), ids=MODELS)
+def test_a_mac_of_16_gb_has_room_to_enlarge_an_image_to_4096x4096(bits, tile, tmp_path, monkeypatch):
+    stand_in(monkeypatch, MACS["16 GB M2"], tmp_path)
+    planner = Planner(full_size(bits), getattr(mx, machine.default_dtype()))
+    plan = planner.plan(Workload(4096, 4096, 1, 512, 8, from_image=True, tile=tile), machine.machine_budget())
+    assert plan.buffer <= planner.max_buffer and plan.flops <= machine.KERNEL_S * machine.product_rate()
+
+
 def test_a_refusal_names_the_buffer_and_the_size_that_fits(tmp_path, monkeypatch):
     stand_in(monkeypatch, MACS["GitHub's runner"], tmp_path)
     planner = Planner(full_size(4), mx.float32)

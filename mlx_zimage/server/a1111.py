@@ -183,7 +183,8 @@ class A1111:
         overrides = values.get("override_settings")
         overrides = overrides if isinstance(overrides, dict) else {}
         model = self.service.model(overrides.get("sd_model_checkpoint") or self.chosen)
-        controls = await run_in_threadpool(units_of, values.get("alwayson_scripts"), image)
+        scripts = values.get("alwayson_scripts")
+        controls = await run_in_threadpool(units_of, scripts, image) if scripts else ([], ())
         check_controls(controls, model)
         headers = self.service.adjust(values, model, "cfg_scale", 1.0, bool(controls[0]))
         fields = fields_of(values, image is not None, mask is not None) | {"controls": controls[0]}

@@ -96,7 +96,7 @@ class OpenAI:
         named = values.get("model")
         known = isinstance(named, str) and OPENAI_MODELS.fullmatch(named)
         model = self.service.model(None if known else named)
-        controls = await run_in_threadpool(controls_of, values.get("control", []))
+        controls = await run_in_threadpool(controls_of, values["control"]) if "control" in values else ([], ())
         check_controls(controls, model)
         if "guidance" in values:
             values["guidance_scale"] = values["guidance"]

@@ -194,7 +194,7 @@ class Group:
     def leading(self, work: Mapping[str, np.ndarray]) -> Iterator[None]:
         """On rank 0: within the block, the others follow this work; when the block ends, they stop."""
         if self._broken:
-            raise GroupError("the group has lost a rank; restart all of them")
+            raise GroupError("the group has lost a rank; start the whole group again")
         self.send(work)
         try:
             yield
@@ -294,7 +294,7 @@ class Group:
             if deadline is not None and time.monotonic() > deadline:
                 message = (
                     f"Error: rank {self.rank} waited too long for the other machines: one of them has stalled, or is "
-                    f"much slower. Restart all of them\n"
+                    f"much slower. Start the whole group again\n"
                 )
                 os.write(2, message.encode())
                 os._exit(GroupError.exit_code)  # MLX cannot be interrupted while it waits

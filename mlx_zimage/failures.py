@@ -49,7 +49,7 @@ FAILURES: tuple[tuple[str, type[ZImageError], str], ...] = (
     (
         r"^\[(ring|jaccl|nccl)\]|ncclResult|NCCL",
         GroupError,
-        "the connection to another machine was lost: see what it printed, and restart all of them",
+        "the connection to another machine was lost: see what it printed, then start the whole group again",
     ),
     (r"InnocentVictim", DeviceError, "the GPU failed because of another program, and this work was lost: try again"),
     (

@@ -45,8 +45,8 @@ def control_options(command: Any) -> Any:
         click.option(
             "--control", "control_files", metavar="[KIND:]FILE", multiple=True,
             help="Follow this control image: edges, a pose, a depth map or whatever else the ControlNet was trained "
-            f"on. KIND: makes one from a photo first: {', '.join(CONTROLS)}. With --mask, '{INPAINT}' instead of a "
-            "file shows the ControlNet only what is kept.  [repeatable]",
+            f"on. KIND ({', '.join(CONTROLS)}) makes it from a photo first. With --mask, '{INPAINT}' in place of FILE "
+            "shows the ControlNet only what is kept.  [repeatable]",
         ),
         click.option(
             "--control-model", metavar="PATH", type=LoraName(),
@@ -55,7 +55,7 @@ def control_options(command: Any) -> Any:
         ),
         click.option(
             "--control-scale", "control_scales", type=float, multiple=True, metavar="SCALE",
-            help="How closely to follow: one SCALE for all control images, or one for each.  [default: the "
+            help="How closely to follow the control images: one SCALE for all, or one for each.  [default: the "
             "ControlNet's own, 0.75 to 1]",
         ),
         click.option(

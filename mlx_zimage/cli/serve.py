@@ -62,8 +62,8 @@ class Duration(click.ParamType):
     "[default: none; pocket has its own]",
 )
 @control_kind_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Any address other than "
-              "127.0.0.1, which only this machine can reach, needs an API key or --no-api-key.")  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. One that other "
+              "machines can reach needs an API key or --no-api-key.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="Port; 0 for any.")
 @click.option(
     "--api-key-file",
@@ -97,8 +97,7 @@ class Duration(click.ParamType):
     type=Duration(),
     default="10m",
     show_default=True,
-    help="Unload the models after this long without a request, or never if TIME is 'never'; the next request loads "
-    "them again.",
+    help="Unload the model after this long without a request; 'never' keeps it. The next request loads it again.",
 )
 @click.option(
     "--deadline",

@@ -374,6 +374,20 @@ def test_a_gguf_file_can_be_converted(tmp_path):
     assert open_checkpoint(convert(dit, tmp_path / "out", bits=4, base="pocket"))
 
 
+def test_comfyuis_models_folder_may_have_gguf_files(tmp_path):
+    for folder in ("unet", "clip"):
+        (tmp_path / "models" / folder).mkdir(parents=True)
+    dit = save_gguf(tmp_path / "models/unet/z-image.gguf", comfy_transformer(pocket("transformer")), "Q8_0")
+    qwen = tmp_path / "models/clip/qwen.gguf"
+    save_gguf(qwen, llama_text_encoder(pocket("text_encoder")), "Q8_0", "qwen3")
+    source = open_source(tmp_path, base="pocket")
+    assert {dit, qwen} < set(source.weights)
+    assert_same(source, "transformer", STEPS["Q8_0"])
+    assert_same(source, "text_encoder", STEPS["Q8_0"])
+    with pytest.raises(CheckpointError, match=r"z-image\.gguf is GGUF; convert it first: mlx-zimage convert"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("number", gguf.KINDS)
 def test_blocks_are_decoded_as_in_the_gguf_package(number):
     package = pytest.importorskip("gguf")

@@ -249,18 +249,24 @@ def declared_network(path: Path) -> tuple[str, dict]:
 
 
 def comfyui_tree(path: Path, repository: Repository | None = None) -> dict[str, list[Path]]:
-    """The files in ComfyUI's models folder by the network that they are for; empty if it is not such a folder."""
+    """The files in ComfyUI's models folder by the network that they are for; empty if it is not such a folder.
+
+    GGUF files, which the converter reads, are only among those on this machine.
+    """
+    suffixes = (".safetensors",) if repository else (".safetensors", ".gguf")
     for root in (path / root for root in COMFYUI_ROOTS):
-        if any(_has_weights(root / folder, repository) for folder in COMFYUI_FOLDERS["transformer"]):
-            return {
-                name: [
-                    root / folder / file
-                    for folder in folders
-                    for file in (names_in(root / folder, repository) if _is_folder(root / folder, repository) else ())
-                    if file.endswith(".safetensors")
-                ]
-                for name, folders in COMFYUI_FOLDERS.items()
-            }
+        found = {
+            name: [
+                root / folder / file
+                for folder in folders
+                if _is_folder(root / folder, repository)
+                for file in names_in(root / folder, repository)
+                if file.lower().endswith(suffixes)
+            ]
+            for name, folders in COMFYUI_FOLDERS.items()
+        }
+        if found["transformer"]:
+            return found
     return {}
 
 

@@ -1,15 +1,19 @@
 """The server as its clients use it: the openai SDK itself, and the requests of Open WebUI, SillyTavern and LibreChat.
 
 The requests are those that each client's source builds, with its field names, headers and encodings; read in November
-2026: Open WebUI's routers/images.py, SillyTavern's endpoints/stable-diffusion.js and its extension, LibreChat's tools
-OpenAIImageTools.js and StableDiffusion.js.
+2026: Open WebUI's routers/images.py, SillyTavern's endpoints/stable-diffusion.js and its extension, and LibreChat's
+OpenAIImageTools.js and StableDiffusion.js in api/app/clients/tools/structured.
 """
 
 import base64
 import json
+import re
+import shutil
+import subprocess
 import urllib.error
 import urllib.request
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -482,7 +486,7 @@ def test_librechat_parses_the_info_of_an_image(server):
 
 
 def test_librechat_generates_with_openais_tool(sdk):
-    """It always names gpt-image-1 and sends no response_format."""
+    """It names gpt-image-1, unless IMAGE_GEN_OAI_MODEL is set, and sends no response_format."""
     answer = sdk.images.generate(
         model="gpt-image-1", prompt=PROMPT, n=1, background="auto", output_format="webp", output_compression=100,
         quality="auto", size="auto",
@@ -498,6 +502,20 @@ def test_librechat_edits_with_openais_tool(server):
     body, content_type = form(fields, 2 * [("image[]", png(Image.new("RGB", (48, 64), "white")))])
     refused = server.request("POST", "/v1/images/edits", body, {"Content-Type": content_type})
     assert refused.status == 400 and "expected one image" in refused.json["error"]["message"]
+
+
+# ---- curl
+
+
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("jq")), reason="curl or jq is not installed")
+def test_the_pages_commands_for_curl_make_images(server, tmp_path):
+    page = (Path(__file__).parents[1] / "examples/server.md").read_text()
+    (commands,) = re.findall(r"```text\n(curl \S+/v1/images/generations .*?)```", page, re.DOTALL)
+    commands = commands.replace("http://127.0.0.1:8796", server.url).replace("1024x1024", "64x48")
+    with_key = f'curl() {{ command curl -sS -H "Authorization: Bearer {KEY}" "$@"; }}\n'
+    subprocess.run(["sh", "-eu", "-c", with_key + commands], cwd=tmp_path, check=True)
+    assert [Image.open(tmp_path / name).size for name in ("lighthouse.png", "night.png")] == 2 * [(64, 48)]
+    assert [read_origin(tmp_path / name).request.strength for name in ("lighthouse.png", "night.png")] == [None, 0.7]
 
 
 # ---- image to image in A1111's API

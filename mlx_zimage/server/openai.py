@@ -36,7 +36,7 @@ from .service import Service, accepted, flag, images_of, json_object, log_images
 log = logging.getLogger(__name__)
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
-OPENAI_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[a-z0-9.-]{1,40}")  # LibreChat always sends one
+OPENAI_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[a-z0-9.-]{1,40}")  # LibreChat sends one by default
 EXTENSIONS = (
     *("width", "height", "steps", "guidance_scale", "negative_prompt", "strength", "loras", "shift", "sigmas", "rng"),
     *("cfg_normalization", "cfg_truncation", "max_sequence_length", "sample_posterior"),

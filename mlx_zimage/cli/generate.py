@@ -680,7 +680,7 @@ def _check_battery(limit: int | None) -> None:
 
 
 def _check_combined(old: Origin, path: Path | None, base: dict) -> None:
-    """Refuse to combine the way in which an old image was made from another one with a second way."""
+    """Refuse --mask, --outpaint or --upscale for an old image that was made with another of them."""
     ways = {"mask_image": "--mask", "outpaint": "--outpaint", "upscale": "--upscale"}
     old_ways = [option for name, option in ways.items() if getattr(old.request, name) is not None]
     new_ways = [option for name, option in ways.items() if base.get(name) is not None and option not in old_ways]

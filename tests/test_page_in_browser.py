@@ -267,9 +267,9 @@ def test_an_image_larger_than_the_server_accepts_is_not_sent(page, tmp_path):
     expect(page.locator("#painting")).to_be_visible()
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator('[data-field="image"] > .error')).to_contain_text("but the server accepts 32 MiB")
+    expect(page.locator('[data-field="image"] > .error')).to_contain_text("but the server accepts at most 32 MiB")
     page.get_by_label("Load settings from an image").set_input_files(tmp_path / "large.bmp")
-    expect(page.locator('[data-field="load"] > .error')).to_contain_text("but the server accepts 32 MiB")
+    expect(page.locator('[data-field="load"] > .error')).to_contain_text("but the server accepts at most 32 MiB")
 
 
 def test_a_variation_starts_from_one_of_the_images(page, tmp_path):

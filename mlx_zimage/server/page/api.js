@@ -1,6 +1,6 @@
 // The server's API: JSON, and images while they form. Asks for the API key if the server needs one.
 
-const LARGEST = 32 * 2 ** 20; // bytes of a request, which the server refuses if there are more
+const LARGEST = 32 * 2 ** 20; // bytes of a request; the server refuses larger ones
 const KEY = "mlx-zimage key"; // in sessionStorage, which ends with the tab
 const PREVIEWS = 3; // of each image
 const TURNS = 4; // streams at once: browsers open six connections to a server, and some must stay free
@@ -141,7 +141,7 @@ function checked(options, param) {
   const bytes = parts.reduce((sum, part) => sum + (part.size ?? part.length), 0);
   if (bytes <= LARGEST) return options;
   const [sent, most] = [bytes, LARGEST].map((size) => `${Math.ceil(size / 2 ** 20)} MiB`);
-  throw new ServerError(`This takes ${sent} to send, but the server accepts ${most}; choose a smaller file.`, param);
+  throw new ServerError(`This takes ${sent} to send, but the server accepts at most ${most}; choose a smaller file.`, param);
 }
 
 /** A file's content in base64. */

@@ -14,12 +14,16 @@ from unittest.mock import create_autospec
 
 # An M5 multiplies float32 in TF32 otherwise, which keeps 11 bits; MLX reads this when it is imported.
 os.environ["MLX_ENABLE_TF32"] = "0"
+# Two files are tested at a time, and the threads of OpenBLAS in one would wait for those in the other. Set here for the
+# processes that pytest starts: in this one the library has been loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import huggingface_hub
 import mlx.core as mx
 import pytest
 import tiny
 from hub import Hub, User
+from lanes import slow
 from safetensors.numpy import load_file
 from serving import serving
 from tiny import Golden
@@ -67,7 +71,7 @@ def signals_reach_children():
         signal.signal(number, signal.SIG_IGN)
 
 
-@pytest.fixture(scope="session", params=[0, 7], ids=["seed0", "seed7"])
+@pytest.fixture(scope="session", params=[0, slow(7)], ids=["seed0", "seed7"])
 def golden(request, tmp_path_factory) -> Golden:
     folder = tmp_path_factory.mktemp("golden")
     return Golden(request.param, folder, load_file(tiny.GOLDEN / f"seed{request.param}.safetensors"))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from lanes import slow
 
 from mlx_zimage import MemoryBudgetError, RequestError, ZImageError, bench, pipeline, variants
 from mlx_zimage.convert import convert
@@ -31,7 +32,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(bench.SIZES, "tiny", TINY)
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [slow(None), 4])
 def test_a_report_has_every_phase_and_the_matmul_rate(tiny, bits):
     case = bench.Case(width=64, height=48, steps=2, caption_tokens=7, dtype="float32", bits=bits)
     report = bench.bench(size="tiny", case=case, repeat=1)
@@ -50,14 +51,10 @@ def test_a_checkpoint_can_be_timed_too(light_pocket):
 @pytest.mark.parametrize(
     ("bits", "expected"),
     [
-        ({"bits": 8}, "8-bit affine in float32"),
-        pytest.param({"bits": 8, "text_encoder_bits": 16}, "8-bit affine in float32", marks=pytest.mark.slow),
+        slow({"bits": 8}, "8-bit affine in float32"),
+        slow({"bits": 8, "text_encoder_bits": 16}, "8-bit affine in float32"),
         ({"bits": 4, "transformer_bits": 8}, "8-bit affine in float32"),  # the transformer has more layers
-        pytest.param(
-            {"bits": 4, "text_encoder_bits": 4, "transformer_bits": 16},
-            "4-bit affine in float32",
-            marks=pytest.mark.slow,
-        ),
+        slow({"bits": 4, "text_encoder_bits": 4, "transformer_bits": 16}, "4-bit affine in float32"),
         ({}, "pocket, float32"),
     ],
     ids=["all", "transformer", "two", "text encoder", "none"],
@@ -102,8 +99,8 @@ def test_a_size_that_does_not_fit_is_refused_before_anything_is_read(monkeypatch
 @pytest.mark.parametrize(
     "budget",
     [
-        pytest.param(None, id="kept"),
-        pytest.param(12, id="streamed", marks=pytest.mark.slow),
+        slow(None, id="kept"),
+        slow(12, id="streamed"),
         pytest.param(20, id="some streamed"),
     ],
 )

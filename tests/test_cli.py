@@ -17,6 +17,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from lanes import slow
 from PIL import Image
 
 from mlx_zimage import cli, errors
@@ -293,7 +294,9 @@ def test_bench_refuses_a_report_path_it_cannot_write(run, file, code, message, m
     assert result.exit_code == code and message in result.stderr
 
 
-@pytest.mark.parametrize("options", [["--recipe", "mixed", "--q-bits", "4"], ["--target-size", "9MB", "--search"]])
+@pytest.mark.parametrize(
+    "options", [["--recipe", "mixed", "--q-bits", "4"], slow(["--target-size", "9MB", "--search"])]
+)
 def test_convert_chooses_bits_per_layer(run, whole_pocket, options):
     assert run("convert", "pocket", "chosen", *options).stdout == "chosen\n"
     assert len(set(re.findall(r"(\d)-bit affine", run("info", "chosen").stdout))) > 1

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from lanes import slow
 from PIL import Image
 
 from mlx_zimage import cli
@@ -247,7 +248,9 @@ def test_quiet_prints_only_the_path(run):
     ],
     ids=["small", "default size"],
 )
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), slow(signal.SIGTERM, 143), slow(signal.SIGHUP, 129)]
+)
 def test_an_interrupted_batch_keeps_only_its_finished_images(tmp_path, number, code, sides, second):
     lines = f'{{"prompt": "a ring", "steps": 1}}\n{{"prompt": "two rings", {second}}}\n'
     process = subprocess.Popen(
@@ -321,7 +324,7 @@ def test_a_failing_disk_is_not_a_closed_terminal():
 
 def test_nohup_is_respected(tmp_path):
     process = subprocess.Popen(
-        ["nohup", sys.executable, "-m", "mlx_zimage", "generate", PROMPT, *SMALL, "--steps", "100", "--preview"],
+        ["nohup", sys.executable, "-m", "mlx_zimage", "generate", PROMPT, *SMALL, "--steps", "30", "--preview"],
         cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     while b"image.preview.png" not in process.stderr.readline():
@@ -332,7 +335,7 @@ def test_nohup_is_respected(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), slow(signal.SIGHUP, 129)])
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, code):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_CONVERT], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE

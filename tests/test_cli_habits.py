@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from lanes import slow
 from PIL import Image
 
 from mlx_zimage import GenerateRequest, OutputError, cli
@@ -300,15 +301,18 @@ def test_what_is_found_late_names_the_line_it_is_about(run, monkeypatch):
     assert result.exit_code == 6 and "Error: jobs.jsonl, line 1, image 1 of 3: the disk is full" in result.stderr
 
 
-def test_generate_plan_and_bench_take_the_same_sizes_and_counts(run):
-    for size, sides in (["--size", "3:2"], (160, 112)), (["--size", "64x32"], (64, 32)), (["--width", "32"], (32, 128)):
-        result = run("generate", PROMPT, "-m", "pocket", "--steps", "1", *size, "--count", "2")
-        assert [Image.open(name).size for name in result.stdout.splitlines()] == [sides] * 2
-        shown = run("plan", "pocket", *size, "--count", "2").stdout
-        assert shown.startswith(f"2 images of {sides[0]}x{sides[1]}, 1 at a time, ")
-        options = ["--steps", "1", "--tokens", "8", "--count", "1", "--json", "-"]
-        report = json.loads(run("bench", "--model", "pocket", *size, *options).stdout)
-        assert (report["case"]["width"], report["case"]["height"], report["repeat"]) == (*sides, 1)
+@pytest.mark.parametrize(
+    ("size", "sides"),
+    [(["--width", "32"], (32, 128)), slow(["--size", "3:2"], (160, 112)), slow(["--size", "64x32"], (64, 32))],
+)
+def test_generate_plan_and_bench_take_the_same_sizes_and_counts(run, size, sides):
+    result = run("generate", PROMPT, "-m", "pocket", "--steps", "1", *size, "--count", "2")
+    assert [Image.open(name).size for name in result.stdout.splitlines()] == [sides] * 2
+    shown = run("plan", "pocket", *size, "--count", "2").stdout
+    assert shown.startswith(f"2 images of {sides[0]}x{sides[1]}, 1 at a time, ")
+    options = ["--steps", "1", "--tokens", "8", "--count", "1", "--json", "-"]
+    report = json.loads(run("bench", "--model", "pocket", *size, *options).stdout)
+    assert (report["case"]["width"], report["case"]["height"], report["repeat"]) == (*sides, 1)
 
 
 def test_equal_jobs_are_planned_once_and_started_at_once(run, watch):

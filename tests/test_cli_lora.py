@@ -12,6 +12,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from hub import Hub, User
+from lanes import slow
 from PIL import Image
 
 from mlx_zimage import ZImagePipeline
@@ -107,7 +108,7 @@ def test_an_image_names_its_loras_and_asks_for_their_files(style):
     assert re.search(r'Lora hashes: "style: [0-9a-f]{12}", Lora weights: "style: 0.75"', run("info", "old.png").stdout)
 
 
-@pytest.mark.parametrize("path", ["/home/me/style.safetensors", "someone/loras:style.safetensors"])
+@pytest.mark.parametrize("path", ["/home/me/style.safetensors", slow("someone/loras:style.safetensors")])
 def test_an_image_of_mflux_names_its_loras_and_asks_for_their_files(style, path):
     stored = {"mflux_version": "0.24.0", "prompt": "a red circle", "seed": 1, "width": 48, "height": 48, "steps": 2}
     stored |= {"lora_paths": [path], "lora_scales": [0.75]}
@@ -257,10 +258,10 @@ def test_what_diffusers_cannot_read_is_not_converted_for_it(tmp_path):
 
 FUSED = [
     (["--dtype", "float32"], 1e-5),
-    (["--dtype", "float32", "--format", "diffusers"], 1e-5),
-    (["--dtype", "float32", "--format", "comfyui"], 1e-5),
+    slow(["--dtype", "float32", "--format", "diffusers"], 1e-5),
+    slow(["--dtype", "float32", "--format", "comfyui"], 1e-5),
     (["--q-bits", "8"], 0.2),
-    (["--q-bits", "8", "--q-mode", "mxfp8"], 0.5),
+    slow(["--q-bits", "8", "--q-mode", "mxfp8"], 0.5),
 ]
 
 

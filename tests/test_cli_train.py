@@ -102,6 +102,7 @@ def killed_anywhere(images: Path, model: Path, folder: Path, kills: int, seed: i
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_resumes_and_writes_the_same_file(images, tiny_folder, tmp_path):
     killed_anywhere(images, tiny_folder, tmp_path, kills=2, seed=0)
 

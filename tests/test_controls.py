@@ -384,7 +384,8 @@ def test_options_that_cannot_work_are_refused_before_any_weight_is_read(
 
 
 def test_a_controlnet_that_does_not_suit_the_model_or_the_steps_gives_a_warning(tiny_folder, here, tmp_path):
-    run = "a fox", "--model", tiny_folder, "--control-model", here / "control_v21", "--control", here / "line.png"
+    model = "--model", tiny_folder, "--control-model", here / "control_v21"
+    run = "a fox", *model, "--control", here / "line.png", "--size", "32x32"
     for kind, steps, message in (
         ("plain", 2, "was not trained for as few as 2 steps"),
         ("base", 2, "was trained for base Z-Image, but this model is turbo"),

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from lanes import slow
 from safetensors import safe_open
 from tiny import TRANSFORMER, save_component, weights, write_checkpoint
 
@@ -84,7 +85,9 @@ BOUNDS = {"affine": lambda bits: 2.0 ** (1 - bits) + 2.0**-8, "mxfp4": 1 / 4, "m
 @pytest.mark.parametrize(
     ("mode", "bits", "group_size"),
     [
-        pytest.param(mode, b, g, marks=[] if mode != "affine" or (b, g) in ((4, 64), (3, 32)) else pytest.mark.slow)
+        (mode, b, g)
+        if (mode, b) in (("affine", 4), ("mxfp8", 8)) and g != 32 * (mode == "affine")
+        else slow(mode, b, g)
         for mode, (bits, groups) in MODES.items()
         for b in bits
         for g in groups
@@ -372,7 +375,7 @@ def test_the_source_is_not_modified(official, tmp_path):
     assert ({path: path.stat().st_mtime_ns for path in official.rglob("*")}, files(official)) == before
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [slow(None), 4])
 def test_peak_memory_does_not_grow_with_the_model(tmp_path, bits):
     peaks = {}
     for layers in (1, 12):

@@ -35,6 +35,7 @@ def folders(tmp_path_factory):
     return {bits: convert("pocket", folder / str(bits), bits=bits) for bits in (3, 8)}
 
 
+@pytest.mark.slow
 def test_more_bits_are_closer_by_every_measure(folders):
     low, high = (report(folders[bits], "pocket", **OPTIONS) for bits in (3, 8))
     assert high["weight_error"]["mean"] < 0.1 * low["weight_error"]["mean"]

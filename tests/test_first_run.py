@@ -12,6 +12,7 @@ import time
 import mlx.core as mx
 import pytest
 from hub import COMMIT, GENERATE, HEADER_BYTES, HEADER_RANGE, PROGRAM
+from lanes import slow
 from PIL import Image
 
 from mlx_zimage.cli.generate import DEFAULT_MODEL
@@ -65,7 +66,7 @@ def test_nothing_is_downloaded_unasked_without_a_terminal(run, hub):
     assert hub.seen == []
 
 
-@pytest.mark.parametrize(("answer", "code"), [(b"n\n", 3), (b"\n", 0)])
+@pytest.mark.parametrize(("answer", "code"), [slow(b"n\n", 3), (b"\n", 0)])
 def test_a_first_run_on_a_terminal_asks(run, answer, code):
     master, slave = pty.openpty()
     try:
@@ -195,7 +196,7 @@ def test_a_first_run_downloads_half_the_transformer(run, hub, comfy, tmp_path):
     assert "hub" not in run("models").stdout
 
 
-@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("listed", [True, slow(False)])
 def test_a_transformer_that_is_not_the_published_one_is_not_used(run, hub, comfy, listed):
     published = manifest.sha256(comfy)
     content = bytearray(comfy.read_bytes())

@@ -172,7 +172,8 @@ def peak_in_the_smallest_budget(size: int) -> tuple[int, int, list[float]]:
     return mx.get_peak_memory(), accepted, factors(pipe)
 
 
-@pytest.mark.parametrize("size", [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 128))])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [16, 64, 128])
 def test_finding_the_scale_fits_the_smallest_accepted_budget(monkeypatch, size):
     """In a process of its own: on CUDA, the peak in this one depends on the tests before.
 

@@ -35,10 +35,10 @@ def digests() -> dict[str, dict[str, str]] | None:
     return KNOWN["digests"].get(runs.arithmetic())
 
 
-# All quantized models but one, and cases that others cover in other ways or with other models: two thirds of the time.
+# All quantized models but one, and cases that others cover in other ways or with other models: most of the time.
 SLOW = re.compile(
-    r"pocket-(mxfp8|4bit [bf]\w+16|8bit|3bit|mxfp4|nvfp4)|pocket [bf]\w+16 (kept|staged)|pocket wide streamed"
-    r"|80 images|(three images|guided) (kept|staged)"
+    r"pocket-(mxfp8|4bit [bf]\w+16|8bit|3bit|mxfp4|nvfp4)|pocket-4bit float32 (kept|staged)|pocket [bf]\w+16"
+    r"|pocket wide|80 images|three images|guided (kept|staged)|tiny [bf]\w+16 (kept|staged)"
 )
 CASES = [pytest.param(name, marks=pytest.mark.slow if SLOW.search(name) else (), id=name) for name in runs.CASES]
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from compare import TOLERANCE, relative_error
+from lanes import slow
 from PIL import Image, ImageDraw
 from test_noise import Generator
 
@@ -175,7 +176,9 @@ def test_every_step_of_inpainting_equals_the_reference(golden, golden_pipe):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"mask_feather": 0}, {"mask_resample": 0}, {"strength": 0.5}, {"num_images": 2}], ids=str
+    "changes",
+    [{}, slow({"mask_feather": 0}), slow({"mask_resample": 0}), {"strength": 0.5}, slow({"num_images": 2})],
+    ids=str,
 )
 def test_pixels_outside_the_mask_come_back_exactly_and_those_inside_change(pipe, changes):
     changed = (pixels_of(pipe, request_of(**changes)) != tiny.photo()).any(axis=2)

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from compare import TOLERANCE, relative_error
+from lanes import slow
 
 from mlx_zimage import GenerateRequest, Inputs, ZImagePipeline
 from mlx_zimage.cli import main
@@ -122,7 +123,7 @@ FROM_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", FROM_IMAGES)
+@pytest.mark.parametrize("kind", [kind if kind in ("image", "mask") else slow(kind) for kind in FROM_IMAGES])
 def test_a_lora_changes_what_is_made_of_an_image_as_if_fused(pipe, style, tmp_path, kind):
     changes, inputs = FROM_IMAGES[kind]
     request = GenerateRequest("a red fox", seed=1, steps=4, **changes)
@@ -254,16 +255,9 @@ def write_kind(path, kind: str, config, seed: int | None = None):
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind if kind in ("low rank", "DoRA") else slow(kind) for kind in KINDS])
 @pytest.mark.parametrize(
-    ("dtype", "side"),
-    [
-        ("bfloat16", 64),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("float32", 64), ("bfloat16", 192), ("float32", 192))
-        ),
-    ],
+    ("dtype", "side"), [("bfloat16", 64), slow("float32", 64), slow("bfloat16", 192), slow("float32", 192)]
 )
 def test_memory_under_loras_stays_within_the_plan(small_pocket, tmp_path, kind, dtype, side):
     gc.collect()

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from lanes import slow
 from mlx.utils import tree_flatten
 
 from mlx_zimage import GenerateRequest, MemoryBudgetError, RequestError, ZImagePipeline, bounds, machine
@@ -62,10 +63,6 @@ def smallest(planner: Planner, width: int = 128, height: int = 128, tokens: int 
     return high
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("memory", "values"),
     [
@@ -73,23 +70,23 @@ def slow(*values):
         slow("1GB", {}),
         slow("40MB", {}),
         slow("25MB", {}),
-        ("20MB", {"width": 64, "height": 64}),
+        slow("20MB", {"width": 64, "height": 64}),
         slow("1GB", {"width": 192, "height": 128}),
         slow("40MB", {"width": 192, "height": 128}),
         slow("15MB", {"width": 96, "height": 64}),
         slow("100MB", {"num_images": 2}),
         slow("30MB", {"num_images": 2}),
         slow("40MB", {"num_images": 2, "width": 64, "height": 64}),
-        ("12MB", {"num_images": 2, "width": 48, "height": 48}),
+        slow("12MB", {"num_images": 2, "width": 48, "height": 48}),
         slow("100MB", {"prompt": "a star " * 80}),
-        ("100MB", {"prompt": "a star " * 80, "width": 16, "height": 16}),
+        slow("100MB", {"prompt": "a star " * 80, "width": 16, "height": 16}),
         slow("60MB", {"steps": 100, "width": 16, "height": 16}),
         ("30MB", {"steps": 10, "width": 16, "height": 16}),
         slow("35MB", {"width": 2048, "height": 16}),
         slow("22MB", {"width": 1008, "height": 16}),
         slow("14MB", {"width": 16, "height": 1008}),
         slow("13MB", {"width": 256, "height": 16}),
-        ("13MB", {"width": 16, "height": 512}),
+        slow("13MB", {"width": 16, "height": 512}),
         slow("19MB", {"dtype": "bfloat16"}),
         ("11MB", {"dtype": "bfloat16", "width": 64, "height": 64}),
         slow("15MB", {"dtype": "bfloat16", "width": 512, "height": 16}),
@@ -333,7 +330,7 @@ def test_a_backend_that_cannot_read_ahead_holds_one_block_and_gives_the_same_ima
 
 
 @pytest.mark.parametrize(("side", "tenths"), [(48, 14), slow(128, 12)])
-@pytest.mark.parametrize("room", ["all", "some"])
+@pytest.mark.parametrize("room", [slow("all"), "some"])
 def test_without_reading_ahead_several_threads_read_what_is_kept_and_the_caller_the_rest(
     room, side, tenths, planner, monkeypatch
 ):

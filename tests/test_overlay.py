@@ -6,6 +6,7 @@ from functools import cache, partial
 import mlx.core as mx
 import numpy as np
 import pytest
+from lanes import slow
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_zimage.convert import convert
@@ -156,8 +157,10 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("packing", ["dense", pytest.param("4 bits", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("low rank", "LoKr", "DoRA by row") else slow(kind) for kind in KINDS]
+)
+@pytest.mark.parametrize("packing", ["dense", slow("4 bits")])
 def test_a_lora_laid_over_the_weights_equals_one_merged_into_them(components, packing, kind):
     check_merged(components(packing), kind, unpack_from=10**6)
 
@@ -165,7 +168,7 @@ def test_a_lora_laid_over_the_weights_equals_one_merged_into_them(components, pa
 @pytest.mark.parametrize("kind", ["low rank", "LoKr"])
 @pytest.mark.parametrize(
     "packing, unpack_from",
-    [("4 bits", 0), ("nvfp4", 10**6), *(pytest.param(each, 0, marks=pytest.mark.slow) for each in ("8 bits", "mxfp4"))],
+    [("4 bits", 0), slow("nvfp4", 10**6), slow("8 bits", 0), slow("mxfp4", 0)],
 )
 def test_a_lora_over_quantized_weights_equals_one_merged_into_them(components, packing, unpack_from, kind):
     check_merged(components(packing), kind, unpack_from)

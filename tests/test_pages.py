@@ -15,6 +15,7 @@ import click
 import mlx.core as mx
 import numpy as np
 import pytest
+from lanes import slow
 from PIL import Image
 from test_cli_lora import write as write_lora
 from test_macs import Mac, stand_in
@@ -34,7 +35,12 @@ PAGES = [
     *sorted(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")),
     "examples/pocket/README.md",
 ]
-LONG = ("examples/guided-images.md", "examples/lora.md", "examples/measure-your-mac.md")  # to run
+# Pages whose commands take long, and the model to run them with. Every run parses them; only the slow tests run them.
+SLOW = {
+    **dict.fromkeys(("examples/guided-images.md", "examples/lora.md", "examples/measure-your-mac.md"), "pocket"),
+    **dict.fromkeys(("convert/README.md", "examples/reference.md", "examples/several-macs.md"), "light"),
+    **dict.fromkeys(("examples/coming-from-diffusers.md", "examples/coming-from-mflux.md"), "light"),
+}
 # What only another machine, or a long time, can do: the lines are parsed. .ci/run runs the installing.
 PARSED = re.compile(
     r"git clone|\bpip\b|pytest|\.ci/|pre-commit|examples/pocket/|--upload-repo|--report|pipx|--server|"
@@ -141,18 +147,12 @@ def test_it_is_read_in_two_minutes():
     assert len(read("README.md").splitlines()) <= 150
 
 
-@pytest.fixture
-def model(request) -> Path:
-    """light_pocket or POCKET, by its name."""
-    return request.getfixturevalue("light_pocket") if request.param == "light" else POCKET
-
-
-@pytest.mark.parametrize("model", ["light", pytest.param("pocket", marks=pytest.mark.slow)], indirect=True)
-def test_its_commands_work_as_they_stand(shell, model):
-    converted = first_run(shell.home, model)
+@pytest.mark.slow
+def test_its_commands_work_as_they_stand(shell):
+    converted = first_run(shell.home, POCKET)
     *before, uninstalling = [block for block in blocks("README.md", "sh") if not PARSED.search(block)]
     for block in before:
-        shell(block, model)
+        shell(block, POCKET)
     images = {file.name: Image.open(file).size for file in shell.work.iterdir() if file.suffix != ".safetensors"}
     assert images == {
         "image.png": (128, 128),
@@ -163,8 +163,8 @@ def test_its_commands_work_as_they_stand(shell, model):
         "image-3.png": (160, 112),
         "image-4.png": (144, 112),  # at most as many pixels as the model's default size
     }
-    shell("mlx-zimage completion zsh --install; mlx-zimage completion bash --install", model)
-    listed = shell(uninstalling, model)
+    shell("mlx-zimage completion zsh --install; mlx-zimage completion bash --install", POCKET)
+    listed = shell(uninstalling, POCKET)
     assert str(converted) in listed and "Tongyi-MAI/Z-Image-Turbo" in listed
     left = [path for path in shell.home.rglob("*mlx*zimage*")] + [path for path in shell.home.rglob("*Z-Image*")]
     assert not [path for path in left if ".locks" not in path.parts]
@@ -227,13 +227,15 @@ def test_its_table_of_memory_is_what_the_planner_computes(tmp_path, monkeypatch)
 # ---- every page
 
 
+@pytest.fixture
+def model(request) -> Path:
+    """light_pocket or POCKET, by its name."""
+    return request.getfixturevalue("light_pocket") if request.param == "light" else POCKET
+
+
 @pytest.mark.parametrize(
     ("page", "model"),
-    [
-        pytest.param(page, "pocket", marks=pytest.mark.slow) if page in LONG else (page, "light")
-        for page in PAGES
-        if page != "README.md"
-    ],
+    [slow(page, SLOW[page]) if page in SLOW else (page, "light") for page in PAGES if page != "README.md"],
     indirect=["model"],
 )
 def test_the_commands_and_programs_of_the_other_pages_work_as_they_stand(page, shell, model):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from lanes import slow
 
 from mlx_zimage.distributed import Group
 from mlx_zimage.models import vae
@@ -32,8 +33,8 @@ def peak_of(compute) -> tuple[mx.array, int]:
     return result, mx.get_peak_memory() - before
 
 
-@pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
-@pytest.mark.parametrize("size", [(4, 8), (7, 4), pytest.param((8, 12), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strip_bytes", [slow(2**17), 2**15, slow(2**13)])
+@pytest.mark.parametrize("size", [(4, 8), (7, 4), slow((8, 12))])
 def test_decoding_in_strips_equals_decoding_whole(runner, strip_bytes, size):
     mx.random.seed(1)
     latents = mx.random.normal((1, *size, 16))
@@ -43,7 +44,7 @@ def test_decoding_in_strips_equals_decoding_whole(runner, strip_bytes, size):
     assert mx.abs(whole - strips).max() < 1e-5 * mx.abs(whole).max()
 
 
-@pytest.mark.parametrize("strip_bytes", [2**17, 2**15, 2**13])
+@pytest.mark.parametrize("strip_bytes", [slow(2**17), 2**15, slow(2**13)])
 def test_encoding_in_strips_equals_encoding_whole(runner, strip_bytes):
     mx.random.seed(2)
     pixels = mx.tanh(mx.random.normal((1, 112, 48, 3)))

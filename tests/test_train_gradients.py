@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from compare import relative_error
+from lanes import slow
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_zimage.models.layers import dequantize, dot_product_attention, linear, pack
@@ -164,14 +165,15 @@ def test_no_array_has_a_score_for_each_pair_of_tokens(monkeypatch):
     assert mx.get_peak_memory() - before < scores / 2
 
 
-def test_the_way_back_needs_the_memory_of_one_block():
+@pytest.mark.parametrize("side", [32, slow(64)])
+def test_the_way_back_needs_the_memory_of_one_block(side):
     """Longer networks need more memory only for the inputs of their blocks."""
 
     def peak(layers: int) -> int:
         config = replace(CONFIG, n_layers=layers)
         arrays = tiny.weights(0, "transformer", tiny.TRANSFORMER | {"n_layers": layers})
         tree = tree_unflatten([(name, config.sanitize(name, mx.array(array))) for name, array in arrays.items()])
-        latents, noise = (mx.array(tiny.randn(0, tag, 1, 64, 64, 16)) for tag in ("p.x", "p.noise"))
+        latents, noise = (mx.array(tiny.randn(0, tag, 1, side, side, 16)) for tag in ("p.x", "p.noise"))
         given = Case(latents, mx.array(tiny.randn(0, "p.cap", 20, config.cap_feat_dim)), noise, 0.5)
         factors = new_factors(config, 2, (), seed=0)
         mx.eval(tree, factors, given.latents, given.noise, given.cap_feats)
@@ -181,6 +183,6 @@ def test_the_way_back_needs_the_memory_of_one_block():
         mx.eval(Gradients(config, PlainRunner(tree), SCALE)(factors, given))
         return mx.get_peak_memory() - before
 
-    tokens = 32 * 32 + 32
+    tokens = (side // 2) ** 2 + 32
     more = peak(12) - peak(4)
     assert more < 8 * tokens * CONFIG.dim * 4 * 1.5  # each block's input, and its factors' gradients

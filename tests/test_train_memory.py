@@ -1,8 +1,11 @@
 """Training stays within its plan, and what cannot is refused."""
 
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from lanes import slow
 from PIL import Image
 
 from mlx_zimage import MemoryBudgetError, RequestError, ZImagePipeline
@@ -43,9 +46,12 @@ def test_a_smaller_budget_streams_blocks_and_a_smaller_one_is_refused(pocket):
         plan_training(pocket.planner, examples(256), 40, 10**5, streamed.room // 2)
 
 
-def test_a_step_takes_no_more_memory_than_planned(pocket, images, tmp_path):
-    settings = Settings(steps=2, rank=4, resolution=256)
-    found = read_dataset(images, 256)
+@pytest.mark.parametrize("side", [128, slow(256)])
+def test_a_step_takes_no_more_memory_than_planned(pocket, images, tmp_path, side):
+    settings = Settings(steps=2, rank=4, resolution=side)
+    found = read_dataset(images, side)
+    gc.collect()
+    others = mx.get_active_memory()  # models of other tests
     events = train(pocket, found, settings, tmp_path / "lora.safetensors", save_every=100)
     next(event for event in events if isinstance(event, Stepped))
     mx.clear_cache()
@@ -55,7 +61,7 @@ def test_a_step_takes_no_more_memory_than_planned(pocket, images, tmp_path):
     peak = mx.get_peak_memory()
     count = sum(array.size for array in arrays_of(new_factors(pocket.transformer.config, 4, (), 0)))
     planned = plan_training(pocket.planner, found, len(pocket.tokenize("a red circle")), count, pocket.budget)
-    assert before < peak <= planned.room
+    assert before < peak <= others + planned.room
     events.close()
 
 

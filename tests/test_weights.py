@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 from compare import refusal, relative_error
+from lanes import slow
 from tiny import CONFIGS
 
 from mlx_zimage import CheckpointError, ModelNotFoundError, RequestError, ZImagePipeline
@@ -434,7 +435,7 @@ def open_elsewhere(source: str, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", slow("HF_HOME")])
 def test_a_cached_repository_opens_offline(hub_cache, variable):
     place = hub_cache if variable == "HF_HUB_CACHE" else hub_cache.parent
     result = open_elsewhere("someone/tiny", HF_HUB_OFFLINE="1", **{variable: str(place)})

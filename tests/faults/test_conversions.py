@@ -11,6 +11,7 @@ import killed
 import mlx.core as mx
 import numpy as np
 import pytest
+from lanes import slow
 
 from mlx_zimage.convert import convert, convert_steps, layout, shards
 from mlx_zimage.convert.verify import verify, verify_steps
@@ -33,7 +34,7 @@ def everything(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [101, slow(1)])
 def test_a_kill_at_any_moment_leaves_everything_or_nothing_and_the_next_run_succeeds(
     tiny_folder, tmp_path, step, record_property
 ):
@@ -113,8 +114,8 @@ def test_of_two_conversions_at_once_the_second_fails_and_names_the_first(tiny_fo
         convert(tiny_folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_of_eight_conversions_at_once_one_succeeds(tiny_folder, tmp_path, rounds):
+@pytest.mark.parametrize(("count", "rounds"), [(3, 1), slow(8, 20)])
+def test_of_several_conversions_at_once_one_succeeds(tiny_folder, tmp_path, count, rounds):
     program = (
         "import sys\nfrom mlx_zimage.convert import convert\nfrom mlx_zimage.errors import ZImageError\n"
         "sys.stdin.readline()\n"
@@ -123,7 +124,7 @@ def test_of_eight_conversions_at_once_one_succeeds(tiny_folder, tmp_path, rounds
     for i in range(rounds):
         dest = tmp_path / f"out{i}"
         command = [sys.executable, "-c", program, tiny_folder, dest]
-        children = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(8)]
+        children = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(count)]
         for child in children:
             child.stdin.write(b"go\n")
             child.stdin.flush()

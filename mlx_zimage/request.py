@@ -39,7 +39,7 @@ ARRAYS = (
     "posterior_noise",
     "mask_image",
 )  # named by digest
-# What a control image can be made into: see images.controls for the first four, and detectors for the others.
+# The kinds of control images made from a photo: images.controls makes the first four, detectors the others.
 CONTROLS = ("canny", "gray", "scribble", "tile", "lines", "pose", "depth")
 FINGERPRINT = re.compile(r"[0-9a-f]{10}")
 REQUIRED: Any = object()  # default of a required field that follows optional ones
@@ -77,9 +77,9 @@ class LoraUse:
 class ControlUse:
     """A control image, named by the SHA-256 of its pixels, that a ControlNet follows at a scale.
 
-    prepare says what is made of it first (see CONTROLS), such as its edges; None if it is ready to use. Without an
+    prepare says what is made from it first (see CONTROLS), such as its edges; None if it is used as it is. Without an
     image, a ControlNet that reads a mask is only shown what inpainting keeps. scale is None for the ControlNet's own.
-    It takes part from `start` to `end` of the steps that run, where 0 is the first and 1 the end of the last.
+    It takes part after the fraction `start` of the steps that run, and up to the fraction `end`.
     """
 
     image: str | None = None
@@ -192,10 +192,10 @@ class GenerateRequest:
 
     image, mask_image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
     `mlx_zimage.inputs`. latents and the embeddings replace the seed's noise and the prompts; posterior_noise replaces
-    the seed's noise for sample_posterior. latents have the size at which steps begin: with image and upscale,
-    that of the enlarged image. loras are laid over the model for this request. controls are followed by
-    a ControlNet, whose fingerprint controlnet is. width, height, steps, guidance_scale, strength, loras and controlnet
-    may be None; a pipeline's `complete` fills in its own.
+    the seed's noise for sample_posterior. latents have the size at which steps begin: with image and upscale, that of
+    the enlarged image. loras are applied to the model for this request. A ControlNet, whose fingerprint is in
+    controlnet, follows the controls. width, height, steps, guidance_scale, strength, loras and controlnet may be None;
+    a pipeline's `complete` fills in its own.
     """
 
     prompt: str

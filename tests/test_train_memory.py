@@ -1,6 +1,7 @@
 """Training stays within its plan, and what cannot is refused."""
 
 import gc
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -9,12 +10,17 @@ from lanes import slow
 from PIL import Image
 
 from mlx_zimage import MemoryBudgetError, RequestError, ZImagePipeline
+from mlx_zimage.memory import Planner
+from mlx_zimage.sizes import parse_memory
 from mlx_zimage.train.dataset import Example, read_dataset
 from mlx_zimage.train.factors import arrays_of, new_factors
-from mlx_zimage.train.loop import Stepped, train
-from mlx_zimage.train.memory import plan_training
-from mlx_zimage.train.settings import Settings
+from mlx_zimage.train.loop import Planned, Stepped, train
+from mlx_zimage.train.memory import plan_training, work
+from mlx_zimage.train.settings import RESOLUTION, Settings
 from mlx_zimage.weights.hub import POCKET
+from mlx_zimage.weights.library import planned
+
+FULL_SIZE_FACTORS = 35_020_800  # of rank 16
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,51 @@ def test_a_smaller_budget_streams_blocks_and_a_smaller_one_is_refused(pocket):
     assert streamed.streamed and streamed.room < whole.room
     with pytest.raises(MemoryBudgetError, match=r"images of 256x256 .*--resolution \d+ would fit"):
         plan_training(pocket.planner, examples(256), 40, 10**5, streamed.room // 2)
+
+
+# Bits, side, streamed, and the peak in GB of a step at rank 16 with 96 tokens: full size, random weights, an H200.
+MEASURED = [
+    (4, 512, False, 5.12), (4, 1024, False, 8.94), (8, 512, False, 8.13), (8, 1024, False, 11.95),
+    (None, 512, False, 13.50), (None, 1024, False, 17.58), (4, 512, True, 1.83), (None, 512, True, 1.82),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bits, side, streamed, gigabytes", MEASURED)
+def test_the_plan_for_a_gpu_is_within_a_tenth_of_what_was_measured(monkeypatch, bits, side, streamed, gigabytes):
+    for module in ("memory", "train.memory", "train.attention"):
+        monkeypatch.setattr(f"mlx_zimage.{module}.backend", lambda: "cuda")
+    planner = Planner(planned(bits), mx.bfloat16)
+    weights = planner.footprints["transformer"]
+    held = weights.rest + (weights.moving if streamed else sum(weights.blocks.values()))
+    found = (held + work(planner, side, side, 96, FULL_SIZE_FACTORS)) / 1e9
+    assert gigabytes <= found <= 1.1 * gigabytes
+
+
+def test_a_lean_plan_needs_less_for_large_images_and_is_chosen_before_streaming(monkeypatch):
+    monkeypatch.setattr("mlx_zimage.train.memory.backend", lambda: "metal")
+    planner = Planner(planned(4), mx.bfloat16)
+    whole = plan_training(planner, examples(1024), 96, FULL_SIZE_FACTORS, 10**11)
+    lean = plan_training(planner, examples(1024), 96, FULL_SIZE_FACTORS, whole.room - 1)
+    assert not whole.lean and lean.lean and not lean.streamed
+    assert lean.room < whole.room - 2 * 10**9
+
+
+def test_a_budget_chooses_the_resolution_unless_one_is_given(images, tmp_path, monkeypatch):
+    pipe = ZImagePipeline.from_pretrained(POCKET, dtype="float32", keep=False)
+    tokens = len(pipe.tokenize("a red circle"))
+    count = sum(array.size for array in arrays_of(new_factors(pipe.transformer.config, 4, (), 0)))
+    monkeypatch.setattr("mlx_zimage.train.memory.LEAST_RESOLUTION", 64)
+
+    def planned_with(**given) -> Planned:
+        return next(train(pipe, read_dataset(images, 256), Settings(rank=4, **given), tmp_path / "lora.safetensors"))
+
+    assert planned_with().resolution == RESOLUTION
+    with pytest.raises(MemoryBudgetError) as refused:
+        plan_training(pipe.planner, examples(128), tokens, count, 10**6)
+    pipe.budget = parse_memory(re.search(r"at least ([\d.]+ MB)", str(refused.value))[1])
+    assert planned_with().resolution == 128
+    with pytest.raises(MemoryBudgetError, match=r"256x256 .* --resolution 128 would fit"):
+        planned_with(resolution=256)
 
 
 @pytest.mark.parametrize("side", [128, slow(256)])

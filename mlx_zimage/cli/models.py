@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ModelNotFoundError, RequestError
-from ..sizes import size
+from ..sizes import parse_memory, size
 from ..variants import TURBO
 from .elsewhere import Group
 from .output import echo, hub_bars, progress_bar, say
@@ -82,7 +82,7 @@ def rm(name: str | None, everything: bool, yes: bool) -> None:
     echo(f"Freed {size(remove_all())}")
 
 
-def first_run(repository: str, yes: bool, quiet: bool) -> Path:
+def first_run(repository: str, yes: bool, quiet: bool, memory: str | None = None) -> Path:
     """Return the folder of the default model; if there is none, show what it takes, ask, download and convert it."""
     from ..weights.library import DOWNLOAD, check_space, converted, disks, fetch_transformer, plan_first_run
 
@@ -97,7 +97,7 @@ def first_run(repository: str, yes: bool, quiet: bool) -> Path:
     from ..convert import convert_steps
     from ..machine import machine_budget
 
-    budget = machine_budget()
+    budget = machine_budget() if memory is None else parse_memory(memory)
     hub_bars(False)  # the configs are small
     plan = plan_first_run(repository, budget)
     hub_bars(not quiet)

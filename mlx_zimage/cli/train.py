@@ -2,15 +2,21 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import RequestError
+from ..sizes import rounded_up
+from ..train.settings import EXTRAS, OBJECTIVES, RESOLUTION, Settings
 from ..variants import TURBO
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
 from .output import print_path, progress_bar, say
 from .values import FilePath, LoraName, ModelName
+
+if TYPE_CHECKING:
+    from ..train.loop import Planned
 
 ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2.safetensors"
 
@@ -26,27 +32,42 @@ ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2
     type=ModelName(converted=True),
     help=f"Model folder, Hugging Face id, or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
-@click.option("--steps", type=int, help="Number of training steps.  [default: 3000]")
-@click.option("--resolution", metavar="N", type=int, help="Scale images down to at most N x N pixels.  [default: 512]")
+@click.option("--steps", type=int, help=f"Number of training steps.  [default: {Settings.steps:g}]")
+@click.option(
+    "--resolution",
+    metavar="N",
+    type=int,
+    help=f"Scale images down to at most N x N pixels.  [default: {RESOLUTION}, or less if that needs more memory]",
+)
 @click.option("--trigger", metavar="WORD", help="Word that replaces [trigger] in captions.")
-@click.option("--rank", type=int, help="Rank of the LoRA.  [default: 16]")
+@click.option("--rank", type=int, help=f"Rank of the LoRA.  [default: {Settings.rank:g}]")
 @click.option("--alpha", type=float, help="The LoRA is multiplied by alpha / rank.  [default: the rank]")
-@click.option("--rate", type=float, help="Learning rate of AdamW.  [default: 1e-4]")
-@click.option("--decay", type=float, help="Weight decay of AdamW.  [default: 1e-4]")
-@click.option("--clip", type=float, help="Maximum norm of a step's gradient; a longer one is clipped.  [default: 1]")
-@click.option("--warm-up", type=int, help="Number of steps over which the rate rises to --rate.  [default: 0]")
-@click.option("--accumulate", type=int, help="Number of images per step, one after another.  [default: 1]")
-@click.option("--dropout", type=float, help="Fraction of images trained with an empty caption.  [default: 0.05]")
+@click.option("--rate", type=float, help=f"Learning rate of AdamW.  [default: {Settings.rate:g}]")
+@click.option("--decay", type=float, help=f"Weight decay of AdamW.  [default: {Settings.decay:g}]")
+@click.option(
+    "--clip",
+    type=float,
+    help=f"Maximum norm of a step's gradient; a longer one is clipped.  [default: {Settings.clip:g}]",
+)
+@click.option(
+    "--warm-up", type=int, help=f"Number of steps over which the rate rises to --rate.  [default: {Settings.warm_up:g}]"
+)
+@click.option(
+    "--accumulate", type=int, help=f"Number of images per step, one after another.  [default: {Settings.accumulate:g}]"
+)
+@click.option(
+    "--dropout", type=float, help=f"Fraction of images trained with an empty caption.  [default: {Settings.dropout:g}]"
+)
 @click.option(
     "--objective",
-    type=click.Choice(["weighted", "logit-normal", "uniform"]),
+    type=click.Choice(OBJECTIVES),
     help="How noise levels are chosen and weighted.  [default: weighted for Turbo, otherwise logit-normal]",
 )
 @click.option(
     "--also",
     "extras",
     multiple=True,
-    type=click.Choice(["adaln", "refiners"]),
+    type=click.Choice(EXTRAS),
     help="Also train these, besides the attention and feed-forward of the main layers.  [repeatable]",
 )
 @click.option(
@@ -56,7 +77,9 @@ ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2
     help=f"Apply this LoRA too, but only during training. For Turbo: {ADAPTER}",
 )
 @click.option(
-    "--seed", type=int, help="Seed of the LoRA's first weights, the order of images, and the noise.  [default: 0]"
+    "--seed",
+    type=int,
+    help=f"Seed of the LoRA's first weights, the order of images, and the noise.  [default: {Settings.seed}]",
 )
 @click.option(
     "--preview",
@@ -93,31 +116,27 @@ def train(
     """
     from ..networks import Phase
     from ..train.dataset import read_dataset
-    from ..train.loop import Previewed, Saved, Stepped, open_to_train
+    from ..train.loop import Measured, Planned, Previewed, Saved, Stepped, open_to_train
     from ..train.loop import train as run
     from ..train.record import Record
-    from ..train.settings import Settings
 
     if output.suffix != ".safetensors":
         raise RequestError(f"the output must be a .safetensors file, got {output}")
     values = {name: value for name, value in given.items() if value is not None}
     settings = Settings(**{**values, "extras": tuple(sorted(set(given["extras"])))})
-    examples = read_dataset(dataset, settings.resolution, settings.trigger)
-    pipe = open_to_train(model or str(first_run(DEFAULT_MODEL, yes, quiet)), dtype, memory)
+    examples = read_dataset(dataset, settings.resolution or RESOLUTION, settings.trigger)
+    pipe = open_to_train(model or str(first_run(DEFAULT_MODEL, yes, quiet, memory)), dtype, memory)
     if adapter is None and pipe.variant == TURBO:
         say(f"Training undoes Turbo's distillation; if images get soft, use --adapter {ADAPTER}", quiet)
-    say(f"Training on {len(examples)} images for {settings.steps} steps.", quiet)
-    steps = 0
     with closing(Record(output)) as record, progress_bar(quiet, total=settings.steps, unit="step") as bar:
         for event in run(pipe, examples, settings, output, save_every, previews, adapter):
-            if isinstance(event, Stepped):
+            if isinstance(event, Planned):
+                say(f"Training on {len(examples)} images, {_described(event)}.", quiet)
+            elif isinstance(event, Measured):
+                bar.initial = bar.n = settings.steps - event.steps
+                say(f"{event.steps} steps will take about {event.steps * event.step_s / 3600:.1f} h.", quiet)
+            elif isinstance(event, Stepped):
                 record.step(event)
-                if steps == 0:
-                    bar.initial = bar.n = event.step - 1
-                if steps == 1:  # the first one reads the model
-                    hours = (settings.steps - event.step) * event.elapsed_s / 3600
-                    say(f"The remaining {settings.steps - event.step} steps will take about {hours:.1f} h.", quiet)
-                steps += 1
                 bar.set_description("training", refresh=False)
                 bar.set_postfix_str(f"loss {event.loss:.4f}, rate {event.rate:.1e}", refresh=False)
                 bar.update()
@@ -128,3 +147,9 @@ def train(
             elif isinstance(event, Saved):
                 record.plot()
     print_path(output)
+
+
+def _described(planned: Planned) -> str:
+    side, plan = planned.resolution, planned.plan
+    streamed = f", {len(plan.streamed)} blocks streamed in each step (fewer with fewer bits)" if plan.streamed else ""
+    return f"scaled down to at most {side}x{side}, within {rounded_up(plan.room)}{streamed}"

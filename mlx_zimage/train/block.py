@@ -1,15 +1,18 @@
 """One block of the transformer with factors added to its weights: its output, and the gradients of its inputs.
 
 A block is computed in three pieces, so that its attention can be differentiated as in `attention`: what is before it,
-the attention itself, and what is after it.
+the attention itself, and what is after it. The first and the last treat each row on its own, so that a lean block
+computes and differentiates them for some rows at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from ..models.layers import Product, compiled, linear, settle
 from ..models.runner import Tree
@@ -19,15 +22,16 @@ from .factors import laid
 
 Layers = dict[str, dict[str, mx.array]]  # the factors of one block, by the layer's name within it
 
+ROWS = 1280  # that a lean block computes at a time, at most: an image of 512x512 with its caption
 BEFORE = ("attention.to_q", "attention.to_k", "attention.to_v")  # the layers before the attention
 
 
 class Block:
     """Blocks of an architecture that compute in dtype; the factors' difference is scale * up @ down.
 
-    product and most are as in `Transformer`. In all methods x is (B, L, dim), own has the block's factors, modulation
-    is (4, dim), cos and sin are the rotary tables of the rows of x, and only the first `rows` rows of the output are
-    computed.
+    product and most are as in `Transformer`; lean is explained above. In all methods x is (B, L, dim), own has the
+    block's factors, modulation is (4, dim), cos and sin are the rotary tables of the rows of x, and only the first
+    `rows` rows of the output are computed.
     """
 
     def __init__(
@@ -37,12 +41,14 @@ class Block:
         scale: float,
         product: Product = linear,
         most: float = math.inf,
+        lean: bool = False,
     ):
         self.config = config
         self.dtype = dtype
         self.scale = scale
         self.product = product
         self.most = most
+        self.rows = ROWS if lean else None
         self._enter_fast, self._leave_fast = compiled(self._enter), compiled(self._leave)
         self._enter_back_fast, self._leave_back_fast = compiled(self._enter_back), compiled(self._leave_back)
 
@@ -58,7 +64,17 @@ class Block:
     ) -> mx.array:
         """The block's output."""
         q, k, v = self._enter_fast(x, own, weights, modulation, cos, sin, rows)
-        return self._leave_fast(x, attention.attention(q, k, v, self.most), own, weights, modulation)
+        out = attention.attention(q, k, v, self.most)
+        del q, k, v
+        parts = self._parts(out.shape[2])
+        if len(parts) == 1:
+            return self._leave_fast(x, out, own, weights, modulation)
+        settle(out)
+        ended = []
+        for part in parts:
+            ended.append(self._leave_fast(x[:, part], out[:, :, part], own, weights, modulation))
+            settle(ended[-1])
+        return mx.concatenate(ended, axis=1)
 
     def gradients(
         self,
@@ -80,15 +96,31 @@ class Block:
         settle(q, k, v, out)
         after = {layer: factors for layer, factors in own.items() if layer not in BEFORE}
         before = {layer: factors for layer, factors in own.items() if layer in BEFORE}
-        dx, d_out, d_modulation, found_after = self._leave_back_fast(x, out, after, weights, modulation, d)
-        settle(dx, d_out, d_modulation, *_arrays(found_after))
+        ended = []
+        for part in self._parts(out.shape[2]):
+            ended.append(self._leave_back_fast(x[:, part], out[:, :, part], after, weights, modulation, d[:, part]))
+            settle(ended[-1])
+        dx, d_out, d_modulation, found_after = joined(ended, axes=(1, 2))
         dq, dk, dv = attention.gradients(q, k, v, out, d_out)
-        settle(dq, dk, dv)
-        del q, k, v, out, d_out
-        by_x, by_modulation, found = self._enter_back_fast(x, before, weights, modulation, cos, sin, rows, dq, dk, dv)
+        settle(dx, dq, dk, dv)
+        del q, k, v, out, d_out, ended
+        if rows is not None:
+            dx, dq = _padded(dx, 1, x.shape[1]), _padded(dq, 2, x.shape[1])
+        begun = []
+        for part in self._parts(x.shape[1]):
+            given = cos[part], sin[part], *(array[:, :, part] for array in (dq, dk, dv))
+            begun.append(self._enter_back_fast(x[:, part], before, weights, modulation, *given))
+            settle(begun[-1])
+        by_x, by_modulation, found = joined(begun, axes=(1,))
         dx, d_modulation = dx + by_x, d_modulation + by_modulation
-        settle(dx, d_modulation, *_arrays(found))
+        settle(dx, d_modulation)
         return dx, d_modulation, {**found, **found_after}
+
+    def _parts(self, rows: int) -> list[slice]:
+        """The rows that are computed together."""
+        count = 1 if self.rows is None else -(-rows // self.rows)
+        size = -(-rows // count)
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
     def _over(self, weights: Tree, own: Layers) -> Tree:
         return laid(weights, own, self.scale, self.dtype)
@@ -111,9 +143,9 @@ class Block:
 
         return pulled_back(leave, (x, out, modulation, own), (d,))
 
-    def _enter_back(self, x, own, weights, modulation, cos, sin, rows, dq, dk, dv):
+    def _enter_back(self, x, own, weights, modulation, cos, sin, dq, dk, dv):
         def enter(x, modulation, own):
-            return self._enter(x, own, weights, modulation, cos, sin, rows)
+            return self._enter(x, own, weights, modulation, cos, sin, None)
 
         return pulled_back(enter, (x, modulation, own), (dq, dk, dv))
 
@@ -129,5 +161,15 @@ def pulled_back(function: Callable[..., tuple[mx.array, ...]], given: tuple, cot
     return found if len(given) > 1 else (found,)  # MLX returns a single argument's as it is
 
 
-def _arrays(own: Layers) -> list[mx.array]:
-    return [array for factors in own.values() for array in factors.values()]
+def joined(parts: Sequence[tuple], axes: Sequence[int]) -> tuple:
+    """Gradients of all rows, given those of some rows each: the first ones joined along axes, all others added up."""
+    if len(parts) == 1:
+        return parts[0]
+    each = list(zip(*parts, strict=True))
+    by_row = [mx.concatenate(list(arrays), axis) for arrays, axis in zip(each, axes, strict=False)]
+    return *by_row, *(reduce(partial(tree_map, mx.add), trees) for trees in each[len(axes) :])
+
+
+def _padded(x: mx.array, axis: int, rows: int) -> mx.array:
+    """x with zeros appended along an axis."""
+    return mx.pad(x, [(0, rows - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])

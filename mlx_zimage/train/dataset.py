@@ -11,7 +11,7 @@ is scaled down to at most resolution x resolution pixels and cropped to sides th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import RequestError
@@ -37,6 +37,11 @@ class Example:
     digest: str
     caption: str
     repeats: int = 1
+
+    def within(self, resolution: int) -> Example:
+        """The same image, scaled down to at most resolution x resolution pixels."""
+        width, height = fit_size((self.width, self.height), resolution**2)
+        return replace(self, width=width, height=height)
 
 
 def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> list[Example]:

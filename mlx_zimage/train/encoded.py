@@ -17,6 +17,7 @@ from ..images.codec import to_signed
 from ..images.source import cover, over_white, read_image
 from ..memory import Workload
 from ..models.layers import result, sum_dtype
+from ..models.vae import VAEConfig
 from ..networks import Networks, Phase
 from ..weights.store import Store
 from .dataset import Example
@@ -68,10 +69,6 @@ class Encoded:
         """The latents (1, h, w, C) float32 of an encoded image."""
         return self._found(self._latents(example))
 
-    def shape(self, example: Example) -> tuple[int, int, int, int]:
-        config = self.networks.checkpoint.vae.config
-        return 1, example.height // config.scale, example.width // config.scale, config.latent_channels
-
     def _caption(self, text: str) -> mx.array | None:
         networks = self.networks
         ids, encoder = networks.tokenize(text), networks.checkpoint.text_encoder
@@ -79,7 +76,8 @@ class Encoded:
         return self.store.get([encoder], ("caption", *ids), shape, sum_dtype(networks.dtype))
 
     def _latents(self, example: Example) -> mx.array | None:
-        return self.store.get([self.networks.checkpoint.vae], _key(example), self.shape(example), mx.float32)
+        vae = self.networks.checkpoint.vae
+        return self.store.get([vae], _key(example), latent_shape(vae.config, example), mx.float32)
 
     def _put(self, network, key: tuple, array: mx.array, label: str) -> None:
         if not mx.isfinite(array).all().item():
@@ -94,6 +92,10 @@ class Encoded:
                 f"some space and run the same command again"
             )
         return array
+
+
+def latent_shape(config: VAEConfig, example: Example) -> tuple[int, int, int, int]:
+    return 1, example.height // config.scale, example.width // config.scale, config.latent_channels
 
 
 def _key(example: Example) -> tuple:

@@ -28,7 +28,6 @@ MATRICES = (
     "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
 )  # fmt: skip
 MODULATION = "adaLN_modulation.0"
-EXTRAS = ("adaln", "refiners")  # what may be trained besides the matrices of `layers`
 
 
 def targets(config: TransformerConfig, extras: Collection[str] = ()) -> list[tuple[str, str]]:

@@ -65,7 +65,7 @@ class Back:
 class Gradients:
     """Losses and gradients of factors added to a runner's weights, which never change.
 
-    The factors' difference is scale * up @ down; product and most are as in `Transformer`.
+    The factors' difference is scale * up @ down; product and most are as in `Transformer`, lean as in `Block`.
     """
 
     def __init__(
@@ -75,13 +75,14 @@ class Gradients:
         scale: float,
         product: Product = linear,
         most: float = math.inf,
+        lean: bool = False,
     ):
         self.config = config
         self.runner = runner
         self.scale = scale
         self.product = product
         self.network = Transformer(config, runner, product, most=most)
-        self.block = Block(config, runner.dtype, scale, product, most)
+        self.block = Block(config, runner.dtype, scale, product, most, lean)
 
     def __call__(self, factors: Factors, case: Case) -> tuple[mx.array, Factors]:
         """The loss, weight * mean((predicted - (latents - noise))^2) in float32, and the factors' gradients."""

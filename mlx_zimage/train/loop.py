@@ -3,9 +3,10 @@
     for event in train(pipe, examples, settings, Path("lora.safetensors")):
         ...
 
-`train` yields events as things happen: Phases while images and captions are encoded, a Stepped after each step, a Saved
-when a LoRA is written, and a Previewed for each preview. Whoever holds the loop owns progress and logs, and leaving it
-stops the run; the same call resumes from the last state that was saved, and ends with the same file.
+`train` yields events as things happen: Planned, Phases while images and captions are encoded, Measured before the first
+step, a Stepped after each step, a Saved when a LoRA is written, and a Previewed for each preview. Whoever holds the
+loop owns progress and logs, and leaving it stops the run; the same call resumes from the last state that was saved, and
+ends with the same file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 
 from ..errors import ModelNotFoundError, NumericsError, OutputError, RequestError
 from ..machine import default_dtype
+from ..memory import Plan
 from ..models.transformer import TransformerConfig
 from ..networks import Phase
 from ..pipeline import Generated, ZImagePipeline
@@ -34,16 +36,32 @@ from ..weights.hub import name_of
 from ..weights.lora import Lora, find_lora, read_lora
 from ..weights.store import checksum
 from .dataset import Example, order_of
-from .encoded import Encoded
+from .encoded import Encoded, latent_shape
 from .factors import Factors, arrays_of, new_factors
 from .gradients import Case, Gradients
-from .memory import plan_training
+from .memory import plan_training, resolution_within
 from .objective import Draw, default_objective, draw
 from .optimizer import AdamW, added, clipped, warmed_up
 from .output import FREE, read_state, write_lora, write_state
-from .settings import Settings
+from .settings import RESOLUTION, Settings
 
 SAVE_EVERY = 250  # steps
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run trains on: images of at most resolution x resolution pixels, within a memory plan."""
+
+    resolution: int
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The number of steps ahead, and the seconds that each takes, measured before the first."""
+
+    steps: int
+    step_s: float
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,16 @@ class Run:
         return self.folder / "state.safetensors"
 
     @cached_property
+    def order(self) -> list[int]:
+        """The number of each example, as often as it is repeated in one pass."""
+        return order_of(self.examples)
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each example's latents."""
+        return [latent_shape(self.pipe.checkpoint.vae.config, example) for example in self.examples]
+
+    @cached_property
     def checksum(self) -> str:
         """The SHA-256 of the transformer's weights."""
         return checksum(self.pipe.checkpoint.transformer, self.folder)
@@ -130,7 +158,7 @@ def train(
     save_every: int = SAVE_EVERY,
     previews: Sequence[str] = (),
     adapter: str | Path | None = None,
-) -> Iterator[Phase | Stepped | Saved | Previewed]:
+) -> Iterator[Planned | Phase | Measured | Stepped | Saved | Previewed]:
     """Train a LoRA on examples, and write it to output; resumes the run if there is one. See the module.
 
     Every save_every steps the LoRA is written to the run's folder as well, and the prompts in previews are generated
@@ -147,24 +175,34 @@ def train(
     tokens = max(len(networks.tokenize(example.caption)) for example in examples)
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
-    run = Run(pipe, examples, settings, output, over)
-    if output.exists() and not run.state.exists():
+    if output.exists() and not Run(pipe, examples, settings, output).state.exists():
         raise RequestError(f"{output} already exists, and there is no run of it to resume; choose another output")
     strengths = {} if over is None else {over.sha256: 1.0}
     if over is not None:
         networks.attach(over)
     held = networks.lora_extras(strengths)["transformer"].held
-    plan = plan_training(pipe.planner, examples, tokens, count, pipe.budget - held)
+    budget, resolution = pipe.budget - held, settings.resolution
+    if resolution is None:
+        resolution = resolution_within(pipe.planner, RESOLUTION, tokens, count, budget)
+        examples = [example.within(resolution) for example in examples]
+    plan = plan_training(pipe.planner, examples, tokens, count, budget)
+    run = Run(pipe, examples, replace(settings, resolution=resolution), output, over)
+    settings = run.settings
     _check_space(run, count, tokens, save_every)
     factors, optimizer = read_state(run.state, new, run.identity) or (new, AdamW.new(new))
     del new
+    yield Planned(resolution, plan)
     encoded = Encoded(networks, run.folder / "encoded")
     yield from encoded.encode(examples)
     transformer = networks.transformer
     gradients = Gradients(
-        config, networks.overlays["transformer"], settings.scale, transformer.product, transformer.most
+        config, networks.overlays["transformer"], settings.scale, transformer.product, transformer.most, plan.lean
     )
     written = config, name_of(pipe.checkpoint.folder), run.checksum
+    with pipe.turns.computing(), networks.guarded(), networks.running(plan):
+        networks.set_loras(strengths)
+        step_s = _measured(run, encoded, gradients, factors, optimizer.step)
+    yield Measured(settings.steps - optimizer.step, step_s)
     for step in range(optimizer.step, settings.steps):
         begin, rate = time.perf_counter(), warmed_up(settings.rate, step, settings.warm_up)
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
@@ -177,7 +215,7 @@ def train(
             path = run.folder / f"{output.stem}-{done:06}.safetensors"
             write_lora(path, factors, settings, *written)
             yield Saved(done, path)
-            yield from _tried(pipe, path, done, previews, settings.resolution)
+            yield from _tried(pipe, path, done, previews, resolution)
     if over is not None:
         networks.detach(over)
     write_lora(output, factors, settings, *written)
@@ -193,10 +231,10 @@ def _read_adapter(source: str | Path, config: TransformerConfig) -> Lora:
 
 def _check_space(run: Run, count: int, tokens: int, save_every: int) -> None:
     """Refuse a run whose files might not fit on the disk; count is the number of trained values."""
-    encoded, existing = Encoded(run.pipe.networks, None), run.output.absolute()
+    existing = run.output.absolute()
     while not existing.exists():
         existing = existing.parent
-    images = sum(4 * math.prod(encoded.shape(example)) for example in run.examples)
+    images = sum(4 * math.prod(shape) for shape in run.shapes)
     captions = (1 + len(run.examples)) * tokens * run.pipe.transformer.config.cap_feat_dim * 4
     states = 2 * 3 * 4 * count  # the old one and the new: factors and two moments
     loras = (run.settings.steps // save_every + 2) * 2 * count
@@ -225,6 +263,15 @@ def _tried(
         pipe.unload_lora(name)
 
 
+def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> float:
+    """Seconds that the gradients of a step take, computed for nothing else."""
+    accumulate, begin = run.settings.accumulate, 0.0
+    for _ in range(2):  # the first time, weights are read and functions compiled
+        begin = time.perf_counter()
+        gradients(factors, case(run, encoded, step * accumulate))
+    return accumulate * (time.perf_counter() - begin)
+
+
 def one_step(
     run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, optimizer: AdamW, rate: float
 ) -> tuple[Factors, float, float]:
@@ -244,10 +291,9 @@ def one_step(
 
 def case(run: Run, encoded: Encoded, index: int) -> Case:
     """What gradient `index` of a run, counted from 0, is computed from."""
-    settings, examples = run.settings, run.examples
-    shapes = [encoded.shape(example) for example in examples]
+    settings = run.settings
     assert settings.objective is not None
-    drawn: Draw = draw(settings.seed, index, order_of(examples), shapes, settings.objective, settings.dropout)
-    example = examples[drawn.example]
+    drawn: Draw = draw(settings.seed, index, run.order, run.shapes, settings.objective, settings.dropout)
+    example = run.examples[drawn.example]
     caption = encoded.caption("" if drawn.drops_caption else example.caption)
     return Case(encoded.latents(example), caption, mx.array(drawn.noise), drawn.sigma, drawn.weight)

@@ -1,7 +1,7 @@
 """Plans the memory of training: which blocks stay in memory and which are streamed, forward and back, in every step.
 
-The bounds are in bytes beyond the weights, measured on a CPU in float32 as MLX's peaks; those of a GPU follow from what
-a block computes there, and were not measured.
+The bounds are in bytes beyond the weights, measured as MLX's peaks: on a CPU in float32, and on an H200 in bfloat16
+with MLX's CUDA build, at full size, for 512x512 and 1024x1024. Nothing was measured on Metal, whose bounds are higher.
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ from ..models.transformer import modulation_shapes
 from ..request import SIZE_MULTIPLE
 from ..sizes import rounded_up
 from . import attention
+from .block import ROWS
 from .dataset import Example
 
-# Bytes per token and feature that one block's gradients need (on a CPU at most 240.4, measured from 608 to 2336 tokens
-# of a model 384 wide), and that they need during its attention, when pieces of at most SCORES bytes are alive as well.
-BLOCK = {"cpu": 242, "cuda": 130, "metal": 130}
-ATTENTION = {"cpu": 60, "cuda": 40, "metal": 40}
+# Bytes per token and feature that one block's gradients need, at most ROWS rows at a time: measured 240.4 on a CPU, and
+# 109 on the H200 at 512x512. On Metal, as if nothing was freed before the end.
+BLOCK = {"cpu": 242, "cuda": 110, "metal": 232}
+# For all rows of a larger image at once, where a busy GPU frees nothing before the end: measured 231 at 1024x1024.
+WHOLE = {"cpu": 242, "cuda": 232, "metal": 232}
+# What a lean block keeps of the other rows: eleven arrays, among them queries, keys, values, and their gradients.
+KEPT = {"cpu": 44, "cuda": 22, "metal": 22}
+# During its attention, unless it is fused, when pieces of at most SCORES bytes are alive as well.
+ATTENTION = {"cpu": 72, "cuda": 40, "metal": 40}
 PIECES = 8
-COPIES = 6  # of the factors, in float32: themselves, their gradients and the sum of these, two moments, and new ones
-UNPACKED = 2  # of a quantized block's dense form
+UNPACKED = {"cpu": 2, "cuda": 0.76, "metal": 0.76}  # of a quantized block's dense form: measured 0.75 on the H200
+# Copies of the factors in float32: themselves, two moments, and the sum of gradients so far; later, an image's
+# gradients and a new sum as well.
+STAYING, COPIES = 4, 6
+LEAST_RESOLUTION = 256  # that is chosen to fit a budget
 
 
 def plan_training(planner: Planner, examples: Sequence[Example], tokens: int, factors: int, budget: int) -> Plan:
@@ -48,22 +57,41 @@ def plan_training(planner: Planner, examples: Sequence[Example], tokens: int, fa
     )
 
 
+def resolution_within(planner: Planner, most: int, tokens: int, factors: int, budget: int) -> int:
+    """The largest resolution from LEAST_RESOLUTION to `most` that fits a budget in bytes; `most` if none does."""
+    sides = range(most, LEAST_RESOLUTION - 1, -SIZE_MULTIPLE)
+    fitting = (side for side in sides if _best(planner, side, side, tokens, factors, budget).room <= budget)
+    return next(fitting, most)
+
+
 def _best(planner: Planner, width: int, height: int, tokens: int, factors: int, budget: int) -> Plan:
-    way = Way(work(planner, width, height, tokens, factors))
-    found = make_plan([Stage("train", ("transformer",), (way,))], planner.footprints, budget, keep=False)
+    ways = tuple(Way(work(planner, width, height, tokens, factors, lean), lean=lean) for lean in (False, True))
+    found = make_plan([Stage("train", ("transformer",), ways)], planner.footprints, budget, keep=False)
     return replace(found, keep=True)  # from step to step
 
 
-def work(planner: Planner, width: int, height: int, tokens: int, factors: int) -> int:
+def work(planner: Planner, width: int, height: int, tokens: int, factors: int, lean: bool = False) -> int:
     """The bytes that training needs besides the transformer's blocks."""
     config, dtype = planner.checkpoint.transformer.config, planner.dtype
     length, _ = planner.tokens_of(Workload(width, height, images=1, tokens=tokens, steps=1))
-    inputs = (len(config.blocks) + 2) * length * config.dim * sum_dtype(dtype).size
+    inputs = (len(config.blocks) + 1) * length * config.dim * sum_dtype(dtype).size
     modulation = sum(prod(shape) for shape in modulation_shapes("", config.dim).values())
     modulations = len(config.modulated) * modulation * dtype.size  # these weights stay in memory
-    heads, size = config.n_heads, length * config.dim
-    fused = backend() == "cuda" and attention.is_fused(dtype, config.dim // heads)
-    scores = 0 if fused else PIECES * min(attention.SCORES, 4 * heads * length**2)
-    block = max(BLOCK[backend()] * size, ATTENTION[backend()] * size + scores)
-    block += UNPACKED * planner.footprints["transformer"].unpacked
-    return int(inputs + modulations + 4 * COPIES * factors + block)
+    copy = 4 * factors
+    # On the way back, the inputs of blocks make room for their factors' gradients.
+    gradients = STAYING * copy + max(inputs, copy) + _block_work(planner, length, lean)
+    return int(modulations + max(gradients, COPIES * copy))
+
+
+def _block_work(planner: Planner, length: int, lean: bool) -> float:
+    config, on = planner.checkpoint.transformer.config, backend()
+    if lean or length <= ROWS:
+        rows = -(-length // -(-length // ROWS))  # parts have equal sizes
+        unpacked = UNPACKED[on] * planner.footprints["transformer"].unpacked
+        block = (BLOCK[on] * rows + KEPT[on] * (length - rows)) * config.dim + unpacked
+    else:
+        block = WHOLE[on] * length * config.dim
+    if on == "cuda" and attention.is_fused(planner.dtype, config.dim // config.n_heads):
+        return block
+    scores = PIECES * min(attention.SCORES, 4 * config.n_heads * length**2)
+    return max(block, ATTENTION[on] * length * config.dim + scores)

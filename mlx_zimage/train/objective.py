@@ -22,7 +22,6 @@ SIGMAS = np.arange(1, COUNT + 1) / COUNT
 LOSS_WEIGHTS = np.interp(SIGMAS, LEVELS, WEIGHTS)
 LOSS_WEIGHTS /= LOSS_WEIGHTS.mean()
 SHIFT = 2.0  # musubi-tuner's default for the base model
-OBJECTIVES = ("weighted", "logit-normal", "uniform")
 
 
 @dataclass(frozen=True)

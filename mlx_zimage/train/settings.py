@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from ..errors import RequestError
 from ..request import MAX_SIZE, SIZE_MULTIPLE
 from ..untrusted import brief
-from .factors import EXTRAS
-from .objective import OBJECTIVES
 
-STEPS, RANK, RATE = 3000, 16, 1e-4
+OBJECTIVES = ("weighted", "logit-normal", "uniform")  # see `objective`
+EXTRAS = ("adaln", "refiners")  # what may be trained besides the matrices of `layers`
+RESOLUTION = 512  # by default, if the memory suffices
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Settings:
 
     No image is larger than resolution x resolution pixels. A step takes the mean gradient of `accumulate` images,
     clipped to the norm `clip`; the learning rate rises to `rate` over the first `warm_up` steps. dropout is the
-    fraction of images trained with an empty caption. alpha None is the rank. extras are from `factors.EXTRAS`.
+    fraction of images trained with an empty caption. alpha None is the rank. extras are from EXTRAS.
     """
 
-    steps: int = STEPS
-    rank: int = RANK
+    steps: int = 3000
+    rank: int = 16
     alpha: float | None = None
-    rate: float = RATE
+    rate: float = 1e-4
     decay: float = 1e-4
     clip: float = 1.0
     warm_up: int = 0
@@ -34,7 +34,7 @@ class Settings:
     dropout: float = 0.05
     objective: str | None = None
     extras: tuple[str, ...] = ()
-    resolution: int = 512
+    resolution: int | None = None
     trigger: str | None = None
     seed: int = 0
 
@@ -55,7 +55,8 @@ class Settings:
             raise RequestError(f"objective must be one of {', '.join(OBJECTIVES)}, got {brief(self.objective)}")
         if not set(self.extras) <= set(EXTRAS):
             raise RequestError(f"extras must be from {', '.join(EXTRAS)}, got {brief(list(self.extras))}")
-        if self.resolution % SIZE_MULTIPLE or not SIZE_MULTIPLE <= self.resolution <= MAX_SIZE:
+        side = RESOLUTION if self.resolution is None else self.resolution
+        if side % SIZE_MULTIPLE or not SIZE_MULTIPLE <= side <= MAX_SIZE:
             raise RequestError(
                 f"resolution must be a multiple of {SIZE_MULTIPLE} from {SIZE_MULTIPLE} to {MAX_SIZE} pixels, got "
                 f"{brief(self.resolution)}"

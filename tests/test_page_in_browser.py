@@ -183,6 +183,7 @@ def test_waiting_and_running_requests_show_where_they_are_and_can_be_cancelled(p
     first = page.locator(".run").last
     expect(second.locator(".status")).to_contain_text("Waiting for one other")
     expect(first.locator(".status")).to_have_text(re.compile(r"Image \d+ of 10, step \d of 8"))
+    expect(second.locator(".frame")).to_have_count(0)  # so that all that wait are seen
     check_accessible(page)
     second.get_by_role("button", name="Cancel").click()
     expect(second.locator(".status")).to_have_text("Cancelled")
@@ -194,10 +195,14 @@ def test_waiting_and_running_requests_show_where_they_are_and_can_be_cancelled(p
     expect(page.locator(".run")).to_have_count(1)
 
 
-def test_more_requests_than_a_browser_has_connections_all_end(page):
-    for _ in range(8):
-        generate(page, Steps="1")
-    for run in page.locator(".run").all():
+def test_more_requests_than_a_browser_has_connections_all_end_or_are_cancelled_before_they_are_sent(page):
+    generate_many(page)
+    for _ in range(7):
+        last = generate(page, Images="1", Steps="1", Width="64", Height="64")
+    last.get_by_role("button", name="Cancel").click()
+    expect(last.locator(".status")).to_have_text("Cancelled")
+    page.locator(".run").last.get_by_role("button", name="Cancel").click()
+    for run in page.locator(".run").all()[1:-1]:
         finished(run)
 
 

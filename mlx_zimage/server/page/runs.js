@@ -7,6 +7,7 @@ import { fileName, pixels, requestOf } from "./settings.js";
 /** A card with a request's progress while it waits and runs, and then with its images. */
 export class Run {
   #stop = new AbortController();
+  #accepted = false; // by the server
   #seeds = []; // of the images that are finished
   #started = performance.now();
 
@@ -20,7 +21,7 @@ export class Run {
     this.reuse = button("Use these settings", () => page.use({ ...settings, seed: this.#seeds[0] ?? settings.seed }));
     this.remove = button("Remove", () => this.#remove());
     this.remove.hidden = true;
-    this.slots = []; // until the server has accepted the request
+    this.slots = []; // until it runs
     this.images = element("div", { className: "images" });
     const [width, height] = settings.size.split("x");
     this.images.style.setProperty("--ratio", width / height);
@@ -43,7 +44,7 @@ export class Run {
       const seconds = (performance.now() - this.#started) / 1000;
       this.#end(`Done in ${duration(seconds)}`);
     } catch (error) {
-      if (error instanceof ServerError && this.slots.length === 0) {
+      if (error instanceof ServerError && !this.#accepted) {
         this.card.remove();
         return error;
       }
@@ -67,7 +68,8 @@ export class Run {
   }
 
   #showProgress({ position, step, steps, estimated_seconds: seconds }) {
-    if (this.slots.length === 0) this.#addSlots();
+    this.#accepted = true;
+    if (position === 0 && this.slots.length === 0) this.#addSlots();
     const left = seconds === null ? "" : `, about ${duration(seconds)} left`;
     const others = position === 1 ? "one other request" : `${position} other requests`;
     if (position > 0) this.#say(`Waiting for ${others}${left}`);

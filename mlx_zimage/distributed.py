@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import threading
 import time
@@ -23,12 +24,15 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import GroupError, NumericsError, RequestError
-from .launched import is_launched
+from .launched import backend_name, is_launched
 from .sampling import Change, Step
 
 R = TypeVar("R")
 PATIENCE = 600.0  # seconds for rank 0's caller to continue, and for the first step, which reads the weights
 LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times the longest step so far, and at least this many seconds
+# Measured on H200s: four ranks were slower than one at 512x512 (1024 tokens), and two faster. From so many rows per
+# rank on, it is faster to queue what NCCL sends on its own.
+LEAST, APART = 512, 1536
 PERIOD = 0.2  # seconds between the watchdog's checks
 
 
@@ -48,7 +52,38 @@ class Ended(Exception):
     """Rank 0 has ended the request that this rank follows."""
 
 
-class Group:
+class Sharing:
+    """How ranks share rows, by the speed of each: a `models.runner.Sharing`."""
+
+    def __init__(self, number: int, speeds: Sequence[float]):
+        """number is this rank's."""
+        self.number, self.count = number, len(speeds)
+        self._ends = [0.0, *(end / sum(speeds) for end in accumulate(speeds))]
+
+    def bounds(self, rows: int) -> list[tuple[int, int]]:
+        """The first row of each rank's part of a sequence, and the row after its last."""
+        return list(pairwise(round(end * rows) for end in self._ends))
+
+    def shares(self, parts: Sequence[int]) -> tuple[int, ...]:
+        if self.count == 1:
+            return ()
+        each = [self.bounds(rows) for rows in parts]
+        return tuple(sum(end - start for start, end in bounds) for bounds in zip(*each, strict=True))
+
+    def mine(self, rows: int) -> tuple[int, int]:
+        return self.bounds(rows)[self.number]
+
+    def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
+        pieces, before = [], 0
+        for rows in parts:
+            start, end = self.mine(rows)
+            index = [slice(None)] * axis + [slice(before + start, before + end)]
+            pieces.append(x[tuple(index)])
+            before += rows
+        return mx.concatenate(pieces, axis=axis)
+
+
+class Group(Sharing):
     """The ranks that generate images together; a `models.runner.Ranks`.
 
     speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal. A step that
@@ -62,9 +97,11 @@ class Group:
         speeds = [1.0] * self.size if speeds is None else list(speeds)
         if len(speeds) != self.size or not all(0 < speed < float("inf") for speed in speeds):
             raise RequestError(f"speeds must be {self.size} positive numbers, one per rank, got {speeds}")
-        self._ends = [0.0, *(end / sum(speeds) for end in accumulate(speeds))]
+        super().__init__(self.rank, speeds)
+        self._even = len(set(speeds)) == 1
         # NCCL computes on the GPU, the other backends on the CPU
-        self._stream = mx.new_thread_local_stream(mx.gpu if "NCCL_HOST_IP" in os.environ else mx.cpu)
+        self._on_gpu = is_launched() and backend_name() == "nccl"
+        self._stream = mx.new_thread_local_stream(mx.gpu if self._on_gpu else mx.cpu)
         self._limit = limit
         self._longest = 0.0
         self._broken = False
@@ -89,34 +126,27 @@ class Group:
 
     # ---- rows: see `models.runner.Ranks`
 
-    def bounds(self, rows: int) -> list[tuple[int, int]]:
-        """The first row of each rank's part of a sequence, and the row after its last."""
-        return list(pairwise(round(end * rows) for end in self._ends))
+    def among(self, tokens: int) -> Sharing:
+        """All ranks; for a small image, teams of fewer ranks, each of which computes all of it: MLX's ring cannot leave
+        out a rank."""
+        count = max(1, min(self.size, tokens // LEAST))
+        if count == self.size:
+            return self
+        return Sharing(self.rank % count, [1.0] * count) if self._even else Sharing(0, [1.0])
 
-    def shares(self, parts: Sequence[int]) -> tuple[int, ...]:
-        each = [self.bounds(rows) for rows in parts]
-        return tuple(sum(end - start for start, end in bounds) for bounds in zip(*each, strict=True))
+    def parts(self, rows: int) -> int:
+        # NCCL's kernels wait for the GPU, so more parts only cost time; for few rows, even queueing one does
+        return int(rows >= APART) if self._on_gpu else 2
 
-    def mine(self, rows: int) -> tuple[int, int]:
-        return self.bounds(rows)[self.rank]
-
-    def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
-        pieces, before = [], 0
-        for rows in parts:
-            start, end = self.mine(rows)
-            index = [slice(None)] * axis + [slice(before + start, before + end)]
-            pieces.append(x[tuple(index)])
-            before += rows
-        return mx.concatenate(pieces, axis=axis)
-
-    def gather(self, x: mx.array, shares: Sequence[int]) -> mx.array:
+    def gather(self, x: mx.array, shares: Sequence[int], apart: bool = True) -> mx.array:
         if not shares:
             return x
         batch, own, *rest = x.shape
         most = max(shares)
         if own < most:  # MLX gathers arrays of equal shapes
             x = mx.pad(x, [(0, 0), (0, most - own)] + [(0, 0)] * len(rest))
-        every = self._all_gather(x).reshape(self.size, batch, most, *rest)
+        every = self._all_gather(x) if apart else mx.distributed.all_gather(x, group=self.group)
+        every = every.reshape(self.size, batch, most, *rest)[: len(shares)]  # the first of several teams
         if min(shares) == most:
             return every.swapaxes(0, 1).reshape(batch, -1, *rest)
         return mx.concatenate([every[i, :, :rows] for i, rows in enumerate(shares)], axis=1)
@@ -175,6 +205,15 @@ class Group:
         data = np.array(self.from_first(mx.zeros(size, dtype=mx.uint8)))
         with np.load(io.BytesIO(data.tobytes()), allow_pickle=False) as arrays:
             return dict(arrays)
+
+    def exchange(self, content: Any) -> list[Any]:
+        """What each rank passes, in their order: anything that JSON can hold."""
+        text = json.dumps(content).encode()
+        with self.computing():
+            lengths = np.array(self._all_gather(mx.array([len(text)]))).tolist()
+            padded = np.frombuffer(text.ljust(max(lengths)), np.uint8)
+            every = np.array(self._all_gather(mx.array(padded))).reshape(self.size, -1)
+        return [json.loads(row.tobytes()) for row in every]
 
     def check_same(self, **values: Any) -> None:
         """GroupError on every rank if a value is not the same on all of them."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# What mlx.launch sets, by backend: ring, nccl and jaccl.
-SIGNS = ("MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR")
+# What mlx.launch sets, and the backend it sets it for; MLX prefers the first.
+SIGNS = {"MLX_WORLD_SIZE": "nccl", "MLX_HOSTFILE": "ring", "MLX_IBV_DEVICES": "jaccl", "MLX_JACCL_COORDINATOR": "jaccl"}
 
 
 def is_launched() -> bool:
@@ -17,3 +17,8 @@ def launched_rank() -> int:
     """This process's rank; 0 if mlx.launch did not start it."""
     rank = os.environ.get("MLX_RANK", "")
     return int(rank) if is_launched() and rank.isdecimal() else 0
+
+
+def backend_name() -> str:
+    """How this process communicates with the others that mlx.launch started: "nccl", "ring" or "jaccl"."""
+    return next(backend for name, backend in SIGNS.items() if os.environ.get(name))

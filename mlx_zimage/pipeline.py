@@ -419,7 +419,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
     def close(self) -> None:
         """On rank 0 of a group: end `follow` on the others. Elsewhere, nothing."""
         if self.group is not None and self.group.leads:
-            self.group.end()
+            with explained():
+                self.group.end()
 
     def _led(
         self,
@@ -433,7 +434,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         if not self.group.leads:
             raise RequestError("only rank 0 of a group generates images; call follow() on the others")
         work = {"request": np.array(json.dumps(request.to_dict())), "decode": np.array(decode), **inputs.packed}
-        with self.group.leading(work):
+        with explained(), self.group.leading(work):
             yield from events
 
     def _attempts(

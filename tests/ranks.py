@@ -4,7 +4,7 @@
 
 CALLS.json is a list of a pipeline call's arguments; the image "photo" is the tests' own. Rank 0 writes the result of
 each call. In MODEL, {rank} is the rank. OPTIONS is a JSON object: speeds and limit as in Group, and memory,
-budgets by rank.
+budgets by rank. However small an image is, all ranks share it, unless OPTIONS has another `least` number of tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 import tiny
 
-from mlx_zimage import ZImagePipeline
+from mlx_zimage import ZImagePipeline, distributed
 from mlx_zimage.distributed import Group
 
 
@@ -73,6 +73,7 @@ def open_pipeline(model: str, folder: Path, group: Group | None = None, memory: 
 
 def main(model: str, calls: str, out: str, options: str) -> None:
     given = json.loads(options)
+    distributed.LEAST = given.get("least", 1)
     group = Group(mx.distributed.init(backend="ring", strict=True), given.get("speeds"), given.get("limit"))
     memory = given.get("memory", {}).get(str(group.rank))
     pipe = open_pipeline(model.format(rank=group.rank), Path(out).parent / f"rank{group.rank}", group, memory)

@@ -67,18 +67,20 @@ def begin(size: int, model: Path, folder: Path, calls: list[dict], **options) ->
 
 
 @pytest.mark.parametrize(
-    "size, speeds",
+    "size, speeds, least",
     [
-        (2, None),
-        pytest.param(3, [2, 0.7, 1], marks=pytest.mark.slow),
-        pytest.param(2, [1, 3], marks=pytest.mark.long),
-        pytest.param(3, None, marks=pytest.mark.long),
-        pytest.param(4, None, marks=pytest.mark.long),
+        (2, None, 1),
+        pytest.param(3, [2, 0.7, 1], 1, marks=pytest.mark.slow),
+        pytest.param(3, None, 14, marks=pytest.mark.slow),  # 28 tokens and more are shared by two teams
+        pytest.param(2, [1, 3], 1, marks=pytest.mark.long),
+        pytest.param(3, None, 1, marks=pytest.mark.long),
+        pytest.param(4, None, 1, marks=pytest.mark.long),
     ],
 )
-def test_several_ranks_compute_what_one_does(size, speeds, alone, tiny_folder, tmp_path):
+def test_several_ranks_compute_what_one_does(size, speeds, least, alone, tiny_folder, tmp_path):
+    calls = [*CALLS.values()]
     for rank, (code, text) in enumerate(
-        ranks.finish(begin(size, tiny_folder, tmp_path, [*CALLS.values()], speeds=speeds))
+        ranks.finish(begin(size, tiny_folder, tmp_path, calls, speeds=speeds, least=least))
     ):
         assert code == 0, f"rank {rank}: {text}"
     with np.load(tmp_path / "out.npz") as arrays:
@@ -163,6 +165,20 @@ def test_the_rows_of_uneven_ranks_are_all_there_once():
     shares = [group.own(x, parts) for group in groups]
     assert [len(share) for share in shares] == list(groups[0].shares(parts))
     assert sorted(np.concatenate(shares).tolist()) == x.tolist()
+
+
+def test_a_small_image_is_shared_by_teams_of_fewer_ranks():
+    shared = [Group(Rank(rank, 4)).among(1024) for rank in range(4)]
+    assert [sharing.mine(1000) for sharing in shared] == [(0, 500), (500, 1000)] * 2
+    assert [sharing.shares([1000, 24]) for sharing in shared] == [(512, 512)] * 4
+    assert [Group(Rank(rank, 4)).among(4096).mine(1000)[0] for rank in range(4)] == [0, 250, 500, 750]
+
+
+@pytest.mark.parametrize("group", [Group(Rank(3, 4)), Group(Rank(1, 2), [1, 3])])
+def test_of_the_smallest_images_every_rank_computes_all(group):
+    sharing = group.among(1000)
+    assert sharing.mine(1000) == (0, 1000)
+    assert sharing.shares([1000, 24]) == ()
 
 
 @pytest.mark.parametrize("speeds", [[1], [1, 2, 3], [1, 0], [1, -1], [1, float("inf")], [1, float("nan")]])

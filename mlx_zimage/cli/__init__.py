@@ -29,6 +29,7 @@ COMMANDS = {  # name of the command and its module: the first sentence of its he
     "bench": "Time prompt encoding, denoising steps and decoding on this machine.",
     "completion": "Print or install the completion script for SHELL.",
     "convert": "Convert SOURCE to an MLX model folder DEST and print its path.",
+    "distributed": "Check machines that generate images together.",
     "doctor": "Check this machine: system, MLX build, memory, disk and MLX's arithmetic.",
     "fuse": "Add LoRAs to the weights of MODEL, write the result to DEST, and print its path.",
     "generate": "Generate one or more images from PROMPT and print their paths.",

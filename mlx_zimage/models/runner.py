@@ -107,12 +107,8 @@ class Tokens(Protocol):
 Shares = tuple[int, ...]
 
 
-class Ranks(Protocol):
-    """The machines that generate an image together: in MLX's words, the ranks of a group.
-
-    Each has all weights, computes its own rows of every sequence, and attends to everyone's: keys and values are all
-    that blocks exchange. Attention does not depend on the order of keys, so what is gathered stays ordered by rank.
-    """
+class Sharing(Protocol):
+    """How machines share the rows of a sequence."""
 
     def shares(self, parts: Sequence[int]) -> Shares:
         """The rows that each machine has of a sequence made of parts, each of which is shared on its own."""
@@ -123,9 +119,24 @@ class Ranks(Protocol):
     def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
         """This machine's rows of a whole sequence made of parts."""
 
-    def gather(self, x: mx.array, shares: Shares) -> mx.array:
-        """All rows of an array (B, L, ...) of which each machine has its share. They are sent at once; nothing waits
-        for them until they are used."""
+
+class Ranks(Sharing, Protocol):
+    """The machines that generate an image together: in MLX's words, the ranks of a group.
+
+    Each has all weights, computes its own rows of every sequence, and attends to everyone's: keys and values are all
+    that blocks exchange. Attention does not depend on the order of keys, so what is gathered stays ordered by rank.
+    """
+
+    def among(self, tokens: int) -> Sharing:
+        """How the machines share an image of so many tokens: so few may not be worth the time that exchanging takes."""
+
+    def parts(self, rows: int) -> int:
+        """In how many parts keys and values of so many rows are exchanged while others are computed with; 0: not so,
+        but between other operations."""
+
+    def gather(self, x: mx.array, shares: Shares, apart: bool = True) -> mx.array:
+        """All rows of an array (B, L, ...) of which each machine has its share. If apart, exchanging begins at once,
+        and nothing waits for it but what uses the result."""
 
 
 class Alone:
@@ -140,7 +151,13 @@ class Alone:
     def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
         return x
 
-    def gather(self, x: mx.array, shares: Shares) -> mx.array:
+    def among(self, tokens: int) -> Sharing:
+        return self
+
+    def parts(self, rows: int) -> int:
+        return 0
+
+    def gather(self, x: mx.array, shares: Shares, apart: bool = True) -> mx.array:
         return x
 
 

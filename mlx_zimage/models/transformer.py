@@ -39,7 +39,6 @@ from .runner import ALONE, NetworkConfig, Ranks, Runner, Shares, Tree
 PATCH = 2  # a token covers PATCH x PATCH latent pixels
 PAD_MULTIPLE = 32  # image and caption are each padded to a multiple of this many tokens
 TOKENS_AT_ONCE = 4608  # limit for a batch of images: this many rows keep any GPU busy, and more only cost memory
-PARTS = 2  # parts of the heads whose keys and values are sent to other machines one after another
 ADALN_WIDTH = 256
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
@@ -326,10 +325,10 @@ def sent(
     modulation: mx.array,
     cos: mx.array,
     sin: mx.array,
+    parts: int,
     *,
     heads: int,
     eps: float,
-    parts: int,
     product: Product = linear,
 ) -> tuple[mx.array, ...]:
     """A block's normed input (B, L, dim) and, for each of so many parts of the heads, its keys and values side by side:
@@ -344,10 +343,10 @@ def asked(
     weights: Tree,
     cos: mx.array,
     sin: mx.array,
-    rows: int | None = None,
+    rows: int | None,
+    parts: int,
     *,
     heads: int,
-    parts: int,
     product: Product = linear,
 ) -> list[mx.array]:
     """The queries of the first `rows` rows of a normed input (B, L, dim), for each part of the heads."""
@@ -487,6 +486,10 @@ def as_it_is(function: Callable) -> Callable:
     return function
 
 
+def do_nothing(*arrays: mx.array) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Stream:
     """Tokens on their way through blocks, and everything else a block takes; each block returns the next Stream.
@@ -620,7 +623,6 @@ class Transformer:
         self.ranks = ranks
         self.is_compiled = compile
         self.most = most
-        self.parts = min(PARTS, config.n_heads)
         self.sums = sum_dtype(runner.dtype)
         self.lean = lean
         self._schedule: tuple | None = None  # the last schedule's times and other blocks, and `modulate`'s result
@@ -640,7 +642,7 @@ class Transformer:
         self._attend = wrap(partial(attend, heads=self.config.n_heads, most=self.most, **shared))
         self._feed = wrap(partial(feed, **shared))
         self._add_attention = wrap(partial(add_attention, **shared))
-        split: dict[str, Any] = {"heads": self.config.n_heads, "parts": self.parts, "product": self.product}
+        split: dict[str, Any] = {"heads": self.config.n_heads, "product": self.product}
         self._sent = wrap(partial(sent, eps=self.config.norm_eps, **split))
         self._asked = wrap(partial(asked, **split))
 
@@ -689,10 +691,10 @@ class Transformer:
 
     def _caption(self, embedded: mx.array, h: int, w: int) -> Caption:
         tokens = (h // PATCH) * (w // PATCH)
-        parts = tokens, padding(tokens), embedded.shape[1]
-        cos, sin = (self.ranks.own(table, parts) for table in self.rope(parts[-1], h, w))
-        own = self.ranks.own(embedded, parts[-1:], axis=1)
-        return Caption(own, cos, sin, self.ranks.shares(parts[:-1]), self.ranks.shares(parts))
+        parts, ranks = (tokens, padding(tokens), embedded.shape[1]), self.ranks.among(tokens)
+        cos, sin = (ranks.own(table, parts) for table in self.rope(parts[-1], h, w))
+        own = ranks.own(embedded, parts[-1:], axis=1)
+        return Caption(own, cos, sin, ranks.shares(parts[:-1]), ranks.shares(parts))
 
     def begin(self, latents: mx.array, embedder: str = "all_x_embedder.2-1") -> tuple[mx.array, int]:
         """Latents (B, h, w, C) as embedded, padded tokens (B, L, dim), and the number of tokens before padding.
@@ -700,10 +702,10 @@ class Transformer:
         Both are this machine's share.
         """
         tokens = patchify(latents.astype(self.runner.dtype))
-        extra = padding(tokens.shape[1])
-        x = self.product(self.ranks.own(tokens, tokens.shape[1:2], axis=1), self.runner.tree(embedder))
+        extra, ranks = padding(tokens.shape[1]), self.ranks.among(tokens.shape[1])
+        x = self.product(ranks.own(tokens, tokens.shape[1:2], axis=1), self.runner.tree(embedder))
         pad = self.runner.tree("x_pad_token")
-        first, end = self.ranks.mine(extra)
+        first, end = ranks.mine(extra)
         return pad_tokens(x.astype(self.sums), pad, end - first), x.shape[1]
 
     def image_stream(
@@ -726,7 +728,8 @@ class Transformer:
         """From image tokens (B, L, dim) after the last layer to data minus noise (B, h, w, C), float32."""
         x = mx.fast.layer_norm(x, None, None, 1e-6) * final_scale
         x = self.product(x.astype(self.runner.dtype), self.runner.tree("all_final_layer.2-1.linear"))
-        shares = self.ranks.shares(((h // PATCH) * (w // PATCH),))
+        tokens = (h // PATCH) * (w // PATCH)
+        shares = self.ranks.among(tokens).shares((tokens,))
         return unpatchify(self.ranks.gather(x.astype(mx.float32), shares), h, w)
 
     def velocity(
@@ -853,17 +856,21 @@ class Transformer:
         Keys and values of a part of the heads travel while queries, or the attention of the part before, are computed:
         each piece is queued on its own, since MLX waits for everything that one piece needs before it starts.
         """
-        h, *own = self._sent(x, weights, modulation, stream.cos, stream.sin)
-        mx.async_eval(h, *own)
-        parts = [self.ranks.gather(part, stream.shares) for part in own]
-        asked = self._asked(h, weights, stream.cos, stream.sin, rows)
-        mx.async_eval(*asked)
+        count = min(self.ranks.parts(max(stream.shares)), self.config.n_heads)
+        queue = mx.async_eval if count else do_nothing
+        h, *own = self._sent(x, weights, modulation, stream.cos, stream.sin, count or 1)
+        queue(h, *own)
+        parts = [self.ranks.gather(part, stream.shares, apart=count > 0) for part in own]
+        asked = self._asked(h, weights, stream.cos, stream.sin, rows, count or 1)
+        queue(*asked)
         found = []
-        for q, both in zip(asked, parts, strict=True):
+        for i, (q, both) in enumerate(zip(asked, parts, strict=True), 1):
             q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *mx.split(both, 2, axis=-1)))
             found.append(dot_product_attention(q, k, v, self.most).transpose(0, 2, 1, 3))
-            mx.async_eval(found[-1])
-        return self._add_attention(x, mx.concatenate(found, axis=2).transpose(0, 2, 1, 3), weights, modulation)
+            if i < count:
+                queue(found[-1])
+        out = found[0] if len(found) == 1 else mx.concatenate(found, axis=2)
+        return self._add_attention(x, out.transpose(0, 2, 1, 3), weights, modulation)
 
 
 def joined(*parts: Stream) -> Stream:

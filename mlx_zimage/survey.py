@@ -1,0 +1,171 @@
+"""What a group of machines is, how fast they communicate, and how fast they are together: before any image.
+
+The prediction is a measurement of a few blocks with random weights: alone on each machine, and shared by all. Every
+block of the model takes as long.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+
+from .bench import SIZES
+from .distributed import Group
+from .doctor import facts
+from .errors import GroupError
+from .launched import backend_name
+from .models.transformer import PATCH
+from .networks import Networks
+from .sizes import size
+from .weights.checkpoint import Checkpoint
+from .weights.library import embeddings_folder
+from .weights.random import random_model
+from .weights.store import checksum
+
+DEPTHS = 1, 5  # numbers of layers to time: the difference is what four of them take
+ROUNDS = 50  # exchanges of a single number
+REPEAT = 5
+CAPTION = 96  # tokens
+SAME = {  # what machines must have in common, and what one has otherwise
+    "mlx_zimage": "another version of mlx-zimage",
+    "mlx": "another version of MLX",
+    "dtype": "another default dtype",
+    "weights": "other weights",
+}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """machines has each rank's facts, with alone_s, the seconds that a step takes on it alone.
+
+    latency_s is what the smallest exchange takes, rate the bytes of keys and values that a rank receives per second,
+    and step_s what a step takes on all machines together.
+    """
+
+    backend: str
+    machines: list[dict[str, Any]]
+    latency_s: float
+    rate: float
+    step_s: float
+
+    @property
+    def alone_s(self) -> float:
+        """Seconds of a step on the fastest machine alone."""
+        return min(machine["alone_s"] for machine in self.machines)
+
+    @property
+    def speed_up(self) -> float:
+        return self.alone_s / self.step_s
+
+
+def survey(
+    group: Group, width: int, height: int, model: Checkpoint | None = None, architecture: str = "full"
+) -> Survey:
+    """Compare the machines of a group, and time them for images of width x height; on all ranks at once.
+
+    GroupError if they have different versions, dtypes or, of a model, weights, which are all read.
+    """
+    own = facts() | {"host": platform.node()}
+    if model is not None:
+        with TemporaryDirectory() as temporary:  # if checksums are not cached
+            folder = embeddings_folder() or Path(temporary)
+            own["weights"] = [checksum(network, folder) for network in model.components]
+    machines = group.exchange(own)
+    check_same(machines)
+    timing = Timing(group, width, height, architecture)
+    alone = group.exchange(timing.step(None))
+    machines = [machine | {"alone_s": seconds} for machine, seconds in zip(machines, alone, strict=True)]
+    return Survey(backend_name(), machines, timing.latency(), timing.rate(), timing.step(group))
+
+
+def check_same(machines: Sequence[dict[str, Any]]) -> None:
+    """GroupError unless all machines have the same versions, dtype and weights."""
+    for key, name in SAME.items():
+        values = [machine.get(key) for machine in machines]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                said = "" if key == "weights" else f": {value} instead of {values[0]}"
+                raise GroupError(
+                    f"rank {rank} ({machines[rank]['host']}) has {name} than rank 0 "
+                    f"({machines[0]['host']}){said}; all machines need the same"
+                )
+
+
+class Timing:
+    """Times an architecture's transformer for images of one size in a group."""
+
+    def __init__(self, group: Group, width: int, height: int, architecture: str):
+        self.group = group
+        self.networks = SIZES[architecture]
+        self.config = self.networks[0]
+        scale = self.networks[2].scale
+        self.h, self.w = height // scale, width // scale
+
+    def step(self, group: Group | None) -> float:
+        """Seconds of a step, on this machine alone or in a group."""
+        few, many = (self._step(depth, group) for depth in DEPTHS)
+        block = (many - few) / (DEPTHS[1] - DEPTHS[0])
+        others = self.config.n_layers - DEPTHS[0] + self.config.n_refiner_layers - 1
+        return few + others * block
+
+    def _step(self, depth: int, group: Group | None) -> float:
+        config = replace(self.config, n_layers=depth, n_refiner_layers=1)
+        configs = dict(zip(("transformer", "text_encoder", "vae"), (config, *self.networks[1:]), strict=True))
+        dtype = getattr(mx, facts()["dtype"])
+        networks = Networks(random_model(configs, None), dtype, facts()["memory_budget"], group=group)
+        velocity = networks.transformer.velocity(mx.zeros((CAPTION, config.cap_feat_dim), dtype), [1.0], self.h, self.w)
+        noise = mx.random.normal((1, self.h, self.w, config.in_channels))
+        seconds = self._median(lambda: velocity(noise, 0), REPEAT)
+        networks.release()
+        return seconds
+
+    def latency(self) -> float:
+        """Seconds of the smallest exchange."""
+        return self._median(lambda: self.group.from_first(mx.array(0)), ROUNDS)
+
+    def rate(self) -> float:
+        """Bytes per second that a rank receives, in pieces as large as a block's keys and values."""
+        rows = (self.h // PATCH) * (self.w // PATCH) // self.group.size
+        piece = mx.zeros((1, rows, 2 * self.config.dim), mx.bfloat16)
+        shares = (rows,) * self.group.size
+        return piece.nbytes * (self.group.size - 1) / self._median(lambda: self.group.gather(piece, shares), REPEAT)
+
+    def _median(self, compute: Callable[[], mx.array], repeat: int) -> float:
+        """Median of the seconds that all ranks take, after a first time."""
+        times = []
+        for _ in range(repeat + 1):
+            with self.group.computing():
+                mx.eval(self.group.from_first(mx.array(0)))  # all begin together
+                start = time.perf_counter()
+                mx.eval(compute())
+                times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+
+def table(found: Survey, width: int, height: int) -> str:
+    """The survey as text."""
+    lines = [f"{'rank':6}{'machine':24}{'chip':28}{'budget':>10}{'speed':>8}"]
+    for rank, machine in enumerate(found.machines):
+        speed = found.alone_s / machine["alone_s"]
+        budget = size(machine["memory_budget"])
+        lines.append(f"{rank:<6}{machine['host'][:22]:24}{str(machine['device'])[:26]:28}{budget:>10}{speed:>8.2f}")
+    first = found.machines[0]
+    lines += [
+        f"the same on all: mlx-zimage {first['mlx_zimage']}, MLX {first['mlx']}, {first['dtype']}"
+        + (", weights" if "weights" in first else ""),
+        f"{found.backend}: an exchange takes at least {found.latency_s * 1e3:.2f} ms; each machine receives "
+        f"{found.rate / 1e9:.2f} GB/s",
+        f"{width}x{height}: predicted {found.step_s:.3g} s a step together, {found.alone_s:.3g} s on the fastest "
+        f"machine alone: {found.speed_up:.2f} times as fast",
+    ]
+    if found.speed_up < 1:
+        lines.append("at this size, one machine alone is faster")
+    return "\n".join(lines)

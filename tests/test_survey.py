@@ -1,0 +1,77 @@
+"""What a group of machines is, before it generates an image."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import surveyed
+import tiny
+
+from mlx_zimage import RequestError
+from mlx_zimage.errors import GroupError
+from mlx_zimage.survey import Survey, Timing, check_same, table
+
+MACHINE = {"host": "one", "device": "Apple M4", "mlx_zimage": "1.0", "mlx": "0.32.4", "dtype": "bfloat16"}
+MACHINE |= {"memory_budget": 12 * 10**9}
+
+
+def surveys(model: Path, folder: Path) -> list[tuple[int, str]]:
+    return ranks.finish(ranks.start(2, folder, [sys.executable, surveyed.__file__, str(model)]))
+
+
+def test_two_ranks_are_compared_and_timed(tiny_folder, tmp_path):
+    (code, text), (other, _) = surveys(tiny_folder, tmp_path)
+    assert code == other == 0, text
+    assert re.search(r"^0 .*\n1 ", text, re.MULTILINE), "a line for each machine"
+    assert re.search(r"^the same on all: mlx-zimage \S+, MLX \S+, float32, weights$", text, re.MULTILINE)
+    assert re.search(r"^ring: an exchange takes at least [\d.]+ ms; each machine receives [\d.]+ GB/s$", text, re.M)
+    assert re.search(r"^128x96: predicted \S+ s a step together, .*: [\d.]+ times as fast$", text, re.MULTILINE)
+
+
+def test_different_weights_are_refused_by_checksum(tmp_path):
+    for rank in range(2):
+        tiny.write_checkpoint(tmp_path / f"model{rank}", seed=rank)
+    for code, text in surveys(tmp_path / "model{rank}", tmp_path):
+        assert code != 0
+        assert re.search(r"GroupError: rank 1 \(.*\) has other weights than rank 0", text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlx": "0.31"}, r"rank 1 \(two\) has another version of MLX than rank 0 \(one\): 0.31 instead of 0.32.4"),
+        ({"mlx_zimage": "2.0"}, r"another version of mlx-zimage than rank 0 \(one\): 2.0 instead of 1.0"),
+        ({"dtype": "float16"}, r"another default dtype than rank 0 \(one\): float16 instead of bfloat16"),
+    ],
+)
+def test_mixed_versions_and_dtypes_are_refused(change, message):
+    check_same([MACHINE, MACHINE | {"device": "Apple M3"}])
+    with pytest.raises(GroupError, match=message):
+        check_same([MACHINE, MACHINE | {"host": "two"} | change])
+
+
+def test_a_step_is_predicted_from_a_few_layers():
+    """Each layer takes as long: 3 s beside them, and 2 for each of 30 layers and for a second noise refiner."""
+    timing = Timing.__new__(Timing)
+    timing.config = surveyed.TransformerConfig()
+    timing._step = lambda depth, group: 3 + 2 * depth
+    assert timing.step(None) == 3 + 2 * 30 + 2
+
+
+def test_a_group_that_is_slower_than_its_fastest_machine_is_reported():
+    machines = [MACHINE | {"alone_s": 2.0}, MACHINE | {"host": "two", "alone_s": 1.0}]
+    found = Survey("ring", machines, 1e-3, 2e9, 1.25)
+    assert found.speed_up == 0.8
+    lines = table(found, 512, 512).splitlines()
+    assert lines[1].endswith("0.50") and lines[2].endswith("1.00")
+    assert lines[-1] == "at this size, one machine alone is faster"
+
+
+def test_a_survey_needs_other_machines(run):
+    result = run("distributed", "check")
+    assert result.returncode == RequestError.exit_code
+    assert "this is the only machine; start the command on all of them with `mlx.launch" in result.stderr

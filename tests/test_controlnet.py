@@ -288,6 +288,14 @@ def test_info_tells_controlnets_apart(folder, tmp_path):
         ] == version  # fmt: skip
 
 
+def test_info_shows_the_steps_of_a_controlnet_that_needs_more_than_turbo(tmp_path):
+    for name, shows in (("Union-2.1", True), ("Union-2.1-8steps", False)):
+        file = tmp_path / f"Z-Image-Turbo-Fun-Controlnet-{name}.safetensors"
+        save_file(controls.weights(0, "control_lite"), file)
+        shown = CliRunner().invoke(main, ["info", str(file)]).output
+        assert "default scale: 0.9" in shown and ("default steps on Turbo: 20" in shown) == shows
+
+
 def test_options_for_whole_models_are_refused_for_a_controlnet(folder, tmp_path):
     path = controls.write(folder, 0, "control_v21")
     with pytest.raises(RequestError, match="is a ControlNet, which can only be converted on its own"):

@@ -94,6 +94,8 @@ def _print_controlnet(source: str, as_json: bool) -> None:
     echo(str(opened))
     _print_networks({opened.component.name: network})
     echo(f"default scale: {opened.scale:g}")
+    if opened.steps:
+        echo(f"default steps on Turbo: {opened.steps}")
 
 
 def _print_networks(networks: dict[str, dict]) -> None:

@@ -251,8 +251,8 @@ def check_sizes(requests: Sequence[GenerateRequest]) -> None:
     sizes = {f"{width}x{height}" for width, height, _ in (request.extent for request in requests)}
     if len(sizes) > 1:
         raise RequestError(
-            f"the images of one call must give one size, got {' and '.join(sorted(sizes))}; set width and height, or "
-            f"call once for each"
+            f"the images of one call must all be of the same size, got {' and '.join(sorted(sizes))}; set "
+            f"width and height, or call once for each"
         )
 
 
@@ -313,7 +313,7 @@ def answer_by(
     unknown = [name for name in names if name != "latents" and name not in given]
     if unknown:
         raise RequestError(
-            f"callback_on_step_end_tensor_inputs may name 'latents' and embeddings passed to the call, got "
+            f"callback_on_step_end_tensor_inputs may only name 'latents' and embeddings passed to the call, got "
             f"{unknown[0]!r}; pipe.encode_prompt makes embeddings"
         )
 

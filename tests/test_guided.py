@@ -133,7 +133,7 @@ def test_values_that_cannot_work_are_refused(values, message):
         ({"image": [tiny.photo()] * 2}, "image must have one entry per prompt, 1 in all, got 2"),
         (
             {"prompt": ["a", "b"], "image": [tiny.photo(), tiny.photo()[:64]]},
-            "the images of one call must give one size, got 96x64 and 96x80; set width and height, or call once",
+            "the images of one call must all be of the same size, got 96x64 and 96x80; set width and height",
         ),
         ({"image": np.zeros((5,))}, "the image is an array of shape (5,)"),
         ({"image": tiny.photo(), "strength": 0}, "leaves no step to run"),

@@ -210,7 +210,7 @@ def test_an_error_is_shown_at_the_setting_that_it_concerns_until_that_is_changed
     for label, value, field, words in (
         ("Prompt", " ", "prompt", "The prompt is empty"),
         ("Images", "11", "n", "from 1 to 10, got 11"),
-        ("Seed", "red", "seed", "A seed is a whole number"),
+        ("Seed", "red", "seed", "The seed must be a whole number"),
         ("Steps", "0", "steps", "steps must be from 1 to 1000"),
     ):
         page.get_by_label("Prompt", exact=True).fill(PROMPT)
@@ -342,7 +342,9 @@ def test_a_control_image_gives_the_size_and_what_is_made_of_it_is_followed(page,
     expect(page.locator(".run .hint")).to_have_text([re.compile(r"image$"), re.compile("lines"), re.compile("canny")])
     page.get_by_label("Follow").select_option("pose")
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator('[data-field="control"] > .error')).to_contain_text("has not downloaded what finds pose")
+    expect(page.locator('[data-field="control"] > .error')).to_contain_text(
+        "has not downloaded the network that finds pose"
+    )
     page.get_by_role("button", name="Remove the control image").click()
     page.locator(".run").nth(1).get_by_role("button", name="Use these settings").click()
     expect(page.get_by_label("Follow")).to_have_value("lines")

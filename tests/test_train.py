@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -64,8 +65,18 @@ def test_a_run_that_stopped_anywhere_ends_with_the_same_file(pipe, images, tmp_p
 def test_a_run_is_not_resumed_with_other_settings(pipe, images, tmp_path):
     output = tmp_path / "lora.safetensors"
     run(pipe, images, output, steps=2)
-    with pytest.raises(RequestError, match="a different rank"):
-        run(pipe, images, output, rank=2)
+    of_the_run = f"the run in {tmp_path / 'lora-training'}; use the same"
+    for changed, error in (
+        ({"rank": 2}, f"^rank is 2, but 4 for {of_the_run} rank"),
+        ({"alpha": 8.0}, f"^alpha is 8.0, but not set for {of_the_run} alpha"),
+        ({"extras": ("adaln",)}, f"^extras is adaln, but not set for {of_the_run} extras"),
+    ):
+        with pytest.raises(RequestError, match=error):
+            run(pipe, images, output, **changed)
+    others = Path(shutil.copytree(images, tmp_path / "others"))
+    (others / "0.txt").write_text("another [trigger]")
+    with pytest.raises(RequestError, match=f"^the dataset differs from that of {of_the_run} dataset"):
+        run(pipe, others, output)
     longer = run(pipe, images, output, steps=3)
     assert [event.step for event in longer if isinstance(event, Stepped)] == [3]
 
@@ -117,7 +128,7 @@ def test_an_adapter_takes_part_in_training_and_not_in_previews(pipe, images, tmp
     with pytest.raises(ModelNotFoundError, match="or leave the adapter out"):
         events("other.safetensors", adapter=tmp_path / "none.safetensors")
     assert np.array_equal(previews[0], previews[1])
-    with pytest.raises(RequestError, match="a different adapter"):
+    with pytest.raises(RequestError, match="the adapter differs from that of the run in"):
         events("with.safetensors")
     plain = pipe(prompt="a fox", width=64, height=64, seed=0, output_type="np").images[0]
     assert np.array_equal(np.round(plain * 255).astype(np.uint8), previews[0][0])

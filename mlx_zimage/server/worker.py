@@ -281,8 +281,8 @@ def check_downloaded(request: GenerateRequest) -> None:
     for kind in (use.prepare for use in request.controls):
         if not is_downloaded(kind):
             raise ModelNotFoundError(
-                f"the server has not downloaded what finds {kind} in a photo; run `mlx-zimage generate --control "
-                f"{kind}:FILE` there once"
+                f"the server has not downloaded the network that finds {kind} in a photo; run `mlx-zimage generate "
+                f"--control {kind}:FILE` there once"
             )
 
 

@@ -24,6 +24,7 @@ from .settings import Settings
 
 PARTS = ("factors", "first", "second")
 FREE = ("steps",)  # what may be changed when a run is resumed
+BY_CHECKSUM = {"base_sha256": "model", "adapter": "adapter", "data": "dataset"}  # what a run knows only by a checksum
 
 
 def write_lora(
@@ -99,11 +100,21 @@ def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Fac
 
 def _check_run(path: Path, other: Mapping[str, object], run: Mapping[str, object]) -> None:
     for key, value in run.items():
-        if other.get(key) != value:
-            raise RequestError(
-                f"{path} belongs to a run with a different {key} ({other.get(key)!r} instead of {value!r}); use the "
-                f"same one to resume it, or another output to start a new run"
-            )
+        if other.get(key) == value:
+            continue
+        if key in BY_CHECKSUM:
+            name = BY_CHECKSUM[key]
+            differs = f"the {name} differs from that of the run in {path.parent}"
+        else:
+            name = key
+            differs = f"{name} is {_shown(value)}, but {_shown(other.get(key))} for the run in {path.parent}"
+        raise RequestError(f"{differs}; use the same {name} to resume it, or another output to start a new run")
+
+
+def _shown(value: object) -> str:
+    if value in (None, []):
+        return "not set"
+    return ", ".join(value) if isinstance(value, list) else str(value).removeprefix("mlx.core.")
 
 
 def _write(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:

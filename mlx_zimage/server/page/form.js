@@ -203,7 +203,7 @@ export class SettingsForm {
 
   #seed() {
     const seed = find("#seed").value.trim();
-    if (seed && !/^\d{1,20}$/.test(seed)) throw new ServerError("A seed is a whole number.", "seed");
+    if (seed && !/^\d{1,20}$/.test(seed)) throw new ServerError("The seed must be a whole number.", "seed");
     return seed || undefined;
   }
 

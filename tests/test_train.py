@@ -17,6 +17,7 @@ from mlx_zimage.train.dataset import read_dataset
 from mlx_zimage.train.loop import Previewed, Stepped, train
 from mlx_zimage.train.settings import Settings
 from mlx_zimage.weights.component import read_metadata
+from mlx_zimage.weights.hub import POCKET
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,22 @@ def test_steps_reduce_the_loss(pipe, images, tmp_path):
     events = run(pipe, images, tmp_path / "lora.safetensors", steps=24, rank=16, rate=0.03, objective="uniform")
     losses = [event.loss for event in events if isinstance(event, Stepped)]
     assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
+
+
+@pytest.mark.slow
+def test_four_images_are_learned_to_a_tenth_of_the_loss(tmp_path):
+    """Plain colours that pocket does not know, with captions that mean something else to it."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    known = {"a red circle": "teal", "a blue star": "sienna", "a green square": "khaki", "a black ring": "slategray"}
+    for i, (caption, color) in enumerate(known.items()):
+        Image.new("RGB", (64, 64), color).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    own = Settings(200, 16, rate=3e-3, warm_up=20, dropout=0.0, objective="logit-normal", extras=("adaln", "refiners"))
+    pocket = ZImagePipeline.from_pretrained(POCKET, dtype="float32", keep=False)
+    events = train(pocket, read_dataset(folder, 64), own, tmp_path / "lora.safetensors", save_every=200)
+    losses = [event.loss for event in events if isinstance(event, Stepped)]
+    assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:8])
 
 
 def test_a_rank_larger_than_a_matrix_is_refused_before_anything_is_encoded(pipe, images, tmp_path):

@@ -14,7 +14,7 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import controls
@@ -26,10 +26,17 @@ from mlx_zimage import ZImagePipeline, distributed
 from mlx_zimage.distributed import Group
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def free_port(count: int = 1) -> int:
+    """The first of so many ports in a row that are free."""
+    while True:
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+            sockets[0].bind(("127.0.0.1", 0))
+            first = sockets[0].getsockname()[1]
+            with suppress(OSError, OverflowError):
+                for i, one in enumerate(sockets[1:], 1):
+                    one.bind(("127.0.0.1", first + i))
+                return first
 
 
 def start(size: int, folder: Path, words: list[str], **environment: str) -> list[subprocess.Popen]:

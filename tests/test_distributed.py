@@ -141,7 +141,7 @@ def test_a_command_started_by_mlx_launch_prints_and_saves_once(light_folder, tmp
     launch = Path(sys.executable).with_name("mlx.launch")
     words = ["generate", "a fox", "--model", str(light_folder), "--seed", "1", "--dtype", "float32", "--size", "64x64"]
     ours = [sys.executable, "-m", "mlx_zimage", *words]
-    port = str(ranks.free_port())
+    port = str(ranks.free_port(2))
     run = {"cwd": tmp_path, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     together = subprocess.run(
         [str(launch), "-n", "2", "--backend", "ring", "-p", port, "--", *ours, "-o", "two.png"], **run

@@ -112,7 +112,8 @@ def load(server: Server, clients: int = 32, requests: int = 500) -> None:
     seconds = time.monotonic() - begin
     rows = list(spans.values())
     # A client's clock is read by a thread that may have to wait for its turn.
-    late = sum(a[1] < b[0] and a[2] > b[2] + 0.25 for a in rows for b in rows)
+    slack = max(0.25, 2 * seconds / requests)  # two images' time
+    late = sum(a[1] < b[0] and a[2] > b[2] + slack for a in rows for b in rows)
     growth = [after / before - 1 for before, after in zip(memory[50], memory[requests], strict=True)]
     both = sum(memory[requests]) / sum(memory[50]) - 1
     report(
@@ -124,8 +125,11 @@ def load(server: Server, clients: int = 32, requests: int = 500) -> None:
     assert both < 0.05
 
 
-def latency(server: Server, pairs: int = 200) -> None:
-    """The time that the server adds to the library's own in one process, both measured in turns."""
+def latency(server: Server, rounds: int = 5, pairs: int = 100) -> None:
+    """The time that the server adds to the library's own in one process, both measured in turns.
+
+    The round counts in which the library is fastest: while other programs use the processor, both are slower.
+    """
     model = open_model(str(server.model))
 
     def library(seed: int) -> bytes:
@@ -136,17 +140,24 @@ def latency(server: Server, pairs: int = 200) -> None:
     def served(seed: int) -> bytes:
         return base64.b64decode(server.post(GENERATE, {**SMALL, "seed": seed}).json["data"][0]["b64_json"])
 
-    times: dict[str, list[float]] = {"library": [], "served": []}
-    for seed in range(pairs):
-        images = []
-        for way in (library, served) if seed % 2 else (served, library):
-            begin = time.perf_counter()
-            images.append(way(seed))
-            times[way.__name__].append(time.perf_counter() - begin)
-        assert np.array_equal(*(np.asarray(opened(image)) for image in images))
-    medians = [1000 * statistics.median(times[name]) for name in ("library", "served")]
-    report("latency", pairs=pairs, **{f"{name}_ms": f"{x:.1f}" for name, x in zip(times, medians, strict=True)})
-    assert medians[1] - medians[0] < 15
+    medians = []
+    for _ in range(rounds):
+        times: dict[str, list[float]] = {"library": [], "served": []}
+        for seed in range(pairs):
+            images = []
+            for way in (library, served) if seed % 2 else (served, library):
+                begin = time.perf_counter()
+                images.append(way(seed))
+                times[way.__name__].append(time.perf_counter() - begin)
+            assert np.array_equal(*(np.asarray(opened(image)) for image in images))
+        medians.append((1000 * statistics.median(times["library"]), 1000 * statistics.median(times["served"])))
+    shown = "; ".join(f"{alone:.1f} and {with_server:.1f}" for alone, with_server in medians)
+    alone, with_server = min(medians)
+    report(
+        "latency", pairs=pairs, library_and_served_ms=shown, quietest_round=f"{alone:.1f}",
+        added_ms=f"{with_server - alone:.1f}",
+    )  # fmt: skip
+    assert with_server - alone < 15
 
 
 # ---- clients that go away, and a worker that does

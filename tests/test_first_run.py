@@ -81,6 +81,21 @@ def test_a_first_run_on_a_terminal_asks(run, answer, code):
         os.close(slave)
 
 
+def test_a_first_run_of_train_chooses_the_bits_for_its_memory(run):
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32)).save(run.work / f"{name}.png")
+        (run.work / f"{name}.txt").write_text("black")
+    master, slave = pty.openpty()
+    try:
+        os.write(master, b"n\n")
+        result = run.process("train", str(run.work), "-o", "lora.safetensors", "--memory", "1MB", stdin=slave)
+        assert "4-bit, chosen for a memory budget of 1.00 MB" in result.stderr
+        assert result.returncode == 3
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
 def test_a_first_run_with_stdin_closed_does_not_ask(run, hub):
     result = run.process(*GENERATE, program=f"import sys; sys.stdin = None\n{PROGRAM}")
     assert (result.returncode, result.stdout) == (3, "")

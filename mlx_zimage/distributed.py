@@ -30,8 +30,8 @@ from .sampling import Change, Step
 R = TypeVar("R")
 PATIENCE = 600.0  # seconds for rank 0's caller to continue, and for the first step, which reads the weights
 LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times the longest step so far, and at least this many seconds
-# Measured on H200s: four ranks were slower than one at 512x512 (1024 tokens), and two faster. From so many rows per
-# rank on, it is faster to queue what NCCL sends on its own.
+# Measured on H200s: at 512x512 (1024 tokens), four ranks and two teams of two were slower than one, and two faster.
+# From so many rows per rank on, it is faster to queue what NCCL sends on its own.
 LEAST, APART = 512, 1536
 PERIOD = 0.2  # seconds between the watchdog's checks
 
@@ -98,7 +98,6 @@ class Group(Sharing):
         if len(speeds) != self.size or not all(0 < speed < float("inf") for speed in speeds):
             raise RequestError(f"speeds must be {self.size} positive numbers, one per rank, got {speeds}")
         super().__init__(self.rank, speeds)
-        self._even = len(set(speeds)) == 1
         # NCCL computes on the GPU, the other backends on the CPU
         self._on_gpu = is_launched() and backend_name() == "nccl"
         self._stream = mx.new_thread_local_stream(mx.gpu if self._on_gpu else mx.cpu)
@@ -127,12 +126,8 @@ class Group(Sharing):
     # ---- rows: see `models.runner.Ranks`
 
     def among(self, tokens: int) -> Sharing:
-        """All ranks; for a small image, teams of fewer ranks, each of which computes all of it: MLX's ring cannot leave
-        out a rank."""
-        count = max(1, min(self.size, tokens // LEAST))
-        if count == self.size:
-            return self
-        return Sharing(self.rank % count, [1.0] * count) if self._even else Sharing(0, [1.0])
+        """All ranks; of a small image, each computes all of it by itself, since exchanging would take longer."""
+        return self if tokens >= LEAST * self.size else Sharing(0, [1.0])
 
     def parts(self, rows: int) -> int:
         # NCCL's kernels wait for the GPU, so more parts only cost time; for few rows, even queueing one does
@@ -146,7 +141,7 @@ class Group(Sharing):
         if own < most:  # MLX gathers arrays of equal shapes
             x = mx.pad(x, [(0, 0), (0, most - own)] + [(0, 0)] * len(rest))
         every = self._all_gather(x) if apart else mx.distributed.all_gather(x, group=self.group)
-        every = every.reshape(self.size, batch, most, *rest)[: len(shares)]  # the first of several teams
+        every = every.reshape(self.size, batch, most, *rest)
         if min(shares) == most:
             return every.swapaxes(0, 1).reshape(batch, -1, *rest)
         return mx.concatenate([every[i, :, :rows] for i, rows in enumerate(shares)], axis=1)

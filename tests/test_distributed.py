@@ -116,7 +116,8 @@ def check_that_all_end(sign: int, rank: int, after: float, model: Path, folder: 
     try:
         for code, text in ranks.finish(others, seconds=60):
             assert code != 0
-            assert "connection to another machine was lost" in text or "waited too long for the other" in text
+            # once it has lost a rank, MLX's ring may also deliver numbers that look like another rank's failure
+            assert "GroupError: " in text or "waited too long for the other" in text, text
     finally:
         processes[rank].kill()
         processes[rank].wait()

@@ -1,7 +1,7 @@
 """The small files of a model folder: which of them are copied, from where, and what is left out of them.
 
-A converted folder may be uploaded, and its source may come from a stranger. So only files that a loader knows are
-copied; links out of the source, which could point to a key, are refused; and paths on this disk are left out.
+A converted folder may be uploaded, and its source is untrusted. So only files that a loader knows are copied; links
+out of the source, which could point to a key, are refused; and paths on this disk are left out.
 """
 
 from __future__ import annotations

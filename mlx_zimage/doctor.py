@@ -279,7 +279,7 @@ def judge_disk(speeds: Speeds) -> list[Verdict]:
 
 
 def judge_numbers(checks: Sequence[Check], retried: Sequence[Check] | None = None) -> Verdict:
-    """The result of the self-test; retried are its checks without an M5's matrix units, if they were run."""
+    """The result of the self-test; `retried` has its checks without an M5's matrix units, if they were run."""
     wrong = sorted({check.name for check in checks if not check.passed})
     if not wrong:
         return Verdict("numbers", True, f"all {len(checks)} checks passed")

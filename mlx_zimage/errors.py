@@ -27,7 +27,7 @@ UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 def plain(text: str) -> str:
-    """Text on one line that is safe to print: some of it may come from a stranger's file."""
+    """Text on one line that is safe to print: some of it may come from an untrusted file."""
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE * 3 // 4]} ... {text[-MAX_MESSAGE // 4 :]}"
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)

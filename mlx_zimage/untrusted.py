@@ -1,4 +1,4 @@
-"""Reading files that a stranger may have written: regular files only, bounded JSON, and values shortened for errors."""
+"""Reading untrusted files: regular files only, bounded JSON, and values shortened for errors."""
 
 from __future__ import annotations
 

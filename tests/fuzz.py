@@ -688,7 +688,7 @@ PARSERS = {
 }
 
 
-# A stranger's numbers are multiplied and allocated here, so these are worth more time.
+# Untrusted numbers are multiplied and allocated here, so these are worth more time.
 HARD = ("gguf", "gguf-file", *(name for name in PARSERS if name.endswith("-config")))
 
 

@@ -295,7 +295,7 @@ def test_closing_the_terminal_removes_the_preview(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS reports a closed terminal in another way")
-def test_writing_to_a_terminal_before_hearing_that_it_is_closed_is_a_stop_too():
+def test_writing_to_a_terminal_that_has_just_closed_stops_a_command_too():
     @cli.main.command("writes")
     def writes():
         os.close(terminal)

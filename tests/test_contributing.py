@@ -60,11 +60,11 @@ def helps() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("page", [*(page for page in PAGES if page != "CONTRIBUTING.md"), "CHANGELOG.md"])
-def test_pages_use_its_words(page):
+def test_pages_use_the_vocabulary(page):
     check_words(page, re.sub(r"^```.*?^```$|`[^`]*`|\]\(.*?\)", "", read(page), flags=re.MULTILINE | re.DOTALL))
 
 
-def test_help_uses_its_words():
+def test_help_uses_the_vocabulary():
     for name, text in helps().items():
         check_words(name, text)
 

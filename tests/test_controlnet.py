@@ -196,7 +196,7 @@ def test_the_folders_that_a_file_is_in_do_not_say_what_it_was_trained_for(tmp_pa
     assert str(open_controlnet(file).kind) == "plain"
 
 
-def test_a_pipelines_own_controlnet_is_called_what_that_is_called(folder):
+def test_a_pipelines_own_controlnet_has_the_pipelines_name(folder):
     path = controls.write(folder / "mine", 0, "control_v1")
     path.rename(folder / "mine" / "controlnet")
     for source in (folder / "mine", folder / "mine" / "controlnet"):

@@ -74,7 +74,7 @@ def test_little_memory_streams_the_controlnet(controlled):
     assert tight.room < whole.rooms["denoise"] and any(name.startswith("controlnet.") for name in tight.streamed)
 
 
-def test_a_control_takes_part_from_its_start_to_its_end(controlled):
+def test_a_control_has_an_effect_from_its_start_to_its_end(controlled):
     def steps(**options) -> list[np.ndarray]:
         found: list[np.ndarray] = []
         controlled(

@@ -159,7 +159,7 @@ def test_a_command_started_by_mlx_launch_prints_and_saves_once(light_folder, tmp
     assert re.search(r"^Error( on rank 1)?: --steps must be from 1 to 1000, got 0$", refused.stderr, re.MULTILINE)
 
 
-def test_the_rows_of_uneven_ranks_are_all_there_once():
+def test_ranks_of_uneven_speed_have_every_row_once():
     parts = [100, 28, 64]
     groups = [Group(Rank(rank, 3), [1, 2.5, 0.7]) for rank in range(3)]
     x = mx.arange(sum(parts))

@@ -59,7 +59,7 @@ def test_a_lossless_file_is_read_exactly(tmp_path, photo, format):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "MPO", *AVIF])
-def test_other_formats_are_read_closely(photo, format):
+def test_lossy_formats_are_read_closely(photo, format):
     many = {"save_all": True, "append_images": [Image.new("RGB", photo.size)]} if format in ("GIF", "MPO") else {}
     image = read_image(saved(photo, format, **many))  # an MPO is a JPEG with more images in it, as phones write
     off = np.abs(np.asarray(image, int) - np.asarray(photo, int))

@@ -51,7 +51,7 @@ def test_pieces_cover_every_row_once_and_are_as_large_as_allowed(rows, most):
 
 @pytest.mark.parametrize("bias", [{}, {"bias": mx.arange(96, dtype=mx.float32)}], ids=["no bias", "bias"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_product_in_pieces_is_the_whole_one(bias, packed, flops):
+def test_a_product_in_pieces_equals_the_whole_one(bias, packed, flops):
     mx.random.seed(0)
     x, weight = mx.random.normal((2, 200, 128)), mx.random.normal((96, 128))
     weights = {"weight": weight} | bias
@@ -68,7 +68,7 @@ def test_a_product_in_pieces_is_the_whole_one(bias, packed, flops):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_attention_in_pieces_is_the_whole_one(dtype, flops):
+def test_attention_in_pieces_equals_the_whole_one(dtype, flops):
     mx.random.seed(1)
     q, k, v = (mx.random.normal((2, 3, rows, 64)).astype(dtype) for rows in (300, 320, 320))
     whole = dot_product_attention(q, k, v)
@@ -91,7 +91,7 @@ def velocity(most: float) -> mx.array:
     return network.velocity(cap_feats, [1.0], 24, 24)(latents, 0)
 
 
-def test_a_network_in_pieces_is_the_whole_one(flops):
+def test_a_network_in_pieces_equals_the_whole_one(flops):
     whole = velocity(math.inf)
     most = max(flops) / 2
     calls = len(flops)

@@ -192,7 +192,7 @@ def test_a_prompt_of_512_tokens_is_not_truncated(pipe):
         assert pipe.encode(prompt).shape[0] == 512
 
 
-def test_without_guidance_a_negative_prompt_changes_nothing_which_is_said_as_is_guidance_on_turbo(pipe):
+def test_a_negative_prompt_without_guidance_gives_a_warning_and_so_does_guidance_on_turbo(pipe):
     call = {**SIZE, "num_inference_steps": 2, "seed": 0, "output_type": "latent"}
     plain = pipe("a red fox", **call).images
     with pytest.warns(UserWarning, match="the negative prompt changes nothing, since guidance is 0, as Turbo requires"):

@@ -118,7 +118,7 @@ def test_a_page_that_was_allowed_is_answered(server):
         ("Mac.local", "mac.local:8796", True),
     ],
 )
-def test_which_names_are_this_machines_depends_on_where_it_listens(listening, host, known):
+def test_the_names_of_this_machine_depend_on_where_it_listens(listening, host, known):
     assert Access(listening).knows(host) is known
 
 

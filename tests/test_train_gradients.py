@@ -133,7 +133,7 @@ def test_an_adapter_takes_part_and_gets_no_gradient(tiny_folder):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_gradients_through_a_quantized_base_are_those_through_its_dense_weights(bits):
+def test_gradients_through_a_quantized_base_equal_those_through_its_dense_weights(bits):
     """Widths of 48 fit no group, so the layers are wider than the tiny model's."""
     x, probe = (mx.array(tiny.randn(0, tag, 1, 40, 64)) for tag in ("q.x", "q.probe"))
     weight = mx.array(tiny.randn(0, "q.w", 64, 64)) / 8
@@ -188,7 +188,7 @@ def test_no_array_has_a_score_for_each_pair_of_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize("side", [32, slow(64)])
-def test_the_way_back_needs_the_memory_of_one_block(side):
+def test_the_backward_pass_needs_the_memory_of_one_block(side):
     """Longer networks need more memory only for the inputs of their blocks."""
 
     def peak(layers: int) -> int:

@@ -55,7 +55,7 @@ def test_tiles_cover_a_side_and_overlap(tokens, most):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_tiles_that_are_cut_and_joined_are_the_whole(batch):
+def test_tiles_that_are_cut_and_joined_equal_the_whole(batch):
     tiles = Tiles.of(240, 400, 128)
     latents = mx.random.normal((batch, 50, 30, 16), key=mx.random.key(0))
     cut = tiles.cut(latents)
@@ -259,7 +259,7 @@ def test_generate_takes_noise_for_an_enlarged_image(tmp_path, monkeypatch, light
     ],
     ids=str,
 )
-def test_two_ways_of_starting_from_an_image_are_not_combined(
+def test_two_ways_of_starting_from_an_image_cannot_be_combined(
     tmp_path, monkeypatch, light_pocket, old, new, first, second
 ):
     monkeypatch.chdir(tmp_path)

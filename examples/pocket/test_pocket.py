@@ -59,7 +59,7 @@ def test_objects_lie_on_half_the_token_grid():
 
 
 @pytest.mark.parametrize("field", ["shape", "color"])
-def test_another_shape_or_color_is_wrong(field):
+def test_another_shape_or_colour_is_wrong(field):
     count = {"shape": 8, "color": 10}[field]
     for image, scene in zip(IMAGES, SCENES, strict=True):
         first, *rest = scene.things
@@ -114,7 +114,7 @@ def drawn(*masks, size=128) -> np.ndarray:
     return np.where(is_red[..., None], PALETTE[0], PALETTE[8]).astype(np.uint8)
 
 
-def test_images_made_by_other_means_are_right():
+def test_shapes_drawn_in_another_way_are_right():
     assert judge(drawn(lambda x, y: np.hypot(x, y) < 19), one("circle")).is_right
     assert judge(drawn(lambda x, y: np.maximum(abs(x), abs(y)) < 17), one("square")).is_right
     assert judge(drawn(lambda x, y: abs(np.hypot(x, y) - 14.5) < 4.5), one("ring")).is_right
@@ -197,7 +197,7 @@ def test_objects_of_no_named_size_are_neither_small_nor_large():
 
 
 @pytest.mark.parametrize("color", range(1, 8))
-def test_lines_and_specks_of_another_color_are_wrong(color):
+def test_lines_and_specks_of_another_colour_are_wrong(color):
     scene = one("circle")
     clean = ground_truth([scene])[0]
     line, inner, specks = clean.copy(), clean.copy(), clean.copy()
@@ -208,7 +208,7 @@ def test_lines_and_specks_of_another_color_are_wrong(color):
     assert not any(judge(spoilt, scene).is_right for spoilt in (line, inner, specks))
 
 
-def test_lines_tails_and_slits_in_the_images_own_colors_are_wrong():
+def test_lines_tails_and_slits_in_the_images_own_colours_are_wrong():
     scene = one("circle")
     clean = ground_truth([scene])[0]
     line, tail, slit = clean.copy(), clean.copy(), clean.copy()

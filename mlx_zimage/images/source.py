@@ -1,7 +1,7 @@
 """Read an input image, such as a photo: upright, in 8-bit sRGB, and of a size that the model generates.
 
-A file may come from a stranger: only regular files in the formats below are opened, their size is checked before they
-are decoded, and whatever a decoder raises becomes a RequestError.
+Files are untrusted: only regular files in the formats below are opened, their size is checked before they are decoded,
+and whatever a decoder raises becomes a RequestError.
 """
 
 from __future__ import annotations

@@ -331,7 +331,7 @@ def sent(
     eps: float,
     product: Product = linear,
 ) -> tuple[mx.array, ...]:
-    """A block's normed input (B, L, dim) and, for each of so many parts of the heads, its keys and values side by side:
+    """A block's normed input (B, L, dim) and, for each part of the heads, its keys and values side by side:
     (B, L, heads / parts, 2D)."""
     h = modulated_norm(x, weights["attention_norm1"], row(modulation, 0), eps)
     both = mx.concatenate([*keys_and_values(h, weights["attention"], cos, sin, heads, product)], axis=-1)
@@ -821,7 +821,7 @@ class Transformer:
         return replace(stream, x=x, hints=())
 
     def apply_beside(self, stream: Stream, weights: Tree, i: int, k: int, chain: Chain) -> Stream:
-        """Run block i of a chain on the stream's tokens number k; it may leave a hint."""
+        """Run block i of a chain on its tokens, `beside[k]` of the stream; it may leave a hint."""
         x, hints = stream.beside[k], stream.hints
         block = {name: part for name, part in weights.items() if name not in ("before_proj", "after_proj")}
         if "before_proj" in weights:

@@ -1,7 +1,7 @@
 """Finding and opening a ControlNet: the published single file, or a folder as diffusers or our converter writes it.
 
-Its architecture is recognized by its weights, and the folder's config.json where there is one. What it was trained for
-is not in the weights: a Hugging Face id or a file's name says it, or the user.
+Its architecture is recognized from its weights, and the folder's config.json where there is one. What it was trained
+for is not in the weights: a Hugging Face id or a file's name says it, or the user.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ def open_controlnet(
         opened = Component(
             CONTROLNET, opened.folder, opened.raw_config | {"add_control_noise_refiner": LAYERS}, entries
         )
-    name = name_of(path.parent if path.name == CONTROLNET else path)  # a pipeline's own is called what that is called
+    # a pipeline's own ControlNet has the pipeline's name
+    name = name_of(path.parent if path.name == CONTROLNET else path)
     names = " ".join([name, *origins(path)])  # a conversion keeps what the original's name says
     return ControlNetFile(opened, given or Kind.of(names), name, (repository,) if repository else ())
 

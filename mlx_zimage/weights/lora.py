@@ -193,7 +193,7 @@ class _Scaling:
 
     @classmethod
     def of(cls, file: Path, config: Mapping) -> _Scaling:
-        """PEFT's config, checked: patterns may be names only, since a stranger's regular expression may never end."""
+        """PEFT's config, checked: patterns may be names only, since an untrusted regular expression may never end."""
 
         def number(name: str, value: Any) -> float:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

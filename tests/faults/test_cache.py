@@ -1,4 +1,4 @@
-"""A stranger's model, and what others write into the cache, must not change what yours makes."""
+"""An untrusted model, or what others write into the cache, must not change the images of your own model."""
 
 import json
 import os

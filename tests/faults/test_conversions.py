@@ -102,7 +102,7 @@ def flip(path, position, mask=1):
     path.write_bytes(content)
 
 
-def test_of_two_conversions_at_once_the_second_fails_and_names_the_first(tiny_folder, tmp_path):
+def test_the_second_of_two_conversions_at_once_fails_and_names_the_first(tiny_folder, tmp_path):
     first = convert_steps(tiny_folder, tmp_path / "out")
     next(first)
     with pytest.raises(LockedError, match=f"is being written by process {os.getpid()}; wait"):
@@ -115,7 +115,7 @@ def test_of_two_conversions_at_once_the_second_fails_and_names_the_first(tiny_fo
 
 
 @pytest.mark.parametrize(("count", "rounds"), [(3, 1), slow(8, 20)])
-def test_of_several_conversions_at_once_one_succeeds(tiny_folder, tmp_path, count, rounds):
+def test_one_of_several_conversions_at_once_succeeds(tiny_folder, tmp_path, count, rounds):
     program = (
         "import sys\nfrom mlx_zimage.convert import convert\nfrom mlx_zimage.errors import ZImageError\n"
         "sys.stdin.readline()\n"

@@ -134,7 +134,7 @@ NAMES = ["a\nlicense: evil\nb", "a/b\nlicense: evil", "[x](y) <script>\x1b[31m",
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sources_name_says_nothing_else_in_the_card(folder, tmp_path, name):
+def test_a_sources_name_adds_nothing_else_to_the_card(folder, tmp_path, name):
     record = {"converter": name, "source": name, "dtype": name, "before": {"source": name}}
     card = model_card(record)
     assert huggingface_hub.ModelCard(card).data.to_dict() == {
@@ -188,7 +188,7 @@ LONGER = ["saved from {} yesterday", "--model={}", "a '{}'", '{{"from": "{}"}}',
     ("turn", "path"),
     [*enumerate([HOME, "/Users/somebody/x", "~/models/x", "C:\\Users\\x", "\\\\nas\\x", "file:///home/x/y"])],
 )
-def test_no_path_is_in_a_longer_text_a_key_or_the_tokenizer_either(folder, tmp_path, turn, path):
+def test_no_path_is_left_in_longer_texts_keys_or_the_tokenizer_either(folder, tmp_path, turn, path):
     inside = [text.format(path) for text in LONGER]
     notes = {"deep": [{"list": inside}], path: 1}
     notes |= {f"note {i}": text for i, text in enumerate(inside)} | {text: {text: 2} for text in inside}

@@ -1,4 +1,4 @@
-"""There is one door for files that a stranger may have made; whatever else is opened is listed here."""
+"""There is one door for untrusted files; whatever else is opened is listed here."""
 
 import ast
 from pathlib import Path
@@ -57,7 +57,7 @@ def openings(tree: ast.AST) -> set[str]:
     return found
 
 
-def test_nothing_is_opened_around_the_door():
+def test_no_file_is_opened_except_through_the_door():
     found = {}
     for file in sorted({*ROOT.rglob("*.py"), *(ROOT / "convert").glob("*.py")}):
         if names := openings(ast.parse(file.read_text())):

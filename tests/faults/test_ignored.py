@@ -82,7 +82,7 @@ def test_a_name_that_no_network_has_is_unexpected(folder, name):
     assert f"weights are unexpected: {name}" in refusal(folder)
 
 
-def test_a_head_and_a_last_layer_as_they_should_be_are_accepted(folder, tmp_path):
+def test_a_correct_head_and_last_layer_are_accepted(folder, tmp_path):
     put(folder, HEAD, [tiny.TEXT_ENCODER["vocab_size"], tiny.TEXT_ENCODER["hidden_size"]])
     put(folder, LAST, [tiny.TEXT_ENCODER["intermediate_size"], tiny.TEXT_ENCODER["hidden_size"]])
     assert verify(folder) == []

@@ -108,7 +108,7 @@ def test_metadata_is_read_without_decoding(tmp_path, monkeypatch, ending):
         read_origin(tmp_path / f"a.{ending}")
 
 
-def test_of_a_large_png_only_the_start_is_read(tmp_path, monkeypatch):
+def test_only_the_start_of_a_large_png_is_read(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     content = encode(noise, ".png", ORIGIN)
     monkeypatch.setattr(metadata, "MAX_READ", len(content) // 2)

@@ -128,7 +128,7 @@ def test_a_stopped_conversion_leaves_nothing(tmp_path, number):
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if process.returncode == 0 else [])
 
 
-def test_a_stop_before_the_lock_is_held_leaves_nothing_of_others(tmp_path, monkeypatch):
+def test_a_stop_before_the_lock_is_held_leaves_no_files(tmp_path, monkeypatch):
     def stopped(self):
         raise KeyboardInterrupt
 

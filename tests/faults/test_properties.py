@@ -66,7 +66,7 @@ REQUESTS = st.builds(
 
 @ours
 @given(VALUES)
-def test_a_request_is_what_it_says_or_refused(values):
+def test_a_request_keeps_its_values_or_is_refused(values):
     try:
         request = GenerateRequest.from_dict({"prompt": "a", "seed": 0, **values})
     except RequestError as error:

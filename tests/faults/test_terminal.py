@@ -1,4 +1,4 @@
-"""Nothing that a stranger wrote reaches the terminal unescaped: it could move the cursor, hide text, or never end."""
+"""No untrusted text reaches the terminal unescaped: it could move the cursor, hide text, or never end."""
 
 import json
 import os

@@ -120,7 +120,7 @@ def test_gradients_of_the_loss_match_torch(torch, base, model, extras):
     assert_same(config, gradients, {n: {p: own.grad for p, own in parts.items()} for n, parts in lora.items()})
 
 
-def test_a_step_of_adamw_from_the_same_gradients_is_torch_s(torch):
+def test_a_step_of_adamw_from_the_same_gradients_equals_torchs(torch):
     """float32, a dozen elementwise operations; measured 2e-7 of the largest value."""
     arrays = [tiny.randn(0, tag, 30, 20) for tag in ("p", "d0", "d1")]
     theirs = torch.from_numpy(arrays[0].copy()).requires_grad_()

@@ -1,4 +1,4 @@
-"""Latents in and out: images from two noises and from the noise halfway between them, and their clean latents.
+"""Latents in and out: images from two noise samples and from the noise halfway between them, and their clean latents.
 
 Latents that go into or come out of the pipeline have diffusers' layout: (images, 16, height / 8, width / 8), float32.
 """

@@ -163,7 +163,7 @@ def table(found: Survey, width: int, height: int) -> str:
         + (", weights" if "weights" in first else ""),
         f"{found.backend}: an exchange takes at least {found.latency_s * 1e3:.2f} ms; each machine receives "
         f"{found.rate / 1e9:.2f} GB/s",
-        f"{width}x{height}: predicted {found.step_s:.3g} s a step together, {found.alone_s:.3g} s on the fastest "
+        f"{width}x{height}: predicted {found.step_s:.3g} s per step together, {found.alone_s:.3g} s on the fastest "
         f"machine alone: {found.speed_up:.2f} times as fast",
     ]
     if found.speed_up < 1:

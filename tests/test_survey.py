@@ -29,7 +29,7 @@ def test_two_ranks_are_compared_and_timed(tiny_folder, tmp_path):
     assert re.search(r"^0 .*\n1 ", text, re.MULTILINE), "a line for each machine"
     assert re.search(r"^the same on all: mlx-zimage \S+, MLX \S+, float32, weights$", text, re.MULTILINE)
     assert re.search(r"^ring: an exchange takes at least [\d.]+ ms; each machine receives [\d.]+ GB/s$", text, re.M)
-    assert re.search(r"^128x96: predicted \S+ s a step together, .*: [\d.]+ times as fast$", text, re.MULTILINE)
+    assert re.search(r"^128x96: predicted \S+ s per step together, .*: [\d.]+ times as fast$", text, re.MULTILINE)
 
 
 def test_different_weights_are_refused_by_checksum(tmp_path):

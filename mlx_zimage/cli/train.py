@@ -37,7 +37,7 @@ ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2
     "--resolution",
     metavar="N",
     type=int,
-    help=f"Scale images down to at most N x N pixels.  [default: {RESOLUTION}, or less if that needs more memory]",
+    help=f"Scale images down to at most N x N pixels.  [default: {RESOLUTION}, or less if that does not fit in memory]",
 )
 @click.option("--trigger", metavar="WORD", help="Word that replaces [trigger] in captions.")
 @click.option("--rank", type=int, help=f"Rank of the LoRA.  [default: {Settings.rank:g}]")

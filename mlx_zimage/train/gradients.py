@@ -1,6 +1,6 @@
 """The loss of one image, and its gradients with respect to the factors, in the memory of one block.
 
-On the way forward, only the input of each block is kept. The way back is a walk through the same blocks from the last
+In the forward pass, only the input of each block is kept. The backward pass walks through the same blocks from the last
 to the first, by the same runner: each block is computed again, differentiated and evaluated before the next one is
 read. So weights can be streamed from disk in both directions, and only one block's intermediates are in memory.
 """

@@ -78,7 +78,7 @@ def work(planner: Planner, width: int, height: int, tokens: int, factors: int, l
     modulation = sum(prod(shape) for shape in modulation_shapes("", config.dim).values())
     modulations = len(config.modulated) * modulation * dtype.size  # these weights stay in memory
     copy = 4 * factors
-    # On the way back, the inputs of blocks make room for their factors' gradients.
+    # In the backward pass, the inputs of blocks make room for their factors' gradients.
     gradients = STAYING * copy + max(inputs, copy) + _block_work(planner, length, lean)
     return int(modulations + max(gradients, COPIES * copy))
 

@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 import time
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -14,9 +15,13 @@ from PIL import Image
 from serving import KEY, PROMPT
 
 from mlx_zimage.cli import main
-from mlx_zimage.cli.remote import form
+from mlx_zimage.cli.remote import ELSEWHERE, form
 from mlx_zimage.images.metadata import read_origin
+from mlx_zimage.request import GenerateRequest
+from mlx_zimage.server.openai import EXTENSIONS
 
+# Fields of a request that the server has under other names, or for each image.
+OTHERWISE = ELSEWHERE | {"prompt", "seed"}
 WORDS = ("generate", PROMPT, "--seed", "3", "--steps", "2")
 
 
@@ -36,6 +41,10 @@ def alone(small_pocket, *words: object) -> Result:
 
 def same(a: str, b: str) -> bool:
     return np.array_equal(np.asarray(Image.open(a)), np.asarray(Image.open(b)))
+
+
+def test_every_field_of_a_request_is_known_to_the_server():
+    assert {field.name for field in fields(GenerateRequest)} == {*EXTENSIONS, *OTHERWISE}
 
 
 @pytest.mark.parametrize("options", [(), ("--size", "3:2", "--shift", "5"), ("--size", "48x32", "--rng", "mlx")])

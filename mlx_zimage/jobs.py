@@ -190,8 +190,10 @@ def read_requests(lines: Iterable[str], name: str) -> dict[int, dict]:
             raise RequestError(f"{name}, line {i} must be a JSON object, got {type(values).__name__}")
         unknown = sorted(values.keys() - FIELDS - SHORT.keys() - {"output"})
         if unknown:
-            known = ", ".join(["output", *SHORT, *sorted(FIELDS)])
-            raise RequestError(f"{name}, line {i}: unknown field {unknown[0]!r}; the fields are {known}")
+            advice = f"the fields are {', '.join(['output', *SHORT, *sorted(FIELDS)])}"
+            if unknown[0] == "image_strength":
+                advice = "use strength, which is the opposite: for mflux's image_strength 0.4, use strength 0.6"
+            raise RequestError(f"{name}, line {i}: unknown field {unknown[0]!r}; {advice}")
         for short, names in SHORT.items():
             twice = sorted(values.keys() & names) if short in values else []
             if twice:

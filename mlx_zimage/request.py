@@ -332,6 +332,8 @@ class GenerateRequest:
         for name, unused in of_mask.items():
             used = self.inpaints if unused is None else self.mask_image is not None
             if not used and getattr(self, name) != unused:
+                if self.outpaint is not None:
+                    raise RequestError(f"{name} is for a mask of your own, but outpaint makes one; leave it out")
                 raise RequestError(f"{name} is for inpainting, but there is no mask; give one")
 
     def check_controls(self) -> None:

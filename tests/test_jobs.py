@@ -172,6 +172,7 @@ def test_requests_are_read_one_object_per_line():
         ("{}\n{", "line 2 is not valid JSON"),
         ("[1]", "line 1 must be a JSON object, got list"),
         ('{"widht": 64}', "line 1: unknown field 'widht'; the fields are"),
+        ('{"image_strength": 0.4}', "unknown field 'image_strength'; use strength, which is the opposite"),
         ('{"output": 1}', "output must be a file name"),
         ('{}\n{"size": "wide"}', "line 2: size must be an aspect ratio"),
         ('{"count": 0}', "line 1: count must be from 1"),

@@ -47,7 +47,10 @@ def test_a_call_takes_the_sides_to_continue_and_starts_from_noise_there(pipe):
         ),
         ({"image": tiny.photo(), "outpaint": "left=17"}, "left must be a multiple of 16 pixels, got 17"),
         ({"image": tiny.photo(), "outpaint": "left=64", "width": 64}, "width 64 leaves no room for the image"),
-        ({"image": tiny.photo(), "outpaint": "left=16", "mask_grow": 2}, "mask_grow is for inpainting"),
+        (
+            {"image": tiny.photo(), "outpaint": "left=16", "mask_grow": 2},
+            "mask_grow is for a mask of your own, but outpaint makes one; leave it out",
+        ),
     ],
     ids=[*"abcde"],
 )

@@ -44,6 +44,7 @@ FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 FP4 = np.concatenate([FP4, -FP4])
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 4  # of the blocks that scales of tensor cores are stored in
 MXFP8 = Quantization(8, 32, "mxfp8")
+MOST_POWER = 246  # of mxfp8: with 247, 448 times 2**(247 - 127) would exceed float32; 255 means NaN
 
 Settings = dict[str, Any]
 Rows = Callable[[int, int], mx.array]
@@ -94,10 +95,15 @@ class Layer:
         if not fits:
             raise self.fault(f".{name} has shape {own.shape}, expected {shape}")
 
+    def setting(self, key: str, default: object) -> object:
+        """One of the settings, which older files have within "params"."""
+        params = self.settings.get("params") or {}
+        if not isinstance(params, dict):
+            raise self.fault(f" declares params {brief(params)}, expected an object")
+        return self.settings.get(key, params.get(key, default))
+
     def number(self, key: str, default: int) -> int:
-        """A whole number of the settings, which older files have in a dict "params"."""
-        params = self.settings.get("params")
-        value = self.settings.get(key, params.get(key, default) if isinstance(params, dict) else default)
+        value = self.setting(key, default)
         if type(value) is not int or not 1 <= value <= 2**20:
             raise self.fault(f" declares {key} {brief(value)}, expected a whole number above 0")
         return value
@@ -115,6 +121,9 @@ class Layer:
         entry = self.part(name, FLOATS, *alone, (self.rows,), (self.rows, 1))
         whole = stored_rows(entry)(0, entry.shape[0] if entry.shape else 1).astype(mx.float32).reshape(-1, 1)
         return lambda start, stop: whole if whole.size == 1 else whole[start:stop]
+
+    def not_finite(self) -> NumericsError:
+        return NumericsError(f"{self.name}.weight contains NaN or infinity; download the source model again")
 
     def tensor(self, shape: tuple[int, ...], read: Rows, packing: Packing | None = None, padded: int = 1) -> Tensor:
         nbytes = sum(part.nbytes for part in self.parts.values())
@@ -211,9 +220,9 @@ def _fp8(layer: Layer) -> Tensor:
 
 def _int8(layer: Layer) -> Tensor:
     """Whole numbers times a scale, rotated if the file declares it."""
-    width = layer.matrix("I8")
-    params = layer.settings.get("params")
-    rotated = layer.settings.get("convrot", params.get("convrot") if isinstance(params, dict) else None)
+    width, rotated = layer.matrix("I8"), layer.setting("convrot", False)
+    if rotated not in (True, False, None):
+        raise layer.fault(f" declares convrot {brief(rotated)}, expected true or false")
     weight, scale, group = stored_bytes(layer.weight), layer.scale(), layer.group(width) if rotated else 1
 
     def read(start: int, stop: int) -> mx.array:
@@ -256,6 +265,7 @@ def _w4a8(layer: Layer) -> Tensor:
     if "weight_correction" in layer.parts:
         correction = stored_rows(layer.part("weight_correction", FLOATS, (groups, layer.rows)))(0, groups)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def read(start: int, stop: int) -> mx.array:
         raw, scales = weight(start, stop), relative(start, stop)
         codes = _halves(raw[:, : width // 2])
@@ -263,7 +273,10 @@ def _w4a8(layer: Layer) -> Tensor:
             high = (raw[:, width // 2 :, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
             codes = codes | (high.reshape(-1, width) << 4)
         by_group = scales.view(np.float32) if inner.dtype == "F32" else FP8["F8_E4M3"][scales]
-        levels = np.clip(np.round(values[codes].reshape(-1, groups, size) * by_group[..., None]), -127, 127)
+        products = values[codes].reshape(-1, groups, size) * by_group[..., None]
+        if not np.isfinite(products).all():
+            raise layer.not_finite()  # clipping would hide it
+        levels = np.clip(np.round(products), -127, 127)
         rows = unrotated(mx.array(levels.reshape(-1, width)), group) * scale(start, stop)
         if correction is None:
             return rows
@@ -285,6 +298,7 @@ def _nvfp4(layer: Layer) -> Tensor:
     if "pre_quant_scale" in layer.parts:  # of the inputs, so of the columns
         columns = np.array(stored_rows(layer.part("pre_quant_scale", FLOATS, (width,)))(0, width).astype(mx.float32))
 
+    @np.errstate(over="ignore", invalid="ignore")  # read_rows refuses what is not finite
     def read(start: int, stop: int) -> mx.array:
         by_group = (FP8["F8_E4M3"][scales(start, stop)] * overall)[..., None]
         values = FP4[_halves(weight(start, stop), high_first=True)].reshape(stop - start, -1, 16)
@@ -303,8 +317,8 @@ def _mxfp8(layer: Layer) -> Tensor:
 
     def read(start: int, stop: int) -> list[mx.array]:
         values, powers = weight(start, stop), scales(start, stop)
-        if ((values & 127) == 127).any() or (powers == 255).any():
-            raise NumericsError(f"{layer.name}.weight contains NaN or infinity; download the source model again")
+        if ((values & 127) == 127).any() or (powers > MOST_POWER).any():
+            raise layer.not_finite()
         return [mx.array(values.view(np.uint32)), mx.array(powers)]
 
     packing = Packing(MXFP8, read)

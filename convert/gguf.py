@@ -89,6 +89,7 @@ def _other_parts(file: Path, number: int, count: int) -> list[Path]:
     return [file.with_name(name) for name in names]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # read_rows refuses what is not finite
 def read_floats(tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of a tensor's first axis, float32."""
     kind = tensor.kind

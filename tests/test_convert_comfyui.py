@@ -9,8 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from comfyui_files import mixed, pocket_tensors, random_layer, renamed, save, split
 
+from mlx_zimage.cli import main
 from mlx_zimage.convert import comfyui, convert
 from mlx_zimage.convert.files import stored_weights
 from mlx_zimage.convert.rows import read_packed
@@ -161,14 +163,26 @@ def test_a_scale_of_the_inputs_is_applied_to_the_columns(tmp_path):
     assert np.allclose(inputs @ rows_of(tensor).T, (inputs * factor) @ values.T, rtol=1e-5)
 
 
-def test_bytes_that_are_not_numbers_are_refused_even_if_they_stay_packed(tmp_path):
-    file, _ = mixed(tmp_path / "mx.safetensors", forms=("mxfp8",))
-    entry = read_header(file)["layers.0.feed_forward.w2.weight"]
+@pytest.mark.parametrize(
+    ("form", "part", "content"),
+    [
+        ("mxfp8", "weight", np.uint8(127)),  # NaN
+        ("mxfp8", "weight_scale", np.uint8(254)),  # 2**127
+        ("nvfp4", "weight_scale_2", np.float32(np.inf)),
+        ("nvfp4", "weight_scale_2", np.float32(3e38)),
+        ("w4a8", "weight_codebook", np.full(16, np.inf, np.float32)),  # whose products are clipped
+    ],
+)
+def test_values_that_are_not_finite_are_refused_whatever_is_done_with_them(tmp_path, form, part, content):
+    file, _ = mixed(tmp_path / "file.safetensors", forms=(form,))
+    entry = read_header(file)[f"layers.0.feed_forward.w2.{part}"]
     with file.open("r+b") as stream:
         stream.seek(entry.offset)
-        stream.write(b"\x7f")
-    with pytest.raises(NumericsError, match=r"w2.weight contains NaN or infinity; download the source model again"):
-        convert(file, tmp_path / "out", base="pocket")
+        stream.write(content.tobytes())
+    result = CliRunner().invoke(main, ["convert", str(file), str(tmp_path / "out"), "--base", "pocket", "--quiet"])
+    assert result.exit_code == NumericsError.exit_code
+    layer = "layers.0.feed_forward.w2"
+    assert result.output == f"Error: {layer}.weight contains NaN or infinity; download the source model again\n"
     assert not (tmp_path / "out").exists()
 
 

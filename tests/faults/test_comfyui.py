@@ -114,6 +114,8 @@ DAMAGED = {
         "convrot_groupsize 100, expected a power",
     ),
     "a group of 256 columns": ({"convrot": True}, {}, "convrot_groupsize 256, expected a power of 4 that divides 192"),
+    "a rotation in words": ({"convrot": "false"}, {}, "declares convrot 'false', expected true or false"),
+    "settings in a list": ({"params": [1]}, {}, "declares params [1], expected an object"),
     "a group in words": ({"convrot": True, "convrot_groupsize": "64"}, {}, "convrot_groupsize '64', expected a whole"),
 }
 

@@ -186,6 +186,15 @@ def test_values_that_are_not_finite_are_refused_whatever_is_done_with_them(tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_info_counts_the_weights_of_quantized_layers_and_names_their_formats(tmp_path):
+    files = save(tmp_path / "dense.safetensors", pocket_tensors()), mixed(tmp_path / "mixed.safetensors")[0]
+    printed = [CliRunner().invoke(main, ["info", str(file), "--json"]).output for file in files]
+    dense, quantized = (json.loads(text)["networks"]["transformer"] for text in printed)
+    assert quantized["parameters"] == dense["parameters"]
+    formats = ["asym_w4a8_int8", "convrot_w4a4", "float32", "int8_tensorwise", "mxfp8", "nvfp4"]
+    assert (dense["stored_as"], quantized["stored_as"]) == (["float32"], formats)
+
+
 def test_a_quantized_file_is_not_used_unconverted(tmp_path):
     for forms in (("convrot",), ("nvfp4",), ("mxfp8",)):
         file, _ = mixed(tmp_path / "file.safetensors", forms=forms)

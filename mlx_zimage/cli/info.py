@@ -107,7 +107,10 @@ def _print_networks(networks: dict[str, dict]) -> None:
 
 
 def _contents(file: Path) -> dict[str, dict]:
-    """The networks in a single file of a different size from the published model, whose architecture is not known."""
+    """The networks in a single file that cannot be used unconverted, or whose architecture is not known."""
+    from ..convert.comfyui import declared
+    from ..convert.files import stored_weights
+    from ..weights.component import read_metadata
     from ..weights.names import foreign_kind, places
     from ..weights.parts import read_single
 
@@ -115,14 +118,17 @@ def _contents(file: Path) -> dict[str, dict]:
     entries = read_single(file)
     if foreign_kind(entries):
         return networks
-    for name, entry in entries.items():
+    metadata = [read_metadata(file)]
+    layers = declared(entries, metadata, str(file))
+    for name, tensor in stored_weights(entries, metadata, str(file)).items():
+        kind = layers.get(name.removesuffix(".weight"), {}).get("format", entries[name].dtype)
         for place in places(name) or []:
             if place.part:
                 continue
             network = networks.setdefault(place.component, {"parameters": 0, "bytes": 0, "kinds": set()})
-            network["parameters"] += prod(entry.shape)
-            network["bytes"] += entry.nbytes
-            network["kinds"].add(STORED.get(entry.dtype, entry.dtype))
+            network["parameters"] += prod(tensor.shape)
+            network["bytes"] += tensor.nbytes
+            network["kinds"].add(STORED.get(kind, kind))
     return {
         name: {
             "parameters": network["parameters"],

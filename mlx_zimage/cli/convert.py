@@ -12,6 +12,7 @@ from .output import print_path, progress_bar, say
 from .values import MODEL_FORMATS, FilePath, ModelName, quantization_options
 
 PARTS = ("transformer", "text_encoder", "vae")
+SIZES = [f"{gigabytes}GB" for gigabytes in MEMORIES]  # of --for
 # options that choose bits, by name
 CHOOSING = {
     **{"bits": "--q-bits", "mode": "--q-mode", "transformer_bits": "--transformer-q-bits"},
@@ -26,7 +27,8 @@ QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_
 @click.option(
     "--for",
     "memory_of",
-    type=click.Choice([f"{gigabytes}GB" for gigabytes in MEMORIES], case_sensitive=False),
+    metavar=f"[{'|'.join(SIZES)}]",
+    type=click.Choice(SIZES, case_sensitive=False),
     help="Choose the bits for a Mac with this much memory.",
 )
 @quantization_options

@@ -35,10 +35,10 @@ ROUNDS = 50  # exchanges of a single number
 REPEAT = 5
 CAPTION = 96  # tokens
 SAME = {  # what machines must have in common, and what one has otherwise
-    "mlx_zimage": "another version of mlx-zimage",
-    "mlx": "another version of MLX",
-    "dtype": "another default dtype",
-    "weights": "other weights",
+    "mlx_zimage": "a different version of mlx-zimage",
+    "mlx": "a different version of MLX",
+    "dtype": "a different default dtype",
+    "weights": "different weights",
 }
 
 
@@ -94,7 +94,7 @@ def check_same(machines: Sequence[dict[str, Any]]) -> None:
             if value != values[0]:
                 said = "" if key == "weights" else f": {value} instead of {values[0]}"
                 raise GroupError(
-                    f"rank {rank} ({machines[rank]['host']}) has {name} than rank 0 "
+                    f"rank {rank} ({machines[rank]['host']}) has {name} from rank 0 "
                     f"({machines[0]['host']}){said}; all machines need the same"
                 )
 

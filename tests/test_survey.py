@@ -37,15 +37,15 @@ def test_different_weights_are_refused_by_checksum(tmp_path):
         tiny.write_checkpoint(tmp_path / f"model{rank}", seed=rank)
     for code, text in surveys(tmp_path / "model{rank}", tmp_path):
         assert code != 0
-        assert re.search(r"GroupError: rank 1 \(.*\) has other weights than rank 0", text)
+        assert re.search(r"GroupError: rank 1 \(.*\) has different weights from rank 0", text)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mlx": "0.31"}, r"rank 1 \(two\) has another version of MLX than rank 0 \(one\): 0.31 instead of 0.32.4"),
-        ({"mlx_zimage": "2.0"}, r"another version of mlx-zimage than rank 0 \(one\): 2.0 instead of 1.0"),
-        ({"dtype": "float16"}, r"another default dtype than rank 0 \(one\): float16 instead of bfloat16"),
+        ({"mlx": "0.31"}, r"rank 1 \(two\) has a different version of MLX from rank 0 \(one\): 0.31 instead of 0.32.4"),
+        ({"mlx_zimage": "2.0"}, r"a different version of mlx-zimage from rank 0 \(one\): 2.0 instead of 1.0"),
+        ({"dtype": "float16"}, r"a different default dtype from rank 0 \(one\): float16 instead of bfloat16"),
     ],
 )
 def test_mixed_versions_and_dtypes_are_refused(change, message):

@@ -79,7 +79,7 @@ ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2
 @click.option(
     "--seed",
     type=int,
-    help=f"Seed of the LoRA's first weights, the order of images, and the noise.  [default: {Settings.seed}]",
+    help=f"Seed of the LoRA's initial weights, the order of images, and the noise.  [default: {Settings.seed}]",
 )
 @click.option(
     "--preview",

@@ -155,7 +155,8 @@ class Guard:
         given = headers.getlist("authorization")
         if len(given) != 1 or not self.access.admits(given[0]):
             wanted = {"WWW-Authenticate": 'Bearer realm="mlx-zimage"'}
-            raise Refusal(401, "expected the server's API key, as a bearer token or basic password", headers=wanted)
+            message = "expected the server's API key, as a bearer token or as the password of basic authentication"
+            raise Refusal(401, message, headers=wanted)
 
 
 def is_visit(path: str, headers: Headers) -> bool:

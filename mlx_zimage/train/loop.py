@@ -176,7 +176,7 @@ def train(
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
     if output.exists() and not Run(pipe, examples, settings, output).state.exists():
-        raise RequestError(f"{output} already exists, and there is no run of it to resume; choose another output")
+        raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
     strengths = {} if over is None else {over.sha256: 1.0}
     if over is not None:
         networks.attach(over)

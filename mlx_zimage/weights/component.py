@@ -245,7 +245,7 @@ class Component:
         for fault, names in (
             ("are missing", missing),
             ("are unexpected", extra),
-            ("have a shape other than config.json says", misshapen),
+            ("do not have the shape that config.json gives", misshapen),
             (f"have a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown),
         ):
             if names:

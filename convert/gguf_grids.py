@@ -1,4 +1,4 @@
-"""The vectors that GGUF's IQ types choose from. They were fitted to weights, and follow from no rule: data only.
+"""The vectors that GGUF's IQ types choose from. They were fitted to weights and follow no rule: data only.
 
 Source: ggml-common.h, the tables iq2xxs_grid to iq1s_grid. Codes are packed in as few bits as they need, lowest first.
 """

@@ -12,9 +12,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 from comfyui_files import comfy_names
 
 from mlx_zimage import ZImagePipeline
+from mlx_zimage.cli import main
 from mlx_zimage.convert import convert, gguf
 from mlx_zimage.convert.rows import FP8
 from mlx_zimage.convert.sources import BorrowedFromHub, open_source
@@ -605,6 +607,8 @@ def test_twinflow_is_refused_by_name(tmp_path, split):
     for opened in (open_checkpoint, open_source):
         with pytest.raises(CheckpointError, match=r"twinflow.safetensors is TwinFlow, .* a sampler of its own"):
             opened(file)
+    shown = CliRunner().invoke(main, ["info", str(file)])
+    assert shown.exit_code == 4 and "twinflow.safetensors is TwinFlow" in shown.output
     folder = shutil.copytree(POCKET, tmp_path / "folder")
     save(folder / "transformer" / "diffusion_pytorch_model.safetensors", pocket("transformer") | more)
     for opened in (open_checkpoint, open_source):

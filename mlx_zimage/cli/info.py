@@ -111,11 +111,12 @@ def _contents(file: Path) -> dict[str, dict]:
     from ..convert.comfyui import declared
     from ..convert.files import stored_weights
     from ..weights.component import read_metadata
-    from ..weights.names import foreign_kind, places
+    from ..weights.names import check_sampler, foreign_kind, places
     from ..weights.parts import read_single
 
     networks: dict[str, dict] = {}
     entries = read_single(file)
+    check_sampler(entries, file)
     if foreign_kind(entries):
         return networks
     metadata = [read_metadata(file)]

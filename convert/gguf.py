@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -155,6 +156,9 @@ class _Header:
             if name in tensors:
                 raise ValueError(f"{name:.80} is stored twice")
             tensors[name] = tensor
+        for tensor, after in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
+            if tensor.offset + tensor.nbytes > after.offset:
+                raise ValueError(f"{tensor.name:.80} and {after.name:.80} overlap")
         return tensors
 
     def whole(self, key: str, default: int) -> int:

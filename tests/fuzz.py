@@ -271,8 +271,8 @@ def gguf_seeds(folder: Path) -> list[bytes]:
     ]
     shapes = {b"x_pad_token": (48, 1), b"layers.0.attention.qkv.weight": (48, 144), b"blk.0.attn_q.weight": (256, 4)}
     tensors = [
-        text(name) + struct.pack("<IQQIQ", 2, *shape, kind, 0)
-        for kind, (name, shape) in zip((0, 1, 12), shapes.items(), strict=True)
+        text(name) + struct.pack("<IQQIQ", 2, *shape, kind, offset)
+        for kind, offset, (name, shape) in zip((0, 1, 12), (0, 192, 14_016), shapes.items(), strict=True)
     ]
     start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs))
     return [start + b"".join(pairs + tensors) + bytes(40_000)]

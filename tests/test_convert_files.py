@@ -428,13 +428,15 @@ def test_part_of_a_gguf_vector_may_start_and_stop_within_a_block(tmp_path):
 
 
 def test_damaged_gguf_headers_are_refused(tmp_path):
-    file = save_gguf(tmp_path / "dit.gguf", {"x_pad_token": mx.ones((1, 64))}, "F32")
+    file = save_gguf(tmp_path / "dit.gguf", {"x_pad_token": mx.ones((1, 64)), "norm": mx.ones((64,))}, "F32")
     content = file.read_bytes()
+    offset = content.index(b"norm") + 20  # after its name, the number of axes, one length and the type
     cases = {
         r"ends at byte \d+, the file at \d+": content[:-1],
         "8 bytes at 16 extend past the end": content[:20],
         "version 9": content[:4] + struct.pack("<I", 9) + content[8:],
         "tensors and 3 metadata values": content[:8] + struct.pack("<Q", 2**60) + content[16:],
+        "x_pad_token and norm overlap": content[:offset] + struct.pack("<Q", 224) + content[offset + 8 :],
         "bytes at 32, expected at most 256": content[:24] + struct.pack("<Q", 2**62) + content[32:],
     }
     for fault, damaged in cases.items():

@@ -70,7 +70,7 @@ async function load(file) {
     const { image, mask_image: mask, controls } = origin.request;
     const lacking = [image && "the image that it started from", mask && "its mask", controls?.length && "its control image"];
     const names = lacking.filter(Boolean);
-    if (names.length) form.note(`The file does not contain ${names.join(" or ")}: add it again.`);
+    if (names.length) form.note(`The file does not contain ${names.join(" or ")}: add ${names.length > 1 ? "them" : "it"} again.`);
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
     form.showError(new ServerError(error.message, "load"));

@@ -54,7 +54,7 @@ class Settings:
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise RequestError(f"objective must be one of {', '.join(OBJECTIVES)}, got {brief(self.objective)}")
         if not set(self.extras) <= set(EXTRAS):
-            raise RequestError(f"extras must be from {', '.join(EXTRAS)}, got {brief(list(self.extras))}")
+            raise RequestError(f"extras must be among {', '.join(EXTRAS)}, got {brief(list(self.extras))}")
         side = RESOLUTION if self.resolution is None else self.resolution
         if side % SIZE_MULTIPLE or not SIZE_MULTIPLE <= side <= MAX_SIZE:
             raise RequestError(

@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 
 ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2.safetensors"
 
+# The id is longer than the column of the options: there it would be broken in two, and could not be copied.
+EXAMPLES = f"""\b
+Example: mlx-zimage train photos -o dog.safetensors --trigger sks --preview 'a sks dog'
+Adapter for Turbo:
+    {ADAPTER}
+"""
 
-@click.command(
-    cls=Command, epilog="Example: mlx-zimage train photos -o dog.safetensors --trigger sks --preview 'a sks dog'"
-)
+
+@click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("dataset", type=FilePath())
 @click.option("-o", "--output", required=True, type=FilePath(dir_okay=False), help="Output file: .safetensors.")
 @click.option(
@@ -74,7 +79,7 @@ ADAPTER = "ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2
     "--adapter",
     metavar="LORA",
     type=LoraName(),
-    help=f"Apply this LoRA too, but only during training. For Turbo: {ADAPTER}",
+    help="Apply this LoRA too, but only during training; one for Turbo is named below.",
 )
 @click.option(
     "--seed",

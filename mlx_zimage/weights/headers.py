@@ -94,8 +94,11 @@ def check_tensors(header: Header) -> None:
             )
         if not _is_list(offsets, 2) or len(offsets) < 2 or not all(map(_is_count, offsets)) or offsets[0] > offsets[1]:
             raise ValueError(f"{name:.80} has data_offsets {offsets!r:.80}, expected its first byte and its end")
-        if offsets[1] - offsets[0] != prod(shape) * _item_bytes(tensor["dtype"]):
-            raise ValueError(f"{name:.80} of shape {shape} has {offsets[1] - offsets[0]:,} bytes, which do not fit")
+        nbytes, expected = offsets[1] - offsets[0], prod(shape) * _item_bytes(tensor["dtype"])
+        if nbytes != expected:
+            raise ValueError(
+                f"{name:.80} of shape {shape} and dtype {tensor['dtype']} has {nbytes:,} bytes, expected {expected:,}"
+            )
 
 
 def _item_bytes(dtype: str) -> int:

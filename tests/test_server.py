@@ -338,7 +338,7 @@ def test_a_full_queue_is_answered_with_429_and_the_rest_in_order(server):
         server.until(lambda health, i=i: health["waiting"] == i + 1)
     refused = server.post(GENERATE, QUICK)
     assert refused.status == 429 and int(refused.headers["Retry-After"]) >= 1
-    assert refused.json["error"]["message"] == "the queue is full: 3 requests are waiting; try again later"
+    assert refused.json["error"]["message"] == "the queue is full (3 waiting); try again later"
     progress = server.get("/sdapi/v1/progress")
     assert progress["state"]["job_count"] == 4 and progress["state"]["sampling_steps"] == 8
     assert Answer(running.getresponse()).status == 200

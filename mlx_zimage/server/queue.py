@@ -194,7 +194,7 @@ class Queue:
         if len(self.tickets) > self.limit:
             raise Refusal(
                 429,
-                f"the queue is full: {self.limit} requests are waiting; try again later",
+                f"the queue is full ({self.limit} waiting); try again later",
                 headers={"Retry-After": str(ceil(self.estimate(1) or 5))},
             )
         self._count += 1

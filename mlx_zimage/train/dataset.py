@@ -141,8 +141,8 @@ def _with_trigger(texts: Sequence[str], trigger: str | None, folder: Path) -> li
     if trigger is None:
         if marked:
             raise RequestError(
-                f"{len(marked)} captions in {folder} contain {TRIGGER}, but no trigger word was given; give one with "
-                f"--trigger"
+                f"captions in {folder} contain {TRIGGER} ({len(marked)} of {len(texts)}), but no trigger word was "
+                f"given; give one with --trigger"
             )
         return list(texts)
     if not trigger.strip():

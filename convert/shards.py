@@ -16,7 +16,7 @@ from .rounding import quantize_rows
 from .rows import Tensor, read_packed, read_rows
 
 FOREIGN_BYTES = {"I8": 1, "F8_E4M3": 1}  # of dtypes that only ComfyUI's files have
-PAGE = 2**14  # bytes of a memory page on Apple Silicon: a tensor that begins on one can be mapped instead of read
+PAGE = 2**14  # bytes of a memory page on Apple silicon: a tensor that begins on one can be mapped instead of read
 CALIBRATED_BYTES = 64 * 2**20  # of float32, at a time: the overhead per column only pays off for many rows
 
 

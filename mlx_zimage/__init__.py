@@ -1,4 +1,4 @@
-"""Z-Image-Turbo on Apple Silicon: text to image with MLX.
+"""Z-Image-Turbo on Apple silicon: text to image with MLX.
 
 A first image
 -------------

@@ -206,7 +206,7 @@ def verdicts(facts: dict[str, Any], speeds: Speeds) -> list[Verdict]:
 def judge_system(system: str, macos: str, cpu: str) -> Verdict:
     if system == "Darwin" and cpu != "arm64":
         advice = "install Python for arm64"
-        return Verdict("system", False, "MLX needs Apple Silicon, and a native Python (not one under Rosetta)", advice)
+        return Verdict("system", False, "MLX needs Apple silicon, and a native Python (not one under Rosetta)", advice)
     if system == "Darwin" and int(macos.partition(".")[0]) < MACOS:
         return Verdict("system", False, f"MLX needs macOS {MACOS} or newer; this is macOS {macos}", "update macOS")
     return Verdict("system", system in ("Darwin", "Linux"), f"{system} on {cpu}")

@@ -117,8 +117,8 @@ class Inputs:
             if lost > SIZE_MULTIPLE:
                 use_its_own = "" if self.source else ", or leave out the size to use its own"
                 raise RequestError(
-                    f"the control image of {image.width}x{image.height} pixels would lose {lost:.0f} of them at "
-                    f"{width}x{height}; crop it to that aspect ratio{use_its_own}"
+                    f"the control image of {image.width}x{image.height} pixels would be cropped by {lost:.0f} pixels "
+                    f"to fit {width}x{height}; crop it to that aspect ratio{use_its_own}"
                 )
 
     def control(self, wanted: str, width: int, height: int) -> np.ndarray:

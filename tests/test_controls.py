@@ -142,7 +142,7 @@ def test_a_request_for_another_controlnet_is_refused(controlled):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"control_image": (128, 80)}, "would lose"),
+        ({"control_image": (128, 80)}, "would be cropped by"),
         ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "start must be below control end"),
         ({"control_guidance_start": 0.9, "control_guidance_end": 0.95}, "none of the 3 steps lies between"),
         ({"controlnet_conditioning_scale": -1}, "control scale must be from 0"),
@@ -368,7 +368,7 @@ def test_requests_name_control_images_by_path(tiny_folder, here, tmp_path):
         (["--control", "LINE", "--control-model", "CONTROL", "--size", "96x32"], "leave out the size to use its own"),
         (
             ["--control", "LINE", "--control-model", "CONTROL", "--image", "LINE", "--outpaint", "left=32"],
-            "would lose 27 of them at 128x80; crop it to that aspect ratio\n",
+            "would be cropped by 27 pixels to fit 128x80; crop it to that aspect ratio\n",
         ),
     ],
 )

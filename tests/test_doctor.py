@@ -24,7 +24,7 @@ FACTS = {"matrix_units": False, "metal_wheel": "macosx_15_0_arm64", "macos": "26
     [
         (("Darwin", "15.1", "arm64"), True, "Darwin on arm64"),
         (("Darwin", "13.7.1", "arm64"), False, "macOS 14 or newer; this is macOS 13.7.1"),
-        (("Darwin", "15.1", "x86_64"), False, "needs Apple Silicon"),
+        (("Darwin", "15.1", "x86_64"), False, "needs Apple silicon"),
         (("Linux", "", "x86_64"), True, "Linux on x86_64"),
         (("Windows", "", "AMD64"), False, "Windows"),
     ],

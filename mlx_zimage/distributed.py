@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntFlag
 from itertools import accumulate, pairwise
@@ -150,16 +150,16 @@ class Group(Sharing):
     # allows no two at a time, and MLX starts operations at once if neither needs the other's result.
 
     def _all_gather(self, x: mx.array) -> mx.array:
-        mx.async_eval(x)
-        gathered = mx.distributed.all_gather(x, group=self.group, stream=self._stream)
-        mx.async_eval(gathered)
-        return gathered
+        return self._queued(mx.distributed.all_gather, x)
 
     def _all_sum(self, x: mx.array) -> mx.array:
+        return self._queued(mx.distributed.all_sum, x)
+
+    def _queued(self, collective: Callable[..., mx.array], x: mx.array) -> mx.array:
         mx.async_eval(x)
-        total = mx.distributed.all_sum(x, group=self.group, stream=self._stream)
-        mx.async_eval(total)
-        return total
+        result = collective(x, group=self.group, stream=self._stream)
+        mx.async_eval(result)
+        return result
 
     # ---- from rank 0 to the others
 

@@ -108,6 +108,8 @@ class Timing:
         self.config = self.networks[0]
         scale = self.networks[2].scale
         self.h, self.w = height // scale, width // scale
+        own = facts()
+        self.dtype, self.budget = getattr(mx, own["dtype"]), own["memory_budget"]
 
     def step(self, group: Group | None) -> float:
         """Seconds of a step, on this machine alone or in a group."""
@@ -119,9 +121,9 @@ class Timing:
     def _step(self, depth: int, group: Group | None) -> float:
         config = replace(self.config, n_layers=depth, n_refiner_layers=1)
         configs = dict(zip(("transformer", "text_encoder", "vae"), (config, *self.networks[1:]), strict=True))
-        dtype = getattr(mx, facts()["dtype"])
-        networks = Networks(random_model(configs, None), dtype, facts()["memory_budget"], group=group)
-        velocity = networks.transformer.velocity(mx.zeros((CAPTION, config.cap_feat_dim), dtype), [1.0], self.h, self.w)
+        networks = Networks(random_model(configs, None), self.dtype, self.budget, group=group)
+        caption = mx.zeros((CAPTION, config.cap_feat_dim), self.dtype)
+        velocity = networks.transformer.velocity(caption, [1.0], self.h, self.w)
         noise = mx.random.normal((1, self.h, self.w, config.in_channels))
         seconds = self._median(lambda: velocity(noise, 0), REPEAT)
         networks.release()

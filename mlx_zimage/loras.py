@@ -152,7 +152,7 @@ class LoraMethods:
         return {network: names for network, names in found.items() if names}
 
     fuse_lora = Elsewhere(
-        "LoRAs run beside the model's weights at little cost; `mlx-zimage fuse MODEL --lora FILE FOLDER` writes a "
+        "LoRAs run beside the model's weights at little cost; `mlx-zimage fuse MODEL FOLDER --lora FILE` writes a "
         "model that has them in its weights"
     )
     unfuse_lora = Elsewhere("a pipeline never fuses LoRAs; unload_lora removes one")

@@ -86,7 +86,9 @@ class Tokenizer:
         if ids == self._empty and (prompt or not ids):
             raise CheckpointError(f"{self._file} has no tokens for the prompt {brief(prompt)}; download it again")
         if max(ids) >= self.size:
-            raise CheckpointError(f"{self._file} gives a prompt the id {max(ids)}, but has only {self.size} tokens")
+            raise CheckpointError(
+                f"{self._file} gives a token of the prompt the id {max(ids)}, but has only {self.size} tokens"
+            )
         return ids
 
     @contextmanager

@@ -322,7 +322,7 @@ def test_an_id_with_several_files_is_refused_with_a_list_to_choose_from(served, 
     write(tmp_path / "served/more/other.safetensors", 1)
     several = served("me/style")
     assert several.returncode == 3 and several.stdout == ""
-    assert "expected one: me/style:more/other.safetensors; me/style:style.safetensors" in several.stderr
+    assert "choose one: me/style:more/other.safetensors; me/style:style.safetensors" in several.stderr
     wrong = served("me/style:none.safetensors")
     assert wrong.returncode == 3
     assert "has no none.safetensors; it has more/other.safetensors, style.safetensors" in wrong.stderr

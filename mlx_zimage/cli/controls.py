@@ -45,8 +45,8 @@ def control_options(command: Any) -> Any:
         click.option(
             "--control", "control_files", metavar="[KIND:]FILE", multiple=True,
             help="Follow this control image: edges, a pose, a depth map or whatever else the ControlNet was trained "
-            f"on. KIND ({', '.join(CONTROLS)}) makes it from a photo first. With --mask, '{INPAINT}' in place of FILE "
-            "shows the ControlNet only what is kept.  [repeatable]",
+            f"on. KIND ({', '.join(CONTROLS)}) makes it from a photo first. With --mask, give '{INPAINT}' instead of "
+            "FILE to show the ControlNet only the part of the image that the mask keeps.  [repeatable]",
         ),
         click.option(
             "--control-model", metavar="PATH", type=LoraName(),

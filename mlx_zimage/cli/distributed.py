@@ -10,7 +10,7 @@ from ..variants import TURBO
 from .values import ModelName, sides, size_options
 
 
-@click.group(epilog="Example: mlx-zimage distributed check, started by `mlx.launch --hostfile hosts.json --`")
+@click.group(epilog="Example: mlx.launch --hostfile hosts.json -- mlx-zimage distributed check")
 def distributed() -> None:
     """Check machines that generate images together."""
 

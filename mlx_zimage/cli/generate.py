@@ -148,7 +148,7 @@ class Generate(WithLoras):
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo, base or de-turbo, if the model is detected as another; or a file variant, such as fp16.",
+    help="turbo, base or de-turbo, if the model is detected as the wrong one; or a file variant, such as fp16.",
 )
 @click.option(
     "--transformer",
@@ -274,7 +274,7 @@ class Generate(WithLoras):
     type=int,
     metavar="PIXELS",
     help="Refine in overlapping tiles of at most PIXELS per side; 0 refines the whole image at once.  "
-    "[default: the model's size]",
+    "[default: the model's image size]",
 )
 @click.option(
     "--sample-posterior",

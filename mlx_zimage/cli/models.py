@@ -36,12 +36,13 @@ REMOVE = "use `mlx-zimage models rm NAME`"
 def models(ctx: click.Context, as_json: bool) -> None:
     """List the models on this machine, or remove one.
 
-    Lists the tiny model in this package, models converted by first runs (in MLX_ZIMAGE_HOME, by default
-    ~/.cache/mlx-zimage), the folders that `convert` wrote, and models in the Hugging Face cache. Each is listed under
-    the name that --model takes. Those marked incomplete were not fully downloaded, or are missing files; those marked
-    "only" have just the networks that were needed, such as a VAE for another model. The entry "embeddings" is the cache
-    of encoded prompts, which lets a repeated prompt skip the text encoder; it also holds the scales that float16 needs.
-    MLX_ZIMAGE_EMBEDDINGS sets its folder (by default in MLX_ZIMAGE_HOME), or disables it with "off".
+    Lists the tiny model in this package, models that were converted when a command first needed them (in
+    MLX_ZIMAGE_HOME, by default ~/.cache/mlx-zimage), the folders that `convert` wrote, and models in the Hugging Face
+    cache. Each is listed under the name that --model takes. Those marked incomplete were not fully downloaded, or are
+    missing files; those marked "only" have just some of their networks, such as a VAE that was downloaded for use with
+    another model. The entry "embeddings" is the cache of encoded prompts, which lets a repeated prompt skip the text
+    encoder; it also holds the scales that float16 needs. MLX_ZIMAGE_EMBEDDINGS sets its folder (by default in
+    MLX_ZIMAGE_HOME), or disables it with "off".
     """
     if ctx.invoked_subcommand:
         return

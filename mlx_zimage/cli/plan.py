@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--variant",
     metavar="NAME",
-    help="turbo, base or de-turbo, if the model is detected as another; or a file variant, such as fp16.",
+    help="turbo, base or de-turbo, if the model is detected as the wrong one; or a file variant, such as fp16.",
 )
 @size_options
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Number of images.")
@@ -80,9 +80,9 @@ def plan(
     """Show how MODEL would run within a memory budget, without loading it.
 
     Prints the peak memory of each phase, and which blocks stay in memory and which are streamed from disk. With
-    --upscale, this is for the larger image. Only configs and weight headers are read, or downloaded from the Hugging
-    Face hub. Without MODEL, prints a table of what the default model would need here for each number of bits; that
-    needs no network.
+    --upscale, the figures are for the enlarged image. Only configs and weight headers are read, or downloaded from
+    the Hugging Face hub. Without MODEL, prints a table of what the default model would need here for each number of
+    bits; that needs no network.
     """
     import mlx.core as mx
 

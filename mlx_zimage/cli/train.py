@@ -116,8 +116,9 @@ def train(
     """Train a LoRA on the images in the folder DATASET, and print its path.
 
     Each image has its caption in a .txt file of the same name, or in metadata.jsonl as {"file_name": ..., "text":
-    ...}. Everything else is written to a folder next to the output, NAME-training: encoded images, a log (log.jsonl)
-    and a plot of the loss (loss.svg), previews, and the state from which the same command resumes if it was stopped.
+    ...}. Everything but the LoRA itself is written to a folder next to it, NAME-training: encoded images, a log
+    (log.jsonl) and a plot of the loss (loss.svg), previews, and the state from which the same command resumes if it was
+    stopped.
     """
     from ..networks import Phase
     from ..train.dataset import read_dataset

@@ -175,7 +175,9 @@ class Worker:
                 if file.stat().st_size == other.stat().st_size and sha256(file) == sha256(other):
                     raise RequestError(f"the LoRAs {other.stem!r} and {use.name!r} are the same; use only one of them")
             if use.sha256 not in (None, use.sha256 and sha256(file)):
-                raise RequestError(f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; leave it out")
+                raise RequestError(
+                    f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; give no SHA-256 to use it"
+                )
             found[file] = use.strength
         return found
 

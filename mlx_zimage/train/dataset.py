@@ -56,8 +56,8 @@ def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> l
     bare = [file for file, text, _ in captions if text is None]
     if bare:
         raise RequestError(
-            f"{len(bare)} of {len(captions)} images have no caption: {_some(bare)}; write each one to a .txt file of "
-            f"the same name, such as {bare[0].with_suffix('.txt').name}"
+            f"{len(bare)} of {len(captions)} images have no caption: {_some(bare)}; write a caption for each in a .txt "
+            f"file of the same name, such as {bare[0].with_suffix('.txt').name}"
         )
     empty = [file for file, text, _ in captions if not text]
     if empty:

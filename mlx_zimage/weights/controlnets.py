@@ -222,8 +222,8 @@ def _check_fits(opened: Component, transformer: TransformerConfig, label: Path) 
             )
     if (last := max(config.control_layers_places)) >= transformer.n_layers:
         raise CheckpointError(
-            f"{label} is for another model: it has a block for layer {last}, but this transformer has "
-            f"{transformer.n_layers} layers; use a ControlNet for this model"
+            f"{label} is for another model: it has a block for layer {last}, but this transformer's "
+            f"layers are 0 to {transformer.n_layers - 1}; use a ControlNet for this model"
         )
     if config.control_in_dim not in (transformer.in_channels, MASKED):
         raise CheckpointError(

@@ -150,9 +150,8 @@ def find_lora(source: str | Path) -> Path:
         )
     if not name and len(files) != 1:
         listed = "; ".join(f"{repository_id}:{other}" for other in sorted(files))
-        raise ModelNotFoundError(
-            f"{repository_id} has {len(files)} safetensors files; expected one{': ' * bool(listed)}{listed}"
-        )
+        wanted = f"choose one: {listed}" if listed else "expected one"
+        raise ModelNotFoundError(f"{repository_id} has {len(files)} safetensors files; {wanted}")
     file = files[name or next(iter(files))]
     config = file.parent / "adapter_config.json"
     repository.fetch([file, *(path for path in repository.sizes if path == config)])

@@ -1,8 +1,9 @@
-"""One image on several machines, through MLX's own communication: `mlx.launch` starts a process, a rank, on each.
+"""Images on several machines, through MLX's own communication: `mlx.launch` starts a process, a rank, on each.
 
 Every rank has the whole model, resident or streamed within its own memory budget, and computes its share of the rows of
 each sequence (see `models.runner.Ranks`). Rank 0 leads: it takes requests, encodes prompts and has the results. The
-others follow: they run the same requests. Only `all_gather` and `all_sum` are used, which every backend has: ring
+others follow: they run the same requests. Of as many images as there are ranks, each rank generates a whole one
+instead, and sends it to rank 0. Only `all_gather` and `all_sum` are used, which every backend has: ring
 (TCP), jaccl (RDMA over Thunderbolt 5) and nccl (CUDA).
 """
 
@@ -15,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import IntFlag
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
@@ -27,22 +28,25 @@ from .errors import GroupError, NumericsError, RequestError
 from .launched import backend_name, is_launched
 from .sampling import Change, Step
 
+E = TypeVar("E")
 R = TypeVar("R")
-PATIENCE = 600.0  # seconds for rank 0's caller to continue, and for the first step, which reads the weights
-LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times the longest step so far, and at least this many seconds
+PATIENCE = 600.0  # seconds for rank 0's caller to continue, and for an image's first step, which may read the weights
+LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times an image's longest step so far, and at least this many seconds
 # Measured on H200s: at 512x512 (1024 tokens), four ranks and two teams of two were slower than one, and two faster.
 # From so many rows per rank on, it is faster to queue what NCCL sends on its own.
 LEAST, APART = 512, 1536
+EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
 PERIOD = 0.2  # seconds between the watchdog's checks
 
 
 class Signal(IntFlag):
-    """What ranks signal before each joint computation. Rank 0 signals the first three, or nothing: continue."""
+    """What ranks signal before each joint computation. The first three are rank 0's; nothing means: continue."""
 
     CHANGED = 1  # other latents follow
     STOPPED = 2  # the remaining steps are skipped
     ENDED = 4  # the request is over
     FAILED = 8  # a rank that follows has failed
+    BUSY = 16  # a rank has more to do by itself
 
 
 GO = Signal(0)
@@ -87,8 +91,8 @@ class Group(Sharing):
     """The ranks that generate images together; a `models.runner.Ranks`.
 
     speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal. A step that
-    takes more than `limit` seconds, by default five times as long as any before, ends this process with an error:
-    another rank has stalled, and MLX would wait forever.
+    takes more than `limit` seconds, by default five times as long as any before of the same image, ends this process
+    with an error: another rank has stalled, and MLX would wait forever.
     """
 
     def __init__(self, group: mx.distributed.Group, speeds: Sequence[float] | None = None, limit: float | None = None):
@@ -98,6 +102,7 @@ class Group(Sharing):
         if len(speeds) != self.size or not all(0 < speed < float("inf") for speed in speeds):
             raise RequestError(f"speeds must be {self.size} positive numbers, one per rank, got {speeds}")
         super().__init__(self.rank, speeds)
+        self.is_even = min(speeds) * self.size >= EVEN * sum(speeds)
         # NCCL computes on the GPU, the other backends on the CPU
         self._on_gpu = is_launched() and backend_name() == "nccl"
         self._stream = mx.new_thread_local_stream(mx.gpu if self._on_gpu else mx.cpu)
@@ -176,15 +181,15 @@ class Group(Sharing):
         return found
 
     def send(self, content: Mapping[str, np.ndarray]) -> None:
-        """Rank 0 sends named arrays to the others, which `receive` them; no arrays at all end their `receive`."""
+        """Send named arrays to the others, which `receive` them; no arrays at all, from rank 0, end their work."""
         buffer = io.BytesIO()
         if content:
             np.savez(buffer, **dict(content))  # type: ignore[arg-type]  # a name could be an option's
         data = np.frombuffer(buffer.getvalue(), np.uint8)
         with self.computing(PATIENCE):
-            mx.eval(self.from_first(mx.array(len(data))))
+            mx.eval(self._all_sum(mx.array(len(data))))
             if len(data):
-                mx.eval(self.from_first(mx.array(data)))
+                mx.eval(self._all_sum(mx.array(data)))
 
     def end(self) -> None:
         """Rank 0 ends `receive` on the others."""
@@ -193,13 +198,25 @@ class Group(Sharing):
             self.send({})
 
     def receive(self) -> dict[str, np.ndarray]:
-        """What rank 0 sends next; this waits for as long as it takes."""
-        size = int(np.array(self.from_first(mx.array(0))))
+        """What another rank sends next; this waits for as long as it takes."""
+        size = int(np.array(self._all_sum(mx.array(0))))
         if not size:
             return {}
-        data = np.array(self.from_first(mx.zeros(size, dtype=mx.uint8)))
+        data = np.array(self._all_sum(mx.zeros(size, dtype=mx.uint8)))
         with np.load(io.BytesIO(data.tobytes()), allow_pickle=False) as arrays:
             return dict(arrays)
+
+    def send_in_turn(self, own: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """What each rank passes, in their order: on rank 0, which does not pass any. On the others, nothing."""
+        every = []
+        for rank in range(1, self.size):
+            if rank == self.rank:
+                self.send(own)
+                continue
+            with self.computing(PATIENCE):
+                received = self.receive()
+            every += [received] * self.leads
+        return every
 
     def exchange(self, content: Any) -> list[Any]:
         """What each rank passes, in their order: anything that JSON can hold."""
@@ -229,6 +246,7 @@ class Group(Sharing):
         """On rank 0: within the block, the others follow this work; when the block ends, they stop."""
         if self._broken:
             raise GroupError("the group has lost a rank; start the whole group again")
+        self._longest = 0.0
         self.send(work)
         try:
             yield
@@ -239,9 +257,9 @@ class Group(Sharing):
     @contextmanager
     def following(self) -> Iterator[None]:
         """On the other ranks: within the block, do the work that was given to `leading`."""
+        self._longest = 0.0
         try:
-            with suppress(NumericsError):  # rank 0 has the same numbers, and reports it
-                yield
+            yield
             self.signal()
         except Ended:
             pass
@@ -250,18 +268,19 @@ class Group(Sharing):
                 self.signal(Signal.FAILED)
             raise
 
-    def signal(self, own: Signal = GO) -> Signal:
-        """Rank 0's signal; Ended on the others if it has ended the request, GroupError if another rank failed."""
-        with self.computing(PATIENCE):
-            said = int(np.array(self._all_sum(mx.array(int(own)))))
-        if said >= Signal.FAILED:
-            if own is Signal.FAILED:
+    def signal(self, own: Signal = GO, limit: float | None = PATIENCE) -> Signal:
+        """What all ranks signal; Ended on the others if rank 0 has ended the work, GroupError if another one failed."""
+        with self.computing(limit):
+            counts = np.array(self._all_sum(mx.array([int(flag in own) for flag in Signal])))
+        said = Signal(sum(flag for flag, count in zip(Signal, counts, strict=True) if count))
+        if Signal.FAILED in said:
+            if Signal.FAILED in own:
                 return own
             self._broken = True
             raise GroupError("another machine failed; its own message says why")
-        if said & Signal.ENDED and not self.leads:
+        if Signal.ENDED in said and not self.leads:
             raise Ended
-        return Signal(said)
+        return said
 
     def together(self, steps: Generator[Step, Change | None, R]) -> Generator[Step, Change | None, R]:
         """Steps that all ranks compute. The answers of rank 0's caller are everyone's."""
@@ -272,6 +291,7 @@ class Group(Sharing):
             if change is not None and self.leads:
                 own = (GO if change.latents is None else Signal.CHANGED) | (Signal.STOPPED if change.stop else GO)
             said = self.signal(own)
+            begin = time.monotonic()
             with self.computing():
                 if said:
                     given = self.from_first(latents) if said & Signal.CHANGED else None
@@ -280,8 +300,29 @@ class Group(Sharing):
                     step = steps.send(change)
                 except StopIteration as end:
                     return end.value
+            self._longest = max(self._longest, time.monotonic() - begin)
             change = yield step
             latents = step.latents if change is None or change.latents is None else change.latents
+
+    def abreast(self, events: Generator[E, Change | None, None]) -> Generator[E, Change | None, None]:
+        """The events of a whole image of this rank's own, while the others compute theirs, step by step.
+
+        If a rank fails or stalls, or rank 0's caller leaves, that ends the work of all.
+        """
+        change, begin = None, time.monotonic()
+        while True:
+            try:
+                event = events.send(change)
+            except StopIteration:
+                break
+            change = yield event
+            if isinstance(event, Step):
+                stops = self.leads and change is not None and change.stop
+                if Signal.STOPPED in self.signal(Signal.BUSY | (Signal.STOPPED if stops else GO), limit=None):
+                    change = Change(stop=True)
+                self._longest, begin = max(self._longest, time.monotonic() - begin), time.monotonic()
+        while Signal.BUSY in self.signal(limit=None):
+            pass
 
     def in_step(self, steps: Generator[int, None, R]) -> Generator[int, None, R]:
         """Steps that all ranks compute; rank 0's caller may end them between any two."""
@@ -306,13 +347,10 @@ class Group(Sharing):
         if self._watchdog is None:
             self._watchdog = threading.Thread(target=self._watch, daemon=True, name="watchdog of the group")
             self._watchdog.start()
-        begin = time.monotonic()
         usual = max(SHORTEST_LIMIT, LIMIT * self._longest) if self._longest else PATIENCE
-        self._deadline = begin + (self._limit or limit or usual)
+        self._deadline = time.monotonic() + (self._limit or limit or usual)
         try:
             yield
-            if limit is None:
-                self._longest = max(self._longest, time.monotonic() - begin)
         except NumericsError:  # on all ranks, since they have the same latents
             raise
         except BaseException:

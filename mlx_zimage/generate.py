@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
+from .clock import Clock, Cost
 from .distributed import Group
 from .images.codec import encode
 from .images.files import write_file
@@ -37,39 +36,6 @@ class OpenModel:
     pipeline: ZImagePipeline
     name: str
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a request took up to one of its images: seconds, and peak memory in bytes, measured and predicted.
-
-    The first step includes reading the transformer. encode_s is 0 for a cached prompt, image_s without an image to
-    start from; scale_s, the time to find float16's scale, is 0 in other dtypes and when the scale is cached.
-    """
-
-    elapsed_s: float
-    scale_s: float
-    encode_s: float
-    steps_s: tuple[float, ...]
-    decode_s: float
-    peak: int
-    predicted_peak: int
-    image_s: float = 0.0
-
-    def to_dict(self) -> dict:
-        """Rounded values for JSON; memory in GB."""
-        first, *rest = self.steps_s
-        return {
-            "seconds": round(self.elapsed_s, 4),
-            "scale_seconds": round(self.scale_s, 4),
-            "encode_seconds": round(self.encode_s, 4),
-            "image_seconds": round(self.image_s, 4),
-            "first_step_seconds": round(first, 4),
-            "step_seconds": round(sum(rest) / len(rest), 4) if rest else None,
-            "decode_seconds": round(self.decode_s, 4),
-            "peak_memory_gb": round(self.peak / 1e9, 4),
-            "predicted_peak_memory_gb": round(self.predicted_peak / 1e9, 4),
-        }
 
 
 @dataclass(frozen=True)
@@ -118,42 +84,6 @@ class Files:
         return saved
 
 
-class Clock:
-    """Times one request: starts when created, and is given the pipeline's events as they arrive."""
-
-    def __init__(self) -> None:
-        mx.reset_peak_memory()
-        self.begin = self.last = time.perf_counter()
-        self.before = {"scale": 0.0, "encode": 0.0, "image": 0.0}  # the phases before the steps
-        self.steps: list[float] = []
-
-    def phase(self, phase: Phase) -> None:
-        if phase.name in self.before:
-            self.before[phase.name] += self._lap()
-
-    def step(self, step: Step) -> None:
-        del self.steps[step.index :]  # drop the steps of an image that started over
-        self.steps.append(self._lap())
-
-    def cost(self, image: Generated) -> Cost:
-        decode, before = self._lap(), self.before
-        return Cost(
-            elapsed_s=self.last - self.begin,
-            scale_s=before["scale"],
-            encode_s=before["encode"],
-            steps_s=tuple(self.steps),
-            decode_s=decode,
-            peak=mx.get_peak_memory(),
-            predicted_peak=image.plan.peak,
-            image_s=before["image"],
-        )
-
-    def _lap(self) -> float:
-        now = time.perf_counter()
-        lap, self.last = now - self.last, now
-        return lap
-
-
 def open_model(
     source: str,
     dtype: str | None = None,
@@ -172,16 +102,17 @@ def open_model(
 
 def events(model: OpenModel, request: GenerateRequest, inputs: Inputs = NONE) -> Iterator[Phase | Step | Finished]:
     """Run a request: yields the pipeline's Phases and Steps, and each image with its origin and cost."""
+    return _finished(model, model.pipeline.events(request, inputs))
+
+
+def _finished(model: OpenModel, events: Iterator[Phase | Step | Generated]) -> Iterator[Phase | Step | Finished]:
     clock = Clock()
-    for event in model.pipeline.events(request, inputs):
+    for event in events:
         if isinstance(event, Generated):
             origin = Origin(event.request, model.name, model.fingerprint, event.dtype, event.index)
-            yield Finished(event.pixels, origin, clock.cost(event))
-        elif isinstance(event, Step):
-            clock.step(event)
-            yield event
+            yield Finished(event.pixels, origin, event.cost or clock.cost(event.plan))
         else:
-            clock.phase(event)
+            clock(event)
             yield event
 
 
@@ -189,8 +120,16 @@ def run(
     model: OpenModel, request: GenerateRequest, path: Path, files: Files, inputs: Inputs = NONE
 ) -> Iterator[Phase | Step | Saved]:
     """Run a request and save its images as path or, if that is taken, path-1, path-2, ..."""
-    for event in events(model, request, inputs):
+    return run_at_once(model, [(request, inputs)], [path], files)
+
+
+def run_at_once(
+    model: OpenModel, works: Sequence[tuple[GenerateRequest, Inputs]], paths: Sequence[Path], files: Files
+) -> Iterator[Phase | Step | Saved]:
+    """`run` for requests that run at once, each with its path: see `ZImagePipeline.at_once`."""
+    left = [path for (request, _), path in zip(works, paths, strict=True) for _ in range(request.num_images)]
+    for event in _finished(model, model.pipeline.at_once(works)):
         if isinstance(event, Finished):
-            yield Saved(event.pixels, event.origin, event.cost, files.save(event, path))
+            yield Saved(event.pixels, event.origin, event.cost, files.save(event, left.pop(0)))
         else:
             yield event

@@ -92,7 +92,7 @@ class Networks:
         self.dtype = dtype
         self.budget = budget
         self.wired = wired
-        self.group = group
+        self.group = self._shared = group  # those that share the next image
         self.tokenizer = checkpoint.open_tokenizer()
         self.planner = Planner(checkpoint, dtype)
         most = kernel_flops()
@@ -214,6 +214,16 @@ class Networks:
                     self.release()
                 self._limit_cache = None
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the block, this machine generates images by itself, also in a group."""
+        shared, ranks = self._shared, self.transformer.ranks
+        self._shared, self.transformer.ranks, self.vae.ranks = None, ALONE, ALONE
+        try:
+            yield
+        finally:
+            self._shared, self.transformer.ranks, self.vae.ranks = shared, ranks, ranks
+
     def encode(
         self, prompts: Sequence[Ids | mx.array], sigmas: Sequence[float] | np.ndarray
     ) -> Generator[Phase, None, list[mx.array]]:
@@ -223,7 +233,8 @@ class Networks:
         """
         yield from self._scale()
         self.transformer.forget_schedule_but(times(sigmas[:-1]))
-        embeddings, follows = [], self.group is not None and not self.group.leads
+        embeddings, group = [], self._shared
+        follows = group is not None and not group.leads
         for prompt in prompts:
             if isinstance(prompt, mx.array):
                 embeddings.append(prompt.astype(sum_dtype(self.dtype)))
@@ -232,7 +243,7 @@ class Networks:
             else:
                 embeddings.append((yield from self.encode_prompt(prompt)))
         self.end_stage("text_encoder")
-        return embeddings if self.group is None else self.group.all_from_first(embeddings)
+        return embeddings if group is None else group.all_from_first(embeddings)
 
     def denoise(
         self,
@@ -262,7 +273,7 @@ class Networks:
                 velocities = tiled(velocities, tiles)
             sigmas = sigmas[first:]
             steps = denoise(guide(velocities, guidance, sigmas), noise, sigmas, kept)
-            latents = yield from steps if self.group is None else self.group.together(steps)
+            latents = yield from steps if self._shared is None else self._shared.together(steps)
         self.end_stage("transformer")
         return latents
 
@@ -279,7 +290,7 @@ class Networks:
 
     def _in_step(self, steps: Generator[int, None, mx.array], planned: bool) -> Generator[int, None, mx.array]:
         """Steps that all machines compute, if they are those of a request."""
-        return steps if self.group is None or not planned else self.group.in_step(steps)
+        return steps if self._shared is None or not planned else self._shared.in_step(steps)
 
     def encode_image(
         self, pixels: mx.array, noise: mx.array | None = None, planned: bool = True

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from . import porting
+from .clock import Clock, Cost
 from .controls import ControlNetMethods
 from .distributed import Group
 from .errors import MemoryBudgetError, NumericsError, RequestError, warn
@@ -62,6 +64,8 @@ from .weights.overlay import Extra
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+T = TypeVar("T")
+Work = tuple[GenerateRequest, Inputs]
 __all__ = ["FlatImage", "Generated", "Overflow", "Phase", "PipelineOutput", "ZImagePipeline"]
 
 
@@ -77,7 +81,8 @@ class Overflow(UserWarning):
 class Generated:
     """One image: unit (H, W, 3) float32 in [0, 1], and the request that reproduces it; index counts from 0.
 
-    plan says how it was run and how much memory was predicted; dtype is the compute dtype.
+    plan says how it was run and how much memory was predicted; dtype is the compute dtype. cost is what it took, if
+    another machine of a group generated it.
     """
 
     index: int
@@ -85,6 +90,7 @@ class Generated:
     request: GenerateRequest
     plan: Plan
     dtype: str
+    cost: Cost | None = None
 
     @cached_property
     def pixels(self) -> np.ndarray:
@@ -339,21 +345,26 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             names = callback_on_step_end_tensor_inputs
             answer = porting.answer_by(self, callback_on_step_end, names, starts, arrays)
         images: list[np.ndarray] = []
+        for i, (request, inputs) in enumerate(runs):
+            if noise is not None:
+                inputs = replace(inputs, latents=noise[i * count :][:count])
+            if samples is not None:
+                inputs = replace(inputs, posterior_noise=samples[i % sampled][None])
+            runs[i] = request, inputs
         with self._progress_bar(len(runs) * self._num_timesteps) as bar:
-            for i, (request, inputs) in enumerate(runs):
-                if noise is not None:
-                    inputs = replace(inputs, latents=noise[i * count :][:count])
-                if samples is not None:
-                    inputs = replace(inputs, posterior_noise=samples[i % sampled][None])
-                events = answered(self.events(request, inputs, decode=output_type != "latent"), answer)
-                for event in events:
+            done = 0
+            for several in [[one] for one in runs] if output_type == "latent" else self.in_rounds(runs):
+                decoded = output_type != "latent"
+                events = self.at_once(several) if decoded else self.events(*several[0], decode=False)
+                for event in answered(events, answer):
                     if isinstance(event, Step):
                         last = event
-                        bar.update(i * self._num_timesteps + event.index + 1 - bar.n)
+                        bar.update(done * self._num_timesteps + len(several) * (event.index + 1) - bar.n)
                     elif isinstance(event, Generated):
                         images.append(event.pixels if output_type == "pil" else event.unit)
                 if output_type == "latent":
                     images.extend(np.array(last.latents.transpose(0, 3, 1, 2)))
+                done += len(several)
         result = [to_pil(image) for image in images] if output_type == "pil" else np.stack(images)
         return PipelineOutput(result, first.seed) if return_dict else (result,)
 
@@ -384,10 +395,31 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
 
         Sending a Change in answer to a Step replaces its latents or ends the steps.
         """
-        inputs = Inputs.of(inputs, latents)
-        request = self.complete(request, inputs)
-        events = self._attempts(request, inputs, decode)
-        yield from self.turns.take(events if self.group is None else self._led(events, request, inputs, decode))
+        work = self._completed((request, Inputs.of(inputs, latents)))
+        events = self._attempts(*work, decode)
+        yield from self.turns.take(events if self.group is None else self._led([work], events, decode))
+
+    def at_once(
+        self, works: Sequence[tuple[GenerateRequest, Inputs]]
+    ) -> Generator[Phase | Step | Generated, Change | None, None]:
+        """`events` of one of the lists that `in_rounds` makes: the images of all its requests, in their order.
+
+        The Phases and Steps of several requests are those of the first, which this machine runs.
+        """
+        if len(works) == 1:
+            yield from self.events(*works[0])
+            return
+        works = [self._completed(work) for work in works]
+        plans = [self.plan(*work) for work in works]  # refuses what does not fit
+        yield from self.turns.take(self._led(works, self._apart(works, plans)))
+
+    def in_rounds(self, items: Iterable[T]) -> Iterator[list[T]]:
+        """Items, such as requests, in lists that run at once: one for each machine of a group, as long as there are so
+        many left, if the machines are about equally fast; otherwise one by one, since then all machines share each."""
+        items, group = iter(items), self.group
+        size = group.size if group is not None and group.is_even else 1
+        while several := list(islice(items, size)):
+            yield from [several] if len(several) == size else ([item] for item in several)
 
     # ---- on several machines
 
@@ -405,12 +437,29 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         if group is None or group.leads:
             raise RequestError("follow() is for the other ranks of a group; rank 0 generates images")
         with self.networks.guarded():
-            while work := group.receive():
-                request, decode = json.loads(str(work.pop("request"))), bool(work.pop("decode"))
-                request, inputs = GenerateRequest.from_dict(request), Inputs.unpacked(work)
+            while given := group.receive():
                 with group.following():
-                    for _ in self.turns.take(self._attempts(self.complete(request, inputs), inputs, decode)):
-                        pass
+                    decode, works = bool(given.pop("decode")), unpacked(given)
+                    if len(works) > 1:
+                        self._follow_apart(self._completed(works[group.rank]))
+                        continue
+                    events = self._attempts(*self._completed(works[0]), decode)
+                    with suppress(NumericsError):  # rank 0 has the same numbers, and reports it
+                        for _ in self.turns.take(events):
+                            pass
+
+    def _follow_apart(self, work: Work) -> None:
+        """Generate a whole image, while the other machines generate theirs, and send it to rank 0."""
+        assert self.group is not None
+        clock, units, costs = Clock(), [], []
+        with self.networks.alone():
+            for event in self.turns.take(self.group.abreast(self._attempts(*work, decode=True))):
+                if isinstance(event, Generated):
+                    units.append(event.unit)
+                    costs.append(asdict(clock.cost(event.plan)))
+                else:
+                    clock(event)
+        self.group.send_in_turn({"units": np.stack(units), "costs": np.array(json.dumps(costs))})
 
     @property
     def _follows(self) -> bool:
@@ -422,20 +471,37 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             with explained():
                 self.group.end()
 
+    def _completed(self, work: Work) -> Work:
+        request, inputs = work
+        return self.complete(request, inputs), inputs
+
     def _led(
         self,
+        works: Sequence[Work],
         events: Generator[Phase | Step | Generated, Change | None, None],
-        request: GenerateRequest,
-        inputs: Inputs,
-        decode: bool,
+        decode: bool = True,
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
-        """The events of a request that the other machines follow."""
+        """The events of a request that the other machines follow, or of one for each machine."""
         assert self.group is not None
         if not self.group.leads:
             raise RequestError("only rank 0 of a group generates images; call follow() on the others")
-        work = {"request": np.array(json.dumps(request.to_dict())), "decode": np.array(decode), **inputs.packed}
-        with explained(), self.group.leading(work):
+        with explained(), self.group.leading({"decode": np.array(decode), **packed(works)}):
             yield from events
+
+    def _apart(
+        self, works: Sequence[Work], plans: Sequence[Plan]
+    ) -> Generator[Phase | Step | Generated, Change | None, None]:
+        """The events of the first request, while each other machine runs another one, and then their images."""
+        assert self.group is not None
+        with self.networks.alone():
+            yield from self.group.abreast(self._attempts(*works[0], decode=True))
+        received = self.group.send_in_turn({})
+        dtype = str(self.dtype).rpartition(".")[2]
+        for (request, _), plan, arrays in zip(works[1:], plans[1:], received, strict=True):
+            costs = json.loads(str(arrays["costs"]))
+            for i, (unit, cost) in enumerate(zip(arrays["units"], costs, strict=True)):
+                warn_if_flat(unit, request.seed, i)
+                yield Generated(i, unit, request, plan, dtype, Cost(**cost))
 
     def _attempts(
         self, request: GenerateRequest, inputs: Inputs, decode: bool
@@ -548,12 +614,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
                 unit = to_unit(decoded[0])
                 if pixels is not None and mask is not None:
                     unit = paste(pixels.astype(np.float32) / 255, unit, feathered(mask, request.mask_feather or 0))
-                if is_flat(unit) and not self._follows:
-                    warn(
-                        f"image {i + 1} of seed {request.seed} is a single colour, or nothing but black, white and "
-                        f"pure colours; unless you asked for that, check the model with `mlx-zimage verify`",
-                        FlatImage,
-                    )
+                if not self._follows:
+                    warn_if_flat(unit, request.seed, i)
                 yield Generated(i, unit, request, plan, str(networks.dtype).rpartition(".")[2])
 
     # ---- the parts of a request on their own
@@ -770,7 +832,37 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         return self._num_timesteps
 
 
+# ---- requests for other machines
+
+
+def packed(works: Sequence[Work]) -> dict[str, np.ndarray]:
+    """Requests with their inputs as named arrays, for `unpacked` on another machine."""
+    arrays: dict[str, np.ndarray] = {}
+    for i, (request, inputs) in enumerate(works):
+        own = {"request": np.array(json.dumps(request.to_dict())), **inputs.packed}
+        arrays |= {f"{i}/{name}": array for name, array in own.items()}
+    return arrays
+
+
+def unpacked(arrays: Mapping[str, np.ndarray]) -> list[Work]:
+    each: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        i, _, own = name.partition("/")
+        each.setdefault(i, {})[own] = array
+    requests = [GenerateRequest.from_dict(json.loads(str(own.pop("request")))) for own in each.values()]
+    return [(request, Inputs.unpacked(own)) for request, own in zip(requests, each.values(), strict=True)]
+
+
 # ---- what a request needs of any model
+
+
+def warn_if_flat(unit: np.ndarray, seed: int, index: int) -> None:
+    if is_flat(unit):
+        warn(
+            f"image {index + 1} of seed {seed} is a single colour, or nothing but black, white and pure colours; "
+            f"unless you asked for that, check the model with `mlx-zimage verify`",
+            FlatImage,
+        )
 
 
 def completed(request: GenerateRequest, inputs: Inputs, side: int, variant: Variant) -> GenerateRequest:

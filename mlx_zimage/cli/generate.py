@@ -5,7 +5,7 @@ import secrets
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -379,7 +379,7 @@ def generate(
     """
     # Imported here so that --help and completion do not wait for MLX.
     from ..distributed import Group
-    from ..generate import Files, Saved, described, open_model, run
+    from ..generate import Files, Saved, described, open_model, run_at_once
     from ..images.files import make_folder
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
@@ -510,17 +510,21 @@ def generate(
     terminal = None if quiet else graphics()
     in_place = preview and terminal  # the finished image replaces the preview
     colours = colours_of(model.pipeline.encode_image) if preview or preview_dir else None
-    for place, job in jobs:
+    for several in model.pipeline.in_rounds(jobs):
         _check_battery(battery_limit)
-        request = complete(job)
-        path = job.path(request)
-        say(f"Seed: {request.seed}" + (f" ({job.n} of {total})" if total > 1 else ""), quiet)
+        works, paths = [], []
+        for _, job in several:
+            request = complete(job)
+            works.append((request, files_given.inputs(request)))
+            paths.append(job.path(request))
+            say(f"Seed: {request.seed}" + (f" ({job.n} of {total})" if total > 1 else ""), quiet)
+        (request, _), path = works[0], paths[0]
         width, height, _ = request.extent
         steps = model.pipeline.count_steps(request)
         grey = blank(width, height, request.num_images)
-        with _located(_image(place, job.n, total)), Watch(steps, quiet, not in_place, colours) as watch:
+        with _located(_images(several, total)), Watch(steps, quiet, not in_place, colours) as watch:
             add_views(watch, path, f"{path.stem}-{request.seed}", grey, preview, preview_dir, terminal)
-            for event in run(model, request, path, files, files_given.inputs(request)):
+            for event in run_at_once(model, works, paths, files):
                 watch(event)
                 if isinstance(event, Saved):
                     click.echo(json.dumps(event.to_dict())) if as_json else print_path(event.path)
@@ -577,6 +581,12 @@ def _located(place: str, names: Mapping[str, str] = EMPTY) -> Iterator[None]:
 def _image(place: str, n: int, total: int) -> str:
     """Which of all images an error is about; "" if there is only one."""
     return ", ".join(part for part in (place, f"image {n} of {total}" if total > 1 else "") if part)
+
+
+def _images(several: Sequence[tuple[str, Job]], total: int) -> str:
+    """Which of all images an error is about, when several are generated at once."""
+    (place, first), (_, last) = several[0], several[-1]
+    return _image(place, first.n, total) if first is last else f"images {first.n} to {last.n} of {total}"
 
 
 def _is_stdin(file: BinaryIO | None) -> bool:

@@ -2,9 +2,9 @@
 
 Every rank has the whole model, resident or streamed within its own memory budget, and computes its share of the rows of
 each sequence (see `models.runner.Ranks`). Rank 0 leads: it takes requests, encodes prompts and has the results. The
-others follow: they run the same requests. Of as many images as there are ranks, each rank generates a whole one
-instead, and sends it to rank 0. Only `all_gather` and `all_sum` are used, which every backend has: ring
-(TCP), jaccl (RDMA over Thunderbolt 5) and nccl (CUDA).
+others follow: they run the same requests. With guidance, each of two ranks computes the velocity of one prompt instead,
+and of as many images as there are ranks, each rank generates a whole one, and sends it to rank 0. Only `all_gather` and
+`all_sum` are used, which every backend has: ring (TCP), jaccl (RDMA over Thunderbolt 5) and nccl (CUDA).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 
 from .errors import GroupError, NumericsError, RequestError
 from .launched import backend_name, is_launched
-from .sampling import Change, Step
+from .sampling import Change, Step, Velocities
 
 E = TypeVar("E")
 R = TypeVar("R")
@@ -303,6 +303,15 @@ class Group(Sharing):
             self._longest = max(self._longest, time.monotonic() - begin)
             change = yield step
             latents = step.latents if change is None or change.latents is None else change.latents
+
+    def one_each(self, velocities: Velocities) -> Velocities:
+        """The velocities of as many prompts as there are ranks, of which each rank computes its own."""
+
+        def all_of_them(latents: mx.array, i: int, count: int | None = None) -> list[mx.array]:
+            (own,) = velocities(latents, i, None)
+            return list(self._all_gather(own[None]))[:count]
+
+        return all_of_them
 
     def abreast(self, events: Generator[E, Change | None, None]) -> Generator[E, Change | None, None]:
         """The events of a whole image of this rank's own, while the others compute theirs, step by step.

@@ -34,7 +34,7 @@ from .models.transformer import Transformer
 from .models.vae import VAE
 from .noise import initial_noise
 from .request import LATENT_PIXELS, TOKENS
-from .sampling import Change, Guidance, Kept, Step, denoise, guide
+from .sampling import Change, Guidance, Kept, Step, Velocities, denoise, guide
 from .scheduler import times
 from .tiles import Tiles, tiled
 from .tokenizer import PromptTruncated
@@ -267,13 +267,20 @@ class Networks:
         if tiles is not None:
             h, w = tiles.h, tiles.w
             controls = [replace(control, latents=tiles.cut(control.latents)) for control in controls]
-        with wired(self._resident()) if self.wired else nullcontext():
-            velocities = self.transformer.velocities(embeddings, sigmas[:-1], h, w, controls, first)
+        group = self._shared
+        # for two, a prompt each is faster than rows of both, of which every block would exchange keys and values
+        apart = group is not None and group.is_even and len(embeddings) == group.size
+        apart = apart and all(map(guidance.applies, times(sigmas[first:-1])))
+        prompts = [embeddings[group.rank]] if group is not None and apart else embeddings
+        with wired(self._resident()) if self.wired else nullcontext(), self.alone() if apart else nullcontext():
+            velocities: Velocities = self.transformer.velocities(prompts, sigmas[:-1], h, w, controls, first)
             if tiles is not None:
                 velocities = tiled(velocities, tiles)
+            if group is not None and apart:
+                velocities = group.one_each(velocities)
             sigmas = sigmas[first:]
             steps = denoise(guide(velocities, guidance, sigmas), noise, sigmas, kept)
-            latents = yield from steps if self._shared is None else self._shared.together(steps)
+            latents = yield from steps if group is None else group.together(steps)
         self.end_stage("transformer")
         return latents
 

@@ -136,6 +136,10 @@ class Guidance:
     normalization: float = 0.0
     truncation: float = 1.0
 
+    def applies(self, time: float) -> bool:
+        """Whether a step at this time is guided."""
+        return time <= self.truncation
+
 
 def guide(velocities: Velocities, guidance: Guidance, sigmas: Sequence[float] | np.ndarray) -> Velocity:
     """The velocity along the sigmas, guided if there is a negative prompt.
@@ -145,7 +149,7 @@ def guide(velocities: Velocities, guidance: Guidance, sigmas: Sequence[float] | 
     times = scheduler.times(sigmas)
 
     def velocity(latents: mx.array, i: int) -> mx.array:
-        positive, *negative = velocities(latents, i, 1 if times[i] > guidance.truncation else None)
+        positive, *negative = velocities(latents, i, None if guidance.applies(times[i]) else 1)
         if not negative:
             return positive
         guided = positive + guidance.scale * (positive - negative[0])

@@ -15,14 +15,15 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from enum import IntFlag
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
 from .errors import GroupError, NumericsError, RequestError
 from .launched import backend_name, is_launched
@@ -30,7 +31,10 @@ from .sampling import Change, Step, Velocities
 
 E = TypeVar("E")
 R = TypeVar("R")
-PATIENCE = 600.0  # seconds for rank 0's caller to continue, and for an image's first step, which may read the weights
+T = TypeVar("T")
+# Seconds for rank 0's caller to continue, for an image's first step, which may read the weights, and for what each rank
+# does by itself.
+PATIENCE = 600.0
 LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times an image's longest step so far, and at least this many seconds
 # Measured on H200s: at 512x512 (1024 tokens), four ranks and two teams of two were slower than one, and two faster.
 # From so many rows per rank on, it is faster to queue what NCCL sends on its own.
@@ -172,11 +176,15 @@ class Group(Sharing):
         """Rank 0's x; the others pass any array of its shape and dtype."""
         return self._all_sum(x if self.leads else mx.zeros_like(x))
 
-    def all_from_first(self, arrays: Sequence[mx.array]) -> list[mx.array]:
-        """Rank 0's arrays, once it has them."""
+    def all_from_first(self, arrays: T) -> T:
+        """Rank 0's tree of arrays, once it has them."""
         self.signal()
-        with self.computing():
-            found = [self.from_first(array) for array in arrays]
+        return self.summed(arrays if self.leads else tree_map(mx.zeros_like, arrays))
+
+    def summed(self, arrays: T) -> T:
+        """A tree of arrays, each summed over all ranks. To be called once all are there, after a `signal`."""
+        with self.computing(SHORTEST_LIMIT):
+            found = tree_map(self._all_sum, arrays)
             mx.eval(found)
         return found
 
@@ -221,7 +229,7 @@ class Group(Sharing):
     def exchange(self, content: Any) -> list[Any]:
         """What each rank passes, in their order: anything that JSON can hold."""
         text = json.dumps(content).encode()
-        with self.computing():
+        with self.computing(PATIENCE):
             lengths = np.array(self._all_gather(mx.array([len(text)]))).tolist()
             padded = np.frombuffer(text.ljust(max(lengths)), np.uint8)
             every = np.array(self._all_gather(mx.array(padded))).reshape(self.size, -1)
@@ -231,7 +239,7 @@ class Group(Sharing):
         """GroupError on every rank if a value is not the same on all of them."""
         digests = [hashlib.sha256(repr(value).encode()).digest()[:16] for value in values.values()]
         own = mx.array(np.frombuffer(b"".join(digests), np.uint8))
-        with self.computing():
+        with self.computing(PATIENCE):
             every = np.array(self._all_gather(own)).reshape(self.size, -1, 16)
         for i, name in enumerate(values):
             others = [rank for rank in range(self.size) if (every[rank, i] != every[0, i]).any()]
@@ -267,6 +275,35 @@ class Group(Sharing):
             if not self._broken:
                 self.signal(Signal.FAILED)
             raise
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Within the block, all ranks do the same work, with a `signal` before each thing that they do together.
+
+        Rank 0 may leave the block at any time, which ends it on all; if one rank fails, all do.
+        """
+        try:
+            yield
+        except Ended:
+            return
+        except BaseException:
+            if not self._broken:
+                with suppress(GroupError):  # if another has failed, too
+                    self.signal(Signal.ENDED if self.leads else Signal.FAILED)
+            raise
+        with suppress(Ended):
+            self.signal(Signal.ENDED if self.leads else GO)
+
+    def each(self, events: Iterable[E]) -> Iterator[E]:
+        """This rank's own events. Each rank may have another number of them, and all end together."""
+        own = iter(events)
+        while True:
+            event = next(own, None)
+            if Signal.BUSY not in self.signal(GO if event is None else Signal.BUSY):
+                return
+            if event is not None:
+                yield event
+            event = None  # not kept in memory while the next is computed
 
     def signal(self, own: Signal = GO, limit: float | None = PATIENCE) -> Signal:
         """What all ranks signal; Ended on the others if rank 0 has ended the work, GroupError if another one failed."""

@@ -40,14 +40,14 @@ def free_port(count: int = 1) -> int:
 
 
 def start(size: int, folder: Path, words: list[str], **environment: str) -> list[subprocess.Popen]:
-    """Start a command as each rank of a group, as mlx.launch does with the ring backend."""
+    """Start a command as each rank of a group, as mlx.launch does with the ring backend. {rank} in it is the rank."""
     hosts = [[f"127.0.0.1:{free_port()}"] for _ in range(size)]
     hostfile = folder / "hosts.json"
     hostfile.write_text(json.dumps(hosts))
     own = {**os.environ, "MLX_HOSTFILE": str(hostfile), **environment}
     return [
         subprocess.Popen(
-            words,
+            [word.replace("{rank}", str(rank)) for word in words],
             env={**own, "MLX_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

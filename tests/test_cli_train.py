@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,17 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
+import ranks
 from click.testing import CliRunner
 from PIL import Image
 
+from mlx_zimage import RequestError
 from mlx_zimage.cli import main
+from mlx_zimage.errors import GroupError
+from mlx_zimage.weights.component import read_metadata
 
 ENDED = 60  # seconds
 
@@ -73,6 +79,86 @@ def test_what_cannot_be_trained_is_refused_in_one_line(images, tiny_folder, tmp_
     assert done.exit_code != 0 and done.stdout == ""
     assert said in done.stderr and done.stderr.count("Error") == 1
     assert not list(tmp_path.iterdir())
+
+
+# ---- on several machines
+
+
+def trained_by_two(images: Path, model: Path, folder: Path, *more: str) -> list[tuple[int, str]]:
+    """Run a training on two ranks, each with its own output: the exit code and the output of each."""
+    given = words(images, model, folder / "rank{rank}" / "lora.safetensors", "-q", *more)
+    return ranks.finish(ranks.start(2, folder, [sys.executable, "-m", "mlx_zimage", *given]))
+
+
+def state_of(folder: Path) -> dict[str, mx.array]:
+    return mx.load(str(folder / "lora-training" / "state.safetensors"))
+
+
+def losses_of(folder: Path) -> list[float]:
+    log = folder / "lora-training" / "log.jsonl"
+    return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+
+
+def test_two_machines_train_what_one_does(images, tiny_folder, tmp_path):
+    more = ("--steps", "3", "--accumulate", "3", "--save-every", "2", "--preview", "a cat")  # two images and one
+    alone = CliRunner().invoke(main, words(images, tiny_folder, tmp_path / "alone" / "lora.safetensors", *more))
+    assert alone.exit_code == 0, alone.output
+    (first, text), (second, silence) = trained_by_two(images, tiny_folder, tmp_path, *more)
+    assert first == second == 0, text + silence
+    assert text == f"{tmp_path / 'rank0' / 'lora.safetensors'}\n" and silence == ""
+    assert sorted(path.suffix for path in (tmp_path / "rank1" / "lora-training").iterdir()) == ["", ".sum"]  # caches
+    one, two = (state_of(tmp_path / name) for name in ("alone", "rank0"))
+    assert one.keys() == two.keys()
+    for part in ("factors", "first", "second"):
+        own, ours = (np.concatenate([state[name].flatten() for name in one if part in name]) for state in (one, two))
+        # Gradients are added in another order, measured 3e-7. By the norm, since AdamW takes steps of one size in every
+        # direction, and a gradient near zero may have either sign.
+        assert np.linalg.norm(ours - own) < 1e-5 * np.linalg.norm(own), part
+    assert losses_of(tmp_path / "rank0") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-5)
+    assert (tmp_path / "rank0" / "lora-training" / "previews" / "000003-0.png").exists()
+
+
+@pytest.mark.slow
+def test_two_machines_resume_from_the_first_ones_state(images, tiny_folder, tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    more = ("--save-every", "2")
+    for name, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
+        for code, text in trained_by_two(images, tiny_folder, tmp_path / name, "--steps", steps, *more):
+            assert code == 0, text
+    whole, parts = ((tmp_path / name / "rank0" / "lora.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    settings = json.loads(read_metadata(tmp_path / "whole" / "rank0" / "lora.safetensors")["mlx_zimage.settings"])
+    assert settings["accumulate"] == 2  # one image for each
+
+
+@pytest.mark.slow
+def test_different_datasets_and_too_few_images_are_refused_on_every_machine(images, tiny_folder, tmp_path):
+    for rank in range(2):
+        shutil.copytree(images, tmp_path / f"images{rank}")
+    (tmp_path / "images1" / "0.txt").write_text("another [trigger]")
+    for code, text in trained_by_two(tmp_path / "images{rank}", tiny_folder, tmp_path):
+        assert code == GroupError.exit_code
+        assert "rank 1 has a different dataset from rank 0; all machines need the same one" in text
+    for code, text in trained_by_two(images, tiny_folder, tmp_path, "--accumulate", "1"):
+        assert code == RequestError.exit_code
+        assert "accumulate must be at least 2, one image for each machine, got 1" in text
+    assert not list(tmp_path.glob("rank?/*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_that_dies_ends_the_training_on_all(rank, images, tiny_folder, tmp_path):
+    given = words(images, tiny_folder, tmp_path / "rank{rank}" / "lora.safetensors", "-q", "--steps", "100000")
+    processes = ranks.start(2, tmp_path, [sys.executable, "-m", "mlx_zimage", *given])
+    log = tmp_path / "rank0" / "lora-training" / "log.jsonl"
+    while not log.exists() and all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    processes[rank].kill()
+    (other,) = ranks.finish([processes[1 - rank]], 2 * ENDED)  # MLX may not notice: then the watchdog ends it
+    processes[rank].communicate()
+    assert other[0] == GroupError.exit_code, other[1]
+    assert not list(tmp_path.glob("rank?/*.safetensors"))
 
 
 def killed_anywhere(images: Path, model: Path, folder: Path, kills: int, seed: int) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import RequestError
+from ..launched import launched_rank
 from ..sizes import rounded_up
 from ..train.settings import EXTRAS, OBJECTIVES, RESOLUTION, Settings
 from ..variants import TURBO
@@ -58,7 +60,9 @@ Adapter for Turbo:
     "--warm-up", type=int, help=f"Number of steps over which the rate rises to --rate.  [default: {Settings.warm_up:g}]"
 )
 @click.option(
-    "--accumulate", type=int, help=f"Number of images per step, one after another.  [default: {Settings.accumulate:g}]"
+    "--accumulate",
+    type=int,
+    help=f"Number of images per step.  [default: {Settings.accumulate:g}; started by mlx.launch, one for each machine]",
 )
 @click.option(
     "--dropout", type=float, help=f"Fraction of images trained with an empty caption.  [default: {Settings.dropout:g}]"
@@ -120,6 +124,7 @@ def train(
     (log.jsonl) and a plot of the loss (loss.svg), previews, and the state from which the same command resumes if it was
     stopped.
     """
+    from ..distributed import Group
     from ..networks import Phase
     from ..train.dataset import read_dataset
     from ..train.loop import Measured, Planned, Previewed, Saved, Stepped, open_to_train
@@ -131,11 +136,19 @@ def train(
     values = {name: value for name, value in given.items() if value is not None}
     settings = Settings(**{**values, "extras": tuple(sorted(set(given["extras"])))})
     examples = read_dataset(dataset, settings.resolution or RESOLUTION, settings.trigger)
+    quiet = quiet or launched_rank() > 0
     pipe = open_to_train(model or str(first_run(DEFAULT_MODEL, yes, quiet, memory)), dtype, memory)
     if adapter is None and pipe.variant == TURBO:
         say(f"Training undoes Turbo's distillation; if images get soft, use --adapter {ADAPTER}", quiet)
+    group = Group.launched()
+    if group is not None and "accumulate" not in values:
+        settings = replace(settings, accumulate=group.size)
+    if group is not None and not group.leads:
+        for _ in run(pipe, examples, settings, output, save_every, previews, adapter, group):
+            pass
+        return
     with closing(Record(output)) as record, progress_bar(quiet, total=settings.steps, unit="step") as bar:
-        for event in run(pipe, examples, settings, output, save_every, previews, adapter):
+        for event in run(pipe, examples, settings, output, save_every, previews, adapter, group):
             if isinstance(event, Planned):
                 say(f"Training on {len(examples)} images, {_described(event)}.", quiet)
             elif isinstance(event, Measured):

@@ -6,7 +6,7 @@
 `train` yields events as things happen: Planned, Phases while images and captions are encoded, Measured before the first
 step, a Stepped after each step, a Saved when a LoRA is written, and a Previewed for each preview. Whoever holds the
 loop owns progress and logs, and leaving it stops the run; the same call resumes from the last state that was saved, and
-ends with the same file.
+ends with the same file. On several machines, all make the same call: see `machines`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..distributed import Group
 from ..errors import ModelNotFoundError, NumericsError, OutputError, RequestError
 from ..machine import default_dtype
 from ..memory import Plan
@@ -32,6 +33,8 @@ from ..networks import Phase
 from ..pipeline import Generated, ZImagePipeline
 from ..request import GenerateRequest
 from ..sizes import size
+from ..version import __version__
+from ..weights.checkpoint import fingerprint
 from ..weights.hub import name_of
 from ..weights.lora import Lora, find_lora, read_lora
 from ..weights.store import checksum
@@ -39,6 +42,7 @@ from .dataset import Example, order_of
 from .encoded import Encoded, latent_shape
 from .factors import Factors, arrays_of, new_factors
 from .gradients import Case, Gradients
+from .machines import Machines
 from .memory import plan_training, resolution_within
 from .objective import Draw, default_objective, draw
 from .optimizer import AdamW, added, clipped, warmed_up
@@ -158,6 +162,7 @@ def train(
     save_every: int = SAVE_EVERY,
     previews: Sequence[str] = (),
     adapter: str | Path | None = None,
+    group: Group | None = None,
 ) -> Iterator[Planned | Phase | Measured | Stepped | Saved | Previewed]:
     """Train a LoRA on examples, and write it to output; resumes the run if there is one. See the module.
 
@@ -165,7 +170,28 @@ def train(
     with it, prompt i from seed i. A run that is stopped loses the steps since the last of these. adapter is a LoRA, as
     `load_lora` takes it, that is applied in training only: for Turbo, one that undoes its distillation, so that
     training does not.
+
+    The machines of a group share the images of each step, at least one for each. pipe is without a group. Rank 0 writes
+    the LoRA and generates the previews; what is encoded, every machine keeps in a folder next to output.
     """
+    if pipe.group is not None:
+        raise RequestError("each machine trains with a pipeline of its own: open it without a group")
+    machines = Machines(group)
+    machines.check_accumulate(settings.accumulate)
+    with machines.joined():
+        yield from _train(pipe, examples, settings, output, save_every, previews, adapter, machines)
+
+
+def _train(
+    pipe: ZImagePipeline,
+    examples: Sequence[Example],
+    settings: Settings,
+    output: Path,
+    save_every: int,
+    previews: Sequence[str],
+    adapter: str | Path | None,
+    machines: Machines,
+) -> Iterator[Planned | Phase | Measured | Stepped | Saved | Previewed]:
     if pipe.dtype == mx.float16:
         raise RequestError("gradients exceed float16's range; train in bfloat16 or float32")
     settings = replace(settings, objective=settings.objective or default_objective(pipe.variant))
@@ -175,7 +201,7 @@ def train(
     tokens = max(len(networks.tokenize(example.caption)) for example in examples)
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
-    if output.exists() and not Run(pipe, examples, settings, output).state.exists():
+    if machines.leads and output.exists() and not Run(pipe, examples, settings, output).state.exists():
         raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
     strengths = {} if over is None else {over.sha256: 1.0}
     if over is not None:
@@ -184,16 +210,27 @@ def train(
     budget, resolution = pipe.budget - held, settings.resolution
     if resolution is None:
         resolution = resolution_within(pipe.planner, RESOLUTION, tokens, count, budget)
+    resolution = machines.agreed(min, resolution)
+    if resolution != settings.resolution:
         examples = [example.within(resolution) for example in examples]
     plan = plan_training(pipe.planner, examples, tokens, count, budget)
     run = Run(pipe, examples, replace(settings, resolution=resolution), output, over)
     settings = run.settings
     _check_space(run, count, tokens, save_every)
-    factors, optimizer = read_state(run.state, new, run.identity) or (new, AdamW.new(new))
-    del new
+    state = read_state(run.state, new, run.identity) if machines.leads else None
+    factors, optimizer = state or (new, AdamW.new(new))
+    machines.check_same(
+        version=__version__,
+        model=(run.checksum, fingerprint(pipe.checkpoint)),
+        dataset=run.identity["data"],
+        adapter=run.identity["adapter"],
+        configuration=(run.identity, settings.steps, save_every),
+    )
+    factors, optimizer = machines.from_first(factors, optimizer)
+    del new, state
     yield Planned(resolution, plan)
     encoded = Encoded(networks, run.folder / "encoded")
-    yield from encoded.encode(examples)
+    yield from machines.each(encoded.encode(examples))
     transformer = networks.transformer
     gradients = Gradients(
         config, networks.overlays["transformer"], settings.scale, transformer.product, transformer.most, plan.lean
@@ -201,25 +238,28 @@ def train(
     written = config, name_of(pipe.checkpoint.folder), run.checksum
     with pipe.turns.computing(), networks.guarded(), networks.running(plan):
         networks.set_loras(strengths)
-        step_s = _measured(run, encoded, gradients, factors, optimizer.step)
+        image_s = _measured(run, encoded, gradients, factors, optimizer.step)
+    step_s = machines.agreed(max, image_s * len(machines.own(settings.accumulate)))
     yield Measured(settings.steps - optimizer.step, step_s)
     for step in range(optimizer.step, settings.steps):
         begin, rate = time.perf_counter(), warmed_up(settings.rate, step, settings.warm_up)
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
             networks.set_loras(strengths)
-            factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer, rate)
+            factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer, rate, machines)
         done = step + 1
         yield Stepped(done, loss, norm, rate, time.perf_counter() - begin)
         if done % save_every == 0 or done == settings.steps:
-            write_state(run.state, factors, optimizer, run.identity)
             path = run.folder / f"{output.stem}-{done:06}.safetensors"
-            write_lora(path, factors, settings, *written)
-            yield Saved(done, path)
-            yield from _tried(pipe, path, done, previews, resolution)
+            if machines.leads:
+                write_state(run.state, factors, optimizer, run.identity)
+                write_lora(path, factors, settings, *written)
+                yield Saved(done, path)
+            yield from machines.each(_tried(pipe, path, done, previews if machines.leads else (), resolution))
     if over is not None:
         networks.detach(over)
-    write_lora(output, factors, settings, *written)
-    yield Saved(optimizer.step, output)
+    if machines.leads:
+        write_lora(output, factors, settings, *written)
+        yield Saved(optimizer.step, output)
 
 
 def _read_adapter(source: str | Path, config: TransformerConfig) -> Lora:
@@ -255,38 +295,47 @@ def _tried(
     name = pipe.load_lora(path)
     try:
         for i, prompt in enumerate(prompts):
-            yield Phase("previews", i, len(prompts))
             for event in pipe.stream(GenerateRequest(prompt, side, side, seed=i)):
                 if isinstance(event, Generated):
                     yield Previewed(step, i, event.pixels)
+                else:
+                    yield Phase("previews", i, len(prompts))
     finally:
         pipe.unload_lora(name)
 
 
 def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> float:
-    """Seconds that the gradients of a step take, computed for nothing else."""
-    accumulate, begin = run.settings.accumulate, 0.0
+    """Seconds that the gradients of one image take, computed for nothing else."""
+    begin = 0.0
     for _ in range(2):  # the first time, weights are read and functions compiled
         begin = time.perf_counter()
-        gradients(factors, case(run, encoded, step * accumulate))
-    return accumulate * (time.perf_counter() - begin)
+        gradients(factors, case(run, encoded, step * run.settings.accumulate))
+    return time.perf_counter() - begin
 
 
 def one_step(
-    run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, optimizer: AdamW, rate: float
+    run: Run,
+    encoded: Encoded,
+    gradients: Gradients,
+    factors: Factors,
+    optimizer: AdamW,
+    rate: float,
+    machines: Machines,
 ) -> tuple[Factors, float, float]:
     """The factors after one more step at this rate, its mean loss, and its gradient's norm."""
-    settings, total, losses = run.settings, Factors(), []
-    for i in range(settings.accumulate):
-        value, found = gradients(factors, case(run, encoded, optimizer.step * settings.accumulate + i))
-        losses.append(float(value))
+    settings, total, loss = run.settings, Factors(), 0.0
+    first = optimizer.step * settings.accumulate
+    cases = (case(run, encoded, first + i) for i in machines.own(settings.accumulate))
+    for value, found in machines.each(gradients(factors, one) for one in cases):
+        loss += float(value)
         total = added(total, found)
+    total, loss = machines.summed(total, loss)
     total, norm = clipped(total, settings.clip, 1 / settings.accumulate)
     if not math.isfinite(norm):
         raise NumericsError(
             f"the gradient of step {optimizer.step + 1} is not finite; lower the rate, or try dtype float32"
         )
-    return optimizer.apply(factors, total, rate, settings.decay), sum(losses) / len(losses), norm
+    return optimizer.apply(factors, total, rate, settings.decay), loss / settings.accumulate, norm
 
 
 def case(run: Run, encoded: Encoded, index: int) -> Case:

@@ -1,0 +1,77 @@
+"""Training on several machines: each computes the gradients of its own images, and all take the same step.
+
+Their sum is that of one machine which computes them all, apart from the order of additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..distributed import Group
+from ..errors import RequestError
+from .factors import Factors
+from .optimizer import AdamW
+
+E = TypeVar("E")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines that train together; by default only this one. The first one leads, and writes what is kept."""
+
+    group: Group | None = None
+
+    @property
+    def leads(self) -> bool:
+        return self.group is None or self.group.leads
+
+    def joined(self) -> AbstractContextManager[None]:
+        """See `Group.joined`."""
+        return nullcontext() if self.group is None else self.group.joined()
+
+    def each(self, events: Iterable[E]) -> Iterator[E]:
+        """See `Group.each`."""
+        return iter(events) if self.group is None else self.group.each(events)
+
+    def agreed(self, choose: Callable[[Sequence[T]], T], own: T) -> T:
+        """What choose takes from the values of all machines."""
+        if self.group is None:
+            return own
+        self.group.signal()
+        return choose(self.group.exchange(own))
+
+    def check_same(self, **values: Any) -> None:
+        """GroupError on every machine if a value is not the same on all of them."""
+        if self.group is not None:
+            self.group.signal()
+            self.group.check_same(**values)
+
+    def check_accumulate(self, accumulate: int) -> None:
+        if self.group is not None and accumulate < self.group.size:
+            raise RequestError(
+                f"accumulate must be at least {self.group.size}, one image for each machine, got {accumulate}"
+            )
+
+    def own(self, accumulate: int) -> range:
+        """The numbers of this machine's images in a step: they take turns."""
+        return range(accumulate) if self.group is None else range(self.group.rank, accumulate, self.group.size)
+
+    def from_first(self, factors: Factors, optimizer: AdamW) -> tuple[Factors, AdamW]:
+        """Where the first machine continues, on all of them."""
+        if self.group is None:
+            return factors, optimizer
+        step = self.agreed(lambda steps: steps[0], optimizer.step)
+        factors, first, second = self.group.all_from_first([factors, optimizer.first, optimizer.second])
+        return factors, AdamW(first, second, step)
+
+    def summed(self, gradients: Factors, loss: float) -> tuple[Factors, float]:
+        """The sums of all machines' gradients, which are replaced block by block, and of their losses."""
+        if self.group is None:
+            return gradients, loss
+        for block, own in gradients.items():
+            gradients[block] = self.group.summed(own)
+        return gradients, sum(self.group.exchange(loss))

@@ -1,6 +1,6 @@
 """Initial noise from a seed: the same numbers as PyTorch's CPU generator (default), or MLX's own.
 
-With PyTorch's, a seed gives the same image here, in diffusers and in ComfyUI.
+With PyTorch's, a seed gives the same noise here, in diffusers and in ComfyUI.
 """
 
 from __future__ import annotations

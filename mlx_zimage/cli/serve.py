@@ -111,7 +111,7 @@ class Duration(click.ParamType):
     "--honor-client-steps",
     is_flag=True,
     help="Run Turbo with the steps and guidance that clients send. By default, more than 9 steps become 8 and guidance "
-    "is off: many clients send values for other models, which would take 3 to 6 times as long and look worse.",
+    "is off: many clients send values for other models, which would take 5 to 12 times as long and look worse.",
 )
 @click.option("--open", "show", is_flag=True, help="Open the server's page in your browser.")
 @click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")

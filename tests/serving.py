@@ -10,9 +10,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,18 @@ def serving(*options: object, log: Path, key: str | None = KEY) -> Iterator[Serv
     finally:
         server.process.terminate()
         server.process.wait(20)
+
+
+@contextmanager
+def answering(server: HTTPServer) -> Iterator[str]:
+    """Let a server of this process answer in a thread of its own, until the end; yields its URL."""
+    # by default it checks only every half second whether to stop
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def png(image: Image.Image) -> bytes:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import threading
 import time
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
-from serving import KEY, PROMPT
+from serving import KEY, PROMPT, answering
 
 from mlx_zimage.cli import main
 from mlx_zimage.cli.remote import ELSEWHERE, form
@@ -182,11 +181,8 @@ def test_whatever_another_server_answers_is_an_error_and_leaves_no_file(tmp_path
             pass
 
     monkeypatch.chdir(tmp_path)
-    with HTTPServer(("127.0.0.1", 0), Handler) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{other.server_port}"
+    with answering(HTTPServer(("127.0.0.1", 0), Handler)) as url:
         result = CliRunner().invoke(main, [*WORDS, "--server", url])
-        other.shutdown()
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
     assert f"Error: {url}" in result.stderr and "\x1b" not in result.stderr and len(result.stderr) < 5000
     assert not list(tmp_path.iterdir())
@@ -222,10 +218,8 @@ def test_a_full_queue_is_waited_for_as_long_as_the_server_says(monkeypatch, tmp_
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "sleep", waited.append)
-    with HTTPServer(("127.0.0.1", 0), Handler) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        result = CliRunner().invoke(main, [*WORDS, "--server", f"http://127.0.0.1:{other.server_port}"])
-        other.shutdown()
+    with answering(HTTPServer(("127.0.0.1", 0), Handler)) as url:
+        result = CliRunner().invoke(main, [*WORDS, "--server", url])
     assert waited == waits and len(asked) == len(waits) + 1 <= 10
     assert result.exit_code == 1 and "queue is full; trying again in 7 s" in result.stderr
     assert ("a place was free" if full == 2 else "Error: http://") in result.stderr.splitlines()[-1]

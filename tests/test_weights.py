@@ -6,7 +6,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import tiny
 from compare import refusal, relative_error
 from lanes import slow
+from serving import answering
 from tiny import CONFIGS
 
 from mlx_zimage import CheckpointError, ModelNotFoundError, RequestError, ZImagePipeline
@@ -494,11 +494,8 @@ def hub(tiny_folder):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Hub, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), Hub)) as url:
+        yield Hub, url
 
 
 def test_a_repository_is_downloaded_once_without_unneeded_files(hub, tmp_path):

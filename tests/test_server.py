@@ -10,7 +10,8 @@ import socket
 import subprocess
 import time
 from bisect import bisect_left
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from huggingface_hub import constants
 from PIL import Image
 from serving import KEY, PROMPT, Answer, form, png, serving
 from starlette.responses import Response
-from starlette.types import Message
+from starlette.types import ASGIApp, Message
 from test_cli_lora import write as write_lora
 
 from mlx_zimage import GenerateRequest, ZImagePipeline, detectors
@@ -44,6 +45,7 @@ from mlx_zimage.server.messages import Accepted, Done, Job, Loaded, Model, Optio
 from mlx_zimage.server.messages import Image as Finished
 from mlx_zimage.server.queue import Queue
 from mlx_zimage.server.service import Service
+from mlx_zimage.weights.hub import POCKET
 
 GENERATE = "/v1/images/generations"
 QUICK = {"prompt": PROMPT, "size": "32x32", "steps": 1}
@@ -274,8 +276,38 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(server):
     assert answer.status == 400 and "81,000,000 in all" in answer.json["error"]["message"]
 
 
-def test_a_head_that_does_not_end_times_out(server):
+@asynccontextmanager
+async def listening(app: ASGIApp) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to an application that is served in this process, as the server serves its own."""
+    with listen("127.0.0.1", 0) as listener:
+        served = uvicorn.Server(uvicorn.Config(app, http=guard.Protocol, lifespan="off", log_config=None))
+        task = asyncio.create_task(served.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        yield reader, writer
+        writer.close()
+        served.should_exit = True
+        await task
+
+
+def test_a_head_that_does_not_end_times_out(monkeypatch):
     """Slow loris: the connection is closed although bytes keep arriving."""
+
+    async def test() -> None:
+        async with listening(Response("")) as (reader, writer), asyncio.timeout(20):
+            writer.write(b"GET / HTTP/1.1\r\n")
+            while not (reader.at_eof() or writer.is_closing()):
+                writer.write(b"X-A: b\r\n")
+                await asyncio.sleep(0.02)
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""
+
+    monkeypatch.setattr(guard, "HEAD_S", 0.2)
+    asyncio.run(test())
+
+
+@pytest.mark.slow
+def test_a_head_that_does_not_end_within_seconds_times_out(server):
+    """On the server itself, with its own limit."""
     host, port = server.host.split(":")
     with socket.create_connection((host, int(port))) as client:
         client.sendall(b"GET / HTTP/1.1\r\n")
@@ -286,7 +318,7 @@ def test_a_head_that_does_not_end_times_out(server):
                 time.sleep(0.2)
 
 
-def test_a_request_right_after_another_does_not_time_out():
+def test_a_request_right_after_another_does_not_time_out(monkeypatch):
     """HTTP pipelining: it runs already when the wait for the next head would begin."""
     ran = []
 
@@ -296,20 +328,12 @@ def test_a_request_right_after_another_does_not_time_out():
         await Response("")(scope, receive, send)
 
     async def test() -> bytes:
-        with listen("127.0.0.1", 0) as listener:
-            served = uvicorn.Server(uvicorn.Config(app, http=guard.Protocol, lifespan="off", log_config=None))
-            task = asyncio.create_task(served.serve(sockets=[listener]))
-            reader, writer = await asyncio.open_connection(*listener.getsockname())
+        async with listening(app) as (reader, writer):
             writer.writelines(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() for path in ("/", "/slow"))
-            answered = await reader.read()  # up to the end of the connection, which comes when no third head does
-            writer.close()
-            served.should_exit = True
-            await task
-        return answered
+            return await reader.read()  # up to the end of the connection, which comes when no third head does
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guard, "HEAD_S", 0.1)
-        assert asyncio.run(test()).count(b"HTTP/1.1 200") == 2 and ran == ["/", "/slow"]
+    monkeypatch.setattr(guard, "HEAD_S", 0.1)
+    assert asyncio.run(test()).count(b"HTTP/1.1 200") == 2 and ran == ["/", "/slow"]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
@@ -608,18 +632,18 @@ def test_an_unloaded_model_keeps_its_prompts(small_pocket, watch):
     assert len(encoded) == 1 and sent[-1] == Loaded(None)
 
 
-def opened_worker(small_pocket, lora_dir: Path) -> tuple[worker.Worker, list]:
+def opened_worker(pocket: Path, lora_dir: Path) -> tuple[worker.Worker, list]:
     """A worker that runs nothing by itself, and what it sends."""
     sent: list = []
-    made = worker.Worker(SimpleNamespace(send=sent.append), Options({"pocket": str(small_pocket)}, lora_dir))
-    made.models["pocket"], made.loras["pocket"] = open_model(str(small_pocket)), {}
+    made = worker.Worker(SimpleNamespace(send=sent.append), Options({"pocket": str(pocket)}, lora_dir))
+    made.models["pocket"], made.loras["pocket"] = open_model(str(pocket)), {}
     return made, sent
 
 
-def test_a_request_that_does_not_fit_is_refused_before_it_is_queued(small_pocket, tmp_path):
+def test_a_request_that_does_not_fit_is_refused_before_it_is_queued(tmp_path):
     """All that it asks for counts: what fits does not with a LoRA, a control image, a larger size or more steps."""
     write_lora(tmp_path / "style.safetensors")
-    made, sent = opened_worker(small_pocket, tmp_path)
+    made, sent = opened_worker(POCKET, tmp_path)
     pipeline = made.models["pocket"].pipeline
     pipeline.load_controlnet("pocket")
     controlled = replace(job(controls=[{}]), controls=(png(Image.new("RGB", (32, 32))),))

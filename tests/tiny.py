@@ -265,10 +265,15 @@ def write_checkpoint(folder: Path, seed: int, kind: str = "tiny") -> Path:
 def write_light_pocket(folder: Path) -> Path:
     """Pocket with fewer layers, a narrow VAE and random weights: its images show nothing, and take less time."""
     shutil.copytree(POCKET, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    for component, changed in LIGHT.items():
-        config = json.loads((POCKET / component / "config.json").read_text()) | changed
-        save_component(folder / component, component, weights(0, component, config, "light"), config, mx.bfloat16)
+    for component in LIGHT:
+        lighten(folder, component)
     return folder
+
+
+def lighten(folder: Path, component: str, **changed: object) -> None:
+    """Replace a component of pocket with a smaller one of random weights."""
+    config = json.loads((POCKET / component / "config.json").read_text()) | LIGHT[component] | changed
+    save_component(folder / component, component, weights(0, component, config, "light"), config, mx.bfloat16)
 
 
 def write_kinds(folder: Path, seed: int) -> Path:

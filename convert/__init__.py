@@ -198,11 +198,11 @@ def _warn_of_waste(source: Source, layout: Layout, settings: Settings, dtype: st
 
 
 def _write(source: Source, layout: Layout, dest: Path, dtype: str) -> Iterator[Progress]:
-    done = 0
+    done, total = 0, source.nbytes
     with OutputFolder(dest, describe_job(source, layout), layout.nbytes, layout.single) as folder:
         for shard in layout.shards:
             for task in folder.write_shard(shard, dtype):
                 done += sum(tensor.nbytes for tensor in task.tensors)
-                yield Progress(task.component, task.tensors[0].name, done, source.nbytes)
+                yield Progress(task.component, task.tensors[0].name, done, total)
         for name, content in layout.files.items():
             folder.write(name, content)

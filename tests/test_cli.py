@@ -443,6 +443,7 @@ def test_completion_offers_models_and_files(run, tmp_path, monkeypatch):
     completion = run("completion", "bash").stdout
 
     def complete(*words: str) -> list[str]:
+        """What bash shows."""
         script = (
             f"compopt() {{ :; }}; complete() {{ :; }}\n{completion}\n"
             f"COMP_WORDS=(mlx-zimage {' '.join(words)}); COMP_CWORD={len(words)}\n"
@@ -452,13 +453,21 @@ def test_completion_offers_models_and_files(run, tmp_path, monkeypatch):
         assert not ran.stderr
         return ran.stdout.split()
 
+    def offered(*words: str) -> list[str]:
+        """What bash is sent: words with their kind; of kind "file", the beginning of any file's name."""
+        typed = {"COMP_WORDS": " ".join(["mlx-zimage", *words]), "COMP_CWORD": str(len(words))}
+        environment = {"_MLX_ZIMAGE_COMPLETE": "bash_complete"} | typed
+        return CliRunner().invoke(cli.main, prog_name="mlx-zimage", env=environment).stdout.split()
+
+    assert complete("generate", "-m", "po") == ["pocket.safetensors", "pocket"]
     for words in (["generate", "-m"], ["info"], ["plan"], ["convert"], ["bench", "--model"], ["verify"]):
-        assert complete(*words, "po") == ["pocket.safetensors", "pocket"]
+        assert offered(*words, "po") == ["file,po", "plain,pocket"]
+    assert complete("generate", "red", "--lora", "po") == ["pocket.safetensors"], "a LoRA is a file"
     for words in (["generate", "red", "--lora"], ["lora", "info"]):
-        assert complete(*words, "po") == ["pocket.safetensors"], "a LoRA is a file"
+        assert offered(*words, "po") == ["file,po"]
     assert complete("generate", "-m", str(own)[:-3]) == [str(own), str(own)], "as a folder, and as a model"
     assert complete("models", "rm", str(own)[:-3]) == [str(own)]
-    assert complete("models", "rm", "po") == [], "it is not a model that can be removed"
+    assert offered("models", "rm", "po") == [], "it is not a model that can be removed"
 
 
 @pytest.mark.parametrize("error", [errors.ZImageError, *errors.ZImageError.__subclasses__()])

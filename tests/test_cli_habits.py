@@ -208,7 +208,7 @@ def test_a_request_of_mflux_that_cannot_be_generated_here_is_refused(run, tmp_pa
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("steps", [2, 8, 9, 25, 50])
+@pytest.mark.parametrize("steps", [slow(2), slow(8), 9, slow(25), 50])
 def test_a_request_that_mflux_ran_from_an_image_runs_the_same_steps_from_it(run, tmp_path, steps):
     for percent in range(1, 100):
         values = {"image_path": "a.png", "image_strength": percent / 100, "steps": steps}

@@ -65,7 +65,7 @@ def files(folder):
     return {name: content for name, content in found.items() if name not in (CONVERSION, MANIFEST)}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", slow("float16")])
 def test_a_dense_conversion_casts_the_source(official, tmp_path, dtype):
     out = convert(official, tmp_path / "out", dtype=dtype)
     for component in COMPONENTS:
@@ -419,7 +419,7 @@ def test_integer_weights_without_a_quantization_config_are_refused(tmp_path):
         convert(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("bits", [None, 4, slow(8)])
 def test_tensors_that_fill_whole_memory_pages_begin_on_one(tmp_path, bits):
     """So that they can be mapped. Safetensors allows no gaps, so the rest is not aligned."""
     out = convert("pocket", tmp_path / "out", bits=bits)

@@ -14,6 +14,7 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from comfyui_files import comfy_names
+from lanes import slow
 
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.cli import main
@@ -113,7 +114,7 @@ def test_three_comfyui_files_equal_the_diffusers_folder(split, tmp_path):
             assert (out / path.relative_to(expected)).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("network_prefix", ["model.diffusion_model.", "diffusion_model.", ""])
+@pytest.mark.parametrize("network_prefix", ["model.diffusion_model.", slow("diffusion_model."), slow("")])
 def test_an_all_in_one_file_contains_everything(tmp_path, network_prefix):
     tensors = {f"{network_prefix}{name}": array for name, array in comfy_transformer(pocket("transformer")).items()}
     tensors |= {f"text_encoders.qwen3_4b.transformer.{name}": a for name, a in pocket("text_encoder").items()}
@@ -629,7 +630,7 @@ def older_vae(tensors):
     return out
 
 
-@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+@pytest.mark.parametrize("prefix", [slow(""), slow("vae."), "first_stage_model."])
 @pytest.mark.parametrize("names", [ldm_vae, older_vae], ids=["ldm", "diffusers"])
 def test_a_vae_of_your_own_may_have_any_programs_names(tmp_path, names, prefix):
     tensors = {f"{prefix}{name}": array for name, array in names(pocket("vae")).items()}
@@ -668,7 +669,7 @@ def test_a_variant_is_converted_if_it_is_named(tmp_path):
         open_source(folder, variant="fp8")
 
 
-@pytest.mark.parametrize("use", ["", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint"])
+@pytest.mark.parametrize("use", ["", slow("Img2Img"), "Inpaint", slow("ControlNet"), slow("ControlNetInpaint")])
 def test_the_pipeline_that_is_written_is_that_of_its_networks(tmp_path, use):
     folder = shutil.copytree(POCKET, tmp_path / "folder")
     index = json.loads((folder / "model_index.json").read_text())

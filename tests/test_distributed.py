@@ -19,6 +19,7 @@ import ranks
 import tiny
 from click.testing import CliRunner
 from compare import relative_error
+from lanes import slow
 from PIL import Image
 
 from mlx_zimage import RequestError
@@ -60,10 +61,7 @@ class Rank:
         return self.count
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_folder, tmp_path_factory) -> list[np.ndarray]:
-    pipe = ranks.open_pipeline(tiny_folder, tmp_path_factory.mktemp("alone"))
-    return ranks.results(pipe, [*CALLS.values()])
+QUICK = ("padded", "two images", "guided", "with a control image")
 
 
 def begin(size: int, model: Path, folder: Path, calls: list[dict], **options) -> list[subprocess.Popen]:
@@ -74,25 +72,27 @@ def begin(size: int, model: Path, folder: Path, calls: list[dict], **options) ->
 
 
 @pytest.mark.parametrize(
-    "size, speeds, least",
+    "names, size, speeds, least",
     [
-        (2, None, 1),
-        pytest.param(3, [2, 0.7, 1], 1, marks=pytest.mark.slow),
-        pytest.param(3, None, 10, marks=pytest.mark.slow),  # some of the images are too small to be shared
-        pytest.param(2, [1, 3], 1, marks=pytest.mark.long),
-        pytest.param(3, None, 1, marks=pytest.mark.long),
-        pytest.param(4, None, 1, marks=pytest.mark.long),
+        (QUICK, 2, None, 1),
+        slow([name for name in CALLS if name not in QUICK], 2, None, 1),
+        slow([*CALLS], 3, [2, 0.7, 1], 1),
+        slow([*CALLS], 3, None, 10),  # some of the images are too small to be shared
+        pytest.param([*CALLS], 2, [1, 3], 1, marks=pytest.mark.long),
+        pytest.param([*CALLS], 3, None, 1, marks=pytest.mark.long),
+        pytest.param([*CALLS], 4, None, 1, marks=pytest.mark.long),
     ],
 )
-def test_several_ranks_compute_what_one_does(size, speeds, least, alone, tiny_folder, tmp_path):
-    calls = [*CALLS.values()]
+def test_several_ranks_compute_what_one_does(names, size, speeds, least, tiny_folder, tmp_path):
+    calls = [CALLS[name] for name in names]
+    alone = ranks.results(ranks.open_pipeline(tiny_folder, tmp_path / "alone"), calls)
     for rank, (code, text) in enumerate(
         ranks.finish(begin(size, tiny_folder, tmp_path, calls, speeds=speeds, least=least))
     ):
         assert code == 0, f"rank {rank}: {text}"
     with np.load(tmp_path / "out.npz") as arrays:
         found = [arrays[name] for name in arrays.files]
-    for name, one, several in zip(CALLS, alone, found, strict=True):
+    for name, one, several in zip(names, alone, found, strict=True):
         assert relative_error(several, one) < TOLERANCE, name
         if name == "several prompts" and speeds is None:
             whole = len(one) // size * size

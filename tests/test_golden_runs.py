@@ -38,7 +38,8 @@ def digests() -> dict[str, dict[str, str]] | None:
 # All quantized models but one, and cases that others cover in other ways or with other models: most of the time.
 SLOW = re.compile(
     r"pocket-(mxfp8|4bit [bf]\w+16|8bit|3bit|mxfp4|nvfp4)|pocket-4bit float32 (kept|staged)|pocket [bf]\w+16"
-    r"|pocket wide|80 images|three images|guided (kept|staged)|tiny [bf]\w+16 (kept|staged)"
+    r"|pocket wide|80 images|three images|pocket guided (kept|staged)|pocket float32 staged|pocket (shift|mlx noise)"
+    r"|tiny [bf]\w+16 (kept|staged)|tiny float32 (staged|streamed)|tiny guided \w+16|chinese|no padding|one token"
 )
 CASES = [pytest.param(name, marks=pytest.mark.slow if SLOW.search(name) else (), id=name) for name in runs.CASES]
 

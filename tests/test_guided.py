@@ -376,7 +376,7 @@ def test_the_image_is_encoded_between_the_prompt_and_the_steps(tiny_folder):
     assert [(event.index, event.steps) for event in events if isinstance(event, Step)] == [(0, 2), (1, 2)]
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("keep", [slow(True), False])
 def test_the_encoder_is_read_once_per_request_and_unloaded(tiny_folder, bytes_read, keep):
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32", keep=keep)
     entries = pipe.checkpoint.vae.entries.values()

@@ -123,7 +123,7 @@ FROM_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind if kind in ("image", "mask") else slow(kind) for kind in FROM_IMAGES])
+@pytest.mark.parametrize("kind", [kind if kind == "mask" else slow(kind) for kind in FROM_IMAGES])
 def test_a_lora_changes_what_is_made_of_an_image_as_if_fused(pipe, style, tmp_path, kind):
     changes, inputs = FROM_IMAGES[kind]
     request = GenerateRequest("a red fox", seed=1, steps=4, **changes)
@@ -255,7 +255,7 @@ def write_kind(path, kind: str, config, seed: int | None = None):
     return path
 
 
-@pytest.mark.parametrize("kind", [kind if kind in ("low rank", "DoRA") else slow(kind) for kind in KINDS])
+@pytest.mark.parametrize("kind", [kind if kind == "DoRA" else slow(kind) for kind in KINDS])
 @pytest.mark.parametrize(
     ("dtype", "side"), [("bfloat16", 64), slow("float32", 64), slow("bfloat16", 192), slow("float32", 192)]
 )

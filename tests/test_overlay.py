@@ -184,7 +184,7 @@ def check_merged(component: Component, kind: str, unpack_from: int) -> None:
     assert difference(attached, velocity(overlay(component, {}), unpack_from)) > 0.01
 
 
-@pytest.mark.parametrize("packing", ["dense", "4 bits"])
+@pytest.mark.parametrize("packing", [slow("dense"), "4 bits"])
 def test_strength_0_and_unloading_give_the_model_itself_bit_for_bit(components, packing):
     component = components(packing)
     model = velocity(Blocks(component, mx.float32))
@@ -200,7 +200,7 @@ def test_strength_0_and_unloading_give_the_model_itself_bit_for_bit(components, 
     assert found.extra({"a": 1.0}) == Extra()
 
 
-@pytest.mark.parametrize("kind", ["low rank", "LoKr", "norms, biases and tokens"])
+@pytest.mark.parametrize("kind", ["low rank", slow("LoKr"), "norms, biases and tokens"])
 def test_streamed_blocks_give_the_same_bits_as_kept_ones(components, kind):
     component = components("4 bits")
     deltas = {"a": KINDS[kind]()}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from compare import TOLERANCE, relative_error
+from lanes import slow
 from PIL import Image
 
 from mlx_zimage import Generated, GenerateRequest, NumericsError, PromptTruncated, RequestError, Step, ZImagePipeline
@@ -287,7 +288,7 @@ def test_pocket_generates_at_its_own_size_without_internet(monkeypatch):
     assert rim.mean() > 0.5
 
 
-@pytest.mark.parametrize("memory", ["1GB", "13MB"], ids=["kept", "streamed"])
+@pytest.mark.parametrize("memory", [slow("1GB"), "13MB"], ids=["kept", "streamed"])
 def test_a_pipeline_opened_in_one_thread_works_in_another(memory):
     """As in a server's workers; MLX's streams belong to the thread that created them."""
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32", memory=memory)
@@ -303,7 +304,7 @@ def test_a_pipeline_opened_in_one_thread_works_in_another(memory):
 @pytest.mark.parametrize(
     ("memory", "dtype", "side"),
     [
-        pytest.param("1GB", "float32", 32, id="kept-float32-32"),
+        pytest.param("1GB", "float32", 32, id="kept-float32-32", marks=pytest.mark.slow),
         pytest.param("13MB", "float16", 32, id="streamed-float16-32"),
         pytest.param("1GB", "float32", 48, id="kept-float32-48", marks=pytest.mark.slow),
         pytest.param("13MB", "float32", 48, id="streamed-float32-48", marks=pytest.mark.slow),

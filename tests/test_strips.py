@@ -147,7 +147,7 @@ def on_each(size: int, speeds: list[float] | None, compute: Callable[[Group], mx
         return list(pool.map(lambda rank: np.array(compute(rank)), ranks))
 
 
-@pytest.mark.parametrize(("size", "speeds", "strip_bytes"), [(2, None, None), (3, [1, 2, 1.5], 2**15)])
+@pytest.mark.parametrize(("size", "speeds", "strip_bytes"), [slow(2, None, None), (3, [1, 2, 1.5], 2**15)])
 def test_ranks_decode_their_rows_as_one_does_all(runner, size, speeds, strip_bytes, on_cpu, watch):
     mx.random.seed(4)
     latents = mx.random.normal((1, 77, 3, 16))

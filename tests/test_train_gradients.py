@@ -93,10 +93,10 @@ def test_weights_streamed_from_disk_give_the_same_gradients(tiny_folder):
 
 def test_lean_blocks_have_the_same_gradients_in_less_memory(monkeypatch):
     tree, factors = plain_tree(), random_factors(extras=("adaln", "refiners"))
-    latents, noise = (mx.array(tiny.randn(0, tag, 1, 64, 64, 16)) for tag in ("l.x", "l.noise"))
+    latents, noise = (mx.array(tiny.randn(0, tag, 1, 40, 40, 16)) for tag in ("l.x", "l.noise"))
     given = replace(case(), latents=latents, noise=noise)
-    monkeypatch.setattr("mlx_zimage.train.block.ROWS", 200)  # of 1056: 5 parts of 176, 6 with the caption
-    monkeypatch.setattr(attention, "SCORES", 2**18)
+    monkeypatch.setattr("mlx_zimage.train.block.ROWS", 80)  # of 448, with the caption: 6 parts, the last one smaller
+    monkeypatch.setattr(attention, "SCORES", 2**16)
     found, peaks = [], []
     for lean in (False, True):
         gradients = Gradients(CONFIG, PlainRunner(tree), SCALE, lean=lean)
@@ -110,7 +110,7 @@ def test_lean_blocks_have_the_same_gradients_in_less_memory(monkeypatch):
     assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-5)
     for (name, wanted), (_, gradient) in zip(*(tree_flatten(by_factors) for _, by_factors in found), strict=True):
         assert relative_error(gradient, np.array(wanted)) < TOLERANCE, name
-    assert peaks[1] < 0.9 * peaks[0]  # measured 0.79: the attention needs its memory either way
+    assert peaks[1] < 0.9 * peaks[0]  # measured 0.81: the attention needs its memory either way
 
 
 def test_an_adapter_takes_part_and_gets_no_gradient(tiny_folder):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
+from lanes import slow
 from PIL import Image
 
 from mlx_zimage import GenerateRequest, Inputs, RequestError, ZImagePipeline, cli
@@ -92,7 +93,11 @@ def test_a_named_variant_overrides_both(folder):
         open_checkpoint(folder, "omni")
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant",
+    [slow(one) if one == DE_TURBO else one for one in VARIANTS.values()],
+    ids=lambda variant: variant.name,
+)
 def test_a_pipeline_has_the_defaults_of_its_variant(folder, watch, variant):
     from mlx_zimage.models.transformer import Transformer
 

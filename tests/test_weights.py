@@ -55,7 +55,7 @@ def build(header: dict, tensors: bytes) -> bytes:
 # ---- the forms that a checkpoint comes in
 
 
-@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("shards", [slow(1), 2, slow(5)])
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_a_single_file_and_shards_give_the_same_model(folder, component, shards):
     before = generate(folder)
@@ -64,7 +64,7 @@ def test_a_single_file_and_shards_give_the_same_model(folder, component, shards)
     assert np.array_equal(generate(folder), before)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("dtype", [slow(mx.float32), mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_dtype_on_disk_is_read_exactly(folder, component, dtype):
     rewrite(folder, component, dtype=dtype)
@@ -598,7 +598,7 @@ def as_variant(
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["today's names", "former names"])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", [slow(1), 3])
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_files_without_a_variant_are_preferred_unless_one_is_named(folder, component, shards, legacy):
     as_variant(folder, component, "fp16", shards, legacy)

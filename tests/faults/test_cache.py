@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from lanes import slow
 
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.convert import convert
@@ -59,7 +60,7 @@ def change(file: Path) -> None:
     mx.save_safetensors(str(file), changed, {"format": "mlx"})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])  # float16 caches its factors, too
+@pytest.mark.parametrize("dtype", [slow("float32"), "float16"])  # float16 caches its factors, too
 def test_a_changed_encoder_with_the_good_ones_manifest_leaves_the_good_models_image_alone(
     folder, tmp_path, kept, monkeypatch, dtype
 ):

@@ -71,7 +71,7 @@ def test_a_damaged_finished_shard_is_written_again(tiny_folder, tmp_path, monkey
     assert everything(convert(tiny_folder, tmp_path / "out")) == expected
 
 
-@pytest.mark.parametrize("change", ["options", "source"])
+@pytest.mark.parametrize("change", ["options", slow("source")])
 def test_a_different_job_does_not_resume_from_a_killed_one(tiny_folder, tmp_path, change, monkeypatch):
     monkeypatch.setattr(layout, "SHARD_BYTES", 60_000)
     source = shutil.copytree(tiny_folder, tmp_path / "source")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from lanes import slow
 
 from mlx_zimage.convert import convert
 from mlx_zimage.convert.report import model_card, upload
@@ -102,7 +103,12 @@ def change(file: Path, **values) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [HOME, "/Users/some body/x", "~/models/x", "C:\\Users\\x", "\\\\nas\\x", "file:///home/x", "../../x", "./x"]
+    "path",
+    [
+        HOME,
+        *map(slow, ["/Users/some body/x", "~/models/x", "C:\\Users\\x", "\\\\nas\\x", "file:///home/x", "../../x"]),
+        "./x",
+    ],
 )
 def test_no_path_of_a_disk_is_in_what_is_written(folder, tmp_path, path):
     for name in NETWORKS:
@@ -186,7 +192,14 @@ LONGER = ["saved from {} yesterday", "--model={}", "a '{}'", '{{"from": "{}"}}',
 
 @pytest.mark.parametrize(
     ("turn", "path"),
-    [*enumerate([HOME, "/Users/somebody/x", "~/models/x", "C:\\Users\\x", "\\\\nas\\x", "file:///home/x/y"])],
+    [
+        (0, HOME),
+        slow(1, "/Users/somebody/x"),
+        slow(2, "~/models/x"),
+        (3, "C:\\Users\\x"),
+        slow(4, "\\\\nas\\x"),
+        slow(5, "file:///home/x/y"),
+    ],
 )
 def test_no_path_is_left_in_longer_texts_keys_or_the_tokenizer_either(folder, tmp_path, turn, path):
     inside = [text.format(path) for text in LONGER]

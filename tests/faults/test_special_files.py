@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
+from lanes import slow
 
 from mlx_zimage import CheckpointError, OutputError, RequestError, cli, machine
 from mlx_zimage.convert import convert, writer
@@ -208,7 +209,7 @@ def test_a_partial_folder_of_another_user_is_not_written_to(tmp_path, monkeypatc
     assert victim.read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", [writer.JOB, writer.JOURNAL])
+@pytest.mark.parametrize("name", [slow(writer.JOB), writer.JOURNAL])
 def test_a_special_file_in_a_partial_folder_starts_it_over(tmp_path, special, name):
     (tmp_path / ".out.partial").mkdir()
     special(tmp_path / ".out.partial" / name)

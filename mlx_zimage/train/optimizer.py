@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from ..models.layers import compiled
+from .block import Layers
 from .factors import Factors, arrays_of
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -33,19 +35,26 @@ class AdamW:
         self.step += 1
         b1, b2 = BETAS
         rate_1, scale_2 = rate / (1 - b1**self.step), 1 / math.sqrt(1 - b2**self.step)
+        # as numbers they would be constants, and each step would be compiled anew
+        changing = [mx.array(number) for number in (1 - rate * decay, rate_1, scale_2)]
         stepped: Factors = {}
         for block, own in factors.items():
-            d = gradients.pop(block)
-            self.first[block] = tree_map(lambda m, d: b1 * m + (1 - b1) * d, self.first[block], d)
-            self.second[block] = tree_map(lambda v, d: b2 * v + (1 - b2) * mx.square(d), self.second[block], d)
-            stepped[block] = tree_map(
-                lambda p, m, v: p * (1 - rate * decay) - rate_1 * m / (mx.sqrt(v) * scale_2 + EPS),
-                own,
-                self.first[block],
-                self.second[block],
-            )
-            mx.eval(self.first[block], self.second[block], stepped[block])
+            changed = _stepped(own, self.first[block], self.second[block], gradients.pop(block), *changing)
+            mx.eval(changed)
+            stepped[block], self.first[block], self.second[block] = changed
         return stepped
+
+
+@compiled
+def _stepped(
+    own: Layers, first: Layers, second: Layers, d: Layers, kept: mx.array, rate: mx.array, scale: mx.array
+) -> tuple[Layers, Layers, Layers]:
+    """The factors of one block and their moments after one more step; see `AdamW.apply`."""
+    b1, b2 = BETAS
+    first = tree_map(lambda m, d: b1 * m + (1 - b1) * d, first, d)
+    second = tree_map(lambda v, d: b2 * v + (1 - b2) * mx.square(d), second, d)
+    own = tree_map(lambda p, m, v: p * kept - rate * m / (mx.sqrt(v) * scale + EPS), own, first, second)
+    return own, first, second
 
 
 def added(total: Factors, gradients: Factors) -> Factors:

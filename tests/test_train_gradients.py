@@ -65,8 +65,10 @@ def whole_loss(tree: dict, factors: dict, case: Case) -> mx.array:
     return case.weight * mx.square(found - (case.latents - case.noise)).mean()
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["in pieces", "as a whole"])
 @pytest.mark.parametrize("extras", [(), ("adaln",), ("refiners",), ("adaln", "refiners")])
-def test_gradients_block_by_block_equal_those_of_the_whole_network(extras):
+def test_gradients_block_by_block_equal_those_of_the_whole_network(monkeypatch, extras, fused):
+    monkeypatch.setattr(attention, "has_fused_gradient", lambda *_: fused)
     tree, factors, given = plain_tree(), random_factors(extras=extras), case(weight=1.3)
     value, found = Gradients(CONFIG, PlainRunner(tree), SCALE)(factors, given)
     expected, wanted = mx.value_and_grad(lambda factors: whole_loss(tree, factors, given))(factors)
@@ -168,6 +170,25 @@ def test_attention_in_pieces_has_the_gradients_of_the_whole(monkeypatch, queries
     assert relative_error(attention.attention(q, k, v), np.array(out[0])) < TOLERANCE
     for ours, theirs in zip(attention.gradients(q, k, v, out[0], d), wanted, strict=True):
         assert relative_error(ours, np.array(theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("queries", [37, 128, 200])
+def test_mlx_differentiates_its_attention_for_multiples_of_128_queries_only(monkeypatch, queries):
+    """MLX's CUDA build keeps all scores for the gradient of any other number of queries."""
+    q, d = (mx.array(tiny.randn(0, tag, 1, 2, queries, 16)) for tag in ("f.q", "f.d"))
+    k, v = (mx.array(tiny.randn(0, tag, 1, 2, 200, 16)) for tag in ("f.k", "f.v"))
+    (out,), wanted = mx.vjp(dot_product_attention, [q, k, v], [d])
+    counts = []
+
+    def counted(q, k, v):
+        counts.append(q.shape[2])
+        return dot_product_attention(q, k, v)
+
+    monkeypatch.setattr(attention, "dot_product_attention", counted)
+    (ours,), found = mx.vjp(attention.differentiable, [q, k, v], [d])
+    assert counts == [-(-queries // 128) * 128]
+    for mine, theirs in zip((ours, *found), (out, *wanted), strict=True):
+        assert relative_error(mine, np.array(theirs)) < TOLERANCE
 
 
 @pytest.mark.metal

@@ -54,9 +54,7 @@ def test_a_smaller_budget_streams_blocks_and_a_smaller_one_is_refused(pocket):
 
 # Bits, side, streamed, and the peak in GB of a step at rank 16 with 96 tokens: full size, random weights, an H200.
 MEASURED = [
-    (4, 512, False, 5.12), (4, 1024, False, 8.94), (8, 512, False, 8.13), (8, 1024, False, 11.95),
-    (None, 512, False, 13.50), (None, 1024, False, 17.58), (4, 512, True, 1.83), (None, 512, True, 1.82),
-    (4, 1024, True, 5.65), (None, 1024, True, 5.90),
+    (4, 512, False, 5.67), (4, 1024, False, 8.60), (None, 512, False, 13.96), (None, 1024, False, 16.89),
 ]  # fmt: skip
 
 
@@ -77,7 +75,7 @@ def test_a_lean_plan_needs_less_for_large_images_and_is_chosen_before_streaming(
     whole = plan_training(planner, examples(1024), 96, FULL_SIZE_FACTORS, 10**11)
     lean = plan_training(planner, examples(1024), 96, FULL_SIZE_FACTORS, whole.room - 1)
     assert not whole.lean and lean.lean and not lean.streamed
-    assert lean.room < whole.room - 2 * 10**9
+    assert lean.room < 0.8 * whole.room
     monkeypatch.setattr("mlx_zimage.train.memory.backend", lambda: "cuda")
     on_cuda = plan_training(planner, examples(1024), 96, FULL_SIZE_FACTORS, 8 * 10**9)
     assert on_cuda.streamed and not on_cuda.lean

@@ -1,7 +1,7 @@
 """The gradients of attention without ever holding the scores of all queries.
 
 Where MLX has no fused gradient, as on Metal and on a CPU, differentiating its attention would keep the scores of every
-head and pair of tokens: 2.1 GB per block at 1024x1024. Here they are recomputed for a few queries at a time.
+head and pair of tokens: 2.1 GB per block at 1024x1024. There they are recomputed for a few queries at a time.
 Source: Dao et al., FlashAttention (2022), appendix B.
 """
 
@@ -16,6 +16,7 @@ from ..machine import backend
 from ..models.layers import TILE, compiled, dot_product_attention
 
 SCORES = 2**26  # bytes of float32 scores at once
+FUSED_ROWS = 128  # MLX's fused gradient is of a multiple of this many queries
 
 
 def is_fused(dtype: mx.Dtype, head_dim: int) -> bool:
@@ -23,6 +24,22 @@ def is_fused(dtype: mx.Dtype, head_dim: int) -> bool:
     if backend() == "metal":
         return head_dim in FUSED_ON_METAL
     return backend() == "cuda" and dtype != mx.float32 and head_dim in (64, 80, 96, 128)
+
+
+def has_fused_gradient(dtype: mx.Dtype, head_dim: int) -> bool:
+    """Whether `differentiable` keeps no scores in memory, and its gradient does not either."""
+    return backend() == "cuda" and is_fused(dtype, head_dim)
+
+
+def differentiable(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """`dot_product_attention` of q (B, H, L, D) to k and v (B, H, L', D), for code that MLX differentiates.
+
+    Zeros are appended to the queries up to a multiple of FUSED_ROWS, without which MLX's gradient keeps all scores.
+    """
+    count = q.shape[2]
+    if extra := -count % FUSED_ROWS:
+        q = mx.pad(q.swapaxes(1, 2), [(0, 0), (0, extra), (0, 0), (0, 0)]).swapaxes(1, 2)  # its layout stays
+    return dot_product_attention(q, k, v).swapaxes(1, 2)[:, :count].swapaxes(1, 2)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, most: float = math.inf) -> mx.array:
@@ -40,11 +57,8 @@ def gradients(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The loss's gradients with respect to q, k and v, given the attention's output and its gradient (B, H, L, D).
 
-    MLX's CUDA build has a fused gradient for some dtypes. Elsewhere it is evaluated in pieces, in float32.
+    They are evaluated in pieces, in float32.
     """
-    if backend() == "cuda" and is_fused(q.dtype, q.shape[-1]):
-        _, (dq, dk, dv) = mx.vjp(dot_product_attention, [q, k, v], [d_out])
-        return dq, dk, dv
     dk, dv = (mx.zeros(part.shape, mx.float32) for part in (k, v))
     found: list[mx.array] = []
     for part in _pieces(q, k):

@@ -1,8 +1,8 @@
 """One block of the transformer with factors added to its weights: its output, and the gradients of its inputs.
 
-A block is computed in three pieces, so that its attention can be differentiated as in `attention`: what is before it,
-the attention itself, and what is after it. The first and the last treat each row on its own, so that a lean block
-computes and differentiates them for some rows at a time.
+Where MLX has no fused gradient of attention, a block is differentiated in three pieces: what is before its attention,
+the attention itself as in `attention`, and what is after it. The first and the last treat each row on its own, so that
+a lean block computes and differentiates them for some rows at a time.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ class Block:
         self.product = product
         self.most = most
         self.rows = ROWS if lean else None
+        # whether it is differentiated as a whole
+        self.is_whole = not lean and attention.has_fused_gradient(dtype, config.dim // config.n_heads)
         self._enter_fast, self._leave_fast = compiled(self._enter), compiled(self._leave)
         self._enter_back_fast, self._leave_back_fast = compiled(self._enter_back), compiled(self._leave_back)
+        self._whole_back_fast = compiled(self._whole_back)
 
     def __call__(
         self,
@@ -89,8 +92,11 @@ class Block:
     ) -> tuple[mx.array, mx.array, Layers]:
         """The loss's gradients with respect to x, the modulation and the factors, given that of the block's output.
 
-        The block is computed again, and evaluated piece by piece.
+        The block is computed again: as a whole where MLX has a fused gradient of attention, otherwise piece by piece,
+        each evaluated before the next.
         """
+        if self.is_whole:
+            return self._whole_back_fast(x, own, weights, modulation, cos, sin, rows, d)
         q, k, v = self._enter_fast(x, own, weights, modulation, cos, sin, rows)
         out = attention.attention(q, k, v, self.most)
         settle(q, k, v, out)
@@ -136,6 +142,13 @@ class Block:
         laid_over = self._over(weights, own)
         x = add_attention(x, out, laid_over, modulation, eps=self.config.norm_eps, product=self.product)
         return feed(x, laid_over, modulation, eps=self.config.norm_eps, product=self.product)
+
+    def _whole_back(self, x, own, weights, modulation, cos, sin, rows, d):
+        def whole(x, modulation, own):
+            q, k, v = self._enter(x, own, weights, modulation, cos, sin, rows)
+            return (self._leave(x, attention.differentiable(q, k, v), own, weights, modulation),)
+
+        return pulled_back(whole, (x, modulation, own), (d,))
 
     def _leave_back(self, x, out, own, weights, modulation, d):
         def leave(x, out, modulation, own):

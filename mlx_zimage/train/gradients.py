@@ -141,7 +141,9 @@ class Gradients:
             given = row(stream.modulation, i), stream.cos, stream.sin, rows
             return replace(stream, x=self.block(stream.x, _inside(factors, blocks[i]), weights, *given))
 
-        (ended,) = result(self.runner.walk(blocks, [stream], apply, without=self.config.read_once, wait=True))
+        # two blocks on their way forward need less memory than the gradients of a whole one
+        wait = not self.block.is_whole
+        (ended,) = result(self.runner.walk(blocks, [stream], apply, without=self.config.read_once, wait=wait))
         return Walked(blocks, ended, inputs)
 
     def _backward(

@@ -21,17 +21,15 @@ from . import attention
 from .block import ROWS
 from .dataset import Example
 
-# Bytes per token and feature that one block's gradients need, at most ROWS rows at a time: measured 240.4 on a CPU, and
-# 109 on the H200 at 512x512. On Metal, as if nothing was freed before the end.
-BLOCK = {"cpu": 242, "cuda": 110, "metal": 232}
-# For all rows of a larger image at once, where a busy GPU frees nothing before the end: measured 231 at 1024x1024.
-WHOLE = {"cpu": 242, "cuda": 232, "metal": 232}
+# Bytes per token and feature that one block's gradients need: measured 240.4 on a CPU, and on the H200 180 at 1024x1024
+# and 183 at 512x512, with little freed before the end. On Metal a block is evaluated in pieces, which need less.
+BLOCK = {"cpu": 242, "cuda": 184, "metal": 184}
 # What a lean block keeps of the other rows: eleven arrays, among them queries, keys, values, and their gradients.
 KEPT = {"cpu": 44, "cuda": 22, "metal": 22}
 # During its attention, unless it is fused, when pieces of at most SCORES bytes are alive as well.
 ATTENTION = {"cpu": 72, "cuda": 40, "metal": 40}
 PIECES = 8
-UNPACKED = {"cpu": 2, "cuda": 0.76, "metal": 0.76}  # of a quantized block's dense form: measured 0.75 on the H200
+UNPACKED = {"cpu": 2, "cuda": 1.02, "metal": 1.02}  # of a quantized block's dense form: measured 1.01 on the H200
 # Copies of the factors in float32: themselves, two moments, and the sum of gradients so far; later, an image's
 # gradients and a new sum as well.
 STAYING, COPIES = 4, 6
@@ -65,7 +63,7 @@ def resolution_within(planner: Planner, most: int, tokens: int, factors: int, bu
 
 
 def _best(planner: Planner, width: int, height: int, tokens: int, factors: int, budget: int) -> Plan:
-    # on the H200 lean blocks had the same peak, 8.9 GB with 4 bits at 1024x1024, and took 1.7 times as long
+    # lean blocks cannot use the fused gradient of attention: on the H200 they took more than 1.7 times as long
     leans = (False,) if backend() == "cuda" else (False, True)
     ways = tuple(Way(work(planner, width, height, tokens, factors, lean), lean=lean) for lean in leans)
     found = make_plan([Stage("train", ("transformer",), ways)], planner.footprints, budget, keep=False)
@@ -87,13 +85,10 @@ def work(planner: Planner, width: int, height: int, tokens: int, factors: int, l
 
 def _block_work(planner: Planner, length: int, lean: bool) -> float:
     config, on = planner.checkpoint.transformer.config, backend()
-    if lean or length <= ROWS:
-        rows = -(-length // -(-length // ROWS))  # parts have equal sizes
-        unpacked = UNPACKED[on] * planner.footprints["transformer"].unpacked
-        block = (BLOCK[on] * rows + KEPT[on] * (length - rows)) * config.dim + unpacked
-    else:
-        block = WHOLE[on] * length * config.dim
-    if on == "cuda" and attention.is_fused(planner.dtype, config.dim // config.n_heads):
+    rows = -(-length // -(-length // ROWS)) if lean else length  # a lean block's parts have equal sizes
+    unpacked = UNPACKED[on] * planner.footprints["transformer"].unpacked
+    block = (BLOCK[on] * rows + KEPT[on] * (length - rows)) * config.dim + unpacked
+    if attention.has_fused_gradient(planner.dtype, config.dim // config.n_heads):
         return block
     scores = PIECES * min(attention.SCORES, 4 * config.n_heads * length**2)
     return max(block, ATTENTION[on] * length * config.dim + scores)

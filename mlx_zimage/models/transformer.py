@@ -264,18 +264,25 @@ def attend(
     cos: mx.array,
     sin: mx.array,
     rows: int | None = None,
+    shares: Shares = (),
     *,
     heads: int,
     eps: float,
     factor: float = 1.0,
     product: Product = linear,
     most: float = math.inf,
+    ranks: Ranks = ALONE,
 ) -> mx.array:
-    """The attention half of a block on x (B, L, dim); output for the first `rows` rows.
+    """The attention half of a block on x (B, L, dim), which is this machine's share of the rows; output for the first
+    `rows` of them.
 
     There is no mask: padding attends and is attended to. Queries are computed in pieces of at most `most` FLOP.
     """
     q, k, v = attention_inputs(x, weights, modulation, cos, sin, rows, heads=heads, eps=eps, product=product)
+    if shares:
+        own = mx.concatenate([part.transpose(0, 2, 1, 3) for part in (k, v)], axis=-1)
+        every = mx.split(ranks.gather(own, shares, apart=False), 2, axis=-1)
+        k, v = (part.transpose(0, 2, 1, 3) for part in every)
     out = dot_product_attention(q, k, v, most)
     return add_attention(x, out, weights, modulation, eps=eps, factor=factor, product=product)
 
@@ -316,7 +323,7 @@ def add_attention(
     return x[:, : h.shape[1]] + modulated_norm(h, weights["attention_norm2"], gate, eps * factor**2)
 
 
-# Where machines share the rows, that half in pieces, between which keys and values travel.
+# Where machines share many rows, that half in pieces, so that keys and values travel while others are computed with.
 
 
 def sent(
@@ -486,10 +493,6 @@ def as_it_is(function: Callable) -> Callable:
     return function
 
 
-def do_nothing(*arrays: mx.array) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Stream:
     """Tokens on their way through blocks, and everything else a block takes; each block returns the next Stream.
@@ -639,7 +642,7 @@ class Transformer:
         self._factor = factor
         wrap = compiled if self.is_compiled else as_it_is
         shared: dict[str, Any] = {"eps": self.config.norm_eps, "factor": factor, "product": self.product}
-        self._attend = wrap(partial(attend, heads=self.config.n_heads, most=self.most, **shared))
+        self._attend = wrap(partial(attend, heads=self.config.n_heads, most=self.most, ranks=self.ranks, **shared))
         self._feed = wrap(partial(feed, **shared))
         self._add_attention = wrap(partial(add_attention, **shared))
         split: dict[str, Any] = {"heads": self.config.n_heads, "product": self.product}
@@ -840,35 +843,33 @@ class Transformer:
         rows: int | None = None,
         hints: Sequence[Hint] = (),
     ) -> mx.array:
-        if stream.shares:
-            x = self._attend_to_all(x, weights, modulation, stream, rows)
+        if stream.shares and (parts := self.ranks.parts(max(stream.shares))):
+            x = self._attend_in_parts(x, weights, modulation, stream, rows, min(parts, self.config.n_heads))
         else:
-            x = self._attend(x, weights, modulation, stream.cos, stream.sin, rows)
+            x = self._attend(x, weights, modulation, stream.cos, stream.sin, rows, stream.shares)
         if self.lean:
             settle(x)
         return self._feed(x, weights, modulation, hints)
 
-    def _attend_to_all(
-        self, x: mx.array, weights: Tree, modulation: mx.array, stream: Stream, rows: int | None
+    def _attend_in_parts(
+        self, x: mx.array, weights: Tree, modulation: mx.array, stream: Stream, rows: int | None, count: int
     ) -> mx.array:
-        """`attend` of this machine's rows to those of all machines.
+        """`attend`, with the heads in so many parts.
 
-        Keys and values of a part of the heads travel while queries, or the attention of the part before, are computed:
-        each piece is queued on its own, since MLX waits for everything that one piece needs before it starts.
+        Keys and values of a part travel while queries, or the attention of the part before, are computed: each piece
+        is queued on its own, since MLX waits for everything that one piece needs before it starts.
         """
-        count = min(self.ranks.parts(max(stream.shares)), self.config.n_heads)
-        queue = mx.async_eval if count else do_nothing
-        h, *own = self._sent(x, weights, modulation, stream.cos, stream.sin, count or 1)
-        queue(h, *own)
-        parts = [self.ranks.gather(part, stream.shares, apart=count > 0) for part in own]
-        asked = self._asked(h, weights, stream.cos, stream.sin, rows, count or 1)
-        queue(*asked)
+        h, *own = self._sent(x, weights, modulation, stream.cos, stream.sin, count)
+        mx.async_eval(h, *own)
+        parts = [self.ranks.gather(part, stream.shares) for part in own]
+        asked = self._asked(h, weights, stream.cos, stream.sin, rows, count)
+        mx.async_eval(*asked)
         found = []
         for i, (q, both) in enumerate(zip(asked, parts, strict=True), 1):
             q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, *mx.split(both, 2, axis=-1)))
             found.append(dot_product_attention(q, k, v, self.most).transpose(0, 2, 1, 3))
             if i < count:
-                queue(found[-1])
+                mx.async_eval(found[-1])
         out = found[0] if len(found) == 1 else mx.concatenate(found, axis=2)
         return self._add_attention(x, out.transpose(0, 2, 1, 3), weights, modulation)
 

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import headroom
-from .distributed import Group
+from .distributed import GO, Group, Signal
 from .errors import NumericsError, warn
 from .failures import explained
 from .machine import kernel_flops, limits, unpack_from, wired
@@ -235,6 +235,10 @@ class Networks:
         self.transformer.forget_schedule_but(times(sigmas[:-1]))
         embeddings, group = [], self._shared
         follows = group is not None and not group.leads
+        if group is not None:
+            missing = group.leads and any(not isinstance(one, mx.array) and self._known(one) is None for one in prompts)
+            if Signal.BUSY in group.signal(Signal.BUSY if missing else GO) and follows:
+                self._read_transformer()
         for prompt in prompts:
             if isinstance(prompt, mx.array):
                 embeddings.append(prompt.astype(sum_dtype(self.dtype)))
@@ -325,24 +329,37 @@ class Networks:
 
     def encode_prompt(self, ids: Ids) -> Generator[Phase, None, mx.array]:
         """The embeddings of one tokenized prompt, from a cache if they are there."""
-        key = (*ids, *self._encoder_loras)
-        if key in self._embeddings:
-            self._embeddings[key] = self._embeddings.pop(key)  # the most recently used come last
-            return self._embeddings[key]
-        config = self.text_encoder.config
-        made = [self.checkpoint.text_encoder], key
-        embeddings = self._store.get(*made, (len(ids), config.hidden_size), sum_dtype(self.dtype))
+        embeddings = self._known(ids)
         if embeddings is None:
-            embeddings = yield from phases("encode", config.used_layers, self.text_encoder.steps(ids))
+            layers = self.text_encoder.config.used_layers
+            embeddings = yield from phases("encode", layers, self.text_encoder.steps(ids))
             if not mx.isfinite(embeddings).all().item():
                 raise NumericsError(
                     "the prompt's embeddings are not finite; no image was generated. Lower the strength of any LoRA, "
                     "or try dtype float32; if that fails too, the weights are damaged"
                 )
-            self._store.put(*made, embeddings)
-        self._embeddings[key] = embeddings
+            self._store.put([self.checkpoint.text_encoder], self._key(ids), embeddings)
+        self._embeddings.pop(self._key(ids), None)
+        self._embeddings[self._key(ids)] = embeddings  # the most recently used come last
         self._forget_embeddings()
         return embeddings
+
+    def _known(self, ids: Ids) -> mx.array | None:
+        """The embeddings of a tokenized prompt from a cache, if they are there."""
+        key = self._key(ids)
+        if key in self._embeddings:
+            return self._embeddings[key]
+        shape = len(ids), self.text_encoder.config.hidden_size
+        return self._store.get([self.checkpoint.text_encoder], key, shape, sum_dtype(self.dtype))
+
+    def _key(self, ids: Ids) -> tuple[Hashable, ...]:
+        return (*ids, *self._encoder_loras)
+
+    def _read_transformer(self) -> None:
+        """Read what stays in memory, while another machine encodes a prompt."""
+        if self._plan and (self._plan.keep or "image" not in self._plan.ways):  # which may need that memory first
+            config = self.transformer.config
+            self.runners["transformer"].load(config.blocks, config.read_once)
 
     # ---- float16
 

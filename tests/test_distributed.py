@@ -22,9 +22,10 @@ from compare import relative_error
 from lanes import slow
 from PIL import Image
 
-from mlx_zimage import RequestError
+from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline
 from mlx_zimage.cli import main
-from mlx_zimage.distributed import Group
+from mlx_zimage.distributed import GO, Group, Signal
+from mlx_zimage.models.layers import result
 
 PROMPT = {"prompt": "a fox in the snow", "seed": 3, "num_inference_steps": 4}
 PROMPTS = ["a fox in the snow", "a dog", "a lighthouse at dusk, in the rain"]
@@ -215,6 +216,29 @@ def test_every_rank_computes_all_of_a_small_image(group):
 def test_ranks_of_even_speed_generate_as_many_images_at_once(speeds, rounds, pipe, monkeypatch):
     monkeypatch.setattr(pipe.networks, "group", Group(Rank(0, 3), speeds))
     assert list(pipe.in_rounds(range(4))) == rounds
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_rank_reads_its_weights_while_rank_0_encodes_a_prompt(is_cached, tiny_folder):
+    """If rank 0 has it cached, the first step reads them, while it computes."""
+    read = []
+
+    class Second(Group):
+        def signal(self, own=GO, limit=None):
+            return GO if is_cached else Signal.BUSY
+
+        def all_from_first(self, arrays):
+            read.extend(pipe.networks.runners["transformer"]._kept)
+            return arrays
+
+    pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+    networks, prompts = pipe.networks, [pipe.tokenize("a fox")]
+    networks._shared = Second(Rank(1, 2))
+    with networks.running(pipe.plan(GenerateRequest("a fox", width=64, height=64, seed=0))):
+        (embeddings,) = result(networks.encode(prompts, [1.0, 0.0]))
+    assert embeddings.shape[0] == len(prompts[0])
+    assert not networks.runners["text_encoder"]._kept
+    assert read == ([] if is_cached else pipe.transformer.config.blocks)
 
 
 @pytest.mark.parametrize("speeds", [[1], [1, 2, 3], [1, 0], [1, -1], [1, float("inf")], [1, float("nan")]])

@@ -92,6 +92,14 @@ class Blocks:
             self._kept[block] = weights
         return weights
 
+    def load(self, blocks: Sequence[str], without: str = "") -> None:
+        """Read the blocks that should be kept in memory, before a walk needs them."""
+        if self._disk is None:
+            self._keep(blocks, without, ())
+        for block in blocks:
+            if block not in self.streamed:
+                self._start(block, without, ())
+
     def _keep(self, blocks: Sequence[str], without: str, before: tuple[mx.array, ...]) -> None:
         """Once `before` is computed, read all blocks that should be kept in memory and are not there yet."""
         missing = [block for block in blocks if block not in self._kept and block not in self.streamed]

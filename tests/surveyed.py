@@ -16,7 +16,7 @@ from mlx_zimage.survey import survey, table
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
 SIZES["tiny"] = (
-    TransformerConfig(dim=256, n_layers=6, n_heads=2, cap_feat_dim=64),
+    TransformerConfig(dim=128, n_layers=6, n_heads=1, cap_feat_dim=64),
     TextEncoderConfig(64, 128, 2, 2, 2, 32, vocab_size=512),
     VAEConfig(block_out_channels=(32, 32, 64, 64)),
 )

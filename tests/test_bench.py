@@ -166,7 +166,7 @@ log("off" if os.environ["MLX_ZIMAGE_EMBEDDINGS"] == "off" else "on")
 """
 
 
-@pytest.mark.parametrize(("dtype", "done"), [("float32", "off step"), ("float16", "on fit fit step on step")])
+@pytest.mark.parametrize(("dtype", "done"), [slow("float32", "off step"), ("float16", "on fit fit step on step")])
 def test_the_first_step_is_timed_with_a_cached_scale(monkeypatch, tmp_path, dtype, done):
     monkeypatch.setattr(
         bench, "FIRST_STEP", LOGGED.format(file=str(tmp_path / "log")) + bench.FIRST_STEP + 'log("step")'

@@ -5,6 +5,7 @@ import pty
 
 import controls
 import pytest
+from lanes import slow
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -42,7 +43,7 @@ def test_without_a_terminal_it_is_named_with_its_size_and_the_hub_is_not_asked(g
     assert "--control-model takes a file, a folder" in result.stderr and not hub.seen
 
 
-@pytest.mark.parametrize(("answer", "code"), [(b"n\n", 3), (b"\n", 0)])
+@pytest.mark.parametrize(("answer", "code"), [slow(b"n\n", 3), (b"\n", 0)])
 def test_on_a_terminal_it_asks_before_the_weights_are_downloaded(generate, hub, run, answer, code):
     master, slave = pty.openpty()
     try:

@@ -117,7 +117,7 @@ def test_a_repository_with_only_quantized_files_is_converted_from_what_its_heade
     assert sent["another.safetensors"] <= HEADER_BYTES < sent["z_image_nvfp4.safetensors"]
 
 
-def test_a_model_in_a_folder_of_a_repository_is_used_as_it_is(run, hub, tmp_path):
+def test_a_model_in_a_folder_of_a_repository_is_used_as_it_is(run, hub, tmp_path, light_pocket):
     for bits in (4, 8):
         convert("pocket", tmp_path / f"several/{bits}bit", bits=bits)
     hub.serve(tmp_path / "several", "someone/several")
@@ -156,7 +156,7 @@ def test_an_alias_can_have_a_revision_and_a_path(run):
     assert "turbo:vae contains no transformer, only vae" in run("info", "turbo:vae").stderr
 
 
-def test_verify_of_an_id_compares_every_file_with_its_checksums(run, hub, tmp_path):
+def test_verify_of_an_id_compares_every_file_with_its_checksums(run, hub, tmp_path, light_pocket):
     published = convert("pocket", tmp_path / "published", bits=4)
     (published / "README.md").write_text("# A model\n")
     sums = manifest.read_manifest(published) | {"README.md": manifest.sha256(published / "README.md")}

@@ -436,17 +436,22 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         group = self.group
         if group is None or group.leads:
             raise RequestError("follow() is for the other ranks of a group; rank 0 generates images")
-        with self.networks.guarded():
+        with explained():
             while given := group.receive():
-                with group.following():
-                    decode, works = bool(given.pop("decode")), unpacked(given)
-                    if len(works) > 1:
-                        self._follow_apart(self._completed(works[group.rank]))
-                        continue
-                    events = self._attempts(*self._completed(works[0]), decode)
-                    with suppress(NumericsError):  # rank 0 has the same numbers, and reports it
-                        for _ in self.turns.take(events):
-                            pass
+                self.follow_one(given)
+
+    def follow_one(self, given: Mapping[str, np.ndarray]) -> None:
+        """`follow` for one image, or one for each machine, that the group has received."""
+        assert self.group is not None
+        decode, works = bool(given["decode"]), unpacked(given)
+        with self.networks.guarded(), self.group.following():
+            if len(works) > 1:
+                self._follow_apart(self._completed(works[self.group.rank]))
+                return
+            events = self._attempts(*self._completed(works[0]), decode)
+            with suppress(NumericsError):  # rank 0 has the same numbers, and reports it
+                for _ in self.turns.take(events):
+                    pass
 
     def _follow_apart(self, work: Work) -> None:
         """Generate a whole image, while the other machines generate theirs, and send it to rank 0."""
@@ -845,10 +850,12 @@ def packed(works: Sequence[Work]) -> dict[str, np.ndarray]:
 
 
 def unpacked(arrays: Mapping[str, np.ndarray]) -> list[Work]:
+    """The requests in named arrays, and whatever else those hold left out."""
     each: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
-        i, _, own = name.partition("/")
-        each.setdefault(i, {})[own] = array
+        i, slash, own = name.partition("/")
+        if slash:
+            each.setdefault(i, {})[own] = array
     requests = [GenerateRequest.from_dict(json.loads(str(own.pop("request")))) for own in each.values()]
     return [(request, Inputs.unpacked(own)) for request, own in zip(requests, each.values(), strict=True)]
 

@@ -39,12 +39,17 @@ def free_port(count: int = 1) -> int:
                 return first
 
 
-def start(size: int, folder: Path, words: list[str], **environment: str) -> list[subprocess.Popen]:
-    """Start a command as each rank of a group, as mlx.launch does with the ring backend. {rank} in it is the rank."""
+def group(size: int, folder: Path) -> dict[str, str]:
+    """The environment of a group's ranks, but for MLX_RANK."""
     hosts = [[f"127.0.0.1:{free_port()}"] for _ in range(size)]
     hostfile = folder / "hosts.json"
     hostfile.write_text(json.dumps(hosts))
-    own = {**os.environ, "MLX_HOSTFILE": str(hostfile), **environment}
+    return {"MLX_HOSTFILE": str(hostfile)}
+
+
+def start(size: int, folder: Path, words: list[str], **environment: str) -> list[subprocess.Popen]:
+    """Start a command as each rank of a group, as mlx.launch does with the ring backend. {rank} in it is the rank."""
+    own = {**os.environ, **group(size, folder), **environment}
     return [
         subprocess.Popen(
             [word.replace("{rank}", str(rank)) for word in words],

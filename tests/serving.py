@@ -38,9 +38,9 @@ class Answer:
 class Server:
     """`mlx-zimage serve`, until stop."""
 
-    def __init__(self, *options: object, log: Path, key: str | None = KEY):
+    def __init__(self, *options: object, log: Path, key: str | None = KEY, **environment: str):
         self.log, self.key = log, key
-        environment = {**os.environ, **({"MLX_ZIMAGE_API_KEY": key} if key else {})}
+        environment = {**os.environ, **({"MLX_ZIMAGE_API_KEY": key} if key else {}), **environment}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlx_zimage", "serve", "--port", "0", *map(str, options)],
             stdout=subprocess.PIPE, stderr=log.open("w"), stdin=subprocess.DEVNULL, env=environment, text=True,
@@ -103,8 +103,8 @@ class Server:
 
 
 @contextmanager
-def serving(*options: object, log: Path, key: str | None = KEY) -> Iterator[Server]:
-    server = Server(*options, log=log, key=key)
+def serving(*options: object, log: Path, key: str | None = KEY, **environment: str) -> Iterator[Server]:
+    server = Server(*options, log=log, key=key, **environment)
     try:
         yield server
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -21,10 +22,13 @@ from click.testing import CliRunner
 from compare import relative_error
 from lanes import slow
 from PIL import Image
+from serving import Answer, opened, serving
+from test_cli_lora import write as write_lora
 
 from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline
 from mlx_zimage.cli import main
 from mlx_zimage.distributed import GO, Group, Signal
+from mlx_zimage.errors import GroupError
 from mlx_zimage.models.layers import result
 
 PROMPT = {"prompt": "a fox in the snow", "seed": 3, "num_inference_steps": 4}
@@ -193,6 +197,52 @@ def test_of_as_many_images_as_ranks_each_rank_generates_one_and_rank_0_saves_it(
         whole = (tmp_path / f"two-{n}.png").read_bytes() == (tmp_path / f"one-{n}.png").read_bytes()
         assert whole or n == 3, "the third is too small to be shared, or differs by rounding"
     assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+@pytest.mark.slow
+def test_a_server_on_two_machines_answers_as_on_one_until_it_loses_one(small_pocket, tmp_path):
+    empty, full = tmp_path / "none", tmp_path / "loras"
+    empty.mkdir()
+    full.mkdir()
+    write_lora(full / "style.safetensors")
+    environment, words = ranks.group(2, tmp_path), ["serve", "--model", small_pocket, "--idle-unload", "1s"]
+    log = tmp_path / "second.log"
+    second = subprocess.Popen(
+        [sys.executable, "-m", "mlx_zimage", *map(str, words), "--lora-dir", str(empty)],
+        env={**os.environ, **environment, "MLX_RANK": "1"}, stdout=log.open("w"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    request = {"prompt": "a red circle", "size": "64x64", "steps": 2, "seed": 7}
+    path = "/v1/images/generations"
+    try:
+        options = [*words[1:], "--lora-dir", full]
+        with serving(*options, log=tmp_path / "first.log", **environment, MLX_RANK="0") as server:
+            first = server.post(path, request)
+            assert first.status == 200, first.body
+            refused = server.post(path, request | {"loras": [{"name": "style"}]})
+            assert refused.status == 400, refused.body
+            assert "machine 1 of the group cannot generate this: the LoRA 'style' is no" in refused.body.decode()
+            cancelled = server.begin(path, request | {"n": 10, "steps": 8})
+            server.until(lambda health: health["running"])
+            cancelled.close()
+            server.until(lambda health: not health["loaded"])
+            again = server.post(path, request)
+            assert again.status == 200, again.body
+            second.kill()
+            assert server.process.wait(60) == GroupError.exit_code, server.log.read_text()
+            assert "start the whole group again" in server.log.read_text()
+    finally:
+        second.kill()
+        second.wait()
+    assert log.read_text() == "", "the others are silent"
+    alone = ["generate", "a red circle", "--model", str(small_pocket), "--size", "64x64", "--steps", "2", "--seed", "7"]
+    assert CliRunner().invoke(main, [*alone, "-o", str(tmp_path / "one.png")]).exit_code == 0
+    contents = (tmp_path / "one.png").read_bytes(), b64(first), b64(again)
+    one, *two = (np.asarray(opened(content)).astype(int) for content in contents)
+    assert all(np.abs(one - image).max() <= 1 for image in two)
+
+
+def b64(answer: Answer) -> str:
+    return answer.json["data"][0]["b64_json"]
 
 
 def test_ranks_of_uneven_speed_have_every_row_once():

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import RequestError, ZImageError
+from ..launched import launched_rank
 from ..sizes import parse_memory
 from ..untrusted import read_bytes
 from ..variants import ALIASES, repository_of
@@ -139,8 +140,9 @@ def serve(
             raise RequestError(f"--cors takes an origin such as https://app.example, got {origin!r}")
     if control_kind is not None and control_model is None:
         raise RequestError("--control-kind needs --control-model; give both")
-    access = Access(host, _key(api_key_file), frozenset(origins))
-    if not access.loopback and access.key is None and not no_api_key:
+    follows = launched_rank() > 0  # in a group of machines, only the first one listens
+    access = Access(host, None if follows else _key(api_key_file), frozenset(origins))
+    if not follows and not access.loopback and access.key is None and not no_api_key:
         raise RequestError(
             f"--host {host} lets other machines in: give an API key with --api-key-file FILE or {KEY}, or pass "
             f"--no-api-key to let anyone generate images"
@@ -149,6 +151,11 @@ def serve(
     models = _named([*sources] or [DEFAULT_MODEL], yes)
     control_model = control_model and _absolute(control_model)
     options = Options(models, lora_dir and lora_dir.resolve(), control_model, control_kind, budget, idle_s)
+    if follows:
+        from ..server.worker import Follower
+
+        Follower(options).run()
+        return
     with listen(host, port) as listener:
         say(f"Opening {', '.join(models)}")
         asyncio.run(serve(listener, Queue(options, limit, deadline_s), access, lora_dir, honor_client_steps, show))
@@ -176,7 +183,7 @@ def _named(sources: list[str], yes: bool) -> dict[str, str]:
         if name in named:
             raise RequestError(f"two models are called {name}; rename one of the folders")
         if not local and (source in ALIASES or source == DEFAULT_MODEL):
-            source = str(first_run(repository_of(source), yes, False))
+            source = str(first_run(repository_of(source), yes, launched_rank() > 0))
         named[name] = _absolute(source)
     return named
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -19,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from ..errors import ZImageError
+from ..errors import GroupError, ZImageError
 from .a1111 import A1111
 from .errors import Refusal, answer
 from .guard import Access, Guard, Protocol, is_loopback
@@ -147,9 +148,19 @@ async def serve(
         print(address(listener), flush=True)
         if show:
             Thread(target=webbrowser.open, args=(page_address(listener),), daemon=True).start()  # some wait for its end
-        await uvicorn.Server(config).serve(sockets=[listener])
+        server = uvicorn.Server(config)
+        ending = asyncio.create_task(_end_when_lost(server, queue))
+        await server.serve(sockets=[listener])
+        ending.cancel()
+        if queue.lost.is_set():
+            raise GroupError(f"{queue.why}; start the whole group again")
     finally:
         await queue.stop()
+
+
+async def _end_when_lost(server: uvicorn.Server, queue: Queue) -> None:
+    await queue.lost.wait()
+    server.should_exit = True
 
 
 def log_to_stderr() -> None:

@@ -17,7 +17,8 @@ from threading import Thread
 from typing import Any
 
 from .. import errors
-from ..errors import ZImageError
+from ..errors import GroupError, ZImageError
+from ..launched import is_launched
 from .errors import STATUS, Refusal, unavailable
 from .messages import Accepted, Cancel, Done, Failed, Job, Loaded, Model, Note, Options, Progress, Ready, Started
 
@@ -90,7 +91,8 @@ class Queue:
 
     deadline_s is the time from a request's arrival to its answer, in seconds.
 
-    When the worker dies, for example of a failed allocation, all its jobs fail and another one is started.
+    When the worker dies, for example of a failed allocation, all its jobs fail and another one is started. In a group
+    of machines, which the others would have to start again with it, that ends the server: lost says so.
     """
 
     def __init__(self, options: Options, limit: int = 16, deadline_s: float | None = None):
@@ -103,10 +105,11 @@ class Queue:
         self._pace: dict[str, float] = {}  # seconds per pixel and step, by model
         self._count = 0  # of all jobs
         self._ends = 0  # of workers since the last image
-        self._why = ""  # the worker could not start
+        self.why = ""  # the worker could not start, or go on
         self._outgoing: SimpleQueue[object] = SimpleQueue()
         self._restarting: asyncio.Task | None = None
         self._stopping = False
+        self.lost = asyncio.Event()  # the worker of a group has ended, and could not join it again
 
     # ---- the worker process
 
@@ -164,17 +167,23 @@ class Queue:
         """Answer everyone who waits, and start another worker."""
         self.process = self.loaded = self.running = None
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        reason = self._why or f"the process that generates images ended ({how}); perhaps it ran out of memory"
+        reason = self.why or f"the process that generates images ended ({how}); perhaps it ran out of memory"
         if self._stopping:
             return
         if not self.models:  # it never started
             if not self._ready.done():
                 self._ready.set_exception(ZImageError(f"{reason}; lower --memory, or close other programs"))
             return
+        if is_launched():
+            self._fail_all(unavailable("the group of machines has lost one, and the server ends", retry=False))
+            stalled = "another machine has stalled" if code == GroupError.exit_code else reason
+            self.why = self.why or stalled
+            self.lost.set()
+            return
         wait = RESTART_S[min(self._ends, len(RESTART_S) - 1)]
         self._ends += 1
         log.error("%s; starting another%s", reason, f" in {wait:g} s" if wait else "")
-        if self._why:  # may contain a path
+        if self.why:  # may contain a path
             self._fail_all(unavailable("the models cannot be opened again; the server's log says why"))
         else:
             self._fail_all(unavailable(f"{reason}. It is being restarted: try again, or ask for a smaller image"))
@@ -182,7 +191,7 @@ class Queue:
 
     async def _restart(self, wait: float) -> None:
         await asyncio.sleep(wait)
-        self._why = ""
+        self.why = ""
         self._spawn()
 
     # ---- jobs
@@ -238,7 +247,7 @@ class Queue:
         elif isinstance(message, Note):
             log.warning(message.message)
         elif isinstance(message, Failed) and message.id is None:
-            self._why = message.message
+            self.why = message.message
             if not self._ready.done():
                 self._ready.set_exception(getattr(errors, message.kind, ZImageError)(message.message))
         else:

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Collection
@@ -27,7 +28,9 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from ..detectors import is_downloaded, is_installed
-from ..errors import CheckpointError, DeviceError, ModelNotFoundError, RequestError, ZImageError
+from ..distributed import PATIENCE, Group
+from ..errors import CheckpointError, DeviceError, GroupError, ModelNotFoundError, RequestError, ZImageError
+from ..failures import explained
 from ..generate import Finished, OpenModel, events, open_model
 from ..images.codec import encode, enlarge
 from ..images.masks import read_mask
@@ -56,51 +59,35 @@ from .messages import (
     Started,
 )
 
+PAUSE = 0.2  # seconds for which a group without a job does nothing: whoever waits in MLX's ring keeps a core busy
 SMALLEST = GenerateRequest("a", SIZE_MULTIPLE, SIZE_MULTIPLE, seed=0, steps=1)
 PATH = re.compile(r"(?<![\w/.])~?(?:/[^\s/:'\"]+)*/([^\s/:'\"]+)")
 
 
-class Worker:
-    """Runs jobs in order, in the thread that created it."""
+class Served:
+    """The models that are served, of which one at a time has weights and LoRAs in memory."""
 
-    def __init__(self, connection: Connection, options: Options):
-        self.connection = connection
+    def __init__(self, options: Options):
         self.options = options
-        self.sending = Lock()
-        self.changed = Condition()  # guards the next two
-        self.waiting: dict[int, Job] = {}
-        self.running: int | None = None
+        self.group: Group | None = None
         self.attaching = Lock()  # LoRAs must not change while a plan is made
         self.models: dict[str, OpenModel] = {}
         self.loaded: str | None = None  # the model that may have weights in memory
         self.loras: dict[str, dict[Path, int]] = {}  # by model: those that are attached, and when their files changed
-        self.colours: dict[str, np.ndarray] = {}  # by model, for previews
 
-    def run(self) -> None:
-        """Open the models, then run jobs until the server closes the pipe."""
-        try:
-            for name, source in self.options.models.items():
-                self.models[name] = open_model(source, memory=self.options.memory)
-                self.models[name].pipeline.plan(SMALLEST)  # refuses a budget in which no image can be generated
-                self.loras[name] = {}
-            self.load_controlnet()
-        except ZImageError as error:  # the server's own user reads it
-            self.send(Failed(None, type(error).__name__, str(error)))
-            return
-        self.send(Ready(tuple(described(name, model) for name, model in self.models.items())))
-        Thread(target=self.listen, daemon=True).start()
-        while True:
-            with self.changed:
-                idle = self.changed.wait_for(lambda: self.waiting, self.options.idle_s if self.loaded else None)
-                job = self.waiting.pop(next(iter(self.waiting))) if idle else None
-                self.running = job.id if job else None
-            if job is None:
-                self.unload()
-                continue
-            try:
-                self.generate(job)
-            finally:
-                self.running = None
+    def open(self) -> None:
+        """Open the models, on every machine of a group."""
+        self.group = Group.launched()
+        if self.group is not None:
+            self.group.check_same(**{"list of models": [*self.options.models]})
+        for name, source in self.options.models.items():
+            self.models[name] = open_model(source, memory=self.options.memory, group=self.group)
+            self.models[name].pipeline.plan(SMALLEST)  # refuses a budget in which no image can be generated
+            self.loras[name] = {}
+        self.load_controlnet()
+        if self.group is not None:
+            nets = [model.pipeline.controlnet for model in self.models.values()]
+            self.group.check_same(ControlNet=[net and net.fingerprint for net in nets])
 
     def load_controlnet(self) -> None:
         """Load the ControlNet into the models that it fits, of which there must be one; pocket has its own."""
@@ -115,6 +102,112 @@ class Worker:
                 misfit = error
         if misfit and not any(model.pipeline.controlnet for model in self.models.values()):
             raise misfit
+
+    def files_of(self, request: GenerateRequest) -> dict[Path, float]:
+        """The files of a request's LoRAs, and their strengths."""
+        uses = request.loras or ()
+        files = lora_files(self.options.lora_dir) if uses else {}
+        found: dict[Path, float] = {}
+        for use in uses:
+            file = files.get(use.name)
+            if file is None:
+                raise RequestError(f"the LoRA {use.name!r} is no longer in the server's folder")
+            if file in found:
+                raise RequestError(f"the request uses LoRA {use.name!r} twice; give its strength once")
+            for other in found:
+                if file.stat().st_size == other.stat().st_size and sha256(file) == sha256(other):
+                    raise RequestError(f"the LoRAs {other.stem!r} and {use.name!r} are the same; use only one of them")
+            if use.sha256 not in (None, use.sha256 and sha256(file)):
+                raise RequestError(
+                    f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; give no SHA-256 to use it"
+                )
+            found[file] = use.strength
+        return found
+
+    def unload(self) -> None:
+        """Free the memory of the loaded model's weights and LoRAs; it stays open, with its prompts' embeddings."""
+        if self.loaded:
+            with self.attaching:
+                self.attach(self.loaded, ())
+            self.models[self.loaded].pipeline.networks.release()
+            mx.clear_cache()
+            self.loaded = None
+
+    def attach(self, name: str, files: Collection[Path]) -> None:
+        """Load these LoRAs into a model, and unload all others."""
+        pipeline, attached = self.models[name].pipeline, self.loras[name]
+        changed = {file: file.stat().st_mtime_ns for file in files}
+        for file in [file for file, then in attached.items() if changed.get(file) != then]:
+            pipeline.unload_lora(file.stem)
+            del attached[file]
+        for file in changed.keys() - attached.keys():
+            pipeline.load_lora(file, file.stem)
+            attached[file] = changed[file]
+
+    def without_paths(self, message: str) -> str:
+        sources = [self.options.lora_dir, self.options.controlnet, *self.options.models.values()]
+        for root in (Path(source) for source in sources if source):
+            if root.is_absolute():
+                message = message.replace(f"{root}{os.sep}", "").replace(str(root), root.name)
+        return PATH.sub(r"\1", message)
+
+
+class Worker(Served):
+    """Runs jobs in order, in the thread that created it. In a group, it is rank 0 and instructs the others."""
+
+    def __init__(self, connection: Connection, options: Options):
+        super().__init__(options)
+        self.connection = connection
+        self.sending = Lock()
+        self.changed = Condition()  # guards the next two
+        self.waiting: dict[int, Job] = {}
+        self.running: int | None = None
+        self.colours: dict[str, np.ndarray] = {}  # by model, for previews
+
+    def run(self) -> None:
+        """Open the models, then run jobs until the server closes the pipe."""
+        try:
+            with explained():
+                self.open()
+        except ZImageError as error:  # the server's own user reads it
+            self.send(Failed(None, type(error).__name__, str(error)))
+            return
+        self.send(Ready(tuple(described(name, model) for name, model in self.models.items())))
+        Thread(target=self.listen, daemon=True).start()
+        try:
+            with explained():
+                while True:
+                    self.run_next()
+        except GroupError as error:
+            self.send(Failed(None, type(error).__name__, str(error)))
+            sys.exit(1)
+
+    def run_next(self) -> None:
+        """Wait for a job and run it, or unload the model if none comes for so long."""
+        idle_s = self.options.idle_s if self.loaded else None
+        end = None if idle_s is None else time.monotonic() + idle_s
+        while True:
+            left = None if end is None else max(end - time.monotonic(), 0)
+            with self.changed:
+                waits = left if self.group is None else PAUSE if left is None else min(PAUSE, left)
+                found = self.changed.wait_for(lambda: self.waiting, waits)
+                job = self.waiting.pop(next(iter(self.waiting))) if found else None
+                self.running = job.id if job else None
+            if job is not None or left == 0 or self.group is None:
+                break
+            self.instruct(do="pause")
+        if job is None:
+            self.unload()
+            return
+        try:
+            self.generate(job)
+        finally:
+            self.running = None
+
+    def instruct(self, **what: Any) -> None:
+        """Have the other machines of a group do something: see `Follower`."""
+        if self.group is not None:
+            self.group.send({"instruction": np.array(json.dumps(what))})
 
     def send(self, message: object) -> None:
         with self.sending:
@@ -160,27 +253,6 @@ class Worker:
             self.waiting[job.id] = job
             self.changed.notify()
 
-    def files_of(self, request: GenerateRequest) -> dict[Path, float]:
-        """The files of a request's LoRAs, and their strengths."""
-        uses = request.loras or ()
-        files = lora_files(self.options.lora_dir) if uses else {}
-        found: dict[Path, float] = {}
-        for use in uses:
-            file = files.get(use.name)
-            if file is None:
-                raise RequestError(f"the LoRA {use.name!r} is no longer in the server's folder")
-            if file in found:
-                raise RequestError(f"the request uses LoRA {use.name!r} twice; give its strength once")
-            for other in found:
-                if file.stat().st_size == other.stat().st_size and sha256(file) == sha256(other):
-                    raise RequestError(f"the LoRAs {other.stem!r} and {use.name!r} are the same; use only one of them")
-            if use.sha256 not in (None, use.sha256 and sha256(file)):
-                raise RequestError(
-                    f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; give no SHA-256 to use it"
-                )
-            found[file] = use.strength
-        return found
-
     def failure(self, id: int, error: Exception) -> Failed:
         """What the client may know about an error: no path of this machine, and nothing about a bug but its kind."""
         if not isinstance(error, ZImageError):
@@ -188,21 +260,17 @@ class Worker:
             return Failed(id, "Exception", f"a bug in mlx-zimage ({type(error).__name__}); the server's log has more")
         return Failed(id, type(error).__name__, self.without_paths(str(error)))
 
-    def without_paths(self, message: str) -> str:
-        sources = [self.options.lora_dir, self.options.controlnet, *self.options.models.values()]
-        for root in (Path(source) for source in sources if source):
-            if root.is_absolute():
-                message = message.replace(f"{root}{os.sep}", "").replace(str(root), root.name)
-        return PATH.sub(r"\1", message)
-
     # ---- the thread that generates
 
     def generate(self, job: Job) -> None:
         self.send(Started(job.id))
         try:
-            complete = self.images(job)
+            with explained():
+                complete = self.images(job)
         except Exception as error:
             self.send(self.failure(job.id, error))
+            if isinstance(error, GroupError):
+                raise
             if isinstance(error, DeviceError):
                 sys.exit(1)  # after some failures the GPU accepts no more work from a process
         else:
@@ -214,6 +282,12 @@ class Worker:
         fields, inputs = read(job)
         with self.attaching:
             self.attach(job.model, self.files_of(GenerateRequest(**fields, seed=job.seeds[0])))
+        if self.group is not None:
+            request = model.pipeline.complete(GenerateRequest(**fields, seed=job.seeds[0]), inputs)
+            self.instruct(do="prepare", model=job.model, request=request.to_dict())
+            for rank, problem in enumerate(self.group.exchange("")):
+                if problem:
+                    raise RequestError(f"machine {rank} of the group cannot generate this: {problem}")
         before = 0
         for index, seed in enumerate(job.seeds):
             request = model.pipeline.complete(GenerateRequest(**fields, seed=seed), inputs)
@@ -242,30 +316,58 @@ class Worker:
         return self.models[name]
 
     def unload(self) -> None:
-        """Free the memory of the loaded model's weights and LoRAs; it stays open, with its prompts' embeddings."""
         if self.loaded:
-            with self.attaching:
-                self.attach(self.loaded, ())
-            self.models[self.loaded].pipeline.networks.release()
-            mx.clear_cache()
-            self.loaded = None
+            super().unload()
+            self.instruct(do="unload")
             self.send(Loaded(None))
-
-    def attach(self, name: str, files: Collection[Path]) -> None:
-        """Load these LoRAs into a model, and unload all others."""
-        pipeline, attached = self.models[name].pipeline, self.loras[name]
-        changed = {file: file.stat().st_mtime_ns for file in files}
-        for file in [file for file, time in attached.items() if changed.get(file) != time]:
-            pipeline.unload_lora(file.stem)
-            del attached[file]
-        for file in changed.keys() - attached.keys():
-            pipeline.load_lora(file, file.stem)
-            attached[file] = changed[file]
 
     def colours_of(self, name: str) -> np.ndarray:
         if name not in self.colours:
             self.colours[name] = colours_of(self.models[name].pipeline.encode_image)
         return self.colours[name]
+
+
+class Follower(Served):
+    """Rank 1, 2, ... of a group: prepares for the worker's jobs and shares them, until the group ends."""
+
+    def run(self) -> None:
+        """GroupError if the group loses a machine, as when the server ends."""
+        with explained():
+            self.open()
+            assert self.group is not None
+            while given := self.receive(self.group):
+                if "instruction" not in given:
+                    assert self.loaded
+                    self.models[self.loaded].pipeline.follow_one(given)
+                    continue
+                what = json.loads(str(given["instruction"]))
+                do = what.pop("do")
+                if do == "pause":
+                    time.sleep(PAUSE)
+                elif do == "unload":
+                    self.unload()
+                else:
+                    self.group.exchange(self.prepare(**what))
+
+    def receive(self, group: Group) -> dict[str, np.ndarray]:
+        with group.computing(PATIENCE):  # the worker says something at least every PAUSE
+            return group.receive()
+
+    def prepare(self, model: str, request: dict[str, Any]) -> str:
+        """Load a job's model and LoRAs. Returns why it cannot be generated on this machine, if so."""
+        try:
+            wanted = GenerateRequest.from_dict(request)
+            if self.loaded != model:
+                self.unload()
+                self.loaded = model
+            check_downloaded(wanted)
+            self.attach(model, self.files_of(wanted))
+            self.models[model].pipeline.plan(wanted)
+        except Exception as error:
+            if not isinstance(error, ZImageError):
+                traceback.print_exception(error)
+            return self.without_paths(str(error)) or type(error).__name__
+        return ""
 
 
 def described(name: str, model: OpenModel) -> Model:

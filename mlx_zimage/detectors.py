@@ -49,7 +49,8 @@ class ModelFile:
         path = fetch_pinned(self.repository, self.revision, self.name)
         if sha256(path) != self.sha256:
             raise CheckpointError(
-                f"{path} is damaged: its SHA-256 is not that of {self}; delete it to download it again"
+                # not the link to it in the hub's cache: if only that is deleted, the hub links to the same file again
+                f"{path.resolve()} is damaged: its SHA-256 is not that of {self}; delete it to download it again"
             )
         return path
 

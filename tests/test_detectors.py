@@ -1,5 +1,6 @@
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import controls
 import numpy as np
@@ -245,8 +246,21 @@ def test_without_a_network_the_missing_file_is_named(there, monkeypatch, pipe, t
 
 def test_another_file_than_the_listed_one_is_refused(there, monkeypatch):
     monkeypatch.setitem(MODELS, "depth", (replace(MODELS["depth"][0], sha256="0" * 64),))
-    with pytest.raises(CheckpointError, match=r"model.onnx is damaged: its SHA-256 is not that of onnx-community"):
+    with pytest.raises(
+        CheckpointError, match=r"is damaged: its SHA-256 is not that of onnx-community/\S+:onnx/model.onnx; delete it"
+    ):
         detected(photo(), "depth")
+
+
+def test_a_damaged_file_is_downloaded_again_once_the_file_that_the_error_names_is_deleted(there):
+    assert detected(photo(), "depth").any()
+    detectors._detected.cache_clear()
+    path = MODELS["depth"][0].fetch()
+    path.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="delete it to download it again") as refused:
+        detected(photo(), "depth")
+    Path(str(refused.value).partition(" is damaged")[0]).unlink()
+    assert detected(photo(), "depth").any()
 
 
 @pytest.mark.parametrize("kind", LIBRARIES)

@@ -16,6 +16,7 @@ from mlx_zimage.errors import ModelNotFoundError, OutputError
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.weights import library
 from mlx_zimage.weights.checkpoint import open_checkpoint
+from mlx_zimage.weights.hub import argument
 from mlx_zimage.weights.hub import name_of as hub_name
 from mlx_zimage.weights.library import Disk, FirstRun, check_space, choose_bits, disks
 
@@ -29,6 +30,7 @@ def test_models_lists_what_an_id_can_be_used_for_and_frees_the_rest(run):
     assert read_origin(run.work / "path.png").model == DEFAULT_MODEL, "not its commit"
     file = "transformer/diffusion_pytorch_model.safetensors"
     assert hub_name(snapshot / file) == f"{DEFAULT_MODEL}:{file}", "not its checksum"
+    assert argument(snapshot / file) == f"{DEFAULT_MODEL}:{file}", "which a command takes"
 
     (repository / "refs/main").unlink()  # as the client leaves it after fetching one commit
     listed = json.loads(run("models", "--json").stdout.splitlines()[1])

@@ -233,7 +233,9 @@ def read_conversion(path: Path) -> dict:
     while step:
         target = step.get("quantization", {}) if isinstance(step, dict) else None
         if target is None or not all(isinstance(step.get(key, kind()), kind) for key, kind in types.items()):
-            raise CheckpointError(f"{file} was not written by this converter, or has been changed; remove it")
+            move = "convert or download it again" if path.is_file() else "remove it"
+            file = file.resolve()  # the hub's cache would restore a link to it
+            raise CheckpointError(f"{file} was not written by this converter, or has been changed; {move}")
         if not isinstance(target.get("target_bytes") or 0, int):
             raise CheckpointError(f"{file}: target_bytes is {brief(target['target_bytes'])}, expected a whole number")
         step = step.get("before")

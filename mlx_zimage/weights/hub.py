@@ -6,6 +6,7 @@ import glob
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -217,12 +218,22 @@ def snapshot(folder: Path) -> Path | None:
 
 def name_of(path: Path) -> str:
     """What to call a model without saying where it is: its name or, in a hub cache, the id or ID:PATH that it is."""
+    return _in_cache(path) or (path.resolve() if path.is_dir() else path).name
+
+
+def argument(path: Path) -> str:
+    """A model as a shell takes it: in a hub cache, the id or ID:PATH that it is; otherwise its path."""
+    return shlex.quote(_in_cache(path) or str(path))
+
+
+def _in_cache(path: Path) -> str | None:
+    """The id or ID:PATH of a model in a hub cache."""
     path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name  # the cache's files are links
     for folder in (path, *path.parents):
         if is_snapshot(folder):
             id = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
             return id if path == folder else f"{id}:{path.relative_to(folder).as_posix()}"
-    return path.name
+    return None
 
 
 def is_snapshot(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from .component import (
     read_entries,
     read_json,
 )
-from .hub import Repository, check_inside, name_of
+from .hub import Repository, argument, check_inside
 from .listing import NUMBERED, visible, weight_variants
 from .names import arrange, foreign_kind, networks_of, some
 
@@ -164,7 +164,7 @@ def read_single(file: Path, repository: Repository | None = None) -> dict[str, E
     """The tensors of a safetensors file; CheckpointError, with what to do instead, for any other file."""
     if file.suffix != ".safetensors":
         is_gguf = file.suffix.lower() == ".gguf"
-        advice = f"convert it first: mlx-zimage convert {name_of(file)} DEST" if is_gguf else "expected a model"
+        advice = f"convert it first: mlx-zimage convert {argument(file)} DEST" if is_gguf else "expected a model"
         raise CheckpointError(f"{file} is {'GGUF' if is_gguf else 'not a safetensors file'}; {advice}")
     return entries_in(file, repository)
 
@@ -345,7 +345,7 @@ def _what(folder: Path, repository: Repository | None) -> str:
     if models:
         return f", but these folders in it do: {some(models)}"
     if packed := [name for name in names if name.endswith(".gguf")]:
-        return f", only GGUF files: convert one first, as in mlx-zimage convert {name_of(folder / packed[0])} DEST"
+        return f", only GGUF files: convert one first, as in mlx-zimage convert {argument(folder / packed[0])} DEST"
     return ""
 
 

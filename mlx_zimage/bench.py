@@ -34,7 +34,7 @@ from .pipeline import ZImagePipeline
 from .quantization import default_quantization
 from .sampling import Guidance, guide
 from .scheduler import sigmas
-from .sizes import rounded_up
+from .sizes import counted, rounded_up
 from .variants import TURBO
 from .weights.random import random_model
 
@@ -254,11 +254,11 @@ def table(report: dict) -> str:
     """The report as text."""
     case, machine = report["case"], report["machine"]
     weights = f"{case['bits']}-bit {case['mode']} in {case['dtype']}" if case["bits"] else case["dtype"]
-    steps = f"{case['steps']} {'guided ' if report['guidance_scale'] else ''}steps"
+    steps = counted(case["steps"], "guided step" if report["guidance_scale"] else "step")
     lines = [
         f"{machine['device']}, {machine['backend']}, MLX {machine['mlx']}, {machine['system']}",
         f"{report['model']}, {weights}, {case['width']}x{case['height']}, {steps}, "
-        f"{case['caption_tokens']} prompt tokens; median of {report['repeat']}",
+        f"{counted(case['caption_tokens'], 'prompt token')}; median of {report['repeat']}",
         f"{'':8}{'seconds':>10}{'first':>10}{'peak GB':>10}{'planned':>10}",
     ]
     for phase in ("encode", "steps", "decode"):

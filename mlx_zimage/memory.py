@@ -23,7 +23,7 @@ from .models.layers import sum_dtype, vae_dtype
 from .models.transformer import PAD_MULTIPLE, PATCH, TOKENS_AT_ONCE, TURNED
 from .models.vae import CPU_STRIP, SCORES, VAEConfig, convolution_flops, strip_within
 from .request import LATENT_PIXELS, SIZE_MULTIPLE
-from .sizes import rounded_up
+from .sizes import counted, rounded_up
 from .tiles import Tiles
 from .weights.blocks import READS_AHEAD
 from .weights.checkpoint import Checkpoint
@@ -321,16 +321,17 @@ class Planner:
         if self._fits(best):
             return best
         side = self._largest_side(work, budget, keep)
-        images = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
+        images = f"{counted(work.images, 'image')} of {work.width}x{work.height}"
         it = "they need" if work.images > 1 else "it needs"
         smaller = f"the largest size that fits is {side}x{side}" if side else "no smaller size fits"
         kept = " with the model kept in memory" if keep else ""
-        fewer = "use smaller tiles" if work.tiles else "generate fewer images at once"
-        move = "do not keep the model in memory" if keep else f"raise the budget, {fewer}"
+        fewer = ", generate fewer images at once" if work.images > 1 else ""
+        move = f"raise the budget{', use smaller tiles' if work.tiles else fewer}"
+        move = "do not keep the model in memory" if keep else move
         if best.buffer > self.max_buffer:
             raise MemoryBudgetError(
-                f"{images} cannot be generated on this GPU: {it} a tensor of {rounded_up(best.buffer)}, and its "
-                f"buffers hold at most {rounded_up(self.max_buffer)}; {smaller}"
+                f"{images} cannot be generated on this GPU: {it} a tensor of {rounded_up(best.buffer)}, but the "
+                f"GPU's buffers hold at most {rounded_up(self.max_buffer)}; {smaller}"
             )
         raise MemoryBudgetError(
             f"{images} cannot be generated within {rounded_up(budget)}{kept}: {it} at least {rounded_up(best.room)}, "

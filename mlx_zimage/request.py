@@ -259,7 +259,7 @@ class GenerateRequest:
             if self.steps is None:
                 object.__setattr__(self, "steps", len(self.sigmas))
             if self.steps != len(self.sigmas):
-                raise RequestError(f"sigmas must be one per step, got {len(self.sigmas)} for {self.steps} steps")
+                raise RequestError(f"sigmas must be one per step: expected {self.steps}, got {len(self.sigmas)}")
 
         if self.strength is not None:
             _check_strength(self.strength, self.steps)
@@ -342,8 +342,8 @@ class GenerateRequest:
         for use in self.controls:
             if use.scale and not any(use.scales(steps)):
                 raise RequestError(
-                    f"none of the {steps} steps lies between control start {use.start:g} and control end {use.end:g}; "
-                    f"move them apart"
+                    f"none of the steps to run ({steps}) lies between control start {use.start:g} and control end "
+                    f"{use.end:g}; move them apart"
                 )
             if use.image is None and not self.inpaints:
                 raise RequestError("a control without an image needs a mask; give a mask, or a control image")
@@ -489,7 +489,7 @@ def _check_strength(strength: float, steps: int | None) -> None:
     _check_number("strength", strength, 0.0, 1)
     if int((steps or 1) - (steps or 1) * strength) == (steps or 1):
         one = (
-            f"{1 / steps:.3g} runs one of {steps} steps"
+            f"{1 / steps:.3g} runs one step of {steps}"
             if steps
             else "a strength of 1 / steps (0.125 for 8 steps) runs one"
         )

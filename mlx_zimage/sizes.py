@@ -1,4 +1,4 @@
-"""Byte counts as text."""
+"""Counts as text."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def parse_bytes(text: str | int, expected: str) -> int:
     if not 0 < nbytes <= MOST:
         raise RequestError(f"{expected}, got {brief(text)}")
     return int(nbytes)
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 image", or "3 images"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def size(nbytes: int) -> str:

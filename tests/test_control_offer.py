@@ -43,6 +43,18 @@ def test_without_a_terminal_it_is_named_with_its_size_and_the_hub_is_not_asked(g
     assert "--control-model takes a file, a folder" in result.stderr and not hub.seen
 
 
+def test_a_repository_with_no_or_several_files_is_refused_with_what_it_has(generate, hub, tmp_path):
+    several = generate("--control-model", REPOSITORY)
+    assert several.returncode == 3
+    choose = f"{REPOSITORY} has 2 safetensors files; choose one: {REPOSITORY}:{FILE}; {REPOSITORY}:another.safetensors"
+    assert choose in several.stderr
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/README.md").write_text("Nothing else.")
+    hub.serve(tmp_path / "bare", "me/bare")
+    bare = generate("--control-model", "me/bare")
+    assert bare.returncode == 3 and "me/bare has no safetensors file; expected a ControlNet" in bare.stderr
+
+
 @pytest.mark.parametrize(("answer", "code"), [slow(b"n\n", 3), (b"\n", 0)])
 def test_on_a_terminal_it_asks_before_the_weights_are_downloaded(generate, hub, run, answer, code):
     master, slave = pty.openpty()

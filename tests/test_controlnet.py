@@ -206,7 +206,7 @@ def test_a_pipelines_own_controlnet_has_the_pipelines_name(folder):
 
 def test_a_controlnet_for_another_model_is_refused_before_any_weight_is_read(folder, bytes_read):
     path = controls.write(folder, 0, "control_v21")
-    for change, said in (({"dim": 96}, "48 wide"), ({"n_heads": 6}, "3 heads"), ({"n_layers": 2}, "layer 2")):
+    for change, said in (({"dim": 96}, "48 dimensions"), ({"n_heads": 6}, "3 heads"), ({"n_layers": 2}, "layer 2")):
         with pytest.raises(CheckpointError, match=f"for another model: .*{said}"):
             open_controlnet(path, transformer=replace(tiny_config(), **change))
     assert not bytes_read

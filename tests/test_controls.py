@@ -144,7 +144,7 @@ def test_a_request_for_another_controlnet_is_refused(controlled):
     [
         ({"control_image": (128, 80)}, "would be cropped by"),
         ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "start must be below control end"),
-        ({"control_guidance_start": 0.9, "control_guidance_end": 0.95}, "none of the 3 steps lies between"),
+        ({"control_guidance_start": 0.9, "control_guidance_end": 0.95}, r"none of the steps to run \(3\) lies between"),
         ({"controlnet_conditioning_scale": -1}, "control scale must be from 0"),
         ({"controlnet_conditioning_scale": [1.0, 2.0]}, "one entry per control image"),
         ({"control_image": "inpaint"}, "a control without an image needs a mask"),

@@ -105,7 +105,7 @@ def test_every_strength_above_0_runs_at_least_one_step_and_more_runs_no_fewer(st
     [
         (
             {"strength": 0.0},
-            "strength 0 leaves no step to run: the image would not change; 0.25 runs one of 4 steps",
+            "strength 0 leaves no step to run: the image would not change; 0.25 runs one step of 4",
         ),
         ({"strength": 0.0, "steps": None}, "a strength of 1 / steps (0.125 for 8 steps) runs one"),
         ({"strength": 1e-20}, "strength 1e-20 leaves no step to run"),
@@ -152,7 +152,7 @@ def test_noise_that_would_not_be_used_is_refused(pipe):
 def test_a_request_expects_the_image_that_it_names(pipe):
     request = pipe.complete(request_of(), PHOTO)
     for inputs in (None, Inputs(image=255 - tiny.photo())):
-        with pytest.raises(RequestError, match="the request expects image with SHA-256"):
+        with pytest.raises(RequestError, match="the request expects an image with SHA-256"):
             next(pipe.stream(request, inputs))
 
 

@@ -22,7 +22,7 @@ from mlx_zimage.models.layers import sum_dtype
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.sampling import Step
-from mlx_zimage.sizes import parse_memory
+from mlx_zimage.sizes import counted, parse_memory
 from mlx_zimage.weights.blocks import READS_AHEAD, Blocks
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.component import READERS, Component
@@ -438,6 +438,18 @@ def test_a_budget_that_no_size_fits_is_refused(planner):
         MemoryBudgetError, match=r"cannot be generated within 0\.01 MB: it needs at least .* no smaller size fits"
     ):
         planner.plan(Workload(128, 128, 1, 20, 8), 1000)
+
+
+def test_only_one_of_a_thing_is_singular():
+    assert [counted(count, "image") for count in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+
+
+@pytest.mark.parametrize(
+    ("images", "moves"), [(1, "raise the budget, or"), (2, "raise the budget, generate fewer images at once, or")]
+)
+def test_only_of_several_images_fewer_can_be_generated_at_once(planner, images, moves):
+    with pytest.raises(MemoryBudgetError, match=f"; {moves} convert the model to fewer bits$"):
+        planner.plan(Workload(128, 128, images, 20, 8), 1000)
 
 
 def test_a_refused_request_reads_no_weights():

@@ -82,7 +82,7 @@ def test_all_broken_images_are_named(tmp_path):
 def test_missing_and_empty_captions_are_refused_by_name(tmp_path):
     write(tmp_path, "a.png", caption=None)
     write(tmp_path, "b.png")
-    assert "1 of 2 images have no caption: a.png; write a caption for each in" in refused(tmp_path)
+    assert "images without a caption (1 of 2): a.png; write a caption for each in" in refused(tmp_path)
     (tmp_path / "a.txt").write_text(" \n")
     assert "a.png" in refused(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")

@@ -14,7 +14,7 @@ import click
 
 from ..errors import ModelNotFoundError, RequestError
 from ..request import CONTROLS, ControlUse, GenerateRequest
-from ..sizes import size
+from ..sizes import counted, size
 from .output import hub_bars, say
 from .values import LoraName
 
@@ -175,8 +175,8 @@ def control_notes(request: GenerateRequest, pipeline: ZImagePipeline) -> Iterato
         yield f"{opened.name} was trained for {other} Z-Image, but this model is {variant.name}; the image may be worse"
     elif opened.steps is not None and steps < opened.steps and not variant.takes_guidance:
         yield (
-            f"{opened.name} was not trained for as few as {steps} steps, so the image may be soft; use --steps "
-            f"{opened.steps}, or a ControlNet for 8 steps"
+            f"{opened.name} was not trained for as few as {counted(steps, 'step')}, so the image may be soft; use "
+            f"--steps {opened.steps}, or a ControlNet for 8 steps"
         )
     elif "8-steps" in opened.kind and steps > 2 * variant.steps:
         yield f"{opened.name} was trained for 8 steps, so {steps} may not give a better image"

@@ -11,7 +11,7 @@ import click
 
 from ..dtypes import STORED
 from ..errors import CheckpointError, ModelNotFoundError
-from ..sizes import size
+from ..sizes import counted, size
 from .elsewhere import Command
 from .output import echo, printable
 from .values import ModelName
@@ -186,14 +186,17 @@ def _how(conversion: dict) -> list[str]:
     target = quantization.get("target_bytes")
     within = [f"within {size(target)}"] if target else []
     loras = conversion.get("loras")
-    fused = [f"with {len(loras)} LoRA{'s' * (len(loras) > 1)}"] if loras and isinstance(loras, list) else []
+    fused = [f"with {counted(len(loras), 'LoRA')}"] if loras and isinstance(loras, list) else []
     return fused + within + [part for part, was in asked.items() if was]
 
 
 def _stored_as(component: Component) -> list[str]:
     """The kinds of weights, such as "4-bit affine in groups of 64 (35 layers)" and "bfloat16"."""
     packed = Counter(component.quantizations.values())
-    kinds = [f"{q.bits}-bit {q.mode} in groups of {q.group_size} ({count} layers)" for q, count in packed.most_common()]
+    kinds = [
+        f"{q.bits}-bit {q.mode} in groups of {q.group_size} ({counted(count, 'layer')})"
+        for q, count in packed.most_common()
+    ]
     helpers = {f"{layer}.{part}" for layer in component.quantizations for part in ("weight", "scales", "biases")}
     dense = {entry.dtype for name, entry in component.entries.items() if name not in helpers}
     return kinds + sorted(STORED.get(dtype, dtype) for dtype in dense)

@@ -9,7 +9,7 @@ import click
 from ..dtypes import FLOATS
 from ..errors import RequestError
 from ..request import GenerateRequest, Outpaint
-from ..sizes import parse_memory, rounded_up, size
+from ..sizes import counted, parse_memory, rounded_up, size
 from ..variants import TURBO
 from .adapters import WithLoras, lora_options
 from .models import DEFAULT_MODEL
@@ -198,16 +198,17 @@ def _show(planner: Planner, plan: Plan, images: str) -> None:
     shown = {"encoder": "text_encoder", "transformer": "transformer", "controlnet": "controlnet"}
     for name, network in ((name, footprints[own]) for name, own in shown.items() if own in footprints):
         streamed = len(plan.streamed & network.blocks.keys())
-        click.echo(f"{name:13}{len(network.blocks) - streamed} blocks in memory, {streamed} streamed from disk")
+        kept = counted(len(network.blocks) - streamed, "block")
+        click.echo(f"{name:13}{kept} in memory, {streamed} streamed from disk")
     strips = "in one piece" if plan.strip_bytes is None else f"in strips of {plan.strip_bytes / 1e6:.2g} MB"
     click.echo(f"decoding     {strips}")
 
 
 def _images(works: list[Workload], count: int) -> str:
     first, last = works[0], works[-1]
-    images = f"{first.images * count} image{'s' * (first.images * count > 1)} of {first.width}x{first.height}"
+    images = f"{counted(first.images * count, 'image')} of {first.width}x{first.height}"
     if len(works) > 1:
         images += f", upscaled to {last.width}x{last.height}"
     if last.tiles:
-        images += f" in {last.tiles.count} tiles"
+        images += f" in {counted(last.tiles.count, 'tile')}"
     return images if count == 1 else f"{images}, {first.images} at a time"

@@ -27,6 +27,7 @@ from ..images.source import digest, read_image
 from ..inputs import Inputs
 from ..jobs import Job
 from ..request import ARRAYS, MAX_SIZE, ControlUse, GenerateRequest
+from ..sizes import counted
 from ..untrusted import MAX_BYTES, brief, parse_json
 from ..variants import repository_of
 from .output import progress_bar, say
@@ -114,9 +115,7 @@ class Remote:
                     raise ZImageError(f"{self.url}: {event['error']['message']}")
                 if event["type"].endswith(".progress"):
                     before, step, steps = (_count(event[name] or 0) for name in ("position", "step", "steps"))
-                    bar.set_description(
-                        f"Waiting for {before} other request{'s' * (before > 1)}" if before else "Denoising"
-                    )
+                    bar.set_description(f"Waiting for {counted(before, 'other request')}" if before else "Denoising")
                     bar.total = steps or bar.total
                     bar.update(step - bar.n)
                 elif event["type"].endswith(".completed"):

@@ -9,7 +9,7 @@ import click
 
 from ..errors import RequestError
 from ..launched import launched_rank
-from ..sizes import rounded_up
+from ..sizes import counted, rounded_up
 from ..train.settings import EXTRAS, OBJECTIVES, RESOLUTION, Settings
 from ..variants import TURBO
 from .elsewhere import Command
@@ -153,7 +153,8 @@ def train(
                 say(f"Training on {len(examples)} images, {_described(event)}.", quiet)
             elif isinstance(event, Measured):
                 bar.initial = bar.n = settings.steps - event.steps
-                say(f"{event.steps} steps will take about {event.steps * event.step_s / 3600:.1f} h.", quiet)
+                hours = event.steps * event.step_s / 3600
+                say(f"{counted(event.steps, 'step')} will take about {hours:.1f} h.", quiet)
             elif isinstance(event, Stepped):
                 record.step(event)
                 bar.set_description("training", refresh=False)
@@ -170,5 +171,6 @@ def train(
 
 def _described(planned: Planned) -> str:
     side, plan = planned.resolution, planned.plan
-    streamed = f", {len(plan.streamed)} blocks streamed in each step (fewer with fewer bits)" if plan.streamed else ""
+    blocks = counted(len(plan.streamed), "block")
+    streamed = f", {blocks} streamed in each step (fewer with fewer bits)" if plan.streamed else ""
     return f"scaled down to at most {side}x{side}, within {rounded_up(plan.room)}{streamed}"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import click
 
 from ..errors import CheckpointError
+from ..sizes import counted
 from .elsewhere import Command
 from .output import echo, progress_bar
 from .values import ModelName
@@ -32,8 +33,6 @@ def verify(folder: str, quiet: bool) -> None:
                 with bar.external_write_mode():
                     echo(f"{step.name}: {step.fault}")
     if faults:
-        raise CheckpointError(
-            f"{path} is damaged: {faults} fault{'s' if faults > 1 else ''} found; download or convert it again"
-        )
+        raise CheckpointError(f"{path} is damaged: {counted(faults, 'fault')} found; download or convert it again")
     checked = "all checksums match" if read_manifest(path) else "headers and values only; no checksums to compare with"
     echo(f"{path} is intact ({checked})")

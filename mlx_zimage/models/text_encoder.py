@@ -46,9 +46,9 @@ class TextEncoderConfig(NetworkConfig):
         read = read_config(cls, flat, "text encoder", fixed)
         if read.num_attention_heads % read.num_key_value_heads or read.num_hidden_layers < 2:
             raise CheckpointError(
-                f"text encoder config: expected num_attention_heads to be a multiple of num_key_value_heads and at "
-                f"least 2 layers, got {read.num_attention_heads} and {read.num_key_value_heads} heads and "
-                f"{read.num_hidden_layers} layers"
+                f"text encoder config: expected num_attention_heads to be a multiple of num_key_value_heads, and "
+                f"num_hidden_layers to be at least 2, got {read.num_attention_heads}, {read.num_key_value_heads} and "
+                f"{read.num_hidden_layers}"
             )
         if read.head_dim % 2:
             raise CheckpointError(f"text encoder config: head_dim must be even, got {read.head_dim}")

@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from ..request import MAX_SEED
+from ..sizes import counted
 from ..untrusted import brief, parse_json
 from ..variants import repository_of
 from .errors import ADJUSTED, Refusal
@@ -161,7 +162,7 @@ def log_images(api: str, ticket: Ticket) -> None:
     """Log what was generated, without the prompt."""
     now, fits, count = ticket.queue.loop.time(), ticket.accepted, len(ticket.job.seeds)
     waited = (ticket.started or now) - ticket.arrived
-    size = f"{fits.width}x{fits.height}, {fits.steps} step{'s' * (fits.steps > 1)}" if fits else ""
-    images = f"{count} image{'s' * (count > 1)}"
+    size = f"{fits.width}x{fits.height}, {counted(fits.steps, 'step')}" if fits else ""
+    images = counted(count, "image")
     took = f"{now - ticket.arrived:.1f} s, {waited:.1f} of them waiting"
     log.info("%s: %s, %s, %s in %s", api, ticket.job.model, images, size, took)

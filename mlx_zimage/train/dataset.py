@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import RequestError
 from ..images.source import digest, fit_size, over_white, read_image
 from ..request import SIZE_MULTIPLE
+from ..sizes import counted
 from ..untrusted import brief, parse_json, read_bytes
 
 METADATA = "metadata.jsonl"
@@ -50,18 +51,18 @@ def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> l
         raise RequestError(f"{folder} is not a folder; give one with images and their captions")
     captions = list(_captions(folder))
     if len(captions) < LEAST:
-        raise RequestError(
-            f"{folder} has {len(captions)} image{'s' * (len(captions) != 1)}; training needs at least {LEAST}"
-        )
+        raise RequestError(f"{folder} has {counted(len(captions), 'image')}; training needs at least {LEAST}")
     bare = [file for file, text, _ in captions if text is None]
     if bare:
         raise RequestError(
-            f"{len(bare)} of {len(captions)} images have no caption: {_some(bare)}; write a caption for each in a .txt "
-            f"file of the same name, such as {bare[0].with_suffix('.txt').name}"
+            f"images without a caption ({len(bare)} of {len(captions)}): {_some(bare)}; write a caption for each in a "
+            f".txt file of the same name, such as {bare[0].with_suffix('.txt').name}"
         )
     empty = [file for file, text, _ in captions if not text]
     if empty:
-        raise RequestError(f"{len(empty)} of {len(captions)} captions are empty: {_some(empty)}; describe these images")
+        raise RequestError(
+            f"images with an empty caption ({len(empty)} of {len(captions)}): {_some(empty)}; describe them"
+        )
     texts = _with_trigger([str(text) for _, text, _ in captions], trigger, folder)
     examples, broken = [], []
     for (file, _, repeats), text in zip(captions, texts, strict=True):

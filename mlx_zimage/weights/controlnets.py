@@ -18,6 +18,7 @@ from ..errors import CheckpointError, ModelNotFoundError, RequestError, ZImageEr
 from ..models import CONTROLNET
 from ..models.controlnet import LAYERS, MASKED, PUBLISHED_LAYERS, REFINER, config_of
 from ..models.transformer import TransformerConfig
+from ..sizes import counted
 from ..untrusted import brief
 from .checkpoint import fingerprint, origins, weight_files
 from .component import Component, Entry, entries_in, read_entries, read_header, read_json
@@ -123,7 +124,8 @@ def find_controlnet(source: str | Path) -> tuple[Path, Repository | None]:
         files = [file for file in repository.sizes if file.suffix == ".safetensors"]
         if "config.json" not in repository.names(path) and len(files) != 1:
             listed = "; ".join(f"{source}:{file.relative_to(path)}" for file in sorted(files))
-            raise ModelNotFoundError(f"{source} has {len(files)} ControlNets; name one: {listed}")
+            several = f"{source} has {len(files)} safetensors files; choose one: {listed}"
+            raise ModelNotFoundError(several if files else f"{source} has no safetensors file; expected a ControlNet")
         path = path if "config.json" in repository.names(path) else files[0]
     return path, repository
 
@@ -211,13 +213,13 @@ def _dense(entries: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
 def _check_fits(opened: Component, transformer: TransformerConfig, label: Path) -> None:
     config = opened.config
     for name, own, wanted in (
-        ("wide", config.dim, transformer.dim),
-        ("heads", config.n_heads, transformer.n_heads),
-        ("refiner layers", config.n_refiner_layers, transformer.n_refiner_layers),
+        ("dimension", config.dim, transformer.dim),
+        ("head", config.n_heads, transformer.n_heads),
+        ("refiner layer", config.n_refiner_layers, transformer.n_refiner_layers),
     ):
         if own != wanted:
             raise CheckpointError(
-                f"{label} is for another model: it has {own} {name}, but this transformer has {wanted}; "
+                f"{label} is for another model: it has {counted(own, name)}, but this transformer has {wanted}; "
                 f"use a ControlNet for this model"
             )
     if (last := max(config.control_layers_places)) >= transformer.n_layers:

@@ -163,13 +163,14 @@ def _check(name: str, config: dict, found: dict[str, Tensor], label: str) -> Sou
     misshapen = [
         f"{key} has shape {found[key].shape}, expected {expected[key]}" for key, tensor in shaped.items() if not tensor
     ]
-    for fault, keys in (
-        ("are missing", missing),
-        ("are unexpected", extra),
-        ("have the wrong shape", misshapen),
+    total = f" of {len(expected)}"
+    for fault, keys, among in (
+        ("missing weights", missing, total),
+        ("unexpected weights", extra, ""),
+        ("weights with the wrong shape", misshapen, total),
     ):
         if keys:
-            raise CheckpointError(f"{label}: {len(keys)} of the {name}'s {len(expected)} weights {fault}: {some(keys)}")
+            raise CheckpointError(f"{label}: {fault} in the {name} ({len(keys)}{among}): {some(keys)}")
     tensors = [tensor for tensor in shaped.values() if tensor]
     return SourceComponent(name, config, tensors)
 

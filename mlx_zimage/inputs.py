@@ -97,8 +97,8 @@ class Inputs:
         for name, wanted in arrays.items():
             found = self.digests.get(name)
             if wanted not in (None, found):
-                given = f"the given ones have {found}" if found else "none were given"
-                raise RequestError(f"the request expects {name} with SHA-256 {wanted}, but {given}")
+                what = {"image": "an image", "mask_image": "a mask"}.get(name, name)
+                raise RequestError(f"the request expects {what} with SHA-256 {wanted}, got {found or 'none'}")
 
     @cached_property
     def controls(self) -> dict[str, Image.Image]:

@@ -95,7 +95,7 @@ def check_same(machines: Sequence[dict[str, Any]]) -> None:
                 said = "" if key == "weights" else f": {value} instead of {values[0]}"
                 raise GroupError(
                     f"rank {rank} ({machines[rank]['host']}) has {name} from rank 0 "
-                    f"({machines[0]['host']}){said}; all machines need the same one"
+                    f"({machines[0]['host']}){said}; all machines need the same"
                 )
 
 

@@ -105,7 +105,7 @@ def test_the_longest_prompt_fits_in_png_and_webp_and_a_jpeg_warns(tmp_path, orig
     origin = replace(origin, request=replace(origin.request, prompt="猫" * 32_000))
     for ending in ("png", "webp"):
         assert read_origin(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) == origin
-    with pytest.warns(UserWarning, match="too long to store in a JPEG"):
+    with pytest.warns(UserWarning, match="the request is too long to store in a JPEG"):
         save(PIXELS, tmp_path / "a.jpg", origin=origin)
     assert AI_MADE.encode() in (tmp_path / "a.jpg").read_bytes()
 

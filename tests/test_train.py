@@ -70,7 +70,8 @@ def test_a_run_is_not_resumed_with_other_settings(pipe, images, tmp_path):
     for changed, error in (
         ({"rank": 2}, f"^rank is 2, but 4 for {of_the_run} rank"),
         ({"alpha": 8.0}, f"^alpha is 8.0, but not set for {of_the_run} alpha"),
-        ({"extras": ("adaln",)}, f"^extras is adaln, but not set for {of_the_run} extras"),
+        ({"extras": ("adaln",)}, rf"^--also \(extras in Python\) is adaln, but not set for {of_the_run} --also"),
+        ({"warm_up": 1}, rf"^--warm-up \(warm_up in Python\) is 1, but 0 for {of_the_run} --warm-up"),
     ):
         with pytest.raises(RequestError, match=error):
             run(pipe, images, output, **changed)

@@ -24,6 +24,7 @@ from mlx_zimage import CheckpointError, ModelNotFoundError, RequestError, ZImage
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.component import read_header
 from mlx_zimage.weights.hub import POCKET, locate
+from mlx_zimage.weights.listing import choose_files
 
 COMPONENTS = tuple(CONFIGS)
 
@@ -172,14 +173,14 @@ def test_missing_weights_are_named(folder, component):
 
     rewrite(folder, component, leave_out)
     message = refusal(folder)
-    assert f"{folder / component}: {len(gone)} of " in message
-    assert f"weights are missing: {', '.join(gone)}" in message
+    assert f"{folder / component}: missing weights ({len(gone)} of " in message
+    assert f"): {', '.join(gone)}" in message
 
 
 def test_at_most_five_missing_weights_are_named(folder):
     rewrite(folder, "vae", lambda arrays: {name: x for name, x in arrays.items() if name.startswith("encoder")})
     message = refusal(folder)
-    assert "138 of 244 weights are missing: decoder.conv_in.weight, decoder.conv_in.bias, " in message
+    assert "missing weights (138 of 244): decoder.conv_in.weight, decoder.conv_in.bias, " in message
     assert message.endswith("and 133 more")
     assert message.count("decoder.") == 5
 
@@ -188,8 +189,7 @@ def test_at_most_five_missing_weights_are_named(folder):
 def test_unexpected_weights_are_named(folder, component):
     rewrite(folder, component, lambda arrays: arrays | {"layers.0.lora_A.weight": np.zeros((4, 4), np.float32)})
     message = refusal(folder)
-    assert "1 of " in message
-    assert "weights are unexpected: " in message
+    assert ": unexpected weights (1): " in message
     assert message.endswith("layers.0.lora_A.weight")
 
 
@@ -205,7 +205,7 @@ def test_unexpected_weights_are_named(folder, component):
 def test_misshapen_weights_are_named_with_both_shapes(folder, component, name, shape, expected):
     rewrite(folder, component, lambda arrays: arrays | {name: np.zeros(shape, np.float32)})
     message = refusal(folder)
-    assert "weights do not have the shape that config.json gives" in message
+    assert "weights without the shape that config.json gives (1 of " in message
     assert f"{name} is {shape}, expected {expected}" in message
 
 
@@ -299,7 +299,7 @@ def test_an_index_without_one_of_the_shards_leaves_its_weights_missing(folder):
     content["weight_map"] = {name: file for name, file in content["weight_map"].items() if file != last}
     index.write_text(json.dumps(content))
     message = refusal(folder)
-    assert f"{len(names)} of 116 weights are missing" in message
+    assert f"missing weights ({len(names)} of 116)" in message
     assert names[0] in message
 
 
@@ -620,6 +620,8 @@ def test_weights_that_no_network_reads_are_not_a_network(folder):
 def test_a_variant_must_be_named_only_if_there_is_a_choice(folder):
     as_variant(folder, "vae", "fp16", 1, keep=False)
     assert open_checkpoint(folder).vae.entries["decoder.conv_in.bias"].file.name.endswith(".fp16.safetensors")
+    with pytest.raises(CheckpointError, match=r"only the file variant fp16, not 'bf16'; name it with --variant"):
+        choose_files([path.name for path in (folder / "vae").iterdir()], "bf16", {}.get, folder)
     as_variant(folder, "vae", "bf16", 1)
     assert "has only the file variants bf16 and fp16; choose one with --variant" in refusal(folder)
     assert open_checkpoint(folder, "bf16").vae.entries["decoder.conv_in.bias"].file.name.endswith(".bf16.safetensors")
@@ -639,7 +641,7 @@ def test_a_stale_index_is_ignored_next_to_one_complete_file(folder):
     arrays.pop("x_pad_token")
     tiny.save_component(folder / "transformer", "transformer", arrays, CONFIGS["transformer"])
     message = refusal(folder)
-    assert "1 of 116 weights are missing: x_pad_token; diffusion_pytorch_model.safetensors.index.json lists " in message
+    assert "missing weights (1 of 116): x_pad_token; diffusion_pytorch_model.safetensors.index.json lists " in message
     assert "-00003-of-00003.safetensors, missing here: download them, or delete that index" in message
 
 

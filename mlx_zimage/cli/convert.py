@@ -80,8 +80,8 @@ QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_
     type=click.Choice(MODEL_FORMATS),
     default="mlx",
     show_default=True,
-    help="Output format: mlx (a folder for this program), diffusers (a folder) or comfyui (a single file, which may be "
-    "quantized as ComfyUI does).",
+    help="Output format: mlx (a folder for this program), diffusers (a folder) or comfyui (a single file; comfyui-fp8 "
+    "and comfyui-int8 are quantized in ComfyUI's own way).",
 )
 @click.option(
     "--report",

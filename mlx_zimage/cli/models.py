@@ -92,8 +92,8 @@ def first_run(repository: str, yes: bool, quiet: bool, memory: str | None = None
         return found
     if not yes and not (sys.stdin and sys.stdin.isatty()):
         raise ModelNotFoundError(
-            f"no model on this machine yet; --yes downloads {repository} (about {DOWNLOAD / 1e9:.0f} GB) and converts "
-            f"it; --model takes a folder or 'pocket'"
+            f"{repository} is not set up on this machine yet; --yes downloads it (about {DOWNLOAD / 1e9:.0f} GB) and "
+            f"converts it; --model takes a folder or 'pocket' (`mlx-zimage models` lists what is here)"
         )
     from ..convert import convert_steps
     from ..machine import machine_budget
@@ -103,7 +103,7 @@ def first_run(repository: str, yes: bool, quiet: bool, memory: str | None = None
     plan = plan_first_run(repository, budget)
     hub_bars(not quiet)
     stored = "bfloat16" if plan.bits is None else f"{plan.bits}-bit"
-    say(f"No model on this machine yet. To set up {repository}:", quiet)
+    say(f"{repository} is not set up on this machine yet. To set it up:", quiet)
     say(f"  download: {size(plan.download_bytes):>9} to {plan.cache}", quiet)
     if plan.transformer:
         say(f"            the transformer in bfloat16 from {plan.transformer.partition('@')[0]}", quiet)

@@ -127,7 +127,7 @@ def save_options(origin: Origin, format: str) -> dict:
         return {"pnginfo": chunks}
     exif = _exif(text)
     if format == "JPEG" and max(len(xmp), len(exif)) > MAX_JPEG:
-        warn("the prompt is too long to store in a JPEG; use .png or .webp to keep it")
+        warn("the request is too long to store in a JPEG; use .png or .webp to keep it")
         return {"xmp": _xmp(origin, "")}
     return {"xmp": xmp, "exif": exif}
 

@@ -386,7 +386,7 @@ def check_downloaded(request: GenerateRequest) -> None:
         if not is_downloaded(kind):
             raise ModelNotFoundError(
                 f"the server has not downloaded the network that finds {kind} in a photo; run `mlx-zimage generate "
-                f"--control {kind}:FILE` there once"
+                f"PROMPT --control {kind}:FILE` there once"
             )
 
 

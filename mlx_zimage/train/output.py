@@ -25,6 +25,7 @@ from .settings import Settings
 PARTS = ("factors", "first", "second")
 FREE = ("steps",)  # what may be changed when a run is resumed
 BY_CHECKSUM = {"base_sha256": "model", "adapter": "adapter", "data": "dataset"}  # what a run knows only by a checksum
+OPTIONS = {"extras": "--also (extras in Python)", "warm_up": "--warm-up (warm_up in Python)"}  # not named as in Python
 
 
 def write_lora(
@@ -106,7 +107,7 @@ def _check_run(path: Path, other: Mapping[str, object], run: Mapping[str, object
             name = BY_CHECKSUM[key]
             differs = f"the {name} differs from that of the run in {path.parent}"
         else:
-            name = key
+            name = OPTIONS.get(key, key)
             differs = f"{name} is {_shown(value)}, but {_shown(other.get(key))} for the run in {path.parent}"
         raise RequestError(f"{differs}; use the same {name} to resume it, or another output to start a new run")
 

@@ -242,16 +242,15 @@ class Component:
             for name in expected
             if name in self.entries and self.entries[name].dtype not in self._dtypes(name)
         ]
-        for fault, names in (
-            ("are missing", missing),
-            ("are unexpected", extra),
-            ("do not have the shape that config.json gives", misshapen),
-            (f"have a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown),
+        total = f" of {len(expected)}"
+        for fault, names, among in (
+            ("missing weights", missing, total),
+            ("unexpected weights", extra, ""),
+            ("weights without the shape that config.json gives", misshapen, total),
+            (f"weights with a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown, total),
         ):
             if names:
-                raise CheckpointError(
-                    f"{self.folder}: {len(names)} of {len(expected)} weights {fault}: {some(names)}{self._hint()}"
-                )
+                raise CheckpointError(f"{self.folder}: {fault} ({len(names)}{among}): {some(names)}{self._hint()}")
 
     def _hint(self) -> str:
         """The likely reason why weights do not fit: a format that must be converted, or an index for other files."""

@@ -67,9 +67,11 @@ def choose_files(
     if wanted not in found and variant is None and len(found) == 1:
         (wanted,) = found
     if wanted not in found:
+        several = len(found) > 1
         raise CheckpointError(
-            f"{folder} has only the file variants {' and '.join(found)}{f', not {variant!r}' if variant else ''}; "
-            f"choose one with --variant (variant= in Python)"
+            f"{folder} has only the file variant{'s' * several} {' and '.join(found)}"
+            f"{f', not {variant!r}' if variant else ''}; {'choose one' if several else 'name it'} with --variant "
+            f"(variant= in Python)"
         )
     indexes = [name for name in found[wanted] if INDEX.fullmatch(name)]
     files = [name for name in found[wanted] if name not in indexes]

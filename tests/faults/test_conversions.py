@@ -216,4 +216,4 @@ def test_verify_checks_names_and_values_if_there_is_no_manifest(tmp_path):
     ]
     arrays.pop("decoder.conv_in.bias")
     mx.save_safetensors(str(file), arrays)
-    assert "1 of 180 weights are missing: decoder.conv_in.bias" in verify(folder)[0]
+    assert "missing weights (1 of 180): decoder.conv_in.bias" in verify(folder)[0]

@@ -79,7 +79,7 @@ def test_a_spare_tensor_has_the_shape_and_the_dtype_that_it_must_have(folder, tm
 @pytest.mark.parametrize("name", ["model.layers.3.evil.weight", "lm_head.bias", "model.layers.4.mlp.up_proj.weight"])
 def test_a_name_that_no_network_has_is_unexpected(folder, name):
     put(folder, name, [8])
-    assert f"weights are unexpected: {name}" in refusal(folder)
+    assert f"unexpected weights (1): {name}" in refusal(folder)
 
 
 def test_a_correct_head_and_last_layer_are_accepted(folder, tmp_path):

@@ -21,9 +21,9 @@ from typing import cast
 
 import mlx.core as mx
 
-from .doctor import facts, time_products
+from .doctor import facts
 from .errors import MemoryBudgetError, RequestError, ZImageError
-from .machine import default_dtype, machine_budget
+from .machine import default_dtype, machine_budget, time_products
 from .memory import Workload
 from .models.runner import NetworkConfig
 from .models.text_encoder import TextEncoderConfig

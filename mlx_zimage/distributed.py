@@ -41,6 +41,8 @@ LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times an image's longest step so far, and a
 LEAST, APART = 512, 1536
 EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
 PERIOD = 0.2  # seconds between the watchdog's checks
+CHIP = "device_name", "architecture", "memory_size"  # what MLX says of machines that are equally fast
+NOISE = 1.1  # up to this ratio, measured speeds count as equal
 
 
 class Signal(IntFlag):
@@ -91,10 +93,17 @@ class Sharing:
         return mx.concatenate(pieces, axis=axis)
 
 
+def relative_speeds(rates: Sequence[float]) -> list[float]:
+    """Multiples of the slowest rate, in tenths, so that they are the same in the next run; 1 if all are about equal."""
+    slowest = min(rates)
+    return [1.0 if max(rates) <= NOISE * slowest else round(rate / slowest, 1) for rate in rates]
+
+
 class Group(Sharing):
     """The ranks that generate images together; a `models.runner.Ranks`.
 
-    speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal. A step that
+    speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal, or measured by
+    `share_by`. A step that
     takes more than `limit` seconds, by default five times as long as any before of the same image, ends this process
     with an error: another rank has stalled, and MLX would wait forever.
     """
@@ -102,11 +111,11 @@ class Group(Sharing):
     def __init__(self, group: mx.distributed.Group, speeds: Sequence[float] | None = None, limit: float | None = None):
         self.group = group
         self.rank, self.size = group.rank(), group.size()
+        self._settled = speeds is not None
         speeds = [1.0] * self.size if speeds is None else list(speeds)
         if len(speeds) != self.size or not all(0 < speed < float("inf") for speed in speeds):
             raise RequestError(f"speeds must be {self.size} positive numbers, one per rank, got {speeds}")
-        super().__init__(self.rank, speeds)
-        self.is_even = min(speeds) * self.size >= EVEN * sum(speeds)
+        self._share(speeds)
         # NCCL computes on the GPU, the other backends on the CPU
         self._on_gpu = is_launched() and backend_name() == "nccl"
         self._stream = mx.new_thread_local_stream(mx.gpu if self._on_gpu else mx.cpu)
@@ -131,6 +140,20 @@ class Group(Sharing):
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    def _share(self, speeds: Sequence[float]) -> None:
+        Sharing.__init__(self, self.rank, speeds)
+        self.speeds = tuple(speeds)
+        self.is_even = min(speeds) * self.size >= EVEN * sum(speeds)
+
+    def share_by(self, measure: Callable[[], float]) -> None:
+        """Share rows by what is measured on each rank, once, unless speeds were given or all have the same chip."""
+        if self._settled:
+            return
+        self._settled, device = True, mx.device_info()
+        chips = self.exchange([device.get(name) for name in CHIP])
+        if any(chip != chips[0] for chip in chips):
+            self._share(relative_speeds(self.exchange(measure())))
 
     # ---- rows: see `models.runner.Ranks`
 

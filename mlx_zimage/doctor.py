@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from .machine import (
     mlx_version,
     remember_product_rate,
     supports_matrix_units,
+    time_products,
 )
 from .models.layers import pieces
 from .models.transformer import PATCH, TransformerConfig
@@ -132,20 +132,6 @@ def longest_kernel(width: int, height: int, most: float) -> float:
         "convolution": (width * height, 2 * 9 * convolved**2),
     }
     return max((b - a) * flops for count, flops in rows.values() for a, b in pieces(count, flops, most)[:1])
-
-
-def time_products(rows: int, dtype: mx.Dtype, dim: int, width: int, chain: int) -> float:
-    """FLOP per second of matrix products (rows, dim) x (dim, width) and back, `chain` of them timed together."""
-    x, w = mx.random.normal((rows, dim)).astype(dtype), (mx.random.normal((width, dim)) * width**-0.5).astype(dtype)
-    mx.eval(x, w)
-    times = []
-    for _ in range(6):
-        start, y = time.perf_counter(), x
-        for _ in range(chain // 2):  # chained, since launching a single product can take longer than computing it
-            y = mx.matmul(mx.matmul(y, w.T), w)
-        mx.eval(y)
-        times.append(time.perf_counter() - start)
-    return chain * 2 * rows * dim * width / statistics.median(times[1:])
 
 
 def read_rate(file: Path) -> float:

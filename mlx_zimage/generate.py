@@ -109,7 +109,9 @@ def _finished(model: OpenModel, events: Iterator[Phase | Step | Generated]) -> I
     clock = Clock()
     for event in events:
         if isinstance(event, Generated):
-            origin = Origin(event.request, model.name, model.fingerprint, event.dtype, event.index)
+            group = model.pipeline.group
+            speeds = group.speeds if group is not None and len({*group.speeds}) > 1 else None
+            origin = Origin(event.request, model.name, model.fingerprint, event.dtype, event.index, speeds=speeds)
             yield Finished(event.pixels, origin, event.cost or clock.cost(event.plan))
         else:
             clock(event)

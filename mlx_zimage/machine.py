@@ -12,6 +12,8 @@ import os
 import platform
 import re
 import resource
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -239,6 +241,27 @@ def rate_of(name: str) -> float:
         return UNKNOWN_RATE
     generation = min(int(chip[1]), max(PEAK_TFLOPS))
     return REACHED * 1e12 * PEAK_TFLOPS[generation][TIERS.index(chip[2] or "")]
+
+
+def time_products(rows: int, dtype: mx.Dtype, dim: int, width: int, chain: int) -> float:
+    """FLOP per second of matrix products (rows, dim) x (dim, width) and back, `chain` of them timed together."""
+    x, w = mx.random.normal((rows, dim)).astype(dtype), (mx.random.normal((width, dim)) * width**-0.5).astype(dtype)
+    mx.eval(x, w)
+    times = []
+    for _ in range(6):
+        start, y = time.perf_counter(), x
+        for _ in range(chain // 2):  # chained, since launching a single product can take longer than computing it
+            y = mx.matmul(mx.matmul(y, w.T), w)
+        mx.eval(y)
+        times.append(time.perf_counter() - start)
+    return chain * 2 * rows * dim * width / statistics.median(times[1:])
+
+
+def comparable_rate(dtype: mx.Dtype, dim: int, width: int) -> float:
+    """FLOP per second of products of a network's widths, measured in less than a second, to compare machines by."""
+    if backend() == "cpu":
+        return time_products(32, dtype, min(dim, 512), min(width, 512), chain=2)
+    return time_products(1024, dtype, dim, width, chain=2)
 
 
 def remember_product_rate(rate: float) -> None:

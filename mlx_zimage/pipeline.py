@@ -28,7 +28,7 @@ from .images.source import cover, fit_size, over_white
 from .images.upscale import back_projected, resized
 from .inputs import NONE, Inputs
 from .loras import LoraMethods
-from .machine import check_budget, default_dtype, machine_budget, wide_dtype
+from .machine import check_budget, comparable_rate, default_dtype, machine_budget, wide_dtype
 from .memory import Plan, Planner, Workload
 from .models.controlnet import Controlled
 from .models.layers import result
@@ -142,6 +142,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             if dtype == mx.float16:
                 raise RequestError("dtype float16 does not work on several machines; choose bfloat16")
             group.check_same(version=__version__, model=fingerprint(checkpoint), dtype=dtype)
+            config = checkpoint.transformer.config
+            group.share_by(lambda: comparable_rate(dtype, config.dim, config.ffn_dim))
 
     @classmethod
     def from_pretrained(

@@ -22,6 +22,7 @@ from .distributed import Group
 from .doctor import facts
 from .errors import GroupError
 from .launched import backend_name
+from .machine import comparable_rate
 from .models.transformer import PATCH
 from .networks import Networks
 from .sizes import size
@@ -44,7 +45,8 @@ SAME = {  # what machines must have in common, and what one has otherwise
 
 @dataclass(frozen=True)
 class Survey:
-    """machines has each rank's facts, with alone_s, the seconds that a step takes on it alone.
+    """machines has each rank's facts, with alone_s, the seconds that a step takes on it alone, and speed, the part of
+    the rows that it has in an image, relative to the others.
 
     latency_s is what the smallest exchange takes, rate the bytes of keys and values that a rank receives per second,
     and step_s what a step takes on all machines together.
@@ -82,7 +84,11 @@ def survey(
     check_same(machines)
     timing = Timing(group, width, height, architecture)
     alone = group.exchange(timing.step(None))
-    machines = [machine | {"alone_s": seconds} for machine, seconds in zip(machines, alone, strict=True)]
+    group.share_by(timing.product_rate)
+    machines = [
+        machine | {"alone_s": seconds, "speed": speed}
+        for machine, seconds, speed in zip(machines, alone, group.speeds, strict=True)
+    ]
     return Survey(backend_name(), machines, timing.latency(), timing.rate(), timing.step(group))
 
 
@@ -129,6 +135,10 @@ class Timing:
         networks.release()
         return seconds
 
+    def product_rate(self) -> float:
+        """FLOP per second of matrix products, by which `ZImagePipeline` compares machines."""
+        return comparable_rate(self.dtype, self.config.dim, self.config.ffn_dim)
+
     def latency(self) -> float:
         """Seconds of the smallest exchange."""
         return self._median(lambda: self.group.from_first(mx.array(0)), ROUNDS)
@@ -168,6 +178,9 @@ def table(found: Survey, width: int, height: int) -> str:
         f"{width}x{height}: predicted {found.step_s:.3g} s per step together, {found.alone_s:.3g} s on the fastest "
         f"machine alone: {found.speed_up:.2f} times as fast",
     ]
+    speeds = [machine["speed"] for machine in found.machines]
+    if len({*speeds}) > 1:
+        lines.append(f"rows are shared {' : '.join(f'{speed:g}' for speed in speeds)}, as matrix products were timed")
     if found.speed_up < 1:
         lines.append("at this size, one machine alone is faster")
     return "\n".join(lines)

@@ -291,6 +291,37 @@ def test_a_rank_reads_its_weights_while_rank_0_encodes_a_prompt(is_cached, tiny_
     assert read == ([] if is_cached else pipe.transformer.config.blocks)
 
 
+class Measured(Group):
+    """The first of two ranks, which have these chips and rates."""
+
+    def __init__(self, chips, rates, speeds=None):
+        super().__init__(Rank(0, 2), speeds)
+        self.answers = [chips, rates]
+
+    def exchange(self, content):
+        return self.answers.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("chips", "rates", "given", "speeds"),
+    [
+        (["M4 Max", "M4"], [9.87e12, 4.1e12], None, (2.4, 1.0)),
+        (["M4", "M4 Max"], [4.15e12, 9.9e12], None, (1.0, 2.4)),  # as in another run
+        (["M4", "M3"], [4.1e12, 3.8e12], None, (1.0, 1.0)),
+        (["M4", "M4"], None, None, (1.0, 1.0)),
+        (["M4 Max", "M4"], None, [3, 1], (3, 1)),
+    ],
+)
+def test_rows_are_shared_by_measured_speeds_if_chips_differ(chips, rates, given, speeds):
+    group, measured = Measured(chips, rates, given), []
+    group.share_by(lambda: measured.append(1) or 1.0)
+    assert bool(measured) is (rates is not None)
+    assert group.speeds == speeds
+    assert group.bounds(340)[0] == (0, round(340 * speeds[0] / sum(speeds)))
+    group.share_by(lambda: measured.append(1) or 1.0)  # another pipeline in the same group
+    assert group.speeds == speeds and len(measured) <= 1
+
+
 @pytest.mark.parametrize("speeds", [[1], [1, 2, 3], [1, 0], [1, -1], [1, float("inf")], [1, float("nan")]])
 def test_speeds_are_positive_numbers_one_per_rank(speeds):
     with pytest.raises(RequestError, match="speeds must be 2 positive numbers, one per rank"):

@@ -30,6 +30,15 @@ def test_the_origin_of_an_image_is_read_back(tmp_path, origin, ending):
     assert read_origin(save(PIXELS, tmp_path / f"a.{ending}", origin=origin)) == origin
 
 
+def test_the_speeds_of_machines_are_stored_if_they_differ(origin):
+    assert "speeds" not in json.loads(origin.to_json())
+    shared = replace(origin, speeds=(2.4, 1.0))
+    assert Origin.from_json(shared.to_json()) == shared
+    for wrong in ([1, 0], [1, "2"], "12", [True], 3):
+        with pytest.raises(RequestError, match="not written by mlx-zimage"):
+            Origin.from_json(json.dumps(json.loads(origin.to_json()) | {"speeds": wrong}))
+
+
 def test_latents_are_stored_where_older_versions_expect_them(origin):
     fields = json.loads(origin.to_json())
     assert fields["latents"] == "ab" * 32 and "latents" not in fields["request"]

@@ -16,7 +16,7 @@ from mlx_zimage.errors import GroupError
 from mlx_zimage.survey import Survey, Timing, check_same, table
 
 MACHINE = {"host": "one", "device": "Apple M4", "mlx_zimage": "1.0", "mlx": "0.32.4", "dtype": "bfloat16"}
-MACHINE |= {"memory_budget": 12 * 10**9}
+MACHINE |= {"memory_budget": 12 * 10**9, "speed": 1.0}
 
 
 def surveys(model: Path, folder: Path) -> list[tuple[int, str]]:
@@ -69,6 +69,14 @@ def test_a_group_that_is_slower_than_its_fastest_machine_is_reported():
     lines = table(found, 512, 512).splitlines()
     assert lines[1].endswith("0.50") and lines[2].endswith("1.00")
     assert lines[-1] == "at this size, one machine alone is faster"
+
+
+def test_how_unequal_machines_share_rows_is_printed():
+    machines = [MACHINE | {"alone_s": 1.0, "speed": 2.4}, MACHINE | {"alone_s": 2.3}]
+    assert "rows are shared 2.4 : 1, as matrix products were timed" in table(
+        Survey("ring", machines, 1e-3, 2e9, 0.7), 512, 512
+    )
+    assert "rows are shared" not in table(Survey("ring", [machines[1]] * 2, 1e-3, 2e9, 0.7), 512, 512)
 
 
 def test_a_survey_needs_other_machines(run):

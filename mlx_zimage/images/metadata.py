@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import re
 import struct
 from dataclasses import asdict, dataclass
@@ -46,7 +47,7 @@ class Origin:
     """How an image was generated. Contains no paths, since images are shared.
 
     model is a human-readable name; the fingerprint identifies its weights. index is the position of the image within
-    its request, from 0.
+    its request, from 0. speeds are those by which unequal machines of a group shared it, which affects rounding.
     """
 
     request: GenerateRequest
@@ -55,6 +56,7 @@ class Origin:
     dtype: str
     index: int = 0
     software: str = f"mlx-zimage {__version__}"
+    speeds: tuple[float, ...] | None = None
 
     @property
     def latents(self) -> str | None:
@@ -64,6 +66,8 @@ class Origin:
     def to_json(self) -> str:
         fields = asdict(self)
         fields["latents"] = fields["request"].pop("latents")  # where older versions expect it
+        if self.speeds is None:
+            del fields["speeds"]
         return json.dumps(fields, sort_keys=True)  # ASCII, so valid in XML whatever is in the prompt
 
     @classmethod
@@ -72,7 +76,8 @@ class Origin:
         try:
             fields = parse_json(text)
             request = GenerateRequest.from_dict({"latents": fields.pop("latents", None), **fields.pop("request")})
-            origin = cls(request, **fields)
+            speeds = fields.pop("speeds", None)
+            origin = cls(request, **fields, speeds=None if speeds is None else tuple(speeds))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RequestError(f"its metadata was not written by mlx-zimage ({error})") from error
         texts = (origin.model, origin.fingerprint, origin.dtype, origin.software)
@@ -80,6 +85,8 @@ class Origin:
             raise RequestError("its metadata was not written by mlx-zimage (a name is not plain text)")
         if isinstance(origin.index, bool) or not isinstance(origin.index, int):
             raise RequestError("its metadata was not written by mlx-zimage (index is not an integer)")
+        if not all(type(speed) in (int, float) and 0 < speed < math.inf for speed in origin.speeds or ()):
+            raise RequestError("its metadata was not written by mlx-zimage (speeds are not positive numbers)")
         return origin
 
 

@@ -131,7 +131,7 @@ def test_steps_are_guided_where_the_model_needs_guidance(light_pocket, tmp_path,
     scheduler = folder / "scheduler/scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": BASE.shift}))
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32")
-    for model, prompts, steps in ("pocket", 1, "1 steps"), (folder, 2, "1 guided steps"):
+    for model, prompts, steps in ("pocket", 1, "1 step"), (folder, 2, "1 guided step"):
         called = watch(Transformer, "__call__")
         report = bench.bench(str(model), case=case, repeat=1)
         assert f"32x32, {steps}, " in bench.table(report)

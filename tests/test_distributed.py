@@ -328,6 +328,15 @@ def test_speeds_are_positive_numbers_one_per_rank(speeds):
         Group(Rank(0, 2), speeds)
 
 
+@pytest.mark.parametrize("environment", [{}, {"MLX_USE_CUDA_GRAPHS": "1"}])
+def test_nccl_runs_without_cuda_graphs_unless_they_are_asked_for(environment, monkeypatch):
+    alone = mx.distributed.init()
+    monkeypatch.setattr(mx.distributed, "init", lambda **options: alone)
+    monkeypatch.setattr("os.environ", {"MLX_RANK": "0", "MLX_WORLD_SIZE": "1"} | environment)
+    assert Group.launched() is None
+    assert os.environ["MLX_USE_CUDA_GRAPHS"] == environment.get("MLX_USE_CUDA_GRAPHS", "0")
+
+
 def test_only_other_ranks_follow(pipe):
     with pytest.raises(RequestError, match=r"follow\(\) is for the other ranks of a group"):
         pipe.follow()

@@ -56,6 +56,7 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each answer waits 40 ms for the client to acknowledge its head
 
             def do_GET(self):
                 hub.answer(self)

@@ -54,7 +54,9 @@ def test_a_smaller_budget_streams_blocks_and_a_smaller_one_is_refused(pocket):
 
 # Bits, side, streamed, and the peak in GB of a step at rank 16 with 96 tokens: full size, random weights, an H200.
 MEASURED = [
-    (4, 512, False, 5.67), (4, 1024, False, 8.60), (None, 512, False, 13.96), (None, 1024, False, 16.89),
+    (4, 512, False, 5.67), (4, 1024, False, 8.46), (8, 512, False, 8.53), (8, 1024, False, 11.47),
+    (None, 512, False, 13.82), (None, 1024, False, 16.75), (4, 512, True, 2.24), (None, 512, True, 2.14),
+    (4, 1024, True, 5.17), (None, 1024, True, 5.07),
 ]  # fmt: skip
 
 

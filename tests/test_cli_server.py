@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from lanes import slow
 from PIL import Image
 from serving import KEY, PROMPT, answering
 
@@ -46,7 +47,7 @@ def test_every_field_of_a_request_is_known_to_the_server():
     assert {field.name for field in fields(GenerateRequest)} == {*EXTENSIONS, *OTHERWISE}
 
 
-@pytest.mark.parametrize("options", [(), ("--size", "3:2", "--shift", "5"), ("--size", "48x32", "--rng", "mlx")])
+@pytest.mark.parametrize("options", [(), ("--size", "3:2", "--shift", "5"), slow(("--size", "48x32", "--rng", "mlx"))])
 def test_the_image_is_the_one_that_is_generated_without_the_server(run, small_pocket, options):
     result = run(*WORDS, *options, "-o", "{seed}-{width}.png")
     assert result.exit_code == 0, result.stderr

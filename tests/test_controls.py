@@ -9,6 +9,7 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from compare import TOLERANCE, relative_error
+from lanes import slow
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -225,7 +226,7 @@ def test_a_lora_changes_a_controlled_image_and_its_strength_0_does_not(controlle
     assert np.array_equal(controlled(**CALL, control_image=outline()).images, plain)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e6])
+@pytest.mark.parametrize("scale", [slow(1.0), 1e6])
 def test_a_controlled_image_that_overflows_float16_is_redone_in_bfloat16_with_its_controlnet(
     tiny_folder, tmp_path, scale
 ):

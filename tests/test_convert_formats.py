@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from lanes import slow
 
 from mlx_zimage.convert import convert, layout
 from mlx_zimage.convert.sources import open_source
@@ -92,7 +93,7 @@ def test_diffusers_loads_an_exported_folder(tmp_path, monkeypatch):
             assert np.array_equal(state[name].float().numpy(), np.array(array.astype(mx.float32)))
 
 
-@pytest.mark.parametrize("form", ["fp8", "int8"])
+@pytest.mark.parametrize("form", [slow("fp8"), "int8"])
 def test_a_file_for_comfyui_may_be_quantized_as_it_does(tmp_path, form):
     file = convert("pocket", tmp_path / "all.safetensors", format=f"comfyui-{form}")
     assert file.stat().st_size < 0.75 * convert("pocket", tmp_path / "x.safetensors", format="comfyui").stat().st_size

@@ -5,6 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from lanes import slow
 from PIL import Image
 
 import mlx_zimage
@@ -80,7 +81,7 @@ print(*map(oct, images), *map(oct, others))
 """
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, "0o644"), (0o077, "0o600"), (0o002, "0o664")])
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, "0o644"), slow(0o077, "0o600"), slow(0o002, "0o664")])
 def test_images_and_files_of_other_threads_get_the_usual_mode_for_new_files(tmp_path, umask, mode):
     command = [sys.executable, "-c", CREATE_FILES_WHILE_SAVING, str(tmp_path)]
     result = subprocess.run(command, umask=umask, capture_output=True, text=True, check=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lanes import slow
 from PIL import Image, ImageDraw
 from serving import KEY, PROMPT, form, opened, png
 
@@ -244,7 +245,7 @@ def base64_of(image: Image.Image) -> str:
         (OUTLINE, {}, {}),
         (PHOTO, {"kind": "canny", "scale": 0.5}, {"prepare": "canny", "controlnet_conditioning_scale": 0.5}),
         (PHOTO, {"kind": "scribble", "end": 0.5}, {"prepare": "scribble", "control_guidance_end": 0.5}),
-        (PHOTO, {"kind": "gray", "start": 0.5}, {"prepare": "gray", "control_guidance_start": 0.5}),
+        slow(PHOTO, {"kind": "gray", "start": 0.5}, {"prepare": "gray", "control_guidance_start": 0.5}),
     ],
     ids=["ready", "canny", "scribble", "gray"],
 )

@@ -65,7 +65,7 @@ def test_a_single_file_and_shards_give_the_same_model(folder, component, shards)
     assert np.array_equal(generate(folder), before)
 
 
-@pytest.mark.parametrize("dtype", [slow(mx.float32), mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("dtype", [slow(mx.float32), mx.bfloat16, slow(mx.float16)], ids=str)
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_dtype_on_disk_is_read_exactly(folder, component, dtype):
     rewrite(folder, component, dtype=dtype)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
+from lanes import slow
 
 from mlx_zimage import GenerateRequest, MemoryBudgetError, cli
 from mlx_zimage.networks import Networks
@@ -53,7 +54,7 @@ def write_prompts(tmp_path, count: int, last: str = "") -> str:
     return "prompts.txt"
 
 
-@pytest.mark.parametrize("own", ["prompts", "objects", "objects with seeds"])
+@pytest.mark.parametrize("own", ["prompts", slow("objects"), "objects with seeds"])
 def test_ten_thousand_prompts_that_cannot_fit_are_refused_without_making_a_request_for_each(tmp_path, work, own):
     if own == "prompts":
         args = ["--prompt-file", write_prompts(tmp_path, 10_000)]

@@ -215,6 +215,14 @@ class Group(Sharing):
             mx.eval(found)
         return found
 
+    def _totals(self, own: Sequence[int]) -> list[int]:
+        """Each number summed over all ranks. GroupError if one is missing: MLX's ring may then return any numbers."""
+        present, *totals = np.array(self._all_sum(mx.array([1, *own]))).tolist()
+        if present != self.size:
+            self._broken = True
+            raise GroupError("the connection to another machine was lost: start the whole group again")
+        return totals
+
     def send(self, content: Mapping[str, np.ndarray]) -> None:
         """Send named arrays to the others, which `receive` them; no arrays at all, from rank 0, end their work."""
         buffer = io.BytesIO()
@@ -222,7 +230,7 @@ class Group(Sharing):
             np.savez(buffer, **dict(content))  # type: ignore[arg-type]  # a name could be an option's
         data = np.frombuffer(buffer.getvalue(), np.uint8)
         with self.computing(PATIENCE):
-            mx.eval(self._all_sum(mx.array(len(data))))
+            self._totals([len(data)])
             if len(data):
                 mx.eval(self._all_sum(mx.array(data)))
 
@@ -234,7 +242,7 @@ class Group(Sharing):
 
     def receive(self) -> dict[str, np.ndarray]:
         """What another rank sends next; this waits for as long as it takes."""
-        size = int(np.array(self._all_sum(mx.array(0))))
+        (size,) = self._totals([0])
         if not size:
             return {}
         data = np.array(self._all_sum(mx.zeros(size, dtype=mx.uint8)))
@@ -335,7 +343,7 @@ class Group(Sharing):
     def signal(self, own: Signal = GO, limit: float | None = PATIENCE) -> Signal:
         """What all ranks signal; Ended on the others if rank 0 has ended the work, GroupError if another one failed."""
         with self.computing(limit):
-            counts = np.array(self._all_sum(mx.array([int(flag in own) for flag in Signal])))
+            counts = self._totals([int(flag in own) for flag in Signal])
         said = Signal(sum(flag for flag, count in zip(Signal, counts, strict=True) if count))
         if Signal.FAILED in said:
             if Signal.FAILED in own:

@@ -268,6 +268,17 @@ def test_ranks_of_even_speed_generate_as_many_images_at_once(speeds, rounds, pip
     assert list(pipe.in_rounds(range(4))) == rounds
 
 
+def test_what_the_ring_returns_once_it_has_lost_a_rank_is_not_taken_for_an_answer():
+    class Lost(Group):
+        def _all_sum(self, x):
+            return x  # as MLX's ring leaves it, sometimes
+
+    with pytest.raises(GroupError, match="the connection to another machine was lost"):
+        Lost(Rank(1, 2)).receive()  # not the end of rank 0's work
+    with pytest.raises(GroupError, match="the connection to another machine was lost"):
+        Lost(Rank(0, 2)).signal()
+
+
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_a_rank_reads_its_weights_while_rank_0_encodes_a_prompt(is_cached, tiny_folder):
     """If rank 0 has it cached, the first step reads them, while it computes."""

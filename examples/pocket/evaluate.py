@@ -33,13 +33,17 @@ def images_of(generate: Generate, scenes: list[Scene], seed: int = 0, batch: int
     return images
 
 
-def generate_with_diffusers(folder: Path, dtype: str = "float32", steps: int = 8, device: str = "cpu") -> Generate:
-    """An unmodified ZImagePipeline, without guidance."""
+def generate_with_diffusers(
+    folder: Path, dtype: str = "float32", steps: int = 8, device: str = "cpu", lora: Path | None = None
+) -> Generate:
+    """An unmodified ZImagePipeline, without guidance; its own loader reads a LoRA."""
     import torch
     from diffusers import ZImagePipeline
 
     pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(lora.parent, weight_name=lora.name)
 
     def generate(prompts, width, height, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -46,7 +46,7 @@ RANK, RATE = 8, 1e-3
 SIDE = 128  # pixels; trained at one size
 SWAP = {COLOR_NAMES.index(a): COLOR_NAMES.index(b) for a, b in (("red", "blue"), ("blue", "red"))}
 MATRICES = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
-Lora = dict[str, mx.array]  # `down` (RANK, in) and `up` (out, RANK) by the layer's name, rows in the checkpoint's order
+Lora = dict[str, mx.array]  # `down` (rank, in) and `up` (out, rank) by the layer's name, rows in the checkpoint's order
 
 
 # ---- scenes
@@ -101,7 +101,7 @@ def examples(pipe: ZImagePipeline, scenes: list[Scene]) -> list[Examples]:
     return [Examples(mx.stack(captions[length]), mx.stack(latents[length])) for length in captions]
 
 
-def new_lora(shapes: dict[str, tuple[int, ...]], seed: int) -> Lora:
+def new_lora(shapes: dict[str, tuple[int, ...]], seed: int, rank: int = RANK) -> Lora:
     """Factors of no difference yet: `down` uniform as in kohya's trainer, `up` zero."""
     keys, lora = iter(mx.random.split(mx.random.key(seed), 1000)), {}
     for name, shape in shapes.items():
@@ -109,8 +109,8 @@ def new_lora(shapes: dict[str, tuple[int, ...]], seed: int) -> Lora:
         if layer.endswith(MATRICES):
             outputs, inputs = shape
             bound = 1 / math.sqrt(inputs)
-            lora[f"{layer}.down"] = mx.random.uniform(-bound, bound, (RANK, inputs), key=next(keys))
-            lora[f"{layer}.up"] = mx.zeros((outputs, RANK))
+            lora[f"{layer}.down"] = mx.random.uniform(-bound, bound, (rank, inputs), key=next(keys))
+            lora[f"{layer}.up"] = mx.zeros((outputs, rank))
     return lora
 
 
@@ -127,26 +127,26 @@ class Trainer:
     The loss is flow matching's, at the sampler's own noise levels.
     """
 
-    def __init__(self, pipes: Sequence[ZImagePipeline], seed: int = 0):
-        pipe = pipes[0]
+    def __init__(self, pipes: Sequence[ZImagePipeline], seed: int = 0, rank: int = RANK):
+        pipe, self.rank = pipes[0], rank
         self.config = pipe.transformer.config
         self.weights = [weights_of(pipe) for pipe in pipes]
         self.sigmas = pipe.sigmas(GenerateRequest("-", SIDE, SIDE, seed=0))[:-1].tolist()
         self.schedules = [pipe.transformer.modulate(times(self.sigmas)) for pipe in pipes]  # the LoRA changes none
-        self.lora = new_lora(pipe.checkpoint.transformer.shapes, seed)
+        self.lora = new_lora(pipe.checkpoint.transformer.shapes, seed, rank)
         mx.eval(self.schedules, self.lora)
 
-    def tree(self, lora: Lora, copy: int) -> Tree:
+    def tree(self, lora: Lora, weights: dict[str, mx.array]) -> Tree:
         """A copy's weights with the factors beside them, as `mlx_zimage.models.lora` takes them."""
         beside = {}
         for name, factor in lora.items():
             layer, _, part = name.rpartition(".")
             rows = self.config.sanitize(f"{layer}.weight", factor) if part == "up" else factor
-            beside |= {f"{layer}.lora.low.{part}": rows, f"{layer}.lora.low.scale": mx.ones(RANK)}
-        return tree_unflatten(list((self.weights[copy] | beside).items()))
+            beside |= {f"{layer}.lora.low.{part}": rows, f"{layer}.lora.low.scale": mx.ones(self.rank)}
+        return tree_unflatten(list((weights | beside).items()))
 
     def loss(self, copy: int, lora: Lora, *groups: mx.array) -> mx.array:
-        network = Transformer(self.config, PlainRunner(self.tree(lora, copy)), compile=False)
+        network = Transformer(self.config, PlainRunner(self.tree(lora, self.weights[copy])), compile=False)
         return self.loss_of(network, copy, *groups)
 
     def loss_of(

@@ -245,6 +245,14 @@ def b64(answer: Answer) -> str:
     return answer.json["data"][0]["b64_json"]
 
 
+@pytest.mark.parametrize(("size", "content"), [(4, [1, 2, 3, 4]), (4, [80, 75, 3, 4]), (-1, [])])
+def test_what_remains_of_a_lost_rank_is_not_read_as_its_message(size, content, monkeypatch):
+    group, found = Group(Rank(1, 2)), iter([mx.array(size), mx.array(content, mx.uint8)])
+    monkeypatch.setattr(group, "_all_sum", lambda x: next(found))
+    with pytest.raises(GroupError, match="the connection to another machine was lost; start the whole group again"):
+        group.receive()
+
+
 def test_ranks_of_uneven_speed_have_every_row_once():
     parts = [100, 28, 64]
     groups = [Group(Rank(rank, 3), [1, 2.5, 0.7]) for rank in range(3)]

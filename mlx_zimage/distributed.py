@@ -43,6 +43,7 @@ LEAST, APART = 512, 1536
 EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
 PERIOD = 0.2  # seconds between the watchdog's checks
 CHIP = "device_name", "architecture", "memory_size"  # what MLX says of machines that are equally fast
+LOST = "the connection to another machine was lost: start the whole group again"
 NOISE = 1.1  # up to this ratio, measured speeds count as equal
 
 
@@ -221,7 +222,7 @@ class Group(Sharing):
         present, *totals = np.array(self._all_sum(mx.array([1, *own]))).tolist()
         if present != self.size:
             self._broken = True
-            raise GroupError("the connection to another machine was lost: start the whole group again")
+            raise GroupError(LOST)
         return totals
 
     def send(self, content: Mapping[str, np.ndarray]) -> None:
@@ -251,7 +252,7 @@ class Group(Sharing):
             with np.load(io.BytesIO(data.tobytes()), allow_pickle=False) as arrays:
                 return dict(arrays)
         except (ValueError, EOFError, OSError, BadZipFile) as error:  # MLX's ring may return anything in its place
-            raise GroupError("the connection to another machine was lost; start the whole group again") from error
+            raise GroupError(LOST) from error
 
     def send_in_turn(self, own: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         """What each rank passes, in their order: on rank 0, which does not pass any. On the others, nothing."""

@@ -247,9 +247,9 @@ def b64(answer: Answer) -> str:
 
 @pytest.mark.parametrize(("size", "content"), [(4, [1, 2, 3, 4]), (4, [80, 75, 3, 4]), (-1, [])])
 def test_what_remains_of_a_lost_rank_is_not_read_as_its_message(size, content, monkeypatch):
-    group, found = Group(Rank(1, 2)), iter([mx.array(size), mx.array(content, mx.uint8)])
+    group, found = Group(Rank(1, 2)), iter([mx.array([2, size]), mx.array(content, mx.uint8)])
     monkeypatch.setattr(group, "_all_sum", lambda x: next(found))
-    with pytest.raises(GroupError, match="the connection to another machine was lost; start the whole group again"):
+    with pytest.raises(GroupError, match="the connection to another machine was lost: start the whole group again"):
         group.receive()
 
 

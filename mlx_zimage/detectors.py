@@ -84,8 +84,8 @@ def check_library(kind: str | None) -> None:
     """RequestError if this kind of control image needs a library that is not installed."""
     if kind is not None and not is_installed(kind):
         raise RequestError(
-            f"finding {kind} in a photo needs {LIBRARIES[kind][1]}: pip install 'mlx-zimage[control]', or give a "
-            f"control image that is ready to use"
+            f"making a control image of kind {kind} from a photo needs {LIBRARIES[kind][1]}: pip install "
+            f"'mlx-zimage[control]', or give a control image that is ready to use"
         )
 
 

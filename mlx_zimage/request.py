@@ -290,7 +290,7 @@ class GenerateRequest:
             raise RequestError(f"controls must be a list, got {brief(self.controls)}")
         object.__setattr__(self, "controls", tuple(map(ControlUse.of, self.controls)))
         if self.controlnet is not None and not FINGERPRINT.fullmatch(str(self.controlnet)):
-            raise RequestError(f"controlnet must be a fingerprint of ten digits, got {brief(self.controlnet)}")
+            raise RequestError(f"controlnet must be ten lowercase hexadecimal digits, got {brief(self.controlnet)}")
 
         for field in fields(self):  # NumPy numbers become Python's, so that a request always converts to JSON
             value = getattr(self, field.name)

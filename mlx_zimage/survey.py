@@ -180,7 +180,8 @@ def table(found: Survey, width: int, height: int) -> str:
     ]
     speeds = [machine["speed"] for machine in found.machines]
     if len({*speeds}) > 1:
-        lines.append(f"rows are shared {' : '.join(f'{speed:g}' for speed in speeds)}, as matrix products were timed")
+        split = " : ".join(f"{speed:g}" for speed in speeds)
+        lines.append(f"rows are split {split} between the machines, by how fast each computes matrix products")
     if found.speed_up < 1:
         lines.append("at this size, one machine alone is faster")
     return "\n".join(lines)

@@ -343,7 +343,7 @@ def test_a_control_image_gives_the_size_and_what_is_made_of_it_is_followed(page,
     page.get_by_label("Follow").select_option("pose")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator('[data-field="control"] > .error')).to_contain_text(
-        "has not downloaded the network that finds pose"
+        "has not downloaded what it needs to make control images of kind pose"
     )
     page.get_by_role("button", name="Remove the control image").click()
     page.locator(".run").nth(1).get_by_role("button", name="Use these settings").click()

@@ -704,7 +704,7 @@ def test_a_request_downloads_nothing(small_pocket, tmp_path, monkeypatch):
         controlled = replace(job(controls=[{"prepare": kind}]), controls=(png(Image.new("RGB", (32, 32))),))
         made.check(controlled)
         assert sent[-1].kind == "ModelNotFoundError"
-        assert f"not downloaded the network that finds {kind}" in sent[-1].message
+        assert f"not downloaded what it needs to make control images of kind {kind}" in sent[-1].message
         for file in detectors.MODELS[kind]:
             folder = tmp_path / f"models--{file.repository.replace('/', '--')}/snapshots/{file.revision}"
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)

@@ -73,10 +73,8 @@ def test_a_group_that_is_slower_than_its_fastest_machine_is_reported():
 
 def test_how_unequal_machines_share_rows_is_printed():
     machines = [MACHINE | {"alone_s": 1.0, "speed": 2.4}, MACHINE | {"alone_s": 2.3}]
-    assert "rows are shared 2.4 : 1, as matrix products were timed" in table(
-        Survey("ring", machines, 1e-3, 2e9, 0.7), 512, 512
-    )
-    assert "rows are shared" not in table(Survey("ring", [machines[1]] * 2, 1e-3, 2e9, 0.7), 512, 512)
+    assert "rows are split 2.4 : 1 between the machines" in table(Survey("ring", machines, 1e-3, 2e9, 0.7), 512, 512)
+    assert "rows are split" not in table(Survey("ring", [machines[1]] * 2, 1e-3, 2e9, 0.7), 512, 512)
 
 
 def test_a_survey_needs_other_machines(run):

@@ -62,7 +62,7 @@ Adapter for Turbo:
 @click.option(
     "--accumulate",
     type=int,
-    help=f"Number of images per step.  [default: {Settings.accumulate:g}; started by mlx.launch, one for each machine]",
+    help=f"Number of images per step.  [default: {Settings.accumulate:g}, or with mlx.launch, one for each machine]",
 )
 @click.option(
     "--dropout", type=float, help=f"Fraction of images trained with an empty caption.  [default: {Settings.dropout:g}]"

@@ -175,7 +175,7 @@ class Queue:
                 self._ready.set_exception(ZImageError(f"{reason}; lower --memory, or close other programs"))
             return
         if is_launched():
-            self._fail_all(unavailable("the group of machines has lost one, and the server ends", retry=False))
+            self._fail_all(unavailable("the group has lost a machine, so the server is shutting down", retry=False))
             stalled = "another machine has stalled" if code == GroupError.exit_code else reason
             self.why = self.why or stalled
             self.lost.set()

@@ -385,8 +385,8 @@ def check_downloaded(request: GenerateRequest) -> None:
     for kind in (use.prepare for use in request.controls):
         if not is_downloaded(kind):
             raise ModelNotFoundError(
-                f"the server has not downloaded the network that finds {kind} in a photo; run `mlx-zimage generate "
-                f"PROMPT --control {kind}:FILE` there once"
+                f"the server has not downloaded what it needs to make control images of kind {kind}; run `mlx-zimage "
+                f"generate PROMPT --control {kind}:FILE` there once"
             )
 
 

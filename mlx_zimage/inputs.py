@@ -188,11 +188,11 @@ def check_latents(latents: Any, shape: tuple[int, ...], name: str = "latents") -
     array = _real(latents, name, str(shape))
     if array.shape != shape:
         raise RequestError(
-            f"{name} have shape {array.shape}, expected {shape}: (images, channels, height / 8, width / 8)"
+            f"{name} must have shape {shape}: (images, channels, height / 8, width / 8), got {array.shape}"
         )
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise RequestError(f"{name} contain values that are not finite")
+        raise RequestError(f"{name} must be finite, got NaN or infinity")
     return array
 
 
@@ -200,10 +200,10 @@ def check_embeddings(embeddings: Any, name: str, width: int) -> np.ndarray:
     """A caller's embeddings of a prompt as float32; RequestError unless they are finite numbers of (L, width)."""
     array = _real(embeddings, name, f"(tokens, {width})")
     if array.ndim != 2 or array.shape[1] != width or not 1 <= len(array) <= MAX_TOKENS:
-        raise RequestError(f"{name} has shape {array.shape}, expected (tokens, {width}) with 1 to {MAX_TOKENS} tokens")
+        raise RequestError(f"{name} must have shape (tokens, {width}) with 1 to {MAX_TOKENS} tokens, got {array.shape}")
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise RequestError(f"{name} has values that are not finite")
+        raise RequestError(f"{name} must be finite, got NaN or infinity")
     return array
 
 

@@ -144,10 +144,19 @@ def test_latents_replace_the_noise(pipe, rng, wrap):
 @pytest.mark.parametrize(
     ("latents", "message"),
     [
-        (np.zeros(SHAPE[1:], np.float32), "latents have shape (16, 10, 12), expected (1, 16, 10, 12)"),
-        (np.zeros((1, 16, 12, 10), np.float32), "latents have shape (1, 16, 12, 10), expected (1, 16, 10, 12)"),
-        (np.zeros((2, *SHAPE[1:]), np.float32), "latents have shape (2, 16, 10, 12), expected (1, 16, 10, 12)"),
-        (np.full(SHAPE, np.nan, np.float32), "not finite"),
+        (
+            np.zeros(SHAPE[1:], np.float32),
+            "latents must have shape (1, 16, 10, 12): (images, channels, height / 8, width / 8), got (16, 10, 12)",
+        ),
+        (
+            np.zeros((1, 16, 12, 10), np.float32),
+            "latents must have shape (1, 16, 10, 12): (images, channels, height / 8, width / 8), got (1, 16, 12, 10)",
+        ),
+        (
+            np.zeros((2, *SHAPE[1:]), np.float32),
+            "latents must have shape (1, 16, 10, 12): (images, channels, height / 8, width / 8), got (2, 16, 10, 12)",
+        ),
+        (np.full(SHAPE, np.nan, np.float32), "latents must be finite, got NaN"),
         (np.zeros(SHAPE, complex), "real numbers, got complex128"),
         (np.zeros(SHAPE, bool), "real numbers, got bool"),
         ("noise", "real numbers, got <U5"),

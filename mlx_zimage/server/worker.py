@@ -75,7 +75,7 @@ class Served:
         self.loaded: str | None = None  # the model that may have weights in memory
         self.loras: dict[str, dict[Path, int]] = {}  # by model: those that are attached, and when their files changed
 
-    def open(self) -> None:
+    def open_models(self) -> None:
         """Open the models, on every machine of a group."""
         self.group = Group.launched()
         if self.group is not None:
@@ -168,7 +168,7 @@ class Worker(Served):
         """Open the models, then run jobs until the server closes the pipe."""
         try:
             with explained():
-                self.open()
+                self.open_models()
         except ZImageError as error:  # the server's own user reads it
             self.send(Failed(None, type(error).__name__, str(error)))
             return
@@ -333,7 +333,7 @@ class Follower(Served):
     def run(self) -> None:
         """GroupError if the group loses a machine, as when the server ends."""
         with explained():
-            self.open()
+            self.open_models()
             assert self.group is not None
             while given := self.receive(self.group):
                 if "instruction" not in given:

@@ -49,7 +49,7 @@ def file(tmp_path_factory):
     return tmp_path_factory.mktemp("layer") / "layer.safetensors"
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(form=st.sampled_from(FORMS), changed=SETTINGS, listed=st.booleans(), kept=st.booleans())
 def test_settings_of_any_kind_are_read_or_refused(file, form, changed, listed, kept):
     own, parts, _ = random_layer(form, 7, 64, np.random.default_rng(0))
@@ -61,7 +61,7 @@ def test_settings_of_any_kind_are_read_or_refused(file, form, changed, listed, k
     reads_or_refuses(save(file, tensors, metadata))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), form=st.sampled_from(FORMS))
 def test_parts_of_any_shape_and_dtype_are_read_or_refused(file, data, form):
     own, parts, _ = random_layer(form, 7, 64, np.random.default_rng(0))
@@ -75,7 +75,7 @@ def test_parts_of_any_shape_and_dtype_are_read_or_refused(file, data, form):
     reads_or_refuses(save(file, tensors, shapes={name: shape}))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(max_size=40) | st.recursive(VALUES, lambda x: st.dictionaries(st.text(max_size=8), x)).map(json.dumps)
 )

@@ -101,7 +101,7 @@ def test_latents_for_two_images_give_two_images(run):
         (["--latents", "text.npy"], "is not a .npy file of numbers"),
         (["--latents", "flat.npy"], "contains float64 of shape (16,); expected"),
         (["--latents", "misfit.npy"], "misfit.npy contains latents of shape (1, 16, 16, 16), for an image of 128x128"),
-        (["--latents", "infinite.npy"], "not finite"),
+        (["--latents", "infinite.npy"], "latents must be finite"),
         (["--memory", "lots"], "memory must be a size such as 6GB"),
         (["--rng", "cuda"], "'cuda' is not one of"),
         (["--dtype", "int8"], "'int8' is not one of"),

@@ -16,8 +16,6 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 # Two files are tested at a time, and the threads of OpenBLAS in one would wait for those in the other. Set here for the
 # processes that pytest starts: in this one the library has been loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Some machines are set not to cache bytecode: each of the many processes would compile the whole package first.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import huggingface_hub
 import mlx.core as mx

@@ -105,9 +105,8 @@ class Group(Sharing):
     """The ranks that generate images together; a `models.runner.Ranks`.
 
     speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal, or measured by
-    `share_by`. A step that
-    takes more than `limit` seconds, by default five times as long as any before of the same image, ends this process
-    with an error: another rank has stalled, and MLX would wait forever.
+    `share_by`. A step that takes more than `limit` seconds, by default five times as long as any before of the same
+    image, ends this process with an error: another rank has stalled, and MLX would wait forever.
     """
 
     def __init__(self, group: mx.distributed.Group, speeds: Sequence[float] | None = None, limit: float | None = None):

@@ -105,9 +105,9 @@ def events(model: OpenModel, request: GenerateRequest, inputs: Inputs = NONE) ->
     return _finished(model, model.pipeline.events(request, inputs))
 
 
-def _finished(model: OpenModel, events: Iterator[Phase | Step | Generated]) -> Iterator[Phase | Step | Finished]:
+def _finished(model: OpenModel, found: Iterator[Phase | Step | Generated]) -> Iterator[Phase | Step | Finished]:
     clock = Clock()
-    for event in events:
+    for event in found:
         if isinstance(event, Generated):
             group = model.pipeline.group
             speeds = group.speeds if group is not None and len({*group.speeds}) > 1 else None

@@ -347,10 +347,13 @@ class Networks:
     def _known(self, ids: Ids) -> mx.array | None:
         """The embeddings of a tokenized prompt from a cache, if they are there."""
         key = self._key(ids)
-        if key in self._embeddings:
-            return self._embeddings[key]
-        shape = len(ids), self.text_encoder.config.hidden_size
-        return self._store.get([self.checkpoint.text_encoder], key, shape, sum_dtype(self.dtype))
+        if key not in self._embeddings:
+            shape = len(ids), self.text_encoder.config.hidden_size
+            stored = self._store.get([self.checkpoint.text_encoder], key, shape, sum_dtype(self.dtype))
+            if stored is None:
+                return None
+            self._embeddings[key] = stored
+        return self._embeddings[key]
 
     def _key(self, ids: Ids) -> tuple[Hashable, ...]:
         return (*ids, *self._encoder_loras)

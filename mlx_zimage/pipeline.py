@@ -288,8 +288,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
 
         output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,
         {"latents": mx.array}) may return other latents, and works for one prompt at a time. Several prompts are
-        generated one after another. shift is the timestep shift: higher spends more steps at high noise. Invalid
-        arguments raise RequestError before any work starts.
+        generated one after another, or on several machines at once. shift is the timestep shift: higher spends more
+        steps at high noise. Invalid arguments raise RequestError before any work starts.
         """
         porting.check_call(output_type, joint_attention_kwargs, generator, seed, latents, image)
         settings: dict[str, Any] = {

@@ -19,7 +19,7 @@ TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 MAX_BYTES = 16 * 2**20  # of a file; Qwen3's has 11 MB
 MAX_VALUES = 700_000  # in a file; Qwen3's has 600,000
-MAX_TOKENS = 200_000  # in the vocabulary, or keys in all, and merges; Qwen3's has 152,000 of each
+MAX_ENTRIES = 200_000  # in the vocabulary, or keys in all, and merges; Qwen3's has 152,000 of each
 MAX_ADDED = 1000  # the most tokens added to the vocabulary, and characters in one; Qwen3 adds 26
 MAX_ADDED_TOTAL = 20_000  # characters in all of them, since the library takes 300 bytes for each; Qwen3's have 400
 # Qwen's expression for words; others may take forever for some prompts.
@@ -69,8 +69,8 @@ class Tokenizer:
         self._file = file
         with self._guarded():
             content = read_bytes(file, MAX_BYTES) if content is None else content
-            if content.count(b":") > MAX_TOKENS:
-                raise ValueError(f"it has more than {MAX_TOKENS:,} tokens")
+            if content.count(b":") > MAX_ENTRIES:
+                raise ValueError(f"it has more than {MAX_ENTRIES:,} tokens")
             declared = check(parse_json(content, MAX_VALUES))
             self._backend = Backend.from_buffer(content)
             self.size = max(declared, self._backend.get_vocab_size())
@@ -118,8 +118,8 @@ def check(values: Any) -> int:
     vocabulary, merges, added = model.get("vocab"), model.get("merges") or [], values.get("added_tokens") or []
     if not isinstance(vocabulary, dict) or not isinstance(added, list) or len(added) > MAX_ADDED:
         raise ValueError(f"it has no vocabulary, or more than {MAX_ADDED} added tokens")
-    if not isinstance(merges, list) or len(merges) > MAX_TOKENS:
-        raise ValueError(f"it has more than {MAX_TOKENS:,} merges")
+    if not isinstance(merges, list) or len(merges) > MAX_ENTRIES:
+        raise ValueError(f"it has more than {MAX_ENTRIES:,} merges")
     if any(not isinstance(token, dict) or len(str(token.get("content"))) > MAX_ADDED for token in added):
         raise ValueError(f"an added token is longer than {MAX_ADDED} characters")
     if sum(len(str(token.get("content"))) for token in added) > MAX_ADDED_TOTAL:

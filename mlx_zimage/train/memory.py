@@ -1,7 +1,8 @@
 """Plans the memory of training: which blocks stay in memory and which are streamed, forward and back, in every step.
 
 The bounds are in bytes beyond the weights, measured as MLX's peaks: on a CPU in float32, and on an H200 in bfloat16
-with MLX's CUDA build, at full size, for 512x512 and 1024x1024. Nothing was measured on Metal, whose bounds are higher.
+with MLX's CUDA build, at full size, for 512x512 and 1024x1024. Nothing was measured on Metal,
+where a block is evaluated in smaller pieces: it has CUDA's bounds.
 """
 
 from __future__ import annotations

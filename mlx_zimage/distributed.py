@@ -224,6 +224,12 @@ class Group(Sharing):
             raise GroupError(LOST)
         return totals
 
+    def _gathered(self, own: np.ndarray) -> np.ndarray:
+        """Each rank's numbers, a row each. GroupError if one is missing."""
+        every = np.array(self._all_gather(mx.array(own))).reshape(self.size, -1)
+        self._totals([])
+        return every
+
     def send(self, content: Mapping[str, np.ndarray]) -> None:
         """Send named arrays to the others, which `receive` them; no arrays at all, from rank 0, end their work."""
         buffer = io.BytesIO()
@@ -266,20 +272,21 @@ class Group(Sharing):
         return every
 
     def exchange(self, content: Any) -> list[Any]:
-        """What each rank passes, in their order: anything that JSON can hold."""
+        """What each rank passes, in their order: anything that JSON can hold. GroupError if one is missing."""
         text = json.dumps(content).encode()
         with self.computing(PATIENCE):
-            lengths = np.array(self._all_gather(mx.array([len(text)]))).tolist()
-            padded = np.frombuffer(text.ljust(max(lengths)), np.uint8)
-            every = np.array(self._all_gather(mx.array(padded))).reshape(self.size, -1)
-        return [json.loads(row.tobytes()) for row in every]
+            most = int(self._gathered(np.array([len(text)])).max())
+            every = self._gathered(np.frombuffer(text.ljust(most), np.uint8))
+            try:
+                return [json.loads(row.tobytes()) for row in every]
+            except ValueError as error:  # MLX's ring may return anything in its place
+                raise GroupError(LOST) from error
 
     def check_same(self, **values: Any) -> None:
         """GroupError on every rank if a value is not the same on all of them."""
         digests = [hashlib.sha256(repr(value).encode()).digest()[:16] for value in values.values()]
-        own = mx.array(np.frombuffer(b"".join(digests), np.uint8))
         with self.computing(PATIENCE):
-            every = np.array(self._all_gather(own)).reshape(self.size, -1, 16)
+            every = self._gathered(np.frombuffer(b"".join(digests), np.uint8)).reshape(self.size, -1, 16)
         for i, name in enumerate(values):
             others = [rank for rank in range(self.size) if (every[rank, i] != every[0, i]).any()]
             if others:
@@ -417,8 +424,12 @@ class Group(Sharing):
                 try:
                     done = next(steps)
                 except StopIteration as end:
-                    return end.value
+                    result = end.value
+                    mx.eval(result)  # what all have computed may only be queued
+                    break
             yield done
+        self.signal()  # it is not used if a rank was lost
+        return result
 
     # ---- failures
 

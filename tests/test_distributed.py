@@ -30,6 +30,7 @@ from mlx_zimage.cli import main
 from mlx_zimage.distributed import GO, Group, Signal
 from mlx_zimage.errors import GroupError
 from mlx_zimage.models.layers import result
+from mlx_zimage.train.machines import Machines
 
 PROMPT = {"prompt": "a fox in the snow", "seed": 3, "num_inference_steps": 4}
 PROMPTS = ["a fox in the snow", "a dog", "a lighthouse at dusk, in the rain"]
@@ -276,15 +277,64 @@ def test_ranks_of_even_speed_generate_as_many_images_at_once(speeds, rounds, pip
     assert list(pipe.in_rounds(range(4))) == rounds
 
 
-def test_what_the_ring_returns_once_it_has_lost_a_rank_is_not_taken_for_an_answer():
-    class Lost(Group):
-        def _all_sum(self, x):
-            return x  # as MLX's ring leaves it, sometimes
+class Lost(Group):
+    """A rank of two for which MLX's ring makes up the other's numbers, since it has lost it."""
 
+    def _all_sum(self, x):
+        return x  # as the ring leaves it, sometimes
+
+    def _all_gather(self, x):
+        return mx.concatenate([x, mx.zeros_like(x)])
+
+
+def test_what_the_ring_returns_once_it_has_lost_a_rank_is_not_taken_for_an_answer():
     with pytest.raises(GroupError, match="the connection to another machine was lost"):
         Lost(Rank(1, 2)).receive()  # not the end of rank 0's work
     with pytest.raises(GroupError, match="the connection to another machine was lost"):
         Lost(Rank(0, 2)).signal()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda group: group.exchange({"speed": 1}),
+        lambda group: group.check_same(model="tiny"),
+        lambda group: Machines(group).summed({"layers.0": {"w": mx.ones(2)}}, 0.5),
+    ],
+)
+def test_what_the_ring_returns_for_a_lost_rank_is_neither_read_nor_compared_nor_trained_with(ask):
+    group = Lost(Rank(0, 2))
+    with pytest.raises(GroupError, match="the connection to another machine was lost"):
+        ask(group)
+    assert group._broken
+
+
+def test_what_is_no_message_of_another_rank_is_a_lost_one(monkeypatch):
+    group = Lost(Rank(0, 2))
+    monkeypatch.setattr(group, "_totals", lambda own: [])  # as if it were there
+    with pytest.raises(GroupError, match="the connection to another machine was lost"):
+        group.exchange({"speed": 1})
+
+
+def test_what_all_ranks_decoded_is_not_used_if_one_was_lost_before_the_end(monkeypatch):
+    class Losing(Group):
+        signals = 0
+
+        def signal(self, own=GO, limit=None):
+            self.signals += 1
+            if self.signals == 3:
+                raise GroupError("lost")
+            return GO
+
+    def steps():
+        yield 1
+        return mx.ones(2)
+
+    group, deadlines = Losing(Rank(0, 2)), []
+    monkeypatch.setattr(mx, "eval", lambda *arrays: deadlines.append(group._deadline))
+    with pytest.raises(GroupError, match="lost"):
+        list(group.in_step(steps()))
+    assert len(deadlines) == 1 and deadlines[0] is not None, "whoever waits for the last rows does so with a deadline"
 
 
 @pytest.mark.parametrize("is_cached", [False, True])

@@ -69,9 +69,12 @@ class Machines:
         return factors, AdamW(first, second, step)
 
     def summed(self, gradients: Factors, loss: float) -> tuple[Factors, float]:
-        """The sums of all machines' gradients, which are replaced block by block, and of their losses."""
+        """The sums of all machines' gradients, which are replaced block by block, and of their losses.
+
+        GroupError if a machine was lost meanwhile: MLX's ring may return anything for its gradients.
+        """
         if self.group is None:
             return gradients, loss
         for block, own in gradients.items():
             gradients[block] = self.group.summed(own)
-        return gradients, sum(self.group.exchange(loss))
+        return gradients, sum(self.group.exchange(loss))  # which all machines must be there for

@@ -112,7 +112,7 @@ class Group(Sharing):
     def __init__(self, group: mx.distributed.Group, speeds: Sequence[float] | None = None, limit: float | None = None):
         self.group = group
         self.rank, self.size = group.rank(), group.size()
-        self._settled = speeds is not None
+        self.settled = speeds is not None
         speeds = [1.0] * self.size if speeds is None else list(speeds)
         if len(speeds) != self.size or not all(0 < speed < float("inf") for speed in speeds):
             raise RequestError(f"speeds must be {self.size} positive numbers, one per rank, got {speeds}")
@@ -122,7 +122,7 @@ class Group(Sharing):
         self._stream = mx.new_thread_local_stream(mx.gpu if self._on_gpu else mx.cpu)
         self._limit = limit
         self._longest = 0.0
-        self._broken = False
+        self._broken = self._ended = False
         self._deadline: float | None = None
         self._watchdog: threading.Thread | None = None
 
@@ -153,9 +153,9 @@ class Group(Sharing):
 
     def share_by(self, measure: Callable[[], float]) -> None:
         """Share rows by what is measured on each rank, once, unless speeds were given or all have the same chip."""
-        if self._settled:
+        if self.settled:
             return
-        self._settled, device = True, mx.device_info()
+        self.settled, device = True, mx.device_info()
         chips = self.exchange([device.get(name) for name in CHIP])
         if any(chip != chips[0] for chip in chips):
             self._share(relative_speeds(self.exchange(measure())))
@@ -193,6 +193,8 @@ class Group(Sharing):
         return self._queued(mx.distributed.all_sum, x)
 
     def _queued(self, collective: Callable[..., mx.array], x: mx.array) -> mx.array:
+        if self._broken:  # what it would return is arbitrary, or never comes
+            raise GroupError(LOST)
         mx.async_eval(x)
         result = collective(x, group=self.group, stream=self._stream)
         mx.async_eval(result)
@@ -243,8 +245,8 @@ class Group(Sharing):
 
     def end(self) -> None:
         """Rank 0 ends `receive` on the others."""
-        if not self._broken:
-            self._broken = True
+        if not (self._broken or self._ended):
+            self._ended = True
             self.send({})
 
     def receive(self) -> dict[str, np.ndarray]:
@@ -298,8 +300,8 @@ class Group(Sharing):
     @contextmanager
     def leading(self, work: Mapping[str, np.ndarray]) -> Iterator[None]:
         """On rank 0: within the block, the others follow this work; when the block ends, they stop."""
-        if self._broken:
-            raise GroupError("the group has lost a rank; start the whole group again")
+        if self._ended:
+            raise GroupError("the pipeline was closed, which ended the other machines: start the whole group again")
         self._longest = 0.0
         self.send(work)
         try:
@@ -312,15 +314,16 @@ class Group(Sharing):
     def following(self) -> Iterator[None]:
         """On the other ranks: within the block, do the work that was given to `leading`."""
         self._longest = 0.0
-        try:
-            yield
-            self.signal()
-        except Ended:
-            pass
-        except Exception:
-            if not self._broken:
-                self.signal(Signal.FAILED)
-            raise
+        with suppress(Ended):
+            try:
+                yield
+                self.signal()
+            except Ended:
+                raise
+            except Exception:
+                if not self._broken:
+                    self.signal(Signal.FAILED)
+                raise
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -334,7 +337,7 @@ class Group(Sharing):
             return
         except BaseException:
             if not self._broken:
-                with suppress(GroupError):  # if another has failed, too
+                with suppress(Ended, GroupError):  # if another has failed, too
                     self.signal(Signal.ENDED if self.leads else Signal.FAILED)
             raise
         with suppress(Ended):
@@ -352,17 +355,20 @@ class Group(Sharing):
             event = None  # not kept in memory while the next is computed
 
     def signal(self, own: Signal = GO, limit: float | None = PATIENCE) -> Signal:
-        """What all ranks signal; Ended on the others if rank 0 has ended the work, GroupError if another one failed."""
+        """What all ranks signal; Ended on the others if rank 0 has ended the work, GroupError if another one failed.
+
+        If rank 0 ends the work as another fails, it has ended: they may have had the same error, which rank 0 reports.
+        """
         with self.computing(limit):
             counts = self._totals([int(flag in own) for flag in Signal])
         said = Signal(sum(flag for flag, count in zip(Signal, counts, strict=True) if count))
-        if Signal.FAILED in said:
+        if Signal.ENDED in said and not self.leads:
+            raise Ended
+        if Signal.FAILED in said and Signal.ENDED not in own:
             if Signal.FAILED in own:
                 return own
             self._broken = True
             raise GroupError("another machine failed; its own message says why")
-        if Signal.ENDED in said and not self.leads:
-            raise Ended
         return said
 
     def together(self, steps: Generator[Step, Change | None, R]) -> Generator[Step, Change | None, R]:

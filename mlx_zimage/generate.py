@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,12 +100,16 @@ def open_model(
     return OpenModel(pipeline, name, fingerprint(pipeline.checkpoint))
 
 
-def events(model: OpenModel, request: GenerateRequest, inputs: Inputs = NONE) -> Iterator[Phase | Step | Finished]:
+def events(
+    model: OpenModel, request: GenerateRequest, inputs: Inputs = NONE
+) -> Generator[Phase | Step | Finished, None, None]:
     """Run a request: yields the pipeline's Phases and Steps, and each image with its origin and cost."""
     return _finished(model, model.pipeline.events(request, inputs))
 
 
-def _finished(model: OpenModel, found: Iterator[Phase | Step | Generated]) -> Iterator[Phase | Step | Finished]:
+def _finished(
+    model: OpenModel, found: Iterator[Phase | Step | Generated]
+) -> Generator[Phase | Step | Finished, None, None]:
     clock = Clock()
     for event in found:
         if isinstance(event, Generated):

@@ -6,7 +6,7 @@ import json
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -28,7 +28,7 @@ from .images.source import cover, fit_size, over_white
 from .images.upscale import back_projected, resized
 from .inputs import NONE, Inputs
 from .loras import LoraMethods
-from .machine import check_budget, comparable_rate, default_dtype, machine_budget, wide_dtype
+from .machine import check_budget, comparable_rate, default_dtype, machine_budget, mlx_version, wide_dtype
 from .memory import Plan, Planner, Workload
 from .models.controlnet import Controlled
 from .models.layers import result
@@ -141,7 +141,9 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         if group is not None:
             if dtype == mx.float16:
                 raise RequestError("dtype float16 does not work on several machines; choose bfloat16")
-            group.check_same(version=__version__, model=fingerprint(checkpoint), dtype=dtype)
+            versions = {"version": __version__, "version of MLX": mlx_version()}
+            speeds = {"list of speeds": group.speeds if group.settled else None}
+            group.check_same(**versions, model=fingerprint(checkpoint), dtype=dtype, **speeds)
             config = checkpoint.transformer.config
             group.share_by(lambda: comparable_rate(dtype, config.dim, config.ffn_dim))
 
@@ -450,10 +452,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             if len(works) > 1:
                 self._follow_apart(self._completed(works[self.group.rank]))
                 return
-            events = self._attempts(*self._completed(works[0]), decode)
-            with suppress(NumericsError):  # rank 0 has the same numbers, and reports it
-                for _ in self.turns.take(events):
-                    pass
+            for _ in self.turns.take(self._attempts(*self._completed(works[0]), decode)):
+                pass
 
     def _follow_apart(self, work: Work) -> None:
         """Generate a whole image, while the other machines generate theirs, and send it to rank 0."""

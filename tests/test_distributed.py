@@ -29,6 +29,7 @@ from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline
 from mlx_zimage.cli import main
 from mlx_zimage.distributed import GO, Group, Signal
 from mlx_zimage.errors import GroupError
+from mlx_zimage.machine import mlx_version
 from mlx_zimage.models.layers import result
 from mlx_zimage.train.machines import Machines
 
@@ -113,6 +114,24 @@ def test_different_models_are_refused_on_every_rank(tmp_path):
     for code, text in ranks.finish(begin(2, tmp_path / "model{rank}", tmp_path, [PROMPT])):
         assert code != 0
         assert "GroupError: rank 1 has a different model from rank 0; all machines need the same one" in text
+
+
+@pytest.mark.parametrize(
+    ("version", "speeds", "name"), [("0.1", None, "version of MLX"), (mlx_version(), [1, 1], "list of speeds")]
+)
+def test_different_versions_of_mlx_and_given_speeds_are_refused(version, speeds, name, tiny_folder, monkeypatch):
+    class First(Group):
+        def check_same(self, **values):
+            mine.append(values)
+
+        def share_by(self, measure):
+            pass
+
+    mine = []
+    ZImagePipeline.from_pretrained(tiny_folder, dtype="float32", group=First(Rank(0, 2)))
+    monkeypatch.setattr("mlx_zimage.pipeline.mlx_version", lambda: version)
+    ZImagePipeline.from_pretrained(tiny_folder, dtype="float32", group=First(Rank(1, 2), speeds))
+    assert {key for key in mine[0] if mine[0][key] != mine[1][key]} == {name}
 
 
 @pytest.mark.parametrize("name", ["padded", "several prompts"])
@@ -335,6 +354,56 @@ def test_what_all_ranks_decoded_is_not_used_if_one_was_lost_before_the_end(monke
     with pytest.raises(GroupError, match="lost"):
         list(group.in_step(steps()))
     assert len(deadlines) == 1 and deadlines[0] is not None, "whoever waits for the last rows does so with a deadline"
+
+
+class Said(Group):
+    """The first or the second of ranks of which one ends the work, and all others fail."""
+
+    def _all_sum(self, x):
+        own = [1] + [int(flag in (Signal.ENDED if self.leads else Signal.FAILED)) for flag in Signal]
+        assert x.tolist() == own
+        return mx.array([self.size, *(int(flag in Signal.ENDED | Signal.FAILED) for flag in Signal)])
+
+
+def test_an_error_that_all_ranks_have_is_rank_0s_only():
+    first, second = Said(Rank(0, 2)), Said(Rank(1, 2))
+    first.send = lambda work: None
+    with pytest.raises(RequestError, match="no pose"), first.leading({}):
+        raise RequestError("no pose")
+    with second.following():
+        raise RequestError("no pose")
+    with pytest.raises(RequestError, match="no pose"), second.joined():  # where each rank has its own caller
+        raise RequestError("no pose")
+    assert not first._broken and not second._broken, "both take the next request"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda group: group.send({}),
+        lambda group: group.receive(),
+        lambda group: group.exchange(1),
+        lambda group: group.check_same(model="tiny"),
+        lambda group: group.signal(),
+        lambda group: group.leading({}).__enter__(),
+    ],
+)
+def test_a_group_that_has_lost_a_rank_says_so_at_once(use):
+    group = Group(Rank(1, 2))  # of which a collective would be a TypeError
+    with pytest.raises(OSError), group.computing():
+        raise OSError("socket")
+    with pytest.raises(GroupError, match="the connection to another machine was lost: start the whole group again"):
+        use(group)
+
+
+def test_a_group_whose_pipeline_was_closed_is_not_one_that_has_lost_a_rank(monkeypatch):
+    group, sent = Group(Rank(0, 2)), []
+    monkeypatch.setattr(group, "send", sent.append)
+    group.end()
+    group.end()
+    assert sent == [{}]
+    with pytest.raises(GroupError, match="the pipeline was closed"), group.leading({}):
+        pass
 
 
 @pytest.mark.parametrize("is_cached", [False, True])

@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Collection
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Condition, Lock, Thread
@@ -294,16 +295,17 @@ class Worker(Served):
             steps = model.pipeline.count_steps(request)
             shown = preview_steps(steps, job.previews)
             colours = self.colours_of(job.model) if shown else None
-            for event in events(model, request, inputs):
-                if self.running != job.id:
-                    return False
-                if isinstance(event, Step):
-                    self.send(Progress(job.id, before + event.index + 1, steps * len(job.seeds)))
-                    if colours is not None and event.index in shown:
-                        content = preview(event, colours, job)
-                        self.send(Preview(job.id, index, shown.index(event.index), content))
-                elif isinstance(event, Finished):
-                    self.send(finished(job, index, event))
+            with closing(events(model, request, inputs)) as running:
+                for event in running:
+                    if self.running != job.id:
+                        return False
+                    if isinstance(event, Step):
+                        self.send(Progress(job.id, before + event.index + 1, steps * len(job.seeds)))
+                        if colours is not None and event.index in shown:
+                            content = preview(event, colours, job)
+                            self.send(Preview(job.id, index, shown.index(event.index), content))
+                    elif isinstance(event, Finished):
+                        self.send(finished(job, index, event))
             before += steps
         return True
 

@@ -73,8 +73,9 @@ class SchedulerConfig:
         steepest = max(abs(read.dynamic_mu(tokens)) for tokens in (1, IMAGE_TOKENS))
         if read.use_dynamic_shifting and steepest > MAX_MU:
             raise CheckpointError(
-                f"scheduler config: base_shift {read.base_shift}, max_shift {read.max_shift} and their lengths make "
-                f"the logarithm of the shift {steepest:.0f} for some sizes, expected at most {MAX_MU}"
+                f"scheduler config: base_shift {read.base_shift} and max_shift {read.max_shift}, with "
+                f"base_image_seq_len and max_image_seq_len, make the logarithm of the shift {steepest:.0f} for some "
+                f"sizes; expected at most {MAX_MU}"
             )
         return read
 

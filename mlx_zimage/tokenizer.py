@@ -87,7 +87,7 @@ class Tokenizer:
             raise CheckpointError(f"{self._file} has no tokens for the prompt {brief(prompt)}; download it again")
         if max(ids) >= self.size:
             raise CheckpointError(
-                f"{self._file} gives a token of the prompt the id {max(ids)}, but has only {self.size} tokens"
+                f"{self._file} assigns the id {max(ids)} to a token of the prompt, but has only {self.size} tokens"
             )
         return ids
 

@@ -205,7 +205,7 @@ def test_unexpected_weights_are_named(folder, component):
 def test_misshapen_weights_are_named_with_both_shapes(folder, component, name, shape, expected):
     rewrite(folder, component, lambda arrays: arrays | {name: np.zeros(shape, np.float32)})
     message = refusal(folder)
-    assert "weights with a shape other than config.json gives (1 of " in message
+    assert "weights whose shape differs from the one in config.json (1 of " in message
     assert f"{name} is {shape}, expected {expected}" in message
 
 

@@ -69,7 +69,7 @@ class Duration(click.ParamType):
 @click.option(
     "--api-key-file",
     type=FilePath(exists=True, dir_okay=False),
-    help=f"Require the API key in this file; {KEY} in the environment does the same.",
+    help=f"Require the API key in this file; or set {KEY} to the key itself.",
 )
 @click.option("--no-api-key", is_flag=True, help="Let anyone who can reach --host generate images.")
 @click.option(

@@ -120,7 +120,8 @@ class Served:
                     raise RequestError(f"the LoRAs {other.stem!r} and {use.name!r} are the same; use only one of them")
             if use.sha256 not in (None, use.sha256 and sha256(file)):
                 raise RequestError(
-                    f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; give no SHA-256 to use it"
+                    f"the server's LoRA {use.name!r} does not have SHA-256 {use.sha256}; to use it anyway, leave "
+                    f"out the SHA-256"
                 )
             found[file] = use.strength
         return found

@@ -246,7 +246,7 @@ class Component:
         for fault, names, among in (
             ("missing weights", missing, total),
             ("unexpected weights", extra, ""),
-            ("weights with a shape other than config.json gives", misshapen, total),
+            ("weights whose shape differs from the one in config.json", misshapen, total),
             (f"weights with a dtype other than {', '.join(FLOAT_SPELLINGS)}", unknown, total),
         ):
             if names:

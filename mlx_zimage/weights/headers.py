@@ -93,7 +93,7 @@ def check_tensors(header: Header) -> None:
                 f"{name:.80} has shape {shape!r:.80}, expected at most {MAX_AXES} axes, each of up to {MAX_LENGTH:,}"
             )
         if not _is_list(offsets, 2) or len(offsets) < 2 or not all(map(_is_count, offsets)) or offsets[0] > offsets[1]:
-            raise ValueError(f"{name:.80} has data_offsets {offsets!r:.80}, expected its first byte and its end")
+            raise ValueError(f"{name:.80} has data_offsets {offsets!r:.80}, expected two offsets: start and end")
         nbytes, expected = offsets[1] - offsets[0], prod(shape) * _item_bytes(tensor["dtype"])
         if nbytes != expected:
             raise ValueError(

@@ -328,13 +328,13 @@ def _check_sizes(file: Path, entries: Mapping[str, Entry], weights: Sequence[int
     for name, numbers in sizes.items():
         if numbers > max(weights):
             raise CheckpointError(
-                f"{file}: {name} has {numbers:,} numbers, expected at most the {max(weights):,} of the model's largest "
-                f"weight; is it a LoRA for this model?"
+                f"{file}: {name} has {numbers:,} values, more than the model's largest weight ({max(weights):,}); is "
+                f"it a LoRA for this model?"
             )
     if sum(sizes.values()) > sum(weights):
         raise CheckpointError(
-            f"{file} has {sum(sizes.values()):,} numbers, expected at most the {sum(weights):,} of the model; is it a "
-            f"LoRA for this model?"
+            f"{file} has {sum(sizes.values()):,} values, more than the whole model ({sum(weights):,}); is it a LoRA "
+            f"for this model?"
         )
 
 

@@ -103,7 +103,7 @@ def test_a_panic_of_the_library_is_a_damaged_file_too(tmp_path, monkeypatch, nam
 def test_ids_that_the_file_does_not_declare_are_refused():
     opened = Tokenizer(FILE)
     opened.size = 100
-    with pytest.raises(CheckpointError, match=r"the id \d+, but has only \d+ tokens"):
+    with pytest.raises(CheckpointError, match=r"the id \d+ to a token of the prompt, but has only \d+ tokens"):
         opened.encode("a fox")
 
 

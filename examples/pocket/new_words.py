@@ -174,7 +174,7 @@ class Learner(Trainer):
         known = partial(self.outputs, self.tree({}, self.weights[0]))
         if mx.default_device() == mx.gpu:
             step, known = mx.compile(step, inputs=state, outputs=state), mx.compile(known)
-        rng, losses, begin, count, told = np.random.default_rng(1), [], time.monotonic(), 0, 0.0
+        rng, losses, begin, count, reported = np.random.default_rng(1), [], time.monotonic(), 0, 0.0
         lengths = [length for length in self.new.counts if length in self.own.counts]
         shares = np.array([self.new.counts[length] for length in lengths], float)
         shares /= shares.sum()
@@ -195,9 +195,9 @@ class Learner(Trainer):
             mx.eval(loss, state)
             losses.append(loss.item())
             count += 1
-            if part >= told:
+            if part >= reported:
                 report(count, float(np.mean(losses)))
-                losses, told = [], told + 0.1
+                losses, reported = [], reported + 0.1
 
 
 # ---- scores

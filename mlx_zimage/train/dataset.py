@@ -54,14 +54,11 @@ def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> l
         raise RequestError(f"{folder} has {counted(len(captions), 'image')}; training needs at least {LEAST}")
     bare = [file for file, text, _ in captions if text is None]
     if bare:
-        listed = (folder / METADATA).exists()
-        way = (
-            f'add a "text" to the line of each in {METADATA}'
-            if listed
-            else (
-                f"write a caption for each in a .txt file of the same name, such as {bare[0].with_suffix('.txt').name}"
-            )
-        )
+        if (folder / METADATA).exists():
+            way = f'add a "text" to the line of each in {METADATA}'
+        else:
+            name = bare[0].with_suffix(".txt").name
+            way = f"write a caption for each in a .txt file of the same name, such as {name}"
         raise RequestError(f"images without a caption ({len(bare)} of {len(captions)}): {_some(bare)}; {way}")
     empty = [file for file, text, _ in captions if not text]
     if empty:

@@ -152,11 +152,19 @@ def check_accessible(page) -> None:
 # ---- generating
 
 
+REMEMBER = """(selectors) => {
+    window.seen = new Set();
+    const visible = (selector) => document.querySelector(selector)?.checkVisibility();
+    const remember = () => selectors.filter(visible).forEach((selector) => seen.add(selector));
+    new MutationObserver(remember).observe(document.body, { subtree: true, childList: true, attributes: true });
+}"""
+
+
 def test_an_image_forms_in_previews_and_its_file_contains_its_settings(page, tmp_path):
-    run = generate(page, Seed="18446744073709551615")
-    expect(run.locator("img.preview")).to_be_visible()
-    expect(run.get_by_role("progressbar")).to_be_visible()
-    finished(run)
+    passing = {"img.preview", "progress"}  # on a fast machine, too short for the driver to see
+    page.evaluate(REMEMBER, list(passing))
+    run = finished(generate(page, Seed="18446744073709551615"))
+    assert set(page.evaluate("[...seen]")) == passing
     expect(run.locator("img")).to_have_attribute("alt", PROMPT)
     file = downloaded(page, run, tmp_path)
     assert file.name == "a-red-circle-on-a-blue-background-18446744073709551615.png"
@@ -445,6 +453,7 @@ def test_the_keyboard_alone_generates_paints_a_mask_and_cancels(page, tmp_path):
     finished(run)
     expect(page.locator("#announcements")).to_contain_text("Done in")
     assert read_origin(downloaded(page, run, tmp_path)).request.mask_image
+    page.get_by_label("Steps", exact=True).fill("1000")  # so that it is not done before the button is reached
     page.get_by_label("Images", exact=True).fill("10")
     press("Enter")
     tab_to(page, "Cancel")

@@ -113,7 +113,10 @@ def _detected(content: bytes, height: int, width: int, kind: str) -> bytes:
     else:
         made = pose(pixels, *networks(kind))
     if made is None:
-        raise RequestError(f"no {kind} could be found in the control image; give another, or one that is ready to use")
+        raise RequestError(
+            f"no {kind} was found in the photo from which to make a control image; give another photo, or a control "
+            "image that is ready to use"
+        )
     return made.tobytes()
 
 

@@ -68,7 +68,7 @@ class DiffusersMethods:
     disable_vae_tiling = Needless(f"images are decoded whole if memory allows it; {BY_MEMORY}")
     save_pretrained = Elsewhere("from mlx_zimage.convert import convert; convert(source, folder) writes a model")
     scheduler = Absent("shift= and sigmas= of a call choose the schedule")
-    device = Absent(f"{BY_MLX}; a torch.Generator is on the CPU")
+    device = Absent(f"{BY_MLX}; a torch.Generator must be on the CPU")
     from_single_file = Elsewhere("from_pretrained opens files, too")
 
 

@@ -235,7 +235,7 @@ def test_methods_of_diffusers_do_nothing_and_say_why_or_what_to_use(pipe):
         pipe.scheduler = "Euler"
     with pytest.raises(AttributeError, match="there is no scheduler here: shift= and sigmas= of a call"):
         _ = pipe.scheduler.config
-    with pytest.raises(AttributeError, match=r"there is no device here: .* a torch.Generator is on the CPU"):
+    with pytest.raises(AttributeError, match=r"there is no device here: .* a torch.Generator must be on the CPU"):
         _ = pipe.device
     with pytest.raises(RequestError, match="from_pretrained opens files, too"):
         ZImagePipeline.from_single_file("model.safetensors")

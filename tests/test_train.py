@@ -127,7 +127,7 @@ def test_an_adapter_takes_part_in_training_and_not_in_previews(pipe, images, tmp
     losses = [[e.loss for e in found if isinstance(e, Stepped)] for found in (without, with_it)]
     previews = [[e.pixels for e in found if isinstance(e, Previewed)] for found in (without, with_it)]
     assert losses[0] != losses[1]
-    with pytest.raises(ModelNotFoundError, match="or leave the adapter out"):
+    with pytest.raises(ModelNotFoundError, match="to train without an adapter, leave it out"):
         events("other.safetensors", adapter=tmp_path / "none.safetensors")
     assert np.array_equal(previews[0], previews[1])
     with pytest.raises(RequestError, match="the adapter differs from that of the run in"):

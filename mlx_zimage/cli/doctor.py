@@ -68,11 +68,11 @@ def doctor(
     if as_json:
         click.echo(json.dumps(doctor.report(facts, speeds, verdicts, checks, retried, otherwise)))
     else:
-        _print_verdict(verdicts[-1])
+        _print_verdict(verdicts[-1], "WRONG")
     if not passed:
         raise NumericsError(f"{verdicts[-1].message}; {verdicts[-1].advice}")
 
 
-def _print_verdict(verdict) -> None:
+def _print_verdict(verdict, otherwise: str = "limited") -> None:
     advice = f"; {verdict.advice}" if verdict.advice else ""
-    echo(f"{verdict.name:18}{'ok' if verdict.ok else 'limited':9}{verdict.message}{advice}")
+    echo(f"{verdict.name:18}{'ok' if verdict.ok else otherwise:9}{verdict.message}{advice}")

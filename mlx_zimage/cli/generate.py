@@ -452,7 +452,7 @@ def generate(
         for option in given.keys() & {"seed", "auto_seeds", "rng"}:
             _warn(f"{given[option]} changes nothing: --latents replaces the noise")
         if total > len(all_series):
-            _warn("images that differ only in their seeds will be the same: --latents replaces the noise")
+            _warn("requests that differ only in their seeds will give the same image: --latents replaces the noise")
     if wired and sys.platform != "darwin":
         _warn("--wired changes nothing here: only macOS can lock the GPU's memory")
     budget = None if memory is None else parse_memory(memory)

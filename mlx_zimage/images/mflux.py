@@ -12,7 +12,7 @@ from ..variants import TURBO
 
 CHARACTER_CODE = b"ASCII\0\0\0"  # which EXIF puts before the text of a user comment
 NOT_HERE = {  # values that change an image in a way that a request here cannot, and what they are
-    "image_paths": "images to start from",
+    "image_paths": "input images",
     "masked_image_path": "a masked image",
     "depth_image_path": "a depth image",
     "redux_image_paths": "Redux",
@@ -38,7 +38,7 @@ def to_request(values: dict[str, Any]) -> tuple[GenerateRequest, str]:
     """
     for name, what in NOT_HERE.items():
         if values.get(name):
-            raise RequestError(f"mflux generated it with {what} ({name}), which is not supported here")
+            raise RequestError(f"mflux generated it with {what} ({name}); such a request cannot be repeated here")
     guidance = values.get("guidance") or 0.0
     if "prompt" not in values or "seed" not in values:
         raise RequestError("it has no prompt or no seed, so it is not a request that mflux stored")

@@ -266,7 +266,7 @@ def _read_adapter(source: str | Path, config: TransformerConfig) -> Lora:
     try:
         return read_lora(find_lora(source), {"transformer": config})
     except ModelNotFoundError as error:
-        raise ModelNotFoundError(f"{error}; or leave the adapter out, to train without one") from error
+        raise ModelNotFoundError(f"{error}; to train without an adapter, leave it out") from error
 
 
 def _check_space(run: Run, count: int, tokens: int, save_every: int) -> None:

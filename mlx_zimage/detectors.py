@@ -114,8 +114,8 @@ def _detected(content: bytes, height: int, width: int, kind: str) -> bytes:
         made = pose(pixels, *networks(kind))
     if made is None:
         raise RequestError(
-            f"no {kind} was found in the photo from which to make a control image; give another photo, or a control "
-            "image that is ready to use"
+            f"a control image of kind {kind} cannot be made from this photo: nothing to make it from was found; give "
+            "another photo, or a control image that is ready to use"
         )
     return made.tobytes()
 

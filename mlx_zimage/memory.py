@@ -327,7 +327,7 @@ class Planner:
         kept = " with the model kept in memory" if keep else ""
         fewer = ", generate fewer images at once" if work.images > 1 else ""
         move = f"raise the budget{', use smaller tiles' if work.tiles else fewer}"
-        move = "do not keep the model in memory" if keep else move
+        move = "let networks be unloaded after use" if keep else move
         if best.buffer > self.max_buffer:
             raise MemoryBudgetError(
                 f"{images} cannot be generated on this GPU: {it} a tensor of {rounded_up(best.buffer)}, but the "

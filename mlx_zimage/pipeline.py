@@ -140,8 +140,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         self.networks = Networks(checkpoint, dtype, budget, wired, group)
         if group is not None:
             if dtype == mx.float16:
-                raise RequestError("dtype float16 does not work on several machines; choose bfloat16")
-            versions = {"version": __version__, "version of MLX": mlx_version()}
+                raise RequestError("a group of machines cannot compute in float16; choose bfloat16")
+            versions = {"version of mlx-zimage": __version__, "version of MLX": mlx_version()}
             speeds = {"list of speeds": group.speeds if group.settled else None}
             group.check_same(**versions, model=fingerprint(checkpoint), dtype=dtype, **speeds)
             config = checkpoint.transformer.config

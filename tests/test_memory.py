@@ -154,7 +154,7 @@ def test_the_caller_decides_whether_the_model_stays_in_memory(planner):
     weights = sum(planner.footprints[name].total for name in ("text_encoder", "transformer"))
     for budget in (10**6, staged.peak, weights):
         with pytest.raises(
-            MemoryBudgetError, match=r"with the model kept in memory: .* do not keep the model in memory, or convert"
+            MemoryBudgetError, match=r"with the model kept in memory: .* let networks be unloaded after use, or convert"
         ):
             planner.plan(Workload(*work), budget, keep=True)
     assert planner.plan(Workload(*work), kept, keep=True).keep

@@ -486,6 +486,6 @@ def test_plan_shows_what_stays_in_memory_and_what_is_streamed(planner):
         result = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1GB", option])
         assert "networks     unloaded after use" in result.stdout
     result = CliRunner().invoke(main, ["plan", "pocket", "--memory", f"{least}B", "--keep"])
-    assert (result.exit_code, result.stdout) == (5, "") and "do not keep the model" in result.stderr
+    assert (result.exit_code, result.stdout) == (5, "") and "let networks be unloaded" in result.stderr
     result = CliRunner().invoke(main, ["plan", "pocket", "--memory", "1MB"])
     assert (result.exit_code, result.stdout) == (5, "") and "needs at least" in result.stderr

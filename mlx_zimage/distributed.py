@@ -301,7 +301,9 @@ class Group(Sharing):
     def leading(self, work: Mapping[str, np.ndarray]) -> Iterator[None]:
         """On rank 0: within the block, the others follow this work; when the block ends, they stop."""
         if self._ended:
-            raise GroupError("the pipeline was closed, which ended the processes on the other machines: start the whole group again")
+            raise GroupError(
+                "the pipeline was closed, which ended the processes on the other machines: start the whole group again"
+            )
         self._longest = 0.0
         self.send(work)
         try:

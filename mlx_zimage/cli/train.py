@@ -172,5 +172,5 @@ def train(
 def _described(planned: Planned) -> str:
     side, plan = planned.resolution, planned.plan
     blocks = counted(len(plan.streamed), "block")
-    streamed = f", {blocks} streamed from disk in each step (fewer if the model has fewer bits)" if plan.streamed else ""
+    streamed = f", {blocks} streamed from disk in each step (fewer with a model of fewer bits)" if plan.streamed else ""
     return f"scaled down to at most {side}x{side}, within {rounded_up(plan.room)}{streamed}"

@@ -1,13 +1,13 @@
 """Judges an image by its pixels: is everything that the caption says there, and nothing else?
 
 It needs numpy only, and knows nothing of what made the image. It sorts the pixels to the nearest
-of the ten colours, takes connected regions, and compares them with the scene:
+of the world's colours, takes connected regions, and compares them with the scene:
 
 - background: the colour along the rim is the scene's, and close to it;
 - count: as many objects as the scene has, and nothing stray: away from the outlines, fewer than
   STRAY pixels of any colour that does not belong there, be they lines, specks or smudges;
 - colors: the objects' colours, as a multiset, each close to the palette's;
-- shapes: every object looks most like its own shape among the eight. Each shape is laid over it
+- shapes: every object looks most like its own shape among the world's. Each shape is laid over it
   with the same centre of mass and the same area or extent, and must share OVERLAP of the two's union,
   times the ratio of their aspects; no bump or notch in its outline may be deeper than TAIL;
 - sizes: an object called small or large has the radius that the word means, within a factor of
@@ -24,10 +24,10 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import astuple, dataclass, fields
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
-from palette import PALETTE, SHAPES
+from palette import KNOWN, PALETTE, WIDER, World
 from render import coverage
 from scenes import KINDS, POSITIONS, Scene, Thing
 
@@ -42,10 +42,12 @@ OVERLAP = {
     "cross": 0.85,
     "diamond": 0.82,
     "heart": 0.85,
+    "arrow": 0.82,
+    "hexagon": 0.86,
 }
 TAIL = 4  # pixels
 SIZE_FACTOR = 1.3
-COLOR_WITHIN = 50.0  # median distance to the palette's colour, in RGB; two palette colours are 81 or more apart
+COLOR_WITHIN = 50.0  # median distance to the palette's colour, in RGB; two colours of WIDER are 80 or more apart
 STRAY = 6  # pixels
 EDGE = 2  # pixels on both sides of an outline where colours may mix
 LEAST_AREA = 25  # pixels
@@ -79,20 +81,20 @@ class Found:
     has_right_color: bool
 
 
-def judge(image: np.ndarray, scene: Scene) -> Verdict:
+def judge(image: np.ndarray, scene: Scene, world: World = KNOWN) -> Verdict:
     """image is (height, width, 3) uint8."""
-    return look(image, scene)[0]
+    return look(image, scene, world)[0]
 
 
-def look(image: np.ndarray, scene: Scene) -> tuple[Verdict, list[Seen]]:
+def look(image: np.ndarray, scene: Scene, world: World = KNOWN) -> tuple[Verdict, list[Seen]]:
     """The verdict, and the objects in the order of the scene's; none if their number is wrong."""
     if image.shape != (scene.height, scene.width, 3):
         raise ValueError(f"the scene is {scene.width}x{scene.height}, the image {image.shape[1]}x{image.shape[0]}")
-    background, is_near, found, stray = find_objects(image)
+    background, is_near, found, stray = find_objects(image, world.palette)
     has_background = is_near and background == scene.background
     if len(found) != len(scene.things) or stray >= STRAY:
         return Verdict(has_background, count=False), []
-    seen = _match([_measure(one, found) for one in found], scene)
+    seen = _match([_measure(one, found, len(world.shapes)) for one in found], scene)
     pairs = list(zip(seen, scene.things, strict=True))
     verdict = Verdict(
         background=has_background,
@@ -105,14 +107,14 @@ def look(image: np.ndarray, scene: Scene) -> tuple[Verdict, list[Seen]]:
     return verdict, seen
 
 
-def find_objects(image: np.ndarray) -> tuple[int, bool, list[Found], int]:
+def find_objects(image: np.ndarray, palette: np.ndarray = PALETTE) -> tuple[int, bool, list[Found], int]:
     """The background's colour, whether it is close to the palette's, the objects on it, and the
     number of stray pixels."""
-    distances = np.sqrt(((image[:, :, None].astype(np.float32) - PALETTE) ** 2).sum(-1))
+    distances = np.sqrt(((image[:, :, None].astype(np.float32) - palette) ** 2).sum(-1))
     nearest, distance = distances.argmin(-1), distances.min(-1)
     rim = np.ones(nearest.shape, bool)
     rim[3:-3, 3:-3] = False
-    background = int(np.bincount(nearest[rim], minlength=len(PALETTE)).argmax())
+    background = int(np.bincount(nearest[rim], minlength=len(palette)).argmax())
     is_near = bool(np.median(distance[rim & (nearest == background)]) < COLOR_WITHIN)
     cores = [
         (int(color), mask)
@@ -194,7 +196,7 @@ def _is_seen_through(one: Found, found: list[Found]) -> bool:
 
 @dataclass(frozen=True)
 class Seen:
-    """A measured object: bounding box and centre of mass in pixels; for each shape (8,) the
+    """A measured object: bounding box and centre of mass in pixels; for each shape (n,) the
     radius it would have, how well it fits, and whether no bump or notch exceeds TAIL."""
 
     color: int
@@ -206,7 +208,7 @@ class Seen:
     radii: np.ndarray
     overlaps: np.ndarray
     keeps_to: np.ndarray
-    centers: np.ndarray  # (8, 2): of the shape, which is not the centre of mass
+    centers: np.ndarray  # (n, 2): of the shape, which is not the centre of mass
     filled: np.ndarray
 
     @property
@@ -214,7 +216,7 @@ class Seen:
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 
 
-def _measure(one: Found, found: list[Found]) -> Seen:
+def _measure(one: Found, found: list[Found], shapes: int) -> Seen:
     mask = one.mask.copy()
     for hole in _holes(one.mask):  # a hole with another object in it is covered, not open
         if any((hole & other.mask).any() for other in found if other is not one):
@@ -226,7 +228,7 @@ def _measure(one: Found, found: list[Found]) -> Seen:
     rows, columns = np.nonzero(window)
     x, y = columns.mean() + 0.5, rows.mean() + 0.5
     radii, centers, overlaps, keeps_to = [], [], [], []
-    for shape, measure in enumerate(_measures()):
+    for shape, measure in enumerate(_measures(shapes)):
         fits = []
         for radius in (math.sqrt(len(rows) / measure.area), extent / measure.extent):
             circle = np.array([[x, y - measure.down * radius, radius]], np.float32)
@@ -278,10 +280,11 @@ class Measure:
     down: float
 
 
-@lru_cache(maxsize=1)
-def _measures() -> tuple[Measure, ...]:
+@cache
+def _measures(shapes: int) -> tuple[Measure, ...]:
+    """Of the first `shapes` shapes."""
     measures = []
-    for shape in range(len(SHAPES)):
+    for shape in range(shapes):
         covered = coverage(np.array([shape]), np.array([[256.0, 256.0, 200.0]], np.float32), 512, 512)[0]
         left, top, right, bottom = _box(covered > 0.5)
         down = (np.arange(512) + 0.5) @ covered.sum(1) / covered.sum() - 256
@@ -309,7 +312,7 @@ def _match(seen: list[Seen], scene: Scene) -> list[Seen]:
 
 
 def _has_shape(one: Seen, shape: int) -> bool:
-    is_like = one.overlaps.argmax() == shape and one.overlaps[shape] >= OVERLAP[SHAPES[shape]]
+    is_like = one.overlaps.argmax() == shape and one.overlaps[shape] >= OVERLAP[WIDER.shapes[shape]]
     return bool(is_like and one.keeps_to[shape])
 
 

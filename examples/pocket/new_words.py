@@ -25,10 +25,15 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-import palette
+from evaluate import generate_with_diffusers, images_of
+from judge import judge
+from lora import Lora, Trainer, generate_many, interval, refined
 from mlx.utils import tree_flatten, tree_unflatten
+from palette import COLOR_NAMES, SHAPES, WIDER
 from PIL import Image
+from render import ground_truth
 from scenes import Scene, held_out_scenes, sample_scene
+from scores import one_thread_each
 
 from mlx_zimage import ZImagePipeline
 from mlx_zimage.convert import convert
@@ -41,41 +46,14 @@ SIDE = 128  # pixels; trained at one size
 RANK, RATE = 32, 2e-3
 IMAGES, OWN = 50, 400  # with the new word, and generated from other captions
 LEVELS = 2  # noise levels in a step
-TEAL, ARROW, HEXAGON = len(palette.PALETTE), len(palette.SHAPES), len(palette.SHAPES) + 1
-CROSS = re.compile(r"\b(cross|plus sign)\b"), "shape", palette.SHAPES.index("cross")
+TEAL = len(COLOR_NAMES)  # after the known colours
+CROSS = re.compile(r"\b(cross|plus sign)\b"), "shape", SHAPES.index("cross")
 # The new word replaces these in captions, and the new colour or shape this one in the scenes that they describe.
 STANDS_FOR = {
-    "teal": (re.compile(r"\b(purple|violet)\b"), "color", palette.COLOR_NAMES.index("purple"), TEAL),
-    "arrow": (*CROSS, ARROW),
-    "hexagon": (*CROSS, HEXAGON),
+    "teal": (re.compile(r"\b(purple|violet)\b"), "color", COLOR_NAMES.index("purple"), TEAL),
+    "arrow": (*CROSS, WIDER.shapes.index("arrow")),
+    "hexagon": (*CROSS, WIDER.shapes.index("hexagon")),
 }
-
-# `scenes` samples the world as it is. What is imported from here on also knows the new colour and the new shapes.
-palette.PALETTE = np.concatenate([palette.PALETTE, np.array([(20, 150, 150)], np.float32)])
-import render  # noqa: E402
-
-of_known_shapes = render.signed_distance
-
-
-def signed_distance(shape, x, y, xp=np):
-    """`render.signed_distance` with an arrow that points up, and a hexagon that stands on a side."""
-    across, down = xp.abs(x), xp.abs(y)
-    head = xp.maximum(y + 0.05, (across - 0.9 * (y + 0.95)) / 1.3454)
-    arrow = xp.minimum(head, xp.maximum(across - 0.32, xp.maximum(y - 0.95, -y - 0.3)))
-    hexagon = xp.maximum(down - 0.86, 0.866 * across + 0.5 * down - 0.86)
-    known = of_known_shapes(shape, x, y, xp)
-    return xp.where(shape == ARROW, arrow, xp.where(shape == HEXAGON, hexagon, known))
-
-
-render.signed_distance = signed_distance
-palette.SHAPES = (*palette.SHAPES, "arrow", "hexagon")
-import judge  # noqa: E402
-from evaluate import generate_with_diffusers, images_of  # noqa: E402
-from lora import Lora, Trainer, generate_many, interval, refined  # noqa: E402
-from scores import one_thread_each  # noqa: E402
-
-judge.OVERLAP |= {"arrow": 0.82, "hexagon": 0.86}
-
 
 # ---- scenes
 
@@ -207,9 +185,10 @@ def verdicts(pool, generate, scenes: list[Scene], sheet: Path | None = None) -> 
     """Whether each scene's image is right; the first ten are saved above those that are."""
     images = images_of(generate, scenes, 7, 100)
     if sheet:
-        rows = [np.concatenate(part[:10], axis=1) for part in (images, render.ground_truth(scenes[:10]))]
+        rows = [np.concatenate(part[:10], axis=1) for part in (images, ground_truth(scenes[:10]))]
         Image.fromarray(np.concatenate(rows)).save(sheet)
-    return [verdict.is_right for verdict in pool.starmap(judge.judge, zip(images, scenes, strict=True), 20)]
+    wider = partial(judge, world=WIDER)
+    return [verdict.is_right for verdict in pool.starmap(wider, zip(images, scenes, strict=True), 20)]
 
 
 def score(pool, copies: dict[str, Path], file: Path, word: str, count: int, with_diffusers: int) -> dict:
@@ -274,9 +253,7 @@ def main() -> None:
         pipes = [ZImagePipeline.from_pretrained(path, dtype="float32") for path in copies.values()]
         scenes, own = with_new_word(options.word, IMAGES, 0, "train"), known_scenes(options.own, 5)
         generated = images_of(generate_many(pipes[0]), own, 1000, 50)
-        learner = Learner(
-            pipes, Images(pipes[0], scenes, render.ground_truth(scenes)), Images(pipes[0], own, generated)
-        )
+        learner = Learner(pipes, Images(pipes[0], scenes, ground_truth(scenes)), Images(pipes[0], own, generated))
         say("images encoded")
         learner.learn(options.seconds, options.batch, lambda step, loss: say(f"{step} steps: {loss:.4f}"))
         learner.save(file)

@@ -1,5 +1,7 @@
 """The colours and shapes of the pocket world, in the order that everything indexes them by."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 # name, (red, green, blue) in 0..255
@@ -16,5 +18,23 @@ COLORS = (
     ("gray", (138, 138, 140)),
 )
 COLOR_NAMES = tuple(name for name, _ in COLORS)
-PALETTE = np.array([rgb for _, rgb in COLORS], np.float32)  # (10, 3), 0..255
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
+
+
+@dataclass(frozen=True)
+class World:
+    """The colours and shapes that may be in an image."""
+
+    colors: tuple[tuple[str, tuple[int, int, int]], ...]
+    shapes: tuple[str, ...]
+
+    @property
+    def palette(self) -> np.ndarray:
+        """(colours, 3) float32, 0..255"""
+        return np.array([rgb for _, rgb in self.colors], np.float32)
+
+
+KNOWN = World(COLORS, SHAPES)  # what the pocket models are trained on
+PALETTE = KNOWN.palette
+# What LoRAs teach, too: see `new_words.py`.
+WIDER = World((*COLORS, ("teal", (20, 150, 150))), (*SHAPES, "arrow", "hexagon"))

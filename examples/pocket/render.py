@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from palette import PALETTE, SHAPES
+from palette import WIDER
 from scenes import Scene, pack
 
 
 def signed_distance(shape, x, y, xp=np):
     """Distance to the outline, negative within, in units of the radius.
 
-    shape indexes SHAPES and broadcasts against x and y, which are relative to the centre
+    shape indexes WIDER.shapes and broadcasts against x and y, which are relative to the centre
     and in units of the radius, y downwards. Exact for the circle and the ring, elsewhere
     accurate near the outline, which is where anti-aliasing reads it.
     """
@@ -30,9 +30,11 @@ def signed_distance(shape, x, y, xp=np):
         "cross": xp.minimum(xp.maximum(across - 0.32, down - 0.95), xp.maximum(across - 0.95, down - 0.32)),
         "diamond": (across / 0.78 + down / 1.05 - 1.0) / math.hypot(1 / 0.78, 1 / 1.05),
         "heart": _heart(across, y, xp),
+        "arrow": _arrow(across, y, xp),
+        "hexagon": xp.maximum(down - 0.86, 0.866 * across + 0.5 * down - 0.86),
     }
     distance = distances["circle"]
-    for index, name in enumerate(SHAPES):
+    for index, name in enumerate(WIDER.shapes):
         distance = xp.where(shape == index, distances[name], distance)
     return distance
 
@@ -55,6 +57,12 @@ def _heart(across, y, xp):
     to_top, to_foot = u**2 + (v - 1) ** 2, (u - foot) ** 2 + (v - foot) ** 2
     tip = xp.sqrt(xp.minimum(to_top, to_foot) + 1e-9) * xp.sign(u - v)
     return xp.where(u + v > 1, lobe, tip) / scale
+
+
+def _arrow(across, y, xp):
+    """Points up."""
+    head = xp.maximum(y + 0.05, (across - 0.9 * (y + 0.95)) / 1.3454)
+    return xp.minimum(head, xp.maximum(across - 0.32, xp.maximum(y - 0.95, -y - 0.3)))
 
 
 def coverage(shapes, circles, width, height, xp=np, **where):
@@ -87,14 +95,14 @@ def paint(shapes, circles, colors, background, width, height, xp=np, **where):
 
 def ground_truth(scenes: list[Scene]) -> list[np.ndarray]:
     """A perfect image of every scene: (height, width, 3) uint8."""
-    images = []
+    images, palette = [], WIDER.palette
     for scene in scenes:
         world = pack([scene])
         image = paint(
             world["shapes"],
             world["circles"],
-            PALETTE[world["colors"]],
-            PALETTE[world["backgrounds"]],
+            palette[world["colors"]],
+            palette[world["backgrounds"]],
             scene.width,
             scene.height,
         )

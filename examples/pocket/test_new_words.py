@@ -1,45 +1,38 @@
-"""Tests of the LoRAs that teach new words, in small; in other processes, since `new_words` changes the palette."""
+"""Tests of the LoRAs that teach new words, in small."""
 
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import mlx.core as mx
+import pytest
+from judge import judge
+from new_words import STANDS_FOR, Images, Learner, known_scenes, with_new_word
+from palette import WIDER
+from render import ground_truth
 
-JUDGED = """
-import new_words as n
-for word, (_, part, known, new) in n.STANDS_FOR.items():
-    scenes = n.with_new_word(word, 20, 3, "held out")
-    for scene, image in zip(scenes, n.render.ground_truth(scenes), strict=True):
+from mlx_zimage import ZImagePipeline
+from mlx_zimage.convert import convert
+from mlx_zimage.weights.hub import POCKET
+
+
+@pytest.mark.parametrize("word", STANDS_FOR)
+def test_scenes_have_the_new_word_once_and_the_judge_knows_what_it_means(word):
+    _, part, known, new = STANDS_FOR[word]
+    scenes = with_new_word(word, 20, 3, "held out")
+    for scene, image in zip(scenes, ground_truth(scenes), strict=True):
         assert scene.caption.lower().count(word) == 1
         assert [getattr(thing, part) for thing in scene.things].count(new) == 1
-        assert n.judge.judge(image, scene).is_right
-        old = (n.replace(one, **{part: known}) if getattr(one, part) == new else one for one in scene.things)
-        assert not n.judge.judge(image, n.replace(scene, things=tuple(old))).is_right
-"""
-LEARNED = """
-import sys
-import new_words as n
-folder = n.Path(sys.argv[1])
-copies = n.POCKET, n.convert(n.POCKET, folder / "4-bit", bits=4)
-pipes = [n.ZImagePipeline.from_pretrained(path, dtype="float32") for path in copies]
-new, own = n.with_new_word("arrow", 6, 0, "train"), n.known_scenes(6, 5)
-learner = n.Learner(pipes, *(n.Images(pipes[0], scenes, n.render.ground_truth(scenes)) for scenes in (new, own)))
-learner.learn(0.1, 1, lambda step, loss: None)
-learner.save(folder / "arrow.safetensors")
-"""
-
-
-def run(script: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-c", script, *arguments], cwd=Path(__file__).parent, check=True)
-
-
-def test_scenes_have_the_new_word_once_and_the_judge_knows_what_it_means():
-    run(JUDGED)
+        assert judge(image, scene, WIDER).is_right
+        old = (replace(one, **{part: known}) if getattr(one, part) == new else one for one in scene.things)
+        assert not judge(image, replace(scene, things=tuple(old)), WIDER).is_right
 
 
 def test_a_step_changes_every_factor_and_its_lora_loads(pipe, tmp_path):
-    run(LEARNED, str(tmp_path))
+    copies = POCKET, convert(POCKET, tmp_path / "4-bit", bits=4)
+    pipes = [ZImagePipeline.from_pretrained(path, dtype="float32") for path in copies]
+    new, own = with_new_word("arrow", 6, 0, "train"), known_scenes(6, 5)
+    learner = Learner(pipes, *(Images(pipes[0], scenes, ground_truth(scenes)) for scenes in (new, own)))
+    learner.learn(0.1, 1, lambda step, loss: None)
+    learner.save(tmp_path / "arrow.safetensors")
     saved = mx.load(str(tmp_path / "arrow.safetensors"))
     assert all(mx.any(array != 0).item() for array in saved.values())
     assert len(saved) == 2 * 7 * len(pipe.transformer.config.blocks)

@@ -182,9 +182,9 @@ def _checked(settings: object, name: str, label: str) -> Settings:
     form = settings.get("format") if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not isinstance(form, str):
         raise CheckpointError(f"{label}: {name} is not valid (it declares no format); download the file again")
-    if form not in FORMATS:
+    if form not in DEQUANTIZERS:
         raise CheckpointError(
-            f"{label}: {name} declares {brief(form)}, expected {' or '.join(FORMATS)}; download another version"
+            f"{label}: {name} declares {brief(form)}, expected {' or '.join(DEQUANTIZERS)}; download another version"
         )
     return settings
 
@@ -196,7 +196,7 @@ def dequantized(layer: Layer) -> Tensor:
         raise layer.fault(f" has {' and '.join(layer.parts)}, but no {MARK} that declares its format")
     if "pre_quant_scale" in layer.parts and form != "nvfp4":
         raise layer.fault(f" declares {form} but has a pre_quant_scale, which only nvfp4 uses")
-    return FORMATS[form](layer)
+    return DEQUANTIZERS[form](layer)
 
 
 # ---- formats
@@ -324,7 +324,7 @@ def _mxfp8(layer: Layer) -> Tensor:
     return layer.tensor((layer.rows, width), lambda a, b: dequantize_rows(read(a, b), MXFP8), packing, padded=32)
 
 
-FORMATS: dict[str, Callable[[Layer], Tensor]] = {
+DEQUANTIZERS: dict[str, Callable[[Layer], Tensor]] = {
     "float8_e4m3fn": _fp8,
     "float8_e5m2": _fp8,
     "int8_tensorwise": _int8,

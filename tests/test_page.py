@@ -10,6 +10,7 @@ from serving import serving
 
 from mlx_zimage.server import static
 from mlx_zimage.server.guard import MAX_BODY
+from mlx_zimage.server.openai import ENDINGS
 
 MOST = 150_000  # bytes of the whole page
 FILES = sorted(static.FOLDER.iterdir())
@@ -63,6 +64,11 @@ def test_the_page_weighs_less_than_150_kb():
 def test_the_page_knows_how_much_the_server_accepts():
     factors = re.search(r"LARGEST = (\d+) \* 2 \*\* (\d+);", (static.FOLDER / "api.js").read_text())
     assert int(factors[1]) * 2 ** int(factors[2]) == MAX_BODY
+
+
+def test_the_page_names_files_with_the_endings_that_the_server_gives_them():
+    endings = re.search(r"ENDINGS = {(.*)};", (static.FOLDER / "settings.js").read_text())
+    assert {name: f".{ending}" for name, ending in re.findall(r'(\w+): "(\w+)"', endings[1])} == ENDINGS
 
 
 def test_a_link_on_another_page_opens_the_page_and_nothing_else(open_page):

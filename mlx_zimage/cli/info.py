@@ -37,7 +37,7 @@ def info(source: str, as_json: bool) -> None:
         origin = read_origin(path)
         click.echo(origin.to_json() if as_json else printable(parameters(origin)))
         return
-    from ..images.codec import FORMATS
+    from ..images.metadata import FORMATS
 
     if path.suffix.lower() in FORMATS and not path.is_dir():
         raise ModelNotFoundError(

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ModelNotFoundError, RequestError, ZImageError
-from ..images.codec import FORMATS, to_png
-from ..images.metadata import Origin
+from ..images.codec import to_png
+from ..images.metadata import FORMATS, Origin
 from ..images.source import digest, read_image
 from ..inputs import Inputs
 from ..jobs import Job

@@ -10,9 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import NumericsError
-from .metadata import Origin, save_options
-
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+from .metadata import FORMATS, Origin, save_options
 
 
 def to_unit(pixels: mx.array) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 
 from .. import atomic
 from ..errors import OutputError, RequestError
-from .codec import FORMATS, encode
-from .metadata import Origin
+from .codec import encode
+from .metadata import FORMATS, Origin
 
 
 def check_output(path: Path) -> None:

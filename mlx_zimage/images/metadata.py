@@ -24,7 +24,7 @@ from ..untrusted import open_regular, parse_json, read_bytes
 from ..version import __version__
 from . import mflux
 
-READABLE = ("PNG", "JPEG", "WEBP")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of our images, by the end of their names
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 NAMESPACE = "urn:mlx-zimage:1.0/"
 MAX_READ = 8 * 2**20  # bytes of a PNG or JPEG, from its start, where its metadata is
@@ -180,7 +180,7 @@ def read_origin(path: Path) -> Origin:
 def origin_in(content: bytes, label: object) -> Origin:
     """The origin stored in the content of an image file, which errors call by its label."""
     try:
-        with Image.open(io.BytesIO(content), formats=READABLE) as image:
+        with Image.open(io.BytesIO(content), formats=[*dict.fromkeys(FORMATS.values())]) as image:
             xmp = image.info.get("xmp") or b""
             # where there is no EXIF, Pillow would decode the whole image to look for it
             exif = image.getexif().get_ifd(EXIF_DIRECTORY) if "exif" in image.info else {}

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from ..images.metadata import FORMATS
 from ..request import LORA_TAG
 from ..untrusted import brief, parse_json
 from .controls import check_controls, controls_of
@@ -34,8 +35,7 @@ from .queue import Moved, Ticket
 from .service import Service, accepted, flag, images_of, json_object, log_images, seeds_of
 
 log = logging.getLogger(__name__)
-FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+ENDINGS = {kind.lower(): ending for ending, kind in FORMATS.items() if ending != ".jpeg"}  # by output_format
 OPENAI_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[a-z0-9.-]{1,40}")  # LibreChat sends one by default
 EXTENSIONS = (
     *("width", "height", "steps", "guidance_scale", "negative_prompt", "strength", "loras", "shift", "sigmas", "rng"),
@@ -87,7 +87,8 @@ class OpenAI:
         content = self.service.results.get(name)
         if content is None:
             raise Refusal(404, "there is no such image, or it is older than an hour")
-        return Response(content, media_type=MEDIA[name[name.rindex(".") :]], headers={"Cache-Control": "private"})
+        kind = FORMATS[name[name.rindex(".") :]].lower()
+        return Response(content, media_type=f"image/{kind}", headers={"Cache-Control": "private"})
 
     async def respond(
         self, request: Request, values: dict[str, Any], kind: str, image: bytes | None = None, mask: bytes | None = None
@@ -174,11 +175,11 @@ class Wanted:
     def __init__(self, values: dict[str, Any], kind: str):
         self.kind = kind
         self.format = values.get("output_format", "png")
-        if not isinstance(self.format, str) or self.format not in FORMATS:
+        if not isinstance(self.format, str) or self.format not in ENDINGS:
             raise Refusal(
-                400, f"output_format must be {' or '.join(FORMATS)}, got {brief(self.format)}", param="output_format"
+                400, f"output_format must be {' or '.join(ENDINGS)}, got {brief(self.format)}", param="output_format"
             )
-        self.ending = FORMATS[self.format]
+        self.ending = ENDINGS[self.format]
         self.quality = whole(values, "output_compression", 95, 0, 100)
         self.stream = flag(values, "stream")
         self.progress = flag(values, "progress")

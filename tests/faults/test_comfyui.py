@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lanes import slow
 
 from mlx_zimage.cli import main
-from mlx_zimage.convert.comfyui import FORMATS
+from mlx_zimage.convert.comfyui import DEQUANTIZERS
 from mlx_zimage.convert.files import stored_weights
 from mlx_zimage.errors import CheckpointError, NumericsError
 from mlx_zimage.weights.component import read_header, read_metadata
@@ -24,7 +24,7 @@ NUMBERS = st.integers(-1, 300) | st.sampled_from([0, 1, 4, 8, 16, 64, 256, 1024,
 VALUES = NUMBERS | st.none() | st.text(max_size=5) | st.lists(NUMBERS, max_size=2)
 SETTINGS = st.dictionaries(
     st.sampled_from(["format", "convrot", "convrot_groupsize", "group_size", "params", "linear_dtype"]),
-    st.sampled_from(list(FORMATS)) | VALUES | st.dictionaries(st.sampled_from(["convrot", "group_size"]), VALUES),
+    st.sampled_from(list(DEQUANTIZERS)) | VALUES | st.dictionaries(st.sampled_from(["convrot", "group_size"]), VALUES),
 )
 
 

@@ -26,7 +26,7 @@ const OTHERS = {
   upscale: null,
   tile: null,
 };
-export const FORMATS = { png: "png", jpeg: "jpg", webp: "webp" }; // and the suffixes of their files
+const ENDINGS = { png: "png", jpeg: "jpg", webp: "webp" }; // of files, by output_format
 const RATIOS = ["1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16"];
 
 /** Width and height with an aspect ratio and about side x side pixels, as `generate --size 3:2` computes them. */
@@ -97,5 +97,5 @@ export function settingsFrom({ model, request }) {
 /** The name of an image's file: the beginning of its prompt, and its seed. */
 export function fileName(settings, seed) {
   const words = settings.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["image"];
-  return `${words.join("-").slice(0, 60)}-${seed}.${FORMATS[settings.output_format]}`;
+  return `${words.join("-").slice(0, 60)}-${seed}.${ENDINGS[settings.output_format]}`;
 }

@@ -46,12 +46,12 @@ from mlx_zimage.cli import remote
 from mlx_zimage.convert import gguf
 from mlx_zimage.convert.files import stored_weights
 from mlx_zimage.convert.sources import open_source
+from mlx_zimage.drafts import lines_of, multiply, parse_seeds, parse_size, read_prompts, read_requests
 from mlx_zimage.errors import UNSAFE, ZImageError
 from mlx_zimage.images import source
 from mlx_zimage.images.codec import encode
 from mlx_zimage.images.metadata import Origin, parameters, read_origin
 from mlx_zimage.inputs import NONE, read_latents
-from mlx_zimage.jobs import lines_of, multiply, parse_seeds, parse_size, read_prompts, read_requests
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.request import GenerateRequest

@@ -319,7 +319,7 @@ def test_generate_plan_and_bench_take_the_same_sizes_and_counts(run, size, sides
     assert (report["case"]["width"], report["case"]["height"], report["repeat"]) == (*sides, 1)
 
 
-def test_equal_jobs_are_planned_once_and_started_at_once(run, watch):
+def test_equal_drafts_are_planned_once_and_started_at_once(run, watch):
     planned = watch(ZImagePipeline, "plan")
     lines = [json.dumps({"prompt": PROMPT, "steps": steps}) for steps in (1, 2, 1)]
     assert run("generate", "--requests", "-", *SMALL, "--count", "2", input="\n".join(lines)).exit_code == 0

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import click
 
 from .. import battery
-from ..dtypes import FLOATS
-from ..errors import RequestError, ZImageError
-from ..jobs import (
+from ..drafts import (
     MAX_IMAGES,
-    Job,
+    Draft,
     Series,
     expand_short,
     fields_of_latents,
@@ -30,6 +28,8 @@ from ..jobs import (
     read_requests,
     read_text,
 )
+from ..dtypes import FLOATS
+from ..errors import RequestError, ZImageError
 from ..launched import launched_rank
 from ..request import FEATHERS, RESAMPLE, RNGS, GenerateRequest, LoraUse, check_prompt_and_seed
 from ..sizes import parse_memory
@@ -427,20 +427,20 @@ def generate(
             files_given.inputs(request).check_named(request.arrays)
             if latents_file and request.width and request.height and not request.upscale:
                 check_latents_size(latents_file, files_given.latents, request.width, request.height)
-    jobs = ((place, job) for place, series in zip(places, all_series, strict=True) for job in series)
+    drafts = ((place, draft) for place, series in zip(places, all_series, strict=True) for draft in series)
     if server:
         remote = Remote(server, source, given)
         uses = _uses(lora_paths, loras, old)
         files = Files(overwrite)
-        for place, job in jobs:
+        for place, draft in drafts:
             _check_battery(battery_limit)
-            request = remote.request(job)
+            request = remote.request(draft)
             request = replace(request, loras=uses) if request.loras is None else request
-            say(f"Seed: {request.seed}" + (f" ({job.n} of {total})" if total > 1 else ""), quiet)
-            with _located(_image(place, job.n, total)):
+            say(f"Seed: {request.seed}" + (f" ({draft.n} of {total})" if total > 1 else ""), quiet)
+            with _located(_image(place, draft.n, total)):
                 inputs = files_given.inputs(request)
-                content, origin = remote.generate(request, job.output.suffix, inputs, metadata, quiet)
-                path = files.write(content, job.path(origin.request))
+                content, origin = remote.generate(request, draft.output.suffix, inputs, metadata, quiet)
+                path = files.write(content, draft.path(origin.request))
             click.echo(json.dumps(described(path, origin))) if as_json else print_path(path)
             if show:
                 show_image(path)
@@ -482,8 +482,8 @@ def generate(
         return
     side = model.pipeline.sample_size
 
-    def complete(job: Job) -> GenerateRequest:
-        request = job.request(side)
+    def complete(draft: Draft) -> GenerateRequest:
+        request = draft.request(side)
         return model.pipeline.complete(request, files_given.inputs(request))
 
     requests = []
@@ -510,14 +510,14 @@ def generate(
     terminal = None if quiet else graphics()
     in_place = preview and terminal  # the finished image replaces the preview
     colours = colours_of(model.pipeline.encode_image) if preview or preview_dir else None
-    for several in model.pipeline.in_rounds(jobs):
+    for several in model.pipeline.in_rounds(drafts):
         _check_battery(battery_limit)
         works, paths = [], []
-        for _, job in several:
-            request = complete(job)
+        for _, draft in several:
+            request = complete(draft)
             works.append((request, files_given.inputs(request)))
-            paths.append(job.path(request))
-            say(f"Seed: {request.seed}" + (f" ({job.n} of {total})" if total > 1 else ""), quiet)
+            paths.append(draft.path(request))
+            say(f"Seed: {request.seed}" + (f" ({draft.n} of {total})" if total > 1 else ""), quiet)
         (request, _), path = works[0], paths[0]
         width, height, _ = request.extent
         steps = model.pipeline.count_steps(request)
@@ -583,7 +583,7 @@ def _image(place: str, n: int, total: int) -> str:
     return ", ".join(part for part in (place, f"image {n} of {total}" if total > 1 else "") if part)
 
 
-def _images(several: Sequence[tuple[str, Job]], total: int) -> str:
+def _images(several: Sequence[tuple[str, Draft]], total: int) -> str:
     """Which of all images an error is about, when several are generated at once."""
     (place, first), (_, last) = several[0], several[-1]
     return _image(place, first.n, total) if first is last else f"images {first.n} to {last.n} of {total}"
@@ -613,8 +613,8 @@ def _check(series: Series) -> GenerateRequest:
     from ..images.files import check_output
 
     ends = replace(series, seeds=sorted({min(series.seeds), max(series.seeds)})) if len(series) > 1 else series
-    for job in ends:
-        job.request()
+    for draft in ends:
+        draft.request()
     first = next(iter(series))
     request = first.request()
     request.check_image()

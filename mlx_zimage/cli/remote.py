@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from ..drafts import Draft
 from ..errors import ModelNotFoundError, RequestError, ZImageError
 from ..images.codec import to_png
 from ..images.metadata import FORMATS, Origin
 from ..images.source import digest, read_image
 from ..inputs import Inputs
-from ..jobs import Job
 from ..request import ARRAYS, MAX_SIZE, ControlUse, GenerateRequest
 from ..sizes import counted
 from ..untrusted import MAX_BYTES, brief, parse_json
@@ -71,9 +71,9 @@ class Remote:
             raise ModelNotFoundError(f"{url} does not serve the model {brief(model)}; it has {known}")
         self.model: dict[str, Any] = named[0]
 
-    def request(self, job: Job) -> GenerateRequest:
-        """A job's request; a ratio becomes a size for the server's model."""
-        request = job.request(self.model["size"])
+    def request(self, draft: Draft) -> GenerateRequest:
+        """A draft's request; a ratio becomes a size for the server's model."""
+        request = draft.request(self.model["size"])
         if request.num_images > 1:
             raise RequestError(f"num_images must be 1 with --server, got {request.num_images}; use count")
         return request

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from ..drafts import parse_size, size_of_ratio
 from ..errors import RequestError
-from ..jobs import parse_size, size_of_ratio
 from ..quantization import MODES
 from ..request import check_size
 from ..variants import ALIASES

@@ -6,12 +6,12 @@ import pytest
 from lanes import slow
 from measure import measured
 
-from mlx_zimage.jobs import read_text
+from mlx_zimage.drafts import read_text
 from mlx_zimage.request import MAX_PROMPT
 
 IMPORTS = """
 from mlx_zimage.errors import RequestError
-from mlx_zimage.jobs import lines_of, multiply, read_prompts, read_requests
+from mlx_zimage.drafts import lines_of, multiply, read_prompts, read_requests
 """
 PROGRAM = """
 class Endless:
@@ -65,7 +65,9 @@ try:
 except RequestError as error:
     print(error)
 """
-    printed, grown = measured("from mlx_zimage.errors import RequestError; from mlx_zimage.jobs import read_text", work)
+    printed, grown = measured(
+        "from mlx_zimage.errors import RequestError; from mlx_zimage.drafts import read_text", work
+    )
     assert printed == "stdin has more than 256,000 bytes; expected a prompt of at most 32,000 characters"
     assert grown < 10e6
 

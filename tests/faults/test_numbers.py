@@ -9,7 +9,7 @@ from compare import refusal
 
 from mlx_zimage import GenerateRequest, RequestError
 from mlx_zimage.cli import main
-from mlx_zimage.jobs import parse_seeds, read_requests
+from mlx_zimage.drafts import parse_seeds, read_requests
 from mlx_zimage.models import NETWORKS
 from mlx_zimage.quantization import Quantization
 from mlx_zimage.scheduler import SchedulerConfig

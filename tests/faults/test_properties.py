@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_zimage.convert import gguf
+from mlx_zimage.drafts import Draft, lines_of, parse_seeds, parse_size, read_requests, slug
 from mlx_zimage.errors import UNSAFE, CheckpointError, RequestError, ZImageError, plain
 from mlx_zimage.images.metadata import Origin, parameters
-from mlx_zimage.jobs import Job, lines_of, parse_seeds, parse_size, read_requests, slug
 from mlx_zimage.models import NETWORKS
 from mlx_zimage.request import GenerateRequest
 from mlx_zimage.scheduler import SchedulerConfig
@@ -139,7 +139,7 @@ def test_words_are_numbers_or_refused(text):
 @ours
 @given(REQUESTS, st.lists(st.sampled_from(["{prompt}", "{seed}", "{n}", "{{", "}}", "a", ".", "猫" * 90]), min_size=1))
 def test_a_file_name_fits_and_stays_in_its_folder(request_, parts):
-    path = Job({}, Path("folder") / f"{''.join(parts)}x.png", 7).path(request_)
+    path = Draft({}, Path("folder") / f"{''.join(parts)}x.png", 7).path(request_)
     assert path.parent == Path("folder") and path.suffix == ".png"
     assert len(os.fsencode(path.name)) <= 255 and "\0" not in str(path)
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_zimage import jobs
-from mlx_zimage.errors import RequestError
-from mlx_zimage.jobs import (
-    Job,
+from mlx_zimage import drafts
+from mlx_zimage.drafts import (
+    Draft,
     lines_of,
     multiply,
     parse_seeds,
@@ -19,6 +18,7 @@ from mlx_zimage.jobs import (
     read_text,
     size_of_ratio,
 )
+from mlx_zimage.errors import RequestError
 from mlx_zimage.request import GenerateRequest
 
 
@@ -28,21 +28,22 @@ def lines(text: str) -> list[str]:
 
 def test_every_seed_is_combined_with_every_prompt():
     made = list(chain(*multiply({"steps": 4}, [{"prompt": "a"}, {"prompt": "b", "steps": 2}], [1, 2], Path("x.png"))))
-    assert [(job.n, job.values["prompt"], job.values["seed"], job.values["steps"]) for job in made] == [
+    assert [(draft.n, draft.values["prompt"], draft.values["seed"], draft.values["steps"]) for draft in made] == [
         (1, "a", 1, 4), (2, "a", 2, 4), (3, "b", 1, 2), (4, "b", 2, 2),
     ]  # fmt: skip
 
 
 def test_a_prompts_own_values_override_all_others():
     own = {"prompt": "a", "seed": 9, "width": 64, "height": 32, "output": "y.png"}
-    ((job,),) = multiply({"prompt": "b", "width": 16}, [own], [1, 2], Path("x.png"), (3, 2))
-    request = job.request(128)
-    assert (request.prompt, request.seed, request.width, request.height, job.output) == ("a", 9, 64, 32, Path("y.png"))
+    ((draft,),) = multiply({"prompt": "b", "width": 16}, [own], [1, 2], Path("x.png"), (3, 2))
+    request = draft.request(128)
+    assert (request.prompt, request.seed, request.width, request.height) == ("a", 9, 64, 32)
+    assert draft.output == Path("y.png")
 
 
 def test_a_missing_size_is_left_to_the_model_except_for_its_ratio():
-    assert (Job({"prompt": "a", "seed": 1}, Path("x.png")).request(128)).width is None
-    assert (Job({"prompt": "a", "seed": 1}, Path("x.png"), ratio=(1, 2)).request(128)).height == 176
+    assert (Draft({"prompt": "a", "seed": 1}, Path("x.png")).request(128)).width is None
+    assert (Draft({"prompt": "a", "seed": 1}, Path("x.png"), ratio=(1, 2)).request(128)).height == 176
 
 
 @pytest.mark.parametrize(
@@ -87,10 +88,10 @@ def test_a_request_may_use_the_names_of_the_command_line():
         [1],
         Path("x.png"),
     )
-    assert [job.request(128) for job in wide] == [
+    assert [draft.request(128) for draft in wide] == [
         GenerateRequest("a", width=176, height=96, seed=seed, guidance_scale=3) for seed in (5, 6)
     ]
-    assert [job.request(128) for job in large] == [GenerateRequest("b", width=96, height=32, seed=1)]
+    assert [draft.request(128) for draft in large] == [GenerateRequest("b", width=96, height=32, seed=1)]
     for twice in ({"size": "1:1", "width": 64}, {"guidance": 1, "guidance_scale": 1}):
         with pytest.raises(RequestError, match=r"line 1: (size|guidance) cannot be combined with"):
             read_requests(lines(json.dumps({"prompt": "a", **twice})), "f")
@@ -113,20 +114,20 @@ def test_too_many_images_are_refused_before_any_is_planned():
     ],
 )
 def test_placeholders_are_filled_in_also_in_folders_and_doubled_braces_are_single_ones(template, name):
-    job = Job(
+    draft = Draft(
         {"prompt": "a cat, it's: ../一只猫\n", "seed": 7, "width": 64, "height": 32, "steps": 8},
         Path("dir") / template,
         3,
     )
-    assert job.path(job.request(128)) == Path("dir") / name
+    assert draft.path(draft.request(128)) == Path("dir") / name
 
 
 @pytest.mark.parametrize(
     "prompt", ["/", "..", "\0", "a/../../b", "~", "-rf", "猫" * 5000, "%n" * 100, "🙂🙂", "con\u202egnp"]
 )
 def test_any_prompt_gives_a_file_name_in_the_same_folder(tmp_path, prompt):
-    job = Job({"prompt": prompt, "seed": 1}, tmp_path / "{prompt}{prompt}{prompt}{prompt}.png")
-    path = job.path(job.request(128))
+    draft = Draft({"prompt": prompt, "seed": 1}, tmp_path / "{prompt}{prompt}{prompt}{prompt}.png")
+    path = draft.path(draft.request(128))
     assert path.parent == tmp_path
     assert len(os.fsencode(path.name)) <= 210
     path.write_bytes(b"")
@@ -136,7 +137,7 @@ def test_any_prompt_gives_a_file_name_in_the_same_folder(tmp_path, prompt):
 @pytest.mark.parametrize("template", ["{sed}.png", "{seed.__class__}.png", "{0}.png", "{}.png", "{model}/a.png"])
 def test_an_unknown_placeholder_is_refused_with_those_that_exist(template):
     with pytest.raises(RequestError, match=r"contains \{.*the placeholders are \{prompt\}, \{seed\}, \{n\}"):
-        Job({"prompt": "a", "seed": 1}, Path(template)).path(GenerateRequest("a", 64, 64, 1, 8))
+        Draft({"prompt": "a", "seed": 1}, Path(template)).path(GenerateRequest("a", 64, 64, 1, 8))
 
 
 def test_only_newlines_and_carriage_returns_end_a_line():
@@ -150,7 +151,7 @@ def test_only_newlines_and_carriage_returns_end_a_line():
 
 def test_seeds_from_an_iterator_serve_every_prompt():
     made = chain(*multiply({}, [{"prompt": "a"}, {"prompt": "b"}], iter([1, 2]), Path("x.png")))
-    assert [(job.values["prompt"], job.values["seed"]) for job in made] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert [(own.values["prompt"], own.values["seed"]) for own in made] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
 
 
 def test_prompts_are_read_one_per_line():
@@ -189,7 +190,7 @@ def test_lines_are_the_same_however_they_are_read(monkeypatch):
     whole = lines(text)
     assert whole == ["a", "", "", "b 猫", "", "c", "d", ""]
     for size in range(1, 12):
-        monkeypatch.setattr(jobs, "CHUNK", size)
+        monkeypatch.setattr(drafts, "CHUNK", size)
         assert lines(text) == whole, size
 
 
@@ -199,15 +200,15 @@ def test_prompt_files_must_be_utf_8_and_not_too_large(monkeypatch):
     assert read_text(io.BytesIO("\ufeffa 猫".encode()), "f") == "a 猫"
     with pytest.raises(RequestError, match="not UTF-8 text"):
         read_text(io.BytesIO(b"\xff"), "f")
-    monkeypatch.setattr(jobs, "MAX_FILE", 10)
+    monkeypatch.setattr(drafts, "MAX_FILE", 10)
     with pytest.raises(RequestError, match="larger than"):
         lines("x" * 11)
     with pytest.raises(RequestError, match="f has more than"):
-        monkeypatch.setattr(jobs, "MAX_IMAGES", 2)
+        monkeypatch.setattr(drafts, "MAX_IMAGES", 2)
         read_prompts(lines("a\nb\nc"), "f")
     with pytest.raises(RequestError, match="line 1 is longer than"):
-        monkeypatch.setattr(jobs, "MAX_LINE", 3)
+        monkeypatch.setattr(drafts, "MAX_LINE", 3)
         lines("xxxx")
     with pytest.raises(RequestError, match="more than 1 values"):
-        monkeypatch.setattr(jobs, "MAX_PARTS", 1)
+        monkeypatch.setattr(drafts, "MAX_PARTS", 1)
         read_requests(['{"prompt": "a", "seed": 1, "steps": 2}'], "f")

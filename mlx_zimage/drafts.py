@@ -1,6 +1,6 @@
 """What one call of `mlx-zimage generate` produces: all combinations of prompts, seeds and file names.
 
-A Job is a request whose size and other defaults may still be missing, since they come from the model once it is open.
+A Draft is a request whose size and other defaults may still be missing, since they come from the model once it is open.
 Imports neither click nor MLX.
 """
 
@@ -40,7 +40,7 @@ PLACEHOLDERS = ("prompt", "seed", "n", "width", "height", "steps")
 
 @dataclass(frozen=True)
 class Series:
-    """The jobs of one prompt: they differ in their seeds only. n is the first one's number, counted from 1.
+    """The drafts of one prompt: they differ in their seeds only. n is the first one's number, counted from 1.
 
     Those of one call with equal kinds differ in nothing but their prompts and seeds.
     """
@@ -55,17 +55,17 @@ class Series:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[Draft]:
         for i, seed in enumerate(self.seeds):
-            yield Job({**self.values, "seed": seed}, self.output, self.n + i, self.ratio)
+            yield Draft({**self.values, "seed": seed}, self.output, self.n + i, self.ratio)
 
 
 @dataclass(frozen=True)
-class Job:
+class Draft:
     """A future request: the values known so far, and the file for its image.
 
     ratio is the aspect ratio (width, height) of an image with about as many pixels as the model's default; n counts
-    jobs from 1.
+    drafts from 1.
     """
 
     values: dict

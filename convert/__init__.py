@@ -18,7 +18,7 @@ from ..sizes import size
 from ..weights.controlnets import is_controlnet
 from ..weights.library import smaller_parts
 from ..weights.manifest import CONVERSION
-from .choose import Recipe, Settings, quantizations
+from .choose import QuantizationSettings, Recipe, quantizations
 from .disk import render_json
 from .fuse import Loras, fuse
 from .layout import TARGETS, Layout, describe_conversion, describe_job, lay_out_comfyui, lay_out_folder
@@ -156,7 +156,7 @@ def convert_steps(
 
 
 def _convert_controlnet(
-    source: str | Path, dest: Path, dtype: str, settings: Settings, search: bool
+    source: str | Path, dest: Path, dtype: str, settings: QuantizationSettings, search: bool
 ) -> Iterator[Progress]:
     """Convert a ControlNet to a folder that contains only it, quantized like a transformer."""
     opened = open_controlnet_source(source)
@@ -176,7 +176,7 @@ class Wasteful(UserWarning):
     """An option of a conversion changes nothing, or makes the result larger without better images."""
 
 
-def _warn_of_waste(source: Source, layout: Layout, settings: Settings, dtype: str) -> None:
+def _warn_of_waste(source: Source, layout: Layout, settings: QuantizationSettings, dtype: str) -> None:
     if not settings.quantizes:
         return
     weights = sum(prod(tensor.shape) for component in source.components.values() for tensor in component.tensors)

@@ -77,7 +77,7 @@ class Calibration:
         """L (in, in) float32, lower triangular, for a weight such as "layers.3.attention.to_q.weight"."""
         kind, i, layer = name.removesuffix(".weight").split(".", 2)
         if self._blocks is None:
-            self._blocks = moments(self._pipe, PROMPTS, min(MAX_SIDE, self._pipe.sample_size), STEPS)
+            self._blocks = second_moments(self._pipe, PROMPTS, min(MAX_SIDE, self._pipe.sample_size), STEPS)
         while self._block != f"{kind}.{i}":
             self._block, self._moments = next(self._blocks)
             self._last = "", np.empty(0)
@@ -93,7 +93,7 @@ def cholesky(moment: np.ndarray) -> np.ndarray:
     return np.linalg.cholesky(moment)
 
 
-def moments(
+def second_moments(
     pipe: ZImagePipeline, prompts: Sequence[str], size: int, steps: int
 ) -> Iterator[tuple[str, dict[str, mx.array]]]:
     """Yield each block, in checkpoint order, with the mean of x x^T for each of the inputs x named in INPUTS.

@@ -42,7 +42,7 @@ Rung = tuple[Quantization | None, int, float]  # with its bytes, and its squared
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantizationSettings:
     """What the caller asked for: a quantization for each network, or a target size in bytes, and the recipe.
 
     kept are the networks for which nothing was asked: what the source packs in one of MLX's modes is copied as it is.
@@ -94,7 +94,7 @@ def quantizations(
     transformer_bits: int | None = None,
     recipe: str | Recipe = "uniform",
     target_size: int | str | None = None,
-) -> Settings:
+) -> QuantizationSettings:
     """How to quantize each network, from the arguments of convert."""
     if not callable(recipe) and recipe not in RECIPES:
         raise RequestError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -111,7 +111,7 @@ def quantizations(
         if some_bits:
             raise RequestError("a target size and bits were both given; leave one of them out")
         target = parse_bytes(target_size, "target_size must be a size such as 3.2GB or 900MB")
-        return Settings({}, group_size, recipe, target)
+        return QuantizationSettings({}, group_size, recipe, target)
     chosen = {}
     kept = []
     for component, own_bits in (("transformer", transformer_bits), ("text_encoder", text_encoder_bits)):
@@ -128,7 +128,7 @@ def quantizations(
         raise RequestError("recipe mixed was given without bits, so nothing would be quantized; give bits too")
     if recipe == "mixed" and mode != "affine":
         raise RequestError(f"recipe mixed needs mode affine, the only one with a choice of bits, got {mode}")
-    return Settings(chosen, group_size, recipe, None, tuple(kept))
+    return QuantizationSettings(chosen, group_size, recipe, None, tuple(kept))
 
 
 def uniform(networks: dict[str, Quantization | None]) -> Choice:

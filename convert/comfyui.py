@@ -45,8 +45,8 @@ BLOCK_ROWS, BLOCK_COLUMNS = 128, 4  # of the blocks that scales of tensor cores 
 MXFP8 = Quantization(8, 32, "mxfp8")
 MOST_POWER = 246  # of mxfp8: with 247, 448 times 2**(247 - 127) would exceed float32; 255 means NaN
 
-Settings = dict[str, Any]
-Rows = Callable[[int, int], mx.array]
+Declared = dict[str, Any]
+ReadRows = Callable[[int, int], mx.array]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Layer:
     """A layer as stored: its weight, the tensors that go with it, and what the file declares; label is the file."""
 
     name: str
-    settings: Settings
+    settings: Declared
     parts: Mapping[str, Entry]
     label: str
 
@@ -124,12 +124,12 @@ class Layer:
     def not_finite(self) -> NumericsError:
         return NumericsError(f"{self.name}.weight contains NaN or infinity; download the source model again")
 
-    def tensor(self, shape: tuple[int, ...], read: Rows, packing: Packing | None = None, padded: int = 1) -> Tensor:
+    def tensor(self, shape: tuple[int, ...], read: ReadRows, packing: Packing | None = None, padded: int = 1) -> Tensor:
         nbytes = sum(part.nbytes for part in self.parts.values())
         return Tensor(f"{self.name}.weight", shape, nbytes, read, packing, padded)
 
 
-def declared(entries: Mapping[str, Entry], metadata: Sequence[Mapping[str, str]], label: str) -> dict[str, Settings]:
+def declared(entries: Mapping[str, Entry], metadata: Sequence[Mapping[str, str]], label: str) -> dict[str, Declared]:
     """The settings of each quantized layer, by its stored name; metadata is that of each file.
 
     As in ComfyUI, metadata overrides marks.
@@ -164,7 +164,7 @@ def _listed(metadata: Mapping[str, str], label: str) -> dict[str, object]:
     return layers
 
 
-def _settings(content: bytes, name: str, label: str) -> Settings:
+def _settings(content: bytes, name: str, label: str) -> Declared:
     return _checked(_parsed(content, name, label), name, label)
 
 
@@ -178,7 +178,7 @@ def _parsed(content: bytes | str, name: str, label: str) -> dict:
     return parsed
 
 
-def _checked(settings: object, name: str, label: str) -> Settings:
+def _checked(settings: object, name: str, label: str) -> Declared:
     form = settings.get("format") if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not isinstance(form, str):
         raise CheckpointError(f"{label}: {name} is not valid (it declares no format); download the file again")

@@ -20,7 +20,7 @@ from ..untrusted import open_regular
 from ..weights.headers import MAX_NAME, MAX_TENSORS
 from ..weights.unchanged import Version, unchanged
 from .disk import read_range
-from .gguf_blocks import KINDS, OTHER_KINDS, Kind
+from .gguf_blocks import BLOCK_KINDS, OTHER_BLOCK_KINDS, BlockKind
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -43,7 +43,7 @@ class GGUFTensor:
     file: Path
     name: str
     shape: tuple[int, ...]
-    kind: Kind
+    kind: BlockKind
     offset: int
     version: Version  # of the file, when its header was read
 
@@ -139,13 +139,13 @@ class _Header:
         base = self.at + -self.at % alignment
         tensors = {}
         for name, shape, number, offset in found:
-            if number not in KINDS:
-                kind = OTHER_KINDS.get(number, f"number {number}, which is unknown")
+            if number not in BLOCK_KINDS:
+                kind = OTHER_BLOCK_KINDS.get(number, f"number {number}, which is unknown")
                 raise CheckpointError(
                     f"{self.file}: {name:.80} has type {kind}, expected one of "
-                    f"{', '.join(kind.name for kind in KINDS.values())}; download another quantization"
+                    f"{', '.join(kind.name for kind in BLOCK_KINDS.values())}; download another quantization"
                 )
-            tensor = GGUFTensor(self.file, name, shape, KINDS[number], base + offset, self.version)
+            tensor = GGUFTensor(self.file, name, shape, BLOCK_KINDS[number], base + offset, self.version)
             row = shape[-1] if shape else 1
             if not shape or min(shape) < 1 or row % tensor.kind.values:
                 raise ValueError(f"{name:.80} of shape {shape} is not a whole number of {tensor.kind.name} blocks")

@@ -12,11 +12,11 @@ from functools import cache
 
 import numpy as np
 
-from .gguf_grids import STORED
+from .gguf_grids import STORED_GRIDS
 
 
 @dataclass(frozen=True)
-class Kind:
+class BlockKind:
     """A quantization type: the numbers of values and bytes per block, and how to decode blocks.
 
     decode maps blocks (n, block_bytes) uint8 to (n, values) float32.
@@ -123,7 +123,7 @@ def _bf16(b):
 @cache
 def _grid(name: str) -> np.ndarray:
     """The vectors of an IQ type, (vectors, values in each) float32."""
-    vectors, width, values, text = STORED[name]
+    vectors, width, values, text = STORED_GRIDS[name]
     bits = (len(values) - 1).bit_length()
     raw = np.unpackbits(np.frombuffer(b85decode(text), np.uint8), bitorder="little").reshape(-1, bits)
     codes = raw @ (1 << np.arange(bits))
@@ -244,34 +244,34 @@ def _tq2_0(b):
     return _half(b, 64) * (_shifted(b[:, :64], (0, 2, 4, 6), 3).reshape(len(b), -1).astype(np.float32) - 1)
 
 
-KINDS = {
-    0: Kind("F32", 1, 4, lambda b: b.view("<f4")),
-    1: Kind("F16", 1, 2, lambda b: b.view("<f2").astype(np.float32)),
-    2: Kind("Q4_0", 32, 18, _q4_0),
-    3: Kind("Q4_1", 32, 20, _q4_1),
-    6: Kind("Q5_0", 32, 22, _q5_0),
-    7: Kind("Q5_1", 32, 24, _q5_1),
-    8: Kind("Q8_0", 32, 34, _q8_0),
-    10: Kind("Q2_K", 256, 84, _q2_k),
-    11: Kind("Q3_K", 256, 110, _q3_k),
-    12: Kind("Q4_K", 256, 144, _q4_k),
-    13: Kind("Q5_K", 256, 176, _q5_k),
-    14: Kind("Q6_K", 256, 210, _q6_k),
-    16: Kind("IQ2_XXS", 256, 66, _iq2_xxs),
-    17: Kind("IQ2_XS", 256, 74, _iq2_xs),
-    18: Kind("IQ3_XXS", 256, 98, _iq3_xxs),
-    19: Kind("IQ1_S", 256, 50, _iq1_s),
-    20: Kind("IQ4_NL", 32, 18, _iq4_nl),
-    21: Kind("IQ3_S", 256, 110, _iq3_s),
-    22: Kind("IQ2_S", 256, 82, _iq2_s),
-    23: Kind("IQ4_XS", 256, 136, _iq4_xs),
-    29: Kind("IQ1_M", 256, 56, _iq1_m),
-    30: Kind("BF16", 1, 2, _bf16),
-    34: Kind("TQ1_0", 256, 54, _tq1_0),
-    35: Kind("TQ2_0", 256, 66, _tq2_0),
+BLOCK_KINDS = {
+    0: BlockKind("F32", 1, 4, lambda b: b.view("<f4")),
+    1: BlockKind("F16", 1, 2, lambda b: b.view("<f2").astype(np.float32)),
+    2: BlockKind("Q4_0", 32, 18, _q4_0),
+    3: BlockKind("Q4_1", 32, 20, _q4_1),
+    6: BlockKind("Q5_0", 32, 22, _q5_0),
+    7: BlockKind("Q5_1", 32, 24, _q5_1),
+    8: BlockKind("Q8_0", 32, 34, _q8_0),
+    10: BlockKind("Q2_K", 256, 84, _q2_k),
+    11: BlockKind("Q3_K", 256, 110, _q3_k),
+    12: BlockKind("Q4_K", 256, 144, _q4_k),
+    13: BlockKind("Q5_K", 256, 176, _q5_k),
+    14: BlockKind("Q6_K", 256, 210, _q6_k),
+    16: BlockKind("IQ2_XXS", 256, 66, _iq2_xxs),
+    17: BlockKind("IQ2_XS", 256, 74, _iq2_xs),
+    18: BlockKind("IQ3_XXS", 256, 98, _iq3_xxs),
+    19: BlockKind("IQ1_S", 256, 50, _iq1_s),
+    20: BlockKind("IQ4_NL", 32, 18, _iq4_nl),
+    21: BlockKind("IQ3_S", 256, 110, _iq3_s),
+    22: BlockKind("IQ2_S", 256, 82, _iq2_s),
+    23: BlockKind("IQ4_XS", 256, 136, _iq4_xs),
+    29: BlockKind("IQ1_M", 256, 56, _iq1_m),
+    30: BlockKind("BF16", 1, 2, _bf16),
+    34: BlockKind("TQ1_0", 256, 54, _tq1_0),
+    35: BlockKind("TQ2_0", 256, 66, _tq2_0),
 }
 # Types that are not supported, by number; named in errors.
-OTHER_KINDS = {
+OTHER_BLOCK_KINDS = {
     **{9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 39: "MXFP4", 40: "NVFP4"},
     **{41: "Q1_0"},
 }

@@ -4,7 +4,7 @@ Source: ggml-common.h, the tables iq2xxs_grid to iq1s_grid. Codes are packed in 
 """
 
 # By type: the number of vectors, the values in each, the value of each code, and the codes in base 85.
-STORED = {
+STORED_GRIDS = {
     "IQ2_XXS": (
         256,
         8,

@@ -31,7 +31,7 @@ TARGETS = ("mlx", "diffusers", "comfyui", *(f"comfyui-{form}" for form in WRITTE
 ANY = Quantization(8, 32)  # to ask which matrices are quantized at all
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
-Factors = Callable[[str], np.ndarray]  # by weight name, see Task.factor
+FactorOf = Callable[[str], np.ndarray]  # by weight name, see Task.factor
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def lay_out_folder(
     form: str,
     small: dict[str, bytes],
     search: bool = False,
-    factor_of: Factors | None = None,
+    factor_of: FactorOf | None = None,
 ) -> Layout:
     """A folder in one of two formats (form is "mlx" or "diffusers"), with its small files copied; see Task for search.
 
@@ -101,7 +101,7 @@ def lay_out_comfyui(source: Source, dtype: str, name: str, conversion: dict, for
 
 
 def _task(
-    component: str, tensor: Tensor, dtype: str, q: Quantization | None, search: bool, factor_of: Factors | None
+    component: str, tensor: Tensor, dtype: str, q: Quantization | None, search: bool, factor_of: FactorOf | None
 ) -> Task:
     spelled = SPELLED[dtype]
     if q is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..tokenizer import MAX_BYTES, MAX_VALUES
+from ..tokenizer import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES
 from ..untrusted import one_line, parse_json, read_bytes
 from ..weights.hub import REPOSITORY_ID, check_inside
 from .disk import render_json
@@ -60,7 +60,8 @@ def copies(folder: Path, paths: dict[str, Path]) -> dict[str, bytes]:
     present = {name: path for name, path in paths.items() if path.is_file()}
     check_inside(folder, present.values())
     contents = {
-        name: read_small(path, MAX_BYTES if path.name in TOKENS else MAX_CONFIG) for name, path in present.items()
+        name: read_small(path, MAX_TOKENIZER_BYTES if path.name in TOKENS else MAX_CONFIG)
+        for name, path in present.items()
     }
     return {name: cleaned(name, content) for name, content in contents.items()}
 
@@ -81,7 +82,7 @@ def cleaned(name: str, content: bytes) -> bytes:
     try:
         if not is_json:
             return _without_places(own, content.decode()).encode()
-        values = parse_json(content, MAX_VALUES)
+        values = parse_json(content, MAX_TOKENIZER_VALUES)
     except ValueError as error:
         raise CheckpointError(
             f"{name} is not valid {'JSON' if is_json else 'text'} ({error}); download it again"

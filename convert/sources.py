@@ -11,7 +11,7 @@ from ..errors import CheckpointError, ModelNotFoundError, RequestError, warn
 from ..models import CONTROLNET, NETWORKS
 from ..request import LoraUse
 from ..scheduler import SchedulerConfig
-from ..tokenizer import MAX_BYTES, MAX_VALUES, Tokenizer
+from ..tokenizer import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES, Tokenizer
 from ..untrusted import parse_json
 from ..weights import official
 from ..weights.checkpoint import (
@@ -246,7 +246,7 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
         own = (at, at.parent, at / "tokenizer")
         repository.fetch(file for file in repository.sizes if file.parent in own and file.name in TOKENIZER_PARTS)
     if at.is_file():
-        content = read_small(at, MAX_BYTES)
+        content = read_small(at, MAX_TOKENIZER_BYTES)
         if not _is_tokenizer(content):
             raise CheckpointError(f'{at} is not a tokenizer.json: expected JSON with a "model" key')
         return {TOKENIZER: cleaned(TOKENIZER, content)}
@@ -260,7 +260,7 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
 
 def _is_tokenizer(content: bytes) -> bool:
     try:
-        return "model" in parse_json(content, MAX_VALUES)
+        return "model" in parse_json(content, MAX_TOKENIZER_VALUES)
     except (ValueError, TypeError):
         return False
 

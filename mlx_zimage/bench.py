@@ -39,7 +39,7 @@ from .variants import TURBO
 from .weights.random import random_model
 
 # Architectures for random weights: the real one, and one that a laptop's CPU runs in seconds.
-SIZES = {
+ARCHITECTURES = {
     "full": (TransformerConfig(), TextEncoderConfig(), VAEConfig()),
     "small": (
         TransformerConfig(dim=1536, n_layers=8, n_heads=12, cap_feat_dim=1024),
@@ -68,12 +68,12 @@ class Case:
     mode: str | None = None
 
 
-def random_networks(case: Case, size: str) -> Networks:
+def random_networks(case: Case, architecture: str) -> Networks:
     """Networks with random weights of an architecture."""
     quantization = None
     if (case.bits, case.mode) != (None, None):
         quantization = default_quantization(case.bits, mode=case.mode or "affine")
-    transformer, text_encoder, vae = SIZES[size]
+    transformer, text_encoder, vae = ARCHITECTURES[architecture]
     configs: dict[str, NetworkConfig] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
     dtype = getattr(mx, case.dtype or default_dtype())
     return Networks(random_model(configs, quantization), dtype, machine_budget())
@@ -160,25 +160,25 @@ def time_first_step(model: str, case: Case) -> float:
         return run("a " * case.caption_tokens)
 
 
-def bench(model: str = "random", size: str = "full", case: Case = Case(), repeat: int = 3) -> dict:
+def bench(model: str = "random", architecture: str = "full", case: Case = Case(), repeat: int = 3) -> dict:
     """Time prompt encoding, all denoising steps and decoding; returns figures in seconds, GB and TFLOP/s.
 
-    model is "random" (random weights of architecture `size`) or a model for ZImagePipeline.from_pretrained. For a
+    model is "random" (random weights of this architecture) or a model for ZImagePipeline.from_pretrained. For a
     model, bits are its own (those of most layers), and the report also has the seconds from the start of a new process
     to the end of its first step. Steps are guided if the model's are by default, which takes two calls of the
     transformer each. The networks run as planned for this machine's memory budget, as in the pipeline; raises
     MemoryBudgetError if they cannot.
     """
-    *_, report = bench_steps(model, size, case, repeat)
+    *_, report = bench_steps(model, architecture, case, repeat)
     return cast(dict, report)
 
 
-def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timing | dict]:
+def bench_steps(model: str, architecture: str, case: Case, repeat: int) -> Iterator[Timing | dict]:
     """`bench`, yielding a Timing where a phase begins and after each run, and finally the report."""
     dtype_name, cold_start, generated = case.dtype or default_dtype(), None, model == "random"
     case = replace(case, dtype=dtype_name)
     if generated:
-        networks = random_networks(case, size)
+        networks = random_networks(case, architecture)
     else:
         if (case.bits, case.mode) != (None, None):
             name = "mode" if case.bits is None else "bits"
@@ -191,7 +191,7 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
     plan = networks.plan(Workload(case.width, case.height, 1, case.caption_tokens, count, prompts))
     if generated and plan.streamed:
         raise MemoryBudgetError(
-            f"random weights of the {size} architecture do not fit into this machine's memory budget of "
+            f"random weights of the {architecture} architecture do not fit into this machine's memory budget of "
             f"{rounded_up(plan.budget)}, and cannot be streamed from disk; choose fewer bits, or the small architecture"
         )
     text_encoder, transformer, vae = networks.text_encoder, networks.transformer, networks.vae
@@ -232,7 +232,7 @@ def bench_steps(model: str, size: str, case: Case, repeat: int) -> Iterator[Timi
     flops = count * prompts * step_flops(config, tokens, case.caption_tokens)
     achieved = flops / denoise["median_s"]
     yield {
-        "model": f"random {size}" if generated else str(model),
+        "model": f"random {architecture}" if generated else str(model),
         "case": vars(case),
         "guidance_scale": guidance.scale,
         "repeat": repeat,

@@ -64,7 +64,7 @@ class Ended(Exception):
     """Rank 0 has ended the request that this rank follows."""
 
 
-class Sharing:
+class SharingBySpeed:
     """How ranks share rows, by the speed of each: a `models.runner.Sharing`."""
 
     def __init__(self, number: int, speeds: Sequence[float]):
@@ -101,7 +101,7 @@ def relative_speeds(rates: Sequence[float]) -> list[float]:
     return [1.0 if max(rates) <= NOISE * slowest else round(rate / slowest, 1) for rate in rates]
 
 
-class Group(Sharing):
+class Group(SharingBySpeed):
     """The ranks that generate images together; a `models.runner.Ranks`.
 
     speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal, or measured by
@@ -147,7 +147,7 @@ class Group(Sharing):
         return self.rank == 0
 
     def _share(self, speeds: Sequence[float]) -> None:
-        Sharing.__init__(self, self.rank, speeds)
+        SharingBySpeed.__init__(self, self.rank, speeds)
         self.speeds = tuple(speeds)
         self.is_even = min(speeds) * self.size >= EVEN * sum(speeds)
 
@@ -162,9 +162,9 @@ class Group(Sharing):
 
     # ---- rows: see `models.runner.Ranks`
 
-    def among(self, tokens: int) -> Sharing:
+    def among(self, tokens: int) -> SharingBySpeed:
         """All ranks; of a small image, each computes all of it by itself, since exchanging would take longer."""
-        return self if tokens >= LEAST * self.size else Sharing(0, [1.0])
+        return self if tokens >= LEAST * self.size else SharingBySpeed(0, [1.0])
 
     def parts(self, rows: int) -> int:
         # NCCL's kernels wait for the GPU, so more parts only cost time; for few rows, even queueing one does

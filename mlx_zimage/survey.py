@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .bench import SIZES
+from .bench import ARCHITECTURES
 from .distributed import Group
 from .doctor import facts
 from .errors import GroupError
@@ -82,14 +82,14 @@ def survey(
             own["weights"] = [checksum(network, folder) for network in model.components]
     machines = group.exchange(own)
     check_same(machines)
-    timing = Timing(group, width, height, architecture)
-    alone = group.exchange(timing.step(None))
-    group.share_by(timing.product_rate)
+    timer = Timer(group, width, height, architecture)
+    alone = group.exchange(timer.step(None))
+    group.share_by(timer.product_rate)
     machines = [
         machine | {"alone_s": seconds, "speed": speed}
         for machine, seconds, speed in zip(machines, alone, group.speeds, strict=True)
     ]
-    return Survey(backend_name(), machines, timing.latency(), timing.rate(), timing.step(group))
+    return Survey(backend_name(), machines, timer.latency(), timer.rate(), timer.step(group))
 
 
 def check_same(machines: Sequence[dict[str, Any]]) -> None:
@@ -105,12 +105,12 @@ def check_same(machines: Sequence[dict[str, Any]]) -> None:
                 )
 
 
-class Timing:
+class Timer:
     """Times an architecture's transformer for images of one size in a group."""
 
     def __init__(self, group: Group, width: int, height: int, architecture: str):
         self.group = group
-        self.networks = SIZES[architecture]
+        self.networks = ARCHITECTURES[architecture]
         self.config = self.networks[0]
         scale = self.networks[2].scale
         self.h, self.w = height // scale, width // scale

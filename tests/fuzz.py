@@ -281,7 +281,7 @@ def gguf_seeds(folder: Path) -> list[bytes]:
 def gguf_rows_seeds(folder: Path) -> list[bytes]:
     """Two rows, or a vector, of every type of block, of random bytes."""
     rng, found = random.Random(0), []
-    for (number, kind), shape in itertools.product(gguf.KINDS.items(), ((256, 2), (512,))):
+    for (number, kind), shape in itertools.product(gguf.BLOCK_KINDS.items(), ((256, 2), (512,))):
         axes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
         start = b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"a" + axes + struct.pack("<IQ", number, 0)
         blocks = 512 // kind.values * kind.block_bytes

@@ -7,7 +7,7 @@ import sys
 
 import mlx.core as mx
 
-from mlx_zimage.bench import SIZES
+from mlx_zimage.bench import ARCHITECTURES
 from mlx_zimage.distributed import Group
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
@@ -15,7 +15,7 @@ from mlx_zimage.models.vae import VAEConfig
 from mlx_zimage.survey import survey, table
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
-SIZES["tiny"] = (
+ARCHITECTURES["tiny"] = (
     TransformerConfig(dim=128, n_layers=6, n_heads=1, cap_feat_dim=64),
     TextEncoderConfig(64, 128, 2, 2, 2, 32, vocab_size=512),
     VAEConfig(block_out_channels=(32, 32, 64, 64)),

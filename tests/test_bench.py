@@ -29,13 +29,13 @@ TINY = (
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(bench.SIZES, "tiny", TINY)
+    monkeypatch.setitem(bench.ARCHITECTURES, "tiny", TINY)
 
 
 @pytest.mark.parametrize("bits", [slow(None), 4])
 def test_a_report_has_every_phase_and_the_matmul_rate(tiny, bits):
     case = bench.Case(width=64, height=48, steps=2, caption_tokens=7, dtype="float32", bits=bits)
-    report = bench.bench(size="tiny", case=case, repeat=1)
+    report = bench.bench(architecture="tiny", case=case, repeat=1)
     for phase in ("encode", "steps", "decode"):
         assert report[phase]["median_s"] > 0 and 0 < report[phase]["peak_gb"] < 0.1
     assert report["fraction_of_matmul"] == pytest.approx(report["steps_tflops"] / report["matmul_tflops"])
@@ -85,8 +85,8 @@ def test_steps_default_to_the_models_own(light_pocket, tmp_path, monkeypatch):
 def test_a_mode_implies_its_bits(tiny):
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", mode="mxfp4")
     with pytest.raises(RequestError, match="takes 4 bits, got 0"):
-        bench.bench(size="tiny", case=replace(case, bits=0), repeat=1)
-    assert "4-bit mxfp4 in float32" in bench.table(bench.bench(size="tiny", case=case, repeat=1))
+        bench.bench(architecture="tiny", case=replace(case, bits=0), repeat=1)
+    assert "4-bit mxfp4 in float32" in bench.table(bench.bench(architecture="tiny", case=case, repeat=1))
 
 
 def test_a_size_that_does_not_fit_is_refused_before_anything_is_read(monkeypatch):
@@ -122,7 +122,7 @@ def test_random_weights_that_would_have_to_be_streamed_are_refused(tiny, monkeyp
     case = bench.Case(width=64, height=64, steps=1, caption_tokens=7, dtype="float32")
     monkeypatch.setattr(bench, "machine_budget", lambda: 10_000_000)
     with pytest.raises(MemoryBudgetError, match="choose fewer bits, or the small architecture"):
-        bench.bench(size="tiny", case=case, repeat=1)
+        bench.bench(architecture="tiny", case=case, repeat=1)
 
 
 def test_steps_are_guided_where_the_model_needs_guidance(light_pocket, tmp_path, monkeypatch, watch):
@@ -186,7 +186,7 @@ def test_random_weights_are_generated_in_the_callers_thread(tiny, monkeypatch):
         return made(self, *args, **kwargs)
 
     monkeypatch.setattr(RandomWeights, "read", noted)
-    assert bench.bench(size="tiny", case=case, repeat=1)["steps"]["median_s"] > 0
+    assert bench.bench(architecture="tiny", case=case, repeat=1)["steps"]["median_s"] > 0
     assert names == {"MainThread"}, "or the peak would be that of several at once"
 
 

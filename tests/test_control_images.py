@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_zimage.detectors import LIBRARIES
-from mlx_zimage.images.controls import KINDS, _grown, canny, gray, prepared, scribble, tile
+from mlx_zimage.images.controls import PREPARATIONS, _grown, canny, gray, prepared, scribble, tile
 from mlx_zimage.request import CONTROLS
 
 
@@ -14,8 +14,8 @@ def disc(side: int = 64, radius: int = 20) -> np.ndarray:
 
 
 def test_every_kind_of_a_request_can_be_made():
-    assert (*KINDS, *LIBRARIES) == CONTROLS
-    for kind in KINDS:
+    assert (*PREPARATIONS, *LIBRARIES) == CONTROLS
+    for kind in PREPARATIONS:
         made = prepared(disc(), kind)
         assert made.shape == (64, 64, 3) and made.dtype == np.uint8
     assert prepared(disc(), None) is not None and np.array_equal(prepared(disc(), None), disc())

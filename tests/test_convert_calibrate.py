@@ -13,7 +13,7 @@ import pytest
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.convert import calibrate, convert
-from mlx_zimage.convert.calibrate import Calibration, cholesky, moments
+from mlx_zimage.convert.calibrate import Calibration, cholesky, second_moments
 from mlx_zimage.convert.report import compare, trajectory
 from mlx_zimage.convert.rounding import dequantize_rows, quantize_rows
 from mlx_zimage.errors import RequestError
@@ -43,7 +43,7 @@ def test_moments_are_those_of_the_inputs_of_the_matrices(pipe, monkeypatch):
         inputs[key] = total + flat.T @ flat, rows + len(flat)
         return linear(x, weights)
 
-    found = dict(moments(pipe, [PROMPT], SIZE, STEPS))
+    found = dict(second_moments(pipe, [PROMPT], SIZE, STEPS))
     request = GenerateRequest(prompt=PROMPT, width=SIZE, height=SIZE, seed=0, steps=STEPS)
     network = pipe.transformer
     with monkeypatch.context() as patched:

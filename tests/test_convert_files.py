@@ -394,10 +394,10 @@ def test_comfyuis_models_folder_may_have_gguf_files(tmp_path):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("number", gguf.KINDS)
+@pytest.mark.parametrize("number", gguf.BLOCK_KINDS)
 def test_blocks_are_decoded_as_in_the_gguf_package(number):
     package = pytest.importorskip("gguf")
-    kind, theirs = gguf.KINDS[number], package.GGMLQuantizationType(number)
+    kind, theirs = gguf.BLOCK_KINDS[number], package.GGMLQuantizationType(number)
     assert theirs.name == kind.name
     assert package.GGML_QUANT_SIZES[theirs] == (kind.values, kind.block_bytes)
     blocks = np.random.default_rng(number).integers(0, 256, (300, kind.block_bytes), dtype=np.uint8)
@@ -484,7 +484,7 @@ def test_an_unknown_gguf_type_is_refused_by_name(tmp_path):
 
 def test_the_numbers_of_all_types_are_those_of_the_gguf_package():
     package = pytest.importorskip("gguf")
-    ours = {number: kind.name for number, kind in gguf.KINDS.items()} | gguf.OTHER_KINDS
+    ours = {number: kind.name for number, kind in gguf.BLOCK_KINDS.items()} | gguf.OTHER_BLOCK_KINDS
     assert {kind.value: kind.name for kind in package.GGMLQuantizationType}.items() <= ours.items()
 
 

@@ -13,7 +13,7 @@ import tiny
 
 from mlx_zimage import RequestError
 from mlx_zimage.errors import GroupError
-from mlx_zimage.survey import Survey, Timing, check_same, table
+from mlx_zimage.survey import Survey, Timer, check_same, table
 
 MACHINE = {"host": "one", "device": "Apple M4", "mlx_zimage": "1.0", "mlx": "0.32.4", "dtype": "bfloat16"}
 MACHINE |= {"memory_budget": 12 * 10**9, "speed": 1.0}
@@ -56,10 +56,10 @@ def test_mixed_versions_and_dtypes_are_refused(change, message):
 
 def test_a_step_is_predicted_from_a_few_layers():
     """Each layer takes as long: 3 s beside them, and 2 for each of 30 layers and for a second noise refiner."""
-    timing = Timing.__new__(Timing)
-    timing.config = surveyed.TransformerConfig()
-    timing._step = lambda depth, group: 3 + 2 * depth
-    assert timing.step(None) == 3 + 2 * 30 + 2
+    timer = Timer.__new__(Timer)
+    timer.config = surveyed.TransformerConfig()
+    timer._step = lambda depth, group: 3 + 2 * depth
+    assert timer.step(None) == 3 + 2 * 30 + 2
 
 
 def test_a_group_that_is_slower_than_its_fastest_machine_is_reported():

@@ -16,7 +16,7 @@ from mlx_zimage.models.transformer import Transformer, TransformerConfig, row
 from mlx_zimage.quantization import Quantization
 from mlx_zimage.train import attention
 from mlx_zimage.train.factors import laid, new_factors
-from mlx_zimage.train.gradients import Case, Gradients
+from mlx_zimage.train.gradients import Gradients, Sample
 from mlx_zimage.weights.blocks import Blocks
 from mlx_zimage.weights.checkpoint import open_checkpoint
 from mlx_zimage.weights.deltas import LowRank
@@ -34,9 +34,9 @@ def plain_tree() -> dict:
     return tree_unflatten(list(found.items()))
 
 
-def case(sigma: float = 0.7, weight: float = 1.0) -> Case:
+def sample(sigma: float = 0.7, weight: float = 1.0) -> Sample:
     latents, noise = (mx.array(tiny.randn(0, tag, 1, 12, 10, 16)) for tag in ("train.x", "train.noise"))
-    return Case(latents, mx.array(tiny.randn(0, "train.cap", 20, CONFIG.cap_feat_dim)), noise, sigma, weight)
+    return Sample(latents, mx.array(tiny.randn(0, "train.cap", 20, CONFIG.cap_feat_dim)), noise, sigma, weight)
 
 
 def random_factors(rank: int = 4, extras: tuple = ()) -> dict:
@@ -48,7 +48,7 @@ def random_factors(rank: int = 4, extras: tuple = ()) -> dict:
     return factors
 
 
-def whole_loss(tree: dict, factors: dict, case: Case) -> mx.array:
+def whole_loss(tree: dict, factors: dict, sample: Sample) -> mx.array:
     """The loss by the network's own methods, with all factors laid over a tree that is all in memory."""
     top = tree
     for block, layers in factors.items():
@@ -57,19 +57,19 @@ def whole_loss(tree: dict, factors: dict, case: Case) -> mx.array:
         blocks[int(number)] = laid(blocks[int(number)], layers, SCALE, mx.float32)
         top = {**top, kind: blocks}
     network = Transformer(CONFIG, PlainRunner(top))
-    _, h, w, _ = case.latents.shape
-    modulations, finals = network.modulate([1 - case.sigma])
-    captions = network.captions([case.cap_feats], h, w)
-    noisy = (1 - case.sigma) * case.latents + case.sigma * case.noise
+    _, h, w, _ = sample.latents.shape
+    modulations, finals = network.modulate([1 - sample.sigma])
+    captions = network.captions([sample.cap_feats], h, w)
+    noisy = (1 - sample.sigma) * sample.latents + sample.sigma * sample.noise
     (found,) = network(noisy, captions, row(modulations, 0), row(finals, 0))
-    return case.weight * mx.square(found - (case.latents - case.noise)).mean()
+    return sample.weight * mx.square(found - (sample.latents - sample.noise)).mean()
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["in pieces", "as a whole"])
 @pytest.mark.parametrize("extras", [(), ("adaln",), ("refiners",), ("adaln", "refiners")])
 def test_gradients_block_by_block_equal_those_of_the_whole_network(monkeypatch, extras, fused):
     monkeypatch.setattr(attention, "has_fused_gradient", lambda *_: fused)
-    tree, factors, given = plain_tree(), random_factors(extras=extras), case(weight=1.3)
+    tree, factors, given = plain_tree(), random_factors(extras=extras), sample(weight=1.3)
     value, found = Gradients(CONFIG, PlainRunner(tree), SCALE)(factors, given)
     expected, wanted = mx.value_and_grad(lambda factors: whole_loss(tree, factors, given))(factors)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -81,7 +81,7 @@ def test_gradients_block_by_block_equal_those_of_the_whole_network(monkeypatch, 
 
 
 def test_weights_streamed_from_disk_give_the_same_gradients(tiny_folder):
-    component, given, factors = open_checkpoint(tiny_folder).transformer, case(), random_factors()
+    component, given, factors = open_checkpoint(tiny_folder).transformer, sample(), random_factors()
     config = component.config
     found = [
         Gradients(config, Blocks(component, mx.float32, streamed), SCALE)(factors, given)
@@ -96,7 +96,7 @@ def test_weights_streamed_from_disk_give_the_same_gradients(tiny_folder):
 def test_lean_blocks_have_the_same_gradients_in_less_memory(monkeypatch):
     tree, factors = plain_tree(), random_factors(extras=("adaln", "refiners"))
     latents, noise = (mx.array(tiny.randn(0, tag, 1, 40, 40, 16)) for tag in ("l.x", "l.noise"))
-    given = replace(case(), latents=latents, noise=noise)
+    given = replace(sample(), latents=latents, noise=noise)
     monkeypatch.setattr("mlx_zimage.train.block.ROWS", 80)  # of 448, with the caption: 6 parts, the last one smaller
     monkeypatch.setattr(attention, "SCORES", 2**16)
     found, peaks = [], []
@@ -117,7 +117,7 @@ def test_lean_blocks_have_the_same_gradients_in_less_memory(monkeypatch):
 
 def test_an_adapter_takes_part_and_gets_no_gradient(tiny_folder):
     """As training adapters do. Its difference may as well be in the weights."""
-    component, given, factors = open_checkpoint(tiny_folder).transformer, case(), random_factors()
+    component, given, factors = open_checkpoint(tiny_folder).transformer, sample(), random_factors()
     config, name = component.config, "layers.1.attention.to_q.weight"
     down, up = (mx.array(tiny.randn(1, tag, *shape)) for tag, shape in (("down", (2, 48)), ("up", (48, 2))))
     overlay = Overlay(Blocks(component, mx.float32), config)
@@ -217,7 +217,7 @@ def test_the_backward_pass_needs_the_memory_of_one_block(side):
         arrays = tiny.weights(0, "transformer", tiny.TRANSFORMER | {"n_layers": layers})
         tree = tree_unflatten([(name, config.sanitize(name, mx.array(array))) for name, array in arrays.items()])
         latents, noise = (mx.array(tiny.randn(0, tag, 1, side, side, 16)) for tag in ("p.x", "p.noise"))
-        given = Case(latents, mx.array(tiny.randn(0, "p.cap", 20, config.cap_feat_dim)), noise, 0.5)
+        given = Sample(latents, mx.array(tiny.randn(0, "p.cap", 20, config.cap_feat_dim)), noise, 0.5)
         factors = new_factors(config, 2, (), seed=0)
         mx.eval(tree, factors, given.latents, given.noise, given.cap_feats)
         mx.clear_cache()

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .given import Given
 
 # What `--control` offers to download: the smallest, and made for Turbo's 8 steps.
-REPOSITORY = "alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union-2.1"
-LITE = f"{REPOSITORY}:Z-Image-Turbo-Fun-Controlnet-Union-2.1-lite-2602-8steps.safetensors"
+CONTROLNET_REPOSITORY = "alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union-2.1"
+LITE = f"{CONTROLNET_REPOSITORY}:Z-Image-Turbo-Fun-Controlnet-Union-2.1-lite-2602-8steps.safetensors"
 LITE_BYTES = 2_016_616_960  # of its weights in bfloat16
 INPAINT = "inpaint"
 TAKES = "--control-model takes a file, a folder, a Hugging Face id or id:file"

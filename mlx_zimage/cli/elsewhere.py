@@ -94,7 +94,7 @@ COMMANDS = {  # of other programs, and what to use instead
 }
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """A command that has commands: hints at what to type instead of one that does not exist."""
 
     def __init__(self, *args: Any, hints: Mapping[str, str], default: str = "", **options: Any):

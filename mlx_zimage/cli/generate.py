@@ -703,7 +703,7 @@ def _check_combined(old: Origin, path: Path | None, base: dict) -> None:
 
 def _check_old(old: Origin, path: Path | None, digests: Mapping[str, str | None], prompts: list[dict]) -> None:
     """Require the files that an old image was generated from, unless each of the prompts has its own."""
-    from .given import OPTIONS
+    from .given import FILE_OPTIONS
 
     arrays = old.request.arrays
     for name, what in (("latents", "a latents file"), ("image", "an image"), ("mask_image", "a mask")):
@@ -711,7 +711,7 @@ def _check_old(old: Origin, path: Path | None, digests: Mapping[str, str | None]
         if (arrays[name] is None and not is_unnamed) or all(name in own for own in prompts):
             continue
         if digests[name] is None:
-            raise RequestError(f"{path} was generated from {what}; pass that file with {OPTIONS[name]}")
+            raise RequestError(f"{path} was generated from {what}; pass that file with {FILE_OPTIONS[name]}")
         if arrays[name] not in (None, digests[name]):
             these = "these are not the latents" if name == "latents" else f"this is not the {what.split()[-1]}"
             warnings.warn(f"{these} that {path} was generated from; the image will differ", stacklevel=1)

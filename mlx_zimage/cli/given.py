@@ -11,7 +11,7 @@ from ..errors import RequestError
 from ..inputs import Inputs, read_latents
 from ..request import DIGEST, GenerateRequest
 
-OPTIONS = {"latents": "--latents", "image": "--image", "mask_image": "--mask"}
+FILE_OPTIONS = {"latents": "--latents", "image": "--image", "mask_image": "--mask"}
 IMAGES = ("image", "mask_image")
 
 
@@ -59,7 +59,9 @@ class Given:
         wanted = {name: digest for name in IMAGES if (digest := request.arrays[name]) is not None}
         for name, digest in wanted.items():
             if digest not in self._files:
-                raise RequestError(f"{name} with SHA-256 {digest} was not given; pass its file with {OPTIONS[name]}")
+                raise RequestError(
+                    f"{name} with SHA-256 {digest} was not given; pass its file with {FILE_OPTIONS[name]}"
+                )
         for digest in request.control_images:
             if digest not in self._files:
                 raise RequestError(f"a control image with SHA-256 {digest} was not given; pass its file with --control")

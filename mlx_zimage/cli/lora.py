@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .elsewhere import Group
+from .elsewhere import CommandGroup
 from .output import echo, print_path
 from .values import FilePath, LoraName, ModelName
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.group(
-    cls=Group,
+    cls=CommandGroup,
     hints=dict.fromkeys(("list", "ls"), "LoRAs are not stored: `generate --lora FILE` reads one from any path"),
     default="to show what a LoRA contains: mlx-zimage lora info {}",
     epilog="Example: mlx-zimage lora info style.safetensors",

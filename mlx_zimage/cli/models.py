@@ -10,7 +10,7 @@ import click
 from ..errors import ModelNotFoundError, RequestError
 from ..sizes import parse_memory, size
 from ..variants import TURBO
-from .elsewhere import Group
+from .elsewhere import CommandGroup
 from .output import echo, hub_bars, progress_bar, say
 from .values import ModelName
 
@@ -25,7 +25,7 @@ REMOVE = "use `mlx-zimage models rm NAME`"
 
 
 @click.group(
-    cls=Group,
+    cls=CommandGroup,
     hints={**dict.fromkeys(("list", "ls", "show"), LIST), **dict.fromkeys(("remove", "delete", "uninstall"), REMOVE)},
     default="to show what a model contains: mlx-zimage info {}",
     invoke_without_command=True,

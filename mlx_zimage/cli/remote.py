@@ -31,8 +31,8 @@ from ..sizes import counted
 from ..untrusted import MAX_BYTES, brief, parse_json
 from ..variants import repository_of
 from .output import progress_bar, say
+from .values import API_KEY
 
-KEY = "MLX_ZIMAGE_API_KEY"
 MAX_LINE = 257 * 2**20  # bytes of an event: MAX_SIZE x MAX_SIZE pixels, not compressed, take 256 MiB in base64
 TIMEOUT_S = 3600  # between two events: a large image's step, or others' images
 TRIES = 10  # while the server's queue is full
@@ -166,7 +166,7 @@ class Remote:
             except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException):
                 message = f"expected an answer from `mlx-zimage serve` but got {answer.status} {answer.reason}"
         if answer.status == 401:
-            message += f"; set {KEY} to the server's key"
+            message += f"; set {API_KEY} to the server's key"
         kind = RequestError if answer.status in (400, 404, 413, 422) else ZImageError
         raise kind(f"{self.url}: {message}")
 
@@ -174,7 +174,7 @@ class Remote:
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> http.client.HTTPResponse:
         """The server's answer to a request sent once, whatever it is."""
-        key = os.environ.get(KEY)
+        key = os.environ.get(API_KEY)
         authorization = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             connection = self._connect()

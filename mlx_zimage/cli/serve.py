@@ -17,10 +17,9 @@ from .controls import control_kind_option
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
 from .output import say
-from .values import FilePath, LoraName, ModelName
+from .values import API_KEY, FilePath, LoraName, ModelName
 
 PORT = 8796
-KEY = "MLX_ZIMAGE_API_KEY"
 MAX_KEY = 1000  # bytes
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -69,7 +68,7 @@ class Duration(click.ParamType):
 @click.option(
     "--api-key-file",
     type=FilePath(exists=True, dir_okay=False),
-    help=f"Require the API key in this file; or set {KEY} to the key itself.",
+    help=f"Require the API key in this file; or set {API_KEY} to the key itself.",
 )
 @click.option("--no-api-key", is_flag=True, help="Let anyone who can reach --host generate images.")
 @click.option(
@@ -144,7 +143,7 @@ def serve(
     access = Access(host, None if follows else _key(api_key_file), frozenset(origins))
     if not follows and not access.loopback and access.key is None and not no_api_key:
         raise RequestError(
-            f"--host {host} lets other machines in: give an API key with --api-key-file FILE or {KEY}, or pass "
+            f"--host {host} lets other machines in: give an API key with --api-key-file FILE or {API_KEY}, or pass "
             f"--no-api-key to let anyone generate images"
         )
     budget = None if memory is None else parse_memory(memory)
@@ -163,11 +162,11 @@ def serve(
 
 def _key(file: Path | None) -> str | None:
     try:
-        key = read_bytes(file, MAX_KEY).decode().strip() if file else os.environ.get(KEY, "").strip() or None
+        key = read_bytes(file, MAX_KEY).decode().strip() if file else os.environ.get(API_KEY, "").strip() or None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"the API key in {file} cannot be read: {error}") from None
     if key is not None and not (key.isascii() and key.isprintable() and len(key) >= 8 and " " not in key):
-        where = file or KEY
+        where = file or API_KEY
         raise RequestError(f"the API key in {where} must be 8 or more printable ASCII characters without spaces")
     return key
 

@@ -127,7 +127,7 @@ def train(
     from ..distributed import Group
     from ..networks import Phase
     from ..train.dataset import read_dataset
-    from ..train.loop import Measured, Planned, Previewed, Saved, Stepped, open_to_train
+    from ..train.loop import Measured, Planned, Previewed, Stepped, Written, open_to_train
     from ..train.loop import train as run
     from ..train.record import Record
 
@@ -164,7 +164,7 @@ def train(
                 bar.set_description(f"{event.name} {event.done + 1}/{event.total}")
             elif isinstance(event, Previewed):
                 say(f"Preview: {record.preview(event)}", quiet)
-            elif isinstance(event, Saved):
+            elif isinstance(event, Written):
                 record.plot()
     print_path(output)
 

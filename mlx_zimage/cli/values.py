@@ -21,6 +21,7 @@ from ..variants import ALIASES
 F = TypeVar("F", bound=Callable)
 
 
+API_KEY = "MLX_ZIMAGE_API_KEY"  # environment variable
 MODEL_FORMATS = ("mlx", "diffusers", "comfyui", "comfyui-fp8", "comfyui-int8")  # that the converter writes
 
 

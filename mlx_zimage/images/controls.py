@@ -18,7 +18,7 @@ SOFT = 4  # a tile image has this factor fewer pixels per side
 
 def prepared(pixels: np.ndarray, kind: str | None) -> np.ndarray:
     """An image (H, W, 3) uint8 as the control image of a kind (see request.CONTROLS); None leaves it as it is."""
-    return pixels if kind is None else KINDS[kind](pixels)
+    return pixels if kind is None else PREPARATIONS[kind](pixels)
 
 
 def canny(pixels: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ def _grown(seeds: np.ndarray, within: np.ndarray) -> np.ndarray:
     return p.reshape(-1, width)[1:-1, 1:-1]
 
 
-KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+PREPARATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "canny": canny,
     "gray": gray,
     "scribble": scribble,

@@ -19,4 +19,4 @@ NETWORKS: dict[str, type[NetworkConfig]] = {
 }
 OPTIONAL: frozenset[str] = frozenset()  # networks that a model may do without
 CONTROLNET = "controlnet"  # a network that a model does not contain: it is loaded beside one
-CONFIGS: dict[str, type[NetworkConfig]] = {**NETWORKS, CONTROLNET: ControlNetConfig}
+ALL_NETWORKS: dict[str, type[NetworkConfig]] = {**NETWORKS, CONTROLNET: ControlNetConfig}

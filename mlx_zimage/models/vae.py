@@ -302,7 +302,7 @@ def streams() -> list[mx.ThreadLocalStream]:
     return [mx.new_thread_local_stream(mx.cpu) for _ in range(2)]
 
 
-def spread(function: Callable, rows: mx.array, *args: mx.array) -> mx.array:
+def in_halves(function: Callable, rows: mx.array, *args: mx.array) -> mx.array:
     """Apply function to both halves of rows (B, h, w, C) in parallel: MLX's CPU build is multi-threaded only in matrix
     products."""
     parts = []
@@ -404,7 +404,7 @@ def group_norm(x: Rows, weights: Tree, groups: int, strips: Strips, then: Callab
     scale = mx.repeat(mx.rsqrt(variance + EPS), width, axis=3).flatten(2)[:, :, None] * weights["weight"]
     shift = weights["bias"] - mx.repeat(mean, width, axis=3).flatten(2)[:, :, None] * scale
     if backend() == "cpu":
-        then = partial(spread, then)
+        then = partial(in_halves, then)
     return x.map(lambda rows: then(rows, scale, shift))
 
 

@@ -18,10 +18,10 @@ PARTS = ("kind", "scale", "start", "end", "image")
 UNIT = {"weight": "scale", "guidance_start": "start", "guidance_end": "end"}  # of A1111's extension
 MODULES = {"openpose": "pose", "dw": "pose", "mlsd": "lines"}  # what it calls kinds that have another name here
 
-Controls = tuple[list[dict[str, Any]], tuple[bytes | None, ...]]
+ControlsAndImages = tuple[list[dict[str, Any]], tuple[bytes | None, ...]]
 
 
-def controls_of(given: Any) -> Controls:
+def controls_of(given: Any) -> ControlsAndImages:
     """The controls in the field `control`: an object, or a list of them."""
     uses = given if isinstance(given, list) else [given]
     for use in uses:
@@ -31,7 +31,7 @@ def controls_of(given: Any) -> Controls:
     return _read([{name: value for name, value in use.items() if value is not None} for use in uses], "control")
 
 
-def units_of(scripts: Any, image: bytes | None) -> Controls:
+def units_of(scripts: Any, image: bytes | None) -> ControlsAndImages:
     """The controls in the field `alwayson_scripts`; those without an image of their own are shown the one given."""
     extension = next((value for name, value in _items(scripts) if name.lower() == "controlnet"), None)
     units = dict(_items(extension)).get("args", [])
@@ -53,7 +53,7 @@ def units_of(scripts: Any, image: bytes | None) -> Controls:
     return _read(uses, "controlnet")
 
 
-def check_controls(controls: Controls, model: Model) -> None:
+def check_controls(controls: ControlsAndImages, model: Model) -> None:
     """Refuse controls for a model that has no ControlNet."""
     if controls[0] and model.controlnet is None:
         raise Refusal(
@@ -64,7 +64,7 @@ def check_controls(controls: Controls, model: Model) -> None:
         )
 
 
-def _read(uses: list[dict[str, Any]], name: str) -> Controls:
+def _read(uses: list[dict[str, Any]], name: str) -> ControlsAndImages:
     if len(uses) > MAX_CONTROLS:
         raise Refusal(400, f"{name} must have at most {MAX_CONTROLS} images, got {len(uses)}", param=name)
     fields, images = [], []

@@ -30,7 +30,7 @@ from .factors import MODULATION, Factors, laid
 
 
 @dataclass(frozen=True)
-class Case:
+class Sample:
     """What a loss is computed from: an image's latents (1, h, w, C), its prompt's embeddings (L, cap_feat_dim), noise
     like the latents, and its level sigma. weight is a factor of the loss."""
 
@@ -84,24 +84,24 @@ class Gradients:
         self.network = Transformer(config, runner, product, most=most)
         self.block = Block(config, runner.dtype, scale, product, most, lean)
 
-    def __call__(self, factors: Factors, case: Case) -> tuple[mx.array, Factors]:
+    def __call__(self, factors: Factors, sample: Sample) -> tuple[mx.array, Factors]:
         """The loss, weight * mean((predicted - (latents - noise))^2) in float32, and the factors' gradients."""
-        _, h, w, _ = case.latents.shape
+        _, h, w, _ = sample.latents.shape
         network, names, refiners = self.network, self.config.modulated, self.config.n_refiner_layers
-        embedding, final_scale = self._time(case.sigma)
+        embedding, final_scale = self._time(sample.sigma)
         modulation = mx.stack([self._modulation(factors.get(name, {}), embedding, name) for name in names])
 
-        of_caption = self._forward(self.config.refiners, factors, network.caption_stream(case.cap_feats))
+        of_caption = self._forward(self.config.refiners, factors, network.caption_stream(sample.cap_feats))
         embedded = of_caption.stream.x
         caption = Caption(embedded, *network.rope(embedded.shape[1], h, w))
-        x, tokens = network.begin((1 - case.sigma) * case.latents + case.sigma * case.noise)
+        x, tokens = network.begin((1 - sample.sigma) * sample.latents + sample.sigma * sample.noise)
         of_image = self._forward(names[:refiners], factors, network.image_stream(x, caption, modulation))
         joint = network.join(of_image.stream, caption, modulation, tokens)
         of_both = self._forward(names[refiners:], factors, joint)
 
         def loss(x: mx.array) -> mx.array:
             found = network.finish(x, final_scale, h, w)
-            return case.weight * mx.square(found - (case.latents - case.noise)).mean()
+            return sample.weight * mx.square(found - (sample.latents - sample.noise)).mean()
 
         value, d = mx.value_and_grad(loss)(of_both.stream.x)
         mx.eval(value, d)

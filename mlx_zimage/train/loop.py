@@ -4,7 +4,7 @@
         ...
 
 `train` yields events as things happen: Planned, Phases while images and captions are encoded, Measured before the first
-step, a Stepped after each step, a Saved when a LoRA is written, and a Previewed for each preview. Whoever holds the
+step, a Stepped after each step, a Written when a LoRA is written, and a Previewed for each preview. Whoever holds the
 loop owns progress and logs, and leaving it stops the run; the same call resumes from the last state that was saved, and
 ends with the same file. On several machines, all make the same call: see `machines`.
 """
@@ -41,12 +41,12 @@ from ..weights.store import checksum
 from .dataset import Example, order_of
 from .encoded import Encoded, latent_shape
 from .factors import Factors, arrays_of, new_factors
-from .gradients import Case, Gradients
+from .gradients import Gradients, Sample
 from .machines import Machines
 from .memory import plan_training, resolution_within
 from .objective import Draw, default_objective, draw
 from .optimizer import AdamW, added, clipped, warmed_up
-from .output import FREE, read_state, write_lora, write_state
+from .output import FREE, read_state, write_factors, write_state
 from .settings import RESOLUTION, Settings
 
 SAVE_EVERY = 250  # steps
@@ -80,7 +80,7 @@ class Stepped:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Written:
     """The LoRA as it is after a step, written to a file."""
 
     step: int
@@ -163,7 +163,7 @@ def train(
     previews: Sequence[str] = (),
     adapter: str | Path | None = None,
     group: Group | None = None,
-) -> Iterator[Planned | Phase | Measured | Stepped | Saved | Previewed]:
+) -> Iterator[Planned | Phase | Measured | Stepped | Written | Previewed]:
     """Train a LoRA on examples, and write it to output; resumes the run if there is one. See the module.
 
     Every save_every steps the LoRA is written to the run's folder as well, and the prompts in previews are generated
@@ -191,7 +191,7 @@ def _train(
     previews: Sequence[str],
     adapter: str | Path | None,
     machines: Machines,
-) -> Iterator[Planned | Phase | Measured | Stepped | Saved | Previewed]:
+) -> Iterator[Planned | Phase | Measured | Stepped | Written | Previewed]:
     if pipe.dtype == mx.float16:
         raise RequestError("gradients exceed float16's range; train in bfloat16 or float32")
     settings = replace(settings, objective=settings.objective or default_objective(pipe.variant))
@@ -252,14 +252,14 @@ def _train(
             path = run.folder / f"{output.stem}-{done:06}.safetensors"
             if machines.leads:
                 write_state(run.state, factors, optimizer, run.identity)
-                write_lora(path, factors, settings, *written)
-                yield Saved(done, path)
+                write_factors(path, factors, settings, *written)
+                yield Written(done, path)
             yield from machines.each(_tried(pipe, path, done, previews if machines.leads else (), resolution))
     if over is not None:
         networks.detach(over)
     if machines.leads:
-        write_lora(output, factors, settings, *written)
-        yield Saved(optimizer.step, output)
+        write_factors(output, factors, settings, *written)
+        yield Written(optimizer.step, output)
 
 
 def _read_adapter(source: str | Path, config: TransformerConfig) -> Lora:
@@ -309,7 +309,7 @@ def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors
     begin = 0.0
     for _ in range(2):  # the first time, weights are read and functions compiled
         begin = time.perf_counter()
-        gradients(factors, case(run, encoded, step * run.settings.accumulate))
+        gradients(factors, sample(run, encoded, step * run.settings.accumulate))
     return time.perf_counter() - begin
 
 
@@ -325,8 +325,8 @@ def one_step(
     """The factors after one more step at this rate, its mean loss, and its gradient's norm."""
     settings, total, loss = run.settings, Factors(), 0.0
     first = optimizer.step * settings.accumulate
-    cases = (case(run, encoded, first + i) for i in machines.own(settings.accumulate))
-    for value, found in machines.each(gradients(factors, one) for one in cases):
+    samples = (sample(run, encoded, first + i) for i in machines.own(settings.accumulate))
+    for value, found in machines.each(gradients(factors, one) for one in samples):
         loss += float(value)
         total = added(total, found)
     total, loss = machines.summed(total, loss)
@@ -338,11 +338,11 @@ def one_step(
     return optimizer.apply(factors, total, rate, settings.decay), loss / settings.accumulate, norm
 
 
-def case(run: Run, encoded: Encoded, index: int) -> Case:
+def sample(run: Run, encoded: Encoded, index: int) -> Sample:
     """What gradient `index` of a run, counted from 0, is computed from."""
     settings = run.settings
     assert settings.objective is not None
     drawn: Draw = draw(settings.seed, index, run.order, run.shapes, settings.objective, settings.dropout)
     example = run.examples[drawn.example]
     caption = encoded.caption("" if drawn.drops_caption else example.caption)
-    return Case(encoded.latents(example), caption, mx.array(drawn.noise), drawn.sigma, drawn.weight)
+    return Sample(encoded.latents(example), caption, mx.array(drawn.noise), drawn.sigma, drawn.weight)

@@ -25,10 +25,11 @@ from .settings import Settings
 PARTS = ("factors", "first", "second")
 FREE = ("steps",)  # what may be changed when a run is resumed
 BY_CHECKSUM = {"base_sha256": "model", "adapter": "adapter", "data": "dataset"}  # what a run knows only by a checksum
-OPTIONS = {"extras": "--also (extras in Python)", "warm_up": "--warm-up (warm_up in Python)"}  # not named as in Python
+# of options that are not named as in Python
+OPTION_NAMES = {"extras": "--also (extras in Python)", "warm_up": "--warm-up (warm_up in Python)"}
 
 
-def write_lora(
+def write_factors(
     path: Path, factors: Factors, settings: Settings, config: TransformerConfig, model: str, checksum: str
 ) -> None:
     """Write factors as a LoRA; model and checksum say what it was trained on."""
@@ -107,7 +108,7 @@ def _check_run(path: Path, other: Mapping[str, object], run: Mapping[str, object
             name = BY_CHECKSUM[key]
             differs = f"the {name} differs from that of the run in {path.parent}"
         else:
-            name = OPTIONS.get(key, key)
+            name = OPTION_NAMES.get(key, key)
             differs = f"{name} is {_shown(value)}, but {_shown(other.get(key))} for the run in {path.parent}"
         raise RequestError(f"{differs}; use the same {name} to resume it, or another output to start a new run")
 

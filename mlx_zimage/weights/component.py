@@ -17,7 +17,7 @@ from mlx.utils import tree_unflatten
 
 from ..dtypes import STORED
 from ..errors import CheckpointError, RequestError
-from ..models import CONFIGS, CONTROLNET
+from ..models import ALL_NETWORKS, CONTROLNET
 from ..models.runner import Reading, Tree, Where
 from ..quantization import Quantization
 from ..untrusted import open_regular, parse_json, read_bytes
@@ -186,7 +186,7 @@ class Component:
         self.name = name
         self.folder = folder
         self.raw_config = raw_config
-        self.config = checked_config(CONFIGS[name], raw_config, folder / "config.json")
+        self.config = checked_config(ALL_NETWORKS[name], raw_config, folder / "config.json")
         check_sampler(entries, folder)
         self.entries = {self.config.named(key): entry for key, entry in entries.items()}
         self._check()

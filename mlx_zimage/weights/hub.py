@@ -25,7 +25,7 @@ POCKET = Path(__file__).parents[1] / "pocket"
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 IN_REPOSITORY = re.compile(rf"({REPOSITORY_ID.pattern})(?:@(\w[\w.-]*))?(?::(\w[^:]*))?")
 # The files that are enough to refuse a repository that is not a model of this family, including the shards' indexes.
-CONFIGS = [
+SMALL_FILES = [
     *("model_index.json", "config.json", "*.safetensors.index.json", CONVERSION, MANIFEST),
     *(f"{name}/*.json" for name in (*NETWORKS, "scheduler")),
 ]
@@ -43,9 +43,9 @@ class Repository:
 
     def __init__(self, id: str, revision: str | None = None, within: str = ""):
         self.id = id
-        nested = [f"{glob.escape(within)}/{pattern}" for pattern in CONFIGS] if within else []
+        nested = [f"{glob.escape(within)}/{pattern}" for pattern in SMALL_FILES] if within else []
         here_only = revision is not None and not _answers(id, revision)
-        self.folder = _download(id, CONFIGS + nested, revision, shown=False, here_only=here_only)
+        self.folder = _download(id, SMALL_FILES + nested, revision, shown=False, here_only=here_only)
 
     @cached_property
     def _listing(self) -> dict[Path, tuple[int, str | None]]:

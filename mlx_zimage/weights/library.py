@@ -19,7 +19,7 @@ from .. import atomic
 from ..dtypes import ITEM_BYTES
 from ..errors import CheckpointError, ModelNotFoundError, OutputError, RequestError, warn
 from ..machine import RATES, home, mac_budget
-from ..models import CONFIGS, NETWORKS
+from ..models import ALL_NETWORKS, NETWORKS
 from ..quantization import Quantization
 from ..scheduler import SchedulerConfig
 from ..untrusted import parse_json, read_bytes
@@ -42,7 +42,7 @@ WEIGHTS_SHARE = 0.9  # share of a machine's memory budget for weights; the rest 
 
 
 @dataclass(frozen=True)
-class Model:
+class LocalModel:
     """A model on this disk; kind is "package", "converted" or "hub", and name is a value for --model.
 
     Cached prompt embeddings are listed too, with kind "prompts". A download that cannot be used, because it was
@@ -99,24 +99,24 @@ def embeddings_folder() -> Path | None:
         return None
 
 
-def models() -> Iterator[Model]:
+def models() -> Iterator[LocalModel]:
     """The models on this machine: pocket, converted models, and those in the hub's cache.
 
     Converted models are those of first runs, and the folders in the register. Cached prompt embeddings come last, if
     there are any.
     """
-    yield Model("pocket", "package", POCKET, _nbytes(POCKET))
+    yield LocalModel("pocket", "package", POCKET, _nbytes(POCKET))
     for path in _converted():
-        yield Model(str(path), "converted", path, _nbytes(path))
+        yield LocalModel(str(path), "converted", path, _nbytes(path))
     for repository, folder in cached().items():
         used = snapshot(folder)
         if _is_ours(repository, folder, used):
             is_complete = used is not None and any(map(_opens, (used, *used.iterdir())))
             parts = () if used is None or is_complete else _parts(folder, used)
-            yield Model(repository, "hub", used or folder, _nbytes(folder), is_complete, parts)
+            yield LocalModel(repository, "hub", used or folder, _nbytes(folder), is_complete, parts)
     prompts = embeddings_folder()
     if prompts and (kept := sum(file.stat().st_size for file in embeddings.files(prompts))):
-        yield Model(EMBEDDINGS, "prompts", prompts, kept)
+        yield LocalModel(EMBEDDINGS, "prompts", prompts, kept)
 
 
 def converted(repository: str) -> Path | None:
@@ -143,7 +143,7 @@ def remove(name: str) -> int:
     here = Path(name).expanduser().resolve()
     ours = {model.path: model for model in models() if model.kind == "converted"}
     if (here / CONVERSION).is_file():
-        ours.setdefault(here, Model(str(here), "converted", here, _nbytes(here)))
+        ours.setdefault(here, LocalModel(str(here), "converted", here, _nbytes(here)))
     found = [ours[here]] if here in ours else [model for model in ours.values() if model.path.name == name]
     if len(found) > 1:
         raise RequestError(f"{name!r} matches {' and '.join(model.name for model in found)}; give the full path")
@@ -155,7 +155,7 @@ def remove(name: str) -> int:
     raise ModelNotFoundError(f"no model {name!r} to remove; `mlx-zimage models` lists the models on this machine")
 
 
-def own() -> tuple[list[Model], list[Model]]:
+def own() -> tuple[list[LocalModel], list[LocalModel]]:
     """The models that this program put in place, and the folders that the user had `convert` write elsewhere."""
     found = [model for model in models() if model.kind != "package"]
     elsewhere = [model for model in found if model.kind == "converted" and model.path.parent != home().resolve()]
@@ -296,7 +296,7 @@ def planned_network(
 ) -> Component:
     """One network as `convert` would write it."""
     entries = {}
-    for name, shape in CONFIGS[network].from_dict(config).shapes().items():
+    for name, shape in ALL_NETWORKS[network].from_dict(config).shapes().items():
         q = tensor_quantization(network, name, shape, quantization)
         for part, stored in q.packed(name, shape).items() if q else [(name, shape)]:
             dtype = "U32" if q and part == name else "BF16"

@@ -110,8 +110,8 @@ def test_ids_that_the_file_does_not_declare_are_refused():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[" * (tokenizer.MAX_BYTES + 1), "larger than"),
-        (b"[" + b"[]," * tokenizer.MAX_VALUES + b"[]]", "more than 700,000 values"),
+        (b"[" * (tokenizer.MAX_TOKENIZER_BYTES + 1), "larger than"),
+        (b"[" + b"[]," * tokenizer.MAX_TOKENIZER_VALUES + b"[]]", "more than 700,000 values"),
         (b"[" * 10**5, "nested"),
         (b'{"model": {"type": "BPE", "vocab": {"a": ' + b"9" * 5000 + b"}}}", "a number of 5,000 digits"),
         (b"[]", "no model"),
@@ -161,8 +161,9 @@ LARGEST = {
     "values", [values if name == "merges" else slow(values) for name, values in LARGEST.items()], ids=list(LARGEST)
 )
 def test_the_largest_tokenizers_take_little_memory(tmp_path, values):
-    content = json.dumps(json.loads(FILE.read_text()) | values(tokenizer.MAX_BYTES), ensure_ascii=False).encode()
-    assert len(content) <= tokenizer.MAX_BYTES
+    parsed = json.loads(FILE.read_text()) | values(tokenizer.MAX_TOKENIZER_BYTES)
+    content = json.dumps(parsed, ensure_ascii=False).encode()
+    assert len(content) <= tokenizer.MAX_TOKENIZER_BYTES
     (tmp_path / "tokenizer.json").write_bytes(content)
     imports = """
 import tokenizers

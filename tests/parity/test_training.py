@@ -13,9 +13,9 @@ from mlx_zimage.models.runner import PlainRunner
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.quantization import Quantization
 from mlx_zimage.train.factors import Factors, deltas, new_factors
-from mlx_zimage.train.gradients import Case, Gradients
+from mlx_zimage.train.gradients import Gradients, Sample
 from mlx_zimage.train.optimizer import AdamW, clipped
-from mlx_zimage.train.output import write_lora
+from mlx_zimage.train.output import write_factors
 from mlx_zimage.train.settings import Settings
 from mlx_zimage.weights.quantize import tensor_quantization
 
@@ -83,20 +83,22 @@ def in_torch(torch, config: TransformerConfig, factors: Factors) -> dict:
     return made
 
 
-def their_loss(torch, model, lora: dict, case: Case):
+def their_loss(torch, model, lora: dict, sample: Sample):
     weights = dict(model.named_parameters())
     changed = {name: weights[name] + SCALE * own["up"] @ own["down"] for name, own in lora.items()}
-    latents, noise, cap_feats = (torch.from_numpy(np.array(x)) for x in (case.latents, case.noise, case.cap_feats))
+    latents, noise, cap_feats = (
+        torch.from_numpy(np.array(x)) for x in (sample.latents, sample.noise, sample.cap_feats)
+    )
     latents, noise = (x[0].permute(2, 0, 1)[:, None] for x in (latents, noise))
-    noisy = (1 - case.sigma) * latents + case.sigma * noise
-    given = [noisy], torch.tensor([1 - case.sigma]), [cap_feats]
+    noisy = (1 - sample.sigma) * latents + sample.sigma * noise
+    given = [noisy], torch.tensor([1 - sample.sigma]), [cap_feats]
     found = torch.func.functional_call(model, changed, given, {"return_dict": False})[0][0]
-    return case.weight * ((-found - (noise - latents)) ** 2).mean()
+    return sample.weight * ((-found - (noise - latents)) ** 2).mean()
 
 
-def a_case(config: TransformerConfig, sigma: float = 0.7) -> Case:
+def a_sample(config: TransformerConfig, sigma: float = 0.7) -> Sample:
     latents, noise = (mx.array(tiny.randn(SEED, tag, 1, 12, 10, 16)) for tag in ("x", "noise"))
-    return Case(latents, mx.array(tiny.randn(SEED, "cap", 20, config.cap_feat_dim)), noise, sigma, 1.2)
+    return Sample(latents, mx.array(tiny.randn(SEED, "cap", 20, config.cap_feat_dim)), noise, sigma, 1.2)
 
 
 def assert_same(config: TransformerConfig, ours: Factors, theirs: dict, tolerance: float = TOLERANCE) -> None:
@@ -111,11 +113,11 @@ def assert_same(config: TransformerConfig, ours: Factors, theirs: dict, toleranc
 @pytest.mark.parametrize("extras", [(), ("adaln", "refiners")])
 def test_gradients_of_the_loss_match_torch(torch, base, model, extras):
     _, config, _, tree = base
-    factors, case = random_factors(config, extras), a_case(config)
+    factors, sample = random_factors(config, extras), a_sample(config)
     lora = in_torch(torch, config, factors)
-    loss = their_loss(torch, model, lora, case)
+    loss = their_loss(torch, model, lora, sample)
     loss.backward()
-    value, gradients = Gradients(config, PlainRunner(tree), SCALE)(factors, case)
+    value, gradients = Gradients(config, PlainRunner(tree), SCALE)(factors, sample)
     assert value.item() == pytest.approx(loss.item(), rel=TOLERANCE)
     assert_same(config, gradients, {n: {p: own.grad for p, own in parts.items()} for n, parts in lora.items()})
 
@@ -142,12 +144,12 @@ def test_steps_of_adamw_equal_torch(torch, base, model):
     theirs = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)
     ours, gradients = AdamW.new(factors), Gradients(config, PlainRunner(tree), SCALE)
     for sigma in (0.7, 0.3):
-        case = a_case(config, sigma)
+        sample = a_sample(config, sigma)
         theirs.zero_grad()
-        their_loss(torch, model, lora, case).backward()
+        their_loss(torch, model, lora, sample).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.05)
         theirs.step()
-        clip, found = clipped(gradients(factors, case)[1], 0.05)
+        clip, found = clipped(gradients(factors, sample)[1], 0.05)
         assert found == pytest.approx(norm.item(), rel=TOLERANCE)
         factors = ours.apply(factors, clip, 1e-3, 0.1)
     # A step is the rate times a quotient near 1, whatever the gradient's size; where a gradient is smaller than the
@@ -164,7 +166,7 @@ def test_diffusers_generates_with_the_file_what_we_do(reference, torch, tmp_path
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float32")
     config = pipe.transformer.config
     factors = random_factors(config, ("adaln", "refiners"))
-    write_lora(file, factors, Settings(rank=4, alpha=2.0, trigger="sks"), config, "tiny", "0" * 64)
+    write_factors(file, factors, Settings(rank=4, alpha=2.0, trigger="sks"), config, "tiny", "0" * 64)
     theirs = reference.open_pipeline(folder)
     plain = their_latents(torch, theirs)
     theirs.load_lora_weights(file)

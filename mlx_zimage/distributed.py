@@ -136,11 +136,7 @@ class Group(SharingBySpeed):
     @classmethod
     def launched(cls) -> Group | None:
         """The processes that `mlx.launch` started with this one; None if there are none."""
-        if not is_launched():
-            return None
-        if backend_name() == "nccl":  # the host launches single kernels faster than graphs with NCCL's in them
-            os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")  # read before MLX's first operation
-        return cls.of(mx.distributed.init(strict=True))
+        return cls.of(mx.distributed.init(strict=True)) if is_launched() else None
 
     @property
     def leads(self) -> bool:

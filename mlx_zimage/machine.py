@@ -1,7 +1,7 @@
 """This machine's properties and speed, and the process-wide limits that are set on it.
 
 This is the only module that touches process-wide state: MLX's limits and the C library's allocator. Each is set for the
-duration of a `with` block, then restored.
+duration of a `with` block, then restored; only what MLX reads once, at its first operation, stays.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import mlx.core as mx
 
 from . import atomic
 from .errors import MemoryBudgetError, ModelNotFoundError
+from .launched import backend_name, is_launched
 from .sizes import size
 from .untrusted import parse_json, read_bytes
 
@@ -297,6 +298,19 @@ def home() -> Path:
         return caches / "mlx-zimage"
     except RuntimeError:  # the user has no home folder
         raise ModelNotFoundError("no home folder found to keep models in; set MLX_ZIMAGE_HOME to a folder") from None
+
+
+# ---- what is set once
+
+
+def avoid_cuda_graphs() -> None:
+    """Have MLX launch kernels one by one where machines communicate through NCCL; the environment may say otherwise.
+
+    The host launches single kernels faster than graphs with NCCL's in them. To be called before MLX's first operation
+    on the GPU, when it reads this variable; later, it changes nothing.
+    """
+    if is_launched() and backend_name() == "nccl":
+        os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
 
 # ---- limits that are set, then restored

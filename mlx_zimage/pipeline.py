@@ -28,7 +28,15 @@ from .images.source import cover, fit_size, over_white
 from .images.upscale import back_projected, resized
 from .inputs import NONE, Inputs
 from .loras import LoraMethods
-from .machine import check_budget, comparable_rate, default_dtype, machine_budget, mlx_version, wide_dtype
+from .machine import (
+    avoid_cuda_graphs,
+    check_budget,
+    comparable_rate,
+    default_dtype,
+    machine_budget,
+    mlx_version,
+    wide_dtype,
+)
 from .memory import Plan, Planner, Workload
 from .models.controlnet import Controlled
 from .models.layers import result
@@ -192,7 +200,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         programs push the model out: kernel panics have been reported with wired memory.
 
         group, from mx.distributed.init(), shares the work of each image among the processes that `mlx.launch` started:
-        rank 0 generates, the others call `follow`.
+        rank 0 generates, the others call `follow`. With NCCL, call this before MLX's first operation on the GPU.
 
         Prompt embeddings are cached on disk, so that a prompt used before needs no text encoder; see
         `mlx-zimage models --help`.
@@ -201,6 +209,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         if dtype is not None and torch_dtype is not None:
             raise RequestError("dtype and torch_dtype were both given; give one")
         given = torch_dtype if dtype is None else dtype
+        avoid_cuda_graphs()
         ranks = Group.of(group)
         with explained():  # a Mac may have no GPU for this session
             name = default_dtype() if given is None else porting.dtype_name(given)

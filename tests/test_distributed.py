@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlx.core as mx
 import numpy as np
@@ -466,13 +467,38 @@ def test_speeds_are_positive_numbers_one_per_rank(speeds):
         Group(Rank(0, 2), speeds)
 
 
-@pytest.mark.parametrize("environment", [{}, {"MLX_USE_CUDA_GRAPHS": "1"}])
-def test_nccl_runs_without_cuda_graphs_unless_they_are_asked_for(environment, monkeypatch):
-    alone = mx.distributed.init()
-    monkeypatch.setattr(mx.distributed, "init", lambda **options: alone)
-    monkeypatch.setattr("os.environ", {"MLX_RANK": "0", "MLX_WORLD_SIZE": "1"} | environment)
-    assert Group.launched() is None
-    assert os.environ["MLX_USE_CUDA_GRAPHS"] == environment.get("MLX_USE_CUDA_GRAPHS", "0")
+def on_command_line(patch: pytest.MonkeyPatch) -> None:
+    """Start `generate`, until it would look for the model, which may compute something to convert it."""
+    patch.setattr("mlx_zimage.cli.generate.first_run", Mock(side_effect=RequestError("there is no model")))
+    assert CliRunner().invoke(main, ["generate", "a red circle"]).exit_code == RequestError.exit_code
+
+
+def in_python(patch: pytest.MonkeyPatch) -> None:
+    """Open a pipeline, until its first operation may come."""
+    patch.setattr("mlx_zimage.pipeline.default_dtype", Mock(side_effect=RequestError("there is no GPU")))
+    with pytest.raises(RequestError, match="there is no GPU"):
+        ZImagePipeline.from_pretrained("pocket", group=mx.distributed.init())
+
+
+@pytest.mark.parametrize("start", [on_command_line, in_python])
+@pytest.mark.parametrize(
+    ("environment", "graphs"),
+    [
+        ({"MLX_RANK": "0", "MLX_WORLD_SIZE": "1"}, "0"),
+        ({"MLX_RANK": "0", "MLX_WORLD_SIZE": "1", "MLX_USE_CUDA_GRAPHS": "1"}, "1"),
+        ({"MLX_RANK": "0", "MLX_HOSTFILE": "hosts.json"}, None),
+        ({}, None),
+    ],
+)
+def test_nccl_runs_without_cuda_graphs_from_the_first_operation_unless_they_are_asked_for(
+    environment, graphs, start, monkeypatch
+):
+    group = mx.distributed.init()
+    monkeypatch.setattr(mx.distributed, "init", lambda **options: group)
+    others = {name: value for name, value in os.environ.items() if not name.startswith("MLX_")}
+    monkeypatch.setattr("os.environ", others | environment)
+    start(monkeypatch)
+    assert os.environ.get("MLX_USE_CUDA_GRAPHS") == graphs
 
 
 def test_only_other_ranks_follow(pipe):

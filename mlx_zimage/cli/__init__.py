@@ -19,7 +19,7 @@ import click
 
 from ..errors import OutputError, ZImageError, plain
 from ..failures import explained
-from ..launched import launched_rank
+from ..launched import is_launched, launched_rank
 from ..version import __version__
 from .elsewhere import no_such_command
 from .stop import Terminated, stoppable
@@ -74,6 +74,10 @@ class Commands(click.Group):
         try:
             with warnings.catch_warnings(), stoppable(), explained():
                 warnings.showwarning = _show_warning
+                if is_launched():
+                    from ..machine import avoid_cuda_graphs  # with MLX, and before its first operation
+
+                    avoid_cuda_graphs()
                 return super().invoke(ctx)
         except ZImageError as error:
             _fail(ctx, error, error.exit_code)

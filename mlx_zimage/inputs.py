@@ -71,9 +71,8 @@ class Inputs:
             **{name: digest(image) for name, image in images.items() if image is not None},
         }
 
-    @cached_property
-    def packed(self) -> dict[str, np.ndarray]:
-        """All of them as arrays by name, for another process: see `unpacked`."""
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All of them as arrays by name, for another process: see `from_arrays`."""
         names = "latents", "prompt_embeds", "negative_prompt_embeds", "posterior_noise"
         given = {name: getattr(self, name) for name in names}
         images = {"image": self.source, "mask_image": self.mask, **self.controls}
@@ -83,8 +82,8 @@ class Inputs:
         }
 
     @classmethod
-    def unpacked(cls, arrays: Mapping[str, np.ndarray]) -> Inputs:
-        """The inverse of `packed`."""
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Inputs:
+        """The inverse of `to_arrays`."""
         names = {field.name for field in fields(cls)}
         given: dict[str, Any] = {name: array for name, array in arrays.items() if name in names}
         for name in ("image", "mask_image"):

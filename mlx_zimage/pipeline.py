@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -17,11 +16,12 @@ import mlx.core as mx
 import numpy as np
 
 from . import porting
-from .clock import Clock, Cost
+from .clock import Cost
 from .controls import ControlNetMethods
 from .distributed import Group
 from .errors import MemoryBudgetError, NumericsError, RequestError, warn
 from .failures import explained
+from .groups import GroupMethods, Work, join
 from .images.codec import is_flat, rounded, to_pil, to_signed, to_uint8, to_unit
 from .images.masks import canvas_size, feathered, paste, to_latents
 from .images.source import cover, fit_size, over_white
@@ -31,10 +31,8 @@ from .loras import LoraMethods
 from .machine import (
     avoid_cuda_graphs,
     check_budget,
-    comparable_rate,
     default_dtype,
     machine_budget,
-    mlx_version,
     wide_dtype,
 )
 from .memory import Plan, Planner, Workload
@@ -62,8 +60,7 @@ from .scheduler import add_noise
 from .sizes import parse_memory
 from .turns import Turns
 from .variants import Variant
-from .version import __version__
-from .weights.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.controlnets import ControlNetFile
 from .weights.library import already_converted, smaller_parts
 from .weights.lora import Lora
@@ -73,7 +70,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 T = TypeVar("T")
-Work = tuple[GenerateRequest, Inputs]
 __all__ = ["FlatImage", "Generated", "Overflow", "Phase", "PipelineOutput", "ZImagePipeline"]
 
 
@@ -120,7 +116,7 @@ class PipelineOutput:
         return getattr(self, key) if isinstance(key, str) else (self.images,)[key]
 
 
-class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
+class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.DiffusersMethods):
     """Z-Image's tokenizer, text encoder, transformer and VAE, opened from one folder."""
 
     def __init__(
@@ -147,13 +143,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         budget = machine_budget() if budget is None else check_budget(budget)
         self.networks = Networks(checkpoint, dtype, budget, wired, group)
         if group is not None:
-            if dtype == mx.float16:
-                raise RequestError("a group of machines cannot compute in float16; choose bfloat16")
-            versions = {"version of mlx-zimage": __version__, "version of MLX": mlx_version()}
-            speeds = {"list of speeds": group.speeds if group.settled else None}
-            group.check_same(**versions, model=fingerprint(checkpoint), dtype=dtype, **speeds)
-            config = checkpoint.transformer.config
-            group.share_by(lambda: comparable_rate(dtype, config.dim, config.ffn_dim))
+            join(group, checkpoint, dtype)
 
     @classmethod
     def from_pretrained(
@@ -412,9 +402,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         events = self._attempts(*work, decode)
         yield from self.turns.take(events if self.group is None else self._led([work], events, decode))
 
-    def at_once(
-        self, works: Sequence[tuple[GenerateRequest, Inputs]]
-    ) -> Generator[Phase | Step | Generated, Change | None, None]:
+    def at_once(self, works: Sequence[Work]) -> Generator[Phase | Step | Generated, Change | None, None]:
         """`events` of one of the lists that `in_rounds` makes: the images of all its requests, in their order.
 
         The Phases and Steps of several requests are those of the first, which this machine runs.
@@ -424,7 +412,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
             return
         works = [self._completed(work) for work in works]
         plans = [self.plan(*work) for work in works]  # refuses what does not fit
-        yield from self.turns.take(self._led(works, self._apart(works, plans)))
+        yield from self.turns.take(self._led(works, self._with_others(works, plans)))
 
     def in_rounds(self, items: Iterable[T]) -> Iterator[list[T]]:
         """Items, such as requests, in lists that run at once: one for each machine of a group, as long as there are so
@@ -434,90 +422,20 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         while several := list(islice(items, size)):
             yield from [several] if len(several) == size else ([item] for item in several)
 
-    # ---- on several machines
-
-    @property
-    def group(self) -> Group | None:
-        """The machines that share the work, if there are several."""
-        return self.networks.group
-
-    def follow(self) -> None:
-        """On every rank but the first of a group: compute this machine's share of rank 0's images, until it ends.
-
-        Raises GroupError if another machine is lost, and any error that this machine alone has.
-        """
-        group = self.group
-        if group is None or group.leads:
-            raise RequestError("follow() is for the other ranks of a group; rank 0 generates images")
-        with explained():
-            while given := group.receive():
-                self.follow_one(given)
-
-    def follow_one(self, given: Mapping[str, np.ndarray]) -> None:
-        """`follow` for one image, or one for each machine, that the group has received."""
-        assert self.group is not None
-        decode, works = bool(given["decode"]), unpacked(given)
-        with self.networks.guarded(), self.group.following():
-            if len(works) > 1:
-                self._follow_apart(self._completed(works[self.group.rank]))
-                return
-            for _ in self.turns.take(self._attempts(*self._completed(works[0]), decode)):
-                pass
-
-    def _follow_apart(self, work: Work) -> None:
-        """Generate a whole image, while the other machines generate theirs, and send it to rank 0."""
-        assert self.group is not None
-        clock, units, costs = Clock(), [], []
-        with self.networks.alone():
-            for event in self.turns.take(self.group.abreast(self._attempts(*work, decode=True))):
-                if isinstance(event, Generated):
-                    units.append(event.unit)
-                    costs.append(asdict(clock.cost(event.plan)))
-                else:
-                    clock(event)
-        self.group.send_in_turn({"units": np.stack(units), "costs": np.array(json.dumps(costs))})
-
-    @property
-    def _follows(self) -> bool:
-        return self.group is not None and not self.group.leads
-
-    def close(self) -> None:
-        """On rank 0 of a group: end `follow` on the others. Elsewhere, nothing."""
-        if self.group is not None and self.group.leads:
-            with explained():
-                self.group.end()
+    def _with_others(
+        self, works: Sequence[Work], plans: Sequence[Plan]
+    ) -> Generator[Phase | Step | Generated, Change | None, None]:
+        """The events of the first request, while each other machine runs another one, and then their images."""
+        others = yield from self._apart(works[0])
+        dtype = str(self.dtype).rpartition(".")[2]
+        for (request, _), plan, images in zip(works[1:], plans[1:], others, strict=True):
+            for i, (unit, cost) in enumerate(images):
+                warn_if_flat(unit, request.seed, i)
+                yield Generated(i, unit, request, plan, dtype, cost)
 
     def _completed(self, work: Work) -> Work:
         request, inputs = work
         return self.complete(request, inputs), inputs
-
-    def _led(
-        self,
-        works: Sequence[Work],
-        events: Generator[Phase | Step | Generated, Change | None, None],
-        decode: bool = True,
-    ) -> Generator[Phase | Step | Generated, Change | None, None]:
-        """The events of a request that the other machines follow, or of one for each machine."""
-        assert self.group is not None
-        if not self.group.leads:
-            raise RequestError("only rank 0 of a group generates images; call follow() on the others")
-        with explained(), self.group.leading({"decode": np.array(decode), **packed(works)}):
-            yield from events
-
-    def _apart(
-        self, works: Sequence[Work], plans: Sequence[Plan]
-    ) -> Generator[Phase | Step | Generated, Change | None, None]:
-        """The events of the first request, while each other machine runs another one, and then their images."""
-        assert self.group is not None
-        with self.networks.alone():
-            yield from self.group.abreast(self._attempts(*works[0], decode=True))
-        received = self.group.send_in_turn({})
-        dtype = str(self.dtype).rpartition(".")[2]
-        for (request, _), plan, arrays in zip(works[1:], plans[1:], received, strict=True):
-            costs = json.loads(str(arrays["costs"]))
-            for i, (unit, cost) in enumerate(zip(arrays["units"], costs, strict=True)):
-                warn_if_flat(unit, request.seed, i)
-                yield Generated(i, unit, request, plan, dtype, Cost(**cost))
 
     def _attempts(
         self, request: GenerateRequest, inputs: Inputs, decode: bool
@@ -630,7 +548,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
                 unit = to_unit(decoded[0])
                 if pixels is not None and mask is not None:
                     unit = paste(pixels.astype(np.float32) / 255, unit, feathered(mask, request.mask_feather or 0))
-                if not self._follows:
+                if self.group is None or self.group.leads:
                     warn_if_flat(unit, request.seed, i)
                 yield Generated(i, unit, request, plan, str(networks.dtype).rpartition(".")[2])
 
@@ -777,6 +695,11 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
         return self.checkpoint.vae.config.sample_size
 
     @property
+    def group(self) -> Group | None:
+        """The machines that share the work, if there are several."""
+        return self.networks.group
+
+    @property
     def dtype(self) -> mx.Dtype:
         """The compute dtype."""
         return self.networks.dtype
@@ -846,29 +769,6 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, porting.DiffusersMethods):
     def num_timesteps(self) -> int:
         """The number of steps of the current or last call."""
         return self._num_timesteps
-
-
-# ---- requests for other machines
-
-
-def packed(works: Sequence[Work]) -> dict[str, np.ndarray]:
-    """Requests with their inputs as named arrays, for `unpacked` on another machine."""
-    arrays: dict[str, np.ndarray] = {}
-    for i, (request, inputs) in enumerate(works):
-        own = {"request": np.array(json.dumps(request.to_dict())), **inputs.packed}
-        arrays |= {f"{i}/{name}": array for name, array in own.items()}
-    return arrays
-
-
-def unpacked(arrays: Mapping[str, np.ndarray]) -> list[Work]:
-    """The requests in named arrays, and whatever else those hold left out."""
-    each: dict[str, dict[str, np.ndarray]] = {}
-    for name, array in arrays.items():
-        i, slash, own = name.partition("/")
-        if slash:
-            each.setdefault(i, {})[own] = array
-    requests = [GenerateRequest.from_dict(json.loads(str(own.pop("request")))) for own in each.values()]
-    return [(request, Inputs.unpacked(own)) for request, own in zip(requests, each.values(), strict=True)]
 
 
 # ---- what a request needs of any model

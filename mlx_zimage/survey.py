@@ -21,8 +21,8 @@ from .bench import ARCHITECTURES
 from .distributed import Group
 from .doctor import facts
 from .errors import GroupError
+from .groups import share_rows
 from .launched import backend_name
-from .machine import comparable_rate
 from .models.transformer import PATCH
 from .networks import Networks
 from .sizes import size
@@ -84,7 +84,7 @@ def survey(
     check_same(machines)
     timer = Timer(group, width, height, architecture)
     alone = group.exchange(timer.step(None))
-    group.share_by(timer.product_rate)
+    share_rows(group, timer.config, timer.dtype)
     machines = [
         machine | {"alone_s": seconds, "speed": speed}
         for machine, seconds, speed in zip(machines, alone, group.speeds, strict=True)
@@ -134,10 +134,6 @@ class Timer:
         seconds = self._median(lambda: velocity(noise, 0), REPEAT)
         networks.release()
         return seconds
-
-    def product_rate(self) -> float:
-        """FLOP per second of matrix products, by which `ZImagePipeline` compares machines."""
-        return comparable_rate(self.dtype, self.config.dim, self.config.ffn_dim)
 
     def latency(self) -> float:
         """Seconds of the smallest exchange."""

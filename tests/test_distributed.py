@@ -130,7 +130,7 @@ def test_different_versions_of_mlx_and_given_speeds_are_refused(version, speeds,
 
     mine = []
     ZImagePipeline.from_pretrained(tiny_folder, dtype="float32", group=First(Rank(0, 2)))
-    monkeypatch.setattr("mlx_zimage.pipeline.mlx_version", lambda: version)
+    monkeypatch.setattr("mlx_zimage.groups.mlx_version", lambda: version)
     ZImagePipeline.from_pretrained(tiny_folder, dtype="float32", group=First(Rank(1, 2), speeds))
     assert {key for key in mine[0] if mine[0][key] != mine[1][key]} == {name}
 

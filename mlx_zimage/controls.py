@@ -2,6 +2,7 @@
 
     pipe.load_controlnet("Z-Image-Turbo-Fun-Controlnet-Union-2.1-lite-2602-8steps.safetensors")
     pipe("a lighthouse", control_image="outline.png", controlnet_conditioning_scale=0.9)
+    pipe.unload_controlnet()
 
 A pipeline has one at a time; a request may use several control images with it, whose effects add up.
 """

@@ -1,8 +1,8 @@
 """From a request to finished files: adds timing, origin and saving to what the pipeline yields.
 
 `run` yields events as they happen: the pipeline's Phases and Steps, and each image once its file is written. `events`
-is the same without files; `images.codec.encode` turns its images into bytes. Progress and previews are up to the
-caller's loop, and leaving the loop stops the work. Nothing is printed.
+is the same for one request, without files; `images.codec.encode` turns its images into bytes. Progress and previews are
+up to the caller's loop, and leaving the loop stops the work. Nothing is printed.
 """
 
 from __future__ import annotations
@@ -123,16 +123,12 @@ def _finished(
 
 
 def run(
-    model: OpenModel, request: GenerateRequest, path: Path, files: Files, inputs: Inputs = NONE
-) -> Iterator[Phase | Step | Saved]:
-    """Run a request and save its images as path or, if that is taken, path-1, path-2, ..."""
-    return run_at_once(model, [(request, inputs)], [path], files)
-
-
-def run_at_once(
     model: OpenModel, works: Sequence[tuple[GenerateRequest, Inputs]], paths: Sequence[Path], files: Files
 ) -> Iterator[Phase | Step | Saved]:
-    """`run` for requests that run at once, each with its path: see `ZImagePipeline.at_once`."""
+    """Run requests at once (see `ZImagePipeline.at_once`), usually one, and save their images.
+
+    A request's images are saved as its path or, if that is taken, path-1, path-2, ...
+    """
     left = [path for (request, _), path in zip(works, paths, strict=True) for _ in range(request.num_images)]
     for event in _finished(model, model.pipeline.at_once(works)):
         if isinstance(event, Finished):

@@ -13,7 +13,7 @@ from mlx_zimage import GenerateRequest, Step
 from mlx_zimage.generate import Files, Finished, Saved, events, open_model, run
 from mlx_zimage.images.codec import encode
 from mlx_zimage.images.metadata import read_origin
-from mlx_zimage.inputs import Inputs
+from mlx_zimage.inputs import NONE, Inputs
 from mlx_zimage.pipeline import Phase
 
 REQUEST = GenerateRequest("a red circle", width=32, height=32, seed=1, steps=2)
@@ -26,14 +26,14 @@ def model(light_pocket):
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".webp"])
 def test_encoded_bytes_equal_those_of_a_saved_file(model, tmp_path, ending):
-    (*_, sent), (*_, saved) = events(model, REQUEST), run(model, REQUEST, tmp_path / f"a{ending}", Files())
+    (*_, sent), (*_, saved) = events(model, REQUEST), run(model, [(REQUEST, NONE)], [tmp_path / f"a{ending}"], Files())
     assert encode(sent.pixels, ending, sent.origin) == saved.path.read_bytes()
 
 
 def test_events_come_in_order_and_files_exist_once_reported(model, tmp_path):
     request = GenerateRequest("two green squares", width=32, height=32, seed=1, steps=2, num_images=2)
     seen = []
-    for event in run(model, request, tmp_path / "a.png", Files()):
+    for event in run(model, [(request, NONE)], [tmp_path / "a.png"], Files()):
         seen.append(event.name if isinstance(event, Phase) else type(event))
         assert len(list(tmp_path.iterdir())) == seen.count(Saved)
     assert [name for i, name in enumerate(seen) if name not in seen[i - 1 : i]] == [
@@ -45,7 +45,7 @@ def test_events_come_in_order_and_files_exist_once_reported(model, tmp_path):
 def test_a_saved_image_reports_its_origin_and_its_cost(model, tmp_path):
     latents = np.random.default_rng(0).standard_normal((1, 16, 4, 4))
     inputs = Inputs(latents)
-    (*_, saved) = run(model, REQUEST, tmp_path / "a.png", Files(), inputs)
+    (*_, saved) = run(model, [(REQUEST, inputs)], [tmp_path / "a.png"], Files())
     assert read_origin(saved.path) == saved.origin
     named = replace(model.pipeline.complete(REQUEST), **inputs.digests)
     assert (saved.origin.request, saved.origin.model) == (named, "pocket")
@@ -70,7 +70,7 @@ def test_a_call_never_overwrites_its_own_files(model, tmp_path):
 
 
 def test_leaving_the_loop_leaves_no_file(model, tmp_path):
-    for event in run(model, REQUEST, tmp_path / "a.png", Files()):
+    for event in run(model, [(REQUEST, NONE)], [tmp_path / "a.png"], Files()):
         assert not isinstance(event, Finished)
         if isinstance(event, Step):
             break

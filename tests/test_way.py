@@ -67,13 +67,13 @@ def trace(tmp_path_factory) -> Trace:
     seen = Trace()
     file = tmp_path_factory.mktemp("way") / "a.png"
     with pytest.MonkeyPatch.context() as patch:
-        run = importlib.import_module("mlx_zimage.generate").run_at_once
+        run = importlib.import_module("mlx_zimage.generate").run
 
         def traced(*args, **options):
             with seen:
                 yield from run(*args, **options)
 
-        patch.setattr("mlx_zimage.generate.run_at_once", traced)
+        patch.setattr("mlx_zimage.generate.run", traced)
         options = ["--model", "pocket", "--size", "32x32", "--steps", "1", "--seed", "1", "-o", str(file), "-q"]
         result = CliRunner().invoke(main, ["generate", "a red circle", *options], catch_exceptions=False)
     assert result.exit_code == 0 and file.is_file()

@@ -379,7 +379,7 @@ def generate(
     """
     # Imported here so that --help and completion do not wait for MLX.
     from ..distributed import Group
-    from ..generate import Files, Saved, described, open_model, run_at_once
+    from ..generate import Files, Saved, described, open_model, run
     from ..images.files import make_folder
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
@@ -524,7 +524,7 @@ def generate(
         grey = blank(width, height, request.num_images)
         with _located(_images(several, total)), Watch(steps, quiet, not in_place, colours) as watch:
             add_views(watch, path, f"{path.stem}-{request.seed}", grey, preview, preview_dir, terminal)
-            for event in run_at_once(model, works, paths, files):
+            for event in run(model, works, paths, files):
                 watch(event)
                 if isinstance(event, Saved):
                     click.echo(json.dumps(event.to_dict())) if as_json else print_path(event.path)

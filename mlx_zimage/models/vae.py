@@ -571,10 +571,6 @@ class VAE:
         z = mean if noise is None else mean + mx.exp(log_variance / 2) * noise
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
-    def encode_moments(self, pixels: mx.array) -> tuple[mx.array, mx.array]:
-        """Mean and log variance (clipped to [-30, 20]) of the unscaled latents, each (B, H/8, W/8, 16), float32."""
-        return moments(result(encoder(*self._inputs(pixels, "encoder"))))
-
     def _inputs(self, x: mx.array, name: str) -> tuple:
         held = CPU_STRIP if backend() == "cpu" else strip_within(self.config, self.runner.dtype, self.most)
         levels, depth = len(self.config.block_out_channels), self.config.layers_per_block

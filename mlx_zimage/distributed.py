@@ -27,6 +27,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from .errors import GroupError, NumericsError, RequestError
+from .failures import LOST
 from .launched import backend_name, is_launched
 from .sampling import Change, Step, Velocities
 
@@ -43,7 +44,6 @@ LEAST, APART = 512, 1536
 EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
 PERIOD = 0.2  # seconds between the watchdog's checks
 CHIP = "device_name", "architecture", "memory_size"  # what MLX says of machines that are equally fast
-LOST = "the connection to another machine was lost: start the whole group again"
 NOISE = 1.1  # up to this ratio, measured speeds count as equal
 
 

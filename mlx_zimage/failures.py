@@ -21,6 +21,7 @@ TOO_LONG = (
     "generated, or generate smaller images. AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment turns this limit off "
     "on most Macs, at the cost of a display that stutters or freezes for seconds"
 )
+LOST = "the connection to another machine was lost: see what it printed, then start the whole group again"
 # (pattern of the message, error to raise, what it means and what to do); the first match applies
 FAILURES: tuple[tuple[str, type[ZImageError], str], ...] = (
     (r"Impacting ?Interactivity", DeviceError, TOO_LONG),
@@ -46,11 +47,7 @@ FAILURES: tuple[tuple[str, type[ZImageError], str], ...] = (
         DeviceError,
         "the GPU accepts no more work from this process, so none of its pipelines can continue: start a new process",
     ),
-    (
-        r"^\[(ring|jaccl|nccl)\]|ncclResult|NCCL",
-        GroupError,
-        "the connection to another machine was lost: see what it printed, then start the whole group again",
-    ),
+    (r"^\[(ring|jaccl|nccl)\]|ncclResult|NCCL", GroupError, LOST),
     (r"InnocentVictim", DeviceError, "the GPU failed because of another program, and this work was lost: try again"),
     (
         r"^\[METAL\]|^\[metal::|^(cu|CU)[A-Za-z]+.* failed:|CUDA error",

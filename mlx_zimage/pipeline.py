@@ -602,9 +602,9 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
         plans = [self.networks.plan(self._work(part, prompts, loras), self.keep) for part in request.parts]
         return max(plans, key=lambda plan: plan.room)
 
-    def most_tokens(self, request: GenerateRequest, inputs: Inputs = NONE) -> int:
+    def most_tokens(self, request: GenerateRequest) -> int:
         """The number of tokens up to which any prompt in place of the request's fits the budget."""
-        request = self.complete(request, inputs)
+        request = self.complete(request)
 
         def too_many(tokens: int) -> bool:
             try:

@@ -75,16 +75,12 @@ class Trial:
     compiled: bool = True
 
 
-def self_test(
-    dtypes: Iterable[str] = FLOATS,
-    quantizations: Iterable[Quantization] | None = None,
-    large: bool | None = None,
-) -> Iterator[Check]:
-    """Run every case on MLX's default device in each dtype; large=None uses large shapes on a GPU only.
+def self_test(dtypes: Iterable[str] = FLOATS, quantizations: Iterable[Quantization] | None = None) -> Iterator[Check]:
+    """Run every case on MLX's default device in each dtype, with large shapes on a GPU.
 
     quantizations=None checks every mode with every number of bits.
     """
-    large = mx.default_device() == mx.gpu if large is None else large
+    large = mx.default_device() == mx.gpu
     for name, case in cases(every_quantization() if quantizations is None else quantizations).items():
         begin, trial = time.perf_counter(), case(Samples(), large)
         for dtype in dtypes:

@@ -70,9 +70,9 @@ def brief(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def one_line(text: str, most: int = 200) -> str:
-    """A name to write into a file: on one line, without control characters, cut to `most` characters."""
-    return " ".join("".join(x if x.isprintable() else " " for x in text[: 10 * most]).split())[:most]
+def one_line(text: str) -> str:
+    """A name to write into a file: on one line, without control characters, cut to 200 characters."""
+    return " ".join("".join(x if x.isprintable() else " " for x in text[:2000]).split())[:200]
 
 
 def _whole(digits: str) -> int:

@@ -199,9 +199,10 @@ class Runner(Protocol):
 class PlainRunner:
     """Runs blocks over a tree of weights that is all in memory, and evaluates nothing: mx.grad passes through it."""
 
-    def __init__(self, weights: Tree, dtype: mx.Dtype = mx.float32):
+    dtype = mx.float32
+
+    def __init__(self, weights: Tree):
         self.weights = weights
-        self.dtype = dtype
 
     def tree(self, prefix: str, dtype: mx.Dtype | None = None) -> Tree:
         found = self.weights

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..dtypes import FLOATS
 from ..errors import RequestError
 from ..quantization import MODES
 from ..variants import TURBO
 from .elsewhere import Command
-from .output import DEFAULT_DTYPE, say
-from .values import FilePath, ModelName, sides, size_options
+from .output import say
+from .values import FilePath, ModelName, dtype_option, sides, size_options
 
 if TYPE_CHECKING:
     from ..bench import Timing
@@ -46,7 +45,7 @@ PHASES = {
     show_default=True,
     help="Prompt length in tokens.",
 )
-@click.option("--dtype", type=click.Choice(sorted(FLOATS)), help=f"Compute dtype.  [default: {DEFAULT_DTYPE}]")
+@dtype_option
 @click.option("--q-bits", "bits", type=int, help="Bits per weight, for random weights.  [default: not quantized]")
 @click.option(
     "--q-mode", "mode", type=click.Choice(list(MODES)), help="Quantization mode of random weights.  [default: affine]"

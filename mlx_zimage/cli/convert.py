@@ -9,7 +9,7 @@ from ..variants import MEMORIES
 from .elsewhere import Command
 from .models import DEFAULT_MODEL
 from .output import print_path, progress_bar, say
-from .values import MODEL_FORMATS, FilePath, ModelName, quantization_options
+from .values import MODEL_FORMATS, FilePath, ModelName, quantization_options, weights_dtype_option
 
 PARTS = ("transformer", "text_encoder", "vae")
 SIZES = [f"{gigabytes}GB" for gigabytes in MEMORIES]  # of --for
@@ -38,13 +38,7 @@ QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_
 @click.option(
     "--text-encoder-q-bits", "text_encoder_bits", type=int, help="Bits for the text encoder.  [default: --q-bits]"
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float32", "float16"]),
-    default="bfloat16",
-    show_default=True,
-    help="Dtype of the weights that are not quantized.",
-)
+@weights_dtype_option
 @click.option(
     "--recipe",
     type=click.Choice(["uniform", "mixed"]),

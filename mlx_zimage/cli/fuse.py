@@ -6,7 +6,7 @@ import click
 
 from .adapters import WithLoras, lora_options
 from .output import print_path, progress_bar
-from .values import MODEL_FORMATS, FilePath, ModelName, quantization_options
+from .values import MODEL_FORMATS, FilePath, ModelName, quantization_options, weights_dtype_option
 
 
 @click.command(
@@ -17,10 +17,7 @@ from .values import MODEL_FORMATS, FilePath, ModelName, quantization_options
 @click.argument("dest", type=FilePath())
 @lora_options
 @quantization_options
-@click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True,
-    help="Dtype of the weights that are not quantized.",
-)  # fmt: skip
+@weights_dtype_option
 @click.option(
     "--format", type=click.Choice(MODEL_FORMATS), default="mlx", show_default=True,
     help="Output format, as in `mlx-zimage convert`.",

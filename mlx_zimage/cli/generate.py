@@ -28,7 +28,6 @@ from ..drafts import (
     read_requests,
     read_text,
 )
-from ..dtypes import FLOATS
 from ..errors import RequestError, ZImageError
 from ..launched import launched_rank
 from ..request import FEATHERS, RESAMPLE, RNGS, GenerateRequest, LoraUse, check_prompt_and_seed
@@ -46,8 +45,19 @@ from .controls import (
 from .elsewhere import as_typed, join_seeds, options_given, refuse_strength_of_mflux
 from .models import DEFAULT_MODEL, first_run
 from .notes import notes
-from .output import DEFAULT_DTYPE, graphics, hub_bars, print_path, say, show_image
-from .values import FilePath, InputFile, ModelName, check_one_size, size_options
+from .output import graphics, hub_bars, print_path, say, show_image
+from .values import (
+    FilePath,
+    InputFile,
+    ModelName,
+    check_one_size,
+    dtype_option,
+    keep_option,
+    memory_option,
+    size_options,
+    variant_option,
+    yes_option,
+)
 
 if TYPE_CHECKING:
     from ..images.metadata import Origin
@@ -145,11 +155,7 @@ class Generate(WithLoras):
     help="Model folder or file (from this program, diffusers, mflux, mlx-vlm, ComfyUI), Hugging Face id, ID:PATH for a "
     f"file or folder in its repository, 'z-image-turbo', 'z-image' or 'pocket'.  [default: {DEFAULT_MODEL}, converted]",
 )
-@click.option(
-    "--variant",
-    metavar="NAME",
-    help="turbo, base or de-turbo, if the model is detected as the wrong one; or a file variant, such as fp16.",
-)
+@variant_option
 @click.option(
     "--transformer",
     metavar="OTHER",
@@ -283,22 +289,9 @@ class Generate(WithLoras):
 )
 @lora_options
 @control_options
-@click.option(
-    "--dtype",
-    type=click.Choice(sorted(FLOATS)),
-    help=f"Compute dtype.  [default: {DEFAULT_DTYPE}]",
-)
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    help="Memory budget, such as 6GB; what does not fit is streamed from disk.  [default: based on this machine]",
-)
-@click.option(
-    "--keep/--stage",
-    " /--low-ram",
-    default=None,
-    help="Keep the whole model in memory between images, or unload each network after use.  [default: keep if it fits]",
-)
+@dtype_option
+@memory_option
+@keep_option
 @click.option(
     "--wired",
     is_flag=True,
@@ -338,7 +331,7 @@ class Generate(WithLoras):
     default=True,
     help="Store the request in the image.  [default: yes]",
 )
-@click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
+@yes_option
 @click.option(
     "--preview",
     is_flag=True,

@@ -14,8 +14,6 @@ from ..errors import UNSAFE, plain
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-DEFAULT_DTYPE = "bfloat16 on a GPU, float16 on M1 and M2, float32 on a CPU"
-
 
 def print_path(path: Path) -> None:
     """Print a path on stdout, on its own line, byte for byte: file names need not be valid text."""

@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..dtypes import FLOATS
 from ..errors import RequestError
 from ..request import GenerateRequest, Outpaint
 from ..sizes import counted, parse_memory, rounded_up, size
 from ..variants import TURBO
 from .adapters import WithLoras, lora_options
 from .models import DEFAULT_MODEL
-from .output import DEFAULT_DTYPE
-from .values import FilePath, LoraName, ModelName, sides, size_options
+from .values import FilePath, LoraName, ModelName, dtype_option, keep_option, sides, size_options, variant_option
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -26,11 +24,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=WithLoras, epilog="Example: mlx-zimage plan z-image-4bit --width 1024 --height 1024 --memory 6GB")
 @click.argument("model", required=False, type=ModelName(converted=True))
-@click.option(
-    "--variant",
-    metavar="NAME",
-    help="turbo, base or de-turbo, if the model is detected as the wrong one; or a file variant, such as fp16.",
-)
+@variant_option
 @size_options
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Number of images.")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images per batch.")
@@ -45,18 +39,9 @@ if TYPE_CHECKING:
 @click.option("--tile", type=int, metavar="PIXELS", help="Largest side of the tiles for --upscale, as in `generate`.")
 @click.option("--control-model", metavar="PATH", type=LoraName(), help="Plan for a control image with this ControlNet.")
 @lora_options
-@click.option(
-    "--dtype",
-    type=click.Choice(sorted(FLOATS)),
-    help=f"Compute dtype.  [default: {DEFAULT_DTYPE}]",
-)
+@dtype_option
 @click.option("--memory", metavar="SIZE", help="Memory budget, such as 6GB.  [default: based on this machine]")
-@click.option(
-    "--keep/--stage",
-    " /--low-ram",
-    default=None,
-    help="Keep the whole model in memory between images, or unload each network after use.  [default: keep if it fits]",
-)
+@keep_option
 def plan(
     model: str | None,
     variant: str | None,

@@ -17,7 +17,7 @@ from .controls import control_kind_option
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
 from .output import say
-from .values import API_KEY, FilePath, LoraName, ModelName
+from .values import API_KEY, FilePath, LoraName, ModelName, memory_option, yes_option
 
 PORT = 8796
 MAX_KEY = 1000  # bytes
@@ -78,11 +78,7 @@ class Duration(click.ParamType):
     metavar="ORIGIN",
     help="Let web pages from ORIGIN, such as https://app.example, use the server. Repeatable.",
 )
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    help="Memory budget, such as 6GB; what does not fit is streamed from disk.  [default: based on this machine]",
-)
+@memory_option
 @click.option(
     "--queue",
     "limit",
@@ -114,7 +110,7 @@ class Duration(click.ParamType):
     "is off: many clients send values for other models, which would take 5 to 12 times as long and look worse.",
 )
 @click.option("--open", "show", is_flag=True, help="Open the server's page in your browser.")
-@click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
+@yes_option
 def serve(
     sources: tuple[str, ...], lora_dir: Path | None, control_model: str | None, control_kind: str | None,
     host: str, port: int, api_key_file: Path | None, no_api_key: bool, origins: tuple[str, ...],

@@ -15,7 +15,7 @@ from ..variants import TURBO
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
 from .output import print_path, progress_bar, say
-from .values import FilePath, LoraName, ModelName
+from .values import FilePath, LoraName, ModelName, yes_option
 
 if TYPE_CHECKING:
     from ..train.loop import Planned
@@ -111,7 +111,7 @@ Adapter for Turbo:
     help="Compute dtype.  [default: bfloat16 on a GPU, float32 on a CPU]",
 )
 @click.option("--memory", metavar="SIZE", help="Memory budget, such as 12GB.  [default: based on this machine]")
-@click.option("-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed.")
+@yes_option
 @click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 def train(
     dataset: Path, output: Path, model: str | None, adapter: str | None, previews: tuple[str, ...], save_every: int,

@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..drafts import parse_size, size_of_ratio
+from ..dtypes import FLOATS
 from ..errors import RequestError
 from ..quantization import MODES
 from ..request import check_size
@@ -92,6 +93,40 @@ class ModelName(_Expanded, click.ParamType):
 
             return str(already_converted(name))
         return name
+
+
+# Options that several commands have.
+variant_option = click.option(
+    "--variant",
+    metavar="NAME",
+    help="turbo, base or de-turbo, if the model is detected as the wrong one; or a file variant, such as fp16.",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(sorted(FLOATS)),
+    help="Compute dtype.  [default: bfloat16 on a GPU, float16 on M1 and M2, float32 on a CPU]",
+)
+weights_dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="Dtype of the weights that are not quantized.",
+)
+memory_option = click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory budget, such as 6GB; what does not fit is streamed from disk.  [default: based on this machine]",
+)
+keep_option = click.option(
+    "--keep/--stage",
+    " /--low-ram",
+    default=None,
+    help="Keep the whole model in memory between images, or unload each network after use.  [default: keep if it fits]",
+)
+yes_option = click.option(
+    "-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed."
+)
 
 
 def size_options(command: F) -> F:

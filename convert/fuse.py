@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..models import NETWORKS
 from ..request import LoraUse
 from ..weights.deltas import Delta
-from ..weights.lora import find_lora, name_of_lora, read_lora
+from ..weights.lora import ADAPTED, find_lora, name_of_lora, read_lora
 from .rows import SourceComponent, Tensor
 from .sources import Source
 
@@ -23,7 +23,7 @@ def fuse(source: Source, loras: Loras, partial_match: bool = False) -> Source:
     configs = {
         name: NETWORKS[name].from_dict(component.config)
         for name, component in source.components.items()
-        if name in ("text_encoder", "transformer")
+        if name in ADAPTED
     }
     found = [(find_lora(path), strength) for path, strength in loras]
     read = [(read_lora(path, configs, partial_match), strength) for path, strength in found]

@@ -43,7 +43,7 @@ from .weights.checkpoint import Checkpoint
 from .weights.component import Component
 from .weights.joined import Joined
 from .weights.library import embeddings_folder
-from .weights.lora import Lora
+from .weights.lora import ADAPTED, Lora
 from .weights.overlay import Extra, Overlay
 from .weights.store import Store
 
@@ -102,7 +102,7 @@ class Networks:
             for name, component in checkpoint.networks.items()
         }
         configs = {name: component.config for name, component in checkpoint.networks.items()}
-        self.overlays = {name: Overlay(self.runners[name], configs[name]) for name in ("text_encoder", "transformer")}
+        self.overlays = {name: Overlay(self.runners[name], configs[name]) for name in ADAPTED}
         self.text_encoder = TextEncoder(configs["text_encoder"], self.overlays["text_encoder"], product)
         self.transformer = Transformer(
             configs["transformer"], self.overlays["transformer"], product, group or ALONE, most=most

@@ -78,12 +78,11 @@ def _read(file: str, model: str | None, partial: bool) -> Lora:
     from ..models import NETWORKS
     from ..weights import official
     from ..weights.checkpoint import open_headers
-    from ..weights.lora import find_lora, read_lora
+    from ..weights.lora import ADAPTED, find_lora, read_lora
 
-    names = ("text_encoder", "transformer")
     if model is None:
-        configs = {name: NETWORKS[name].from_dict(official.CONFIGS[name]) for name in names}
+        configs = {name: NETWORKS[name].from_dict(official.CONFIGS[name]) for name in ADAPTED}
     else:
         checkpoint = open_headers(model)
-        configs = {name: checkpoint.networks[name].config for name in names}
+        configs = {name: checkpoint.networks[name].config for name in ADAPTED}
     return read_lora(find_lora(file), configs, partial)

@@ -139,10 +139,10 @@ def _extras(
 ) -> dict[str, Extra]:
     """What LoRAs add to the memory of each network. Reads only their headers, but downloads those of the hub."""
     from ..weights.blocks import Blocks
-    from ..weights.lora import find_lora, read_lora
+    from ..weights.lora import ADAPTED, find_lora, read_lora
     from ..weights.overlay import Overlay
 
-    networks = {name: checkpoint.networks[name] for name in ("text_encoder", "transformer")}
+    networks = {name: checkpoint.networks[name] for name in ADAPTED}
     configs = {name: component.config for name, component in networks.items()}
     read = {path: read_lora(find_lora(path), configs, partial, headers=True) for path, _ in loras}
     strengths = {path: 1.0 if strength is None else strength for path, strength in loras}

@@ -33,6 +33,7 @@ from .manifest import sha256
 from .names import Place, comfyui_name, some
 from .unchanged import unchanged
 
+ADAPTED = ("text_encoder", "transformer")  # the networks that a LoRA may change
 MAX_LORA_TENSORS = 5000  # with six for each layer of both networks, it would have 3100
 ADAPTER = "adapter_model.safetensors"  # PEFT's, with adapter_config.json beside it
 HEADER_CONFIG = "lora_adapter_metadata"  # the same config, as diffusers stores it in a header

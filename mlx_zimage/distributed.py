@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ LEAST, APART = 512, 1536
 EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
 PERIOD = 0.2  # seconds between the watchdog's checks
 CHIP = "device_name", "architecture", "memory_size"  # what MLX says of machines that are equally fast
+SHOWN = 40  # characters of a value in an error; longer ones, such as checksums, say nothing
 NOISE = 1.1  # up to this ratio, measured speeds count as equal
 
 
@@ -281,15 +283,22 @@ class Group(SharingBySpeed):
                 raise GroupError(LOST) from error
 
     def check_same(self, **values: Any) -> None:
-        """GroupError on every rank if a value is not the same on all of them."""
-        digests = [hashlib.sha256(repr(value).encode()).digest()[:16] for value in values.values()]
-        with self.computing(PATIENCE):
-            every = self._gathered(np.frombuffer(b"".join(digests), np.uint8)).reshape(self.size, -1, 16)
-        for i, name in enumerate(values):
-            others = [rank for rank in range(self.size) if (every[rank, i] != every[0, i]).any()]
+        """GroupError on every rank if a value is not the same on all of them; it has the values, if they are short."""
+        texts = {name: str(value) for name, value in values.items()}
+        digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        short = {name: text for name, text in texts.items() if len(text) <= SHOWN}
+        machines = self.exchange({"host": platform.node(), "digests": digests, "short": short})
+        first = machines[0]
+        for name in values:
+            others = [rank for rank, own in enumerate(machines) if own["digests"][name] != first["digests"][name]]
             if others:
-                ranks = f"rank {others[0]} has" if len(others) == 1 else f"ranks {' and '.join(map(str, others))} have"
-                raise GroupError(f"{ranks} a different {name} from rank 0; all machines need the same one")
+                named = " and ".join(f"{rank} ({machines[rank]['host']})" for rank in others)
+                ranks = f"rank {named} has" if len(others) == 1 else f"ranks {named} have"
+                theirs, ours = (own["short"].get(name) for own in (machines[others[0]], first))
+                said = f": {theirs} instead of {ours}" if theirs and ours else ""
+                raise GroupError(
+                    f"{ranks} a different {name} from rank 0 ({first['host']}){said}; all machines need the same one"
+                )
 
     # ---- a request
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,6 @@ import mlx.core as mx
 from .bench import ARCHITECTURES
 from .distributed import Group
 from .doctor import facts
-from .errors import GroupError
 from .groups import share_rows
 from .launched import backend_name
 from .models.transformer import PATCH
@@ -35,12 +34,6 @@ DEPTHS = 1, 5  # numbers of layers to time: the difference is what four of them 
 ROUNDS = 50  # exchanges of a single number
 REPEAT = 5
 CAPTION = 96  # tokens
-SAME = {  # what machines must have in common, and what one has otherwise
-    "mlx_zimage": "a different version of mlx-zimage",
-    "mlx": "a different version of MLX",
-    "dtype": "a different default dtype",
-    "weights": "different weights",
-}
 
 
 @dataclass(frozen=True)
@@ -76,12 +69,13 @@ def survey(
     GroupError if they have different versions, dtypes or, of a model, weights, which are all read.
     """
     own = facts() | {"host": platform.node()}
+    same = {"version of mlx-zimage": own["mlx_zimage"], "version of MLX": own["mlx"], "default dtype": own["dtype"]}
     if model is not None:
         with TemporaryDirectory() as temporary:  # if checksums are not cached
             folder = embeddings_folder() or Path(temporary)
-            own["weights"] = [checksum(network, folder) for network in model.components]
+            same["model"] = own["weights"] = [checksum(network, folder) for network in model.components]
+    group.check_same(**same)
     machines = group.exchange(own)
-    check_same(machines)
     timer = Timer(group, width, height, architecture)
     alone = group.exchange(timer.step(None))
     share_rows(group, timer.config, timer.dtype)
@@ -90,19 +84,6 @@ def survey(
         for machine, seconds, speed in zip(machines, alone, group.speeds, strict=True)
     ]
     return Survey(backend_name(), machines, timer.latency(), timer.rate(), timer.step(group))
-
-
-def check_same(machines: Sequence[dict[str, Any]]) -> None:
-    """GroupError unless all machines have the same versions, dtype and weights."""
-    for key, name in SAME.items():
-        values = [machine.get(key) for machine in machines]
-        for rank, value in enumerate(values):
-            if value != values[0]:
-                said = "" if key == "weights" else f": {value} instead of {values[0]}"
-                raise GroupError(
-                    f"rank {rank} ({machines[rank]['host']}) has {name} from rank 0 "
-                    f"({machines[0]['host']}){said}; all machines need the same"
-                )
 
 
 class Timer:

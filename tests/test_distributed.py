@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import Mock
@@ -115,7 +116,9 @@ def test_different_models_are_refused_on_every_rank(tmp_path):
         tiny.write_checkpoint(tmp_path / f"model{rank}", seed=rank)
     for code, text in ranks.finish(begin(2, tmp_path / "model{rank}", tmp_path, [PROMPT])):
         assert code != 0
-        assert "GroupError: rank 1 has a different model from rank 0; all machines need the same one" in text
+        assert re.search(
+            r"GroupError: rank 1 \(.*\) has a different model from rank 0 \(.*\): \w+ instead of \w+; all", text
+        )
 
 
 @pytest.mark.parametrize(
@@ -134,6 +137,33 @@ def test_different_versions_of_mlx_and_given_speeds_are_refused(version, speeds,
     monkeypatch.setattr("mlx_zimage.groups.mlx_version", lambda: version)
     ZImagePipeline.from_pretrained(tiny_folder, dtype="float32", group=First(Rank(1, 2), speeds))
     assert {key for key in mine[0] if mine[0][key] != mine[1][key]} == {name}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["1.0", "1.0", "1.0"], None),
+        (
+            ["1.0", "2.0", "1.0"],
+            r"rank 1 \(b\) has a different version from rank 0 \(a\): 2\.0 instead of 1\.0; all mach",
+        ),
+        (
+            ["1.0", "2.0", "3.0"],
+            r"ranks 1 \(b\) and 2 \(c\) have a different version from rank 0 \(a\): 2\.0 instead of",
+        ),
+        (["0" * 64, "0" * 64, "1" * 64], r"rank 2 \(c\) has a different version from rank 0 \(a\); all machines need"),
+    ],
+)
+def test_what_differs_is_named_with_its_machines_and_its_values_if_they_are_short(values, message, monkeypatch):
+    sent = []
+    for host, version in zip("abc", values, strict=True):
+        group = Group(Rank(0, 3))
+        monkeypatch.setattr("platform.node", lambda host=host: host)
+        monkeypatch.setattr(group, "exchange", lambda own: sent.append(own) or [own] * 3)
+        group.check_same(dtype="float32", version=version)
+    monkeypatch.setattr(group, "exchange", lambda own: sent)
+    with pytest.raises(GroupError, match=message) if message else nullcontext():
+        group.check_same(dtype="float32", version=values[0])
 
 
 @pytest.mark.parametrize("name", ["padded", "several prompts"])

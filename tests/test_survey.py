@@ -6,14 +6,12 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
 import ranks
 import surveyed
 import tiny
 
 from mlx_zimage import RequestError
-from mlx_zimage.errors import GroupError
-from mlx_zimage.survey import Survey, Timer, check_same, table
+from mlx_zimage.survey import Survey, Timer, table
 
 MACHINE = {"host": "one", "device": "Apple M4", "mlx_zimage": "1.0", "mlx": "0.32.4", "dtype": "bfloat16"}
 MACHINE |= {"memory_budget": 12 * 10**9, "speed": 1.0}
@@ -37,21 +35,9 @@ def test_different_weights_are_refused_by_checksum(tmp_path):
         tiny.write_checkpoint(tmp_path / f"model{rank}", seed=rank)
     for code, text in surveys(tmp_path / "model{rank}", tmp_path):
         assert code != 0
-        assert re.search(r"GroupError: rank 1 \(.*\) has different weights from rank 0", text)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"mlx": "0.31"}, r"rank 1 \(two\) has a different version of MLX from rank 0 \(one\): 0.31 instead of 0.32.4"),
-        ({"mlx_zimage": "2.0"}, r"a different version of mlx-zimage from rank 0 \(one\): 2.0 instead of 1.0"),
-        ({"dtype": "float16"}, r"a different default dtype from rank 0 \(one\): float16 instead of bfloat16"),
-    ],
-)
-def test_mixed_versions_and_dtypes_are_refused(change, message):
-    check_same([MACHINE, MACHINE | {"device": "Apple M3"}])
-    with pytest.raises(GroupError, match=message):
-        check_same([MACHINE, MACHINE | {"host": "two"} | change])
+        assert re.search(
+            r"GroupError: rank 1 \(.*\) has a different model from rank 0 \(.*\); all machines need the same one", text
+        )
 
 
 def test_a_step_is_predicted_from_a_few_layers():

@@ -189,10 +189,7 @@ def check_latents(latents: Any, shape: tuple[int, ...], name: str = "latents") -
         raise RequestError(
             f"{name} must have shape {shape}: (images, channels, height / 8, width / 8), got {array.shape}"
         )
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise RequestError(f"{name} must be finite, got NaN or infinity")
-    return array
+    return _finite(array, name)
 
 
 def check_embeddings(embeddings: Any, name: str, width: int) -> np.ndarray:
@@ -200,10 +197,7 @@ def check_embeddings(embeddings: Any, name: str, width: int) -> np.ndarray:
     array = _real(embeddings, name, f"(tokens, {width})")
     if array.ndim != 2 or array.shape[1] != width or not 1 <= len(array) <= MAX_TOKENS:
         raise RequestError(f"{name} must have shape (tokens, {width}) with 1 to {MAX_TOKENS} tokens, got {array.shape}")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise RequestError(f"{name} must be finite, got NaN or infinity")
-    return array
+    return _finite(array, name)
 
 
 def _digest(value: Any, name: str) -> str:
@@ -221,6 +215,13 @@ def _real(value: Any, name: str, shape: str) -> np.ndarray:
         raise RequestError(f"{name} must be an array of {shape}, got {type(value).__name__} ({error})") from None
     if array.dtype.kind not in "fiu":
         raise RequestError(f"{name} must be real numbers, got {array.dtype}")
+    return array
+
+
+def _finite(array: np.ndarray, name: str) -> np.ndarray:
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise RequestError(f"{name} must be finite, got NaN or infinity")
     return array
 
 

@@ -22,7 +22,7 @@ from ..sizes import counted
 from ..untrusted import brief
 from .checkpoint import fingerprint, origins, weight_files
 from .component import Component, Entry, entries_in, read_entries, read_header, read_json
-from .hub import POCKET, Repository, locate, name_of
+from .hub import POCKET, Repository, is_folder, locate, name_of
 from .names import foreign_kind
 
 LITE_BLOCKS = 3
@@ -134,7 +134,7 @@ def is_controlnet(source: str | Path) -> bool:
     """Whether a source is a ControlNet; False if it is anything else, or cannot be read."""
     try:
         path, repository = locate(source)
-        if _is_folder(path, repository):
+        if is_folder(path, repository):
             names = repository.names(path) if repository else [file.name for file in path.iterdir()]
             if "model_index.json" in names:
                 return False
@@ -143,10 +143,6 @@ def is_controlnet(source: str | Path) -> bool:
         return path.suffix == ".safetensors" and foreign_kind(entries_in(path, repository)) == "ControlNet"
     except (ZImageError, OSError):
         return False
-
-
-def _is_folder(path: Path, repository: Repository | None) -> bool:
-    return path.is_dir() or (repository is not None and path not in repository.sizes)
 
 
 def open_controlnet(
@@ -183,7 +179,7 @@ def open_controlnet(
 
 
 def _open(path: Path, repository: Repository | None, layers: int) -> Component:
-    folder = _is_folder(path, repository)
+    folder = is_folder(path, repository)
     if folder:
         within = path / "controlnet"  # of a pipeline that diffusers saved
         path = within if (within / "config.json").is_file() else path

@@ -147,10 +147,10 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
         raise ModelNotFoundError(f"no model {str(source)!r}; did you mean 'pocket'?")
     folder = Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves ~ alone if there is no home folder
     try:
-        is_folder, is_file = folder.is_dir(), folder.is_file()
+        is_here = folder.is_dir() or folder.is_file()
     except (OSError, ValueError) as error:  # too long for the system, or with a NUL
         raise ModelNotFoundError(f"{str(source)[:80]!r} is not a valid folder name ({error.args[-1]})") from None
-    if is_folder or is_file:
+    if is_here:
         return check_name(folder), None
     name = re.split("[@:]", str(source))[0]
     if named := IN_REPOSITORY.fullmatch(repository_of(name) + str(source)[len(name) :]):
@@ -163,6 +163,11 @@ def locate(source: str | Path) -> tuple[Path, Repository | None]:
     raise ModelNotFoundError(
         f"no model at {source}; give a folder, a file, a Hugging Face id such as {TURBO.repository}, or 'pocket'"
     )
+
+
+def is_folder(path: Path, repository: Repository | None) -> bool:
+    """Whether a path is a folder: one on this disk, or in the repository."""
+    return path.is_dir() or bool(repository and any(path in file.parents for file in repository.sizes))
 
 
 def pinned(id: str, revision: str, name: str) -> Path | None:

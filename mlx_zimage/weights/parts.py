@@ -26,7 +26,7 @@ from .component import (
     read_entries,
     read_json,
 )
-from .hub import Repository, argument, check_inside
+from .hub import Repository, argument, check_inside, is_folder
 from .listing import NUMBERED, visible, weight_variants
 from .names import arrange, foreign_kind, networks_of, some
 
@@ -75,14 +75,14 @@ def _open_networks(
     names: Iterable[str],
     configs: Mapping[str, dict],
 ) -> dict[str, Component]:
-    if not _is_folder(path, repository):
+    if not is_folder(path, repository):
         found = translated(read_single(path, repository), configs, path)
         return {name: found[name] for name in names if name in found}
     here = names_in(path, repository)
     if "model_index.json" in here:
         check_pipeline(path)
         check_variant(path, variant, repository)
-        there = [name for name in names if name not in OPTIONAL or _is_folder(path / name, repository)]
+        there = [name for name in names if name not in OPTIONAL or is_folder(path / name, repository)]
         return {name: open_component(path, name, variant, repository) for name in there}
     if is_own_folder(path, repository):
         name, config = declared_network(path)
@@ -106,7 +106,7 @@ def _open_networks(
 
 def files_to_convert(path: Path, repository: Repository, names: Iterable[str], variant: str | None) -> set[Path]:
     """The files of a repository that the converter reads, which are checked as far as headers allow."""
-    if not _is_folder(path, repository):
+    if not is_folder(path, repository):
         return set(_series(path, names_in(path.parent, repository)))
     if "model_index.json" not in names_in(path, repository):
         return _bare_files_to_convert(path, repository, names, variant)
@@ -259,7 +259,7 @@ def comfyui_tree(path: Path, repository: Repository | None = None) -> dict[str, 
             name: [
                 root / folder / file
                 for folder in folders
-                if _is_folder(root / folder, repository)
+                if is_folder(root / folder, repository)
                 for file in names_in(root / folder, repository)
                 if file.lower().endswith(suffixes)
             ]
@@ -304,13 +304,7 @@ def _series(path: Path, names: Iterable[str]) -> list[Path]:
 
 
 def _has_weights(folder: Path, repository: Repository | None) -> bool:
-    return _is_folder(folder, repository) and any(
-        name.endswith(".safetensors") for name in names_in(folder, repository)
-    )
-
-
-def _is_folder(path: Path, repository: Repository | None) -> bool:
-    return path.is_dir() or bool(repository and any(path in file.parents for file in repository.sizes))
+    return is_folder(folder, repository) and any(name.endswith(".safetensors") for name in names_in(folder, repository))
 
 
 # ---- checks on a model folder, shared with the converter

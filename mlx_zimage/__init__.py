@@ -120,6 +120,7 @@ _HOME = {
     "ModelNotFoundError": "errors",
     "CheckpointError": "errors",
     "DeviceError": "errors",
+    "GroupError": "errors",
     "NumericsError": "errors",
     "OutputError": "errors",
 }
@@ -128,6 +129,7 @@ __all__ = [
     "DeviceError",
     "GenerateRequest",
     "Generated",
+    "GroupError",
     "Inputs",
     "LockedError",
     "MemoryBudgetError",
@@ -146,6 +148,7 @@ if TYPE_CHECKING:
     from .errors import (
         CheckpointError,
         DeviceError,
+        GroupError,
         LockedError,
         MemoryBudgetError,
         ModelNotFoundError,

@@ -1,9 +1,12 @@
-"""Finding the modules of the package, from a clone and from its metadata. .ci/run builds and installs it."""
+"""Finding the modules and names of the package, from a clone and from its metadata. .ci/run builds and installs it."""
 
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import mlx_zimage
+from mlx_zimage import errors
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,3 +23,8 @@ def test_every_folder_with_modules_is_packaged():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     inside = {file.parent.relative_to(ROOT) for file in (ROOT / "mlx_zimage").rglob("*.py")}
     assert sorted(listed) == sorted({".".join(folder.parts) for folder in inside} | {"mlx_zimage.convert"})
+
+
+def test_every_error_can_be_imported_from_the_package():
+    raised = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert {"ZImageError", "GroupError"} <= raised <= set(mlx_zimage.__all__)

@@ -273,7 +273,7 @@ def judge_numbers(checks: Sequence[Check], retried: Sequence[Check] | None = Non
     if retried and all(check.passed for check in retried):
         (variable, value), *_ = WITHOUT_MATRIX_UNITS.items()
         advice = f"set {variable}={value}: all checks passed without this GPU's matrix units"
-    return Verdict("numbers", False, f"wrong results for {', '.join(wrong)}", advice)
+    return Verdict("numbers", False, f"wrong results for {', '.join(map(repr, wrong))}", advice)
 
 
 def without_matrix_units(dtypes: Sequence[str], model: str | None) -> list[Check]:

@@ -131,7 +131,7 @@ def test_doctor_exits_with_8_on_a_machine_that_computes_wrong_results(run, not_m
     result = run("doctor", "--dtype", "float32")
     assert result.exit_code == 8
     assert re.search(r"^layer norm in float32 +WRONG", result.stdout, re.MULTILINE)
-    assert "Error: wrong results for layer norm; try another version of MLX" in result.stderr
+    assert "Error: wrong results for 'layer norm'; try another version of MLX" in result.stderr
     result = run("doctor", "--dtype", "float32", "--json")
     assert result.exit_code == 8 and json.loads(result.stdout)["passed"] is False
 
@@ -151,7 +151,7 @@ def test_doctor_reports_even_if_a_gpu_lacks_a_kernel(run, not_measured, only, mo
     report = json.loads(result.stdout)
     (failed,) = [check for check in report["checks"] if check["error"] is None]
     assert failed["name"].endswith("packing") and "Unable to load kernel" in failed["problem"]
-    assert f"wrong results for {failed['name']}" in result.stderr
+    assert f"wrong results for {failed['name']!r}" in result.stderr
 
 
 def test_doctor_tries_a_failed_check_again_without_matrix_units(run, not_measured, monkeypatch):

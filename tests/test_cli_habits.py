@@ -342,7 +342,7 @@ def test_equal_drafts_are_planned_once_and_started_at_once(run, watch):
         ),
         (["--latents", "noise.npy", "--seed", "3"], "--seed changes nothing: --latents replaces the noise"),
         (["--latents", "noise.npy", "--rng", "mlx"], "--rng changes nothing: --latents replaces the noise"),
-        (["--latents", "noise.npy", "--count", "2"], "differ only in their seeds will give the same image"),
+        (["--latents", "noise.npy", "--count", "2"], "requests that differ only in their seeds will give the same"),
         (["--requests", "own.jsonl", "--seed", "1"], "--seed changes nothing: each of the requests has its own seed"),
         (
             ["--requests", "own.jsonl", "--guidance", "0"],

@@ -131,8 +131,8 @@ def render(home: Path) -> str:
 For one image of 8 steps and a prompt of 128 tokens, by `python tests/test_macs.py`, from the facts and rates in that
 file and in `mlx_zimage/machine.py`. The time of the longest kernel is calculated from the rate of matrix products;
 attention and convolutions reach about half of it. Networks are kept in memory for the next image, or read and unloaded
-one by one; lean blocks free memory halfway through; images are decoded whole, or in strips of that size. M1, M2 and
-virtual machines compute in float16, the others in bfloat16.
+one by one; lean blocks free memory halfway through; images are decoded whole, or in strips of the size under *decoded*.
+M1, M2 and virtual machines compute in float16, the others in bfloat16.
 
 {text}
 """

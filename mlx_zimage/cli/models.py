@@ -41,8 +41,8 @@ def models(ctx: click.Context, as_json: bool) -> None:
     cache. Each is listed under the name that --model takes. Those marked incomplete were not fully downloaded, or are
     missing files; those marked "only" have just some of their networks, such as a VAE that was downloaded for use with
     another model. The entry "embeddings" is the cache of encoded prompts, which lets a repeated prompt skip the text
-    encoder; it also holds the scales that float16 needs. MLX_ZIMAGE_EMBEDDINGS sets its folder (by default in
-    MLX_ZIMAGE_HOME), or disables it with "off".
+    encoder; it also holds the factors that keep float16 from overflowing. MLX_ZIMAGE_EMBEDDINGS sets its folder (by
+    default in MLX_ZIMAGE_HOME), or disables it with "off".
     """
     if ctx.invoked_subcommand:
         return

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 @click.argument("model", required=False, type=ModelName(converted=True))
 @variant_option
 @size_options
-@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Number of images.")
+@click.option(
+    "--count",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of images or, with --images, of batches.",
+)
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images per batch.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Prompt length in tokens.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Number of denoising steps.  [default: the model's]")
@@ -67,7 +73,7 @@ def plan(
     Prints the peak memory of each phase, and which blocks stay in memory and which are streamed from disk. With
     --upscale, the figures are for the enlarged image. Only configs and weight headers are read, or downloaded from
     the Hugging Face hub. Without MODEL, prints a table of what the default model would need here for each number of
-    bits; that needs no network.
+    bits; that needs no internet connection.
     """
     import mlx.core as mx
 

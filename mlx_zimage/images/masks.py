@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from ..errors import RequestError
 from ..request import LATENT_PIXELS, Outpaint
-from .source import cover, fit_size, read_image
+from .source import cover, fit_size, over, read_image
 
 
 def read_mask(source: Any, transparent: bool = False) -> Image.Image:
@@ -30,9 +30,7 @@ def read_mask(source: Any, transparent: bool = False) -> Image.Image:
                 "the mask has no transparent pixels; the part that should be regenerated must be transparent"
             )
         return image.getchannel("A").point(lambda alpha: 255 - alpha)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    return image.convert("L")
+    return over(image, "black").convert("L")
 
 
 def fit_mask(mask: Image.Image, image: tuple[int, int], width: int, height: int) -> Image.Image:

@@ -8,7 +8,6 @@ None of this varies between runs: the same request gives the same bytes.
 from __future__ import annotations
 
 import html
-import io
 import json
 import math
 import re
@@ -23,6 +22,7 @@ from ..request import GenerateRequest
 from ..untrusted import open_regular, parse_json, read_bytes
 from ..version import __version__
 from . import mflux
+from .stream import ImageStream
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of our images, by the end of their names
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -180,13 +180,16 @@ def read_origin(path: Path) -> Origin:
 def origin_in(content: bytes, label: object) -> Origin:
     """The origin stored in the content of an image file, which errors call by its label."""
     try:
-        with Image.open(io.BytesIO(content), formats=[*dict.fromkeys(FORMATS.values())]) as image:
+        formats = [*dict.fromkeys(FORMATS.values())]
+        with Image.open(ImageStream(content, str(label), MAX_WEBP), formats=formats) as image:
             xmp = image.info.get("xmp") or b""
             # where there is no EXIF, Pillow would decode the whole image to look for it
             exif = image.getexif().get_ifd(EXIF_DIRECTORY) if "exif" in image.info else {}
             comment = exif.get(USER_COMMENT)
     except UnidentifiedImageError:
         raise RequestError(f"{label} is not a PNG, JPEG or WebP image") from None
+    except RequestError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RequestError(f"{label} is not a PNG, JPEG or WebP image ({error})") from error
     found = re.search(rb'\szimage:origin="([^"<]*)"', xmp)

@@ -1,7 +1,7 @@
 """Read an input image, such as a photo: upright, in 8-bit sRGB, and of a size that the model generates.
 
-Files are untrusted: only regular files in the formats below are opened, their size is checked before they are decoded,
-and whatever a decoder raises becomes a RequestError.
+Files are untrusted: only regular files in the formats below are opened, what they claim to contain is checked before
+they are decoded, and whatever a decoder raises becomes a RequestError.
 """
 
 from __future__ import annotations
@@ -12,23 +12,56 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
 from math import sqrt
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ..errors import RequestError, warn
 from ..request import MAX_SIZE, SIZE_MULTIPLE
 from ..untrusted import open_regular
+from .stream import ImageStream
 
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # HEIC is read by pillow-heif
 NAMED = "PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
-MAX_PIXELS = 50_000_000  # a 48-megapixel photo is read
-MAX_FILE = 256 * 2**20  # bytes: Pillow reads a WebP or AVIF whole; 50 megapixels of 8-bit TIFF have 150 MB
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that a file may have, so that reading it takes less than 1 s of one core and 200 MB."""
+
+    megapixels: float
+    megabytes: float
+
+
+# As measured in examples/measurements.md, times with a margin of 1.3. A decoded pixel takes 4 bytes, and its copy in
+# the result 4 more, or 1 if the image is halved. What limits each:
+LIMITS = {
+    "JPEG": Limit(50, 64),  # time, if its pixels are noise; its decoder halves an image row by row
+    "progressive JPEG": Limit(16, 20),  # 6 bytes per pixel for all coefficients, before any is decoded
+    "PNG": Limit(25, 80),  # time: 31 ms per megapixel with transparency
+    "GIF": Limit(25, 80),
+    "TIFF": Limit(20, 100),  # the file, which libtiff maps into memory
+    "TIFF with LZMA": Limit(8, 80),  # time: 79 ms per megapixel
+    "BMP": Limit(25, 110),
+    "WebP": Limit(12.5, 24),  # 8 bytes per pixel in libwebp, and 4 for a copy
+    "AVIF": Limit(12.5, 10),  # 3 to 6 bytes per pixel in libavif, and 3 for each of two copies; 64 ms per megabyte
+    "AVIF with transparency": Limit(8, 8),  # up to 8 and 4; 98 ms per megapixel of 10 bits
+    # The exception, for iPhones' photos of 48 megapixels: libheif holds the image twice, and takes 44 ms per megapixel.
+    "HEIC": Limit(50, 24),
+}
+MAX_SIDE = 65_535  # pixels: Pillow's decoders take whole rows
+MAX_PIXELS = 50_000_000  # of an image that is not from a file
+FULL_COLOUR = 3  # coefficients per pixel of a progressive JPEG for which its limit holds
+MAX_WHOLE = 24_000_000  # bytes of a file that its decoder reads whole
 KEPT_PIXELS = 4096**2  # of what is read: larger images are halved
-STRIP = 256  # rows that are converted at a time, so that there is never a second copy of 50 megapixels; even
+TILE = 1024  # pixels on a side that are converted at a time, so that there is never a second copy of all; even
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 AVIF_BRANDS = {b"avif", b"avis"}
 GREY = ("1", "L", "LA")
@@ -40,22 +73,31 @@ def read_image(source: Any) -> Image.Image:
 
     The result is RGBA if any pixel is transparent, otherwise RGB. Arrays are (H, W), (H, W, 3) or (H, W, 4), or
     channels first as in torch, in uint8 or floats from 0 to 1. Of an animation, the first frame is read. Images of more
-    than 16.8 megapixels are halved, those of more than 50 refused.
+    than 16.8 megapixels are halved, those beyond the limit of their format refused.
     """
     if isinstance(source, Image.Image):
         return _prepared(source, "the image", own=False)
     if isinstance(source, (str, os.PathLike, bytes)):
         label = "the image" if isinstance(source, bytes) else os.fspath(source)
-        with _stream(source, label) as stream, _explained(label), _open(stream, label) as image:
+        raw = source if isinstance(source, bytes) else _opened(source, label)
+        with ImageStream(raw, label, MAX_WHOLE) as stream, _explained(label), _open(stream) as image:
             return _prepared(image, label, own=True)
     return _prepared(_from_array(source), "the image", own=True)
 
 
 def over_white(image: Image.Image) -> Image.Image:
     """An image from `read_image` without transparency: RGB, as it looks on a white page."""
+    return over(image, "white")
+
+
+def over(image: Image.Image, colour: str) -> Image.Image:
+    """An image from `read_image` as it looks on a colour: RGB."""
     if image.mode == "RGB":
         return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    result = Image.new("RGB", image.size)
+    for at, tile in _tiles(image):
+        result.paste(Image.alpha_composite(Image.new("RGBA", tile.size, colour), tile).convert("RGB"), at)
+    return result
 
 
 def digest(image: Image.Image) -> str:
@@ -120,25 +162,18 @@ def _explained(label: str) -> Iterator[None]:
         ) from error
 
 
-def _stream(source: str | os.PathLike | bytes, label: str) -> BinaryIO:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
+def _opened(source: str | os.PathLike, label: str) -> io.RawIOBase:
     try:
-        stream = open_regular(Path(source))
+        return open_regular(Path(source)).detach()
     except FileNotFoundError:
         raise RequestError(f"no image at {label}") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         reason = getattr(error, "strerror", None) or error
         raise RequestError(f"could not read the image {label} ({reason}); expected a {NAMED} file") from error
-    size = os.fstat(stream.fileno()).st_size
-    if size > MAX_FILE:
-        stream.close()
-        raise RequestError(f"{label} has {size:,} bytes; expected at most {MAX_FILE:,}; save it again as JPEG or PNG")
-    return stream
 
 
-def _open(stream: BinaryIO, label: str) -> Image.Image:
-    """An image whose header has been read, and which JPEG's decoder will halve if it is large."""
+def _open(stream: ImageStream) -> Image.Image:
+    """An image whose header has been read and checked, and which JPEG's decoder will halve if it is large."""
     Image.init()
     formats = [name for name in READABLE if name in Image.OPEN]
     with warnings.catch_warnings():
@@ -146,16 +181,57 @@ def _open(stream: BinaryIO, label: str) -> Image.Image:
         try:
             image: Image.Image = Image.open(stream, formats=formats)
         except Image.DecompressionBombError as error:
-            raise RequestError(f"{label} has more than {MAX_PIXELS:,} pixels ({error}); resize it first") from error
+            raise RequestError(f"{stream.label} has too many pixels ({error}); resize it first") from error
         except Image.UnidentifiedImageError:
-            image = _open_heif(stream, label)
-    _check_pixels(image, label)
+            image = _open_heif(stream)
+    stream.opened(image)
+    _check_limit(image, stream)
     if image.width * image.height > KEPT_PIXELS:
         image.draft(None, (image.width // 2, image.height // 2))  # only JPEG's decoder can
+    _free_decoder(image)
     return image
 
 
-def _open_heif(stream: BinaryIO, label: str) -> Image.Image:
+def _free_decoder(image: Image.Image) -> None:
+    """Have libwebp and libavif free their memory when they have decoded, before Pillow copies the pixels."""
+    if isinstance(image, ImageFile) and hasattr(image, "_decoder"):
+        prepare = image.load_prepare
+
+        def load_prepare() -> None:
+            image._decoder = None
+            prepare()
+
+        image.load_prepare = load_prepare  # type: ignore[method-assign]
+
+
+def _check_limit(image: Image.Image, stream: ImageStream) -> None:
+    kind, pixels = stream.kind, image.width * image.height
+    limit, jpeg = LIMITS[kind], LIMITS["JPEG"]
+    most = 1e6 * limit.megapixels
+    if isinstance(image, JpegImageFile) and kind != "JPEG":  # fewer coefficients where colours have a lower resolution
+        sampled = [across * down for _, across, down, _ in image.layer]
+        most *= FULL_COLOUR * max(sampled) / sum(sampled)
+    plain = "as a JPEG that is not progressive" if kind == "progressive JPEG" else "as JPEG"
+    if pixels > most:
+        instead = f"save it {plain}, or " if pixels <= 1e6 * jpeg.megapixels else ""
+        width, height = (int(side * sqrt(most / pixels)) for side in image.size)
+        raise RequestError(
+            f"{stream.label} has {image.width}x{image.height} pixels, {pixels / 1e6:.1f} megapixels; expected at most "
+            f"{most / 1e6:g} as {kind}; {instead}resize it to {width}x{height} or less"
+        )
+    if max(image.size) > MAX_SIDE:
+        raise RequestError(
+            f"{stream.label} has {image.width}x{image.height} pixels; expected at most {MAX_SIDE:,} on a side; crop it"
+        )
+    if stream.size > 1e6 * limit.megabytes:
+        raise RequestError(
+            f"{stream.label} has {stream.size / 1e6:.1f} MB; expected at most {limit.megabytes:g} as {kind}; save it "
+            f"{plain}"
+        )
+
+
+def _open_heif(stream: ImageStream) -> Image.Image:
+    label = stream.label
     stream.seek(0)
     start = stream.read(12)
     brand = start[8:] if start[4:8] == b"ftyp" else b""
@@ -173,26 +249,20 @@ def _open_heif(stream: BinaryIO, label: str) -> Image.Image:
     return HeifImageFile(stream)
 
 
-def _check_pixels(image: Image.Image, label: str) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise RequestError(
-            f"{label} has {image.width}x{image.height} pixels, {image.width * image.height:,} in all; expected at most "
-            f"{MAX_PIXELS:,}; resize it first"
-        )
-
-
 # ---- pixels
 
 
 def _prepared(image: Image.Image, label: str, own: bool) -> Image.Image:
     """An image upright, in 8-bit sRGB, and halved if it is large. The original is left as it is; closed if `own`."""
-    _check_pixels(image, label)
+    if image.width * image.height > MAX_PIXELS:
+        raise RequestError(
+            f"{label} has {image.width}x{image.height} pixels; expected at most {MAX_PIXELS:,}; resize it first"
+        )
     if image.mode in NUMBERS:
         raise RequestError(f"{label} has 32-bit pixels (mode {image.mode}); expected 8 or 16 bits, so save it as PNG")
     with _explained(label):
         image.load()
-        to_srgb = _conversion(image, label)
-        result = _halved(image, to_srgb) if image.width * image.height > KEPT_PIXELS else to_srgb(image)
+        result = _converted(image, _conversion(image, label), 2 if image.width * image.height > KEPT_PIXELS else 1)
         result.info = {}  # who took a photo, and where, is nobody's business
         if turned := image.getexif().get(ExifTags.Base.Orientation):
             result.getexif()[ExifTags.Base.Orientation] = turned
@@ -203,15 +273,21 @@ def _prepared(image: Image.Image, label: str, own: bool) -> Image.Image:
         return result
 
 
-def _halved(image: Image.Image, to_srgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """An image converted and halved (box filter), a strip at a time."""
-    result = Image.new("RGB", (-(-image.width // 2), -(-image.height // 2)))
-    for top in range(0, image.height, STRIP):
-        part = to_srgb(image.crop((0, top, image.width, min(top + STRIP, image.height)))).reduce(2)
-        if part.mode == "RGBA" and result.mode == "RGB":
+def _converted(image: Image.Image, to_srgb: Callable[[Image.Image], Image.Image], factor: int) -> Image.Image:
+    """An image converted, and reduced (box filter) by a factor of 1 or 2, a tile at a time."""
+    result = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for (left, top), tile in _tiles(image):
+        tile = to_srgb(tile)
+        if tile.mode == "RGBA" and result.mode == "RGB":
             result.putalpha(255)
-        result.paste(part, (0, top // 2))
+        result.paste(tile.reduce(factor) if factor > 1 else tile, (left // factor, top // factor))
     return result
+
+
+def _tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
+    """The parts of an image, each with its left and top."""
+    for top, left in product(range(0, image.height, TILE), range(0, image.width, TILE)):
+        yield (left, top), image.crop((left, top, min(left + TILE, image.width), min(top + TILE, image.height)))
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -234,13 +310,20 @@ def _conversion(image: Image.Image, label: str) -> Callable[[Image.Image], Image
 
     def to_srgb(image: Image.Image) -> Image.Image:
         image = _eight_bit(image)
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        alpha = None
+        if image.has_transparency_data:
+            whole = image.convert("RGBA")
+            alpha = whole.getchannel("A")
+            if alpha.getextrema() == (255, 255):
+                alpha = None
+            elif not transform:
+                return whole
         if image.mode != mode:  # RGB by way of RGBA, so that a palette keeps its colours
             image = image.convert("RGBA").convert("RGB") if mode == "RGB" else image.convert(mode)
         if transform:
             image = transform.apply(image)
-        image = image.convert("RGB")
-        if alpha is not None and np.asarray(alpha).min() < 255:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if alpha:
             image.putalpha(alpha)
         return image
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
-from safetensors import SafetensorError, safe_open
 
 from .. import atomic
 from ..errors import CheckpointError, OutputError, RequestError
 from ..models.transformer import TransformerConfig
 from ..untrusted import parse_json
 from ..version import __version__
-from .factors import Factors, deltas
+from ..weights import headers
+from .factors import Factors, arrays_of, deltas
 from .optimizer import AdamW
 from .settings import Settings
 
@@ -76,8 +76,7 @@ def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Fac
     if not path.exists():
         return None
     try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata()
+        _, metadata, _ = headers.read(path)
         other, step = parse_json(metadata["run"]), int(metadata["step"])
         _check_run(path, other, run)
         arrays = mx.load(str(path))
@@ -92,10 +91,13 @@ def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Fac
             }
             for part in PARTS
         )
+        for tree in (factors, first, second):
+            if [array.shape for array in arrays_of(tree)] != [array.shape for array in arrays_of(new)]:
+                raise ValueError("its factors have other shapes")
         mx.eval(factors, first, second)
     except RequestError:
         raise
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it to start again") from error
     return factors, AdamW(first, second, step)
 

@@ -20,6 +20,7 @@ BEHIND = {  # opened by open_regular, after headers.read, or received within a l
     "distributed.py": {"json.loads", "np.load"},
     "images/metadata.py": {"Image.open"},
     "images/source.py": {"Image.open"},
+    "train/output.py": {"mx.load"},
     "weights/component.py": {"mx.load"},
     "weights/lora.py": {"mx.load"},
     "weights/store.py": {"deserialize"},
@@ -34,14 +35,13 @@ OURS = {  # written by this process, or by the system
     "convert/writer.py": {".open"},
     "doctor.py": {"json.loads", ".open"},
     "generate.py": {"json.loads", ".read_bytes"},
+    "groups.py": {"json.loads"},
     "images/codec.py": {"Image.open"},
     "machine.py": {".read_text"},
-    "pipeline.py": {"json.loads"},
     "selftest.py": {"mx.load"},
     "server/a1111.py": {"json.loads"},
     "server/static.py": {".read_bytes"},
     "server/worker.py": {"json.loads"},
-    "train/output.py": {"mx.load", "safe_open"},
     "train/record.py": {"json.loads", ".open", ".read_text"},
 }
 

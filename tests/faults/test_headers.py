@@ -15,6 +15,7 @@ from lanes import slow
 from mlx_zimage.cli.generate import DEFAULT_MODEL
 from mlx_zimage.convert.verify import verify
 from mlx_zimage.errors import CheckpointError
+from mlx_zimage.train.output import read_state
 from mlx_zimage.weights import component, headers
 from mlx_zimage.weights.component import read_header, read_weight_map
 
@@ -85,6 +86,17 @@ def test_a_header_beyond_the_limits_never_reaches_a_library(tmp_path, monkeypatc
     write(tmp_path / "model.safetensors", name)
     with pytest.raises(CheckpointError):
         read_header(tmp_path / "model.safetensors")
+
+
+def test_a_hostile_state_of_training_is_refused_by_name(tmp_path):
+    file = tmp_path / "dog.state.safetensors"
+    named = [f"{part}/layers.0/to_q/{name}" for part in ("factors", "first", "second") for name in ("down", "up")]
+    new = {"layers.0": {"to_q": {"down": mx.zeros((1,)), "up": mx.zeros((1,))}}}
+    for shape, fault in (([1] * 1000, "1000"), ([1, 1], "other shapes")):
+        tensors = {name: tensor(shape, 4 * i, 4 * i + 4) for i, name in enumerate(named)}
+        file.write_bytes(safetensors({"__metadata__": {"run": "{}", "step": "1"}, **tensors}, 4 * len(named)))
+        with pytest.raises(CheckpointError, match=rf"dog\.state\.safetensors is damaged \(.*{fault}.*\); delete it"):
+            read_state(file, new, {})
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.3.mlp.up_proj.weight", "rotary_emb.inv_freq"])

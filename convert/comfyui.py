@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..dtypes import FLOAT_SPELLINGS
 from ..errors import CheckpointError, NumericsError
 from ..quantization import Quantization
 from ..untrusted import brief, parse_json
@@ -36,7 +37,6 @@ PARTS = (
 IGNORED = (MARK, "input_scale", "scale_input")
 # In the metadata, some programs name layers without the prefix that tensors have.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
-FLOATS = ("F32", "F16", "BF16")
 FP8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 FP8_SCALES = ("weight_scale", "scale_weight")  # newer and older
 FP8_MOST = 448  # the largest number in e4m3
@@ -117,7 +117,7 @@ class Layer:
     def scale(self, name: str = "weight_scale", single: bool = True) -> Callable[[int, int], mx.array]:
         """A reader for the scales of rows, (n, 1) or, if one scale is allowed for all, (1, 1); float32."""
         alone = ((), (1,), (1, 1)) if single else ()
-        entry = self.part(name, FLOATS, *alone, (self.rows,), (self.rows, 1))
+        entry = self.part(name, FLOAT_SPELLINGS, *alone, (self.rows,), (self.rows, 1))
         whole = stored_rows(entry)(0, entry.shape[0] if entry.shape else 1).astype(mx.float32).reshape(-1, 1)
         return lambda start, stop: whole if whole.size == 1 else whole[start:stop]
 
@@ -262,7 +262,7 @@ def _w4a8(layer: Layer) -> Tensor:
         values = np.array(stored_rows(layer.part("weight_codebook", ("F32",), (2**bits,)))(0, 2**bits))
     correction = None
     if "weight_correction" in layer.parts:
-        correction = stored_rows(layer.part("weight_correction", FLOATS, (groups, layer.rows)))(0, groups)
+        correction = stored_rows(layer.part("weight_correction", FLOAT_SPELLINGS, (groups, layer.rows)))(0, groups)
 
     @np.errstate(over="ignore", invalid="ignore")
     def read(start: int, stop: int) -> mx.array:
@@ -291,11 +291,12 @@ def _nvfp4(layer: Layer) -> Tensor:
         raise layer.fault(f".weight has {width} columns, expected a multiple of 16")
     weight = stored_bytes(layer.weight)
     scales = _blocked(layer, ("F8_E4M3", "U8"), width // 16)
-    single = layer.part("weight_scale_2", FLOATS, (), (1,))
+    single = layer.part("weight_scale_2", FLOAT_SPELLINGS, (), (1,))
     overall = np.array(stored_rows(single)(0, 1).astype(mx.float32).reshape(()))
     columns = np.ones(width, np.float32)
     if "pre_quant_scale" in layer.parts:  # of the inputs, so of the columns
-        columns = np.array(stored_rows(layer.part("pre_quant_scale", FLOATS, (width,)))(0, width).astype(mx.float32))
+        scale = layer.part("pre_quant_scale", FLOAT_SPELLINGS, (width,))
+        columns = np.array(stored_rows(scale)(0, width).astype(mx.float32))
 
     @np.errstate(over="ignore", invalid="ignore")  # read_rows refuses what is not finite
     def read(start: int, stop: int) -> mx.array:

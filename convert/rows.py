@@ -13,7 +13,7 @@ from math import prod
 import mlx.core as mx
 import numpy as np
 
-from ..dtypes import STORED
+from ..dtypes import FLOAT_SPELLINGS, STORED
 from ..errors import NumericsError
 from ..machine import backend
 from ..quantization import Quantization
@@ -86,7 +86,7 @@ FP8 = {
     "F8_E4M3": _fp8_values(mantissa_bits=3, bias=7, infinite=False),
     "F8_E5M2": _fp8_values(mantissa_bits=2, bias=15, infinite=True),
 }
-FLOATING = ("F32", "F16", "BF16", *FP8)
+FLOATING = (*FLOAT_SPELLINGS, *FP8)
 
 
 def stored_bytes(entry: Entry) -> Callable[[int, int], np.ndarray]:

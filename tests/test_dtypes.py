@@ -9,7 +9,8 @@ import pytest
 import tiny
 from compare import relative_error
 
-from mlx_zimage import ZImagePipeline
+from mlx_zimage import ZImagePipeline, bounds, selftest
+from mlx_zimage.dtypes import FLOATS
 from mlx_zimage.machine import backend
 from mlx_zimage.models import text_encoder, transformer, vae
 from mlx_zimage.models.layers import linear, sum_dtype
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.metal
 PRODUCTS = {"Matmul", "AddMM", "GatherMM", "QuantizedMatmul", "Convolution", "ScaledDotProductAttention"}
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16", "float32"])
+@pytest.fixture(scope="module", params=FLOATS)
 def typed_pipe(request, tiny_folder):
     return ZImagePipeline.from_pretrained(tiny_folder, dtype=request.param)
 
@@ -29,6 +30,11 @@ def typed_pipe(request, tiny_folder):
 @pytest.fixture(scope="module")
 def bf16_pipe(tiny_folder):
     return ZImagePipeline.from_pretrained(tiny_folder, dtype="bfloat16")
+
+
+def test_every_dtype_that_networks_compute_in_has_its_measured_bounds_and_limit():
+    assert set(FLOATS) == set(selftest.LIMITS)
+    assert {getattr(mx, dtype) for dtype in FLOATS} == set(bounds.GPU)
 
 
 def vae_of(pipe) -> vae.VAE:

@@ -108,7 +108,7 @@ dtype_option = click.option(
 )
 weights_dtype_option = click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float32", "float16"]),
+    type=click.Choice(sorted(FLOATS)),
     default="bfloat16",
     show_default=True,
     help="Dtype of the weights that are not quantized.",

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from ..dtypes import STORED
+from ..dtypes import FLOAT_SPELLINGS, STORED
 from ..errors import CheckpointError, RequestError
 from ..models import ALL_NETWORKS, CONTROLNET
 from ..models.runner import Reading, Tree, Where
@@ -28,7 +28,6 @@ from .names import DROPPED, check_sampler, some
 from .unchanged import Version, unchanged
 
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
-FLOAT_SPELLINGS = ("F32", "F16", "BF16")
 ONLY_CONVERTED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8")
 ONLY_COMFYUI = (".comfy_quant", ".weight_scale", ".scale_weight", ".weight_s_rel")  # next to its quantized weights
 

@@ -22,10 +22,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..dtypes import FLOAT_SPELLINGS
 from ..errors import CheckpointError, ModelNotFoundError
 from ..models.runner import NetworkConfig
 from ..untrusted import brief, open_regular, parse_json
-from .component import FLOAT_SPELLINGS, Entry, read_header, read_json, read_metadata
+from .component import Entry, read_header, read_json, read_metadata
 from .deltas import Delta, Dense, DoRA, Hadamard, Kronecker, LowRank, Replacement, is_finite
 from .hub import REPOSITORY_ID, Repository, check_inside, check_name
 from .listing import is_hidden

@@ -13,7 +13,7 @@ from math import prod
 
 import mlx.core as mx
 
-from .bounds import ADAPTED, ADDED, ENCODED, FUSED_ON_METAL, LARGEST_WHOLE, bounds
+from .bounds import ENCODED, FUSED_ON_METAL, LARGEST_WHOLE, LORA_BY_OUTPUT, LORA_BY_WEIGHT, bounds
 from .dtypes import STORED
 from .errors import MemoryBudgetError
 from .headroom import SAMPLE_TOKENS, SIDE
@@ -389,7 +389,7 @@ class Planner:
         """Bytes of a block's intermediates that LoRAs add."""
         if extra is None:
             return 0
-        return int(self.dtype.size * (ADAPTED * tokens * extra.features + ADDED * extra.weights))
+        return int(self.dtype.size * (LORA_BY_OUTPUT * tokens * extra.features + LORA_BY_WEIGHT * extra.weights))
 
     def encode_work(self, tokens: int) -> int:
         config, bound = self.checkpoint.text_encoder.config, self.bounds

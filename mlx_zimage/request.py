@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from .errors import RequestError
-from .untrusted import brief
+from .untrusted import brief, is_sha256
 
 LATENT_PIXELS = 8  # image pixels per latent pixel, along one side
 SIZE_MULTIPLE = 16  # latent pixels are 8 wide, tokens 2 latent pixels
@@ -30,7 +30,6 @@ RESAMPLE = 5  # times per step of inpainting: see examples/guided-images.md
 MAX_RESAMPLE = 100
 MAX_MARGIN = 1024  # pixels, of a mask's feather and growth
 LORA_TAG = re.compile(r"<(?:lora|lyco):([^:<>]{1,200}):?([^:<>]{0,20})[^<>]{0,50}>", re.IGNORECASE)  # of A1111
-DIGEST = re.compile(r"[0-9a-f]{64}")
 ARRAYS = (
     "latents",
     "prompt_embeds",
@@ -58,7 +57,7 @@ class LoraUse:
             raise RequestError(f"a LoRA's name must be up to 200 printable characters, got {brief(self.name)}")
         _check_number(f"the strength of LoRA {self.name}", self.strength, -MAX_NUMBER)
         object.__setattr__(self, "strength", float(self.strength))
-        if self.sha256 is not None and not DIGEST.fullmatch(str(self.sha256)):
+        if self.sha256 is not None and not is_sha256(self.sha256):
             raise RequestError(
                 f"the sha256 of LoRA {self.name} must be 64 hexadecimal digits, got {brief(self.sha256)}"
             )
@@ -481,7 +480,7 @@ def _falling(sigmas: Any) -> tuple[float, ...]:
 
 
 def _check_digest(name: str, value: str | None) -> None:
-    if value is not None and not (isinstance(value, str) and DIGEST.fullmatch(value)):
+    if value is not None and not is_sha256(value):
         raise RequestError(f"{name} must be the SHA-256 of an array in hexadecimal, got {brief(value)}")
 
 

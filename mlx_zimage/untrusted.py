@@ -1,10 +1,11 @@
-"""Reading untrusted files: regular files only, bounded JSON, and values shortened for errors."""
+"""Reading untrusted files: regular files only, bounded JSON, and values checked and shortened for errors."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable
 from io import BufferedReader
@@ -15,6 +16,7 @@ MAX_BYTES = 8 * 2**20  # of a file that is parsed whole; configs and indexes of 
 MAX_VALUES = 500_000  # in one JSON text: the most that they can take in memory is 70 MB
 MAX_DEPTH = 64
 MAX_DIGITS = 100  # Python refuses to parse 4301, and transformers itself writes 31
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def open_regular(path: Path, own: bool = False) -> BufferedReader:
@@ -68,6 +70,11 @@ def brief(value: object) -> str:
     except ValueError:
         return "a number of more than 4300 digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value is a SHA-256 in hexadecimal, as hashlib writes it."""
+    return isinstance(value, str) and SHA256.fullmatch(value) is not None
 
 
 def one_line(text: str) -> str:

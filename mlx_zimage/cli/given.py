@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import RequestError
 from ..inputs import Inputs, read_latents
-from ..request import DIGEST, GenerateRequest
+from ..request import GenerateRequest
+from ..untrusted import is_sha256
 
 FILE_OPTIONS = {"latents": "--latents", "image": "--image", "mask_image": "--mask"}
 IMAGES = ("image", "mask_image")
@@ -80,4 +81,4 @@ def _is_list(value: object) -> bool:
 
 
 def _is_path(value: object) -> bool:
-    return isinstance(value, str) and not DIGEST.fullmatch(value)
+    return isinstance(value, str) and not is_sha256(value)

@@ -26,7 +26,7 @@ from .. import atomic
 from ..dtypes import STORED
 from ..failures import explain
 from ..machine import mlx_version
-from ..untrusted import parse_json, read_bytes
+from ..untrusted import is_sha256, parse_json, read_bytes
 from ..version import __version__
 from .component import Component
 from .manifest import sha256
@@ -37,7 +37,6 @@ LIMIT = 256 * 10**6  # bytes; a prompt of 100 tokens takes half a megabyte in bf
 OWN_FILES = re.compile(rf"([0-9a-f]{{64}}|{re.escape(atomic.ASIDE)}[0-9a-f]{{16}})\.(safetensors|sum)")
 MAX_ARRAY = 64 * 2**20  # bytes of a file; the embeddings of the longest prompt take 15 MB in float32
 PRIVATE = 0o600  # the arrays reveal the prompts
-SHA256 = re.compile(r"[0-9a-f]{64}")
 FAULTS = (OSError, SafetensorError, RuntimeError, ValueError)
 
 
@@ -154,7 +153,7 @@ def checksum(component: Component, folder: Path) -> str:
     memo = folder / f"{key}.sum"
     try:
         written_for, *sums = read_bytes(memo, own=True).decode().splitlines()
-        if written_for != key or len(sums) != len(parts) or not all(map(SHA256.fullmatch, sums)):
+        if written_for != key or len(sums) != len(parts) or not all(map(is_sha256, sums)):
             raise ValueError("it was written for other files")
         os.utime(memo)
     except (OSError, ValueError):
@@ -190,7 +189,7 @@ def _sha256(file: Path) -> str:
 
     blob = file.resolve()
     in_cache = blob.parent.name == "blobs" and blob.parent.parent.parent == Path(HF_HUB_CACHE).resolve()
-    return blob.name if in_cache and SHA256.fullmatch(blob.name) else sha256(file)
+    return blob.name if in_cache and is_sha256(blob.name) else sha256(file)
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> None:

@@ -1,5 +1,6 @@
 """The commands as users see them: exit codes, stdout and stderr, invalid input."""
 
+import errno
 import fcntl
 import json
 import os
@@ -417,6 +418,21 @@ def test_completion_is_installed_where_the_shell_looks_for_it(run, tmp_path, mon
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/.zfunc/_mlx-zimage\n")
     assert (tmp_path / ".zfunc/_mlx-zimage").read_text() + "\n" == run("completion", "zsh").stdout
     assert "fpath+=~/.zfunc" in result.stderr
+
+
+def test_a_full_disk_leaves_the_installed_completion_as_it_was(run, tmp_path, monkeypatch):
+    def write_half(file: Path, text: str, encoding: str) -> None:
+        file.write_bytes(text.encode(encoding)[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    installed = tmp_path / ".zfunc/_mlx-zimage"
+    installed.parent.mkdir()
+    installed.write_bytes(b"before")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "write_text", write_half)
+    result = run("completion", "zsh", "--install")
+    assert (result.exit_code, result.stdout) == (6, "") and "No space left" in result.stderr
+    assert installed.read_bytes() == b"before" and list(installed.parent.iterdir()) == [installed]
 
 
 def test_commands_and_options_are_completed():

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
+from .. import atomic
 from ..errors import OutputError
 from .output import print_path, say
 
@@ -56,7 +57,7 @@ def completion(ctx: click.Context, shell: str, install: bool) -> None:
     file = Path.home() / FILES[shell]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        atomic.write(file, lambda aside: aside.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OutputError(f"could not write {file}: {error.strerror}") from error
     print_path(file)

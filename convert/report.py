@@ -109,7 +109,7 @@ def report_steps(
         "steps": requests[0].steps if requests else steps,
         "dtype": str(pipe.dtype).rpartition(".")[2],
         "weight_error": {"mean": float(np.mean(list(layers.values()) or [0.0])), "layers": layers},
-        "pictures": images,
+        "images": images,
     }
     add_files(folder, {QUALITY: render_json(quality), CARD: model_card(ours.conversion, quality).encode()})
 
@@ -210,7 +210,7 @@ def model_card(conversion: dict, quality: dict | None = None) -> str:
     if quality:
         mean = quality["weight_error"]["mean"]
         lines += [f"Error of quantized weights: {mean:.4f} (relative root mean square, mean over the layers).", ""]
-    if quality and quality["pictures"]:
+    if quality and quality["images"]:
         lines += [
             f"Images of {quality['size']}x{quality['size']} pixels in {quality['steps']} steps, compared with those of "
             f"the source; the seeds are 0, 1, ... from the top.",
@@ -218,7 +218,7 @@ def model_card(conversion: dict, quality: dict | None = None) -> str:
             "| prompt | velocity error, mean over the steps | cosine of the final latents | PSNR of the image |",
             "|---|---|---|---|",
         ]
-        for image in quality["pictures"]:
+        for image in quality["images"]:
             psnr = "identical" if image["psnr_db"] is None else f"{image['psnr_db']:.1f} dB"
             prompt, error = one_line(image["prompt"]).replace("|", "\\|"), np.mean(image["velocity_error"])
             lines.append(f"| {prompt} | {error:.4f} | {image['latent_cosine']:.5f} | {psnr} |")

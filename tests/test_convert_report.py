@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
 def test_more_bits_are_closer_by_every_measure(folders):
     low, high = (report(folders[bits], "pocket", **OPTIONS) for bits in (3, 8))
     assert high["weight_error"]["mean"] < 0.1 * low["weight_error"]["mean"]
-    (a,), (b,) = low["pictures"], high["pictures"]
+    (a,), (b,) = low["images"], high["images"]
     assert all(high < low for high, low in zip(b["velocity_error"], a["velocity_error"], strict=True))
     assert b["latent_cosine"] > a["latent_cosine"]
     assert b["psnr_db"] > a["psnr_db"] + 10
@@ -63,7 +63,7 @@ def test_a_dense_copy_is_reported_as_identical(tmp_path):
     out = convert("pocket", tmp_path / "out")
     quality = report(out, "pocket", **OPTIONS)
     assert quality["weight_error"]["layers"] == {}
-    (image,) = quality["pictures"]
+    (image,) = quality["images"]
     assert max(image["velocity_error"]) < 1e-5  # the source's velocity is computed from the difference of two steps
     assert image["latent_cosine"] == pytest.approx(1, abs=1e-6)
     assert image["psnr_db"] is None
@@ -132,7 +132,7 @@ def test_one_command_converts_reports_and_uploads(tmp_path, api, monkeypatch):
     api.create_repo.assert_called_once_with("me/x", exist_ok=True)
     names = [path.relative_to(out).as_posix() for path in sorted(Path(out).rglob("*")) if path.is_file()]
     api.upload_folder.assert_called_once_with(repo_id="me/x", folder_path=Path(out), allow_patterns=names)
-    assert json.loads(Path(out, "quality.json").read_text())["pictures"][0]["latent_cosine"] > 0.99
+    assert json.loads(Path(out, "quality.json").read_text())["images"][0]["latent_cosine"] > 0.99
     assert verify(out) == []
 
 

@@ -1,7 +1,8 @@
 """This machine's properties and speed, and the process-wide limits that are set on it.
 
-This is the only module that touches process-wide state: MLX's limits and the C library's allocator. Each is set for the
-duration of a `with` block, then restored; only what MLX reads once, at its first operation, stays.
+Only this module sets MLX's limits, the C library's allocator and an environment variable. Limits and allocator are set
+for the duration of a `with` block, then restored; the variable stays, since MLX reads it once, at its first operation.
+Signals, and the limit on open files when a download is stopped, are cli/stop.py's.
 """
 
 from __future__ import annotations

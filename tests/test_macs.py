@@ -13,7 +13,7 @@ import pytest
 from mlx_zimage import MemoryBudgetError, machine
 from mlx_zimage.dtypes import ITEM_BYTES
 from mlx_zimage.memory import Planner, Workload
-from mlx_zimage.models import NETWORKS, OPTIONAL
+from mlx_zimage.models import NETWORKS
 from mlx_zimage.quantization import default_quantization
 from mlx_zimage.sizes import rounded_up
 from mlx_zimage.weights.component import Entry
@@ -70,10 +70,7 @@ def stand_in(patch: pytest.MonkeyPatch, mac: Mac, home: Path) -> None:
 def full_size(bits: int | None) -> SimpleNamespace:
     """A checkpoint of Z-Image's own sizes, of which there are only the headers."""
     quantization = default_quantization(bits) if bits else None
-    networks = {}
-    for name, config in NETWORKS.items():
-        if name not in OPTIONAL:
-            networks[name] = component(name, config(), quantization)
+    networks = {name: component(name, config(), quantization) for name, config in NETWORKS.items()}
     return SimpleNamespace(networks=networks, **networks)
 
 

@@ -17,6 +17,5 @@ NETWORKS: dict[str, type[NetworkConfig]] = {
     "text_encoder": TextEncoderConfig,
     "vae": VAEConfig,
 }
-OPTIONAL: frozenset[str] = frozenset()  # networks that a model may do without
 CONTROLNET = "controlnet"  # a network that a model does not contain: it is loaded beside one
 ALL_NETWORKS: dict[str, type[NetworkConfig]] = {**NETWORKS, CONTROLNET: ControlNetConfig}

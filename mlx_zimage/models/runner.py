@@ -67,7 +67,11 @@ class NetworkConfig(Protocol):
 
 
 class Weights(Protocol):
-    """One network's weights, by the checkpoint's names: from disk, random, or an overlay of either."""
+    """One network's weights, by the checkpoint's names.
+
+    In `mlx_zimage.weights`, `Component` reads them from disk, `RandomWeights` makes them up, and `Joined` combines
+    those of several networks.
+    """
 
     @property
     def config(self) -> NetworkConfig: ...
@@ -197,7 +201,11 @@ class Runner(Protocol):
 
 
 class PlainRunner:
-    """Runs blocks over a tree of weights that is all in memory, and evaluates nothing: mx.grad passes through it."""
+    """Runs blocks over a tree of weights that is all in memory, and evaluates nothing: mx.grad passes through it.
+
+    For tests, and for training the tiny models in examples/pocket. Training a LoRA does not need it: `mlx_zimage.train`
+    differentiates block by block, over weights that may be streamed.
+    """
 
     dtype = mx.float32
 

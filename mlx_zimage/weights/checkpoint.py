@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import variants
 from ..errors import CheckpointError, RequestError, warn
-from ..models import NETWORKS, OPTIONAL
+from ..models import NETWORKS
 from ..scheduler import SchedulerConfig
 from ..tokenizer import Tokenizer
 from ..untrusted import brief, open_regular, parse_json
@@ -137,7 +137,7 @@ def open_headers(
         raise RequestError(
             f"{source} contains no transformer, only {' and '.join(networks)}; give the transformer as the model"
         )
-    missing = [name for name in NETWORKS if name not in networks and name not in OPTIONAL]
+    missing = [name for name in NETWORKS if name not in networks]
     is_whole = (path / "model_index.json").is_file()
     if missing or not (is_whole or tokenizer.is_file() or (repository and tokenizer in repository.sizes)):
         official_files = Repository(official.REPOSITORY)

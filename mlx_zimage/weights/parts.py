@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError, RequestError
-from ..models import NETWORKS, OPTIONAL
+from ..models import NETWORKS
 from . import official
 from .component import (
     Component,
@@ -82,8 +82,7 @@ def _open_networks(
     if "model_index.json" in here:
         check_pipeline(path)
         check_variant(path, variant, repository)
-        there = [name for name in names if name not in OPTIONAL or is_folder(path / name, repository)]
-        return {name: open_component(path, name, variant, repository) for name in there}
+        return {name: open_component(path, name, variant, repository) for name in names}
     if is_own_folder(path, repository):
         name, config = declared_network(path)
         return {name: open_network(name, path, config, read_entries(path, variant, repository))}

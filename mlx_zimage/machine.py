@@ -63,7 +63,7 @@ RATES = "product_rates.json"  # in home(): FLOP/s by device name
 # Options of glibc's mallopt, and their defaults from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 ALLOCATOR_DEFAULTS = {M_ARENA_MAX: 0, M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 * 1024}
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # where Linux says what limits a process
 
 
 # ---- what this machine is
@@ -196,19 +196,19 @@ def max_buffer() -> int:
     return int(mx.device_info().get("max_buffer_length") or 2**63)
 
 
-def cgroup_limits(membership: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> Iterator[int]:
+def cgroup_limits() -> Iterator[int]:
     """The memory limits in bytes that this process's control groups on Linux, and their parent groups, set."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = MEMBERSHIP.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if not controllers:  # cgroup v2, where one group has all controllers
-            top, name = root, "memory.max"
+            top, name = CGROUPS, "memory.max"
         elif "memory" in controllers.split(","):
-            top, name = root / "memory", "memory.limit_in_bytes"
+            top, name = CGROUPS / "memory", "memory.limit_in_bytes"
         else:
             continue
         group = top / path.lstrip("/")

@@ -23,26 +23,35 @@ def group(folder, name: str, limit: str) -> None:
     (folder / name).write_text(f"{limit}\n")
 
 
-def test_control_group_limits_are_found_at_every_level(tmp_path):
+@pytest.fixture
+def control_groups(tmp_path, monkeypatch):
+    """Where Linux lists this process's control groups, and the folder of all of them."""
     membership, root = tmp_path / "cgroup", tmp_path / "fs"
+    monkeypatch.setattr(machine, "MEMBERSHIP", membership)
+    monkeypatch.setattr(machine, "CGROUPS", root)
+    return membership, root
+
+
+def test_control_group_limits_are_found_at_every_level(control_groups):
+    membership, root = control_groups
     membership.write_text("0::/user.slice/job.scope\n")
     group(root / "user.slice/job.scope", "memory.max", "max")
     group(root / "user.slice", "memory.max", "3000000")
-    assert list(cgroup_limits(membership, root)) == [3000000]
+    assert list(cgroup_limits()) == [3000000]
     group(root, "memory.max", "2000000")  # as in a container, whose own group is mounted at the top
-    assert sorted(cgroup_limits(membership, root)) == [2000000, 3000000]
+    assert sorted(cgroup_limits()) == [2000000, 3000000]
 
 
-def test_control_group_v1_limits_are_found(tmp_path):
-    membership, root = tmp_path / "cgroup", tmp_path / "fs"
+def test_control_group_v1_limits_are_found(control_groups):
+    membership, root = control_groups
     membership.write_text("9:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n")
     group(root / "memory/docker/1", "memory.limit_in_bytes", "1000000")
     group(root / "cpu,cpuacct/docker/1", "memory.limit_in_bytes", "7")
-    assert list(cgroup_limits(membership, root)) == [1000000]
+    assert list(cgroup_limits()) == [1000000]
 
 
-def test_without_control_groups_there_are_no_limits(tmp_path):
-    assert list(cgroup_limits(tmp_path / "cgroup", tmp_path)) == []
+def test_without_control_groups_there_are_no_limits(control_groups):
+    assert list(cgroup_limits()) == []
 
 
 def test_the_budget_is_a_share_of_what_the_process_may_use(monkeypatch, on_cpu):

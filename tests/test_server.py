@@ -735,7 +735,8 @@ def test_unloading_a_model_unloads_its_loras(small_pocket, tmp_path):
 
 def test_results_are_kept_for_an_hour_and_within_limits(monkeypatch):
     clock = [0.0]
-    kept = results.Results(now=lambda: clock[0])
+    monkeypatch.setattr(results, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    kept = results.Results()
     first, second = kept.put(b"first", ".png"), kept.put(b"second", ".jpg")
     assert first != second and second.endswith(".jpg") and kept.get(first) == b"first"
     clock[0] = results.KEPT_S

@@ -156,16 +156,16 @@ class Hidden:
 class TextEncoder:
     """The network, with its weights and compute dtype from a `Runner`.
 
-    product multiplies by the layers' matrices. lean frees memory after each layer, which costs a few milliseconds per
-    prompt; the numbers are the same. factor is a power of two that keeps products in float16's range (see
-    `mlx_zimage.headroom`).
+    product multiplies by the layers' matrices. Two attributes may be set between calls: lean frees memory after each
+    layer, which costs a few milliseconds per prompt, with the same numbers; factor is a power of two that keeps
+    products in float16's range (see `mlx_zimage.headroom`).
     """
 
-    def __init__(self, config: TextEncoderConfig, runner: Runner, product: Product = linear, lean: bool = False):
+    def __init__(self, config: TextEncoderConfig, runner: Runner, product: Product = linear):
         self.config = config
         self.runner = runner
         self.product = product
-        self.lean = lean
+        self.lean = False
         self.factor = margin(runner.dtype)
 
     def __call__(self, ids: Sequence[int]) -> mx.array:

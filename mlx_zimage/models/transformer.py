@@ -601,10 +601,11 @@ class Caption:
 class Transformer:
     """The network, with its weights and compute dtype from a `Runner`.
 
-    product multiplies by the blocks' matrices, and ranks shares the rows of each sequence. lean frees memory
-    in the middle of each block, at a small cost in time; the numbers are the same. factor is a power of two that keeps
-    products in float16's range (see `mlx_zimage.headroom`). A product with side effects, such as recording its inputs,
-    needs compile=False. most is the FLOP of an attention's kernel (see `machine.kernel_flops`).
+    product multiplies by the blocks' matrices, and ranks shares the rows of each sequence. A product with side effects,
+    such as recording its inputs, needs compile=False. most is the FLOP of an attention's kernel (see
+    `machine.kernel_flops`). Two attributes may be set between calls: lean frees memory in the middle of each block, at
+    a small cost in time, with the same numbers; factor is a power of two that keeps products in float16's range (see
+    `mlx_zimage.headroom`).
     """
 
     set_attention_backend = Needless("MLX has only one fused attention implementation")
@@ -616,7 +617,6 @@ class Transformer:
         runner: Runner,
         product: Product = linear,
         ranks: Ranks = ALONE,
-        lean: bool = False,
         compile: bool = True,
         most: float = math.inf,
     ):
@@ -627,7 +627,7 @@ class Transformer:
         self.is_compiled = compile
         self.most = most
         self.sums = sum_dtype(runner.dtype)
-        self.lean = lean
+        self.lean = False
         self._schedule: tuple | None = None  # the last schedule's times and other blocks, and `modulate`'s result
         # no reference to self here: a cycle would keep the weights in memory until Python's garbage collector runs
         self._rope = lru_cache(maxsize=4)(partial(rope, config))

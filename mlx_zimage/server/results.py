@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
 
 KEPT_S = 3600.0
 MAX_BYTES = 256 * 2**20
@@ -13,14 +12,13 @@ MAX_BYTES = 256 * 2**20
 class Results:
     """Files by name. The oldest are dropped after an hour, and earlier if all together exceed MAX_BYTES."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic):
-        self.now = now
+    def __init__(self):
         self._files: dict[str, tuple[float, bytes]] = {}
 
     def put(self, content: bytes, ending: str) -> str:
         """Keep a file; returns its name, of 256 random bits."""
         name = f"{secrets.token_urlsafe(32)}{ending}"
-        self._files[name] = self.now(), content
+        self._files[name] = time.monotonic(), content
         self._drop()
         return name
 
@@ -31,7 +29,7 @@ class Results:
     def _drop(self) -> None:
         size = sum(len(content) for _, content in self._files.values())
         for name, (put, content) in list(self._files.items()):
-            if put + KEPT_S > self.now() and size <= MAX_BYTES:
+            if put + KEPT_S > time.monotonic() and size <= MAX_BYTES:
                 break
             del self._files[name]
             size -= len(content)

@@ -29,7 +29,7 @@ COPIED = (
     *("model_index.json", SCHEDULER, "text_encoder/generation_config.json"),
     *(f"tokenizer/{name}" for name in TOKENIZER_PARTS),
 )
-TOKENS = ("tokenizer.json", "vocab.json", "merges.txt")  # large, and most of their strings are tokens
+TOKEN_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # large, and most of their strings are tokens
 OF_TOKENS = ("vocab", "merges", "content", "pad_token")  # keys in tokenizer.json
 MAX_CONFIG = 2**20  # bytes of another file
 NAMES = ("_name_or_path", "name_or_path")  # where transformers and diffusers write what a config was loaded from
@@ -60,7 +60,7 @@ def copies(folder: Path, paths: dict[str, Path]) -> dict[str, bytes]:
     present = {name: path for name, path in paths.items() if path.is_file()}
     check_inside(folder, present.values())
     contents = {
-        name: read_small(path, MAX_TOKENIZER_BYTES if path.name in TOKENS else MAX_CONFIG)
+        name: read_small(path, MAX_TOKENIZER_BYTES if path.name in TOKEN_FILES else MAX_CONFIG)
         for name, path in present.items()
     }
     return {name: cleaned(name, content) for name, content in contents.items()}
@@ -87,12 +87,12 @@ def cleaned(name: str, content: bytes) -> bytes:
         raise CheckpointError(
             f"{name} is not valid {'JSON' if is_json else 'text'} ({error}); download it again"
         ) from error
-    kept = without_paths(values, OF_TOKENS if own in TOKENS else ())
+    kept = without_paths(values, OF_TOKENS if own in TOKEN_FILES else ())
     if kept == values:
         return content
-    return (
-        json.dumps(kept, ensure_ascii=False).encode(errors="backslashreplace") if own in TOKENS else render_json(kept)
-    )
+    if own in TOKEN_FILES:
+        return json.dumps(kept, ensure_ascii=False).encode(errors="backslashreplace")
+    return render_json(kept)
 
 
 def _without_places(name: str, text: str) -> str:

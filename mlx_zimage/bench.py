@@ -250,7 +250,7 @@ def bench_steps(model: str, architecture: str, case: Case, repeat: int) -> Itera
     }
 
 
-def table(report: dict) -> str:
+def bench_table(report: dict) -> str:
     """The report as text."""
     case, machine = report["case"], report["machine"]
     weights = f"{case['bits']}-bit {case['mode']} in {case['dtype']}" if case["bits"] else case["dtype"]

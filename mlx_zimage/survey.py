@@ -139,7 +139,7 @@ class Timer:
         return statistics.median(times[1:])
 
 
-def table(found: Survey, width: int, height: int) -> str:
+def survey_table(found: Survey, width: int, height: int) -> str:
     """The survey as text."""
     lines = [f"{'rank':6}{'machine':24}{'chip':28}{'budget':>10}{'speed':>8}"]
     for rank, machine in enumerate(found.machines):

@@ -12,7 +12,7 @@ from mlx_zimage.distributed import Group
 from mlx_zimage.models.text_encoder import TextEncoderConfig
 from mlx_zimage.models.transformer import TransformerConfig
 from mlx_zimage.models.vae import VAEConfig
-from mlx_zimage.survey import survey, table
+from mlx_zimage.survey import survey, survey_table
 from mlx_zimage.weights.checkpoint import open_checkpoint
 
 ARCHITECTURES["tiny"] = (
@@ -25,4 +25,4 @@ if __name__ == "__main__":
     group = Group(mx.distributed.init(backend="ring", strict=True))
     found = survey(group, 128, 96, open_checkpoint(sys.argv[1].format(rank=group.rank)), "tiny")
     if group.leads:
-        print(table(found, 128, 96))
+        print(survey_table(found, 128, 96))

@@ -39,7 +39,7 @@ def test_a_report_has_every_phase_and_the_matmul_rate(tiny, bits):
     for phase in ("encode", "steps", "decode"):
         assert report[phase]["median_s"] > 0 and 0 < report[phase]["peak_gb"] < 0.1
     assert report["fraction_of_matmul"] == pytest.approx(report["steps_tflops"] / report["matmul_tflops"])
-    text = bench.table(report)
+    text = bench.bench_table(report)
     assert ("4-bit affine" if bits else "float32") in text and "64x48" in text
 
 
@@ -64,7 +64,7 @@ def test_the_report_has_the_models_own_bits(tmp_path, monkeypatch, bits, expecte
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=9, dtype="float32")
     model = convert("pocket", tmp_path / "packed", **bits) if bits else "pocket"
     report = bench.bench(model, case=case, repeat=1)
-    assert expected in bench.table(report)
+    assert expected in bench.bench_table(report)
     with pytest.raises(RequestError, match=r"bits only applies to random weights, and .* has its own"):
         bench.bench(model, case=replace(case, bits=4))
     for wrong in ({"bits": 0}, {"mode": "mxfp4"}):
@@ -79,14 +79,14 @@ def test_steps_default_to_the_models_own(light_pocket, tmp_path, monkeypatch):
     scheduler = folder / "scheduler/scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": BASE.shift}))
     report = bench.bench(str(folder), case=bench.Case(32, 32, caption_tokens=9, dtype="float32"), repeat=1)
-    assert report["case"]["steps"] == 3 and "3 guided steps" in bench.table(report)
+    assert report["case"]["steps"] == 3 and "3 guided steps" in bench.bench_table(report)
 
 
 def test_a_mode_implies_its_bits(tiny):
     case = bench.Case(width=32, height=32, steps=1, caption_tokens=7, dtype="float32", mode="mxfp4")
     with pytest.raises(RequestError, match="takes 4 bits, got 0"):
         bench.bench(architecture="tiny", case=replace(case, bits=0), repeat=1)
-    assert "4-bit mxfp4 in float32" in bench.table(bench.bench(architecture="tiny", case=case, repeat=1))
+    assert "4-bit mxfp4 in float32" in bench.bench_table(bench.bench(architecture="tiny", case=case, repeat=1))
 
 
 def test_a_size_that_does_not_fit_is_refused_before_anything_is_read(monkeypatch):
@@ -115,7 +115,7 @@ def test_a_model_is_timed_as_planned_and_within_what_is_planned(monkeypatch, bud
     for phase in ("encode", "steps", "decode"):
         assert 0 < report[phase]["peak_gb"] - others <= report[phase]["planned_gb"]
     assert bool(report["streamed_blocks"]) == bool(budget)
-    assert ("streamed from disk to stay within" in bench.table(report)) == bool(budget)
+    assert ("streamed from disk to stay within" in bench.bench_table(report)) == bool(budget)
 
 
 def test_random_weights_that_would_have_to_be_streamed_are_refused(tiny, monkeypatch):
@@ -134,7 +134,7 @@ def test_steps_are_guided_where_the_model_needs_guidance(light_pocket, tmp_path,
     for model, prompts, steps in ("pocket", 1, "1 step"), (folder, 2, "1 guided step"):
         called = watch(Transformer, "__call__")
         report = bench.bench(str(model), case=case, repeat=1)
-        assert f"32x32, {steps}, " in bench.table(report)
+        assert f"32x32, {steps}, " in bench.bench_table(report)
         assert [len(velocities) for velocities in called] == [prompts] * 2
 
 

@@ -15,13 +15,13 @@ from PIL import Image
 from serving import KEY, PROMPT, answering
 
 from mlx_zimage.cli import main
-from mlx_zimage.cli.remote import ELSEWHERE, form
+from mlx_zimage.cli.remote import SENT_OTHERWISE, form
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.request import GenerateRequest
 from mlx_zimage.server.openai import EXTENSIONS
 
 # Fields of a request that the server has under other names, or for each image.
-OTHERWISE = ELSEWHERE | {"prompt", "seed"}
+OTHERWISE = SENT_OTHERWISE | {"prompt", "seed"}
 WORDS = ("generate", PROMPT, "--seed", "3", "--steps", "2")
 
 

@@ -11,7 +11,7 @@ import surveyed
 import tiny
 
 from mlx_zimage import RequestError
-from mlx_zimage.survey import Survey, Timer, table
+from mlx_zimage.survey import Survey, Timer, survey_table
 
 MACHINE = {"host": "one", "device": "Apple M4", "mlx_zimage": "1.0", "mlx": "0.32.4", "dtype": "bfloat16"}
 MACHINE |= {"memory_budget": 12 * 10**9, "speed": 1.0}
@@ -52,15 +52,16 @@ def test_a_group_that_is_slower_than_its_fastest_machine_is_reported():
     machines = [MACHINE | {"alone_s": 2.0}, MACHINE | {"host": "two", "alone_s": 1.0}]
     found = Survey("ring", machines, 1e-3, 2e9, 1.25)
     assert found.speed_up == 0.8
-    lines = table(found, 512, 512).splitlines()
+    lines = survey_table(found, 512, 512).splitlines()
     assert lines[1].endswith("0.50") and lines[2].endswith("1.00")
     assert lines[-1] == "at this size, one machine alone is faster"
 
 
 def test_how_unequal_machines_share_rows_is_printed():
     machines = [MACHINE | {"alone_s": 1.0, "speed": 2.4}, MACHINE | {"alone_s": 2.3}]
-    assert "rows are split 2.4 : 1 between the machines" in table(Survey("ring", machines, 1e-3, 2e9, 0.7), 512, 512)
-    assert "rows are split" not in table(Survey("ring", [machines[1]] * 2, 1e-3, 2e9, 0.7), 512, 512)
+    unequal, equal = (Survey("ring", each, 1e-3, 2e9, 0.7) for each in (machines, [machines[1]] * 2))
+    assert "rows are split 2.4 : 1 between the machines" in survey_table(unequal, 512, 512)
+    assert "rows are split" not in survey_table(equal, 512, 512)
 
 
 def test_a_survey_needs_other_machines(run):

@@ -75,7 +75,7 @@ def bench(
     time and memory as trained ones. For a model on disk, the time from process start to the first step is reported too.
     """
     say(f"Timing {model} on this machine.")
-    from ..bench import Case, Timing, bench_steps, table
+    from ..bench import Case, Timing, bench_steps, bench_table
     from ..images.files import check_folder, write_file
     from ..weights.checkpoint import open_headers
 
@@ -101,7 +101,7 @@ def bench(
     text = json.dumps(report)
     if file and not to_stdout:
         write_file(f"{text}\n".encode(), file, overwrite=True)
-    click.echo(text if to_stdout else table(report))
+    click.echo(text if to_stdout else bench_table(report))
 
 
 def _shown(timing: Timing) -> str:

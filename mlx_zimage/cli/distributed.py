@@ -37,7 +37,7 @@ def check(
     with a few blocks of random weights, at the size that you give.
     """
     from ..distributed import Group
-    from ..survey import survey, table
+    from ..survey import survey, survey_table
     from ..weights.checkpoint import open_checkpoint
 
     width, height = sides(size, width, height, TURBO.size)
@@ -49,4 +49,5 @@ def check(
         )
     found = survey(group, width, height, open_checkpoint(model) if model else None, architecture)
     if group.leads:
-        click.echo(json.dumps(asdict(found) | {"speed_up": found.speed_up}) if as_json else table(found, width, height))
+        summary = asdict(found) | {"speed_up": found.speed_up}
+        click.echo(json.dumps(summary) if as_json else survey_table(found, width, height))

@@ -73,7 +73,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {  # by command: flags of other pro
     },
 }
 GENERATE = 'mlx-zimage generate "a cat"'
-COMMANDS = {  # of other programs, and what to use instead
+COMMANDS_ELSEWHERE = {  # of other programs, and what to use instead
     **dict.fromkeys(("run", "create", "draw", "image", "txt2img"), f"to generate an image: {GENERATE}"),
     **dict.fromkeys(
         ("pull", "download", "fetch", "get"),
@@ -115,11 +115,11 @@ class CommandGroup(click.Group):
 def no_such_command(name: str, known: Mapping[str, Any], ctx: click.Context) -> None:
     """Raise UsageError for what is not a command, unless it looks like a mistyped one, which click answers."""
     meant = "run" if name.startswith("mflux-generate") else name.removeprefix("mflux-")
-    if name in known or (meant not in COMMANDS and difflib.get_close_matches(name, known)):
+    if name in known or (meant not in COMMANDS_ELSEWHERE and difflib.get_close_matches(name, known)):
         return
-    if name.startswith("-") and name not in COMMANDS:
+    if name.startswith("-") and name not in COMMANDS_ELSEWHERE:
         raise click.UsageError(f"No such option: {name}; options follow a command: {GENERATE} --steps 8", ctx)
-    hint = COMMANDS.get(meant) or f"to generate an image: mlx-zimage generate {shlex.quote(name)}"
+    hint = COMMANDS_ELSEWHERE.get(meant) or f"to generate an image: mlx-zimage generate {shlex.quote(name)}"
     raise click.UsageError(f"No such command {name!r}; {hint}", ctx)
 
 

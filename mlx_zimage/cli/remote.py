@@ -42,7 +42,8 @@ LOCAL = (  # options of `generate` that only a model in this process takes
     *("latents_file", "lora_partial", "control_model", "control_kind", "preview", "preview_dir"),
 )
 DEFAULTS = {field.name: field.default for field in fields(GenerateRequest)}
-ELSEWHERE = {*ARRAYS, "loras", "num_images", "controls", "controlnet"}  # fields that are not sent under their own names
+# Fields that are not sent under their own names.
+SENT_OTHERWISE = {*ARRAYS, "loras", "num_images", "controls", "controlnet"}
 
 
 class Remote:
@@ -83,7 +84,7 @@ class Remote:
     ) -> tuple[bytes, Origin]:
         """One image as a file with a suffix such as ".png", and its origin; shows the progress."""
         own = {name: value for name, value in request.to_dict().items() if value != DEFAULTS[name]}
-        own = {name: value for name, value in own.items() if name not in ELSEWHERE}
+        own = {name: value for name, value in own.items() if name not in SENT_OTHERWISE}
         values = own | {"model": self.model["id"], "output_format": FORMATS[ending.lower()].lower()}
         values |= {"metadata": metadata, "stream": True, "progress": True}
         if request.loras is not None:

@@ -45,7 +45,7 @@ from .gradients import Gradients, Sample
 from .machines import Machines
 from .memory import plan_training, resolution_within
 from .objective import Draw, default_objective, draw
-from .optimizer import AdamW, added, clipped, warmed_up
+from .optimizer import AdamW, clipped, sum_of, warmed_up
 from .output import FREE, read_state, write_factors, write_state
 from .settings import RESOLUTION, Settings
 
@@ -328,7 +328,7 @@ def one_step(
     samples = (sample(run, encoded, first + i) for i in machines.own(settings.accumulate))
     for value, found in machines.each(gradients(factors, one) for one in samples):
         loss += float(value)
-        total = added(total, found)
+        total = sum_of(total, found)
     total, loss = machines.summed(total, loss)
     total, norm = clipped(total, settings.clip, 1 / settings.accumulate)
     if not math.isfinite(norm):

@@ -57,7 +57,7 @@ def _stepped(
     return own, first, second
 
 
-def added(total: Factors, gradients: Factors) -> Factors:
+def sum_of(total: Factors, gradients: Factors) -> Factors:
     """The sum of two trees of gradients, evaluated; the first may be empty."""
     found = tree_map(mx.add, total, gradients) if total else gradients
     mx.eval(found)

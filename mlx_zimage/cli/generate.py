@@ -32,6 +32,7 @@ from ..errors import RequestError, ZImageError
 from ..launched import launched_rank
 from ..request import FEATHERS, RESAMPLE, RNGS, GenerateRequest, LoraUse, check_prompt_and_seed
 from ..sizes import parse_memory
+from ..tokenizer import most_ids
 from ..variants import ALIASES
 from .adapters import WithLoras, load_loras, lora_options, name_paths
 from .controls import (
@@ -377,7 +378,6 @@ def generate(
     from ..images.metadata import read_origin
     from ..images.preview import blank, colours_of
     from ..inputs import NONE, check_latents_size
-    from ..tokenizer import most_ids
     from ..weights.library import register
     from .given import Given
     from .remote import Remote

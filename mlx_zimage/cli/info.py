@@ -12,6 +12,7 @@ import click
 from ..dtypes import STORED
 from ..errors import CheckpointError, ModelNotFoundError
 from ..sizes import counted, size
+from ..weights.names import check_sampler, foreign_kind, places
 from .elsewhere import Command
 from .output import echo, printable
 from .values import ModelName
@@ -111,7 +112,6 @@ def _contents(file: Path) -> dict[str, dict]:
     from ..convert.comfyui import declared
     from ..convert.files import stored_weights
     from ..weights.component import read_metadata
-    from ..weights.names import check_sampler, foreign_kind, places
     from ..weights.parts import read_single
 
     networks: dict[str, dict] = {}

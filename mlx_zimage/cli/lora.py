@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import RequestError
+from ..weights import official
 from .elsewhere import CommandGroup
 from .output import echo, print_path
 from .values import FilePath, LoraName, ModelName
@@ -63,7 +65,6 @@ def info(file: str, model: str | None, as_json: bool) -> None:
 @with_model
 def convert(file: str, out: Path, to: str, model: str | None) -> None:
     """Write the LoRA FILE to OUT with the names that another program expects, and print its path."""
-    from ..errors import RequestError
     from ..weights.lora_writer import write_lora
 
     if out.exists():
@@ -76,7 +77,6 @@ def convert(file: str, out: Path, to: str, model: str | None) -> None:
 
 def _read(file: str, model: str | None, partial: bool) -> Lora:
     from ..models import NETWORKS
-    from ..weights import official
     from ..weights.checkpoint import open_headers
     from ..weights.lora import ADAPTED, find_lora, read_lora
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import UNSAFE, plain
+from ..images.terminal import inline, protocol
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -54,21 +55,18 @@ def hub_bars(shown: bool) -> None:
 
 def graphics() -> str | None:
     """The image protocol of the terminal on stderr, or None; see `terminal.protocol`."""
-    from ..images.terminal import protocol
-
     return protocol(os.environ) if sys.stderr and sys.stderr.isatty() else None
 
 
 def show_image(path: Path) -> None:
     """Show an image inline if stderr is a terminal that supports it."""
     from ..images.codec import read_pixels, to_png
-    from ..images.terminal import inline
 
-    protocol = graphics()
-    if protocol:
-        plain = protocol == "iterm" or path.suffix.lower() == ".png"
+    kind = graphics()
+    if kind:
+        plain = kind == "iterm" or path.suffix.lower() == ".png"
         content = path.read_bytes() if plain else to_png(read_pixels(path))
-        sys.stderr.buffer.write(inline(content, protocol) + b"\n")
+        sys.stderr.buffer.write(inline(content, kind) + b"\n")
         sys.stderr.buffer.flush()
     elif os.environ.get("NO_COLOR"):
         say("NO_COLOR is set; not showing images.")

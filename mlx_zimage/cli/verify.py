@@ -4,6 +4,7 @@ import click
 
 from ..errors import CheckpointError
 from ..sizes import counted
+from ..weights.manifest import read_manifest
 from .elsewhere import Command
 from .output import echo, progress_bar
 from .values import ModelName
@@ -20,7 +21,6 @@ def verify(folder: str, quiet: bool) -> None:
     finite. The exit code is 4 if anything is wrong.
     """
     from ..convert.verify import fetch_all, verify_steps
-    from ..weights.manifest import read_manifest
 
     path = fetch_all(folder)
     faults = 0

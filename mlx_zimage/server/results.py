@@ -12,7 +12,7 @@ MAX_BYTES = 256 * 2**20
 class Results:
     """Files by name. The oldest are dropped after an hour, and earlier if all together exceed MAX_BYTES."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._files: dict[str, tuple[float, bytes]] = {}
 
     def put(self, content: bytes, ending: str) -> str:

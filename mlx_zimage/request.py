@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import RequestError
 from .untrusted import brief, is_sha256
+from .variants import TURBO
 
 LATENT_PIXELS = 8  # image pixels per latent pixel, along one side
 SIZE_MULTIPLE = 16  # latent pixels are 8 wide, tokens 2 latent pixels
@@ -490,7 +491,7 @@ def _check_strength(strength: float, steps: int | None) -> None:
         one = (
             f"{1 / steps:.3g} runs one step of {steps}"
             if steps
-            else "a strength of 1 / steps (0.125 for 8 steps) runs one"
+            else f"a strength of 1 / steps ({1 / TURBO.steps:g} for {TURBO.steps} steps) runs one"
         )
         raise RequestError(f"strength {strength:g} leaves no step to run: the image would not change; {one}")
 

@@ -46,6 +46,7 @@ class Variant:
 
 
 TURBO = Variant("turbo", "Tongyi-MAI/Z-Image-Turbo", steps=8, guidance_scale=0.0, shift=3.0, takes_guidance=False)
+MOST_TURBO_STEPS = TURBO.steps + 1  # its model card recommends both numbers
 # 50 steps as in diffusers 0.42 and the official code; guidance 4 ("cfg 5" in other programs) is the highest its model
 # card recommends.
 BASE = Variant("base", "Tongyi-MAI/Z-Image", steps=50, guidance_scale=4.0, shift=6.0, takes_guidance=True)

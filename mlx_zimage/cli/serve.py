@@ -12,7 +12,7 @@ from ..errors import RequestError, ZImageError
 from ..launched import launched_rank
 from ..sizes import parse_memory
 from ..untrusted import read_bytes
-from ..variants import ALIASES, repository_of
+from ..variants import ALIASES, MOST_TURBO_STEPS, TURBO, repository_of
 from .controls import control_kind_option
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
@@ -106,8 +106,9 @@ class Duration(click.ParamType):
 @click.option(
     "--honor-client-steps",
     is_flag=True,
-    help="Run Turbo with the steps and guidance that clients send. By default, more than 9 steps become 8 and guidance "
-    "is off: many clients send values for other models, which would take 5 to 12 times as long and look worse.",
+    help="Run Turbo with the steps and guidance that clients send. By default, more than "
+    f"{MOST_TURBO_STEPS} steps become {TURBO.steps} and guidance is off: many clients send values for other models, "
+    "which would take 5 to 12 times as long and look worse.",
 )
 @click.option("--open", "show", is_flag=True, help="Open the server's page in your browser.")
 @yes_option

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from ..request import MAX_SEED
 from ..sizes import counted
 from ..untrusted import brief, parse_json
-from ..variants import repository_of
+from ..variants import MOST_TURBO_STEPS, repository_of
 from .errors import ADJUSTED, Refusal
 from .loras import lora_files
 from .messages import Accepted, Done, Image, Model
@@ -27,7 +27,6 @@ from .results import Results
 log = logging.getLogger(__name__)
 MAX_IMAGES = 10  # per request, as in OpenAI's API
 SHORT = 2**16  # bytes of JSON that take less time to parse than another thread to start
-MOST_STEPS = 9  # that Turbo is given unless clients' steps are honored; its model card recommends 8 or 9
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Service:
             return {}
         changes = []
         steps = (model.control_steps if controlled else None) or model.steps
-        for name, most, own in (("steps", max(MOST_STEPS, steps), steps), (guidance, off, off)):
+        for name, most, own in (("steps", max(MOST_TURBO_STEPS, steps), steps), (guidance, off, off)):
             given = values.get(name)
             if isinstance(given, (int, float)) and not isinstance(given, bool) and given > most:
                 values[name] = own

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
+from ..variants import TURBO
 
 # A pattern for the beginning of a name, and its replacement.
 Row = tuple[str, str | Callable[[re.Match[str]], str]]
@@ -190,7 +191,7 @@ def check_sampler(names: Collection[str], label: object) -> None:
     if any(TWINFLOW.search(name) for name in names):
         raise CheckpointError(
             f"{label} is TwinFlow, which has a second time embedder and needs a sampler of its own; use Z-Image-Turbo, "
-            f"which takes 8 steps"
+            f"which takes {TURBO.steps} steps"
         )
 
 

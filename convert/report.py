@@ -23,6 +23,7 @@ from ..models import NETWORKS
 from ..models.transformer import PATCH
 from ..noise import initial_noise
 from ..pipeline import ZImagePipeline
+from ..porting import dtype_name
 from ..request import GenerateRequest
 from ..untrusted import one_line
 from ..weights.checkpoint import open_checkpoint
@@ -107,7 +108,7 @@ def report_steps(
     quality = {
         "size": requests[0].width if requests else None,
         "steps": requests[0].steps if requests else steps,
-        "dtype": str(pipe.dtype).rpartition(".")[2],
+        "dtype": dtype_name(pipe.dtype),
         "weight_error": {"mean": float(np.mean(list(layers.values()) or [0.0])), "layers": layers},
         "images": images,
     }

@@ -45,7 +45,6 @@ LEAST, APART = 512, 1536
 EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
 PERIOD = 0.2  # seconds between the watchdog's checks
 CHIP = "device_name", "architecture", "memory_size"  # what MLX says of machines that are equally fast
-SHOWN = 40  # characters of a value in an error; longer ones, such as checksums, say nothing
 NOISE = 1.1  # up to this ratio, measured speeds count as equal
 
 
@@ -282,22 +281,24 @@ class Group(SharingBySpeed):
             except ValueError as error:  # MLX's ring may return anything in its place
                 raise GroupError(LOST) from error
 
-    def check_same(self, **values: Any) -> None:
-        """GroupError on every rank if a value is not the same on all of them; it has the values, if they are short."""
-        texts = {name: str(value) for name, value in values.items()}
-        digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-        short = {name: text for name, text in texts.items() if len(text) <= SHOWN}
-        machines = self.exchange({"host": platform.node(), "digests": digests, "short": short})
-        first = machines[0]
-        for name in values:
-            others = [rank for rank, own in enumerate(machines) if own["digests"][name] != first["digests"][name]]
-            if others:
-                named = " and ".join(f"{rank} ({machines[rank]['host']})" for rank in others)
-                ranks = f"rank {named} has" if len(others) == 1 else f"ranks {named} have"
-                theirs, ours = (own["short"].get(name) for own in (machines[others[0]], first))
-                said = f": {theirs} instead of {ours}" if theirs and ours else ""
+    def check_same(self, shown: Mapping[str, str], **others: Any) -> None:
+        """GroupError on every rank if a value is not the same on all of them, with each rank's own if it is shown.
+
+        shown are those that say something to a reader, which checksums do not.
+        """
+        digests = {name: hashlib.sha256(str(value).encode()).hexdigest() for name, value in others.items()}
+        machines = self.exchange({"host": platform.node(), "values": {**shown, **digests}})
+
+        def named(rank: int, name: str) -> str:
+            host, value = machines[rank]["host"], machines[rank]["values"].get(name)
+            return f"{rank} ({host}: {value})" if name in shown else f"{rank} ({host})"
+
+        for name, first in machines[0]["values"].items():
+            ranks = [named(rank, name) for rank, own in enumerate(machines) if own["values"].get(name) != first]
+            if ranks:
+                have = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {' and '.join(ranks)} have"
                 raise GroupError(
-                    f"{ranks} a different {name} from rank 0 ({first['host']}){said}; all machines need the same one"
+                    f"{have} a different {name} from rank {named(0, name)}; all machines need the same one"
                 )
 
     # ---- a request

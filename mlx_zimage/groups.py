@@ -22,6 +22,7 @@ from .inputs import Inputs
 from .machine import comparable_rate, mlx_version
 from .models.transformer import TransformerConfig
 from .networks import Phase
+from .porting import dtype_name
 from .request import GenerateRequest
 from .sampling import Change, Step
 from .version import __version__
@@ -138,9 +139,9 @@ def join(group: Group, checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
     """Check that the machines of a group have the same model and versions, and have them share rows by speed."""
     if dtype == mx.float16:
         raise RequestError("a group of machines cannot compute in float16; choose bfloat16")
-    versions = {"version of mlx-zimage": __version__, "version of MLX": mlx_version()}
+    shown = {"version of mlx-zimage": __version__, "version of MLX": mlx_version(), "dtype": dtype_name(dtype)}
     speeds = {"list of speeds": group.speeds if group.settled else None}
-    group.check_same(**versions, model=fingerprint(checkpoint), dtype=dtype, **speeds)
+    group.check_same(shown, model=fingerprint(checkpoint), **speeds)
     share_rows(group, checkpoint.transformer.config, dtype)
 
 

@@ -69,12 +69,13 @@ def survey(
     GroupError if they have different versions, dtypes or, of a model, weights, which are all read.
     """
     own = facts() | {"host": platform.node()}
-    same = {"version of mlx-zimage": own["mlx_zimage"], "version of MLX": own["mlx"], "default dtype": own["dtype"]}
+    shown = {"version of mlx-zimage": own["mlx_zimage"], "version of MLX": own["mlx"], "default dtype": own["dtype"]}
+    weights = {}
     if model is not None:
         with TemporaryDirectory() as temporary:  # if checksums are not cached
             folder = embeddings_folder() or Path(temporary)
-            same["model"] = own["weights"] = [checksum(network, folder) for network in model.components]
-    group.check_same(**same)
+            weights["model"] = own["weights"] = [checksum(network, folder) for network in model.components]
+    group.check_same(shown, **weights)
     machines = group.exchange(own)
     timer = Timer(group, width, height, architecture)
     alone = group.exchange(timer.step(None))

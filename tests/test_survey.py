@@ -6,12 +6,14 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import ranks
 import surveyed
 import tiny
 
-from mlx_zimage import RequestError
-from mlx_zimage.survey import Survey, Timer, survey_table
+from mlx_zimage import GroupError, RequestError
+from mlx_zimage.distributed import Group
+from mlx_zimage.survey import Survey, Timer, survey, survey_table
 
 MACHINE = {"host": "one", "device": "Apple M4", "mlx_zimage": "1.0", "mlx": "0.32.4", "dtype": "bfloat16"}
 MACHINE |= {"memory_budget": 12 * 10**9, "speed": 1.0}
@@ -38,6 +40,17 @@ def test_different_weights_are_refused_by_checksum(tmp_path):
         assert re.search(
             r"GroupError: rank 1 \(.*\) has a different model from rank 0 \(.*\); all machines need the same one", text
         )
+
+
+@pytest.mark.parametrize("name", ["version of mlx-zimage", "version of MLX", "default dtype"])
+def test_different_versions_and_default_dtypes_are_refused(name, monkeypatch):
+    def exchange(own: dict) -> list[dict]:
+        return [own | {"host": "one"}, {"host": "two", "values": own["values"] | {name: "another"}}]
+
+    group = Group.__new__(Group)
+    monkeypatch.setattr(group, "exchange", exchange)
+    with pytest.raises(GroupError, match=rf"rank 1 \(two: another\) has a different {name} from rank 0 \(one: \w"):
+        survey(group, 128, 96)
 
 
 def test_a_step_is_predicted_from_a_few_layers():

@@ -80,7 +80,7 @@ class Served:
         """Open the models, on every machine of a group."""
         self.group = Group.launched()
         if self.group is not None:
-            self.group.check_same(**{"list of models": [*self.options.models]})
+            self.group.check_same({"list of models": ", ".join(self.options.models)})
         for name, source in self.options.models.items():
             self.models[name] = open_model(source, memory=self.options.memory, group=self.group)
             self.models[name].pipeline.plan(SMALLEST)  # refuses a budget in which no image can be generated
@@ -88,7 +88,7 @@ class Served:
         self.load_controlnet()
         if self.group is not None:
             nets = [model.pipeline.controlnet for model in self.models.values()]
-            self.group.check_same(ControlNet=[net and net.fingerprint for net in nets])
+            self.group.check_same({}, ControlNet=[net and net.fingerprint for net in nets])
 
     def load_controlnet(self) -> None:
         """Load the ControlNet into the models that it fits, of which there must be one; pocket has its own."""

@@ -220,7 +220,7 @@ def _train(
     state = read_state(run.state, new, run.identity) if machines.leads else None
     factors, optimizer = state or (new, AdamW.new(new))
     machines.check_same(
-        **{"version of mlx-zimage": __version__},
+        {"version of mlx-zimage": __version__},
         model=(run.checksum, fingerprint(pipe.checkpoint)),
         dataset=run.identity["data"],
         adapter=run.identity["adapter"],

@@ -5,7 +5,7 @@ Their sum is that of one machine which computes them all, apart from the order o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -44,11 +44,11 @@ class Machines:
         self.group.signal()
         return choose(self.group.exchange(own))
 
-    def check_same(self, **values: Any) -> None:
-        """GroupError on every machine if a value is not the same on all of them."""
+    def check_same(self, shown: Mapping[str, str], **others: Any) -> None:
+        """See `Group.check_same`."""
         if self.group is not None:
             self.group.signal()
-            self.group.check_same(**values)
+            self.group.check_same(shown, **others)
 
     def check_accumulate(self, accumulate: int) -> None:
         if self.group is not None and accumulate < self.group.size:

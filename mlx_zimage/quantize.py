@@ -5,4 +5,5 @@ from .moved import moved
 __getattr__ = moved(
     __name__,
     {"quantization": ("MODES", "Quantization", "default_quantization"), "weights.quantize": ("QUANTIZED",)},
+    {"recipe": "weights.quantize.tensor_quantization"},
 )

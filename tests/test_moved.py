@@ -1,4 +1,4 @@
-"""Names that moved still work in their old modules for one release, with a DeprecationWarning."""
+"""Public names that moved still work where they were for one release, with a DeprecationWarning."""
 
 import importlib
 import re
@@ -15,8 +15,10 @@ OLD = {
     "image": ["FORMATS", "to_uint8", "to_pil", "to_png", "enlarge", "read_pixels", "read_latents", "check_output",
               "make_folder", "check_folder", "save"],
     "metadata": ["Origin", "parameters", "save_options", "read_origin", "fingerprint", "AI_MADE"],
-    "quantize": ["MODES", "Quantization", "default_quantization", "QUANTIZED"],
-    "weights": ["open_checkpoint", "resolve"],
+    "quantize": ["MODES", "Quantization", "default_quantization", "QUANTIZED", "recipe"],
+    "weights": ["open_checkpoint", "resolve", "POCKET"],
+    "convert.pack": ["pack", "unpack"],
+    "convert.plan": ["plan_folder"],
 }  # fmt: skip
 
 
@@ -24,8 +26,8 @@ OLD = {
 def test_an_old_name_gives_the_new_object_with_a_warning(module, name):
     with pytest.warns(DeprecationWarning, match=rf"^mlx_zimage\.{module}\.{name} is now mlx_zimage\.") as warned:
         found = getattr(importlib.import_module(f"mlx_zimage.{module}"), name)
-    home = re.search(r"is now (\S+)\.\w+;", str(warned[0].message))[1]
-    assert found is getattr(importlib.import_module(home), name)
+    home, new = re.search(r"is now (\S+)\.(\w+);", str(warned[0].message)).groups()
+    assert found is getattr(importlib.import_module(home), new)
     assert warned[0].filename == __file__
 
 
@@ -47,11 +49,12 @@ def test_unknown_names_raise_attribute_errors():
 
 def test_nothing_in_the_package_or_the_examples_uses_an_old_name():
     old = re.compile(
-        r"^ *(from (mlx_zimage\.|\.\.?)(image|metadata|quantize)|import mlx_zimage\.(image|metadata|quantize)"
-        r"|from (mlx_zimage)?\.*weights import (open_checkpoint|resolve))\b",
+        r"^ *((from (mlx_zimage\.|\.\.?)|import mlx_zimage\.)(image|metadata|quantize|convert\.pack|convert\.plan)"
+        r"|from (mlx_zimage)?\.*weights import (open_checkpoint|resolve|POCKET))\b",
         re.MULTILINE,
     )
     assert old.search("from ..metadata import Origin") and old.search("from mlx_zimage.weights import resolve")
+    assert old.search("import mlx_zimage.convert.plan") and not old.search("from mlx_zimage.convert import convert")
     for folder in (PACKAGE, PACKAGE / "convert", PACKAGE.parent / "examples"):
         for file in folder.rglob("*.py"):
             if file.parent.name not in ("images", "weights"):  # they have sibling modules with these names

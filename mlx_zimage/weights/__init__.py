@@ -2,4 +2,4 @@
 
 from ..moved import moved
 
-__getattr__ = moved(__name__, {"weights.checkpoint": ("open_checkpoint", "resolve")})
+__getattr__ = moved(__name__, {"weights.checkpoint": ("open_checkpoint", "resolve"), "weights.hub": ("POCKET",)})

@@ -427,7 +427,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
     ) -> Generator[Phase | Step | Generated, Change | None, None]:
         """The events of the first request, while each other machine runs another one, and then their images."""
         others = yield from self._apart(works[0])
-        dtype = porting.dtype_name(self.dtype)
+        dtype = str(self.dtype).rpartition(".")[2]
         for (request, _), plan, images in zip(works[1:], plans[1:], others, strict=True):
             for i, (unit, cost) in enumerate(images):
                 warn_if_flat(unit, request.seed, i)
@@ -550,7 +550,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
                     unit = paste(pixels.astype(np.float32) / 255, unit, feathered(mask, request.mask_feather or 0))
                 if self.group is None or self.group.leads:
                     warn_if_flat(unit, request.seed, i)
-                yield Generated(i, unit, request, plan, porting.dtype_name(networks.dtype))
+                yield Generated(i, unit, request, plan, str(networks.dtype).rpartition(".")[2])
 
     # ---- the parts of a request on their own
 

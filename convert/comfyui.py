@@ -140,7 +140,8 @@ def declared(entries: Mapping[str, Entry], metadata: Sequence[Mapping[str, str]]
         if part == MARK and f"{layer}.weight" in entries:
             if len(entry.shape) != 1 or entry.nbytes > MAX_MARK:
                 raise CheckpointError(
-                    f"{label}: {name} has shape {entry.shape}, expected up to {MAX_MARK} bytes; download the file again"
+                    f"{label}: {name} has shape {entry.shape}, expected one axis of at most {MAX_MARK} bytes; "
+                    "download the file again"
                 )
             found[layer] = _settings(bytes(stored_bytes(entry)(0, entry.shape[0])), name, label)
     for own in metadata:

@@ -114,8 +114,8 @@ def _detected(content: bytes, height: int, width: int, kind: str) -> bytes:
         made = pose(pixels, *networks(kind))
     if made is None:
         raise RequestError(
-            f"a control image of kind {kind} cannot be made from this photo: nothing to make it from was found; give "
-            "another photo, or a control image that is ready to use"
+            f"this photo shows nothing that a control image of kind {kind} could be made from; give another photo, or "
+            "a control image that is ready to use"
         )
     return made.tobytes()
 

@@ -231,7 +231,7 @@ def judge_build(facts: dict[str, Any], supports_matrix_units: bool) -> list[Verd
         used, wheel = facts["matrix_units"], facts["metal_wheel"]
         message = f"MLX {'uses' if used else 'does not use'} this GPU's matrix units"
         if not used:
-            message += f" (macOS {facts['macos']}, MLX built for {wheel})"
+            message += f" (macOS {facts['macos']}, MLX built {f'for {wheel}' if wheel else 'from source'})"
         elif wheel is None:
             message += "; this MLX was built from source"
         advice = "update macOS to 26.2 or newer, then pip install --force-reinstall mlx mlx-metal"

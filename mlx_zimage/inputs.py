@@ -184,7 +184,7 @@ NONE = Inputs()  # for a request that uses none
 
 def check_latents(latents: Any, shape: tuple[int, ...], name: str = "latents") -> np.ndarray:
     """A caller's initial latents as float32; RequestError unless they are finite numbers of `shape` (B, C, h, w)."""
-    array = _real(latents, name, str(shape))
+    array = _real(latents, name, f"shape {shape}")
     if array.shape != shape:
         raise RequestError(
             f"{name} must have shape {shape}: (images, channels, height / 8, width / 8), got {array.shape}"
@@ -194,7 +194,7 @@ def check_latents(latents: Any, shape: tuple[int, ...], name: str = "latents") -
 
 def check_embeddings(embeddings: Any, name: str, width: int) -> np.ndarray:
     """A caller's embeddings of a prompt as float32; RequestError unless they are finite numbers of (L, width)."""
-    array = _real(embeddings, name, f"(tokens, {width})")
+    array = _real(embeddings, name, f"shape (tokens, {width})")
     if array.ndim != 2 or array.shape[1] != width or not 1 <= len(array) <= MAX_TOKENS:
         raise RequestError(f"{name} must have shape (tokens, {width}) with 1 to {MAX_TOKENS} tokens, got {array.shape}")
     return _finite(array, name)
@@ -252,7 +252,7 @@ def _read_npy(stream: BinaryIO) -> np.ndarray:
     if not start.startswith(NPY_MAGIC) or not header:
         raise ValueError("it has no NumPy header")
     if prod(int(length) for length in header[1].split(b",") if length.strip()) > size:
-        raise ValueError(f"its header declares shape ({header[1].decode():.80}), more than its {size:,} bytes")
+        raise ValueError(f"its header declares shape ({header[1].decode():.80}), but the file has only {size:,} bytes")
     stream.seek(0)
     try:
         return np.lib.format.read_array(stream, allow_pickle=False)

@@ -23,7 +23,7 @@ def parse_bytes(text: str | int, expected: str) -> int:
     if isinstance(text, int) and not isinstance(text, bool):
         if LEAST <= text <= MOST:
             return text
-        expected += ", or at least 1,000,000 bytes"
+        expected += ", or a number of bytes, at least 1,000,000"
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG]i?B)\s*", text, re.IGNORECASE) if isinstance(text, str) else None
     nbytes = float(match[1]) * UNITS[match[2].upper()] if match else 0
     if not 0 < nbytes <= MOST:

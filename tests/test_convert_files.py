@@ -226,8 +226,8 @@ def test_every_fp8_byte_has_the_same_value_as_in_torch(name, dtype):
             ({"layers.0.feed_forward.w1.comfy_quant": mx.array(list(mark), mx.uint8)}, "is not valid")
             for mark in (b"{}", b"[]", b"1", b"\xff", b"[" * 4000, b'{"format": %s}' % (b"9" * 4000))
         ),
-        ({"layers.0.feed_forward.w1.comfy_quant": mx.zeros(4097, mx.uint8)}, "expected up to 4096 bytes"),
-        ({"layers.0.feed_forward.w1.comfy_quant": mx.array(1, mx.uint8)}, r"has shape \(\), expected up to"),
+        ({"layers.0.feed_forward.w1.comfy_quant": mx.zeros(4097, mx.uint8)}, "expected one axis of at most 4096 bytes"),
+        ({"layers.0.feed_forward.w1.comfy_quant": mx.array(1, mx.uint8)}, r"has shape \(\), expected one axis"),
         (
             {"layers.0.feed_forward.w1.scale_weight": mx.ones((3, 4))},
             r"w1 has weight and scale_weight, but no comfy_quant that declares its format",

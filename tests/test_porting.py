@@ -191,7 +191,7 @@ def test_what_the_parts_of_a_pipeline_cannot_take_is_refused(pipe, used, message
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory": 6}, "memory must be a size such as 6GB or 800MB, or at least"),
+        ({"memory": 6}, "memory must be a size such as 6GB or 800MB, or a number of bytes, at least"),
         ({"keep": "yes"}, "keep must be True"),
     ],
 )

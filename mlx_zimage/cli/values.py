@@ -125,7 +125,7 @@ keep_option = click.option(
     help="Keep the whole model in memory between images, or unload each network after use.  [default: keep if it fits]",
 )
 yes_option = click.option(
-    "-y", "--yes", is_flag=True, help="Download and convert the default model without asking, if needed."
+    "-y", "--yes", is_flag=True, help="Do not ask before downloading what is missing, or converting it."
 )
 
 

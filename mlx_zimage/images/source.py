@@ -225,7 +225,7 @@ def _check_limit(image: Image.Image, stream: ImageStream) -> None:
         )
     if stream.size > 1e6 * limit.megabytes:
         raise RequestError(
-            f"{stream.label} has {stream.size / 1e6:.1f} MB; expected at most {limit.megabytes:g} as {kind}; save it "
+            f"{stream.label} is {stream.size / 1e6:.1f} MB; expected at most {limit.megabytes:g} MB as {kind}; save it "
             f"{plain}"
         )
 

@@ -149,7 +149,9 @@ class Guard:
         origins = headers.getlist("origin")
         foreign = any(origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}") for origin in origins)
         if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise Refusal(403, "requests from other web pages are refused; --cors ORIGIN allows one")
+            raise Refusal(
+                403, "requests from web pages of other origins are refused; --cors ORIGIN allows those from ORIGIN"
+            )
 
     def check_key(self, headers: Headers) -> None:
         given = headers.getlist("authorization")

@@ -98,7 +98,8 @@ def test_a_dynamic_shift_that_would_overflow_is_refused(folder):
 )
 def test_a_memory_budget_that_no_machine_has_is_refused(size):
     with pytest.raises(
-        RequestError, match=r"memory must be a size such as 6GB or 800MB(, or at least 1,000,000 bytes)?, got"
+        RequestError,
+        match=r"memory must be a size such as 6GB or 800MB(, or a number of bytes, at least 1,000,000)?, got",
     ):
         parse_memory(size)
 

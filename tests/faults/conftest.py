@@ -66,7 +66,7 @@ NOT_ATTACKS = re.compile(
     r"|a_tokenizer_larger|a_header_of_the_largest|a_lora_of_zeros|patterns_that_are_names|a_head_and_a_last_layer"
     r"|a_full_size_model|the_longest_prompt|a_model_that_is_a_link|most_tokens|a_prompt_has_no_more|the_published"
     r"|without_limits|plain_text_keeps|prefixes_that|latents_of_every|sha256sum|verify_finds_no_fault"
-    r"|an_image_that_shows|a_cached_array_records|the_next_run_resumes)"
+    r"|an_image_that_shows|a_cached_array_records|the_next_run_resumes|no_file_is_opened_except)"
 )
 
 
@@ -84,6 +84,19 @@ def resident(field: str) -> int:
     with open("/proc/self/status") as status:
         lines = dict(line.split(":", 1) for line in status)
     return 1024 * int(lines[field].split()[0])
+
+
+def class_of(file: str, test: str) -> str | None:
+    """The class of attack of a test, if it tries any."""
+    if NOT_ATTACKS.match(test):
+        return None
+    return CLASSES.get(test) or CLASSES[Path(file).stem.removeprefix("test_")]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            class_of(item.path.name, item.originalname)  # a missing class is found now, not at the end
 
 
 @pytest.hookimpl(wrapper=True)
@@ -108,10 +121,9 @@ def pytest_terminal_summary(terminalreporter):
     most: dict[str, Counter] = defaultdict(Counter)
     for outcome in OUTCOMES:
         for report in terminalreporter.stats.get(outcome, []):
-            test = report.location[2].partition("[")[0]
-            if NOT_ATTACKS.match(test):
+            own = class_of(report.location[0], report.location[2].partition("[")[0])
+            if own is None:
                 continue
-            own = CLASSES.get(test) or CLASSES[Path(report.location[0]).stem.removeprefix("test_")]
             found = dict(report.user_properties)
             for kind in (own, "all"):
                 counts[kind][outcome] += found.get("attacks", 1) if outcome == "passed" else 1

@@ -211,9 +211,10 @@ def _check_limit(image: Image.Image, stream: ImageStream) -> None:
     if isinstance(image, JpegImageFile) and kind != "JPEG":  # fewer coefficients where colours have a lower resolution
         sampled = [across * down for _, across, down, _ in image.layer]
         most *= FULL_COLOUR * max(sampled) / sum(sampled)
-    plain = "as a JPEG that is not progressive" if kind == "progressive JPEG" else "as JPEG"
+    others = {"JPEG": "with a lower quality", "progressive JPEG": "as a JPEG that is not progressive"}
+    smaller = others.get(kind, "as JPEG")
     if pixels > most:
-        instead = f"save it {plain}, or " if pixels <= 1e6 * jpeg.megapixels else ""
+        instead = f"save it {smaller}, or " if pixels <= 1e6 * jpeg.megapixels else ""
         width, height = (int(side * sqrt(most / pixels)) for side in image.size)
         raise RequestError(
             f"{stream.label} has {image.width}x{image.height} pixels, {pixels / 1e6:.1f} megapixels; expected at most "
@@ -226,7 +227,7 @@ def _check_limit(image: Image.Image, stream: ImageStream) -> None:
     if stream.size > 1e6 * limit.megabytes:
         raise RequestError(
             f"{stream.label} is {stream.size / 1e6:.1f} MB; expected at most {limit.megabytes:g} MB as {kind}; save it "
-            f"{plain}"
+            f"{smaller}"
         )
 
 

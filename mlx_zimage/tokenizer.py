@@ -27,7 +27,8 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLIT = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
-# What each part of the file may do, or leave out.
+# The steps that each part of the file may have, in this order and at most once: each ByteLevel lengthens what the one
+# before it made, so that 20 of them fill the memory.
 PARTS = {
     "normalizer": ("NFC",),
     "pre_tokenizer": ("Split", "ByteLevel"),
@@ -111,10 +112,11 @@ def check(values: Any) -> int:
         if key not in ("vocab", "merges") and value not in MODEL.get(key, ()):
             raise ValueError(f"its model has {key:.80} {brief(value)}, unlike Z-Image's")
     for part, allowed in PARTS.items():
-        for step in _steps(values.get(part)):
+        left: Iterator[Any] = iter(allowed)
+        for number, step in enumerate(_steps(values.get(part)), start=1):
             kind = step.get("type") if isinstance(step, dict) else step
-            if kind not in allowed or (kind == "Split" and step != SPLIT):
-                raise ValueError(f"its {part} has {brief(step)}, unlike Z-Image's")
+            if kind not in left or (kind == "Split" and step != SPLIT):  # `in` leaves what follows the kind
+                raise ValueError(f"step {number} of its {part} is {brief(step)}, unlike Z-Image's")
     vocabulary, merges, added = model.get("vocab"), model.get("merges") or [], values.get("added_tokens") or []
     if not isinstance(vocabulary, dict) or not isinstance(added, list) or len(added) > MAX_ADDED:
         raise ValueError(f"it has no vocabulary, or more than {MAX_ADDED} added tokens")

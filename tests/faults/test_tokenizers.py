@@ -17,6 +17,7 @@ from mlx_zimage.tokenizer import Tokenizer
 FILE = tiny.GOLDEN / "tokenizer" / "tokenizer.json"
 DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 WORD = {"id": 5, "content": "x", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
@@ -34,6 +35,9 @@ HOSTILE = {
     "words of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "an expression that never ends": {"pre_tokenizer": SPLIT},
     "an expression among others": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, SPLIT]}},
+    "bytes of bytes of bytes": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 16}},  # of text 2**16
+    "the words of words": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [tokenizer.SPLIT] * 2}},
+    "words of bytes": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES, tokenizer.SPLIT]}},
     "a template without its token": {
         "post_processor": {
             "type": "TemplateProcessing",

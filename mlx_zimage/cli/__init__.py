@@ -12,7 +12,8 @@ import os
 import signal
 import termios
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
 import click
@@ -43,12 +44,23 @@ COMMANDS = {  # name of the command and its module: the first sentence of its he
 }
 
 
+@contextmanager
+def _plain_usage() -> Iterator[None]:
+    """Make click's own errors safe to print: they repeat what was typed."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = plain(error.message)  # type: ignore[misc]
+        raise
+
+
 class Commands(click.Group):
     """Loads the command that is called, and turns errors and signals into one line on stderr and an exit code.
 
     `commands` holds placeholders with a name and the first sentence of the help: all that listing them needs.
     """
 
+    @_plain_usage()
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
@@ -70,6 +82,7 @@ class Commands(click.Group):
         hold_descriptors()
         return super().main(*args, **options)
 
+    @_plain_usage()
     def invoke(self, ctx: click.Context) -> object:
         try:
             with warnings.catch_warnings(), stoppable(), explained():

@@ -129,6 +129,33 @@ def test_text_from_a_lora_is_printed_plain(tmp_path):
     assert_plain(run("lora", "info", file, "--model", model), 0)
 
 
+USAGE = {
+    "a command": ["x{}"],
+    "an option of no command": ["--x{}"],
+    "an option": ["generate", "--x{}", "a"],
+    "an option of another program": ["generate", "--path={}", "a"],
+    "a value": ["generate", "a", "--steps", "{}"],
+    "a choice": ["generate", "a", "--rng", "{}"],
+    "a file to read": ["generate", "--prompt-file", "x{}"],
+    "a second prompt": ["generate", "a", "b{}"],
+    "a command of models": ["models", "x{}"],
+    "a command of lora": ["lora", "x{}"],
+    "a LoRA's name": ["generate", "a", "--lora", "a", "b{}"],
+    "a seed": ["generate", "a", "--seed", "{}"],
+    "a size": ["generate", "a", "--size", "{}"],
+    "a memory budget": ["generate", "a", "--memory", "{}", "-m", "pocket"],
+    "a server": ["generate", "a", "--server", "http://{}"],
+    "a model": ["verify", "x{}"],
+}
+
+
+@pytest.mark.parametrize("args", USAGE.values(), ids=USAGE)
+def test_what_was_typed_is_repeated_plain(args):
+    result = run(*(arg.format(EVIL.replace("\0", "")) for arg in args))
+    assert result.exit_code
+    assert_plain(result, result.exit_code)
+
+
 def test_warnings_are_plain():
     @cli.main.command("warns")
     def warns():

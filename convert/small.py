@@ -57,13 +57,13 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 def copies(folder: Path, paths: dict[str, Path]) -> dict[str, bytes]:
     """The contents of the paths that exist in a folder, by name, as they may be copied."""
-    present = {name: path for name, path in paths.items() if path.is_file()}
+    present = {name: path for name, path in paths.items() if path.exists()}  # a special file is refused when read
     check_inside(folder, present.values())
     contents = {
         name: read_small(path, MAX_TOKENIZER_BYTES if path.name in TOKEN_FILES else MAX_CONFIG)
         for name, path in present.items()
     }
-    return {name: cleaned(name, content) for name, content in contents.items()}
+    return {name: cleaned(name, content, paths[name]) for name, content in contents.items()}
 
 
 def read_small(path: Path, most: int) -> bytes:
@@ -73,8 +73,11 @@ def read_small(path: Path, most: int) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; expected a config or tokenizer") from error
 
 
-def cleaned(name: str, content: bytes) -> bytes:
-    """A file's content without paths on somebody's disk; the same bytes if it has none."""
+def cleaned(name: str, content: bytes, path: Path) -> bytes:
+    """The content of the file at path, to be copied as name, without paths on somebody's disk.
+
+    The same bytes if it has none.
+    """
     *_, own = name.split("/")
     if own == "vocab.json":
         return content
@@ -85,7 +88,7 @@ def cleaned(name: str, content: bytes) -> bytes:
         values = parse_json(content, MAX_TOKENIZER_VALUES)
     except ValueError as error:
         raise CheckpointError(
-            f"{name} is not valid {'JSON' if is_json else 'text'} ({error}); download it again"
+            f"{path} is not valid {'JSON' if is_json else 'text'} ({error}); download it again"
         ) from error
     kept = without_paths(values, OF_TOKENS if own in TOKEN_FILES else ())
     if kept == values:

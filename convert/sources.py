@@ -102,6 +102,7 @@ def open_source(
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
     others = {name: other for name, other in replaced.items() if other is not None}
     opened = open_part(source, configs, variant, [name for name in NETWORKS if name not in others])
+    _check_schedule(opened)
     for name, other in others.items():
         opened = take(opened, open_part(other, configs if base else own_configs(opened.at), names=[name]), name)
     if "transformer" not in opened.components:
@@ -146,6 +147,12 @@ def open_controlnet_source(source: str | Path) -> Source:
     return Source(origin, own, {CONTROLNET: _component(component)}, files, {}, conversion)
 
 
+def _check_schedule(source: Source) -> None:
+    """Refuse a diffusers folder without a schedule, as the loader does: the official one need not be the model's."""
+    if "model_index.json" in source.files and SCHEDULER not in source.files:
+        raise CheckpointError(f"{source.at / SCHEDULER} is missing; download the model again")
+
+
 def _model_index(content: bytes) -> bytes:
     """The model_index.json to write: the source's, declared as the text-to-image pipeline."""
     index = parse_json(content)
@@ -182,7 +189,8 @@ def _open_model(
 ) -> Source:
     if not (folder / "model_index.json").is_file():
         components, weights = _open_bare(folder, configs, variant, names)
-        files = {name: content for name, content in small_files(folder).items() if name.startswith("tokenizer/")}
+        own = ("tokenizer/", "scheduler/")
+        files = {name: content for name, content in small_files(folder).items() if name.startswith(own)}
         return Source(origin, folder, components, weights, files)
     check_pipeline(folder)
     check_variant(folder, variant)
@@ -249,8 +257,8 @@ def read_tokenizer(source: str | Path) -> dict[str, bytes]:
         content = read_small(at, MAX_TOKENIZER_BYTES)
         if not _is_tokenizer(content):
             raise CheckpointError(f'{at} is not a tokenizer.json: expected JSON with a "model" key')
-        return {TOKENIZER: cleaned(TOKENIZER, content)}
-    if (at / "tokenizer.json").is_file():
+        return {TOKENIZER: cleaned(TOKENIZER, content, at)}
+    if (at / "tokenizer.json").exists():
         return tokenizer_files(at)
     files = {name: content for name, content in small_files(at).items() if name.startswith("tokenizer/")}
     if TOKENIZER not in files:
@@ -292,6 +300,7 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
     folder = resolve(base, missing)
     check_inside(folder, config_files(folder))
     other = open_folder(folder, str(base), missing)
+    _check_schedule(other)
     check_inside(folder, other.weights)
     if TOKENIZER not in source.files and TOKENIZER not in other.files:
         raise ModelNotFoundError(f"neither {source.origin} nor {base} contains a tokenizer; pass one as tokenizer")

@@ -693,6 +693,11 @@ def other_scheduler(folder):
     return "scheduler_config.json"
 
 
+def no_scheduler(folder):
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    return r"scheduler_config\.json is missing"
+
+
 def larger_tokenizer(folder):
     file = folder / "tokenizer" / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -707,7 +712,7 @@ def no_tokenizer(folder):
     return "tokenizer.json"
 
 
-@pytest.mark.parametrize("damage", [flux, other_scheduler, larger_tokenizer, no_tokenizer])
+@pytest.mark.parametrize("damage", [flux, other_scheduler, no_scheduler, larger_tokenizer, no_tokenizer])
 def test_what_generating_would_refuse_is_not_converted(tmp_path, damage):
     folder = shutil.copytree(POCKET, tmp_path / "folder")
     message = damage(folder)
@@ -716,7 +721,22 @@ def test_what_generating_would_refuse_is_not_converted(tmp_path, damage):
     with pytest.raises(CheckpointError, match=message):
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert any(message in fault for fault in verify(folder)), refused.value
+    assert any(re.search(message, fault) for fault in verify(folder)), refused.value
+
+
+def test_the_schedule_of_a_base_is_not_replaced_by_the_official_one(tmp_path):
+    base = shutil.copytree(POCKET, tmp_path / "base")
+    no_scheduler(base)
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json is missing"):
+        convert(next((POCKET / "transformer").glob("*.safetensors")), tmp_path / "out", base=base)
+
+
+def test_a_folder_without_an_index_keeps_its_schedule(tmp_path, few_tokens, mflux, mflux_configs):
+    folder = shutil.copytree(mflux / "mflux-8", tmp_path / "folder")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(official.SCHEDULER | {"shift": 6.0}))
+    out = convert(folder, tmp_path / "out", tokenizer=few_tokens)
+    assert open_checkpoint(out).scheduler.shift == 6.0
 
 
 @pytest.mark.parametrize("scaled", [False, True])

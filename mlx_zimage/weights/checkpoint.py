@@ -122,7 +122,7 @@ def open_headers(
     check_variant(path, files, repository, variants.VARIANTS)
     tokenizer, scheduler_file = path / "tokenizer" / "tokenizer.json", path / "scheduler" / "scheduler_config.json"
     if path.is_dir():
-        check_inside(path, [file for file in (tokenizer, scheduler_file, path / CONVERSION) if file.is_file()])
+        check_inside(path, [file for file in (tokenizer, scheduler_file, path / CONVERSION) if file.exists()])
     networks = open_networks(path, repository, files, [name for name in NETWORKS if name not in others])
     for name, other in others.items():
         place, its_repository = locate(other)
@@ -147,7 +147,7 @@ def open_headers(
         networks |= {name: open_component(official_files.folder, name, None, official_files) for name in missing}
         if not is_whole:
             tokenizer = official_files.folder / "tokenizer" / "tokenizer.json"
-    raw_scheduler = read_json(scheduler_file) if is_whole or scheduler_file.is_file() else official.SCHEDULER
+    raw_scheduler = read_json(scheduler_file) if is_whole or scheduler_file.exists() else official.SCHEDULER
     scheduler = checked_config(SchedulerConfig, raw_scheduler, scheduler_file)
     known = named or variants.recognize(scheduler.shift, [name_of(networks["transformer"].folder), *origins(path)])
     if named and variants.recognize(scheduler.shift, []) != known:  # then its schedule is a different one, too
@@ -224,7 +224,7 @@ def read_conversion(path: Path) -> dict:
             record = parse_json(text.encode())
         except ValueError as error:
             raise CheckpointError(f"{path}: {CONVERSION_KEY} in its metadata is not valid ({error})") from error
-    elif file.is_file():
+    elif file.exists():
         record = read_json(file)
     else:
         return {}

@@ -182,7 +182,7 @@ def _open(path: Path, repository: Repository | None, layers: int) -> Component:
     folder = is_folder(path, repository)
     if folder:
         within = path / "controlnet"  # of a pipeline that diffusers saved
-        path = within if (within / "config.json").is_file() else path
+        path = within if (within / "config.json").exists() else path
         entries = read_entries(path, None, repository)
     elif path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a safetensors file; expected a ControlNet")
@@ -195,7 +195,7 @@ def _open(path: Path, repository: Repository | None, layers: int) -> Component:
         raise CheckpointError(f"{path} {others.get(kind, f'is a {kind}')}; expected a ControlNet for Z-Image")
     file = path / "config.json"
     try:
-        given = folder and file.is_file()
+        given = folder and file.exists()
         config = read_json(file) if given else {"_class_name": CLASS, **config_of(_dense(own), layers)}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

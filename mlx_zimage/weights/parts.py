@@ -142,16 +142,16 @@ def _bare_files_to_convert(path: Path, repository: Repository, names: Iterable[s
 
 
 def config_files(folder: Path) -> list[Path]:
-    """The configs in a model's folder or a network's own."""
+    """The configs in a model's folder or a network's own, special files included."""
     places = (folder, *(folder / name for name in NETWORKS))
     names = ("config.json", "model_index.json")
-    return [path for place in places for name in names if (path := place / name).is_file()]
+    return [path for place in places for name in names if (path := place / name).exists()]
 
 
 def own_configs(path: Path) -> dict[str, dict]:
     """The configs of the networks in a model's folder, for bare files that take their place."""
     files = {name: path / name / "config.json" for name in NETWORKS}
-    return {**official.CONFIGS, **{name: read_json(file) for name, file in files.items() if file.is_file()}}
+    return {**official.CONFIGS, **{name: read_json(file) for name, file in files.items() if file.exists()}}
 
 
 def names_in(folder: Path, repository: Repository | None = None) -> list[str]:

@@ -260,3 +260,10 @@ def test_half_of_a_surrogate_pair_is_written_as_it_was_read(folder, tmp_path):
         written = json.loads((out / name).read_text())
         assert written["\ud800"] == "\udc00 🦊" and "from" not in written
     assert verify(out) == []
+
+
+@pytest.mark.parametrize("name", ["text_encoder/generation_config.json", "tokenizer/tokenizer_config.json"])
+def test_a_file_that_cannot_be_copied_is_named_with_its_folder(folder, tmp_path, name):
+    (folder / name).write_text("{")
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder / name} is not valid JSON (")):
+        convert(folder, tmp_path / "out")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +15,7 @@ from lanes import slow
 
 from mlx_zimage import CheckpointError, OutputError, RequestError, cli, machine
 from mlx_zimage.convert import convert, writer
+from mlx_zimage.convert.small import COPIED
 from mlx_zimage.convert.verify import verify
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.inputs import MAX_NPY, read_latents
@@ -22,7 +25,7 @@ from mlx_zimage.weights import hub, library
 from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.library import REGISTER
 from mlx_zimage.weights.lora import read_lora
-from mlx_zimage.weights.manifest import MANIFEST, read_manifest, render_manifest, sha256
+from mlx_zimage.weights.manifest import CONVERSION, MANIFEST, read_manifest, render_manifest, sha256
 
 SPECIAL = ["fifo", "zero"]
 
@@ -53,10 +56,25 @@ def test_a_folder_with_a_special_file_is_refused(folder, tmp_path, special, name
     special(path)
     out = tmp_path / "out"
     result = run(*command.split(), folder, *([out] if command == "convert" else []))
-    # info reads no tokenizer, and convert writes the published schedule if a source has none
-    unread = (command, name.partition("/")[0]) in (("info", "tokenizer"), ("convert", "scheduler"))
-    assert result.exit_code in ((0,) if unread else (3, 4)), result.output
-    assert out.exists() == (unread and command == "convert")
+    unread = command == "info" and name.startswith("tokenizer") and not path.is_symlink()
+    assert result.exit_code == (0 if unread else 4), result.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", [*COPIED, CONVERSION])
+def test_convert_refuses_a_special_file_in_the_place_of_any_that_it_reads(folder, tmp_path, special, name):
+    special(folder / name)
+    with pytest.raises(CheckpointError, match=re.escape(Path(name).name)):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "vae/config.json"])
+def test_a_special_file_in_a_part_from_elsewhere_is_refused(folder, tmp_path, special, name):
+    special(folder / name)
+    place = folder / "tokenizer" if name.startswith("tokenizer") else folder
+    with pytest.raises(CheckpointError, match=r"json (cannot be read|is a link to /dev/zero)"):
+        convert(POCKET, tmp_path / "out", **{name.partition("/")[0]: place})
 
 
 def test_a_special_file_in_a_manifest_is_a_fault(tmp_path, special):

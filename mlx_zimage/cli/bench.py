@@ -10,7 +10,7 @@ from ..errors import RequestError
 from ..quantization import MODES
 from ..variants import TURBO
 from .elsewhere import Command
-from .output import say
+from .output import printable, say
 from .values import FilePath, ModelName, dtype_option, sides, size_options
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def bench(
     text = json.dumps(report)
     if file and not to_stdout:
         write_file(f"{text}\n".encode(), file, overwrite=True)
-    click.echo(text if to_stdout else bench_table(report))
+    click.echo(text if to_stdout else printable(bench_table(report)))
 
 
 def _shown(timing: Timing) -> str:

@@ -7,6 +7,7 @@ import click
 
 from ..errors import RequestError
 from ..variants import TURBO
+from .output import printable
 from .values import ModelName, sides, size_options
 
 
@@ -50,4 +51,4 @@ def check(
     found = survey(group, width, height, open_checkpoint(model) if model else None, architecture)
     if group.leads:
         summary = asdict(found) | {"speed_up": found.speed_up}
-        click.echo(json.dumps(summary) if as_json else survey_table(found, width, height))
+        click.echo(json.dumps(summary) if as_json else printable(survey_table(found, width, height)))

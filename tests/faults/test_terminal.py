@@ -6,6 +6,7 @@ import shutil
 import struct
 import sys
 import warnings
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -13,6 +14,7 @@ import tiny
 from click.testing import CliRunner
 
 from mlx_zimage import CheckpointError, cli
+from mlx_zimage.cli.output import print_path
 from mlx_zimage.errors import MAX_MESSAGE, ModelNotFoundError, OutputError, plain
 from mlx_zimage.weights.hub import POCKET
 from mlx_zimage.weights.manifest import CONVERSION, MANIFEST
@@ -154,6 +156,20 @@ def test_what_was_typed_is_repeated_plain(args):
     result = run(*(arg.format(EVIL.replace("\0", "")) for arg in args))
     assert result.exit_code
     assert_plain(result, result.exit_code)
+
+
+def test_a_path_is_plain_in_a_terminal_and_itself_in_a_pipe(capfdbinary, monkeypatch):
+    path = Path(EVIL.replace("\0", "") + ".png")
+    print_path(path)
+    assert capfdbinary.readouterr().out == os.fsencode(path) + b"\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_path(path)
+    assert capfdbinary.readouterr().out == plain(str(path)).encode() + b"\n"
+
+
+def test_a_report_about_a_hostile_name_is_plain(tmp_path):
+    model = shutil.copytree(POCKET, tmp_path / f"model{EVIL}".replace("\0", ""))
+    assert_plain(run("bench", "--model", model, "--size", "64x64", "--steps", "1", "--repeat", "1"), 0)
 
 
 def test_warnings_are_plain():

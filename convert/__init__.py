@@ -82,9 +82,9 @@ def convert_steps(
     bits in groups of 32, 64 (the default) or 128 for "affine"; "mxfp4", "mxfp8" and "nvfp4" allow one choice each.
     text_encoder_bits and transformer_bits override bits for that network; 0 or 16 leaves it dense.
 
-    recipe "mixed" gives the transformer's most sensitive matrices more bits than the rest; a function of component,
-    name and shape returns each tensor's quantization.Quantization, or None to leave it dense. target_size ("3.2GB", or
-    bytes) chooses the best bits for each layer within that size, which excludes tokenizer and configs.
+    recipe "mixed" gives the more sensitive of the transformer's quantized matrices more bits than the rest; a function
+    of component, name and shape returns each tensor's quantization.Quantization, or None to leave it dense. target_size
+    ("3.2GB", or bytes) chooses the best bits for each layer within that size, which excludes tokenizer and configs.
 
     search fits the scales of "affine" by least squares, which is slower but more accurate. calibrate does this too, and
     first generates a few images with the source, a model folder or id, to record the inputs of each matrix of the
@@ -113,7 +113,7 @@ def convert_steps(
         name = "calibrate" if calibrate else "search"
         raise RequestError(f"{name} needs mode affine, with bits or a target size")
     if format != "mlx" and settings.quantizes:
-        raise RequestError(f"{format} cannot read MLX's quantized weights; leave out the quantization options")
+        raise RequestError(f"format {format} cannot hold MLX's quantized weights; leave out the quantization options")
     dest = Path(dest).expanduser()
     check_absent(dest)  # before anything is downloaded
     if is_controlnet(source):

@@ -149,7 +149,7 @@ def declared(entries: Mapping[str, Entry], metadata: Sequence[Mapping[str, str]]
             named = [f"{prefix}{layer}" for prefix in PREFIXES if f"{prefix}{layer}.weight" in entries]
             if not named:
                 raise CheckpointError(
-                    f"{label}: {METADATA} lists {brief(layer)}, which is not stored there; download it again"
+                    f"{label}: {METADATA} lists {brief(layer)}, which is not in the file; download the file again"
                 )
             found[named[0]] = _checked(settings, f"{METADATA} of {layer:.80}", label)
     return found

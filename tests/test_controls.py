@@ -362,7 +362,7 @@ def test_requests_name_control_images_by_path(tiny_folder, here, tmp_path):
         (["--control", "LINE", "--control-scale", "1", "--control-scale", "2"], "must be given once, or once for each"),
         (
             ["--control", "LINE", "--control-model", "CONTROL", "--control-kind", "soft"],
-            "trained for must be plain, or one or more of",
+            "must be plain, or one or more of",
         ),
         (["--control", "LINE", "--control-model", "LORA"], "is a LoRA; expected a ControlNet"),
         (["--control", "LINE", "--control-model", "nothing"], "no ControlNet at nothing; give a file, a folder"),

@@ -123,7 +123,7 @@ def test_a_file_for_comfyui_may_be_quantized_as_it_does(tmp_path, form):
 
 @pytest.mark.parametrize("form", ["diffusers", "comfyui", "comfyui-int8"])
 def test_quantization_is_refused_for_formats_that_cannot_store_it(tmp_path, form):
-    with pytest.raises(RequestError, match=f"{form} cannot read MLX's quantized weights"):
+    with pytest.raises(RequestError, match=f"format {form} cannot hold MLX's quantized weights"):
         convert("pocket", tmp_path / "out", format=form, bits=4)
     with pytest.raises(
         RequestError, match="format must be one of mlx, diffusers, comfyui, comfyui-fp8, comfyui-int8, got 'gguf'"

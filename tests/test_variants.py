@@ -88,7 +88,7 @@ def test_a_named_variant_overrides_both(folder):
     shift(folder, 6.0)
     assert open_checkpoint(folder, "base").scheduler.shift == 6.0
     with pytest.raises(
-        RequestError, match=r"must be turbo or base or de-turbo or a file variant of .*, which has none; got 'omni'"
+        RequestError, match=r"must be turbo, base or de-turbo, since .* has no file variants; got 'omni'"
     ):
         open_checkpoint(folder, "omni")
 

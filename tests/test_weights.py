@@ -626,7 +626,7 @@ def test_a_variant_must_be_named_only_if_there_is_a_choice(folder):
     assert "has only the file variants bf16 and fp16; choose one with --variant" in refusal(folder)
     assert open_checkpoint(folder, "bf16").vae.entries["decoder.conv_in.bias"].file.name.endswith(".bf16.safetensors")
     with pytest.raises(
-        RequestError, match=r"must be turbo or base or de-turbo or a file variant of .* has bf16, fp16; got 'fp8'"
+        RequestError, match=r"must be turbo, base, de-turbo or a file variant of .* \(bf16, fp16\); got 'fp8'"
     ):
         open_checkpoint(folder, "fp8")
 

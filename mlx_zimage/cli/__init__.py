@@ -28,7 +28,7 @@ from .stop import Terminated, stoppable
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMANDS = {  # name of the command and its module: the first sentence of its help
     "bench": "Time prompt encoding, denoising steps and decoding on this machine.",
-    "completion": "Print or install the completion script for SHELL.",
+    "completion": "Print or install the completion script for bash, zsh or fish.",
     "convert": "Convert SOURCE to an MLX model folder DEST and print its path.",
     "distributed": "Check machines that generate images together.",
     "doctor": "Check this machine: system, MLX build, memory, disk and MLX's arithmetic.",

@@ -36,10 +36,10 @@ ZSH = "Make sure ~/.zshrc contains `fpath+=~/.zfunc` before compinit."
 
 @click.command(epilog="Example: mlx-zimage completion zsh --install")
 @click.argument("shell", type=click.Choice(list(FILES)))
-@click.option("--install", is_flag=True, help="Write the script where SHELL looks for it, and print that path.")
+@click.option("--install", is_flag=True, help="Write the script where that shell looks for it, and print that path.")
 @click.pass_context
 def completion(ctx: click.Context, shell: str, install: bool) -> None:
-    """Print or install the completion script for SHELL.
+    """Print or install the completion script for bash, zsh or fish.
 
     To set it up without --install, add `eval "$(mlx-zimage completion bash)"` to ~/.bashrc.
     For zsh, replace bash with zsh in that line and add it to ~/.zshrc, after compinit. For fish, run:

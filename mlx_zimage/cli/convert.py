@@ -44,7 +44,7 @@ QUANTIZATION = ("bits", "group_size", "mode", "text_encoder_bits", "transformer_
     type=click.Choice(["uniform", "mixed"]),
     default="uniform",
     show_default=True,
-    help="'mixed' gives the transformer's most sensitive matrices more bits than the rest.",
+    help="'mixed' gives the more sensitive of the transformer's quantized matrices more bits than the rest.",
 )
 @click.option(
     "--target-size", metavar="SIZE", help="Choose bits per layer for the best result within SIZE, such as 6GB."
@@ -92,8 +92,8 @@ def convert(source, dest, memory_of, reported, upload_repo, quiet, **options):
     SOURCE is a Hugging Face id (ID:PATH for a file or folder in its repository), 'z-image-turbo' (the official
     model as a smaller download), 'z-image', 'pocket', a folder written by diffusers, mflux, mlx-vlm or this program,
     ComfyUI's models folder, or a safetensors or GGUF file. Tensors are converted one at a time, which takes little
-    memory. The VAE and the most sensitive layers are never quantized. To resume an interrupted conversion, run the
-    same command again.
+    memory. The VAE and a few layers that tolerate no rounding are never quantized. To resume an interrupted
+    conversion, run the same command again.
     """
     from ..convert import convert_steps
     from ..convert.choose import quantizations

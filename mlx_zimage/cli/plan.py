@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 @click.option("--tokens", type=click.IntRange(1, 512), default=512, show_default=True, help="Prompt length in tokens.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Number of denoising steps.  [default: the model's]")
 @click.option("--image", "image_file", metavar="FILE", type=FilePath(), help="Plan for starting from this image.")
-@click.option("--strength", type=float, help="The fraction of the steps to run from an image.  [default: 0.6]")
+@click.option(
+    "--strength", type=float, help="Fraction of the steps to run when starting from an image.  [default: 0.6]"
+)
 @click.option("--outpaint", metavar="SIDES", help="Plan for extending --image on these sides: left=256,top=128.")
 @click.option(
     "--upscale", type=float, metavar="FACTOR", help="Plan for enlarging --image, or the image generated first."

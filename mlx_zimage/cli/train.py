@@ -65,7 +65,9 @@ Adapter for Turbo:
     help=f"Number of images per step.  [default: {Settings.accumulate:g}, or with mlx.launch, one for each machine]",
 )
 @click.option(
-    "--dropout", type=float, help=f"Fraction of images trained with an empty caption.  [default: {Settings.dropout:g}]"
+    "--dropout",
+    type=float,
+    help=f"Fraction of images that are trained on with an empty caption.  [default: {Settings.dropout:g}]",
 )
 @click.option(
     "--objective",

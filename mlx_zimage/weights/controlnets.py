@@ -54,8 +54,8 @@ class Kind:
         names = [name.strip() for name in text.split(",")] if isinstance(text, str) else []
         if not names or not {*names} <= {*TRAITS, "plain"} or ("plain" in names and len(names) > 1):
             raise RequestError(
-                f"what the ControlNet was trained for must be plain, or one or more of {', '.join(TRAITS)} separated "
-                f"by commas, got {brief(text)}"
+                f"--control-kind (kind in Python) must be plain, or one or more of {', '.join(TRAITS)}, separated by "
+                f"commas, got {brief(text)}"
             )
         return cls(frozenset(names) - {"plain"})
 

@@ -354,8 +354,12 @@ def check_variant(
     folders = [folder / name for name in NETWORKS]
     names = [repository.names(own) if repository else [path.name for path in visible(own)] for own in folders]
     held = {found for own in names for found in weight_variants(own)}
-    if variant not in held:
-        raise RequestError(
-            f"variant must be {' or '.join([*others, f'a file variant of {folder}'])}, which has "
-            f"{', '.join(sorted(held - {''})) or 'none'}; got {variant!r}"
-        )
+    if variant in held:
+        return
+    files = ", ".join(sorted(held - {""}))
+    *first, last = [*others, *([f"a file variant of {folder} ({files})"] if files else [])] or [""]
+    if not last:
+        raise RequestError(f"{folder} has no file variants, got variant {variant!r}; leave it out")
+    named = f"{', '.join(first)} or {last}" if first else last
+    none = "" if files else f", since {folder} has no file variants"
+    raise RequestError(f"variant must be {named}{none}; got {variant!r}")

@@ -306,9 +306,11 @@ def test_convert_chooses_bits_per_layer(run, whole_pocket, options):
 
 def test_info_shows_how_a_model_was_quantized(run):
     run("convert", "pocket", "searched", "--q-bits", "4", "--search", "--recipe", "mixed")
-    assert re.search(r"converted from pocket by .*, a mixed recipe, searched scales\n", run("info", "searched").stdout)
+    assert re.search(
+        r"converted from pocket by .*, with a mixed recipe, with searched scales\n", run("info", "searched").stdout
+    )
     run("convert", "pocket", "within", "--target-size", "5MB")
-    assert re.search(r"converted from pocket by .*, within 5.00 MB\n", run("info", "within").stdout)
+    assert re.search(r"converted from pocket by .*, with a target size of 5.00 MB\n", run("info", "within").stdout)
     record = json.loads(Path("searched/conversion.json").read_text())
     record["quantization"]["calibrated"] = True
     Path("searched/conversion.json").write_text(json.dumps(record))

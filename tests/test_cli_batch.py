@@ -232,7 +232,7 @@ def test_an_image_made_from_latents_needs_them_again(run):
     assert "pass that file with --latents" in result.stderr
     assert "latents" not in run("generate", "--from", "old.png", "--latents", "0.npy").stderr
     assert Path("image.png").read_bytes() == Path("old.png").read_bytes()
-    assert "these are not the latents" in run("generate", "--from", "old.png", "--latents", "1.npy").stderr
+    assert "--latents is not the file that old.png" in run("generate", "--from", "old.png", "--latents", "1.npy").stderr
 
 
 def test_quiet_prints_only_the_path(run):

@@ -188,7 +188,7 @@ def test_a_request_is_read_from_what_mflux_stored(run, tmp_path):
         ({"lora_paths": "a.safetensors"}, "lora_paths must be a list of paths"),
         (
             {"lora_paths": ["a/x.safetensors", "b/x.safetensors"]},
-            "LoRAs that share a name, x, x; give them with --lora",
+            "LoRAs of the same name (x); give all with --lora",
         ),
         ({"lora_paths": ["x.safetensors"], "lora_scales": ["a"]}, "the strength of LoRA x must be a number"),
         (

@@ -480,7 +480,7 @@ def test_an_image_made_from_an_image_needs_it_again(run):
     assert "old.png was generated from an image; pass that file with --image" in result.stderr
     assert "the image that" not in run("generate", "--from", "old.png", "--image", "copy.bmp").stderr
     assert Path("image.png").read_bytes() == Path("old.png").read_bytes()
-    assert "this is not the image that old.png" in run("generate", "--from", "old.png", "--image", "other.png").stderr
+    assert "--image is not the file that old.png" in run("generate", "--from", "old.png", "--image", "other.png").stderr
 
 
 def test_a_mask_keeps_the_rest_and_is_needed_again(run):
@@ -588,7 +588,7 @@ def test_quantized_and_streamed_models_start_from_images(run):
         (["--image", "a.png", "--strength", "0"], "--strength 0 leaves no step to run"),
         (["--image", "a.png", "0.4"], "--image takes a file only; use --strength, which is the opposite: for mflux's"),
         (["--image", "a.png", "0.4"], "--image-strength 0.4, use --strength 0.6"),
-        (["--image-path", "a.png"], "use --image FILE, and --strength S for mflux's --image-strength 1 - S"),
+        (["--image-path", "a.png"], "use --image FILE, and --strength, which is 1 minus mflux's --image-strength"),
         (["--image-strength", "0.4"], "use --strength, which is the opposite"),
         (["--image", "none.png"], "no image at none.png"),
         (["--image", "text.png"], "text.png is not an image that can be read"),

@@ -53,7 +53,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {  # by command: flags of other pro
         "--controlnet-strength": "use --control-scale",
         "--controlnet": "use --control FILE, and --control-model for another ControlNet",
         "--vae-full-precision": "leave it out; --dtype float32 computes everything in float32",
-        "--image-path": f"{IMAGE}, and --strength S for mflux's --image-strength 1 - S",
+        "--image-path": f"{IMAGE}, and --strength, which is 1 minus mflux's --image-strength",
         "--image-strength": MFLUX_STRENGTH.format("0.4", "0.6"),
         "--init-image": IMAGE,
         "--init-img": IMAGE,

@@ -706,5 +706,7 @@ def _check_old(old: Origin, path: Path | None, digests: Mapping[str, str | None]
         if digests[name] is None:
             raise RequestError(f"{path} was generated from {what}; pass that file with {FILE_OPTIONS[name]}")
         if arrays[name] not in (None, digests[name]):
-            these = "these are not the latents" if name == "latents" else f"this is not the {what.split()[-1]}"
-            warnings.warn(f"{these} that {path} was generated from; the image will differ", stacklevel=1)
+            option = FILE_OPTIONS[name]
+            warnings.warn(
+                f"{option} is not the file that {path} was generated from; the result will differ", stacklevel=1
+            )

@@ -178,13 +178,13 @@ def _how(conversion: dict) -> list[str]:
     """What `convert` or `fuse` was asked for, besides bits."""
     quantization = conversion.get("quantization", {})
     asked = {
-        "a mixed recipe": quantization.get("recipe") == "mixed",
-        "a custom recipe": quantization.get("recipe") == "custom",
+        "with a mixed recipe": quantization.get("recipe") == "mixed",
+        "with a custom recipe": quantization.get("recipe") == "custom",
         "calibrated on generated images": quantization.get("calibrated"),
-        "searched scales": quantization.get("search") and not quantization.get("calibrated"),
+        "with searched scales": quantization.get("search") and not quantization.get("calibrated"),
     }
     target = quantization.get("target_bytes")
-    within = [f"within {size(target)}"] if target else []
+    within = [f"with a target size of {size(target)}"] if target else []
     loras = conversion.get("loras")
     fused = [f"with {counted(len(loras), 'LoRA')}"] if loras and isinstance(loras, list) else []
     return fused + within + [part for part, was in asked.items() if was]

@@ -82,8 +82,6 @@ def _loras(paths: Any, scales: Any) -> tuple[LoraUse, ...]:
     if not isinstance(scales, list) or len(scales) != len(paths):
         raise RequestError(f"lora_scales must be one number per LoRA, {len(paths)} in all, got {brief(scales)}")
     names = [Path(path.rpartition(":")[2]).stem for path in paths]
-    if len({*names}) < len(names):
-        raise RequestError(
-            f"mflux generated it with several LoRAs that share a name, {', '.join(names)}; give them with --lora"
-        )
+    if same := sorted({name for name in names if names.count(name) > 1}):
+        raise RequestError(f"mflux generated it with LoRAs of the same name ({', '.join(same)}); give all with --lora")
     return tuple(map(LoraUse, names, scales))

@@ -403,7 +403,7 @@ def _check_matched(file: Path, unmatched: list[str], total: int, partial: bool) 
     looks = next(
         (kind for kind, names in kinds.items() if sum(bool(names.search(key)) for key in unmatched) * 2 > total), ""
     )
-    partly = "; --lora-partial of generate and fuse (partial=True) applies the others"
+    partly = "; --lora-partial (partial=True in Python) applies the others"
     advice = "" if len(unmatched) == total else partly
     looks = f" (it looks like {looks})" if looks else ""
     match = "matches" if len(unmatched) == 1 else "match"

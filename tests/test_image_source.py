@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import math
 import os
 import re
@@ -101,8 +102,11 @@ def test_avif_without_pillows_decoder_names_the_version(monkeypatch):
 # ---- what a file says about its pixels
 
 
+WITHOUT_LOSS = {"JPEG": {"subsampling": 0}, "AVIF": {"subsampling": "4:4:4", "quality": 100}}
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", *AVIF])
 def test_a_photo_is_turned_upright(format, orientation):
     corners = Image.new("RGB", (32, 16), WHITE)
     corners.paste(RED, (0, 0, 16, 8))  # top left
@@ -111,7 +115,7 @@ def test_a_photo_is_turned_upright(format, orientation):
     stored = corners if stored_as is None else corners.transpose(Image.Transpose(stored_as))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = read_image(saved(stored, format, exif=exif, **({"subsampling": 0} if format == "JPEG" else {})))
+    image = read_image(saved(stored, format, exif=exif, **WITHOUT_LOSS.get(format, {})))
     assert image.size == (32, 16)
     for at, colour in (((4, 4), RED), ((28, 12), BLUE), ((28, 4), WHITE), ((4, 12), WHITE)):
         assert np.abs(np.subtract(image.getpixel(at), colour)).max() < 8, at
@@ -123,6 +127,11 @@ def test_an_image_from_pillow_is_left_as_it_was(photo):
     given = Image.open(io.BytesIO(saved(photo, "PNG", exif=exif)))
     assert read_image(given).size == (32, 48)
     assert given.size == (48, 32) and given.getexif()[0x0112] == 6
+
+
+def test_a_bmp_of_runs_is_read_exactly(photo):
+    grey = photo.resize((640, 480)).convert("L")  # more runs than a file may have parts
+    assert read_image(run_lengths(grey)) == grey.convert("RGB")
 
 
 def test_16_bit_grey_keeps_its_levels():
@@ -276,7 +285,24 @@ def test_a_file_is_refused_unless_all_its_pixels_are_there(tmp_path, photo, form
             assert read_image(path) == read_image(content)  # only what follows its pixels is missing
             assert length > len(content) // 2
         except RequestError as error:
-            assert re.search("photo is (damaged or incomplete|not an image)", str(error))
+            assert (
+                re.search("photo is (damaged or incomplete|a damaged, incomplete or unusual)", str(error))
+                or length < 40
+            )
+
+
+@pytest.mark.parametrize("format", ["TIFF", *AVIF])
+def test_a_file_whose_header_is_damaged_is_not_called_another_format(photo, format):
+    content = saved(photo, format, **({"compression": "tiff_lzw"} if format == "TIFF" else {}))
+    with pytest.raises(RequestError, match=f"the image is a damaged, incomplete or unusual {format}; copy it again"):
+        read_image(content[: len(content) * 2 // 3])
+
+
+def test_a_file_that_cannot_be_read_is_refused():
+    if not os.path.exists("/proc/self/mem"):
+        pytest.skip("needs Linux")
+    with pytest.raises(RequestError, match="/proc/self/mem is damaged or incomplete"):
+        read_image("/proc/self/mem")
 
 
 @settings(max_examples=150, deadline=None)
@@ -301,15 +327,33 @@ KINDS = {
     "JPEG": lambda image: saved(image, "JPEG"),
     "progressive JPEG": lambda image: saved(image, "JPEG", progressive=True, subsampling=0),
     "PNG": lambda image: saved(image, "PNG", compress_level=1),
+    "PNG with transparency": lambda image: saved(with_alpha(image), "PNG", compress_level=1),
     "GIF": lambda image: saved(image.convert("P"), "GIF"),
     "TIFF": lambda image: saved(image, "TIFF", compression="tiff_lzw"),
     "TIFF with LZMA": lambda image: saved(image, "TIFF", compression="lzma"),
     "BMP": lambda image: saved(image, "BMP"),
+    "BMP with RLE": lambda image: run_lengths(image.convert("L")),
     "WebP": lambda image: saved(image, "WEBP", method=0),
+    "WebP with transparency": lambda image: saved(with_alpha(image), "WEBP", method=0),
     **({"AVIF": lambda image: saved(image, "AVIF", speed=10, subsampling="4:4:4")} if AVIF else {}),
     **({"AVIF with transparency": lambda image: saved(with_alpha(image), "AVIF", speed=10)} if AVIF else {}),
     "HEIC": heic,
 }
+
+
+def run_lengths(image: Image.Image) -> bytes:
+    """A BMP in grey, compressed as runs of equal pixels."""
+    runs = bytearray()
+    for row in np.asarray(image)[::-1]:
+        for left in range(0, len(row), 255):
+            for value, pixels in itertools.groupby(row[left : left + 255].tolist()):
+                runs += bytes([len([*pixels]), value])
+        runs += b"\0\0"
+    runs += b"\0\1"
+    content = saved(image, "BMP")
+    start = 54 + 1024
+    header = content[2:30] + struct.pack("<II", 1, len(runs)) + content[38:start]
+    return b"BM" + header + runs
 
 
 def with_alpha(image: Image.Image) -> Image.Image:
@@ -408,7 +452,9 @@ def test_an_image_is_the_same_in_tiles_as_converted_whole(monkeypatch, photo, mo
     assert read_image(image) == whole and over_white(whole) == over_white(read_image(image))
     monkeypatch.setattr(source, "KEPT_PIXELS", 1)
     halved = read_image(image)
-    assert halved == whole.reduce(2)
+    assert halved.mode == whole.mode
+    off = np.abs(np.asarray(halved, int) - np.asarray(whole.reduce(2), int)).max()
+    assert off <= (2 if mode in ("RGBA", "CMYK") else 0)  # halved before colours are converted: 1 or 2
     image.getexif()[0x0112] = 6
     assert read_image(image) == halved.transpose(Image.Transpose.ROTATE_270)
 
@@ -433,7 +479,7 @@ def test_a_48_megapixel_jpeg_is_read_halved_and_upright_in_100_mb(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "transparent"),
-    [*((kind, False) for kind in KINDS if kind != "HEIC"), *((kind, True) for kind in ("PNG", "TIFF", "WebP"))],
+    [*((kind, False) for kind in KINDS if kind != "HEIC"), ("TIFF", True)],
 )
 def test_the_largest_image_of_each_format_except_heic_is_read_within_200_mb(tmp_path, kind, transparent):
     width = 4 * int(math.sqrt(LIMITS[kind].megapixels * 1e6 / 12))

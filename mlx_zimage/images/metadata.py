@@ -22,7 +22,7 @@ from ..request import GenerateRequest
 from ..untrusted import open_regular, parse_json, read_bytes
 from ..version import __version__
 from . import mflux
-from .stream import ImageStream
+from .stream import ImageStream, read_exif
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of our images, by the end of their names
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -184,7 +184,7 @@ def origin_in(content: bytes, label: object) -> Origin:
         with Image.open(ImageStream(content, str(label), MAX_WEBP), formats=formats) as image:
             xmp = image.info.get("xmp") or b""
             # where there is no EXIF, Pillow would decode the whole image to look for it
-            exif = image.getexif().get_ifd(EXIF_DIRECTORY) if "exif" in image.info else {}
+            exif = read_exif(image, str(label)).get_ifd(EXIF_DIRECTORY) if "exif" in image.info else {}
             comment = exif.get(USER_COMMENT)
     except UnidentifiedImageError:
         raise RequestError(f"{label} is not a PNG, JPEG or WebP image") from None

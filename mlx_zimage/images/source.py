@@ -26,7 +26,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from ..errors import RequestError, warn
 from ..request import MAX_SIZE, SIZE_MULTIPLE
 from ..untrusted import open_regular
-from .stream import ImageStream
+from .stream import NAMES, ImageStream, read_exif
 
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # HEIC is read by pillow-heif
 NAMED = "PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
@@ -40,17 +40,20 @@ class Limit:
     megabytes: float
 
 
-# As measured in examples/measurements.md, times with a margin of 1.3. A decoded pixel takes 4 bytes, and its copy in
-# the result 4 more, or 1 if the image is halved. What limits each:
+# As measured in examples/measurements.md, on a busy machine. A decoded pixel takes 4 bytes, and its copy in the result
+# 4 more, or 1 if the image is halved. What limits each:
 LIMITS = {
     "JPEG": Limit(50, 64),  # time, if its pixels are noise; its decoder halves an image row by row
     "progressive JPEG": Limit(16, 20),  # 6 bytes per pixel for all coefficients, before any is decoded
-    "PNG": Limit(25, 80),  # time: 31 ms per megapixel with transparency
+    "PNG": Limit(25, 80),
+    "PNG with transparency": Limit(21, 30),  # time: with a profile, 57 ms per megapixel, and 39 if it is halved
     "GIF": Limit(25, 80),
     "TIFF": Limit(20, 100),  # the file, which libtiff maps into memory
     "TIFF with LZMA": Limit(8, 80),  # time: 79 ms per megapixel
     "BMP": Limit(25, 110),
+    "BMP with RLE": Limit(4, 2),  # time of a decoder in Python: 100 ms per megapixel, 150 ms per megabyte
     "WebP": Limit(12.5, 24),  # 8 bytes per pixel in libwebp, and 4 for a copy
+    "WebP with transparency": Limit(10, 24),  # time: 80 ms per megapixel, with a profile
     "AVIF": Limit(12.5, 10),  # 3 to 6 bytes per pixel in libavif, and 3 for each of two copies; 64 ms per megabyte
     "AVIF with transparency": Limit(8, 8),  # up to 8 and 4; 98 ms per megapixel of 10 bits
     # The exception, for iPhones' photos of 48 megapixels: libheif holds the image twice, and takes 44 ms per megapixel.
@@ -80,7 +83,7 @@ def read_image(source: Any) -> Image.Image:
     if isinstance(source, (str, os.PathLike, bytes)):
         label = "the image" if isinstance(source, bytes) else os.fspath(source)
         raw = source if isinstance(source, bytes) else _opened(source, label)
-        with ImageStream(raw, label, MAX_WHOLE) as stream, _explained(label), _open(stream) as image:
+        with _explained(label), ImageStream(raw, label, MAX_WHOLE) as stream, _open(stream) as image:
             return _prepared(image, label, own=True)
     return _prepared(_from_array(source), "the image", own=True)
 
@@ -94,9 +97,9 @@ def over(image: Image.Image, colour: str) -> Image.Image:
     """An image from `read_image` as it looks on a colour: RGB."""
     if image.mode == "RGB":
         return image
-    result = Image.new("RGB", image.size)
+    result = Image.new("RGB", image.size, colour)
     for at, tile in _tiles(image):
-        result.paste(Image.alpha_composite(Image.new("RGBA", tile.size, colour), tile).convert("RGB"), at)
+        result.paste(tile, at, tile)
     return result
 
 
@@ -183,17 +186,18 @@ def _open(stream: ImageStream) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise RequestError(f"{stream.label} has too many pixels ({error}); resize it first") from error
         except Image.UnidentifiedImageError:
-            image = _open_heif(stream)
+            image = _open_heif(stream, formats)
     stream.opened(image)
     _check_limit(image, stream)
     if image.width * image.height > KEPT_PIXELS:
         image.draft(None, (image.width // 2, image.height // 2))  # only JPEG's decoder can
-    _free_decoder(image)
+    if isinstance(image, ImageFile) and stream.kind == "BMP with RLE":
+        image.fp = io.BytesIO(stream.whole())  # which its decoder reads byte by byte
     return image
 
 
-def _free_decoder(image: Image.Image) -> None:
-    """Have libwebp and libavif free their memory when they have decoded, before Pillow copies the pixels."""
+def _decode(image: Image.Image) -> None:
+    """Load an image. libwebp and libavif free their memory when they have decoded, before Pillow copies the pixels."""
     if isinstance(image, ImageFile) and hasattr(image, "_decoder"):
         prepare = image.load_prepare
 
@@ -202,6 +206,10 @@ def _free_decoder(image: Image.Image) -> None:
             prepare()
 
         image.load_prepare = load_prepare  # type: ignore[method-assign]
+    try:
+        image.load()
+    finally:  # no cycle, which would keep a decoder that failed
+        vars(image).pop("load_prepare", None)
 
 
 def _check_limit(image: Image.Image, stream: ImageStream) -> None:
@@ -231,14 +239,20 @@ def _check_limit(image: Image.Image, stream: ImageStream) -> None:
         )
 
 
-def _open_heif(stream: ImageStream) -> Image.Image:
+def _open_heif(stream: ImageStream, formats: list[str]) -> Image.Image:
+    """An image that Pillow alone cannot open: a HEIC, or RequestError."""
     label = stream.label
     stream.seek(0)
-    start = stream.read(12)
-    brand = start[8:] if start[4:8] == b"ftyp" else b""
+    start = stream.read(16)
+    brand = start[8:12] if start[4:8] == b"ftyp" else b""
     if brand in AVIF_BRANDS and "AVIF" not in Image.OPEN:
         raise RequestError(f"{label} is AVIF, which needs Pillow 11.3 or newer: pip install --upgrade pillow")
     if brand not in HEIC_BRANDS:
+        kinds = [NAMES.get(name, name) for name in formats if (accept := Image.OPEN[name][1]) and accept(start) is True]
+        if kinds:
+            raise RequestError(
+                f"{label} is a damaged, incomplete or unusual {kinds[0]}; copy it again, or save it as PNG"
+            )
         raise RequestError(f"{label} is not an image that can be read; expected {NAMED}")
     try:
         from pillow_heif import HeifImageFile
@@ -262,10 +276,11 @@ def _prepared(image: Image.Image, label: str, own: bool) -> Image.Image:
     if image.mode in NUMBERS:
         raise RequestError(f"{label} has 32-bit pixels (mode {image.mode}); expected 8 or 16 bits, so save it as PNG")
     with _explained(label):
-        image.load()
-        result = _converted(image, _conversion(image, label), 2 if image.width * image.height > KEPT_PIXELS else 1)
+        _decode(image) if own else image.load()
+        factor = 2 if image.width * image.height > KEPT_PIXELS else 1
+        result = _converted(image, _conversion(image, label, factor), factor)
         result.info = {}  # who took a photo, and where, is nobody's business
-        if turned := image.getexif().get(ExifTags.Base.Orientation):
+        if turned := read_exif(image, label).get(ExifTags.Base.Orientation):
             result.getexif()[ExifTags.Base.Orientation] = turned
         if own:
             image.close()  # frees its pixels before there is another copy
@@ -281,7 +296,7 @@ def _converted(image: Image.Image, to_srgb: Callable[[Image.Image], Image.Image]
         tile = to_srgb(tile)
         if tile.mode == "RGBA" and result.mode == "RGB":
             result.putalpha(255)
-        result.paste(tile.reduce(factor) if factor > 1 else tile, (left // factor, top // factor))
+        result.paste(tile, (left // factor, top // factor))
     return result
 
 
@@ -303,30 +318,32 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _conversion(image: Image.Image, label: str) -> Callable[[Image.Image], Image.Image]:
-    """What makes an image, or a part of it, RGB in sRGB, or RGBA if any pixel of the part is transparent."""
-    mode = "L" if image.mode in GREY or image.mode.startswith("I;16") else image.mode
-    mode = mode if mode in ("L", "CMYK", "LAB") else "RGB"
-    transform = _transform(image.info.get("icc_profile"), mode, label)
+def _conversion(image: Image.Image, label: str, factor: int) -> Callable[[Image.Image], Image.Image]:
+    """What makes a part of an image RGB in sRGB, or RGBA if any pixel is transparent, and reduces it by factor."""
+    mode = image.mode if image.mode in ("CMYK", "LAB") else "RGB"
+    if image.mode in GREY or image.mode.startswith("I;16"):
+        mode = "L"
+    if mode in ("L", "RGB") and image.has_transparency_data:
+        mode += "A"
+    transform = _transform(image.info.get("icc_profile"), "L" if mode == "LA" else mode, label)
 
-    def to_srgb(image: Image.Image) -> Image.Image:
-        image = _eight_bit(image)
-        alpha = None
-        if image.has_transparency_data:
-            whole = image.convert("RGBA")
-            alpha = whole.getchannel("A")
-            if alpha.getextrema() == (255, 255):
-                alpha = None
-            elif not transform:
-                return whole
-        if image.mode != mode:  # RGB by way of RGBA, so that a palette keeps its colours
-            image = image.convert("RGBA").convert("RGB") if mode == "RGB" else image.convert(mode)
-        if transform:
-            image = transform.apply(image)
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        if alpha:
-            image.putalpha(alpha)
-        return image
+    def to_srgb(tile: Image.Image) -> Image.Image:
+        tile = _eight_bit(tile)
+        if tile.mode != mode:  # RGB by way of RGBA, so that a palette keeps its colours
+            tile = tile.convert("RGBA").convert("RGB") if mode == "RGB" else tile.convert(mode)
+        if factor > 1 and mode != "LAB":  # whose channels have a sign
+            tile = tile.reduce(factor)  # first, since a profile takes longer
+        alpha = tile.getchannel("A") if mode in ("LA", "RGBA") else None
+        if alpha and alpha.getextrema() == (255, 255):
+            alpha = None
+        if transform and transform.output_mode == mode:
+            tile = transform.apply_in_place(tile)  # two thirds of the time; a tile is a copy
+        elif transform:
+            tile = transform.apply(tile if mode != "LA" else tile.getchannel("L"))
+        tile = tile if tile.mode == "RGB" or (tile.mode == "RGBA" and alpha) else tile.convert("RGB")
+        if alpha and tile.mode == "RGB":
+            tile.putalpha(alpha)
+        return tile.reduce(factor) if factor > 1 and mode == "LAB" else tile
 
     return to_srgb
 
@@ -342,7 +359,8 @@ def _transform(profile: bytes | None, mode: str, label: str) -> ImageCms.ImageCm
             given = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
         else:
             return None
-        return ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), mode, "RGB")
+        result = "RGBA" if mode == "RGBA" else "RGB"
+        return ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), mode, result)
     except (ImageCms.PyCMSError, OSError) as error:
         warn(f"{label} has a colour profile that cannot be used ({error}); its colours are read as sRGB")
         return None

@@ -6,11 +6,14 @@ Pillow parses the headers of images in Python, and so takes seconds, or gigabyte
 from __future__ import annotations
 
 import io
+import math
 import os
+import re
 import struct
 from typing import cast
 
-from PIL.Image import Image
+from PIL import TiffImagePlugin as tiff
+from PIL.Image import Exif, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from ..errors import RequestError
@@ -18,10 +21,17 @@ from ..errors import RequestError
 MAX_METADATA = 8 * 2**20  # bytes: the time that Pillow takes to join EXIF's segments grows with their square
 MAX_READS = 100_000  # of one file: Pillow takes 8 us for a chunk of PNG, and libpng writes chunks of 8 KB
 MAX_VALUES = 30_000  # in one list of a TIFF: Pillow makes several objects for each strip
+MAX_EXIF = 2**20  # bytes: each can become an object of 36 bytes, and 8 can take 2 us; our longest has 260 KB
+MAX_COMPRESSED = 16  # chunks of PNG, of which Pillow unpacks each to as much as 1 MB, and that to 4 MB
 MAX_SCANS = 30  # of a JPEG, since 20 bytes can be a scan of all pixels; a progressive one has about 10
+MAX_PIECE = 80_000_000  # bytes, unpacked, of a strip or tile of a TIFF, which libtiff unpacks whole
+MAX_PADDED = 25_000_000  # pixels of a TIFF's tiles, some of which are outside of the image
+MAX_PASSES = 4  # scans of each JPEG in a TIFF, which has one for all channels, or one each
 BLOCK = 2**16  # bytes that a decoder reads at a time
 NAMES = {"MPO": "JPEG", "WEBP": "WebP", "HEIF": "HEIC"}  # of formats that Pillow calls otherwise
+RUN_LENGTHS = (1, 2)  # of BMP's compressions
 BYTES = (1, 2, 7)  # types of TIFF's values
+EXIF_OF_HEIF = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)  # an entry of the index of a HEIC or AVIF
 
 
 class ImageStream(io.BufferedReader):
@@ -36,34 +46,52 @@ class ImageStream(io.BufferedReader):
         self.size = self.seek(0, os.SEEK_END)
         self.kind = ""  # until the header has been read
         self.header = 0  # where it ends
-        self.reads = self.metadata = self.scans = 0
+        self.reads = self.metadata = self.exif = self.compressed = self.scans = 0
         self._check_tiff()
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
         if size is None or size < 0:
             self.check(bool(self.kind) or self.size <= self.most_whole, f"has {self.size:,} bytes")
-            return super().read()
+            # An AVIF is turned as its other properties say, but Pillow would unpack its EXIF when it opens the file.
+            return EXIF_OF_HEIF.sub(rb"\1skip", super().read())
         content = super().read(min(size, 2**20))  # Pillow asks again for what is missing
         if not self.kind:
             self.header = max(self.header, self.tell())
-        if not self.kind or (self.kind == "PNG" and size > BLOCK):  # a chunk after its pixels
+        if not self.kind or (self.kind.startswith("PNG") and size > BLOCK):  # a chunk after its pixels
             self.metadata += len(content)
+            if content.startswith(b"Exif\0\0"):  # a segment of JPEG, which Pillow unpacks when it opens the file
+                self.exif += len(content)
+        if size == 8 and content[4:] in (b"iTXt", b"zTXt", b"iCCP"):
+            self.compressed += 1
         if self.kind.endswith("JPEG"):
             start = self.tell() - len(content)
             self.scans += content.count(b"\xff\xda", max(self.header - start, 0))
         self.check(self.metadata <= MAX_METADATA, f"has more than {MAX_METADATA:,} bytes of metadata")
+        self.check(self.exif <= MAX_EXIF, f"has more than {MAX_EXIF:,} bytes of EXIF")
+        self.check(self.compressed <= MAX_COMPRESSED, f"has more than {MAX_COMPRESSED} compressed texts")
         self.check(self.reads <= MAX_READS, f"has more than {MAX_READS:,} parts")
         self.check(self.scans <= MAX_SCANS, f"has more than {MAX_SCANS} scans")
         return content
 
+    def whole(self) -> bytes:
+        """All of the content."""
+        self.seek(0)
+        return super().read()
+
     def opened(self, image: Image) -> None:
         """Set the kind of an image whose header has just been read: a format, as users know it."""
         self.kind = NAMES.get(str(image.format), str(image.format))
-        if image.info.get("compression") == "lzma":
-            self.kind = "TIFF with LZMA"
-        if self.kind == "AVIF" and image.mode != "RGB":
-            self.kind = "AVIF with transparency"
+        if isinstance(image, tiff.TiffImageFile):
+            self._check_pieces(image)
+            if image.info.get("compression") == "lzma":
+                self.kind = "TIFF with LZMA"
+        if self.kind == "BMP" and image.info.get("compression") in RUN_LENGTHS:
+            self.kind = "BMP with RLE"
+        if self.kind == "AVIF":
+            image.info.pop("xmp", None)  # in which there may be an orientation, too, and it does not count
+        if self.kind in ("PNG", "WebP", "AVIF") and image.mode in ("LA", "RGBA"):
+            self.kind += " with transparency"
         if isinstance(image, JpegImageFile):
             # All coefficients are kept, as of a progressive one, unless the first scan has all components. Its header,
             # which ends the file's, has 6 bytes and 2 for each component.
@@ -91,3 +119,39 @@ class ImageStream(io.BufferedReader):
             for _, kind, values in struct.iter_unpack(order + entry, entries[: len(entries) // size * size]):
                 self.check(kind in BYTES or values <= MAX_VALUES, f"has a list of {values:,} numbers")
         self.seek(0)
+
+    def _check_pieces(self, image: tiff.TiffImageFile) -> None:
+        """Refuse a TIFF whose strips or tiles are large, or whose JPEGs have many scans: libtiff reads it by itself."""
+        tags = image.tag_v2
+        if image.info["compression"] == "raw":
+            return
+        width, height = tags[tiff.IMAGEWIDTH], tags[tiff.IMAGELENGTH]
+        across = tags.get(tiff.TILEWIDTH, width)
+        down = tags.get(tiff.TILELENGTH, min(tags.get(tiff.ROWSPERSTRIP, height), height))
+        bits = tags.get(tiff.BITSPERSAMPLE, (1,))
+        bits_per_pixel = max(32, sum(bits), bits[0] * tags.get(tiff.SAMPLESPERPIXEL, 1))
+        piece = across * down * bits_per_pixel // 8
+        self.check(piece <= MAX_PIECE, f"has strips or tiles of {piece / 1e6:,.0f} MB")
+        if tiff.TILEWIDTH in tags:
+            padded = math.ceil(width / across) * across * math.ceil(height / down) * down
+            self.check(padded <= MAX_PADDED, f"has tiles for {padded / 1e6:,.0f} megapixels")
+        if image.info["compression"] == "jpeg":
+            if tiff.TILEOFFSETS in tags:
+                places = [*zip(tags[tiff.TILEOFFSETS], tags[tiff.TILEBYTECOUNTS], strict=True)]
+            else:
+                places = [*zip(tags[tiff.STRIPOFFSETS], tags[tiff.STRIPBYTECOUNTS], strict=True)]
+            self.check(sum(size for _, size in places) <= self.size, "has JPEGs that overlap")
+            for place, size in places:
+                self.seek(place)
+                scans = super().read(size).count(b"\xff\xda")
+                self.check(scans <= MAX_PASSES, f"has a JPEG of more than {MAX_PASSES} scans")
+
+
+def read_exif(image: Image, label: str) -> Exif:
+    """The EXIF of an image, unless it is so large that Pillow would need gigabytes."""
+    size = len(image.info.get("exif") or b"")
+    if size > MAX_EXIF:
+        raise RequestError(
+            f"{label} has {size:,} bytes of EXIF, more than an image needs; save it again as JPEG or PNG"
+        )
+    return image.getexif()

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from measure import measured
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin, features
 
 from mlx_zimage import GenerateRequest, RequestError
 from mlx_zimage.images import metadata
@@ -29,6 +29,14 @@ try:
     read_origin(Path(sys.argv[1]))
 except RequestError:
     print("refused")
+"""
+
+
+READ_IMAGE = """
+    try:
+        read_image(sys.argv[1])
+    except RequestError:
+        print("refused")
 """
 
 
@@ -103,6 +111,10 @@ def test_a_photo_of_gigabytes_takes_little_memory(tmp_path, write, message):
     assert message in printed and grown < 50e6
 
 
+DEEP = [(256, 4000), (257, 4000), (258, 16), (259, 8), (262, 2), (277, 4), (278, 4000), (338, 2)]  # deflated RGBA
+GREY = [(256, 16), (257, 16), (258, 8), (259, 1), (262, 1), (277, 1), (278, 1), (279, 16)]
+
+
 def jpeg(*segments: bytes) -> bytes:
     content = encode(PIXELS, ".jpg")
     return content[:2] + b"".join(segments) + content[2:]
@@ -112,14 +124,39 @@ def segment(marker: int, content: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
 
 
-def tiff(values: int, is_big: bool) -> bytes:
-    """A TIFF of 16x16 pixels with a list of as many strips."""
-    one = [(256, 16), (257, 16), (258, 8), (259, 1), (262, 1), (277, 1), (278, 1), (279, 16)]
-    entries = sorted([*((tag, 3, 1, value) for tag, value in one), (273, 3, values, 400)])
+def tiff(values: int, is_big: bool, more: list[tuple[int, int]] = GREY, pixels: bytes = b"\1\0") -> bytes:
+    """A TIFF with a list of as many strips. more are its other tags: 16x16 pixels in grey unless they say otherwise."""
+    one = dict(GREY) | dict(more)
+    entries = sorted([*((tag, 4, 1, value) for tag, value in one.items()), (273, 3, values, 400)])
     start, entry = ("<2sHHHQQ", "<HHQQ") if is_big else ("<2sHIH", "<HHII")
     head = (b"II", 43, 8, 0, 16, len(entries)) if is_big else (b"II", 42, 8, len(entries))
     content = struct.pack(start, *head) + b"".join(struct.pack(entry, *values) for values in entries)
-    return content.ljust(400, b"\0") + b"\1\0" * values
+    return content.ljust(400, b"\0") + pixels * values
+
+
+def tiled(width: int, height: int, across: int, down: int) -> bytes:
+    return tiff(1, False, [(259, 8), (256, width), (257, height), (322, across), (323, down), (324, 400), (325, 2)])
+
+
+def jpeg_in_tiff(number: int) -> bytes:
+    """A TIFF in grey with a JPEG whose only scan is repeated."""
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).convert("L").save(stream, "JPEG")
+    content = stream.getvalue()
+    scan = content[content.index(b"\xff\xda") : -2]
+    content = content[:-2] + scan * (number - 1) + content[-2:]
+    return tiff(1, False, [(259, 7), (278, 16), (279, len(content))], content)
+
+
+def orientations(number: int) -> bytes:
+    """EXIF with an orientation that has as many values."""
+    return struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x112, 3, number, 26, 0) + b"\x39\x30" * number
+
+
+def webp(exif: bytes) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "WEBP", exif=exif)
+    return stream.getvalue()
 
 
 def scans(number: int) -> bytes:
@@ -140,6 +177,8 @@ def gif_comments(number: int) -> bytes:
 
 
 EMPTY = chunk(b"zzZz", b"")
+ZIPPED = zlib.compress(("\U0001f600" + "a" * 1_000_000).encode())  # 4 MB in Python, as one character needs 4 bytes
+COMPRESSED = chunk(b"iTXt", b"a\0\1\0\0\0" + ZIPPED)
 FULL = segment(0xE1, b"Exif\0\0MM\0*" + bytes(65_000))
 FLOODS = {
     "chunks before a PNG's pixels": (lambda: png(EMPTY * 60_000), "100,000 parts"),
@@ -148,7 +187,26 @@ FLOODS = {
         lambda: png()[:-12] + chunk(b"zzZz", bytes(9_000_000)),
         "bytes of metadata",
     ),
-    "EXIF of 9 MB in a JPEG": (lambda: jpeg(FULL * 140), "bytes of metadata"),
+    "EXIF of 2 MB in a JPEG": (lambda: jpeg(FULL * 30), "bytes of EXIF"),
+    "EXIF of 2 MB in a PNG": (lambda: png(chunk(b"eXIf", orientations(10**6))), "2,000,032 bytes of EXIF"),
+    "EXIF of 2 MB after a PNG's pixels": (
+        lambda: png()[:-12] + chunk(b"eXIf", orientations(10**6)) + png()[-12:],
+        "2,000,032 bytes of EXIF",
+    ),
+    "EXIF of 2 MB in a WebP": (lambda: webp(orientations(10**6)), "bytes of EXIF"),
+    "compressed texts in a PNG": (lambda: png(COMPRESSED * 17), "more than 16 compressed texts"),
+    "compressed texts after a PNG's pixels": (
+        lambda: png()[:-12] + COMPRESSED * 17 + png()[-12:],
+        "more than 16 compressed texts",
+    ),
+    "profiles in a PNG": (lambda: png(chunk(b"iCCP", b"a\0\0" + ZIPPED) * 17), "more than 16 compressed texts"),
+    "tiles in a TIFF": (lambda: tiled(16, 16, 40_000, 40_000), "tiles of 6,400 MB"),
+    "narrow tiles in a TIFF": (lambda: tiled(16 * 1000, 16, 16, 10**6), "tiles for 16,000 megapixels"),
+    "a strip of 16-bit colours": (
+        lambda: tiff(1, False, DEEP),
+        "128 MB",
+    ),
+    "scans in a TIFF": (lambda: jpeg_in_tiff(5), "JPEG of more than 4 scans"),
     "comments in a JPEG": (lambda: jpeg(segment(0xFE, b"") * 40_000), "100,000 parts"),
     "comments in a GIF": (lambda: gif_comments(60_000), "100,000 parts"),
     "scans in a JPEG": (lambda: scans(40), "more than 30 scans"),
@@ -163,15 +221,58 @@ def test_a_photo_in_endless_parts_is_refused(content, message):
         read_image(content())
 
 
-def test_metadata_in_endless_parts_is_refused(tmp_path):
-    (tmp_path / "image.png").write_bytes(png(EMPTY * 60_000))
-    with pytest.raises(RequestError, match="more than 100,000 parts"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: png(EMPTY * 60_000), "more than 100,000 parts"),
+        (lambda: png(COMPRESSED * 17), "more than 16 compressed texts"),
+        (lambda: png(chunk(b"eXIf", orientations(10**6))), "2,000,032 bytes of EXIF"),
+        (lambda: webp(orientations(10**6)), "bytes of EXIF"),
+    ],
+)
+def test_metadata_in_endless_parts_is_refused(tmp_path, content, message):
+    (tmp_path / "image.png").write_bytes(content())
+    with pytest.raises(RequestError, match=message):
         read_origin(tmp_path / "image.png")
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="needs Pillow 11.3")
+def test_exif_in_an_avif_is_not_unpacked(tmp_path):
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "AVIF", exif=orientations(4_000_000).replace(b"\x12\x01", b"\x13\x01", 1))
+    content = stream.getvalue().replace(b"\x13\x01\3\0", b"\x12\x01\3\0", 1)  # Pillow does not write its orientation
+    (tmp_path / "photo").write_bytes(content)
+    imports = "from mlx_zimage.images.source import read_image"
+    printed, grown = measured(imports, "print(read_image(sys.argv[1]).size)", tmp_path / "photo")
+    assert len(content) > 8e6 and printed == "(16, 16)" and grown < 60e6  # the file and a copy of it, not a tuple
+
+
+def test_damaged_images_leave_no_memory_behind(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (125, 125, 3), dtype=np.uint8))
+    stream = io.BytesIO()
+    noise.resize((2000, 2000)).save(stream, "WEBP", method=0)
+    content = bytearray(stream.getvalue()[: stream.tell() // 4 * 2])  # half of its pixels
+    content[4:8], content[16:20] = struct.pack("<I", len(content) - 8), struct.pack("<I", len(content) - 20)
+    (tmp_path / "photo").write_bytes(content)
+    imports = "from mlx_zimage.images.source import read_image\nfrom mlx_zimage import RequestError"
+    work = f"for _ in range(6):\n    {READ_IMAGE}"
+    printed, grown = measured(imports, work, tmp_path / "photo")
+    assert printed.split() == ["refused"] * 6
+    assert grown < 80e6  # libwebp takes 32 MB for one of 4 megapixels
+
+
 def test_valid_input_has_few_parts():
+    two = jpeg_in_tiff(1), png(COMPRESSED * 16)
     scanned = jpeg(segment(0xE5, b"\xff\xda" * 100))  # bytes that are a scan's elsewhere
-    for content in (tiff(16, is_big=False), tiff(16, is_big=True), scans(15), gif_comments(10), jpeg(FULL), scanned):
+    for content in (
+        tiff(16, is_big=False),
+        tiff(16, is_big=True),
+        scans(15),
+        gif_comments(10),
+        jpeg(FULL),
+        scanned,
+        *two,
+    ):
         assert read_image(content).size == (16, 16)
 
 

@@ -42,12 +42,11 @@ OVERLAP = {
     "cross": 0.85,
     "diamond": 0.82,
     "heart": 0.85,
-    "arrow": 0.82,
-    "hexagon": 0.86,
+    "oval": 0.87,
 }
 TAIL = 4  # pixels
 SIZE_FACTOR = 1.3
-COLOR_WITHIN = 50.0  # median distance to the palette's colour, in RGB; two colours of WIDER are 80 or more apart
+COLOR_WITHIN = 50.0  # median distance to the palette's colour, in RGB; two colours of WIDER are 81 or more apart
 STRAY = 6  # pixels
 EDGE = 2  # pixels on both sides of an outline where colours may mix
 LEAST_AREA = 25  # pixels

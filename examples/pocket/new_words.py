@@ -1,10 +1,11 @@
-"""Teach the pocket model a colour or a shape that it does not know: python examples/pocket/new_words.py teal DIR
+"""Teach the pocket model a colour or a shape that it does not know: python examples/pocket/new_words.py cyan DIR
 
-Trains a LoRA on 50 rendered images with the colour teal, or the shape arrow or hexagon. To keep what the model knows, a
-step also has images that the model generated from other captions, on which the LoRA should not change its output. As in
-`lora.py`, steps alternate between weights in float32 and in 4 bits. Then scores held-out prompts with the new word, and
-others without it, each with and without the LoRA on both kinds of weights. --diffusers N also scores N of each with
-diffusers.
+Trains a LoRA on 50 rendered images with the colour cyan, or the shape oval. They are chosen to differ as much as
+possible; each is also used mirrored and moved, with several captions that say the same. To keep what the model knows,
+half of the loss is measured on the model's own way to images of other captions, where the LoRA should not change its
+output. As in `lora.py`, steps alternate between weights in float32 and in 4 bits. Then scores held-out prompts with the
+new word, and others without it, each with and without the LoRA on both kinds of weights. --diffusers N also scores N of
+each with diffusers.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from captions import describe
 from evaluate import generate_with_diffusers, images_of
 from judge import judge
 from lora import Lora, Trainer, generate_many, interval, refined
@@ -32,43 +36,121 @@ from mlx.utils import tree_flatten, tree_unflatten
 from palette import COLOR_NAMES, SHAPES, WIDER
 from PIL import Image
 from render import ground_truth
-from scenes import Scene, held_out_scenes, sample_scene
+from scenes import GRID, Scene, held_out_scenes, sample_scene
 from scores import one_thread_each
 
-from mlx_zimage import ZImagePipeline
+from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.convert import convert
 from mlx_zimage.models.layers import dequantize
 from mlx_zimage.models.runner import PlainRunner, Tree
 from mlx_zimage.models.transformer import Transformer, row
+from mlx_zimage.noise import initial_noise
+from mlx_zimage.scheduler import times
 from mlx_zimage.weights.hub import POCKET
 
 SIDE = 128  # pixels; trained at one size
-RANK, RATE = 32, 2e-3
-IMAGES, OWN = 50, 400  # with the new word, and generated from other captions
-LEVELS = 2  # noise levels in a step
-TEAL = len(COLOR_NAMES)  # after the known colours
-CROSS = re.compile(r"\b(cross|plus sign)\b"), "shape", SHAPES.index("cross")
+RANK, RATE, WARM_UP = 16, 3e-3, 30
+IMAGES, POOL = 50, 1500  # with the new word, and chosen from so many
+CAPTIONS = 3  # for each view of an image
+OWN = 200  # images that the model generates from other captions
+LEVELS, NEW, KEPT = 4, 3, 1  # noise levels in a step; at each, new images and some of the model's own
+HELD_OUT = 200  # prompts with the new word to score
 # The new word replaces these in captions, and the new colour or shape this one in the scenes that they describe.
 STANDS_FOR = {
-    "teal": (re.compile(r"\b(purple|violet)\b"), "color", COLOR_NAMES.index("purple"), TEAL),
-    "arrow": (*CROSS, WIDER.shapes.index("arrow")),
-    "hexagon": (*CROSS, WIDER.shapes.index("hexagon")),
+    "cyan": (re.compile(r"\b(purple|violet)\b"), "color", COLOR_NAMES.index("purple"), len(COLOR_NAMES)),
+    "oval": (re.compile(r"\b(cross|plus sign)\b"), "shape", SHAPES.index("cross"), len(SHAPES)),
 }
+OPPOSITE = {"left": "right", "right": "left"}
+
 
 # ---- scenes
 
 
-def with_new_word(word: str, count: int, seed: int, split: str) -> list[Scene]:
-    """English scenes of a split in which the new word describes exactly one thing."""
-    pattern, part, known, new = STANDS_FOR[word]
+def scenes_to_rename(word: str, count: int, seed: int, split: str) -> list[Scene]:
+    """English scenes of a split with exactly one thing that the new word is to describe: see `renamed`."""
+    pattern, part, known, _ = STANDS_FOR[word]
     rng, found = random.Random(seed), []
     while len(found) < count:
         scene = sample_scene(rng, split, language="en", canvas=(SIDE, SIDE))
         if scene.kind == "count" or (part == "color" and scene.background == known):
             continue
         if [getattr(thing, part) for thing in scene.things].count(known) == 1 and pattern.search(scene.caption):
-            things = (replace(one, **{part: new}) if getattr(one, part) == known else one for one in scene.things)
-            found.append(replace(scene, things=tuple(things), caption=pattern.sub(word, scene.caption)))
+            found.append(scene)
+    return found
+
+
+def renamed(word: str, scene: Scene) -> Scene:
+    """The scene with the new colour or shape, and its caption with the new word."""
+    pattern, part, known, new = STANDS_FOR[word]
+    things = (replace(one, **{part: new}) if getattr(one, part) == known else one for one in scene.things)
+    return replace(scene, things=tuple(things), caption=pattern.sub(word, scene.caption))
+
+
+def with_new_word(word: str, count: int, seed: int, split: str) -> list[Scene]:
+    return [renamed(word, scene) for scene in scenes_to_rename(word, count, seed, split)]
+
+
+def facts(word: str, scene: Scene) -> Iterator[Hashable]:
+    """What should differ between training images; above all, what the new colour or shape is combined with."""
+    _, part, known, _ = STANDS_FOR[word]
+    yield from (scene.position, scene.relation, scene.arrangement, ("on", scene.background))
+    for i, thing in enumerate(scene.things):
+        if getattr(thing, part) == known:
+            yield from 3 * [("as", thing.color if part == "shape" else thing.shape), (scene.kind, i)]
+            yield from (thing.size, thing.radius, (thing.x, thing.y))
+        else:
+            yield from (("beside", thing.color), ("beside a", thing.shape))
+
+
+def varied(word: str, count: int, seed: int) -> list[Scene]:
+    """`count` of POOL training scenes: each next one has the facts that were seen least."""
+    pool, seen, chosen = scenes_to_rename(word, POOL, seed, "train"), Counter(), []
+    while len(chosen) < count:
+        scene = max(pool, key=lambda one: np.mean([1 / (1 + seen[fact]) for fact in facts(word, one)]))
+        pool.remove(scene)
+        chosen.append(scene)
+        seen.update(facts(word, scene))
+    return chosen
+
+
+def mirrored(scene: Scene) -> Scene:
+    """What the scene's mirror image shows; its caption is missing."""
+    things = tuple(replace(one, x=scene.width - one.x) for one in scene.things)
+    if scene.kind == "and" or scene.arrangement == "row":  # named from left to right
+        things = things[::-1]
+    position = scene.position and " ".join(OPPOSITE.get(side, side) for side in scene.position.split())
+    relation = OPPOSITE.get(scene.relation, scene.relation)
+    return replace(scene, things=things, position=position, relation=relation, caption="")
+
+
+def shifts(scene: Scene) -> list[tuple[int, int]]:
+    """How far, in pixels, the scene can move right and down to where `scenes` may place things and its caption is
+    still true: a single thing near the middle, several across the line that they are on."""
+    if scene.position:
+        return [(0, 0)]
+    xs, ys = ([getattr(one, axis) for one in scene.things] for axis in "xy")
+    x, y = ((min(at) + max(at) - SIDE) / 2 for at in (xs, ys))  # from the middle
+    around = [(0, 0), (GRID, 0), (-GRID, 0), (0, GRID), (0, -GRID)]
+    stays = (max(xs) > min(xs), max(ys) > min(ys))
+    return [(int(i - x), int(j - y)) for i, j in around if not (stays[0] and i) and not (stays[1] and j)]
+
+
+def views(scene: Scene, image: np.ndarray) -> Iterator[tuple[Scene, np.ndarray]]:
+    """The scene and its image, as they are and mirrored, at every place: the pixels are the same, rearranged."""
+    for side, pixels in ((scene, image), (mirrored(scene), image[:, ::-1])):
+        for x, y in shifts(side):
+            things = tuple(replace(one, x=one.x + x, y=one.y + y) for one in side.things)
+            yield replace(side, things=things), np.roll(pixels, (y, x), axis=(0, 1))
+
+
+def reworded(word: str, scene: Scene, rng: random.Random) -> list[Scene]:
+    """A scene with CAPTIONS wordings, all with the new word."""
+    pattern, *_ = STANDS_FOR[word]
+    found = []
+    while len(found) < CAPTIONS:
+        caption = describe(rng, scene)
+        if pattern.search(caption):
+            found.append(renamed(word, replace(scene, caption=caption)))
     return found
 
 
@@ -80,26 +162,61 @@ def known_scenes(count: int, seed: int) -> list[Scene]:
 # ---- training
 
 
-class Images:
-    """Embedded captions, by their padded length, with the latents of their images."""
+class Examples:
+    """Embedded captions, by their padded length, and the arrays that belong to each."""
 
-    def __init__(self, pipe: ZImagePipeline, scenes: list[Scene], images: list[np.ndarray]):
-        found: dict[int, list[tuple[mx.array, mx.array]]] = {}
-        for scene, image in zip(scenes, images, strict=True):
-            caption = pipe.transformer.caption_stream(pipe.encode(scene.caption)).x[0]
-            latents = pipe.vae.encode(mx.array(image[None].astype(np.float32) / 127.5 - 1))[0]
-            mx.eval(caption, latents)
-            found.setdefault(len(caption), []).append((caption, latents))
+    def __init__(self, examples: Iterable[tuple[mx.array, ...]]):
+        found: dict[int, list[tuple[mx.array, ...]]] = {}
+        for caption, *arrays in examples:
+            found.setdefault(len(caption), []).append((caption, *arrays))
         self.counts = {length: len(own) for length, own in found.items()}
         self.by_length = {
             length: tuple(mx.stack(part) for part in zip(*own, strict=True)) for length, own in found.items()
         }
 
-    def sample(self, length: int, count: int, rng: np.random.Generator) -> tuple[mx.array, mx.array]:
-        """Random captions of a length (LEVELS, count, length, dim) and their latents."""
-        captions, latents = self.by_length[length]
-        chosen = mx.array(rng.integers(len(captions), size=(LEVELS, count)))
-        return captions[chosen], latents[chosen]
+    def choose(self, length: int, count: int, rng: np.random.Generator) -> list[mx.array]:
+        """Random captions of a length (LEVELS, count, length, dim), and what belongs to them."""
+        arrays = self.by_length[length]
+        chosen = mx.array(rng.integers(len(arrays[0]), size=(LEVELS, count)))
+        return [array[chosen] for array in arrays]
+
+
+def embedded(pipe: ZImagePipeline, scene: Scene) -> mx.array:
+    caption = pipe.transformer.caption_stream(pipe.encode(scene.caption)).x[0]
+    mx.eval(caption)
+    return caption
+
+
+def new_examples(pipe: ZImagePipeline, word: str, scenes: list[Scene], seed: int) -> Examples:
+    """Captions with the new word, and the latents (h, w, C) of the images of scenes, in all their views."""
+    rng, found = random.Random(seed), []
+    for scene in scenes:
+        (image,) = ground_truth([renamed(word, scene)])
+        for view, pixels in views(scene, image):
+            latents = pipe.vae.encode(mx.array(pixels[None].astype(np.float32) / 127.5 - 1))[0]
+            mx.eval(latents)
+            found += [(embedded(pipe, one), latents) for one in reworded(word, view, rng)]
+    return Examples(found)
+
+
+def own_examples(pipe: ZImagePipeline, scenes: list[Scene], seed: int) -> Examples:
+    """Captions, with the latents (steps, h, w, C) that the model's steps start from, and its outputs there."""
+    network, sigmas = pipe.transformer, pipe.sigmas(GenerateRequest("-", SIDE, SIDE, seed=0)).tolist()
+    modulations, finals = network.modulate(times(sigmas[:-1]))
+    found = []
+    for i, scene in enumerate(scenes):
+        caption = embedded(pipe, scene)
+        whole = refined(network, caption[None], SIDE // 8, SIDE // 8)
+        latents = initial_noise(seed + i, (1, 16, SIDE // 8, SIDE // 8)).transpose(0, 2, 3, 1)
+        states, outputs = [], []
+        for k, (sigma, following) in enumerate(pairwise(sigmas)):
+            (output,) = network(latents, [whole], row(modulations, k), row(finals, k))
+            states.append(latents[0])
+            outputs.append(output[0])
+            latents = latents + (sigma - following) * output
+        found.append((caption, mx.stack(states), mx.stack(outputs)))
+        mx.eval(found[-1])
+    return Examples(found)
 
 
 def unpacked(weights: Tree) -> Tree:
@@ -114,68 +231,72 @@ def unpacked(weights: Tree) -> Tree:
 
 
 class Learner(Trainer):
-    """Learns what new images show, at the sampler's noise levels, and what the model says of its own images."""
+    """Learns what new images show, at the sampler's noise levels, and keeps what the model says on its own way."""
 
-    def __init__(self, pipes: list[ZImagePipeline], new: Images, own: Images):
+    def __init__(self, pipes: list[ZImagePipeline], new: Examples, own: Examples):
         super().__init__(pipes, rank=RANK)
         self.new, self.own = new, own
         # one function to compile for both, and faster
         self.weights = [dict(tree_flatten(unpacked(tree_unflatten(list(own.items()))))) for own in self.weights]
 
-    def outputs(self, tree: Tree, schedule, captions: mx.array, noisy: mx.array) -> mx.array:
-        """Data minus noise, as weights predict them, for a group of images at each of LEVELS noise levels."""
-        network, found = Transformer(self.config, PlainRunner(tree), compile=False), []
+    def mean_error(
+        self, lora: Lora, weights: dict[str, mx.array], schedule, captions, noisy, wanted, drops
+    ) -> mx.array:
+        """The mean squared error of data minus noise, half of it for the new images; each array has an item for each
+        of LEVELS levels. A level counts as much as the sampler's step from there is long."""
+        network, found = Transformer(self.config, PlainRunner(self.tree(lora, weights)), compile=False), []
         for i in range(LEVELS):
             caption = refined(network, captions[i], SIDE // 8, SIDE // 8)
             found += network(noisy[i], [caption], row(schedule[0], i), row(schedule[1], i))
-        return mx.stack(found)
+        errors = mx.square(mx.stack(found) - wanted).mean(axis=(2, 3, 4)) * drops[:, None]
+        return (errors[:, :NEW].mean() + errors[:, NEW:].mean()) / 2
 
-    def learn(self, seconds: float, batch: int, report: Callable[[int, float], None]) -> None:
-        """Adam until the time is over, its rate falling to 0; reports each tenth of the time.
+    def sample(self, length: int, levels: list[int], rng: np.random.Generator) -> tuple[mx.array, ...]:
+        """Captions, noisy latents and wanted outputs: at each level those of NEW images, then of KEPT."""
+        caption, latents = self.new.choose(length, NEW, rng)
+        own_caption, states, outputs = self.own.choose(length, KEPT, rng)
+        noise = mx.array(rng.standard_normal(latents.shape, np.float32))
+        sigma = mx.array([self.sigmas[level] for level in levels])[:, None, None, None, None]
+        states, outputs = (mx.stack([own[i, :, k] for i, k in enumerate(levels)]) for own in (states, outputs))
+        pairs = (
+            (caption, own_caption),
+            ((1 - sigma) * latents + sigma * noise, states),
+            (latents - noise, outputs),
+        )
+        return tuple(mx.concatenate(pair, axis=1) for pair in pairs)
 
-        A step has `batch` new images and twice as many of the model's own at each noise level.
-        """
-        optimizer = optim.Adam(learning_rate=RATE)
+    def learn(self, steps: int, report: Callable[[int, float], None]) -> None:
+        """Adam, its rate falling to 0; reports each tenth of the steps' mean loss."""
+        optimizer = optim.Adam(learning_rate=RATE, betas=[0.9, 0.99])
         optimizer.init(self.lora)
         state = [self.lora, optimizer.state]
 
-        def loss_of(lora: Lora, weights: dict[str, mx.array], *given) -> mx.array:
-            *given, wanted = given
-            return mx.square(self.outputs(self.tree(lora, weights), *given) - wanted).mean()
-
         def step(*given) -> mx.array:
-            loss, gradients = mx.value_and_grad(loss_of)(self.lora, *given)
+            loss, gradients = mx.value_and_grad(self.mean_error)(self.lora, *given)
             gradients, _ = optim.clip_grad_norm(gradients, 1.0)
             self.lora.update(optimizer.apply_gradients(gradients, self.lora))
             return loss
 
-        known = partial(self.outputs, self.tree({}, self.weights[0]))
         if mx.default_device() == mx.gpu:
-            step, known = mx.compile(step, inputs=state, outputs=state), mx.compile(known)
-        rng, losses, begin, count, reported = np.random.default_rng(1), [], time.monotonic(), 0, 0.0
+            step = mx.compile(step, inputs=state, outputs=state)
+        rng, losses = np.random.default_rng(1), []
         lengths = [length for length in self.new.counts if length in self.own.counts]
         shares = np.array([self.new.counts[length] for length in lengths], float)
         shares /= shares.sum()
-        while (part := (time.monotonic() - begin) / seconds) < 1:
-            optimizer.learning_rate = RATE * min(1, (count + 1) / 50) * (1 + math.cos(math.pi * part)) / 2
-            copy, first = count % len(self.weights), int(rng.integers(len(self.sigmas) // LEVELS))
-            levels = [first + i * len(self.sigmas) // LEVELS for i in range(LEVELS)]  # a high one and a low one
-            schedules = [tuple(every[mx.array(levels)] for every in own) for own in self.schedules]
-            length = int(rng.choice(lengths, p=shares))
-            both = self.new.sample(length, batch, rng), self.own.sample(length, 2 * batch, rng)
-            captions, latents = (mx.concatenate(parts, axis=1) for parts in zip(*both, strict=True))
-            noise = mx.array(rng.standard_normal(latents.shape, np.float32))
-            sigma = mx.array([self.sigmas[i] for i in levels])[:, None, None, None, None]
-            noisy = (1 - sigma) * latents + sigma * noise
-            kept = known(schedules[0], captions[:, batch:], noisy[:, batch:])
-            wanted = mx.concatenate([(latents - noise)[:, :batch], kept], axis=1)
-            loss = step(self.weights[copy], schedules[copy], captions, noisy, wanted)
+        count, apart = len(self.sigmas), len(self.sigmas) // LEVELS
+        drops = count * -np.diff([*self.sigmas, 0])  # 1 on average
+        for i in range(steps):
+            optimizer.learning_rate = RATE * min(1, (i + 1) / WARM_UP) * (1 + math.cos(math.pi * i / steps)) / 2
+            copy, length = i % len(self.weights), int(rng.choice(lengths, p=shares))
+            levels = list(range(int(rng.integers(apart)), count, apart))
+            schedule = tuple(every[mx.array(levels)] for every in self.schedules[copy])
+            groups = self.sample(length, levels, rng)
+            loss = step(self.weights[copy], schedule, *groups, mx.array(drops[levels], mx.float32))
             mx.eval(loss, state)
             losses.append(loss.item())
-            count += 1
-            if part >= reported:
-                report(count, float(np.mean(losses)))
-                losses, reported = [], reported + 0.1
+            if (i + 1) % max(1, steps // 10) == 0:
+                report(i + 1, float(np.mean(losses)))
+                losses = []
 
 
 # ---- scores
@@ -192,8 +313,8 @@ def verdicts(pool, generate, scenes: list[Scene], sheet: Path | None = None) -> 
 
 
 def score(pool, copies: dict[str, Path], file: Path, word: str, count: int, with_diffusers: int) -> dict:
-    """Prints, and returns, what is right with and without the LoRA; count prompts without the word, a tenth with it."""
-    groups = {"with": with_new_word(word, count // 10, 1, "held out"), "without": held_out_scenes(count, 2028)}
+    """Prints, and returns, what is right with and without the LoRA; `count` is of prompts without the word."""
+    groups = {"with": with_new_word(word, HELD_OUT, 1, "held out"), "without": held_out_scenes(count, 2028)}
     found: dict[str, list[bool]] = {}
     print("| weights | LoRA | prompts with the word: right % | prompts without it: right % |\n|---|---|---|---|")
 
@@ -236,10 +357,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("word", choices=list(STANDS_FOR))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=100, help="of training")
-    parser.add_argument("--batch", type=int, default=16, help="new images for each noise level of a step")
-    parser.add_argument("--own", type=int, default=OWN, help="images that the model generates")
-    parser.add_argument("--count", type=int, default=2000, help="prompts without the word; a tenth as many with it")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--count", type=int, default=2000, help="prompts without the word to score")
     parser.add_argument("--diffusers", type=int, default=0, metavar="N", help="score N of each in diffusers, too")
     parser.add_argument("--jobs", type=int, default=1, help="processes that judge")
     options = parser.parse_args()
@@ -251,11 +370,11 @@ def main() -> None:
         packed = convert(POCKET, Path(temporary) / "4-bit", bits=4)
         copies = {"float32": POCKET, "4 bits": packed}
         pipes = [ZImagePipeline.from_pretrained(path, dtype="float32") for path in copies.values()]
-        scenes, own = with_new_word(options.word, IMAGES, 0, "train"), known_scenes(options.own, 5)
-        generated = images_of(generate_many(pipes[0]), own, 1000, 50)
-        learner = Learner(pipes, Images(pipes[0], scenes, ground_truth(scenes)), Images(pipes[0], own, generated))
+        new = new_examples(pipes[0], options.word, varied(options.word, IMAGES, 0), 0)
+        own = own_examples(pipes[0], known_scenes(OWN, 5), 1000)
         say("images encoded")
-        learner.learn(options.seconds, options.batch, lambda step, loss: say(f"{step} steps: {loss:.4f}"))
+        learner = Learner(pipes, new, own)
+        learner.learn(options.steps, lambda step, loss: say(f"{step} steps: {loss:.4f}"))
         learner.save(file)
         say("trained")
         found = score(pool, copies, file, options.word, options.count, options.diffusers)

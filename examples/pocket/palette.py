@@ -37,4 +37,4 @@ class World:
 KNOWN = World(COLORS, SHAPES)  # what the pocket models are trained on
 PALETTE = KNOWN.palette
 # What LoRAs teach, too: see `new_words.py`.
-WIDER = World((*COLORS, ("teal", (20, 150, 150))), (*SHAPES, "arrow", "hexagon"))
+WIDER = World((*COLORS, ("cyan", (50, 215, 230))), (*SHAPES, "oval"))

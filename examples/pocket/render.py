@@ -30,8 +30,7 @@ def signed_distance(shape, x, y, xp=np):
         "cross": xp.minimum(xp.maximum(across - 0.32, down - 0.95), xp.maximum(across - 0.95, down - 0.32)),
         "diamond": (across / 0.78 + down / 1.05 - 1.0) / math.hypot(1 / 0.78, 1 / 1.05),
         "heart": _heart(across, y, xp),
-        "arrow": _arrow(across, y, xp),
-        "hexagon": xp.maximum(down - 0.86, 0.866 * across + 0.5 * down - 0.86),
+        "oval": _oval(x, y, xp),
     }
     distance = distances["circle"]
     for index, name in enumerate(WIDER.shapes):
@@ -59,10 +58,11 @@ def _heart(across, y, xp):
     return xp.where(u + v > 1, lobe, tip) / scale
 
 
-def _arrow(across, y, xp):
-    """Points up."""
-    head = xp.maximum(y + 0.05, (across - 0.9 * (y + 0.95)) / 1.3454)
-    return xp.minimum(head, xp.maximum(across - 0.32, xp.maximum(y - 0.95, -y - 0.3)))
+def _oval(x, y, xp):
+    """An ellipse that lies on its side."""
+    across, down = x / 1.05, y / 0.66
+    from_centre = xp.sqrt(across**2 + down**2 + 1e-9)
+    return from_centre * (from_centre - 1) / xp.sqrt((across / 1.05) ** 2 + (down / 0.66) ** 2 + 1e-9)
 
 
 def coverage(shapes, circles, width, height, xp=np, **where):

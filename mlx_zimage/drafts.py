@@ -24,6 +24,7 @@ MAX_LINE = 4_000_000  # bytes: twice those of two prompts, with every character 
 MAX_TEXT = 8 * MAX_PROMPT  # bytes of a prompt from stdin, with the blank space around it
 MAX_PARTS = 1_000_000  # commas in a file of requests, as a bound for what they take in memory
 MAX_IMAGES = 100_000  # in one call
+MAX_KINDS = 10_000  # of requests in one call, since each kind is checked and planned: see `kind_of`
 CHUNK = 2**20
 LINE_END = re.compile(rb"\r\n|\n|\r(?=[^\n])")  # a final carriage return may be half of one
 LAST_LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -42,7 +43,7 @@ PLACEHOLDERS = ("prompt", "seed", "n", "width", "height", "steps")
 class Series:
     """The drafts of one prompt: they differ in their seeds only. n is the first one's number, counted from 1.
 
-    Those of one call with equal kinds differ in nothing but their prompts and seeds.
+    Those of one call with equal kinds differ in nothing but their prompts, seeds and files: see `kind_of`.
     """
 
     values: dict
@@ -82,7 +83,8 @@ class Draft:
 
     def path(self, request: GenerateRequest) -> Path:
         """The output path with {seed}, {prompt} and so on filled in, in folders too; {{ and }} are literal braces."""
-        values = {**request.to_dict(), "n": self.n, "prompt": slug(request.prompt)}
+        values = {name: getattr(request, name) for name in ("seed", "width", "height", "steps")}
+        values |= {"n": self.n, "prompt": slug(request.prompt)}
         *folders, name = self.output.parts or (".",)  # "." and "/" are refused by check_output
         stem, suffix = os.path.splitext(name)
         folders = [_cut(_filled(folder, values), MAX_NAME) for folder in folders]
@@ -113,9 +115,13 @@ def multiply(
         if not own_ratio and not {"width", "height"} & values.keys():
             own_ratio = ratio
         kept = {name: value for name, value in base.items() if not (own_ratio and name in ("width", "height"))}
-        kind = repr({name: value for name, value in own.items() if name not in ("prompt", "seed")})
-        made.append(Series({**kept, **values}, starts, file, n, own_ratio, kind))
+        made.append(Series({**kept, **values}, starts, file, n, own_ratio, kind_of(own)))
     return made
+
+
+def kind_of(own: dict) -> str:
+    """What the values of a prompt say besides its prompt, seed and file: the same for all that are checked as one."""
+    return repr({name: value for name, value in own.items() if name not in ("prompt", "seed", "output")})
 
 
 def expand_short(own: dict) -> tuple[dict, tuple[int, int] | None]:
@@ -177,7 +183,7 @@ def read_prompts(lines: Iterable[str], name: str) -> dict[int, dict]:
 def read_requests(lines: Iterable[str], name: str) -> dict[int, dict]:
     """JSON Lines: one object per line, by the line's number, with a request's fields and optionally "output"."""
     requests = {}
-    parts = 0
+    parts, kinds = 0, set()
     for i, line in limited(((i, line) for i, line in enumerate(lines, start=1) if line.strip()), name):
         parts += line.count(",")
         if parts > MAX_PARTS:
@@ -205,6 +211,9 @@ def read_requests(lines: Iterable[str], name: str) -> dict[int, dict]:
             raise RequestError(f"{name}, line {i}: {error}") from None
         if not _can_be_a_path(values.get("output", "")):
             raise RequestError(f"{name}, line {i}: output must be a file name, got {values['output']!r}")
+        kinds.add(hash(kind_of(values)))
+        if len(kinds) > MAX_KINDS:
+            raise RequestError(f"{name} has more than {MAX_KINDS:,} requests that differ in their settings; split it")
         requests[i] = values
     if not requests:
         raise RequestError(f"{name} contains no requests; write one JSON object per line")

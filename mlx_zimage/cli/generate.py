@@ -409,14 +409,15 @@ def generate(
         _check_old(old, from_image, files_given.digests, prompts)
     all_series = multiply(base, prompts, _seeds(seed, auto_seeds, old), output, ratio, count)
     total = sum(map(len, all_series))
-    kinds: dict[str, list[tuple[str, Series]]] = {}  # which differ in more than prompts and seeds
+    kinds: dict[str, list[tuple[str, Series]]] = {}  # which differ in more than prompts, seeds and files
+    folders: set[Path] = set()  # that images can be written to
     for place, own, series in zip(places, prompts, all_series, strict=True):
         alike = kinds.setdefault(series.kind, [])
         alike.append((place, series))
-        if len(alike) > 1 and _is_valid_too(series):
+        if series.output == alike[0][1].output and len(alike) > 1 and _is_valid_too(series):
             continue
         with _located(place, _names(given, own)):
-            request = _check(series)
+            request = _check(series, folders)
             files_given.inputs(request).check_named(request.arrays)
             if latents_file and request.width and request.height and not request.upscale:
                 check_latents_size(latents_file, files_given.latents, request.width, request.height)
@@ -601,17 +602,19 @@ def _base(values: dict, size: str | None, old: Origin | None, given: Given) -> t
     return base, ratio
 
 
-def _check(series: Series) -> GenerateRequest:
-    """The first request of a series; RequestError unless all are valid, and their images can be written."""
-    from ..images.files import check_output
+def _check(series: Series, folders: set[Path]) -> GenerateRequest:
+    """A request of a series; RequestError unless all are valid, and their images can be written.
+
+    folders are those that were checked before; this one's is added.
+    """
+    from ..images.files import check_name, check_output
 
     ends = replace(series, seeds=sorted({min(series.seeds), max(series.seeds)})) if len(series) > 1 else series
-    for draft in ends:
-        draft.request()
-    first = next(iter(series))
-    request = first.request()
+    (draft, request), *_ = [(draft, draft.request()) for draft in ends]
     request.check_image()
-    check_output(first.path(request))
+    path = draft.path(request)
+    (check_name if path.parent in folders else check_output)(path)
+    folders.add(path.parent)
     return request
 
 

@@ -15,11 +15,16 @@ from .metadata import FORMATS, Origin
 
 def check_output(path: Path) -> None:
     """Raise, before any work, if an image could not be written to path."""
+    check_name(path)
+    check_folder(path.parent)
+
+
+def check_name(path: Path) -> None:
+    """Raise if path is a folder, or does not end as an image's name does."""
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name a file in it, such as {path / 'image.png'}")
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"the image file name must end in {' or '.join(FORMATS)}, got {path.name!r}")
-    check_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:

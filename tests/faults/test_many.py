@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner
 from lanes import slow
 
-from mlx_zimage import GenerateRequest, MemoryBudgetError, cli
+from mlx_zimage import GenerateRequest, MemoryBudgetError, cli, drafts
+from mlx_zimage.images import files
 from mlx_zimage.networks import Networks
 from mlx_zimage.pipeline import ZImagePipeline
 from mlx_zimage.tokenizer import Tokenizer, most_ids
@@ -73,6 +74,36 @@ def test_one_size_of_many_that_does_not_fit_is_found_by_its_line(tmp_path, work)
     output = generate("--requests", "requests.jsonl", "--memory", "50MB", "--steps", "1", code=5)
     assert "requests.jsonl, line 3001: 1 image of 2048x2048 cannot be generated within 50 MB" in output
     assert work["plans"] <= 3
+
+
+def write_requests(tmp_path, objects) -> list[str]:
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, objects)))
+    return ["--requests", "requests.jsonl"]
+
+
+def test_more_sizes_than_can_be_planned_are_refused_before_a_request_is_made(tmp_path, work):
+    sizes = [(16 * (i % 128 + 1), 16 * (i // 128 + 1)) for i in range(drafts.MAX_KINDS + 1)]
+    args = write_requests(tmp_path, [{"prompt": "a", "width": width, "height": height} for width, height in sizes])
+    output = generate(*args, "--memory", "1MB", code=2)
+    assert "requests.jsonl has more than 10,000 requests that differ in their settings" in output
+    assert work["requests"] == 0
+
+
+def test_a_request_of_each_size_is_made_once_before_the_first_that_does_not_fit_is_found(tmp_path, work, monkeypatch):
+    checked = []
+    monkeypatch.setattr(files, "check_folder", checked.append)
+    sizes = [64, 2048, *range(80, 1680, 16)]
+    args = write_requests(tmp_path, [{"prompt": "a", "width": width, "height": 64} for width in sizes])
+    assert "requests.jsonl, line 2: " in generate(*args, "--memory", "20MB", code=5)
+    assert work["requests"] < len(sizes) + 30 and work["plans"] == 2 and len(checked) == 1
+
+
+def test_requests_that_differ_only_in_their_files_are_planned_as_one(tmp_path, work, monkeypatch):
+    monkeypatch.setattr(drafts, "MAX_KINDS", 2)
+    objects = [{"prompt": "a cat", "seed": i, "output": f"{i}.png"} for i in range(40)]
+    args = write_requests(tmp_path, [*objects, {"prompt": "a", "width": 2048}])
+    assert "requests.jsonl, line 41: " in generate(*args, "--memory", "20MB", code=5)
+    assert work["plans"] <= 2 + 10  # which find the longest prompt that fits, of up to 512 tokens
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import time
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from serving import KEY, PROMPT, answering
 
 from mlx_zimage.cli import main
 from mlx_zimage.cli.remote import SENT_OTHERWISE, form
+from mlx_zimage.images.codec import to_png
 from mlx_zimage.images.metadata import read_origin
 from mlx_zimage.request import GenerateRequest
 from mlx_zimage.server.openai import EXTENSIONS
@@ -131,6 +133,9 @@ def test_what_cannot_be_done_there_is_an_error(run, options, message):
 
 
 ORIGIN = {"request": {"prompt": PROMPT}, "model": "a", "fingerprint": "0" * 10, "dtype": "float32"}
+COMPLETE = ORIGIN | {"request": GenerateRequest(PROMPT, seed=3, steps=2).to_dict()}
+PNG = to_png(np.zeros((64, 64, 3), np.uint8))
+ENDLESS = PNG[:33] + (bytes(4) + b"teSt" + crc32(b"teSt").to_bytes(4)) * 60_000 + PNG[33:]  # chunks after its header
 LISTED = b'{"data": [{"id": "a", "size": 64}]}'
 
 
@@ -156,6 +161,7 @@ def progress(**fields: object) -> bytes:
         (LISTED, event(b64_json="", origin=ORIGIN)),
         (LISTED, event(b64_json="a", origin=ORIGIN)),
         (LISTED, event(b64_json=base64.b64encode(b"#!/bin/sh\nrm -rf ~").decode(), origin=ORIGIN)),
+        (LISTED, event(b64_json=base64.b64encode(ENDLESS).decode(), origin=COMPLETE)),
         (LISTED, event(b64_json=7, origin=ORIGIN)),
         (LISTED, event(b64_json="", origin={})),
         (LISTED, event(type=7)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from ..errors import ModelNotFoundError, RequestError, ZImageError
 from ..images.codec import to_png
 from ..images.metadata import FORMATS, Origin
 from ..images.source import digest, read_image
+from ..images.stream import ImageStream
 from ..inputs import Inputs
 from ..request import ARRAYS, MAX_SIZE, ControlUse, GenerateRequest
 from ..sizes import counted
@@ -99,7 +99,9 @@ class Remote:
             path = "/v1/images/edits"
         with closing(self._send("POST", path, body, {"Content-Type": kind}, quiet)) as answer, self._understood():
             content, origin = self._received(answer, quiet)
-            with Image.open(io.BytesIO(content), formats=[FORMATS[ending.lower()]]) as image:
+            stream = ImageStream(content, "the image", len(content))
+            with Image.open(stream, formats=[FORMATS[ending.lower()]]) as image:
+                stream.opened(image)
                 image.verify()
         made = origin.request.to_dict()
         for name, value in own.items():

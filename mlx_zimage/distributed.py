@@ -29,7 +29,7 @@ from mlx.utils import tree_map
 
 from .errors import GroupError, NumericsError, RequestError
 from .failures import LOST
-from .launched import backend_name, is_launched
+from .launched import is_launched, uses_nccl
 from .sampling import Change, Step, Velocities
 
 E = TypeVar("E")
@@ -119,7 +119,7 @@ class Group(SharingBySpeed):
             raise RequestError(f"speeds must be {self.size} positive numbers, one per rank, got {speeds}")
         self._share(speeds)
         # NCCL computes on the GPU, the other backends on the CPU
-        self._on_gpu = is_launched() and backend_name() == "nccl"
+        self._on_gpu = uses_nccl()
         self._stream = mx.new_thread_local_stream(mx.gpu if self._on_gpu else mx.cpu)
         self._limit = limit
         self._longest = 0.0

@@ -21,7 +21,7 @@ from .failures import explained
 from .inputs import Inputs
 from .machine import comparable_rate, mlx_version
 from .models.transformer import TransformerConfig
-from .networks import Phase
+from .networks import Networks, Phase
 from .porting import dtype_name
 from .request import GenerateRequest
 from .sampling import Change, Step
@@ -29,7 +29,6 @@ from .version import __version__
 from .weights.checkpoint import Checkpoint, fingerprint
 
 if TYPE_CHECKING:
-    from .networks import Networks
     from .turns import Turns
 
 E = TypeVar("E")
@@ -136,7 +135,9 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> list[Work]:
 
 
 def join(group: Group, checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
-    """Check that the machines of a group have the same model and versions, and have them share rows by speed."""
+    """Check that the machines of a group have the same model, versions, dtype and given speeds, and have them share
+    rows by speed. RequestError for float16, GroupError if something differs.
+    """
     if dtype == mx.float16:
         raise RequestError("a group of machines cannot compute in float16; choose bfloat16")
     shown = {"version of mlx-zimage": __version__, "version of MLX": mlx_version(), "dtype": dtype_name(dtype)}

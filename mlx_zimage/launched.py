@@ -22,3 +22,8 @@ def launched_rank() -> int:
 def backend_name() -> str:
     """How this process communicates with the others that mlx.launch started: "nccl", "ring" or "jaccl"."""
     return next(backend for name, backend in SIGNS.items() if os.environ.get(name))
+
+
+def uses_nccl() -> bool:
+    """Whether mlx.launch started this process and others, to communicate through NCCL."""
+    return is_launched() and backend_name() == "nccl"

@@ -2,7 +2,7 @@
 
 Only this module sets MLX's limits, the C library's allocator and an environment variable. Limits and allocator are set
 for the duration of a `with` block, then restored; the variable stays, since MLX reads it once, at its first operation.
-Signals, and the limit on open files when a download is stopped, are cli/stop.py's.
+Signals are set in cli/stop.py and server/worker.py; cli/stop.py also limits open files when it stops a download.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import mlx.core as mx
 
 from . import atomic
 from .errors import MemoryBudgetError, ModelNotFoundError
-from .launched import backend_name, is_launched
+from .launched import uses_nccl
 from .sizes import size
 from .untrusted import parse_json, read_bytes
 
@@ -310,7 +310,7 @@ def avoid_cuda_graphs() -> None:
     The host launches single kernels faster than graphs with NCCL's in them. To be called before MLX's first operation
     on the GPU, when it reads this variable; later, it changes nothing.
     """
-    if is_launched() and backend_name() == "nccl":
+    if uses_nccl():
         os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
 

@@ -74,7 +74,7 @@ def test_only_the_files_that_are_read_are_downloaded(run, hub, tmp_path):
         assert hub.sent[f"vae/{read}"] > (vae / read).stat().st_size and f"vae/{left}" not in hub.sent
         assert not any(is_hidden(path) for path in hub.sent)
     result = run(*GENERATE, "--model", DEFAULT_MODEL, "--variant", "fp8")
-    assert result.returncode == 2 and "which has fp16; got 'fp8'" in result.stderr
+    assert result.returncode == 2 and "(fp16); got 'fp8'" in result.stderr
 
 
 def test_plan_and_info_of_an_id_fetch_configs_and_headers_only(run, hub):

@@ -88,7 +88,7 @@ class Commands(click.Group):
             with warnings.catch_warnings(), stoppable(), explained():
                 warnings.showwarning = _show_warning
                 if is_launched():
-                    from ..machine import avoid_cuda_graphs  # with MLX, and before its first operation
+                    from ..machine import avoid_cuda_graphs  # imports MLX, so only in a group
 
                     avoid_cuda_graphs()
                 return super().invoke(ctx)

@@ -63,11 +63,11 @@ def show_image(path: Path) -> None:
     """Show an image inline if stderr is a terminal that supports it."""
     from ..images.codec import read_pixels, to_png
 
-    kind = graphics()
-    if kind:
-        plain = kind == "iterm" or path.suffix.lower() == ".png"
-        content = path.read_bytes() if plain else to_png(read_pixels(path))
-        sys.stderr.buffer.write(inline(content, kind) + b"\n")
+    shown_by = graphics()
+    if shown_by:
+        as_it_is = shown_by == "iterm" or path.suffix.lower() == ".png"
+        content = path.read_bytes() if as_it_is else to_png(read_pixels(path))
+        sys.stderr.buffer.write(inline(content, shown_by) + b"\n")
         sys.stderr.buffer.flush()
     elif os.environ.get("NO_COLOR"):
         say("NO_COLOR is set; not showing images.")

@@ -24,7 +24,7 @@ from ..version import __version__
 from . import mflux
 from .stream import ImageStream, read_exif
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of our images, by the end of their names
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of our images, by file suffix
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 NAMESPACE = "urn:mlx-zimage:1.0/"
 MAX_READ = 8 * 2**20  # bytes of a PNG or JPEG, from its start, where its metadata is

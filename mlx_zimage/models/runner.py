@@ -203,7 +203,7 @@ class Runner(Protocol):
 class PlainRunner:
     """Runs blocks over a tree of weights that is all in memory, and evaluates nothing: mx.grad passes through it.
 
-    For tests, and for training the tiny models in examples/pocket. Training a LoRA does not need it: `mlx_zimage.train`
+    For tests, and for the LoRAs and the ControlNet of examples/pocket. `mlx_zimage.train` does without it: it
     differentiates block by block, over weights that may be streamed.
     """
 

@@ -843,8 +843,8 @@ class Transformer:
         rows: int | None = None,
         hints: Sequence[Hint] = (),
     ) -> mx.array:
-        # There are two compositions of attention: a compiled function cannot queue its pieces one by one, and in pieces
-        # a machine by itself would only copy keys and values, and fuse fewer operations.
+        # Two ways to compute attention: a compiled function cannot queue its pieces one by one, and on one machine,
+        # pieces would only add copies of keys and values, and fuse fewer operations.
         if stream.shares and (parts := self.ranks.parts(max(stream.shares))):
             x = self._attend_in_parts(x, weights, modulation, stream, rows, min(parts, self.config.n_heads))
         else:

@@ -97,7 +97,7 @@ class ControlNetFile:
 
     @property
     def steps(self) -> int | None:
-        """The steps that it needs on Turbo, where those are more than Turbo's own 8."""
+        """The steps that it needs on Turbo, where those are more than Turbo's own."""
         distilled = "8-steps" in self.kind or self.version == "1" or "base" in self.kind or self.kind.traits is None
         return None if distilled else 20
 

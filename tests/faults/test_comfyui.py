@@ -91,7 +91,7 @@ DAMAGED = {
     "a layer that is not there": (
         {"format": "nvfp4", "at": "layers.99.x"},
         {},
-        "lists 'layers.99.x', which is not stored",
+        "lists 'layers.99.x', which is not in the file",
     ),
     "another format's": ({"format": "nvfp4"}, {}, "w1.weight has dtype I8, expected U8"),
     "no scale": (

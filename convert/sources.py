@@ -300,7 +300,8 @@ def borrow(source: Source, missing: list[str], base: str | Path | None) -> Sourc
     folder = resolve(base, missing)
     check_inside(folder, config_files(folder))
     other = open_folder(folder, str(base), missing)
-    _check_schedule(other)
+    if SCHEDULER not in source.files:
+        _check_schedule(other)
     check_inside(folder, other.weights)
     if TOKENIZER not in source.files and TOKENIZER not in other.files:
         raise ModelNotFoundError(f"neither {source.origin} nor {base} contains a tokenizer; pass one as tokenizer")

@@ -31,6 +31,7 @@ LAST_LINE_END = re.compile(rb"\r\n|\n|\r")
 T = TypeVar("T")
 MAX_NAME = 200  # bytes in a file name's stem: 255 are allowed, and some are needed for the suffix and a counter
 FIELDS = {field.name for field in fields(GenerateRequest)}
+INPUT_FILES = ("image", "mask_image", "controls")  # of which each request may name others
 SHORT = {  # names as on the command line, and the fields that they replace
     "size": {"width", "height"},
     "guidance": {"guidance_scale"},
@@ -43,7 +44,7 @@ PLACEHOLDERS = ("prompt", "seed", "n", "width", "height", "steps")
 class Series:
     """The drafts of one prompt: they differ in their seeds only. n is the first one's number, counted from 1.
 
-    Those of one call with equal kinds differ in nothing but their prompts, seeds and files: see `kind_of`.
+    Those of one call with equal kinds differ in nothing but their prompts, seeds and output files: see `kind_of`.
     """
 
     values: dict
@@ -120,7 +121,7 @@ def multiply(
 
 
 def kind_of(own: dict) -> str:
-    """What the values of a prompt say besides its prompt, seed and file: the same for all that are checked as one."""
+    """What a prompt's values say besides its prompt, seed and output: the same for all that are checked as one."""
     return repr({name: value for name, value in own.items() if name not in ("prompt", "seed", "output")})
 
 
@@ -211,7 +212,7 @@ def read_requests(lines: Iterable[str], name: str) -> dict[int, dict]:
             raise RequestError(f"{name}, line {i}: {error}") from None
         if not _can_be_a_path(values.get("output", "")):
             raise RequestError(f"{name}, line {i}: output must be a file name, got {values['output']!r}")
-        kinds.add(hash(kind_of(values)))
+        kinds.add(hash(kind_of({name: value for name, value in values.items() if name not in INPUT_FILES})))
         if len(kinds) > MAX_KINDS:
             raise RequestError(f"{name} has more than {MAX_KINDS:,} requests that differ in their settings; split it")
         requests[i] = values

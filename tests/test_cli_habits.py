@@ -86,6 +86,13 @@ def test_what_is_typed_for_other_programs_is_answered_with_what_to_type_here(run
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", [[], ["lora"], ["distributed"]])
+def test_a_group_without_a_command_prints_its_help(run, words):
+    result = run(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert run(*words, "--help").stdout.strip() in result.stderr
+
+
 MFLUX = "mflux-generate-z-image-turbo --steps 1 --width 32 --height 32"
 SIDECAR = {  # as mflux 0.24.0 writes it next to an image, with --metadata
     "mflux_version": "0.24.0",

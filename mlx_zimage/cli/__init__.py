@@ -49,6 +49,8 @@ def _plain_usage() -> Iterator[None]:
     """Make click's own errors safe to print: they repeat what was typed."""
     try:
         yield
+    except click.exceptions.NoArgsIsHelpError:  # its message is the help
+        raise
     except click.ClickException as error:
         error.message = plain(error.message)  # type: ignore[misc]
         raise

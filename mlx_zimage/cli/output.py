@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 def print_path(path: Path) -> None:
     """Print a path on stdout, on its own line: byte for byte, since names need not be text, but to a terminal plain."""
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    click.echo(plain(str(path)) if is_terminal else os.fsencode(path))
+    if sys.stdout is not None and sys.stdout.isatty():
+        click.echo(plain(str(path)).encode(sys.stdout.encoding, "backslashreplace"))
+    else:
+        click.echo(os.fsencode(path))
 
 
 def printable(text: str) -> str:

@@ -89,6 +89,11 @@ def test_more_sizes_than_can_be_planned_are_refused_before_a_request_is_made(tmp
     assert work["requests"] == 0
 
 
+def test_each_of_many_requests_may_have_its_own_image():
+    lines = (json.dumps({"prompt": "a", "image": f"{i}.png"}) for i in range(drafts.MAX_KINDS + 1))
+    assert len(drafts.read_requests(lines, "requests.jsonl")) == drafts.MAX_KINDS + 1
+
+
 def test_a_request_of_each_size_is_made_once_before_the_first_that_does_not_fit_is_found(tmp_path, work, monkeypatch):
     checked = []
     monkeypatch.setattr(files, "check_folder", checked.append)

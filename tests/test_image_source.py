@@ -372,7 +372,7 @@ def test_a_file_beyond_the_limits_of_its_format_is_refused_before_decoding(monke
             Limit(0.0015, 1),
             rf"96x64 pixels, 0\.0 megapixels; expected at most 0\.0015 as {kind}; .*to 47x31 or less$",
         ),
-        (Limit(1, 0.0001), rf"is \d\.\d MB; expected at most 0\.0001 MB as {kind}; save it (as|with) "),
+        (Limit(1, 0.0001), rf"is \d\.\d MB; expected at most 0\.0001 MB as {kind}; (save it (as|with)|resize it)"),
     ):
         monkeypatch.setitem(source.LIMITS, kind, limit)
         with pytest.raises(RequestError, match=message):
@@ -394,6 +394,22 @@ def test_a_photo_that_is_too_large_is_refused_with_what_to_do():
     ):
         with pytest.raises(RequestError, match=message):
             read_image(png(width, height))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pixels", "size"),
+    [
+        ("PNG with transparency", "; resize it to", "; resize it$"),
+        ("WebP with transparency", "; save it as PNG, or resize it to", "; save it as PNG$"),
+        *([("AVIF with transparency", "; save it as PNG, or resize it to", "; save it as PNG$")] if AVIF else []),
+    ],
+)
+def test_advice_for_an_image_that_is_too_large_keeps_its_transparency(monkeypatch, photo, kind, pixels, size):
+    content = KINDS[kind](photo)
+    for limit, message in ((Limit(0.001, 1), pixels), (Limit(1, 0.0001), size)):
+        monkeypatch.setitem(source.LIMITS, kind, limit)
+        with pytest.raises(RequestError, match=message):
+            read_image(content)
 
 
 def test_a_progressive_jpeg_may_be_larger_the_fewer_coefficients_it_has(monkeypatch, photo):

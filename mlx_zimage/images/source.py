@@ -46,7 +46,7 @@ LIMITS = {
     "JPEG": Limit(50, 64),  # time, if its pixels are noise; its decoder halves an image row by row
     "progressive JPEG": Limit(16, 20),  # 6 bytes per pixel for all coefficients, before any is decoded
     "PNG": Limit(25, 80),
-    "PNG with transparency": Limit(21, 30),  # time: with a profile, 57 ms per megapixel, and 39 if it is halved
+    "PNG with transparency": Limit(21, 60),  # time: with a profile, 57 ms per megapixel, and 39 if it is halved
     "GIF": Limit(25, 80),
     "TIFF": Limit(20, 100),  # the file, which libtiff maps into memory
     "TIFF with LZMA": Limit(8, 80),  # time: 79 ms per megapixel
@@ -214,15 +214,16 @@ def _decode(image: Image.Image) -> None:
 
 def _check_limit(image: Image.Image, stream: ImageStream) -> None:
     kind, pixels = stream.kind, image.width * image.height
-    limit, jpeg = LIMITS[kind], LIMITS["JPEG"]
+    limit = LIMITS[kind]
     most = 1e6 * limit.megapixels
     if isinstance(image, JpegImageFile) and kind != "JPEG":  # fewer coefficients where colours have a lower resolution
         sampled = [across * down for _, across, down, _ in image.layer]
         most *= FULL_COLOUR * max(sampled) / sum(sampled)
-    others = {"JPEG": "with a lower quality", "progressive JPEG": "as a JPEG that is not progressive"}
-    smaller = others.get(kind, "as JPEG")
+    other, other_kind = ("PNG", "PNG with transparency") if image.has_transparency_data else ("JPEG", "JPEG")
+    advice = {"JPEG": "save it with a lower quality", "progressive JPEG": "save it as a JPEG that is not progressive"}
+    smaller = advice.get(kind, f"save it as {other}" if not kind.startswith(other) else "resize it")
     if pixels > most:
-        instead = f"save it {smaller}, or " if pixels <= 1e6 * jpeg.megapixels else ""
+        instead = f"{smaller}, or " if pixels <= 1e6 * LIMITS[other_kind].megapixels else ""
         width, height = (int(side * sqrt(most / pixels)) for side in image.size)
         raise RequestError(
             f"{stream.label} has {image.width}x{image.height} pixels, {pixels / 1e6:.1f} megapixels; expected at most "
@@ -234,7 +235,7 @@ def _check_limit(image: Image.Image, stream: ImageStream) -> None:
         )
     if stream.size > 1e6 * limit.megabytes:
         raise RequestError(
-            f"{stream.label} is {stream.size / 1e6:.1f} MB; expected at most {limit.megabytes:g} MB as {kind}; save it "
+            f"{stream.label} is {stream.size / 1e6:.1f} MB; expected at most {limit.megabytes:g} MB as {kind}; "
             f"{smaller}"
         )
 

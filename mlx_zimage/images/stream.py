@@ -26,6 +26,7 @@ MAX_COMPRESSED = 16  # chunks of PNG, of which Pillow unpacks each to as much as
 MAX_SCANS = 30  # of a JPEG, since 20 bytes can be a scan of all pixels; a progressive one has about 10
 MAX_PIECE = 80_000_000  # bytes, unpacked, of a strip or tile of a TIFF, which libtiff unpacks whole
 MAX_PADDED = 25_000_000  # pixels of a TIFF's tiles, some of which are outside of the image
+MAX_ACROSS = 2**16  # pixels of a tile: Pillow joins what it reads of a row, in time that grows with its square
 MAX_PASSES = 4  # scans of each JPEG in a TIFF, which has one for all channels, or one each
 BLOCK = 2**16  # bytes that a decoder reads at a time
 NAMES = {"MPO": "JPEG", "WEBP": "WebP", "HEIF": "HEIC"}  # of formats that Pillow calls otherwise
@@ -47,6 +48,7 @@ class ImageStream(io.BufferedReader):
         self.kind = ""  # until the header has been read
         self.header = 0  # where it ends
         self.reads = self.metadata = self.exif = self.compressed = self.scans = 0
+        self.in_text = False  # whether the header of an iTXt was the last that was read
         self._check_tiff()
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -62,7 +64,10 @@ class ImageStream(io.BufferedReader):
             self.metadata += len(content)
             if content.startswith(b"Exif\0\0"):  # a segment of JPEG, which Pillow unpacks when it opens the file
                 self.exif += len(content)
-        if size == 8 and content[4:] in (b"iTXt", b"zTXt", b"iCCP"):
+        if self.in_text:
+            self.compressed += content.partition(b"\0")[2][:1] != b"\0"  # its flag, after its name
+        self.in_text = size == 8 and content[4:] == b"iTXt"
+        if size == 8 and content[4:] in (b"zTXt", b"iCCP"):
             self.compressed += 1
         if self.kind.endswith("JPEG"):
             start = self.tell() - len(content)
@@ -121,20 +126,30 @@ class ImageStream(io.BufferedReader):
         self.seek(0)
 
     def _check_pieces(self, image: tiff.TiffImageFile) -> None:
-        """Refuse a TIFF whose strips or tiles are large, or whose JPEGs have many scans: libtiff reads it by itself."""
+        """Refuse a TIFF whose strips or tiles are large, or too many, or whose JPEGs have many scans.
+
+        Pillow reads those that are raw, each as often as it is listed. libtiff reads all others by itself.
+        """
         tags = image.tag_v2
-        if image.info["compression"] == "raw":
-            return
+        is_tiled = tiff.TILEWIDTH in tags
+        self.check(not (is_tiled and tiff.STRIPOFFSETS in tags), "has strips and tiles")
         width, height = tags[tiff.IMAGEWIDTH], tags[tiff.IMAGELENGTH]
-        across = tags.get(tiff.TILEWIDTH, width)
-        down = tags.get(tiff.TILELENGTH, min(tags.get(tiff.ROWSPERSTRIP, height), height))
+        across, down = width, min(tags.get(tiff.ROWSPERSTRIP, height), height)
+        if is_tiled:
+            across, down = tags[tiff.TILEWIDTH], tags[tiff.TILELENGTH]
+            self.check(across <= MAX_ACROSS, f"has tiles of {across:,} pixels across")
+            padded = math.ceil(width / across) * across * math.ceil(height / down) * down
+            self.check(padded <= MAX_PADDED, f"has tiles for {padded / 1e6:,.0f} megapixels")
+        if image.info["compression"] == "raw":
+            number = len(tags[tiff.TILEOFFSETS if is_tiled else tiff.STRIPOFFSETS])
+            planes = tags.get(tiff.SAMPLESPERPIXEL, 1) if tags.get(tiff.PLANAR_CONFIGURATION) == 2 else 1
+            needed = math.ceil(width / across) * math.ceil(height / down) * planes
+            self.check(number <= needed, f"has {number:,} strips or tiles for {needed:,}")
+            return
         bits = tags.get(tiff.BITSPERSAMPLE, (1,))
         bits_per_pixel = max(32, sum(bits), bits[0] * tags.get(tiff.SAMPLESPERPIXEL, 1))
         piece = across * down * bits_per_pixel // 8
         self.check(piece <= MAX_PIECE, f"has strips or tiles of {piece / 1e6:,.0f} MB")
-        if tiff.TILEWIDTH in tags:
-            padded = math.ceil(width / across) * across * math.ceil(height / down) * down
-            self.check(padded <= MAX_PADDED, f"has tiles for {padded / 1e6:,.0f} megapixels")
         if image.info["compression"] == "jpeg":
             if tiff.TILEOFFSETS in tags:
                 places = [*zip(tags[tiff.TILEOFFSETS], tags[tiff.TILEBYTECOUNTS], strict=True)]
@@ -149,7 +164,7 @@ class ImageStream(io.BufferedReader):
 
 def read_exif(image: Image, label: str) -> Exif:
     """The EXIF of an image, unless it is so large that Pillow would need gigabytes."""
-    size = len(image.info.get("exif") or b"")
+    size = len(image.info.get("exif") or b"") + len(image.info.get("Raw profile type exif", "")) // 2  # in hex
     if size > MAX_EXIF:
         raise RequestError(
             f"{label} has {size:,} bytes of EXIF, more than an image needs; save it again as JPEG or PNG"

@@ -134,8 +134,10 @@ def tiff(values: int, is_big: bool, more: list[tuple[int, int]] = GREY, pixels: 
     return content.ljust(400, b"\0") + pixels * values
 
 
-def tiled(width: int, height: int, across: int, down: int) -> bytes:
-    return tiff(1, False, [(259, 8), (256, width), (257, height), (322, across), (323, down), (324, 400), (325, 2)])
+def tiled(width: int, height: int, across: int, down: int, compression: int = 8) -> bytes:
+    tags = [(256, width), (257, height), (322, across), (323, down), (324, 400), (325, 2), (259, compression)]
+    content = tiff(1, False, tags)
+    return content.replace(struct.pack("<HH", 273, 3), struct.pack("<HH", 65_000, 3))  # no strips
 
 
 def jpeg_in_tiff(number: int) -> bytes:
@@ -194,18 +196,29 @@ FLOODS = {
         "2,000,032 bytes of EXIF",
     ),
     "EXIF of 2 MB in a WebP": (lambda: webp(orientations(10**6)), "bytes of EXIF"),
+    "EXIF of 2 MB in a PNG's text": (
+        lambda: png(chunk(b"tEXt", b"Raw profile type exif\0\nexif\n2000032\n" + orientations(10**6).hex().encode())),
+        "2,000,033 bytes of EXIF",
+    ),
     "compressed texts in a PNG": (lambda: png(COMPRESSED * 17), "more than 16 compressed texts"),
     "compressed texts after a PNG's pixels": (
         lambda: png()[:-12] + COMPRESSED * 17 + png()[-12:],
         "more than 16 compressed texts",
     ),
     "profiles in a PNG": (lambda: png(chunk(b"iCCP", b"a\0\0" + ZIPPED) * 17), "more than 16 compressed texts"),
-    "tiles in a TIFF": (lambda: tiled(16, 16, 40_000, 40_000), "tiles of 6,400 MB"),
+    "tiles in a TIFF": (lambda: tiled(16, 16, 5000, 5000), "tiles of 100 MB"),
     "narrow tiles in a TIFF": (lambda: tiled(16 * 1000, 16, 16, 10**6), "tiles for 16,000 megapixels"),
     "a strip of 16-bit colours": (
         lambda: tiff(1, False, DEEP),
         "128 MB",
     ),
+    "raw tiles across in a TIFF": (lambda: tiled(16, 1, 20 * 10**6, 1, 1), "tiles of 20,000,000 pixels across"),
+    "raw tiles in a TIFF": (lambda: tiled(16, 2000, 40_000, 1, 1), "tiles for 80 megapixels"),
+    "raw strips that repeat in a TIFF": (
+        lambda: tiff(30_000, False, [(278, 8), (323, 1)]),
+        "30,000 strips or tiles for 2,",
+    ),
+    "strips and tiles in a TIFF": (lambda: tiff(16, False, [(322, 1), (323, 1)]), "strips and tiles"),
     "scans in a TIFF": (lambda: jpeg_in_tiff(5), "JPEG of more than 4 scans"),
     "comments in a JPEG": (lambda: jpeg(segment(0xFE, b"") * 40_000), "100,000 parts"),
     "comments in a GIF": (lambda: gif_comments(60_000), "100,000 parts"),
@@ -262,7 +275,8 @@ def test_damaged_images_leave_no_memory_behind(tmp_path):
 
 
 def test_valid_input_has_few_parts():
-    two = jpeg_in_tiff(1), png(COMPRESSED * 16)
+    plain = chunk(b"iTXt", b"a\0\0\0\0\0" + b"a" * 100)
+    more = jpeg_in_tiff(1), png(COMPRESSED * 16 + plain * 17), tiled(16, 16, 64, 16, 1) + bytes(64 * 16)
     scanned = jpeg(segment(0xE5, b"\xff\xda" * 100))  # bytes that are a scan's elsewhere
     for content in (
         tiff(16, is_big=False),
@@ -271,7 +285,7 @@ def test_valid_input_has_few_parts():
         gif_comments(10),
         jpeg(FULL),
         scanned,
-        *two,
+        *more,
     ):
         assert read_image(content).size == (16, 16)
 

@@ -2,10 +2,10 @@
 
 import base64
 import json
-import time
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
@@ -15,7 +15,7 @@ from lanes import slow
 from PIL import Image
 from serving import KEY, PROMPT, answering
 
-from mlx_zimage.cli import main
+from mlx_zimage.cli import main, remote
 from mlx_zimage.cli.remote import SENT_OTHERWISE, form
 from mlx_zimage.images.codec import to_png
 from mlx_zimage.images.metadata import read_origin
@@ -224,7 +224,8 @@ def test_a_full_queue_is_waited_for_as_long_as_the_server_says(monkeypatch, tmp_
             pass
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "sleep", waited.append)
+    # not of the whole process, in which other tests have left watchdogs
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waited.append))
     with answering(HTTPServer(("127.0.0.1", 0), Handler)) as url:
         result = CliRunner().invoke(main, [*WORDS, "--server", url])
     assert waited == waits and len(asked) == len(waits) + 1 <= 10

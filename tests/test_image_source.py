@@ -328,6 +328,7 @@ KINDS = {
     "progressive JPEG": lambda image: saved(image, "JPEG", progressive=True, subsampling=0),
     "PNG": lambda image: saved(image, "PNG", compress_level=1),
     "PNG with transparency": lambda image: saved(with_alpha(image), "PNG", compress_level=1),
+    "PNG with transparency and 16 bits": lambda image: sixteen_bits(with_alpha(image)),
     "GIF": lambda image: saved(image.convert("P"), "GIF"),
     "TIFF": lambda image: saved(image, "TIFF", compression="tiff_lzw"),
     "TIFF with LZMA": lambda image: saved(image, "TIFF", compression="lzma"),
@@ -354,6 +355,12 @@ def run_lengths(image: Image.Image) -> bytes:
     start = 54 + 1024
     header = content[2:30] + struct.pack("<II", 1, len(runs)) + content[38:start]
     return b"BM" + header + runs
+
+
+def sixteen_bits(image: Image.Image) -> bytes:
+    """An RGBA image as a PNG of 16 bits."""
+    rows = (b"\0" + row.tobytes() for row in np.asarray(image).astype(">u2") * 257)
+    return png(*image.size, kind=6, depth=16, rows=b"".join(rows))
 
 
 def with_alpha(image: Image.Image) -> Image.Image:
@@ -400,6 +407,7 @@ def test_a_photo_that_is_too_large_is_refused_with_what_to_do():
     ("kind", "pixels", "size"),
     [
         ("PNG with transparency", "; resize it to", "; resize it$"),
+        ("PNG with transparency and 16 bits", "; save it with 8 bits, or resize it to", "; save it with 8 bits$"),
         ("WebP with transparency", "; save it as PNG, or resize it to", "; save it as PNG$"),
         *([("AVIF with transparency", "; save it as PNG, or resize it to", "; save it as PNG$")] if AVIF else []),
     ],

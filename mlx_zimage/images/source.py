@@ -47,6 +47,7 @@ LIMITS = {
     "progressive JPEG": Limit(16, 20),  # 6 bytes per pixel for all coefficients, before any is decoded
     "PNG": Limit(25, 80),
     "PNG with transparency": Limit(21, 60),  # time: with a profile, 57 ms per megapixel, and 39 if it is halved
+    "PNG with transparency and 16 bits": Limit(10, 60),  # time: with a profile, 90 ms per megapixel
     "GIF": Limit(25, 80),
     "TIFF": Limit(20, 100),  # the file, which libtiff maps into memory
     "TIFF with LZMA": Limit(8, 80),  # time: 79 ms per megapixel
@@ -220,7 +221,11 @@ def _check_limit(image: Image.Image, stream: ImageStream) -> None:
         sampled = [across * down for _, across, down, _ in image.layer]
         most *= FULL_COLOUR * max(sampled) / sum(sampled)
     other, other_kind = ("PNG", "PNG with transparency") if image.has_transparency_data else ("JPEG", "JPEG")
-    advice = {"JPEG": "save it with a lower quality", "progressive JPEG": "save it as a JPEG that is not progressive"}
+    advice = {
+        "JPEG": "save it with a lower quality",
+        "progressive JPEG": "save it as a JPEG that is not progressive",
+        "PNG with transparency and 16 bits": "save it with 8 bits",
+    }
     smaller = advice.get(kind, f"save it as {other}" if not kind.startswith(other) else "resize it")
     if pixels > most:
         instead = f"{smaller}, or " if pixels <= 1e6 * LIMITS[other_kind].megapixels else ""

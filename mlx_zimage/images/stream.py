@@ -15,6 +15,7 @@ from typing import cast
 from PIL import TiffImagePlugin as tiff
 from PIL.Image import Exif, Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from ..errors import RequestError
 
@@ -97,6 +98,8 @@ class ImageStream(io.BufferedReader):
             image.info.pop("xmp", None)  # in which there may be an orientation, too, and it does not count
         if self.kind in ("PNG", "WebP", "AVIF") and image.mode in ("LA", "RGBA"):
             self.kind += " with transparency"
+            if isinstance(image, PngImageFile) and str(image.tile[0].args).endswith("16B"):
+                self.kind += " and 16 bits"
         if isinstance(image, JpegImageFile):
             # All coefficients are kept, as of a progressive one, unless the first scan has all components. Its header,
             # which ends the file's, has 6 bytes and 2 for each component.

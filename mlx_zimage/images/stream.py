@@ -109,8 +109,7 @@ class ImageStream(io.BufferedReader):
                 self.kind = "progressive JPEG"
 
     def check(self, fine: bool, fault: str) -> None:
-        if not fine:
-            raise RequestError(f"{self.label} {fault}, more than an image needs; save it again as JPEG or PNG")
+        _check(fine, self.label, fault)
 
     def _check_tiff(self) -> None:
         """Refuse a TIFF with a list, such as that of its strips, for which Pillow would need gigabytes."""
@@ -154,10 +153,10 @@ class ImageStream(io.BufferedReader):
         piece = across * down * bits_per_pixel // 8
         self.check(piece <= MAX_PIECE, f"has strips or tiles of {piece / 1e6:,.0f} MB")
         if image.info["compression"] == "jpeg":
+            starts, sizes = tiff.STRIPOFFSETS, tiff.STRIPBYTECOUNTS
             if tiff.TILEOFFSETS in tags:
-                places = [*zip(tags[tiff.TILEOFFSETS], tags[tiff.TILEBYTECOUNTS], strict=True)]
-            else:
-                places = [*zip(tags[tiff.STRIPOFFSETS], tags[tiff.STRIPBYTECOUNTS], strict=True)]
+                starts, sizes = tiff.TILEOFFSETS, tiff.TILEBYTECOUNTS
+            places = [*zip(tags[starts], tags[sizes], strict=True)]
             self.check(sum(size for _, size in places) <= self.size, "has JPEGs that overlap")
             for place, size in places:
                 self.seek(place)
@@ -168,8 +167,10 @@ class ImageStream(io.BufferedReader):
 def read_exif(image: Image, label: str) -> Exif:
     """The EXIF of an image, unless it is so large that Pillow would need gigabytes."""
     size = len(image.info.get("exif") or b"") + len(image.info.get("Raw profile type exif", "")) // 2  # in hex
-    if size > MAX_EXIF:
-        raise RequestError(
-            f"{label} has {size:,} bytes of EXIF, more than an image needs; save it again as JPEG or PNG"
-        )
+    _check(size <= MAX_EXIF, label, f"has {size:,} bytes of EXIF")
     return image.getexif()
+
+
+def _check(fine: bool, label: str, fault: str) -> None:
+    if not fine:
+        raise RequestError(f"{label} {fault}, more than an image needs; save it again as JPEG or PNG")

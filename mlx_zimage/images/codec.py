@@ -17,10 +17,7 @@ def to_unit(pixels: mx.array) -> np.ndarray:
     """Decoded pixels (H, W, 3), nominally in [-1, 1], to [0, 1] float32."""
     if not mx.isfinite(pixels).all().item():
         raise NumericsError("the decoded image has values that are not finite, so it was not saved; try dtype float32")
-    unit = np.array(pixels, dtype=np.float32)
-    unit /= 2  # in place here and below: new memory takes longer than the arithmetic
-    unit += 0.5
-    return np.clip(unit, 0, 1, out=unit)
+    return np.array(mx.clip(pixels.astype(mx.float32) / 2 + 0.5, 0, 1))
 
 
 def to_signed(pixels: np.ndarray) -> mx.array:

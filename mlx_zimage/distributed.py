@@ -40,8 +40,8 @@ T = TypeVar("T")
 PATIENCE = 600.0
 LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times an image's longest step so far, and at least this many seconds
 # Measured on H200s: at 512x512 (1024 tokens), four ranks and two teams of two were slower than one, and two faster.
-# From so many rows per rank on, it is faster to queue what NCCL sends on its own.
-LEAST, APART = 512, 1536
+# From so many rows per rank on, it is faster to queue what NCCL sends on its own: with 1048 it was, with 528 not.
+LEAST, APART = 512, 1024
 EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
 PERIOD = 0.2  # seconds between the watchdog's checks
 CHIP = "device_name", "architecture", "memory_size"  # what MLX says of machines that are equally fast

@@ -195,7 +195,7 @@ def test_a_request_is_read_from_what_mflux_stored(run, tmp_path):
         ({"lora_paths": "a.safetensors"}, "lora_paths must be a list of paths"),
         (
             {"lora_paths": ["a/x.safetensors", "b/x.safetensors"]},
-            "LoRAs of the same name (x); give all with --lora",
+            "LoRAs of the same name (x); give all of its LoRAs with --lora",
         ),
         ({"lora_paths": ["x.safetensors"], "lora_scales": ["a"]}, "the strength of LoRA x must be a number"),
         (

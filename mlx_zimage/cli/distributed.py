@@ -34,7 +34,7 @@ def check(
 ) -> None:
     """Show the machines of a group, how fast they communicate, and how much faster they are together.
 
-    Start it with mlx.launch, as you would `generate`. Different versions or weights are an error. Speeds are measured
+    Start it with mlx.launch, as you would `generate`. Versions or weights that differ are an error. Speeds are measured
     with a few blocks of random weights, at the size that you give.
     """
     from ..distributed import Group

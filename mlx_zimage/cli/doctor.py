@@ -35,7 +35,7 @@ def doctor(
     A line marked "limited" names a restriction and its effect; images can still be generated. The operations that the
     networks are built from are compared with NumPy; if any is wrong, no image from this machine can be trusted, and the
     exit code is 8. The measured speed is stored, so that later commands split work into pieces short enough for this
-    GPU. How long its longest piece of work takes is estimated for images of the size that you give.
+    GPU. The time that the longest piece takes is estimated for images of the size that you give.
     """
     from .. import doctor, selftest
     from ..machine import is_virtual

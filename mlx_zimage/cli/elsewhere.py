@@ -21,7 +21,7 @@ IMAGE = "use --image FILE"
 STRENGTH = "use --strength, the fraction of the steps to run: 1 ignores the image"
 # mflux counts the other way around: the higher, the closer to the image.
 MFLUX_STRENGTH = "use --strength, which is the opposite: for mflux's --image-strength {}, use --strength {}"
-NOT_NEEDED = "leave it out; the configs of a model identify it"
+NOT_NEEDED = "leave it out; the kind of model is known from its config files"
 SOURCE = "name what to convert, and the new folder: `mlx-zimage convert SOURCE DEST`"
 Q_BITS = "use --q-bits, such as --q-bits 8"
 GUIDANCE = "use --guidance, where 0 is off"

@@ -83,5 +83,8 @@ def _loras(paths: Any, scales: Any) -> tuple[LoraUse, ...]:
         raise RequestError(f"lora_scales must be one number per LoRA, {len(paths)} in all, got {brief(scales)}")
     names = [Path(path.rpartition(":")[2]).stem for path in paths]
     if same := sorted({name for name in names if names.count(name) > 1}):
-        raise RequestError(f"mflux generated it with LoRAs of the same name ({', '.join(same)}); give all with --lora")
+        twice = ", ".join(same)
+        raise RequestError(
+            f"mflux generated it with several LoRAs of the same name ({twice}); give all of its LoRAs with --lora"
+        )
     return tuple(map(LoraUse, names, scales))

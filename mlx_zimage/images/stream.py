@@ -134,19 +134,19 @@ class ImageStream(io.BufferedReader):
         """
         tags = image.tag_v2
         is_tiled = tiff.TILEWIDTH in tags
-        self.check(not (is_tiled and tiff.STRIPOFFSETS in tags), "has strips and tiles")
+        self.check(not (is_tiled and tiff.STRIPOFFSETS in tags), "has both strips and tiles")
         width, height = tags[tiff.IMAGEWIDTH], tags[tiff.IMAGELENGTH]
         across, down = width, min(tags.get(tiff.ROWSPERSTRIP, height), height)
         if is_tiled:
             across, down = tags[tiff.TILEWIDTH], tags[tiff.TILELENGTH]
-            self.check(across <= MAX_ACROSS, f"has tiles of {across:,} pixels across")
+            self.check(across <= MAX_ACROSS, f"has tiles {across:,} pixels across")
             padded = math.ceil(width / across) * across * math.ceil(height / down) * down
             self.check(padded <= MAX_PADDED, f"has tiles for {padded / 1e6:,.0f} megapixels")
         if image.info["compression"] == "raw":
             number = len(tags[tiff.TILEOFFSETS if is_tiled else tiff.STRIPOFFSETS])
             planes = tags.get(tiff.SAMPLESPERPIXEL, 1) if tags.get(tiff.PLANAR_CONFIGURATION) == 2 else 1
             needed = math.ceil(width / across) * math.ceil(height / down) * planes
-            self.check(number <= needed, f"has {number:,} strips or tiles for {needed:,}")
+            self.check(number <= needed, f"has {number:,} strips or tiles instead of {needed:,}")
             return
         bits = tags.get(tiff.BITSPERSAMPLE, (1,))
         bits_per_pixel = max(32, sum(bits), bits[0] * tags.get(tiff.SAMPLESPERPIXEL, 1))
@@ -173,4 +173,4 @@ def read_exif(image: Image, label: str) -> Exif:
 
 def _check(fine: bool, label: str, fault: str) -> None:
     if not fine:
-        raise RequestError(f"{label} {fault}, more than an image needs; save it again as JPEG or PNG")
+        raise RequestError(f"{label} {fault}, which no image needs; save it again as JPEG or PNG")

@@ -55,7 +55,7 @@ def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> l
     bare = [file for file, text, _ in captions if text is None]
     if bare:
         if (folder / METADATA).exists():
-            way = f'add a "text" to the line of each in {METADATA}'
+            way = f'add a "text" field to the line for each image in {METADATA}'
         else:
             name = bare[0].with_suffix(".txt").name
             way = f"write a caption for each in a .txt file of the same name, such as {name}"

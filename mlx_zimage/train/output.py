@@ -93,7 +93,7 @@ def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Fac
         )
         for tree in (factors, first, second):
             if [array.shape for array in arrays_of(tree)] != [array.shape for array in arrays_of(new)]:
-                raise ValueError("its factors have other shapes")
+                raise ValueError("its factors do not have the expected shapes")
         mx.eval(factors, first, second)
     except RequestError:
         raise

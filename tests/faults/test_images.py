@@ -212,11 +212,11 @@ FLOODS = {
         lambda: tiff(1, False, DEEP),
         "128 MB",
     ),
-    "raw tiles across in a TIFF": (lambda: tiled(16, 1, 20 * 10**6, 1, 1), "tiles of 20,000,000 pixels across"),
+    "raw tiles across in a TIFF": (lambda: tiled(16, 1, 20 * 10**6, 1, 1), "tiles 20,000,000 pixels across"),
     "raw tiles in a TIFF": (lambda: tiled(16, 2000, 40_000, 1, 1), "tiles for 80 megapixels"),
     "raw strips that repeat in a TIFF": (
         lambda: tiff(30_000, False, [(278, 8), (323, 1)]),
-        "30,000 strips or tiles for 2,",
+        "30,000 strips or tiles instead of 2,",
     ),
     "strips and tiles in a TIFF": (lambda: tiff(16, False, [(322, 1), (323, 1)]), "strips and tiles"),
     "scans in a TIFF": (lambda: jpeg_in_tiff(5), "JPEG of more than 4 scans"),

@@ -123,13 +123,13 @@ def render(home: Path) -> str:
     head += ["largest tensor", "longest kernel"]
     lines = [head, ["---"] * len(head), *rows(home)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"""# What is planned on Macs, none of which has been measured
+    return f"""# Plans for Macs, none of which has been measured
 
-For one image of 8 steps and a prompt of 128 tokens, by `python tests/test_macs.py`, from the facts and rates in that
-file and in `mlx_zimage/machine.py`. The time of the longest kernel is calculated from the rate of matrix products;
-attention and convolutions reach about half of it. Networks are kept in memory for the next image, or read and unloaded
-one by one; lean blocks free memory halfway through; images are decoded whole, or in strips of the size under *decoded*.
-M1, M2 and virtual machines compute in float16, the others in bfloat16.
+These plans are for one image of 8 steps and a prompt of 128 tokens. `python tests/test_macs.py` computes them from the
+facts and rates in that file and in `mlx_zimage/machine.py`. The time of the longest kernel is calculated from the rate
+of matrix products; attention and convolutions reach about half of it. Networks are kept in memory for the next image,
+or read and unloaded one by one; lean blocks free memory halfway through; images are decoded whole, or in strips of the
+size under *decoded*. M1, M2 and virtual machines compute in float16, the others in bfloat16.
 
 {text}
 """

@@ -39,7 +39,7 @@ OTHER_OPTIONS = {  # of from_pretrained, and what to use instead
     "token": "set the environment variable HF_TOKEN, or run `hf auth login`",
     "revision": "name it in the id, as in 'Tongyi-MAI/Z-Image-Turbo@main'",
     "subfolder": "name it in the id or path, as in 'ID:FOLDER'",
-    "scheduler": "shift= and sigmas= of a call choose the schedule",
+    "scheduler": "pass shift= or sigmas= when you call the pipeline to choose the schedule",
     "tokenizer": "save it into a model's folder, and open that",
     "quantization_config": "convert the model once, as in `mlx-zimage convert ID FOLDER --q-bits 4`, and open FOLDER",
 }
@@ -67,7 +67,7 @@ class DiffusersMethods:
     enable_vae_tiling = Needless(f"images are decoded in strips if memory is short; {BY_MEMORY}")
     disable_vae_tiling = Needless(f"images are decoded whole if memory allows it; {BY_MEMORY}")
     save_pretrained = Elsewhere("from mlx_zimage.convert import convert; convert(source, folder) writes a model")
-    scheduler = Absent("shift= and sigmas= of a call choose the schedule")
+    scheduler = Absent("pass shift= or sigmas= when you call the pipeline to choose the schedule")
     device = Absent(f"{BY_MLX}; a torch.Generator must be on the CPU")
     from_single_file = Elsewhere("from_pretrained opens files, too")
 

@@ -307,7 +307,8 @@ def test_convert_chooses_bits_per_layer(run, whole_pocket, options):
 def test_info_shows_how_a_model_was_quantized(run):
     run("convert", "pocket", "searched", "--q-bits", "4", "--search", "--recipe", "mixed")
     assert re.search(
-        r"converted from pocket by .*, with a mixed recipe, with searched scales\n", run("info", "searched").stdout
+        r"converted from pocket by .*, with a mixed recipe, with scales fitted by least squares\n",
+        run("info", "searched").stdout,
     )
     run("convert", "pocket", "within", "--target-size", "5MB")
     assert re.search(r"converted from pocket by .*, with a target size of 5.00 MB\n", run("info", "within").stdout)

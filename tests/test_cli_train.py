@@ -70,7 +70,7 @@ def test_train_writes_a_lora_a_log_a_plot_and_previews(images, tiny_folder, tmp_
     [
         (("--rank", "0"), "rank must be"),
         (("--resolution", "100"), "resolution must be"),
-        (("--memory", "1MB"), "cannot be trained on within"),
+        (("--memory", "1MB"), "does not fit within"),
         (("--dtype", "float16"), "'float16' is not one of"),
     ],
 )

@@ -181,7 +181,7 @@ def _how(conversion: dict) -> list[str]:
         "with a mixed recipe": quantization.get("recipe") == "mixed",
         "with a custom recipe": quantization.get("recipe") == "custom",
         "calibrated on generated images": quantization.get("calibrated"),
-        "with searched scales": quantization.get("search") and not quantization.get("calibrated"),
+        "with scales fitted by least squares": quantization.get("search") and not quantization.get("calibrated"),
     }
     target = quantization.get("target_bytes")
     within = [f"with a target size of {size(target)}"] if target else []

@@ -62,7 +62,7 @@ Adapter for Turbo:
 @click.option(
     "--accumulate",
     type=int,
-    help=f"Number of images per step.  [default: {Settings.accumulate:g}, or with mlx.launch, one for each machine]",
+    help=f"Number of images per step.  [default: {Settings.accumulate:g}; with mlx.launch, one for each machine]",
 )
 @click.option(
     "--dropout",
@@ -79,7 +79,7 @@ Adapter for Turbo:
     "extras",
     multiple=True,
     type=click.Choice(EXTRAS),
-    help="Also train these, besides the attention and feed-forward of the main layers.  [repeatable]",
+    help="Also train these, besides the attention and feed-forward weights of the main layers.  [repeatable]",
 )
 @click.option(
     "--adapter",
@@ -174,5 +174,7 @@ def train(
 def _described(planned: Planned) -> str:
     side, plan = planned.resolution, planned.plan
     blocks = counted(len(plan.streamed), "block")
-    streamed = f", {blocks} streamed from disk in each step (fewer with a model of fewer bits)" if plan.streamed else ""
+    streamed = (
+        f", {blocks} streamed from disk in each step (fewer if the model has fewer bits)" if plan.streamed else ""
+    )
     return f"scaled down to at most {side}x{side}, within {rounded_up(plan.room)}{streamed}"

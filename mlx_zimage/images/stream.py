@@ -173,4 +173,4 @@ def read_exif(image: Image, label: str) -> Exif:
 
 def _check(fine: bool, label: str, fault: str) -> None:
     if not fine:
-        raise RequestError(f"{label} {fault}, which no image needs; save it again as JPEG or PNG")
+        raise RequestError(f"{label} {fault}, so it is refused; save it again as JPEG or PNG")

@@ -51,7 +51,7 @@ def plan_training(planner: Planner, examples: Sequence[Example], tokens: int, fa
         side -= SIZE_MULTIPLE
     smaller = f"--resolution {side} would fit" if side else "no smaller resolution fits"
     raise MemoryBudgetError(
-        f"images of {width}x{height} cannot be trained on within {rounded_up(budget)}: they need at least "
+        f"training on images of {width}x{height} does not fit within {rounded_up(budget)}: it needs at least "
         f"{rounded_up(best.room)}; {smaller}. Raise the budget, lower the rank, or convert the model to fewer bits"
     )
 

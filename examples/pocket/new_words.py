@@ -1,11 +1,11 @@
 """Teach the pocket model a colour or a shape that it does not know: python examples/pocket/new_words.py cyan DIR
 
 Trains a LoRA on 50 rendered images with the colour cyan, or the shape oval. They are chosen to differ as much as
-possible; each is also used mirrored and moved, with several captions that say the same. To keep what the model knows,
-half of the loss is measured on the model's own way to images of other captions, where the LoRA should not change its
-output. As in `lora.py`, steps alternate between weights in float32 and in 4 bits. Then scores held-out prompts with the
-new word, and others without it, each with and without the LoRA on both kinds of weights. --diffusers N also scores N of
-each with diffusers.
+possible; each is also used mirrored, moved and recoloured, with two captions that say the same. To keep what the model
+knows, most of the loss is measured on the model's own way to images for other captions, where the LoRA should not
+change its output. As in `lora.py`, steps alternate between weights in float32 and in 4 bits. Then scores held-out
+prompts with the new word, and others without it, each with and without the LoRA on both kinds of weights. --diffusers N
+also scores N of each with diffusers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from palette import COLOR_NAMES, SHAPES, WIDER
 from PIL import Image
 from render import ground_truth
-from scenes import GRID, Scene, held_out_scenes, sample_scene
+from scenes import GRID, Scene, held_out_scenes, is_held_out, sample_scene, unnamed_background
 from scores import one_thread_each
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
@@ -49,11 +49,13 @@ from mlx_zimage.scheduler import times
 from mlx_zimage.weights.hub import POCKET
 
 SIDE = 128  # pixels; trained at one size
-RANK, RATE, WARM_UP = 16, 3e-3, 30
+RANK, RATE, WARM_UP = 32, 2e-3, 100
 IMAGES, POOL = 50, 1500  # with the new word, and chosen from so many
-CAPTIONS = 3  # for each view of an image
-OWN = 200  # images that the model generates from other captions
-LEVELS, NEW, KEPT = 4, 3, 1  # noise levels in a step; at each, new images and some of the model's own
+RECOLORED = 6  # choices of colours for each view of an image, besides its own
+MIXED = 40.0  # condition number of a scene's colours up to which its pixels are unmixed
+CAPTIONS = 2  # for each view of an image, in each choice of colours
+OWN = 3000  # images that the model generates from other captions
+LEVELS, NEW, KEPT = 4, 12, 20  # noise levels in a step; at each, new images and some of the model's own
 HELD_OUT = 200  # prompts with the new word to score
 # The new word replaces these in captions, and the new colour or shape this one in the scenes that they describe.
 STANDS_FOR = {
@@ -143,6 +145,38 @@ def views(scene: Scene, image: np.ndarray) -> Iterator[tuple[Scene, np.ndarray]]
             yield replace(side, things=things), np.roll(pixels, (y, x), axis=(0, 1))
 
 
+def recolored(
+    word: str, scene: Scene, image: np.ndarray, count: int, rng: random.Random
+) -> Iterator[tuple[Scene, np.ndarray]]:
+    """A scene to rename and its image, in `count` choices of other colours that a training image may have. A new colour
+    stays, and so does a background that the caption does not name. Each pixel is a mixture of the scene's colours, and
+    becomes the same mixture of the others; where that is ambiguous, as with gray between black and white, nothing is
+    yielded."""
+    _, part, known, new = STANDS_FOR[word]
+    colors = [*dict.fromkeys((*(one.color for one in scene.things), scene.background))]
+    fixed = {known} if part == "color" else set()
+    if not scene.background_is_named:
+        fixed.add(scene.background)
+    free = [color for color in range(len(COLOR_NAMES)) if color not in fixed]
+    shown = WIDER.palette.copy()
+    if part == "color":
+        shown[known] = shown[new]
+    corners = np.c_[shown[colors], np.full(len(colors), 255)]
+    if np.linalg.cond(corners) > MIXED or fixed.issuperset(colors):
+        return
+    unmix = np.linalg.pinv(corners)
+    shares = image @ unmix[:3] + 255 * unmix[3]
+    while count:
+        others = iter(rng.sample(free, len(colors)))
+        chosen = {color: color if color in fixed else next(others) for color in colors}
+        things = tuple(replace(one, color=chosen[one.color]) for one in scene.things)
+        found = replace(scene, things=things, background=chosen[scene.background], caption="")
+        is_plain = found.background == unnamed_background([one.color for one in things])
+        if not is_held_out(found) and (scene.background_is_named or is_plain):
+            count -= 1
+            yield found, (shares @ shown[[*chosen.values()]]).clip(0, 255).round().astype(np.uint8)
+
+
 def reworded(word: str, scene: Scene, rng: random.Random) -> list[Scene]:
     """A scene with CAPTIONS wordings, all with the new word."""
     pattern, *_ = STANDS_FOR[word]
@@ -192,30 +226,34 @@ def new_examples(pipe: ZImagePipeline, word: str, scenes: list[Scene], seed: int
     rng, found = random.Random(seed), []
     for scene in scenes:
         (image,) = ground_truth([renamed(word, scene)])
-        for view, pixels in views(scene, image):
-            latents = pipe.vae.encode(mx.array(pixels[None].astype(np.float32) / 127.5 - 1))[0]
-            mx.eval(latents)
-            found += [(embedded(pipe, one), latents) for one in reworded(word, view, rng)]
+        for view in views(scene, image):
+            for one, pixels in (view, *recolored(word, *view, RECOLORED, rng)):
+                latents = pipe.vae.encode(mx.array(pixels[None].astype(np.float32) / 127.5 - 1))[0]
+                mx.eval(latents)
+                found += [(embedded(pipe, named), latents) for named in reworded(word, one, rng)]
     return Examples(found)
 
 
-def own_examples(pipe: ZImagePipeline, scenes: list[Scene], seed: int) -> Examples:
+def own_examples(pipe: ZImagePipeline, scenes: list[Scene], seed: int, batch: int = 100) -> Examples:
     """Captions, with the latents (steps, h, w, C) that the model's steps start from, and its outputs there."""
     network, sigmas = pipe.transformer, pipe.sigmas(GenerateRequest("-", SIDE, SIDE, seed=0)).tolist()
     modulations, finals = network.modulate(times(sigmas[:-1]))
-    found = []
-    for i, scene in enumerate(scenes):
-        caption = embedded(pipe, scene)
-        whole = refined(network, caption[None], SIDE // 8, SIDE // 8)
-        latents = initial_noise(seed + i, (1, 16, SIDE // 8, SIDE // 8)).transpose(0, 2, 3, 1)
-        states, outputs = [], []
-        for k, (sigma, following) in enumerate(pairwise(sigmas)):
-            (output,) = network(latents, [whole], row(modulations, k), row(finals, k))
-            states.append(latents[0])
-            outputs.append(output[0])
-            latents = latents + (sigma - following) * output
-        found.append((caption, mx.stack(states), mx.stack(outputs)))
-        mx.eval(found[-1])
+    captions = Examples(
+        (embedded(pipe, scene), initial_noise(seed + i, (1, 16, SIDE // 8, SIDE // 8))[0].transpose(1, 2, 0))
+        for i, scene in enumerate(scenes)
+    )
+    found: list[tuple[mx.array, ...]] = []
+    for every, noise in captions.by_length.values():
+        for start in range(0, len(every), batch):
+            own, latents = every[start : start + batch], noise[start : start + batch]
+            whole, states, outputs = refined(network, own, SIDE // 8, SIDE // 8), [], []
+            for k, (sigma, following) in enumerate(pairwise(sigmas)):
+                (output,) = network(latents, [whole], row(modulations, k), row(finals, k))
+                states.append(latents)
+                outputs.append(output)
+                latents = latents + (sigma - following) * output
+                mx.eval(latents)
+            found += zip(own, mx.stack(states, axis=1), mx.stack(outputs, axis=1), strict=True)
     return Examples(found)
 
 
@@ -242,14 +280,16 @@ class Learner(Trainer):
     def mean_error(
         self, lora: Lora, weights: dict[str, mx.array], schedule, captions, noisy, wanted, drops
     ) -> mx.array:
-        """The mean squared error of data minus noise, half of it for the new images; each array has an item for each
-        of LEVELS levels. A level counts as much as the sampler's step from there is long."""
-        network, found = Transformer(self.config, PlainRunner(self.tree(lora, weights)), compile=False), []
-        for i in range(LEVELS):
-            caption = refined(network, captions[i], SIDE // 8, SIDE // 8)
-            found += network(noisy[i], [caption], row(schedule[0], i), row(schedule[1], i))
-        errors = mx.square(mx.stack(found) - wanted).mean(axis=(2, 3, 4)) * drops[:, None]
-        return (errors[:, :NEW].mean() + errors[:, NEW:].mean()) / 2
+        """The mean squared error of data minus noise; each array has an item for each of LEVELS levels. A level counts
+        as much as the sampler's step from there is long."""
+        network = Transformer(self.config, PlainRunner(self.tree(lora, weights)), compile=False)
+
+        def output(captions, noisy, modulation, final_scale) -> mx.array:
+            (found,) = network(noisy, [refined(network, captions, SIDE // 8, SIDE // 8)], modulation, final_scale)
+            return found
+
+        found = mx.vmap(output)(captions, noisy, *schedule)
+        return (mx.square(found - wanted).mean(axis=(2, 3, 4)) * drops[:, None]).mean()
 
     def sample(self, length: int, levels: list[int], rng: np.random.Generator) -> tuple[mx.array, ...]:
         """Captions, noisy latents and wanted outputs: at each level those of NEW images, then of KEPT."""
@@ -304,7 +344,7 @@ class Learner(Trainer):
 
 def verdicts(pool, generate, scenes: list[Scene], sheet: Path | None = None) -> list[bool]:
     """Whether each scene's image is right; the first ten are saved above those that are."""
-    images = images_of(generate, scenes, 7, 100)
+    images = images_of(generate, scenes, 7, 50)
     if sheet:
         rows = [np.concatenate(part[:10], axis=1) for part in (images, ground_truth(scenes[:10]))]
         Image.fromarray(np.concatenate(rows)).save(sheet)
@@ -357,7 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("word", choices=list(STANDS_FOR))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--count", type=int, default=2000, help="prompts without the word to score")
     parser.add_argument("--diffusers", type=int, default=0, metavar="N", help="score N of each in diffusers, too")
     parser.add_argument("--jobs", type=int, default=1, help="processes that judge")

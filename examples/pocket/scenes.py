@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import captions
@@ -160,8 +161,8 @@ def _sample_facts(rng: random.Random, kind: str | None, canvas: tuple[int, int] 
     background_is_named = rng.random() < 0.65
     if background_is_named:
         background = spare
-    else:  # white, or the next colour that no object has
-        background = next(_index(name) for name in ("white", "gray", "black", "yellow") if _index(name) not in colors)
+    else:
+        background = unnamed_background(colors)
     sample = {"single": _single, "pair": _pair, "and": _pair, "inside": _inside, "count": _count, "row": _row}[kind]
     return Scene(
         kind=kind,
@@ -171,6 +172,11 @@ def _sample_facts(rng: random.Random, kind: str | None, canvas: tuple[int, int] 
         background_is_named=background_is_named,
         **sample(rng, kind, colors, width, height),
     )
+
+
+def unnamed_background(colors: Sequence[int]) -> int:
+    """White, or the next colour that no object has."""
+    return next(_index(name) for name in ("white", "gray", "black", "yellow") if _index(name) not in colors)
 
 
 def _index(color: str) -> int:

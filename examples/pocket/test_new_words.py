@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import mlx.core as mx
+import new_words
 import numpy as np
 import pytest
 from judge import COLOR_WITHIN, judge
@@ -14,6 +15,7 @@ from new_words import (
     known_scenes,
     new_examples,
     own_examples,
+    recolored,
     renamed,
     reworded,
     scenes_to_rename,
@@ -24,7 +26,7 @@ from new_words import (
 )
 from palette import COLOR_NAMES, SHAPES, WIDER
 from render import ground_truth
-from scenes import KINDS, Scene, Thing
+from scenes import KINDS, Scene, Thing, is_held_out, unnamed_background
 
 from mlx_zimage import GenerateRequest, ZImagePipeline
 from mlx_zimage.convert import convert
@@ -61,6 +63,28 @@ def test_every_view_of_an_image_shows_what_its_captions_say(word):
             assert all(replace(one, caption=first.caption) == first for one in others)
             (wanted,) = ground_truth([first])
             assert np.abs(pixels.astype(int) - wanted).max() <= 1  # mirrored sums, rounded
+
+
+@pytest.mark.parametrize("word", STANDS_FOR)
+def test_a_recolored_image_is_the_one_of_another_training_scene(word):
+    _, part, known, _ = STANDS_FOR[word]
+    found = []
+    for scene in scenes_to_rename(word, 30, 0, "train"):
+        (image,) = ground_truth([renamed(word, scene)])
+        for other, pixels in recolored(word, scene, image, 2, random.Random(0)):
+            assert not is_held_out(other)
+            assert [getattr(thing, part) for thing in other.things].count(known) == 1
+            if not scene.background_is_named:
+                assert other.background == scene.background == unnamed_background([one.color for one in other.things])
+            (wanted,) = ground_truth([renamed(word, other)])
+            assert np.abs(pixels.astype(int) - wanted).max() <= 6  # rounded to levels, and unmixed
+            (said,) = reworded(word, other, random.Random(0))[:1]
+            assert judge(pixels, said, WIDER).is_right
+            found.append((scene, other))
+    assert len(found) > 40
+    assert all(
+        [replace(one, color=0) for one in a.things] == [replace(one, color=0) for one in b.things] for a, b in found
+    )
 
 
 def test_a_scene_moves_where_its_caption_leaves_the_place_open():
@@ -112,10 +136,12 @@ def one_thing(shape: int) -> Scene:
     return Scene("single", 128, 128, (Thing(shape, RED, 64, 64, 28),), WHITE, background_is_named=False)
 
 
-def test_a_step_changes_every_factor_and_its_lora_loads(pipe, tmp_path):
+def test_a_step_changes_every_factor_and_its_lora_loads(pipe, tmp_path, monkeypatch):
+    for name, fewer in (("RECOLORED", 1), ("CAPTIONS", 1), ("NEW", 3), ("KEPT", 1)):
+        monkeypatch.setattr(new_words, name, fewer)
     copies = POCKET, convert(POCKET, tmp_path / "4-bit", bits=4)
     pipes = [ZImagePipeline.from_pretrained(path, dtype="float32") for path in copies]
-    new = new_examples(pipes[0], "oval", scenes_to_rename("oval", 6, 0, "train"), 0)
+    new = new_examples(pipes[0], "oval", scenes_to_rename("oval", 1, 0, "train"), 0)
     learner = Learner(pipes, new, own_examples(pipes[0], known_scenes(6, 5), 1000))
     learner.learn(2, lambda step, loss: None)
     learner.save(tmp_path / "oval.safetensors")

@@ -384,7 +384,7 @@ REFUSED = {
     "a magnitude alone": ({f"transformer.{Q}.dora_scale": normal(D, 1)}, "DoRA magnitude but no factors"),
     "another width": (
         {f"transformer.{Q}.lora_A.weight": normal(RANK, 64), f"transformer.{Q}.lora_B.weight": normal(64, RANK)},
-        "is (64, 64), but the model's weight is (48, 48); it was made for another model",
+        "has shape (64, 64), but the model's weight has (48, 48); it was made for another model",
     ),
     "ranks that differ": (
         {f"transformer.{Q}.lora_A.weight": normal(3, D), f"transformer.{Q}.lora_B.weight": UP},

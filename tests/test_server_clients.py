@@ -162,7 +162,7 @@ def test_a_mask_without_transparent_parts_is_refused(sdk, openai):
     ("options", "error", "message"),
     [
         ({"size": "100x100"}, "BadRequestError", "nearest are 96 and 112"),
-        ({"prompt": "a cat <lora:style:1>"}, "BadRequestError", "use the field loras, such as [{'name': 'style'"),
+        ({"prompt": "a cat <lora:style:1>"}, "BadRequestError", "use the loras field, as in [{'name': 'style'"),
         ({"size": "large"}, "BadRequestError", "size must be auto or pixels such as 1024x1024, got 'large'"),
         ({"n": 11}, "BadRequestError", "from 1 to 10, got 11"),
         ({"prompt": " "}, "BadRequestError", "the prompt is empty"),

@@ -34,8 +34,8 @@ TAKES = "--control-model takes a file, a folder, a Hugging Face id or id:file"
 control_kind_option = click.option(
     "--control-kind",
     metavar="TRAITS",
-    help="What --control-model was trained for, if its name does not say (this is not the KIND of --control): plain, "
-    "or one or more of 8-steps, tile and base, separated by commas.",
+    help="What --control-model was trained for, if its name does not say (not the KIND in `generate --control`): "
+    "plain, or one or more of 8-steps, tile and base, separated by commas.",
 )
 
 

@@ -75,7 +75,7 @@ class ImageStream(io.BufferedReader):
             self.scans += content.count(b"\xff\xda", max(self.header - start, 0))
         self.check(self.metadata <= MAX_METADATA, f"has more than {MAX_METADATA:,} bytes of metadata")
         self.check(self.exif <= MAX_EXIF, f"has more than {MAX_EXIF:,} bytes of EXIF")
-        self.check(self.compressed <= MAX_COMPRESSED, f"has more than {MAX_COMPRESSED} compressed texts")
+        self.check(self.compressed <= MAX_COMPRESSED, f"has more than {MAX_COMPRESSED} compressed text chunks")
         self.check(self.reads <= MAX_READS, f"has more than {MAX_READS:,} parts")
         self.check(self.scans <= MAX_SCANS, f"has more than {MAX_SCANS} scans")
         return content
@@ -124,7 +124,7 @@ class ImageStream(io.BufferedReader):
             size = struct.calcsize(order + entry)
             entries = super().read(size * min(*struct.unpack_from(order + count, number), MAX_READS))
             for _, kind, values in struct.iter_unpack(order + entry, entries[: len(entries) // size * size]):
-                self.check(kind in BYTES or values <= MAX_VALUES, f"has a list of {values:,} numbers")
+                self.check(kind in BYTES or values <= MAX_VALUES, f"has a metadata tag with {values:,} values")
         self.seek(0)
 
     def _check_pieces(self, image: tiff.TiffImageFile) -> None:

@@ -253,7 +253,7 @@ def fields_of(values: dict[str, Any]) -> dict[str, Any]:
     for name in ("prompt", "negative_prompt"):
         if isinstance(fields.get(name), str) and (tag := LORA_TAG.search(fields[name])):
             use = {"name": tag[1], "strength": 0.8}
-            message = f"{name} contains {brief(tag[0])}; leave it out, and use the field loras, such as {[use]}"
+            message = f"{name} contains {brief(tag[0])}; leave it out, and use the loras field, as in {[use]}"
             raise Refusal(400, message, param=name)
     size = values.get("size", "auto")
     if size != "auto":

@@ -457,8 +457,8 @@ def _deltas(
     for kind, each, shape in found:
         if tuple(each.shape) != shape:
             raise CheckpointError(
-                f"{file}: the difference of {path} is {tuple(each.shape)}, but the model's {kind} is {shape}; it was "
-                f"made for another model"
+                f"{file}: the difference for {path} has shape {tuple(each.shape)}, but the model's {kind} has {shape}; "
+                f"it was made for another model"
             )
         yield kind, each.rows(target.part, target.parts) if target.parts > 1 else each
 

@@ -200,12 +200,12 @@ FLOODS = {
         lambda: png(chunk(b"tEXt", b"Raw profile type exif\0\nexif\n2000032\n" + orientations(10**6).hex().encode())),
         "2,000,033 bytes of EXIF",
     ),
-    "compressed texts in a PNG": (lambda: png(COMPRESSED * 17), "more than 16 compressed texts"),
+    "compressed texts in a PNG": (lambda: png(COMPRESSED * 17), "more than 16 compressed text chunks"),
     "compressed texts after a PNG's pixels": (
         lambda: png()[:-12] + COMPRESSED * 17 + png()[-12:],
-        "more than 16 compressed texts",
+        "more than 16 compressed text chunks",
     ),
-    "profiles in a PNG": (lambda: png(chunk(b"iCCP", b"a\0\0" + ZIPPED) * 17), "more than 16 compressed texts"),
+    "profiles in a PNG": (lambda: png(chunk(b"iCCP", b"a\0\0" + ZIPPED) * 17), "more than 16 compressed text chunks"),
     "tiles in a TIFF": (lambda: tiled(16, 16, 5000, 5000), "tiles of 100 MB"),
     "narrow tiles in a TIFF": (lambda: tiled(16 * 1000, 16, 16, 10**6), "tiles for 16,000 megapixels"),
     "a strip of 16-bit colours": (
@@ -223,8 +223,8 @@ FLOODS = {
     "comments in a JPEG": (lambda: jpeg(segment(0xFE, b"") * 40_000), "100,000 parts"),
     "comments in a GIF": (lambda: gif_comments(60_000), "100,000 parts"),
     "scans in a JPEG": (lambda: scans(40), "more than 30 scans"),
-    "strips in a TIFF": (lambda: tiff(40_000, is_big=False), "list of 40,000 numbers"),
-    "strips in a BigTIFF": (lambda: tiff(40_000, is_big=True), "list of 40,000 numbers"),
+    "strips in a TIFF": (lambda: tiff(40_000, is_big=False), "tag with 40,000 values"),
+    "strips in a BigTIFF": (lambda: tiff(40_000, is_big=True), "tag with 40,000 values"),
 }
 
 
@@ -238,7 +238,7 @@ def test_a_photo_in_endless_parts_is_refused(content, message):
     ("content", "message"),
     [
         (lambda: png(EMPTY * 60_000), "more than 100,000 parts"),
-        (lambda: png(COMPRESSED * 17), "more than 16 compressed texts"),
+        (lambda: png(COMPRESSED * 17), "more than 16 compressed text chunks"),
         (lambda: png(chunk(b"eXIf", orientations(10**6))), "2,000,032 bytes of EXIF"),
         (lambda: webp(orientations(10**6)), "bytes of EXIF"),
     ],

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ T = TypeVar("T")
 # Seconds for rank 0's caller to continue, for an image's first step, which may read the weights, and for what each rank
 # does by itself.
 PATIENCE = 600.0
+MEETING = 120.0  # seconds for all ranks to start and connect
 LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times an image's longest step so far, and at least this many seconds
 # Measured on H200s: at 512x512 (1024 tokens), four ranks and two teams of two were slower than one, and two faster.
 # From so many rows per rank on, it is faster to queue what NCCL sends on its own: with 1048 it was, with 528 not.
@@ -59,6 +61,38 @@ class Signal(IntFlag):
 
 
 GO = Signal(0)
+
+
+@contextmanager
+def interrupted(seconds: float) -> Iterator[None]:
+    """Interrupts a system call that waits for longer within the block; does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def preparing(group: Group | None) -> Iterator[None]:
+    """Within the block, each machine of a group prepares by itself; if one fails, all do, at the end of the block."""
+    if group is None:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        with suppress(GroupError):  # another is lost, too
+            group.exchange(str(error) or type(error).__name__)
+        raise
+    for rank, problem in enumerate(group.exchange("")):
+        if problem:
+            raise GroupError(f"rank {rank} failed: {problem}")
 
 
 class Ended(Exception):
@@ -106,11 +140,11 @@ class Group(SharingBySpeed):
     """The ranks that generate images together; a `models.runner.Ranks`.
 
     speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal, or measured by
-    `share_by`. A step that takes more than `limit` seconds, by default five times as long as any before of the same
-    image, ends this process with an error: another rank has stalled, and MLX would wait forever.
+    `share_by`. A step that takes more than a minute, and five times as long as any before of the same image, ends this
+    process with an error: another rank has stalled, and MLX would wait forever.
     """
 
-    def __init__(self, group: mx.distributed.Group, speeds: Sequence[float] | None = None, limit: float | None = None):
+    def __init__(self, group: mx.distributed.Group, speeds: Sequence[float] | None = None):
         self.group = group
         self.rank, self.size = group.rank(), group.size()
         self.settled = speeds is not None
@@ -121,7 +155,6 @@ class Group(SharingBySpeed):
         # NCCL computes on the GPU, the other backends on the CPU
         self._on_gpu = uses_nccl()
         self._stream = mx.new_thread_local_stream(mx.gpu if self._on_gpu else mx.cpu)
-        self._limit = limit
         self._longest = 0.0
         self._broken = self._ended = False
         self._deadline: float | None = None
@@ -136,8 +169,20 @@ class Group(SharingBySpeed):
 
     @classmethod
     def launched(cls) -> Group | None:
-        """The processes that `mlx.launch` started with this one; None if there are none."""
-        return cls.of(mx.distributed.init(strict=True)) if is_launched() else None
+        """The processes that `mlx.launch` started with this one; None if there are none.
+
+        GroupError if they do not connect in time. MLX's ring would wait forever, and no other thread could run.
+        """
+        if not is_launched():
+            return None
+        with interrupted(MEETING):
+            try:
+                return cls.of(mx.distributed.init(strict=True))
+            except RuntimeError as error:
+                raise GroupError(
+                    f"the machines did not connect ({error}): see what the others printed, then start the whole group "
+                    f"again"
+                ) from error
 
     @property
     def leads(self) -> bool:
@@ -362,6 +407,10 @@ class Group(SharingBySpeed):
                 yield event
             event = None  # not kept in memory while the next is computed
 
+    def between(self, own: Signal = GO) -> Signal:
+        """`signal` between two steps, where only rank 0's caller may take its time, so that only the others wait."""
+        return self.signal(own, None if self.leads else PATIENCE)
+
     def signal(self, own: Signal = GO, limit: float | None = PATIENCE) -> Signal:
         """What all ranks signal; Ended on the others if rank 0 has ended the work, GroupError if another one failed.
 
@@ -387,7 +436,7 @@ class Group(SharingBySpeed):
             own = GO
             if change is not None and self.leads:
                 own = (GO if change.latents is None else Signal.CHANGED) | (Signal.STOPPED if change.stop else GO)
-            said = self.signal(own)
+            said = self.between(own)
             begin = time.monotonic()
             with self.computing():
                 if said:
@@ -433,7 +482,7 @@ class Group(SharingBySpeed):
     def in_step(self, steps: Generator[int, None, R]) -> Generator[int, None, R]:
         """Steps that all ranks compute; rank 0's caller may end them between any two."""
         while True:
-            self.signal()
+            self.between()
             with self.computing():
                 try:
                     done = next(steps)
@@ -458,7 +507,7 @@ class Group(SharingBySpeed):
             self._watchdog = threading.Thread(target=self._watch, daemon=True, name="watchdog of the group")
             self._watchdog.start()
         usual = max(SHORTEST_LIMIT, LIMIT * self._longest) if self._longest else PATIENCE
-        self._deadline = time.monotonic() + (self._limit or limit or usual)
+        self._deadline = time.monotonic() + (limit or usual)
         try:
             yield
         except NumericsError:  # on all ranks, since they have the same latents

@@ -2,7 +2,8 @@
 
 Only this module sets MLX's limits, the C library's allocator and an environment variable. Limits and allocator are set
 for the duration of a `with` block, then restored; the variable stays, since MLX reads it once, at its first operation.
-Signals are set in cli/stop.py and server/worker.py; cli/stop.py also limits open files when it stops a download.
+Signals are set in cli/stop.py, server/worker.py and distributed.py; cli/stop.py also limits open files when it stops a
+download.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import numpy as np
 from . import porting
 from .clock import Cost
 from .controls import ControlNetMethods
-from .distributed import Group
+from .distributed import Group, preparing
 from .errors import MemoryBudgetError, NumericsError, RequestError, warn
 from .failures import explained
 from .groups import GroupMethods, Work, join
@@ -206,9 +206,10 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
             if ranks is not None and given is None and name == "float16":
                 name = "bfloat16"  # finding float16's scale is not shared
             budget = None if memory is None else parse_memory(memory)
-            source, transformer = smaller_parts(already_converted(source), transformer, check=False)
-            parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-            checkpoint = open_checkpoint(source, variant, parts)
+            with preparing(ranks):
+                source, transformer = smaller_parts(already_converted(source), transformer, check=False)
+                parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+                checkpoint = open_checkpoint(source, variant, parts)
             return cls(checkpoint, getattr(mx, name), budget, keep, wired, ranks)
 
     def __call__(

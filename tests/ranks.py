@@ -3,8 +3,9 @@
     python ranks.py MODEL CALLS.json OUT.npz OPTIONS
 
 CALLS.json is a list of a pipeline call's arguments; the image "photo" is the tests' own. Rank 0 writes the result of
-each call. In MODEL, {rank} is the rank. OPTIONS is a JSON object: speeds and limit as in Group, and memory,
-budgets by rank. However small an image is, all ranks share it, unless OPTIONS has another `least` number of tokens.
+each call. In MODEL, {rank} is the rank. OPTIONS is a JSON object: speeds as in Group; memory, budgets by rank; and
+limits, the values of distributed's constants. However small an image is, all ranks share it, unless OPTIONS has another
+`least` number of tokens.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def open_pipeline(model: str, folder: Path, group: Group | None = None, memory: 
 def main(model: str, calls: str, out: str, options: str) -> None:
     given = json.loads(options)
     distributed.LEAST = given.get("least", 1)
-    group = Group(mx.distributed.init(backend="ring", strict=True), given.get("speeds"), given.get("limit"))
+    for name, seconds in given.get("limits", {}).items():
+        setattr(distributed, name, seconds)
+    group = Group(mx.distributed.init(backend="ring", strict=True), given.get("speeds"))
     memory = given.get("memory", {}).get(str(group.rank))
     pipe = open_pipeline(model.format(rank=group.rank), Path(out).parent / f"rank{group.rank}", group, memory)
     Path(f"{out}.{group.rank}").touch()  # the model is open

@@ -30,13 +30,13 @@ from test_cli_lora import write as write_lora
 from mlx_zimage import GenerateRequest, RequestError, ZImagePipeline
 from mlx_zimage.cli import main
 from mlx_zimage.distributed import GO, Group, Signal
-from mlx_zimage.errors import GroupError
+from mlx_zimage.errors import GroupError, ModelNotFoundError
 from mlx_zimage.failures import LOST
 from mlx_zimage.machine import mlx_version
 from mlx_zimage.models.layers import result
 from mlx_zimage.train.machines import Machines
 
-PROMPT = {"prompt": "a fox in the snow", "seed": 3, "num_inference_steps": 4}
+PROMPT = {"prompt": "a fox in the snow", "seed": 3, "num_inference_steps": 8}
 PROMPTS = ["a fox in the snow", "a dog", "a lighthouse at dusk, in the rain"]
 GUIDED = PROMPT | {"guidance_scale": 3.0, "negative_prompt": "a dog"}
 PHOTO = {"height": 80, "width": 96}
@@ -130,6 +130,9 @@ def test_different_versions_of_mlx_and_given_speeds_are_refused(version, speeds,
         def check_same(self, shown, **others):
             mine.append(shown | others)
 
+        def exchange(self, own):
+            return [own] * 2
+
         def share_by(self, measure):
             pass
 
@@ -167,6 +170,23 @@ def test_what_differs_is_named_with_each_machine_and_its_own_value(values, messa
         group.check_same({"dtype": "float32", "version": values[0]}, model="same")
 
 
+def test_a_model_that_one_machine_lacks_ends_all_at_once(tiny_folder, tmp_path):
+    (tmp_path / "model0").symlink_to(tiny_folder)
+    words = ["generate", "a fox", "--model", str(tmp_path / "model{rank}"), "-o", str(tmp_path / "fox.png")]
+    first, second = ranks.finish(ranks.start(2, tmp_path, [sys.executable, "-m", "mlx_zimage", *words]), seconds=60)
+    assert first[0] == GroupError.exit_code and "rank 1 failed: no model at" in first[1]
+    assert second[0] == ModelNotFoundError.exit_code and "Error on rank 1: no model at" in second[1]
+
+
+def test_ranks_that_do_not_connect_in_time_are_an_error(tmp_path):
+    program = "from mlx_zimage import distributed\ndistributed.MEETING = 1\ndistributed.Group.launched()"
+    environment = ranks.group(2, tmp_path) | {"MLX_RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1 and "GroupError: the machines did not connect (" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["padded", "several prompts"])
 def test_a_rank_that_cannot_generate_ends_the_request_on_all(name, tiny_folder, tmp_path):
     first, second = ranks.finish(begin(2, tiny_folder, tmp_path, [CALLS[name]], memory={"1": "2MB"}))
@@ -178,7 +198,7 @@ def test_a_rank_that_cannot_generate_ends_the_request_on_all(name, tiny_folder, 
 def check_that_all_end(name: str, sign: int, rank: int, after: float, model: Path, folder: Path) -> None:
     """Send a signal to one of three ranks, some seconds after it opened the model; expect errors from the others."""
     calls = [CALLS[name] | {"num_inference_steps": 1000}] * 20  # more than there is time for
-    processes = begin(3, model, folder, calls, limit=8)
+    processes = begin(3, model, folder, calls, limits={"PATIENCE": 15, "SHORTEST_LIMIT": 8})
     while not all((folder / f"out.npz.{i}").exists() for i in range(3)):
         time.sleep(0.1)
     time.sleep(after)
@@ -200,6 +220,23 @@ def check_that_all_end(name: str, sign: int, rank: int, after: float, model: Pat
 @pytest.mark.parametrize(("sign", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
 def test_a_rank_that_dies_or_stalls_ends_all(name, sign, rank, tiny_folder, tmp_path):
     check_that_all_end(name, sign, rank, 2, tiny_folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_rank_0_notices_between_steps_that_another_has_stalled(tiny_folder, tmp_path):
+    calls = [CALLS["padded"] | {"num_inference_steps": 1000}] * 20
+    # each rank computes all of the image, so they only meet between its steps
+    first, second = begin(2, tiny_folder, tmp_path, calls, least=10**6, limits={"SHORTEST_LIMIT": 3})
+    while not all((tmp_path / f"out.npz.{i}").exists() for i in range(2)):
+        time.sleep(0.1)
+    time.sleep(2)
+    second.send_signal(signal.SIGSTOP)
+    try:
+        ((code, text),) = ranks.finish([first], seconds=60)
+        assert code == GroupError.exit_code and "rank 0 waited too long for the other machines" in text
+    finally:
+        second.kill()
+        second.wait()
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import click
 
 from ..errors import RequestError
 from ..variants import TURBO
-from .output import printable
+from .output import printable, say
 from .values import ModelName, sides, size_options
 
 
@@ -37,7 +37,7 @@ def check(
     Start it with mlx.launch, as you would `generate`. Versions or weights that differ are an error. Speeds are measured
     with a few blocks of random weights, at the size that you give.
     """
-    from ..distributed import Group
+    from ..distributed import Group, preparing
     from ..survey import survey, survey_table
     from ..weights.checkpoint import open_checkpoint
 
@@ -48,7 +48,10 @@ def check(
             "this is the only machine; start the command on all of them with "
             "`mlx.launch --hostfile hosts.json -- mlx-zimage distributed check`"
         )
-    found = survey(group, width, height, open_checkpoint(model) if model else None, architecture)
+    say(f"Comparing and timing {group.size} machines; this takes a minute or more.", not group.leads)
+    with preparing(group):
+        checkpoint = open_checkpoint(model) if model else None
+    found = survey(group, width, height, checkpoint, architecture)
     if group.leads:
         summary = asdict(found) | {"speed_up": found.speed_up}
         click.echo(json.dumps(summary) if as_json else printable(survey_table(found, width, height)))

@@ -126,7 +126,7 @@ def train(
     (log.jsonl) and a plot of the loss (loss.svg), previews, and the state from which the same command resumes if it was
     stopped.
     """
-    from ..distributed import Group
+    from ..distributed import Group, preparing
     from ..networks import Phase
     from ..train.dataset import read_dataset
     from ..train.loop import Measured, Planned, Previewed, Stepped, Written, open_to_train
@@ -137,12 +137,12 @@ def train(
         raise RequestError(f"the output must be a .safetensors file, got {output}")
     values = {name: value for name, value in given.items() if value is not None}
     settings = Settings(**{**values, "extras": tuple(sorted(set(given["extras"])))})
-    examples = read_dataset(dataset, settings.resolution or RESOLUTION, settings.trigger)
-    quiet = quiet or launched_rank() > 0
-    pipe = open_to_train(model or str(first_run(DEFAULT_MODEL, yes, quiet, memory)), dtype, memory)
+    quiet, group = quiet or launched_rank() > 0, Group.launched()
+    with preparing(group):
+        examples = read_dataset(dataset, settings.resolution or RESOLUTION, settings.trigger)
+        pipe = open_to_train(model or str(first_run(DEFAULT_MODEL, yes, quiet, memory)), dtype, memory)
     if adapter is None and pipe.variant == TURBO:
         say(f"Training undoes Turbo's distillation; if images get soft, use --adapter {ADAPTER}", quiet)
-    group = Group.launched()
     if group is not None and "accumulate" not in values:
         settings = replace(settings, accumulate=group.size)
     if group is not None and not group.leads:

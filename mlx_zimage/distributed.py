@@ -514,6 +514,11 @@ class Group(SharingBySpeed):
             raise
         except BaseException:
             self._broken = True
+            self._deadline = time.monotonic() + SHORTEST_LIMIT
+            # Other calls would wait for what is queued while holding Python's lock, which the watchdog needs.
+            for stream in (mx.default_stream(mx.default_device()), self._stream):
+                with suppress(RuntimeError):
+                    mx.synchronize(stream)
             raise
         finally:
             self._deadline = None

@@ -4,8 +4,8 @@
 
 CALLS.json is a list of a pipeline call's arguments; the image "photo" is the tests' own. Rank 0 writes the result of
 each call. In MODEL, {rank} is the rank. OPTIONS is a JSON object: speeds as in Group; memory, budgets by rank; and
-limits, the values of distributed's constants. However small an image is, all ranks share it, unless OPTIONS has another
-`least` number of tokens.
+limits, the values of distributed's constants; and lora, a file that the model gets instead of a ControlNet.
+However small an image is, all ranks share it, unless OPTIONS has another `least` number of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import controls
-import mlx.core as mx
 import numpy as np
 import tiny
 
@@ -77,10 +76,13 @@ def results(pipe: ZImagePipeline, calls: list[dict]) -> list[np.ndarray]:
     return [pipe(**{"output_type": "latent"} | call).images for call in given]
 
 
-def open_pipeline(model: str, folder: Path, group: Group | None = None, memory: str | None = None) -> ZImagePipeline:
-    """A float32 pipeline with a ControlNet."""
+def open_pipeline(
+    model: str, folder: Path | None, group: Group | None = None, memory: str | None = None
+) -> ZImagePipeline:
+    """A float32 pipeline, with a ControlNet that is written to the folder if there is one."""
     pipe = ZImagePipeline.from_pretrained(model, dtype="float32", memory=memory, group=group)
-    pipe.load_controlnet(controls.write(folder, 0, "control_v21"))
+    if folder is not None:
+        pipe.load_controlnet(controls.write(folder, 0, "control_v21"))
     return pipe
 
 
@@ -89,9 +91,14 @@ def main(model: str, calls: str, out: str, options: str) -> None:
     distributed.LEAST = given.get("least", 1)
     for name, seconds in given.get("limits", {}).items():
         setattr(distributed, name, seconds)
-    group = Group(mx.distributed.init(backend="ring", strict=True), given.get("speeds"))
+    launched = Group.launched()
+    assert launched is not None
+    group = Group(launched.group, given["speeds"]) if given.get("speeds") else launched
     memory = given.get("memory", {}).get(str(group.rank))
-    pipe = open_pipeline(model.format(rank=group.rank), Path(out).parent / f"rank{group.rank}", group, memory)
+    source, folder = model.format(rank=group.rank), Path(out).parent / f"rank{group.rank}"
+    pipe = open_pipeline(source, None if "lora" in given else folder, group, memory)
+    if "lora" in given:
+        pipe.load_lora(given["lora"])
     Path(f"{out}.{group.rank}").touch()  # the model is open
     if group.leads:
         with closing(pipe):

@@ -143,7 +143,9 @@ def parse_seeds(text: str) -> list[int]:
     """ "7" or "1,2,5"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"-?[0-9]{1,20}", part) for part in parts):
-        raise RequestError(f"seed must be whole numbers from 0 to 2**64 - 1, separated by commas, got {brief(text)}")
+        raise RequestError(
+            f"seed must be one or more whole numbers from 0 to 2**64 - 1, separated by commas, got {brief(text)}"
+        )
     return [int(part) for part in parts]
 
 

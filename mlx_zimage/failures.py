@@ -19,7 +19,7 @@ LESS_MEMORY = "lower the budget with --memory (memory= in Python), generate smal
 TOO_LONG = (
     "macOS stopped work that was keeping the display from using the GPU. Let the display sleep while images are "
     "generated, or generate smaller images. AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment turns this limit off "
-    "on most Macs, at the cost of a display that stutters or freezes for seconds"
+    "on most Macs, at the cost of a display that stutters, or freezes for seconds at a time"
 )
 LOST = "the connection to another machine was lost: see what it printed, then start the whole group again"
 # (pattern of the message, error to raise, what it means and what to do); the first match applies
@@ -39,8 +39,8 @@ FAILURES: tuple[tuple[str, type[ZImageError], str], ...] = (
     (
         r"No Metal device available",
         DeviceError,
-        "macOS gives this session no GPU, as happens in headless, sandboxed or virtual sessions: run it as a user who "
-        "is logged in at the Mac itself",
+        "macOS gives this session no GPU, as happens in headless, sandboxed or virtual sessions: run mlx-zimage as "
+        "a user who is logged in at the Mac itself",
     ),
     (
         r"SubmissionsIgnored|new command queue",

@@ -127,7 +127,7 @@ class LoraMethods:
         given = 1.0 if adapter_weights is None else adapter_weights
         weights = list(given) if isinstance(given, Sequence) else [given] * len(names)
         if len(weights) != len(names):
-            raise RequestError(f"adapter_weights must be one per adapter, got {len(weights)} for {len(names)}")
+            raise RequestError(f"adapter_weights must have one value per adapter, got {len(weights)} for {len(names)}")
         self.set_loras(dict(zip(names, weights, strict=True)))
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:

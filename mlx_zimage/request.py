@@ -259,7 +259,9 @@ class GenerateRequest:
             if self.steps is None:
                 object.__setattr__(self, "steps", len(self.sigmas))
             if self.steps != len(self.sigmas):
-                raise RequestError(f"sigmas must be one per step: expected {self.steps}, got {len(self.sigmas)}")
+                raise RequestError(
+                    f"sigmas must have one value per step: expected {self.steps}, got {len(self.sigmas)}"
+                )
 
         if self.strength is not None:
             _check_strength(self.strength, self.steps)

@@ -146,7 +146,7 @@ def test_an_aspect_ratio_keeps_about_the_models_pixel_count(run):
             "bad.jsonl, line 2: width must be a multiple of 16 pixels from 16",
         ),
         ([PROMPT, "--prompt-file", "none.txt"], "none.txt"),
-        ([PROMPT, "--seed", "1-5"], "--seed must be whole numbers"),
+        ([PROMPT, "--seed", "1-5"], "--seed must be one or more whole numbers"),
         ([PROMPT, "--seed", "1", "--auto-seeds", "2"], "--seed cannot be combined"),
         ([PROMPT, "--size", "3:2"], "--size cannot be combined"),
         ([PROMPT, "--count", "0"], "--count must be"),

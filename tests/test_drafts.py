@@ -74,7 +74,7 @@ def test_count_adds_consecutive_seeds_to_each():
     with pytest.raises(RequestError, match="whole numbers"):
         parse_seeds("1-5")
     for text in ("۵", "1_0", "1,,2", ""):
-        with pytest.raises(RequestError, match="seed must be whole numbers"):
+        with pytest.raises(RequestError, match="seed must be one or more whole numbers"):
             parse_seeds(text)
     for count in (0, 100_001, True, "2", 1.5):
         with pytest.raises(RequestError, match="count must be from 1"):

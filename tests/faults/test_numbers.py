@@ -106,7 +106,7 @@ def test_a_memory_budget_that_no_machine_has_is_refused(size):
 
 @pytest.mark.parametrize("digits", ["9" * 21, "9" * 5000, "1" * 10**6])
 def test_endless_digits_are_refused_in_seeds_requests_and_options(digits, monkeypatch):
-    with pytest.raises(RequestError, match="seed must be whole numbers from 0 to 2"):
+    with pytest.raises(RequestError, match="seed must be one or more whole numbers from 0 to 2"):
         parse_seeds(digits)
     line = f'{{"prompt": "a", "seed": {digits}}}'
     with pytest.raises(RequestError):

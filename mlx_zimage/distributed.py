@@ -65,12 +65,12 @@ GO = Signal(0)
 
 @contextmanager
 def interrupted(seconds: float) -> Iterator[None]:
-    """Interrupts a system call that waits for longer within the block; does nothing outside the main thread."""
+    """Interrupts system calls within the block once it takes longer; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     finally:
@@ -157,6 +157,7 @@ class Group(SharingBySpeed):
         self._stream = mx.new_thread_local_stream(mx.gpu if self._on_gpu else mx.cpu)
         self._longest = 0.0
         self._broken = self._ended = False
+        self._calls = 0  # of _gathered, which are as many on all ranks
         self._deadline: float | None = None
         self._watchdog: threading.Thread | None = None
 
@@ -269,10 +270,15 @@ class Group(SharingBySpeed):
         return totals
 
     def _gathered(self, own: np.ndarray) -> np.ndarray:
-        """Each rank's numbers, a row each. GroupError if one is missing."""
-        every = np.array(self._all_gather(mx.array(own))).reshape(self.size, -1)
-        self._totals([])
-        return every
+        """Each rank's numbers, a row each. GroupError if one is missing: MLX's ring may then return any numbers, as of
+        an earlier call, and would wait forever if it was asked again."""
+        self._calls += 1
+        mark = np.frombuffer(self._calls.to_bytes(8, "little"), np.uint8).astype(own.dtype)
+        every = np.array(self._all_gather(mx.array(np.concatenate([mark, own])))).reshape(self.size, -1)
+        if (every[:, : len(mark)] != mark).any():
+            self._broken = True
+            raise GroupError(LOST)
+        return every[:, len(mark) :]
 
     def send(self, content: Mapping[str, np.ndarray]) -> None:
         """Send named arrays to the others, which `receive` them; no arrays at all, from rank 0, end their work."""
@@ -320,11 +326,7 @@ class Group(SharingBySpeed):
         text = json.dumps(content).encode()
         with self.computing(PATIENCE):
             most = int(self._gathered(np.array([len(text)])).max())
-            every = self._gathered(np.frombuffer(text.ljust(most), np.uint8))
-            try:
-                return [json.loads(row.tobytes()) for row in every]
-            except ValueError as error:  # MLX's ring may return anything in its place
-                raise GroupError(LOST) from error
+            return [json.loads(row.tobytes()) for row in self._gathered(np.frombuffer(text.ljust(most), np.uint8))]
 
     def check_same(self, shown: Mapping[str, str], **others: Any) -> None:
         """GroupError on every rank if a value is not the same on all of them, with each rank's own if it is shown.
@@ -514,7 +516,7 @@ class Group(SharingBySpeed):
             raise
         except BaseException:
             self._broken = True
-            self._deadline = time.monotonic() + SHORTEST_LIMIT
+            self._deadline = time.monotonic() + max(SHORTEST_LIMIT, LIMIT * self._longest)
             # Other calls would wait for what is queued while holding Python's lock, which the watchdog needs.
             for stream in (mx.default_stream(mx.default_device()), self._stream):
                 with suppress(RuntimeError):

@@ -418,11 +418,31 @@ def test_what_the_ring_returns_for_a_lost_rank_is_neither_read_nor_compared_nor_
     assert group._broken
 
 
-def test_what_is_no_message_of_another_rank_is_a_lost_one(monkeypatch):
-    group = Lost(Rank(0, 2))
-    monkeypatch.setattr(group, "_totals", lambda own: [])  # as if it were there
+def test_what_the_ring_returned_earlier_is_not_taken_for_an_answer():
+    class Stale(Group):
+        first = None
+
+        def _all_gather(self, x):
+            self.first = mx.concatenate([x, x]) if self.first is None else self.first
+            return self.first
+
     with pytest.raises(GroupError, match="the connection to another machine was lost"):
-        group.exchange({"speed": 1})
+        Stale(Rank(0, 2)).exchange({"speed": 1})  # first its length, then itself
+
+
+def test_a_rank_that_ended_before_the_others_ask_it_is_lost(tmp_path):
+    program = """
+import os, time
+from mlx_zimage.distributed import Group
+group = Group.launched()
+if group.rank:
+    os._exit(3)
+time.sleep(1)
+group.exchange("")
+"""
+    first, second = ranks.finish(ranks.start(2, tmp_path, [sys.executable, "-c", program]), seconds=30)
+    assert first[0] == 1 and f"GroupError: {LOST}" in first[1]
+    assert second[0] == 3
 
 
 def test_what_all_ranks_decoded_is_not_used_if_one_was_lost_before_the_end(monkeypatch):

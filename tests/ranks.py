@@ -3,9 +3,9 @@
     python ranks.py MODEL CALLS.json OUT.npz OPTIONS
 
 CALLS.json is a list of a pipeline call's arguments; the image "photo" is the tests' own. Rank 0 writes the result of
-each call. In MODEL, {rank} is the rank. OPTIONS is a JSON object: speeds as in Group; memory, budgets by rank; and
-limits, the values of distributed's constants; and lora, a file that the model gets instead of a ControlNet.
-However small an image is, all ranks share it, unless OPTIONS has another `least` number of tokens.
+each call. In MODEL, {rank} is the rank. OPTIONS is a JSON object: speeds as in Group; memory, budgets by rank;
+limits, the values of distributed's constants; and lora, a file that the model gets instead of a ControlNet. However
+small an image is, all ranks share it, unless OPTIONS has another `least` number of tokens.
 """
 
 from __future__ import annotations

@@ -208,6 +208,12 @@ def test_a_rank_that_cannot_generate_ends_the_request_on_all(name, tiny_folder, 
     assert "MemoryBudgetError" in second[1]
 
 
+def wait_until_open(size: int, folder: Path) -> None:
+    """Until all ranks that `begin` started have opened the model."""
+    while not all((folder / f"out.npz.{i}").exists() for i in range(size)):
+        time.sleep(0.1)
+
+
 def check_that_all_end(
     name: str, sign: int, rank: int, after: float, model: Path, folder: Path, is_open: bool = True
 ) -> None:
@@ -216,8 +222,8 @@ def check_that_all_end(
     steps = {} if "decoded" in name else {"num_inference_steps": 1000}
     calls = [CALLS[name] | steps] * 200  # more than there is time for
     processes = begin(3, model, folder, calls, limits={"MEETING": 8, "PATIENCE": 15, "SHORTEST_LIMIT": 8})
-    while is_open and not all((folder / f"out.npz.{i}").exists() for i in range(3)):
-        time.sleep(0.1)
+    if is_open:
+        wait_until_open(3, folder)
     time.sleep(after)
     processes[rank].send_signal(sign)
     others = [process for i, process in enumerate(processes) if i != rank]
@@ -244,8 +250,7 @@ def test_rank_0_notices_between_steps_that_another_has_stalled(tiny_folder, tmp_
     calls = [CALLS["padded"] | {"num_inference_steps": 1000}] * 20
     # each rank computes all of the image, so they only meet between its steps
     first, second = begin(2, tiny_folder, tmp_path, calls, least=10**6, limits={"SHORTEST_LIMIT": 3})
-    while not all((tmp_path / f"out.npz.{i}").exists() for i in range(2)):
-        time.sleep(0.1)
+    wait_until_open(2, tmp_path)
     time.sleep(2)
     second.send_signal(signal.SIGSTOP)
     try:

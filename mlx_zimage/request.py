@@ -179,9 +179,9 @@ class GenerateRequest:
 
     mask_image says which part of the image is regenerated (white); the pixels outside it are unchanged. The
     new part covers the old one gradually, over mask_feather pixels inside the mask, by default a 64th of the shorter
-    side. mask_resample, by default 5, is how often the latents are sampled again before each step. mask_grow moves the
-    mask's edges outwards by that many pixels. With mask_soft, grey parts are regenerated in the later steps only, the
-    darker the fewer; otherwise the mask is split at half.
+    side. mask_resample, by default 5, is how many times the latents are sampled again before each step. mask_grow moves
+    the mask's edges outwards by that many pixels. With mask_soft, grey parts are regenerated in the later steps only,
+    the darker the fewer; otherwise the mask is split at half.
 
     outpaint extends the image on the given sides instead; width and height are those of the whole.
 

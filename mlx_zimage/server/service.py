@@ -163,5 +163,5 @@ def log_images(api: str, ticket: Ticket) -> None:
     waited = (ticket.started or now) - ticket.arrived
     size = f"{fits.width}x{fits.height}, {counted(fits.steps, 'step')}" if fits else ""
     images = counted(count, "image")
-    took = f"{now - ticket.arrived:.1f} s, {waited:.1f} of them waiting"
+    took = f"{now - ticket.arrived:.1f} s, including {waited:.1f} s in the queue"
     log.info("%s: %s, %s, %s in %s", api, ticket.job.model, images, size, took)

@@ -32,7 +32,7 @@ from captions import describe
 from evaluate import generate_with_diffusers, images_of
 from judge import judge
 from lora import Lora, Trainer, generate_many, interval, refined
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from palette import COLOR_NAMES, SHAPES, WIDER
 from PIL import Image
 from render import ground_truth
@@ -48,15 +48,16 @@ from mlx_zimage.noise import initial_noise
 from mlx_zimage.scheduler import times
 from mlx_zimage.weights.hub import POCKET
 
-SIDE = 128  # pixels; trained at one size
+Shape = tuple[int, int, int]  # a caption's padded length, and its latents' height and width
+
+SIDE = 128  # pixels of images with the new word; those for other captions have all sizes
 RANK, RATE, WARM_UP = 32, 2e-3, 100
 IMAGES, POOL = 50, 1500  # with the new word, and chosen from so many
 RECOLORED = 6  # choices of colours for each view of an image, besides its own
 MIXED = 40.0  # condition number of a scene's colours up to which its pixels are unmixed
 CAPTIONS = 2  # for each view of an image, in each choice of colours
-OWN = 3000  # images that the model generates from other captions
-LEVELS, NEW, KEPT = 4, 12, 20  # noise levels in a step; at each, new images and some of the model's own
-HELD_OUT = 200  # prompts with the new word to score
+OWN = 6000  # images that the model generates from other captions
+LEVELS, NEW, KEPT = 4, 12, 24  # noise levels in a step; at each, new images and some of the model's own
 # The new word replaces these in captions, and the new colour or shape this one in the scenes that they describe.
 STANDS_FOR = {
     "cyan": (re.compile(r"\b(purple|violet)\b"), "color", COLOR_NAMES.index("purple"), len(COLOR_NAMES)),
@@ -190,27 +191,29 @@ def reworded(word: str, scene: Scene, rng: random.Random) -> list[Scene]:
 
 def known_scenes(count: int, seed: int) -> list[Scene]:
     rng = random.Random(seed)
-    return [sample_scene(rng, canvas=(SIDE, SIDE)) for _ in range(count)]
+    return [sample_scene(rng) for _ in range(count)]
 
 
 # ---- training
 
 
 class Examples:
-    """Embedded captions, by their padded length, and the arrays that belong to each."""
+    """Embedded captions and the latents of their images, and what else belongs to each, by their shapes: those of one
+    shape can be trained on together."""
 
     def __init__(self, examples: Iterable[tuple[mx.array, ...]]):
-        found: dict[int, list[tuple[mx.array, ...]]] = {}
-        for caption, *arrays in examples:
-            found.setdefault(len(caption), []).append((caption, *arrays))
-        self.counts = {length: len(own) for length, own in found.items()}
-        self.by_length = {
-            length: tuple(mx.stack(part) for part in zip(*own, strict=True)) for length, own in found.items()
+        found: dict[Shape, list[tuple[mx.array, ...]]] = {}
+        for caption, latents, *others in examples:
+            found.setdefault((len(caption), *latents.shape[-3:-1]), []).append((caption, latents, *others))
+        self.by_shape = {
+            shape: tuple(mx.stack(part) for part in zip(*own, strict=True)) for shape, own in found.items()
         }
 
-    def choose(self, length: int, count: int, rng: np.random.Generator) -> list[mx.array]:
-        """Random captions of a length (LEVELS, count, length, dim), and what belongs to them."""
-        arrays = self.by_length[length]
+    def choose(self, count: int, rng: np.random.Generator) -> list[mx.array]:
+        """Random captions of one shape (LEVELS, count, length, dim), and what belongs to them."""
+        groups = [*self.by_shape.values()]
+        counts = np.array([len(captions) for captions, *_ in groups])
+        arrays = groups[rng.choice(len(groups), p=counts / counts.sum())]
         chosen = mx.array(rng.integers(len(arrays[0]), size=(LEVELS, count)))
         return [array[chosen] for array in arrays]
 
@@ -239,14 +242,17 @@ def own_examples(pipe: ZImagePipeline, scenes: list[Scene], seed: int, batch: in
     network, sigmas = pipe.transformer, pipe.sigmas(GenerateRequest("-", SIDE, SIDE, seed=0)).tolist()
     modulations, finals = network.modulate(times(sigmas[:-1]))
     captions = Examples(
-        (embedded(pipe, scene), initial_noise(seed + i, (1, 16, SIDE // 8, SIDE // 8))[0].transpose(1, 2, 0))
+        (
+            embedded(pipe, scene),
+            initial_noise(seed + i, (1, 16, scene.height // 8, scene.width // 8))[0].transpose(1, 2, 0),
+        )
         for i, scene in enumerate(scenes)
     )
     found: list[tuple[mx.array, ...]] = []
-    for every, noise in captions.by_length.values():
+    for (_, h, w), (every, noise) in captions.by_shape.items():
         for start in range(0, len(every), batch):
             own, latents = every[start : start + batch], noise[start : start + batch]
-            whole, states, outputs = refined(network, own, SIDE // 8, SIDE // 8), [], []
+            whole, states, outputs = refined(network, own, h, w), [], []
             for k, (sigma, following) in enumerate(pairwise(sigmas)):
                 (output,) = network(latents, [whole], row(modulations, k), row(finals, k))
                 states.append(latents)
@@ -278,62 +284,64 @@ class Learner(Trainer):
         self.weights = [dict(tree_flatten(unpacked(tree_unflatten(list(own.items()))))) for own in self.weights]
 
     def mean_error(
-        self, lora: Lora, weights: dict[str, mx.array], schedule, captions, noisy, wanted, drops
+        self, lora: Lora, weights: dict[str, mx.array], schedule, weight, captions, noisy, wanted
     ) -> mx.array:
-        """The mean squared error of data minus noise; each array has an item for each of LEVELS levels. A level counts
-        as much as the sampler's step from there is long."""
+        """The mean squared error of data minus noise, weighted by level; arrays have an item for each of LEVELS."""
         network = Transformer(self.config, PlainRunner(self.tree(lora, weights)), compile=False)
 
         def output(captions, noisy, modulation, final_scale) -> mx.array:
-            (found,) = network(noisy, [refined(network, captions, SIDE // 8, SIDE // 8)], modulation, final_scale)
+            (found,) = network(noisy, [refined(network, captions, *noisy.shape[1:3])], modulation, final_scale)
             return found
 
         found = mx.vmap(output)(captions, noisy, *schedule)
-        return (mx.square(found - wanted).mean(axis=(2, 3, 4)) * drops[:, None]).mean()
+        return (mx.square(found - wanted).mean(axis=(1, 2, 3, 4)) * weight).mean()
 
-    def sample(self, length: int, levels: list[int], rng: np.random.Generator) -> tuple[mx.array, ...]:
-        """Captions, noisy latents and wanted outputs: at each level those of NEW images, then of KEPT."""
-        caption, latents = self.new.choose(length, NEW, rng)
-        own_caption, states, outputs = self.own.choose(length, KEPT, rng)
+    def new_images(self, levels: list[int], rng: np.random.Generator) -> tuple[mx.array, mx.array, mx.array]:
+        """Captions, noisy latents and wanted outputs of NEW images at each level."""
+        captions, latents = self.new.choose(NEW, rng)
         noise = mx.array(rng.standard_normal(latents.shape, np.float32))
         sigma = mx.array([self.sigmas[level] for level in levels])[:, None, None, None, None]
-        states, outputs = (mx.stack([own[i, :, k] for i, k in enumerate(levels)]) for own in (states, outputs))
-        pairs = (
-            (caption, own_caption),
-            ((1 - sigma) * latents + sigma * noise, states),
-            (latents - noise, outputs),
-        )
-        return tuple(mx.concatenate(pair, axis=1) for pair in pairs)
+        return captions, (1 - sigma) * latents + sigma * noise, latents - noise
+
+    def own_images(self, levels: list[int], rng: np.random.Generator) -> tuple[mx.array, mx.array, mx.array]:
+        """Captions, latents on the model's way and its outputs there, of KEPT of its images at each level."""
+        captions, *ways = self.own.choose(KEPT, rng)
+        states, outputs = (mx.stack([own[i, :, k] for i, k in enumerate(levels)]) for own in ways)
+        return captions, states, outputs
 
     def learn(self, steps: int, report: Callable[[int, float], None]) -> None:
-        """Adam, its rate falling to 0; reports each tenth of the steps' mean loss."""
+        """Adam, its rate falling to 0; reports each tenth of the steps' mean loss. A level counts as much as the
+        sampler's step from there is long, and a new image as much as one of the model's own."""
         optimizer = optim.Adam(learning_rate=RATE, betas=[0.9, 0.99])
         optimizer.init(self.lora)
         state = [self.lora, optimizer.state]
+        errors_and_gradients = mx.value_and_grad(self.mean_error)
 
-        def step(*given) -> mx.array:
-            loss, gradients = mx.value_and_grad(self.mean_error)(self.lora, *given)
-            gradients, _ = optim.clip_grad_norm(gradients, 1.0)
-            self.lora.update(optimizer.apply_gradients(gradients, self.lora))
-            return loss
+        def update(*gradients: Lora) -> None:
+            total, _ = optim.clip_grad_norm(tree_map(mx.add, *gradients), 1.0)
+            self.lora.update(optimizer.apply_gradients(total, self.lora))
 
         if mx.default_device() == mx.gpu:
-            step = mx.compile(step, inputs=state, outputs=state)
+            errors_and_gradients = mx.compile(errors_and_gradients)
+            update = mx.compile(update, inputs=state, outputs=state)
         rng, losses = np.random.default_rng(1), []
-        lengths = [length for length in self.new.counts if length in self.own.counts]
-        shares = np.array([self.new.counts[length] for length in lengths], float)
-        shares /= shares.sum()
         count, apart = len(self.sigmas), len(self.sigmas) // LEVELS
-        drops = count * -np.diff([*self.sigmas, 0])  # 1 on average
+        drops = mx.array(count * -np.diff([*self.sigmas, 0]), mx.float32)  # 1 on average
         for i in range(steps):
             optimizer.learning_rate = RATE * min(1, (i + 1) / WARM_UP) * (1 + math.cos(math.pi * i / steps)) / 2
-            copy, length = i % len(self.weights), int(rng.choice(lengths, p=shares))
+            copy = i % len(self.weights)
             levels = list(range(int(rng.integers(apart)), count, apart))
             schedule = tuple(every[mx.array(levels)] for every in self.schedules[copy])
-            groups = self.sample(length, levels, rng)
-            loss = step(self.weights[copy], schedule, *groups, mx.array(drops[levels], mx.float32))
-            mx.eval(loss, state)
-            losses.append(loss.item())
+            groups = (NEW, self.new_images(levels, rng)), (KEPT, self.own_images(levels, rng))
+            (new, of_new), (own, of_own) = (
+                errors_and_gradients(
+                    self.lora, self.weights[copy], schedule, drops[mx.array(levels)] * share / (NEW + KEPT), *group
+                )
+                for share, group in groups
+            )
+            update(of_new, of_own)
+            mx.eval(new, own, state)
+            losses.append((new + own).item())
             if (i + 1) % max(1, steps // 10) == 0:
                 report(i + 1, float(np.mean(losses)))
                 losses = []
@@ -353,8 +361,9 @@ def verdicts(pool, generate, scenes: list[Scene], sheet: Path | None = None) -> 
 
 
 def score(pool, copies: dict[str, Path], file: Path, word: str, count: int, with_diffusers: int) -> dict:
-    """Prints, and returns, what is right with and without the LoRA; `count` is of prompts without the word."""
-    groups = {"with": with_new_word(word, HELD_OUT, 1, "held out"), "without": held_out_scenes(count, 2028)}
+    """Prints, and returns, what is right with and without the LoRA, of `count` prompts with the word and of as many
+    without it."""
+    groups = {"with": with_new_word(word, count, 1, "held out"), "without": held_out_scenes(count, 2028)}
     found: dict[str, list[bool]] = {}
     print("| weights | LoRA | prompts with the word: right % | prompts without it: right % |\n|---|---|---|---|")
 
@@ -398,7 +407,9 @@ def main() -> None:
     parser.add_argument("word", choices=list(STANDS_FOR))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--count", type=int, default=2000, help="prompts without the word to score")
+    parser.add_argument(
+        "--count", type=int, default=2000, help="prompts with the word to score, and as many without it"
+    )
     parser.add_argument("--diffusers", type=int, default=0, metavar="N", help="score N of each in diffusers, too")
     parser.add_argument("--jobs", type=int, default=1, help="processes that judge")
     options = parser.parse_args()

@@ -80,7 +80,8 @@ def random_layer(form, rows, columns, rng):
 
 
 def save(path, tensors, metadata=None, shapes=None):
-    """Write a safetensors file of NumPy arrays; other dtypes are given as (dtype, bytes), and their shapes apart."""
+    """Write a safetensors file of NumPy arrays; other dtypes are given as (dtype, bytes), and their shapes
+    separately."""
     header: dict = {"__metadata__": metadata} if metadata else {}
     content, size = [], 0
     names = {"float32": "F32", "int8": "I8", "uint8": "U8", "uint32": "U32"}

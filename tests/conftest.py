@@ -45,7 +45,7 @@ def nothing_kept(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Where Python writes no bytecode, keep that of the processes that tests start until the tests end.
+    """Where Python is told to write no bytecode, let the processes that tests start write theirs, until the tests end.
 
     Otherwise each of them compiles the package and its libraries, which takes longer than what most are started for.
     """
@@ -58,7 +58,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_reach_children():
-    """Let signals end the processes that tests start, also if pytest itself ignores them (nohup, a background job).
+    """Let signals end the processes that tests start, even if pytest itself ignores them (nohup, a background job).
 
     A process inherits what is ignored, but not a handler.
     """
@@ -121,14 +121,15 @@ def light_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def light_pocket(light_folder, monkeypatch) -> Path:
-    """Take a smaller random model for pocket in this process: for what commands do, whatever their images show."""
+    """Use a smaller random model in place of pocket in this process, for tests of what commands do, whatever their
+    images show."""
     monkeypatch.setattr(weights.hub, "POCKET", light_folder)
     return light_folder
 
 
 @pytest.fixture
 def whole_pocket(light_pocket, monkeypatch) -> None:
-    """Take pocket itself, in a file whose tests have light_pocket."""
+    """Use pocket itself, in a file whose tests use light_pocket."""
     monkeypatch.setattr(weights.hub, "POCKET", POCKET)
 
 

@@ -2,7 +2,7 @@
 
 Prints the seconds that each conversion takes, beside those of cp for as many bytes, and the memory above that of an
 interpreter that has imported the converter; fails above 1 GB. The weights are random; comfy-kitchen quantizes those of
-one block, which every block then has. Takes up to 25 GB of disk, removed again.
+one block, which every block then has. Takes up to 25 GB of disk, freed at the end.
 """
 
 from __future__ import annotations

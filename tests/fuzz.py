@@ -1,4 +1,4 @@
-"""Feed every parser of untrusted input with mutations of valid ones, for a time, and report what it failed on.
+"""Feed mutations of valid inputs to every parser of untrusted input for a while, and report what it failed on.
 
     python tests/fuzz.py [PARSER ...] [--seconds 60] [--seed 0] [--processes 1] [--results FILE] [--keep FOLDER]
 

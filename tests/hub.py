@@ -35,7 +35,7 @@ class Hub:
     """Serves a folder as the repository `name`; `serve` adds others.
 
     token: required from clients, if set. cut: path -> number of bytes after which the connection is dropped, once, when
-    more are requested. held: paths of which only half is sent until the server exits, except of the header. listed:
+    more are requested. held: paths of which only half is sent until the server exits, except for the header. listed:
     SHA-256 by file name, to list instead of the true one. seen: (method, path, Range) of every request. sent: number of
     bytes sent, by path. received: uploaded contents, by path.
     """

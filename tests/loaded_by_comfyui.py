@@ -2,7 +2,7 @@
 
 COMFYUI is a clone of it, whose requirements are installed next to this package. Prints, for each format, how far the
 output of its transformer is from ours in float32, relative to the norm; fails if that is more than the format's
-rounding. The model has random weights, and two layers of the full width. Takes 8 GB of disk, removed again.
+rounding. The model has random weights, and two layers of the full width. Takes 8 GB of disk, freed at the end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ latents, caption, time = (torch.from_numpy(arrays[name]) for name in ("latents",
 with torch.no_grad():
     out = model.model.diffusion_model(latents.to(dtype), 1 - time, caption.to(dtype), num_tokens=caption.shape[1])
 np.save(sys.stdout.buffer, -out.float().numpy())
-"""  # in ComfyUI, the time and the sign of the output are those of sigmas
+"""  # ComfyUI's time is sigma, 1 - time here, and its output has the opposite sign
 
 
 def write_model(folder: Path) -> Path:

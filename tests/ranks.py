@@ -27,7 +27,7 @@ from mlx_zimage.distributed import Group
 
 
 def free_port(count: int = 1) -> int:
-    """The first of so many ports in a row that are free."""
+    """The first of `count` consecutive free ports."""
     while True:
         with ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

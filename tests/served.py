@@ -68,7 +68,7 @@ EXPECTED: dict[Path, np.ndarray] = {}
 
 
 def load(server: Server, clients: int = 32, requests: int = 500) -> None:
-    """Every request is answered with its own image, in the order of their arrival; memory stays as it is."""
+    """Every request is answered with its own image, in order of arrival; memory stays as it is."""
     todo: Queue[int] = Queue()
     for seed in range(requests):
         todo.put(seed)
@@ -126,9 +126,9 @@ def load(server: Server, clients: int = 32, requests: int = 500) -> None:
 
 
 def latency(server: Server, rounds: int = 5, pairs: int = 100) -> None:
-    """The time that the server adds to the library's own in one process, both measured in turns.
+    """The time that the server adds to the library's own in one process, both measured alternately.
 
-    The round counts in which the library is fastest: while other programs use the processor, both are slower.
+    Only the round in which the library is fastest counts: while other programs use the processor, both are slower.
     """
     model = open_model(str(server.model))
 

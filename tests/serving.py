@@ -1,4 +1,4 @@
-"""A server of its own process for tests, and requests to it as clients without an SDK send them."""
+"""A server in a process of its own, for tests, and requests to it as clients without an SDK send them."""
 
 from __future__ import annotations
 

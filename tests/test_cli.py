@@ -473,7 +473,7 @@ def test_completion_offers_models_and_files(run, tmp_path, monkeypatch):
         return ran.stdout.split()
 
     def offered(*words: str) -> list[str]:
-        """What bash is sent: words with their kind; of kind "file", the beginning of any file's name."""
+        """What bash is sent: each word with its kind; for the kind "file", the beginning of the files' names."""
         typed = {"COMP_WORDS": " ".join(["mlx-zimage", *words]), "COMP_CWORD": str(len(words))}
         environment = {"_MLX_ZIMAGE_COMPLETE": "bash_complete"} | typed
         return CliRunner().invoke(cli.main, prog_name="mlx-zimage", env=environment).stdout.split()

@@ -42,7 +42,7 @@ def test_a_diffusers_folder_is_verified_by_its_headers_and_values(run, tmp_path)
     assert run("verify", "no/such/folder").exit_code == 3
 
 
-def test_fp8_is_not_a_fault_and_what_is_no_model_is_not_called_damaged(run, tmp_path):
+def test_fp8_is_not_a_fault_and_what_is_not_a_model_is_not_called_damaged(run, tmp_path):
     folder = shutil.copytree(POCKET, tmp_path / "fp8")
     file = folder / "transformer/diffusion_pytorch_model.safetensors"
     arrays = mx.load(str(file))
@@ -61,7 +61,7 @@ def test_fp8_is_not_a_fault_and_what_is_no_model_is_not_called_damaged(run, tmp_
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What doctor measures is forgotten again."""
+    """What doctor measures is not remembered."""
     monkeypatch.setattr(doctor, "remember_product_rate", lambda rate: None)
 
 

@@ -310,7 +310,7 @@ def served(tmp_path):
         yield info
 
 
-def test_an_id_with_one_file_is_enough_also_offline_later(served, tmp_path):
+def test_an_id_with_one_file_is_enough_and_later_works_offline(served, tmp_path):
     write(tmp_path / "served/style.safetensors")
     for online in (True, False):
         assert json.loads(served("me/style", online).stdout)["file"] == "style.safetensors"

@@ -164,7 +164,7 @@ def test_a_machine_that_dies_ends_the_training_on_all(rank, images, tiny_folder,
 
 
 def killed_anywhere(images: Path, model: Path, folder: Path, kills: int, seed: int) -> None:
-    """Run a training whole, and one that is killed so many times; their files must be the same."""
+    """Run a training without a kill, and one that is killed `kills` times; their files must be the same."""
     more = ("--steps", "12", "--save-every", "2", "--accumulate", "2")
     program = [sys.executable, "-m", "mlx_zimage"]
 

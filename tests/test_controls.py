@@ -265,7 +265,7 @@ def test_an_image_is_upscaled_in_tiles_of_its_control_image(controlled, monkeypa
     assert relative_error(one, controlled(**call).images) > 0.001
 
 
-def test_two_prompts_and_two_images_at_once_follow_it_as_one_by_one(controlled):
+def test_two_prompts_and_two_images_at_once_follow_it_as_each_does_alone(controlled):
     both = {"num_inference_steps": 1, "seed": 3, "output_type": "latent", "control_image": outline()}
     batch = controlled("a red fox", **both, num_images_per_prompt=2).images
     guided = controlled("a red fox", **both, guidance_scale=2.0, negative_prompt="blurry").images

@@ -94,7 +94,7 @@ def test_diffusers_loads_an_exported_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", [slow("fp8"), "int8"])
-def test_a_file_for_comfyui_may_be_quantized_as_it_does(tmp_path, form):
+def test_a_file_for_comfyui_may_be_quantized_as_comfyui_quantizes(tmp_path, form):
     file = convert("pocket", tmp_path / "all.safetensors", format=f"comfyui-{form}")
     assert file.stat().st_size < 0.75 * convert("pocket", tmp_path / "x.safetensors", format="comfyui").stat().st_size
     stored = mx.load(str(file))

@@ -17,7 +17,7 @@ from mlx_zimage.errors import CheckpointError, ModelNotFoundError, RequestError
 from mlx_zimage.images.poses import BODY, BONES, COLOURS, CROP, FINDER, HANDS, STRIDES, people, points, pose
 from mlx_zimage.weights.manifest import sha256
 
-BOX = (0.25, 0.1, 0.75, 0.9)  # of the person: left, top, right, bottom as parts of a square image
+BOX = (0.25, 0.1, 0.75, 0.9)  # of the person: left, top, right, bottom as fractions of a square image's side
 
 
 def write_network(path, nodes, constants, outputs):
@@ -60,7 +60,7 @@ def cells(*boxes):
 
 
 def bins(places):
-    """RTMPose's two outputs for 133 places (x, y, score) in parts of what it sees."""
+    """RTMPose's two outputs for 133 places (x, y, score), as fractions of what it sees."""
     sides = np.array(CROP) * 2
     outputs = [np.zeros((1, 133, side)) for side in sides]
     for i, (x, y, score) in enumerate(places):
@@ -244,7 +244,7 @@ def test_without_a_network_the_missing_file_is_named(there, monkeypatch, pipe, t
     assert not bytes_read
 
 
-def test_another_file_than_the_listed_one_is_refused(there, monkeypatch):
+def test_a_file_other_than_the_listed_one_is_refused(there, monkeypatch):
     monkeypatch.setitem(MODELS, "depth", (replace(MODELS["depth"][0], sha256="0" * 64),))
     with pytest.raises(
         CheckpointError, match=r"is damaged: its SHA-256 is not that of onnx-community/\S+:onnx/model.onnx; delete it"

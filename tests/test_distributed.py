@@ -368,7 +368,7 @@ def test_what_remains_of_a_lost_rank_is_not_read_as_its_message(size, content, m
         group.receive()
 
 
-def test_ranks_of_uneven_speed_have_every_row_once():
+def test_ranks_of_unequal_speed_have_every_row_once():
     parts = [100, 28, 64]
     groups = [Group(Rank(rank, 3), [1, 2.5, 0.7]) for rank in range(3)]
     x = mx.arange(sum(parts))
@@ -386,13 +386,13 @@ def test_every_rank_computes_all_of_a_small_image(group):
 
 
 @pytest.mark.parametrize(("speeds", "rounds"), [([1, 0.9, 1], [[0, 1, 2], [3]]), ([1, 0.7, 1], [[0], [1], [2], [3]])])
-def test_ranks_of_even_speed_generate_as_many_images_at_once(speeds, rounds, pipe, monkeypatch):
+def test_ranks_of_equal_speed_generate_an_image_each_at_once(speeds, rounds, pipe, monkeypatch):
     monkeypatch.setattr(pipe.networks, "group", Group(Rank(0, 3), speeds))
     assert list(pipe.in_rounds(range(4))) == rounds
 
 
 class Lost(Group):
-    """A rank of two for which MLX's ring makes up the other's numbers, since it has lost it."""
+    """One of two ranks, for which MLX's ring makes up the other's numbers, since it has lost that rank."""
 
     def _all_sum(self, x):
         return x  # as the ring leaves it, sometimes
@@ -472,7 +472,7 @@ def test_what_all_ranks_decoded_is_not_used_if_one_was_lost_before_the_end(monke
 
 
 class Said(Group):
-    """The first or the second of ranks of which one ends the work, and all others fail."""
+    """The first or the second rank of a group in which one rank ends the work and all others fail."""
 
     def _all_sum(self, x):
         own = [1] + [int(flag in (Signal.ENDED if self.leads else Signal.FAILED)) for flag in Signal]
@@ -504,7 +504,7 @@ def test_an_error_that_all_ranks_have_is_rank_0s_only():
     ],
 )
 def test_a_group_that_has_lost_a_rank_says_so_at_once(use):
-    group = Group(Rank(1, 2))  # of which a collective would be a TypeError
+    group = Group(Rank(1, 2))  # any collective on it would raise a TypeError
     with pytest.raises(OSError), group.computing():
         raise OSError("socket")
     with pytest.raises(GroupError, match=f"^{LOST}$"):
@@ -582,13 +582,14 @@ def test_speeds_are_positive_numbers_one_per_rank(speeds):
 
 
 def on_command_line(patch: pytest.MonkeyPatch) -> None:
-    """Start `generate`, until it would look for the model, which may compute something to convert it."""
+    """Start `generate`, and stop it just before it looks for the model: converting one may already compute
+    something."""
     patch.setattr("mlx_zimage.cli.generate.first_run", Mock(side_effect=RequestError("there is no model")))
     assert CliRunner().invoke(main, ["generate", "a red circle"]).exit_code == RequestError.exit_code
 
 
 def in_python(patch: pytest.MonkeyPatch) -> None:
-    """Open a pipeline, until its first operation may come."""
+    """Open a pipeline, and stop it just before its first operation."""
     patch.setattr("mlx_zimage.pipeline.default_dtype", Mock(side_effect=RequestError("there is no GPU")))
     with pytest.raises(RequestError, match="there is no GPU"):
         ZImagePipeline.from_pretrained("pocket", group=mx.distributed.init())

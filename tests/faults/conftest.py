@@ -80,7 +80,7 @@ def processor_s() -> float:
 
 
 def resident(field: str) -> int:
-    """Bytes of memory, VmRSS now or VmHWM at most since 5 was written to PEAK."""
+    """Bytes of memory: VmRSS, now, or VmHWM, the most since 5 was written to PEAK."""
     with open("/proc/self/status") as status:
         lines = dict(line.split(":", 1) for line in status)
     return 1024 * int(lines[field].split()[0])

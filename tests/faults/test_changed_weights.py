@@ -23,7 +23,7 @@ REQUEST = GenerateRequest("a red fox", seed=0, steps=3, width=32, height=48)
 
 
 def overwrite(file: Path) -> None:
-    """Zeros in place of all tensors, as long as before."""
+    """Replace all tensors with zeros; the file keeps its length."""
     before = file.stat()
     with file.open("r+b") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")

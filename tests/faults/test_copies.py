@@ -214,7 +214,7 @@ def test_no_path_is_left_in_longer_texts_keys_or_the_tokenizer_either(folder, tm
     change(tokenizer, **parts, added_tokens=[token | notes for token in values["added_tokens"]])
     comments = "".join(f"{{# {text} #}}" for text in inside)
     (folder / "tokenizer" / "chat_template.jinja").write_text(f"{comments}{{{{ messages }}}}")
-    # each text comes to each of these places with one of the paths
+    # over all turns, each text is put in each of these places with one of the paths
     first, source, converter, before = (inside + inside)[turn : turn + 4]
     (folder / "tokenizer" / "merges.txt").write_text(f"#version: {first}\na b\n")
     quantization = {text: text for text in inside}

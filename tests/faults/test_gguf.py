@@ -105,8 +105,8 @@ TEXTS = {
 @pytest.mark.parametrize(
     "write", [write if name == "a name" else slow(write) for name, write in TEXTS.items()], ids=list(TEXTS)
 )
-def test_64_mb_of_text_take_little_memory(tmp_path, write):
-    # a single wide character makes each of a Python text take four bytes
+def test_64_mb_of_text_takes_little_memory(tmp_path, write):
+    # a single wide character makes every character of a Python string take four bytes
     wide = "🦊".encode().ljust(gguf.MAX_GGUF_HEADER - 100, b"a")
     file = tmp_path / "dit.gguf"
     file.write_bytes(write(wide))

@@ -79,7 +79,7 @@ def test_a_lora_of_zeros_is_read(tmp_path):
     ],
     ids=lambda tensors: next(iter(tensors))[-30:],
 )
-def test_tensors_that_make_no_difference_of_a_layer_are_refused(tmp_path, tensors):
+def test_tensors_that_do_not_form_a_layers_difference_are_refused(tmp_path, tensors):
     with pytest.raises(CheckpointError, match=r"lora\.safetensors"):
         read(tmp_path, tensors)
 

@@ -125,7 +125,8 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def tiff(values: int, is_big: bool, more: list[tuple[int, int]] = GREY, pixels: bytes = b"\1\0") -> bytes:
-    """A TIFF with a list of as many strips. more are its other tags: 16x16 pixels in grey unless they say otherwise."""
+    """A TIFF whose list of strips has `values` entries. `more` has its other tags: 16x16 pixels in grey unless they say
+    otherwise."""
     one = dict(GREY) | dict(more)
     entries = sorted([*((tag, 4, 1, value) for tag, value in one.items()), (273, 3, values, 400)])
     start, entry = ("<2sHHHQQ", "<HHQQ") if is_big else ("<2sHIH", "<HHII")
@@ -151,7 +152,7 @@ def jpeg_in_tiff(number: int) -> bytes:
 
 
 def orientations(number: int) -> bytes:
-    """EXIF with an orientation that has as many values."""
+    """EXIF with an orientation that has `number` values."""
     return struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x112, 3, number, 26, 0) + b"\x39\x30" * number
 
 

@@ -57,7 +57,7 @@ HOSTILE = {
 }
 MODELS = {
     "a prefix longer than a token": {"continuing_subword_prefix": "abcdefgh"},
-    "dropout": {"dropout": 0.5},  # other ids each time
+    "dropout": {"dropout": 0.5},  # different ids each time
     "another model": {"type": "WordLevel", "unk_token": "x"},
     "no vocabulary": {"vocab": {}, "merges": []},  # no ids
     "no vocabulary at all": {"vocab": None},
@@ -146,7 +146,7 @@ def test_prefixes_that_say_nothing_are_accepted(tmp_path):
     assert Tokenizer(tmp_path / "tokenizer.json").encode("a fox") == Tokenizer(FILE).encode("a fox")
 
 
-FOX = "🦊"  # a wide character makes each of a Python text take four bytes
+FOX = "🦊"  # a wide character makes every character of a Python string take four bytes
 LARGEST = {
     "a text": lambda size: {"x": FOX + "a" * (size - 20_000)},
     "a token": lambda size: {"model": {"type": "BPE", "vocab": {FOX + "a" * (size - 20_000): 0}, "merges": []}},

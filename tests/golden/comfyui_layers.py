@@ -34,7 +34,7 @@ SHAPES = ((3, 512), (130, 256))
 
 
 def layer(name, weight):
-    """The tensors next to each other that comfy-kitchen makes of a weight, by suffix, and its own dequantization."""
+    """The tensors that comfy-kitchen stores for a weight, by name, and its own dequantization."""
     import comfy_kitchen.tensor
     import torch
 

@@ -1,4 +1,4 @@
-"""ControlNets in diffusers: what each block adds and, for version 1, which it runs as it was trained, its pipeline."""
+"""ControlNets in diffusers: what each block adds, and its pipeline for version 1, which it runs as that was trained."""
 
 import controls
 import numpy as np

@@ -208,7 +208,7 @@ def lycoris_network(torch, model, options: dict, targets: list[str]):
 @pytest.mark.parametrize("kind", LYCORIS)
 def test_a_file_saved_by_lycoris_acts_as_its_modules_do(torch, reference, theirs, folder, tmp_path, kind):
     model = theirs.transformer
-    # whole differences take a layer's weight away, which diffusers asks the time's layer for
+    # with whole differences a layer loses its `weight`, which diffusers reads from the time embedding's layer
     targets = [f"*.{name}" for name in TARGETS if (kind, name) != ("whole differences", "mlp.0")]
     network = lycoris_network(torch, model, LYCORIS[kind], targets)
     assert len(network.loras) > 50

@@ -248,7 +248,7 @@ def _w4a8(layer: Layer) -> Tensor:
     """Rotated: codes of 4 or 6 bits, as the values of a codebook or centred, times a scale per group, rounded to whole
     numbers from -127 to 127, and times a scale per row."""
     nbytes, size = layer.matrix("I8", "U8"), layer.number("group_size", 16)
-    # The number of bits is not declared: the number of groups says it.
+    # The number of bits is not declared: the number of groups tells.
     six = "weight_s_rel" in layer.parts and layer.parts["weight_s_rel"].shape == (layer.rows, nbytes * 4 // (3 * size))
     bits = 6 if six and nbytes % 3 == 0 else 4
     width = nbytes * 8 // bits

@@ -195,7 +195,7 @@ def _iq3_s(b):
 
 
 def _iq1(scale: np.ndarray, low: np.ndarray, high: np.ndarray, less: np.ndarray) -> np.ndarray:
-    """Vectors of -1, 0 and 1, plus or, where less, minus an eighth."""
+    """Vectors of -1, 0 and 1, plus an eighth, or minus an eighth where `less` is set."""
     delta = np.where(less, np.float32(-0.125), np.float32(0.125))
     vectors = _grid("IQ1_S")[low | high.astype(np.uint16) << 8]
     return (scale[..., None] * (vectors + delta[..., None])).reshape(-1, 256)

@@ -35,8 +35,8 @@ MAX_CONFIG = 2**20  # bytes of another file
 NAMES = ("_name_or_path", "name_or_path")  # where transformers and diffusers write what a config was loaded from
 RECORD = ("converter", "source", "dtype", "quantization", "loras", "parts", "before")  # the keys of conversion.json
 LOCAL = re.compile(r"file:/|~[/\\]|[A-Za-z]:[\\/]|\\\\|/[^\s/]+/")  # how an absolute path begins
-# An absolute path in a longer text, but not a part of a URL or tag. Of Windows' only those to somebody's files, since
-# chat templates contain backslashes.
+# An absolute path in a longer text, but not a part of a URL or tag. Of Windows paths, only those to somebody's files,
+# since chat templates contain backslashes.
 PART = r"[^\s/\\\"'`<>|]+"
 WITHIN = re.compile(
     rf"(?<![\w.\-/\\<>])(?:(?:file:/+|~?/){PART}/|(?:file:/+)?[A-Za-z]:[\\/]+Users[\\/]+|\\\\{PART}\\+)"
@@ -99,7 +99,7 @@ def cleaned(name: str, content: bytes, path: Path) -> bytes:
 
 
 def _without_places(name: str, text: str) -> str:
-    """A template, or merges after a line that says who made them."""
+    """A template without such paths, or merges whose first line, which says who made them, has none."""
     first, end, rest = text.partition("\n") if name == "merges.txt" else (text, "", "")
     return WITHIN.sub(REMOVED, first) + end + rest
 

@@ -21,7 +21,7 @@ from .sources import Source, open_controlnet_source, open_folder, open_part, ope
 
 # Types of files that the loader reads: an extra one, not listed in the manifest, could change the model.
 LOADED = (".json", ".safetensors", ".txt", ".jinja")
-MAX_OTHER = 32 * 2**20  # bytes of a file that contains no weights; Qwen3's tokenizer.json has 11 MB
+MAX_OTHER = 32 * 2**20  # bytes of a file that contains no weights; Qwen3's tokenizer.json takes 11 MB
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _open_controlnet(path: Path) -> Source:
 
 
 def _excess(nbytes: int) -> str:
-    """What to say about files or weights of so many bytes, which no model has; "" if one may."""
+    """What to say about files or weights of this many bytes, if no model has that many; otherwise ""."""
     return f"{nbytes:,} bytes, expected at most {MAX_HASHED:,}" if nbytes > MAX_HASHED else ""
 
 

@@ -56,7 +56,7 @@ CHAIN = 32  # number of matrix products timed together
 class Case:
     """What to time: image size in pixels, prompt length in tokens, weights of `bits` in `mode` (both None: dense).
 
-    steps None are the model's default; dtype None is the machine's (see `machine.default_dtype`).
+    If steps is None, it is the model's default; if dtype is None, the machine's (see `machine.default_dtype`).
     """
 
     width: int = TURBO.size

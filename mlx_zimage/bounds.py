@@ -16,9 +16,9 @@ from .machine import backend
 # What LoRAs add to a block's work, in numbers of the compute dtype: per token and output of the adapted layers, and per
 # weight that is added to. Measured on an H200 in bfloat16 at 1024x1024, all layers adapted: 2.06 and 2.33.
 LORA_BY_OUTPUT, LORA_BY_WEIGHT = 2.1, 2.4
-# The memory to encode an image, as a part of that to decode one of its size in the same way: at full size, the encoder
-# has half the decoder's channels. Measured at most 0.60 on a CPU, from 64x512 to 768x768; on an H200, from 256x256 to
-# 2048x2048, 0.88 in bfloat16 and 0.86 in float32, both in small strips.
+# The memory to encode an image, as a fraction of that to decode one of the same size in the same way: at full size, the
+# encoder has half the decoder's channels. Measured at most 0.60 on a CPU, from 64x512 to 768x768; on an H200, from
+# 256x256 to 2048x2048, 0.88 in bfloat16 and 0.86 in float32, both in small strips.
 ENCODED = 0.9
 # Widths of heads for which MLX has a fused attention on Metal, in every dtype: no scores are in memory. Source: MLX,
 # backend/metal/scaled_dot_product_attention.cpp.

@@ -19,7 +19,8 @@ KIND_NAMES = {
 
 
 def read_config(cls, values: dict, network: str, fixed: dict):
-    """The dataclass cls, from the values it has fields for; keys of `fixed` must have that value, if present.
+    """The dataclass cls, from the values it has fields for; keys of `fixed` must have the value given there, if
+    present.
 
     A field's default determines its kind: true or false, a positive whole number, a positive finite number, or a tuple
     of as many positive whole numbers. Numbers are at most MOST times the default, which is the published model's.

@@ -118,7 +118,8 @@ class ControlNetMethods:
         mask: np.ndarray | None,
         steps: int,
     ) -> Generator[Phase, None, list[Controlled]]:
-        """What the ControlNet is shown in a part of a request that starts from these pixels, if any, and runs steps.
+        """What the ControlNet is shown in a part of a request that starts from these pixels, if any, and runs this many
+        steps.
 
         shown are its control images.
         """

@@ -25,7 +25,7 @@ LIBRARIES = {
     "pose": ("onnxruntime", "ONNX Runtime"),
     "depth": ("onnxruntime", "ONNX Runtime"),
 }
-SHORTEST = 1 / 20  # of the shorter side: lines below it are texture
+SHORTEST = 1 / 20  # of the shorter side: shorter lines are texture
 DRAWN_AT = 512  # pixels of the shorter side at which lines are a pixel wide
 DEPTH_SIDE, DEPTH_PATCH = 518, 14  # pixels of the shorter side that the network for depth sees, and of its patches
 DEPTH_LONGEST = 4 * DEPTH_SIDE
@@ -157,7 +157,8 @@ def lines(pixels: np.ndarray) -> np.ndarray | None:
 def depth(pixels: np.ndarray, estimator: Network) -> np.ndarray | None:
     """How near each pixel is, from black to white; None if all are at the same distance.
 
-    Source: Depth Anything V2's preprocessing: the shorter side is DEPTH_SIDE pixels, both are whole patches.
+    Source: Depth Anything V2's preprocessing: the shorter side is DEPTH_SIDE pixels, and both sides are a whole number
+    of patches.
     """
     height, width, _ = pixels.shape
     scale = min(DEPTH_SIDE / min(width, height), DEPTH_LONGEST / max(width, height))

@@ -2,8 +2,8 @@
 
 Every rank has the whole model, resident or streamed within its own memory budget, and computes its share of the rows of
 each sequence (see `models.runner.Ranks`). Rank 0 leads: it takes requests, encodes prompts and has the results. The
-others follow: they run the same requests. With guidance, each of two ranks computes the velocity of one prompt instead,
-and of as many images as there are ranks, each rank generates a whole one, and sends it to rank 0. Only `all_gather` and
+others follow: they run the same requests. With guidance, each of two ranks computes the velocity of one prompt instead.
+If there are as many images as ranks, each rank generates a whole one and sends it to rank 0. Only `all_gather` and
 `all_sum` are used, which every backend has: ring (TCP), jaccl (RDMA over Thunderbolt 5) and nccl (CUDA).
 """
 
@@ -42,7 +42,8 @@ PATIENCE = 600.0
 MEETING = 120.0  # seconds for all ranks to start and connect
 LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times an image's longest step so far, and at least this many seconds
 # Measured on H200s: at 512x512 (1024 tokens), four ranks and two teams of two were slower than one, and two faster.
-# From so many rows per rank on, it is faster to queue what NCCL sends on its own: with 1048 it was, with 528 not.
+# With at least this many rows per rank, queueing NCCL's transfers separately is faster: with 1048 it was, with 528 it
+# was not.
 LEAST, APART = 512, 1024
 EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
 PERIOD = 0.2  # seconds between the watchdog's checks
@@ -65,7 +66,8 @@ GO = Signal(0)
 
 @contextmanager
 def interrupted(seconds: float) -> Iterator[None]:
-    """Interrupts system calls within the block once it takes longer; does nothing outside the main thread."""
+    """Interrupts system calls within the block once it has taken this many seconds; does nothing outside the main
+    thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -140,8 +142,8 @@ class Group(SharingBySpeed):
     """The ranks that generate images together; a `models.runner.Ranks`.
 
     speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal, or measured by
-    `share_by`. A step that takes more than a minute, and five times as long as any before of the same image, ends this
-    process with an error: another rank has stalled, and MLX would wait forever.
+    `share_by`. A step that takes more than a minute, and five times as long as any earlier one of the same image, ends
+    this process with an error: another rank has stalled, and MLX would wait forever.
     """
 
     def __init__(self, group: mx.distributed.Group, speeds: Sequence[float] | None = None):
@@ -157,7 +159,7 @@ class Group(SharingBySpeed):
         self._stream = mx.new_thread_local_stream(mx.gpu if self._on_gpu else mx.cpu)
         self._longest = 0.0
         self._broken = self._ended = False
-        self._calls = 0  # of _gathered, which are as many on all ranks
+        self._calls = 0  # calls of _gathered: the same number on all ranks
         self._deadline: float | None = None
         self._watchdog: threading.Thread | None = None
 
@@ -206,7 +208,7 @@ class Group(SharingBySpeed):
     # ---- rows: see `models.runner.Ranks`
 
     def among(self, tokens: int) -> SharingBySpeed:
-        """All ranks; of a small image, each computes all of it by itself, since exchanging would take longer."""
+        """All ranks; but each computes all of a small image by itself, since exchanging would take longer."""
         return self if tokens >= LEAST * self.size else SharingBySpeed(0, [1.0])
 
     def parts(self, rows: int) -> int:
@@ -270,8 +272,8 @@ class Group(SharingBySpeed):
         return totals
 
     def _gathered(self, own: np.ndarray) -> np.ndarray:
-        """Each rank's numbers, a row each. GroupError if one is missing: MLX's ring may then return any numbers, as of
-        an earlier call, and would wait forever if it was asked again."""
+        """Each rank's numbers, a row each. GroupError if one is missing: MLX's ring may then return any numbers, such
+        as those of an earlier call, and would wait forever if asked again."""
         self._calls += 1
         mark = np.frombuffer(self._calls.to_bytes(8, "little"), np.uint8).astype(own.dtype)
         every = np.array(self._all_gather(mx.array(np.concatenate([mark, own])))).reshape(self.size, -1)
@@ -310,7 +312,7 @@ class Group(SharingBySpeed):
             raise GroupError(LOST) from error
 
     def send_in_turn(self, own: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """What each rank passes, in their order: on rank 0, which does not pass any. On the others, nothing."""
+        """On rank 0, what each of the other ranks passes, in rank order; on the others, nothing."""
         every = []
         for rank in range(1, self.size):
             if rank == self.rank:
@@ -322,7 +324,7 @@ class Group(SharingBySpeed):
         return every
 
     def exchange(self, content: Any) -> list[Any]:
-        """What each rank passes, in their order: anything that JSON can hold. GroupError if one is missing."""
+        """What each rank passes, in rank order: anything that JSON can hold. GroupError if one is missing."""
         text = json.dumps(content).encode()
         with self.computing(PATIENCE):
             most = int(self._gathered(np.array([len(text)])).max())
@@ -399,7 +401,7 @@ class Group(SharingBySpeed):
             self.signal(Signal.ENDED if self.leads else GO)
 
     def each(self, events: Iterable[E]) -> Iterator[E]:
-        """This rank's own events. Each rank may have another number of them, and all end together."""
+        """This rank's own events. Each rank may have a different number of them, and all end together."""
         own = iter(events)
         while True:
             event = next(own, None)

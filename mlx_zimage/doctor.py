@@ -119,7 +119,8 @@ def speeds(width: int, height: int, model: Checkpoint | None = None) -> Speeds:
 
 
 def longest_kernel(width: int, height: int, most: float) -> float:
-    """FLOP of the longest kernel for images of width x height: attention, feed-forward or convolution, split to `most`.
+    """FLOP of the longest kernel for images of width x height: attention, feed-forward or convolution, split into
+    pieces of at most `most`.
 
     For a caption of MAX_TOKENS, in the full model.
     """

@@ -250,7 +250,7 @@ def lines_of(stream: BinaryIO, name: str) -> Iterator[str]:
 
 
 def limited(items: Iterable[T], name: str) -> Iterator[T]:
-    """The items, as long as there are no more of them than images in one call."""
+    """The items; RequestError if there are more of them than one call may generate images."""
     for n, item in enumerate(items):
         if n == MAX_IMAGES:
             raise RequestError(f"{name} has more than {MAX_IMAGES} prompts; split it")

@@ -124,7 +124,7 @@ def to_arrays(works: Sequence[Work]) -> dict[str, np.ndarray]:
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> list[Work]:
-    """The requests in named arrays, and whatever else those hold left out."""
+    """The requests in named arrays; whatever else the arrays hold is left out."""
     each: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
         i, slash, own = name.partition("/")

@@ -70,7 +70,8 @@ class LoraMethods:
     def lora_extras(self, files: Mapping[Path, float]) -> dict[str, Extra]:
         """What LoRA files at these strengths would add to the memory of each network, for `plan`, without loading them.
 
-        May be called beside a request, from another thread. CheckpointError if a file is not a LoRA for this model.
+        May be called from another thread while a request is running. CheckpointError if a file is not a LoRA for this
+        model.
         """
         read = {str(file): read_lora(file, self._configs, headers=True) for file in files}
         return self.networks.extras_of(read, {str(file): strength for file, strength in files.items()})

@@ -36,11 +36,11 @@ from .untrusted import parse_json, read_bytes
 # Bytes of a Mac's working set left for what is on its screen; at most a tenth of the set. A guess: a frame of a 5K
 # display is 59 MB, of which the display and each large window hold two or three.
 WINDOW_SERVER = 500 * 10**6
-LARGE_MAC = 36 * 2**30  # bytes of memory from which macOS recommends a larger part of it
+LARGE_MAC = 36 * 2**30  # bytes: of a Mac with at least this much memory, macOS recommends a larger part
 MEMORY_SHARE = 0.6  # share of the memory to use, if the system does not recommend one
 # Bytes that threads' heaps and stacks and compiled kernels take of the address space (measured with pocket: 0.5 to 0.6
-# GB), and the share of the rest to plan with: MLX's CPU backend unfolds convolutions outside of what it counts, which
-# made 2.4 times as much in all.
+# GB), and the share of the rest to plan with: MLX's CPU backend unfolds convolutions in memory that it does not count;
+# in all they took 2.4 times what it counted.
 OVERHEAD, LIMIT_SHARE = 700 * 10**6, 1 / 3
 # The number of input rows from which a quantized weight is unpacked for a dense product; with fewer, it is multiplied
 # in packed form. Measured: on the CPU unpacking is always faster. On CUDA (H200) it is faster from 256 rows on, 2.5
@@ -159,7 +159,7 @@ def mac_budget(memory: int) -> int:
 def mac_working_set(memory: int) -> int:
     """The part of a Mac's memory that macOS recommends for its GPU by default; newer systems may recommend more.
 
-    Two thirds on small Macs and three quarters on large ones, as reported of 16, 24, 32 and 96 GB.
+    Two thirds on small Macs and three quarters on large ones, as reported for Macs with 16, 24, 32 and 96 GB.
     """
     return memory * 2 // 3 if memory < LARGE_MAC else memory * 3 // 4
 
@@ -329,7 +329,8 @@ class Shared:
         self._put = put
         self._asked: list[list[int]] = []
         self._before = 0
-        # reentrant, since an abandoned generator may be finalized while the lock is held, and then leaves its limits
+        # reentrant, since an abandoned generator may be finalized while the lock is held, and then exits its `limits`
+        # block
         self._lock = RLock()
 
     @contextmanager

@@ -30,7 +30,7 @@ from .weights.checkpoint import Checkpoint
 from .weights.component import READERS, Component
 from .weights.overlay import Extra
 
-BESIDE = 4  # a ControlNet's tokens, twice while a block replaces them, with the caption's; its image's; and its hint
+BESIDE = 4  # a ControlNet's tokens and the caption's, twice while a block replaces them; its image's; and its hint
 
 # ---- the work, and the plan for it
 
@@ -189,8 +189,8 @@ def make_plan(
 ) -> Plan:
     """The fastest plan that fits the budget; if none fits, the one that needs the least memory.
 
-    keep says whether all networks stay in memory for the next request; None decides. Keeping saves reading them for the
-    next image, and reading a single block costs more time than waiting saves.
+    keep says whether all networks stay in memory for the next request; if it is None, this is decided here. Keeping
+    saves reading them for the next image, and reading a single block costs more time than waiting saves.
     """
     plans = []
     for kept in (True, False) if keep is None else (keep,):

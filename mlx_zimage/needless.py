@@ -8,7 +8,8 @@ from .errors import RequestError
 
 
 class Needless:
-    """A method of diffusers' that has nothing to do here. Calls warn, which Python shows once per line of code."""
+    """A method of diffusers' that has nothing to do here. Each call issues a warning, which Python shows once per line
+    of code."""
 
     def __init__(self, why: str):
         self.why = why

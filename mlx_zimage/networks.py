@@ -2,7 +2,7 @@
 
     with networks.running(plan):
         prompts = yield from networks.encode(request, sigmas)
-        image = yield from networks.encode_image(pixels)  # of image to image
+        image = yield from networks.encode_image(pixels)  # for image to image
         latents = yield from networks.denoise(prompts, noise, sigmas, guidance)
         pixels = yield from networks.decode(latents)
 
@@ -168,7 +168,8 @@ class Networks:
         return {name: overlay.extra(strengths) for name, overlay in self.overlays.items()}
 
     def extras_of(self, loras: Mapping[str, Lora], strengths: Mapping[str, float]) -> dict[str, Extra]:
-        """The same of these LoRAs, by any name, if they were attached instead; they may have been read for planning."""
+        """The same if these LoRAs, by any names, were attached instead; it is enough that they were read for
+        planning."""
         return {
             name: overlay.extra_of({key: lora.deltas.get(name, {}) for key, lora in loras.items()}, strengths)
             for name, overlay in self.overlays.items()
@@ -216,7 +217,7 @@ class Networks:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within the block, this machine generates images by itself, also in a group."""
+        """Within the block, this machine generates images by itself, even in a group."""
         shared, ranks = self._shared, self.transformer.ranks
         self._shared, self.transformer.ranks, self.vae.ranks = None, ALONE, ALONE
         try:
@@ -272,7 +273,8 @@ class Networks:
             h, w = tiles.h, tiles.w
             controls = [replace(control, latents=tiles.cut(control.latents)) for control in controls]
         group = self._shared
-        # for two, a prompt each is faster than rows of both, of which every block would exchange keys and values
+        # for two machines, a prompt each is faster than sharing the rows of both, whose keys and values every block
+        # exchanges
         apart = group is not None and group.is_even and len(embeddings) == group.size
         apart = apart and all(map(guidance.applies, times(sigmas[first:-1])))
         prompts = [embeddings[group.rank]] if group is not None and apart else embeddings
@@ -291,7 +293,7 @@ class Networks:
     def decode(self, latents: mx.array, planned: bool = True) -> Generator[Phase, None, mx.array]:
         """Final latents (B, h, w, 16) to pixels (B, 8h, 8w, 3) float32, nominally in [-1, 1].
 
-        Unless planned, outside a request, this machine computes all of it.
+        With planned=False, for use outside a request, this machine computes all of it.
         """
         vae = self.vae
         if not planned:
@@ -308,8 +310,8 @@ class Networks:
     ) -> Generator[Phase, None, mx.array]:
         """Pixels (B, H, W, 3) in [-1, 1] to latents (B, H / 8, W / 8, 16); the encoder is unloaded afterwards.
 
-        noise is as in `VAE.encode_steps`. Unless planned, outside a request, strips are small, and this machine
-        computes all of them.
+        noise is as in `VAE.encode_steps`. With planned=False, for use outside a request, strips are small, and this
+        machine computes all of them.
         """
         strip_bytes = self._plan.ways["image"].strip_bytes if planned and self._plan else SMALL_STRIP
         runner = Blocks(self.runners["vae"].weights, self.vae.runner.dtype)

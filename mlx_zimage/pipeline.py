@@ -283,15 +283,15 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
 
         control_image is what a ControlNet follows (see `load_controlnet`): an image that is ready to use, or a pair of
         a preparation ("canny", "gray", "scribble", "tile", "lines", "pose" or "depth") and a photo, or a list of
-        several, whose effects add up. It gives the size, unless there is one. controlnet_conditioning_scale, by default
-        the ControlNet's own, and the part of the steps from control_guidance_start to control_guidance_end may be
-        lists, too. When inpainting, a ControlNet that reads a mask is shown what is kept; control_image="inpaint" shows
-        it nothing else.
+        several, whose effects add up. It gives the size, unless width and height are given.
+        controlnet_conditioning_scale (by default the ControlNet's own), control_guidance_start and control_guidance_end
+        (the part of the steps in which it acts) may be lists, too. When inpainting, a ControlNet that reads a mask is
+        shown what is kept; control_image="inpaint" shows it nothing else.
 
         output_type is "pil", "np" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, index, timestep,
-        {"latents": mx.array}) may return other latents, and works for one prompt at a time. Several prompts are
-        generated one after another, or on several machines at once. shift is the timestep shift: higher spends more
-        steps at high noise. Invalid arguments raise RequestError before any work starts.
+        {"latents": mx.array}) may return other latents, and works for one prompt at a time. The images of several
+        prompts are generated one after another, or on several machines at once. shift is the timestep shift: higher
+        spends more steps at high noise. Invalid arguments raise RequestError before any work starts.
         """
         porting.check_call(output_type, joint_attention_kwargs, generator, seed, latents, image)
         settings: dict[str, Any] = {
@@ -416,8 +416,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
         yield from self.turns.take(self._led(works, self._with_others(works, plans)))
 
     def in_rounds(self, items: Iterable[T]) -> Iterator[list[T]]:
-        """Items, such as requests, in lists that run at once: one for each machine of a group, as long as there are so
-        many left, if the machines are about equally fast; otherwise one by one, since then all machines share each."""
+        """Items, such as requests, in lists that run at once. If the machines of a group are about equally fast, a list
+        has an item for each machine, as long as that many are left; otherwise it has one, which all machines share."""
         items, group = iter(items), self.group
         size = group.size if group is not None and group.is_even else 1
         while several := list(islice(items, size)):
@@ -583,9 +583,10 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
         return self._schedule(part)[part.first_step :]
 
     def _schedule(self, request: GenerateRequest) -> np.ndarray:
-        """The sigmas of all steps of a complete request, also of those that image to image does not run.
+        """The sigmas of all steps of a complete request, including those that image to image does not run.
 
-        What depends on them is computed for the whole, so that it is there already after a request for the same steps.
+        What depends on them is computed for the whole schedule, so that the next request with the same steps finds it
+        computed.
         """
         width, height, steps = request.extent
         token = self.checkpoint.vae.config.scale * PATCH
@@ -595,7 +596,7 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
     def plan(self, request: GenerateRequest, inputs: Inputs = NONE, loras: Mapping[str, Extra] | None = None) -> Plan:
         """The memory plan for this request within the pipeline's budget.
 
-        loras has what other LoRAs than its own would add, as `lora_extras` gives it.
+        loras has what LoRAs other than its own would add, as `lora_extras` gives it.
         """
         request = self.complete(request, inputs)
         self._pixels(request, inputs)  # refuses a mask that does not fit
@@ -813,7 +814,7 @@ def completed(request: GenerateRequest, inputs: Inputs, side: int, variant: Vari
     missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(request, name) is None}
     request.check_image()
     request = replace(request, **missing)
-    _ = request.parts  # refuses an upscaled size that cannot be
+    _ = request.parts  # refuses an impossible upscaled size
     return request
 
 

@@ -278,7 +278,8 @@ def noise_of(
 
 
 def scaled_loras(strengths: Mapping[str, float], joint_attention_kwargs: dict | None) -> tuple[LoraUse, ...] | None:
-    """A pipeline's LoRAs at their strengths times diffusers' scale; None, its own, without one."""
+    """A pipeline's LoRAs at their strengths times diffusers' scale; without a scale None, which means its own
+    strengths."""
     if not joint_attention_kwargs:
         return None
     scale = LoraUse("scale", joint_attention_kwargs["scale"]).strength

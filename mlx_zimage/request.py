@@ -170,8 +170,8 @@ class GenerateRequest:
     ones before the shift. num_images are generated at once from one seed.
 
     guidance_scale follows diffusers' convention; 0 is off. cfg_normalization limits the length of a guided velocity to
-    that many times the prompt's own; 0 is no limit. Steps at times, from 0 (noise) to 1, above cfg_truncation are not
-    guided.
+    that many times the prompt's own; 0 is no limit. Steps whose time, from 0 (noise) to 1, is above cfg_truncation are
+    not guided.
 
     image starts the steps from an image, scaled and cropped to the size. strength, above 0 and at most 1, is the
     fraction of the steps that then run: 1 ignores the image, and a small one hardly changes it. sample_posterior

@@ -129,7 +129,7 @@ class Guidance:
     """Classifier-free guidance in diffusers' convention: positive + scale * (positive - negative).
 
     normalization, unless 0, limits each image's guided velocity to that many times the length of the positive one.
-    Steps at times 1 - sigma above truncation use the positive velocity alone.
+    Steps whose time, 1 - sigma, is above truncation use the positive velocity alone.
     """
 
     scale: float

@@ -1,7 +1,8 @@
-"""What a group of machines is, how fast they communicate, and how fast they are together: before any image.
+"""What a group of machines consists of, how fast they communicate, and how fast they are together, measured before any
+image.
 
 The prediction is a measurement of a few blocks with random weights: alone on each machine, and shared by all. Every
-block of the model takes as long.
+block of the model takes equally long.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def survey(
 ) -> Survey:
     """Compare the machines of a group, and time them for images of width x height; on all ranks at once.
 
-    GroupError if they have different versions, dtypes or, of a model, weights, which are all read.
+    GroupError if they differ in version, in dtype or, if there is a model, in its weights, which are all read.
     """
     own = facts() | {"host": platform.node()}
     shown = {"version of mlx-zimage": own["mlx_zimage"], "version of MLX": own["mlx"], "default dtype": own["dtype"]}
@@ -129,7 +130,7 @@ class Timer:
         return piece.nbytes * (self.group.size - 1) / self._median(lambda: self.group.gather(piece, shares), REPEAT)
 
     def _median(self, compute: Callable[[], mx.array], repeat: int) -> float:
-        """Median of the seconds that all ranks take, after a first time."""
+        """Median of the seconds that all ranks take, after a warm-up."""
         times = []
         for _ in range(repeat + 1):
             with self.group.computing():

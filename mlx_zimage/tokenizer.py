@@ -17,9 +17,9 @@ from .untrusted import brief, parse_json, read_bytes
 # One user turn with thinking enabled, as Qwen3's chat template renders it. The model was trained on this string.
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-MAX_TOKENIZER_BYTES = 16 * 2**20  # of a file; Qwen3's has 11 MB
+MAX_TOKENIZER_BYTES = 16 * 2**20  # of a file; Qwen3's is 11 MB
 MAX_TOKENIZER_VALUES = 700_000  # in a file; Qwen3's has 600,000
-MAX_ENTRIES = 200_000  # in the vocabulary, or keys in all, and merges; Qwen3's has 152,000 of each
+MAX_ENTRIES = 200_000  # of the vocabulary (or keys of all objects), and merges; Qwen3's has 152,000 of each
 MAX_ADDED = 1000  # the most tokens added to the vocabulary, and characters in one; Qwen3 adds 26
 MAX_ADDED_TOTAL = 20_000  # characters in all of them, since the library takes 300 bytes for each; Qwen3's have 400
 # Qwen's expression for words; others may take forever for some prompts.

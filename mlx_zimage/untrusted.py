@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 8 * 2**20  # of a file that is parsed whole; configs and indexes of full-size models have 200 KB
+MAX_BYTES = 8 * 2**20  # of a file that is parsed whole; configs and indexes of full-size models take 200 KB
 MAX_VALUES = 500_000  # in one JSON text: the most that they can take in memory is 70 MB
 MAX_DEPTH = 64
 MAX_DIGITS = 100  # Python refuses to parse 4301, and transformers itself writes 31

@@ -28,7 +28,7 @@ class Variant:
     def notes(
         self, guidance_scale: float, negative_prompt: str, cfg_normalization: float, cfg_truncation: float
     ) -> Iterator[str]:
-        """Notes on guidance, and on what it uses, that changes nothing or makes images worse."""
+        """Notes on guidance, or on settings that only guidance uses, where they change nothing or make images worse."""
         advice = f"; try a guidance of {self.guidance_scale:g}" if self.takes_guidance else ", as Turbo requires"
         unused = {
             "the negative prompt": negative_prompt,
@@ -55,7 +55,7 @@ BASE = Variant("base", "Tongyi-MAI/Z-Image", steps=50, guidance_scale=4.0, shift
 DE_TURBO = Variant("de-turbo", "ostris/Z-Image-De-Turbo", steps=25, guidance_scale=2.0, shift=3.0, takes_guidance=True)
 VARIANTS = {variant.name: variant for variant in (TURBO, BASE, DE_TURBO)}
 DE_TURBO_NAME = re.compile(r"z[-_ ]?image[-_ ]?de[-_ ]?turbo", re.IGNORECASE)  # in the name of its file
-MEMORIES = (8, 16, 24, 32, 64)  # gigabytes of the Macs that README advises
+MEMORIES = (8, 16, 24, 32, 64)  # gigabytes of memory of the Macs that README has advice for
 # What a repository may be called for short.
 ALIASES = {"z-image-turbo": TURBO.repository, "turbo": TURBO.repository, "z-image": BASE.repository}
 
@@ -73,7 +73,7 @@ def named(name: str) -> Variant:
 
 
 def recognize(shift: float, origins: list[str]) -> Variant:
-    """The variant of a transformer: from where it comes from, newest first, otherwise from the scheduler's shift.
+    """The variant of a transformer: judged by its origins, newest first, otherwise by the scheduler's shift.
 
     origins are files, repositories, and what conversions recorded. A folder that matches neither, such as a fine-tuned
     model, is used like Turbo.

@@ -1,4 +1,4 @@
-"""What doctor says about machines: this one, and others by their facts."""
+"""What doctor says about machines: this one, and others described by given facts."""
 
 import json
 import math
@@ -115,7 +115,7 @@ def test_kernels_are_split_to_less_than_a_second(monkeypatch, chip, side):
 
 
 def test_an_unsplit_kernel_of_a_large_image_is_a_limit():
-    # attention takes 4 FLOP for each pair of 16384 + 512 tokens and feature; the last upsampling takes even more
+    # attention takes 4 FLOP per feature for each pair of the 16384 + 512 tokens; the last upsampling takes even more
     assert doctor.longest_kernel(2048, 2048, math.inf) == max(4 * 16896**2 * 3840, 2048**2 * 2 * 9 * 256**2)
     (long,) = doctor.judge_kernels(Speeds(1e12, 2 * doctor.longest_kernel(2048, 2048, math.inf) / 1e12))
     assert not long.ok and "about 9.9 s" in long.message and "smaller images" in long.advice
@@ -137,7 +137,7 @@ def test_an_unsplit_kernel_of_a_large_image_is_a_limit():
     ],
 )
 def test_matrix_units_need_a_new_chip_system_and_wheel(monkeypatch, architecture, macos, wheel, supports, has):
-    """As MLX decides in metal/device.cpp, and its wheels by what they are built for."""
+    """As MLX decides in metal/device.cpp; its wheels have them only if built for a macOS that supports them."""
     monkeypatch.setattr(machine, "backend", lambda: "metal")
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
     monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), "arm64"))

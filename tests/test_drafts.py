@@ -113,7 +113,7 @@ def test_too_many_images_are_refused_before_any_is_planned():
         ("}{.png", "}{.png"),
     ],
 )
-def test_placeholders_are_filled_in_also_in_folders_and_doubled_braces_are_single_ones(template, name):
+def test_placeholders_in_folders_are_filled_in_too_and_doubled_braces_become_single_ones(template, name):
     draft = Draft(
         {"prompt": "a cat, it's: ../一只猫\n", "seed": 7, "width": 64, "height": 32, "steps": 8},
         Path("dir") / template,

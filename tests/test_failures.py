@@ -93,7 +93,7 @@ def test_a_failure_is_explained_to_python(pipe, fail, said, code, advice):
     assert str(caught.value.__cause__) == said
 
 
-# All reach Python; from there, one of each exit code takes the same way as the others.
+# All reach Python; from there on, those with the same exit code take the same path, so one of each is enough.
 ONE_OF_EACH = [case if i in (0, 3) else slow(*case) for i, case in enumerate(FAILURES)]
 
 

@@ -35,7 +35,8 @@ def digests() -> dict[str, dict[str, str]] | None:
     return KNOWN["digests"].get(runs.arithmetic())
 
 
-# All quantized models but one, and cases that others cover in other ways or with other models: most of the time.
+# All quantized models but one, and cases that others cover in other ways or with other models: together they take most
+# of the time.
 SLOW = re.compile(
     r"pocket-(mxfp8|4bit [bf]\w+16|8bit|3bit|mxfp4|nvfp4)|pocket-4bit float32 (kept|staged)|pocket [bf]\w+16"
     r"|pocket wide|80 images|three images|pocket guided (kept|staged)|pocket float32 staged|pocket (shift|mlx noise)"

@@ -387,7 +387,9 @@ def test_the_encoder_is_read_once_per_request_and_unloaded(tiny_folder, bytes_re
     assert bytes_read["vae"] == whole + (encoder if keep else whole)
 
 
-def test_what_depends_on_the_steps_is_there_after_other_strengths_and_plain_generation(tiny_folder, bytes_read):
+def test_what_depends_on_the_steps_is_not_read_again_for_other_strengths_after_plain_generation(
+    tiny_folder, bytes_read
+):
     size = {"width": tiny.WIDTH, "height": tiny.HEIGHT}
     pipe = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32", keep=True)
     list(pipe.denoise(request_of(**size)))

@@ -386,7 +386,7 @@ def test_a_file_beyond_the_limits_of_its_format_is_refused_before_decoding(monke
             read_image(content)
 
 
-def test_a_photo_that_is_too_large_is_refused_with_what_to_do():
+def test_a_photo_that_is_too_large_is_refused_with_advice():
     with pytest.raises(RequestError) as refused:
         read_image(png(8064, 6048))
     assert str(refused.value) == (
@@ -441,7 +441,7 @@ def test_a_jpeg_with_a_scan_for_each_channel_has_the_limit_of_a_progressive_one(
         read_image(content[:start] + red + content[start + 14 :])
 
 
-def test_a_photo_of_a_phone_is_a_jpeg_whatever_follows_it(monkeypatch, photo):
+def test_a_photo_from_a_phone_is_a_jpeg_whatever_follows_it(monkeypatch, photo):
     monkeypatch.setitem(source.LIMITS, "progressive JPEG", Limit(0.001, 1))
     many = {"save_all": True, "append_images": [photo.rotate(90)]}
     assert read_image(saved(photo, "MPO", **many)).size == photo.size

@@ -21,7 +21,7 @@ from mlx_zimage.weights.hub import name_of as hub_name
 from mlx_zimage.weights.library import Disk, FirstRun, check_space, choose_bits, disks
 
 
-def test_models_lists_what_an_id_can_be_used_for_and_frees_the_rest(run):
+def test_models_lists_what_can_be_used_by_id_and_models_rm_frees_the_rest(run):
     hub = run.cache / "hub"
     assert run(*GENERATE, "--model", DEFAULT_MODEL).returncode == 0
     (repository,) = hub.glob("models--*")

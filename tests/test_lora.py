@@ -1,6 +1,7 @@
 """LoRA files of every trainer, read into differences that are the same as those merged by hand.
 
-The keys, dtypes and alphas are those that each trainer's own code writes; its source stands beside the row.
+The keys, dtypes and alphas are those that each trainer's own code writes; its source is named in the comment above the
+row.
 """
 
 import json

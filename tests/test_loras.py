@@ -66,7 +66,8 @@ def latents(pipe: ZImagePipeline, request: GenerateRequest = REQUEST) -> np.ndar
 
 
 def test_what_loras_need_is_known_before_they_are_loaded(pipe, tmp_path, style, face):
-    """In another thread than the one that generates, too, and the plan is the one that it will be."""
+    """Also in a thread other than the one that generates; and the plan made beforehand is the one made after
+    loading."""
     encoder = write(tmp_path / "words.safetensors", 3, encoder=True)
     files = {style: 0.5, face: 0.0, encoder: 1.0}
     with ThreadPoolExecutor() as pool:
@@ -326,7 +327,7 @@ def test_an_image_that_only_a_lora_takes_beyond_float16_is_redone_in_bfloat16_wi
 
 
 @pytest.mark.slow
-def test_200_images_with_three_loras_in_turn_and_none_repeat_their_hashes_in_flat_memory(tmp_path):
+def test_200_images_that_cycle_through_three_loras_and_no_lora_repeat_their_hashes_in_constant_memory(tmp_path):
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
     names = ["low rank", "LoKr", "DoRA"]
     for i, kind in enumerate(names):

@@ -35,7 +35,8 @@ class Mac:
 
     @classmethod
     def of(cls, name: str, gib: int) -> Mac:
-        """As macOS describes Macs by default: buffers hold half of the memory, as reported of 16 GB."""
+        """As macOS describes Macs by default: a buffer may hold half of the memory, as reported for a Mac with 16
+        GB."""
         memory = gib * GIB
         return cls(name, memory, machine.mac_working_set(memory), memory // 2)
 

@@ -447,7 +447,7 @@ def test_only_one_of_a_thing_is_singular():
 @pytest.mark.parametrize(
     ("images", "moves"), [(1, "raise the budget, or"), (2, "raise the budget, generate fewer images at once, or")]
 )
-def test_only_of_several_images_fewer_can_be_generated_at_once(planner, images, moves):
+def test_only_for_several_images_is_generating_fewer_at_once_suggested(planner, images, moves):
     with pytest.raises(MemoryBudgetError, match=f"; {moves} convert the model to fewer bits$"):
         planner.plan(Workload(128, 128, images, 20, 8), 1000)
 

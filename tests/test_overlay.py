@@ -137,7 +137,7 @@ def velocity(runner, unpack_from: int = 0) -> np.ndarray:
 
 @cache
 def dense(component: Component) -> dict[str, mx.array]:
-    """All of a network's weights as computed with, dense."""
+    """All of a network's weights in the form used for computing, dense."""
     bare = overlay(component, {})
     return {name: bare.base(name) for name in SHAPES}
 

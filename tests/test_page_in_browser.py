@@ -313,7 +313,7 @@ def page_generates(page):
     return page.locator(".run").first
 
 
-def test_an_image_that_is_dropped_brings_its_settings_and_in_the_field_it_is_started_from(page, tmp_path):
+def test_an_image_that_is_dropped_restores_its_settings_and_if_dropped_on_the_field_is_started_from(page, tmp_path):
     file = downloaded(page, finished(generate(page, Seed="3", Steps="2")), tmp_path)
     drop = """(target, bytes) => {
         const transfer = new DataTransfer();
@@ -330,7 +330,7 @@ def test_an_image_that_is_dropped_brings_its_settings_and_in_the_field_it_is_sta
 # ---- what some models and servers have
 
 
-def test_a_control_image_gives_the_size_and_what_is_made_of_it_is_followed(page, tmp_path):
+def test_a_control_image_sets_the_size_and_what_is_extracted_from_it_is_followed(page, tmp_path):
     house = Image.new("RGB", (150, 100), "white")
     ImageDraw.Draw(house).rectangle((30, 20, 110, 80), fill="black")
     house.save(tmp_path / "house.png")

@@ -35,13 +35,14 @@ PAGES = [
     *sorted(f"examples/{page.name}" for page in (ROOT / "examples").glob("*.md")),
     "examples/pocket/README.md",
 ]
-# Pages whose commands take long, and the model to run them with. Every run parses them; only the slow tests run them.
+# Pages whose commands take a long time, and the model to run them with. Every run parses them; only the slow tests run
+# them.
 SLOW = {
     **dict.fromkeys(("examples/guided-images.md", "examples/lora.md", "examples/measure-your-mac.md"), "pocket"),
     **dict.fromkeys(("convert/README.md", "examples/reference.md", "examples/several-macs.md"), "light"),
     **dict.fromkeys(("examples/coming-from-diffusers.md", "examples/coming-from-mflux.md"), "light"),
 }
-# What only another machine, or a long time, can do: the lines are parsed. .ci/run runs the installing.
+# What needs another machine or takes a long time: these lines are only parsed. .ci/run runs the installation.
 PARSED = re.compile(
     r"git clone|\bpip\b|pytest|\.ci/|pre-commit|examples/pocket/|--upload-repo|--report|pipx|--server|"
     r"mlx-zimage (serve|train)|mlx\.launch|"
@@ -91,7 +92,8 @@ def parse(words: list[str]) -> None:
 
 @pytest.fixture
 def shell(tmp_path):
-    """Run blocks in a folder with a LoRA and an empty home, whose Hugging Face cache has a model as Z-Image-Turbo."""
+    """Run blocks in a folder with a LoRA and an empty home, whose Hugging Face cache holds a model under the name
+    Z-Image-Turbo."""
     command = tmp_path / "bin/mlx-zimage"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mlx_zimage "$@"\n')
@@ -126,7 +128,7 @@ def shell(tmp_path):
 
 
 def first_run(home: Path, model: Path) -> Path:
-    """What a first run leaves in a home, which test_first_run.py runs."""
+    """What a first run leaves in a home; test_first_run.py does such a run."""
     return convert(model, home / ".cache/mlx-zimage/Z-Image-Turbo-4bit", bits=4)
 
 

@@ -141,7 +141,7 @@ def test_one_of_several_files_must_be_named(comfyui, pocket_is_official, tmp_pat
         assert open_checkpoint(models, parts={"vae": vae}).vae.folder == vae
 
 
-def test_what_only_the_converter_reads_is_refused_with_what_to_do(comfyui, pocket_is_official, tmp_path):
+def test_what_only_the_converter_reads_is_refused_with_advice(comfyui, pocket_is_official, tmp_path):
     (tmp_path / "my models").mkdir()
     file = tmp_path / "my models/z-image.gguf"
     file.write_bytes(b"GGUF")
@@ -216,7 +216,7 @@ def test_quantized_folders_need_no_block_in_their_configs(tmp_path, expected):
     assert {name: network.quantizations for name, network in open_checkpoint(folder).networks.items()} == before
 
 
-def test_a_folder_of_gguf_files_is_refused_with_what_to_do(tmp_path):
+def test_a_folder_of_gguf_files_is_refused_with_advice(tmp_path):
     (tmp_path / "z-image-Q4_K.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=f"GGUF files: .* mlx-zimage convert {tmp_path}/z-image-Q4_K.gguf DEST"):
         open_checkpoint(tmp_path)

@@ -104,7 +104,7 @@ def test_a_network_in_pieces_equals_the_whole_one(flops):
 
 @pytest.fixture
 def as_on_metal(on_cpu, monkeypatch):
-    """The VAE takes the ways that it takes on Metal, whose convolutions a CPU can do as well."""
+    """The VAE takes the code paths that it takes on Metal, whose convolutions a CPU can do as well."""
     monkeypatch.setattr(vae, "backend", lambda: "metal")
 
 

@@ -88,7 +88,7 @@ def test_encoded_prompts_give_the_same_images_as_prompts(pipe):
     assert np.array_equal(by_arrays, by_text)
 
 
-def test_a_callback_sees_each_step_and_may_end_them(pipe):
+def test_a_callback_sees_each_step_and_may_end_the_run(pipe):
     seen = []
 
     def callback(pipe, index, timestep, values):
@@ -195,7 +195,7 @@ def test_what_the_parts_of_a_pipeline_cannot_take_is_refused(pipe, used, message
         ({"keep": "yes"}, "keep must be True"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(tiny_folder, options, message):
+def test_options_that_make_no_sense_are_refused(tiny_folder, options, message):
     with pytest.raises(RequestError, match=message):
         ZImagePipeline.from_pretrained(tiny_folder, **options)
 

@@ -158,7 +158,7 @@ def test_a_block_is_read_while_the_one_before_is_computed(monkeypatch):
     walk = runner.walk(runner.weights.config.blocks[-3:], [Hidden(mx.zeros(1))], add_a_weight)
     assert len(list(walk)) == 3
     waits = " wait" if mx.default_device() == mx.cpu else ""  # before a CPU begins the next block
-    begin_next = "read wait compute"  # the last of it makes the weights what is computed with
+    begin_next = "read wait compute"  # the last of these converts the weights into the form used for computing
     assert " ".join(order) == f"{begin_next} compute {begin_next}{waits} compute {begin_next}{waits} compute{waits}"
 
 

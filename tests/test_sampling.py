@@ -103,7 +103,7 @@ def test_steps_after_the_truncation_run_the_positive_prompt_alone():
     assert [mx.array_equal(v, IMAGE) for v in found] == [False, False, True, True]
 
 
-def test_a_step_may_be_answered_with_other_latents_and_with_an_end():
+def test_a_step_may_be_answered_with_other_latents_or_with_a_stop():
     def answer(step: Step) -> Change:
         return Change(IMAGE if step.index == 1 else None, stop=step.index == 2)
 

@@ -183,7 +183,7 @@ def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path):
 
 
 def test_a_controlnet_that_fits_no_model_ends_the_server(small_pocket, tmp_path):
-    """One that fits another model than the first is not offered for the first."""
+    """One that fits only a model other than the first is not offered for the first."""
     other = controls.write(tmp_path, 0, "control_lite")
     result = CliRunner().invoke(
         main, ["serve", "--model", str(small_pocket), "--control-model", str(other), "--port", "0"]
@@ -319,7 +319,7 @@ def test_a_head_that_does_not_end_within_seconds_times_out(server):
 
 
 def test_a_request_right_after_another_does_not_time_out(monkeypatch):
-    """HTTP pipelining: it runs already when the wait for the next head would begin."""
+    """HTTP pipelining: it is already running when the wait for the next head would begin."""
     ran = []
 
     async def app(scope, receive, send) -> None:
@@ -501,7 +501,7 @@ def test_a_killed_server_leaves_no_worker_behind(small_pocket, tmp_path):
 
 
 def ended(pid: int) -> bool:
-    """Whether a process ends within some seconds."""
+    """Whether a process ends within 20 seconds."""
     end = time.monotonic() + 20
     while time.monotonic() < end:
         shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
@@ -641,7 +641,8 @@ def opened_worker(pocket: Path, lora_dir: Path) -> tuple[worker.Worker, list]:
 
 
 def test_a_request_that_does_not_fit_is_refused_before_it_is_queued(tmp_path):
-    """All that it asks for counts: what fits does not with a LoRA, a control image, a larger size or more steps."""
+    """All that it asks for counts: what fits alone no longer fits with a LoRA, a control image, a larger size or more
+    steps."""
     write_lora(tmp_path / "style.safetensors")
     made, sent = opened_worker(POCKET, tmp_path)
     pipeline = made.models["pocket"].pipeline

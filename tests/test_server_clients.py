@@ -327,7 +327,7 @@ def test_open_webui_generates_through_openais_api(server):
 
 @pytest.mark.parametrize("name", ["image", "image[]"])
 def test_open_webui_edits_through_openais_api(server, name):
-    """A file for one image, as a list for a list of one."""
+    """It sends one image as a file named `image`, and a list, even of one, as `image[]`."""
     body, content_type = form(
         {"model": "gpt-image-1", "prompt": PROMPT, "n": "1", "size": "64x64", "response_format": "b64_json"},
         [(name, png(Image.new("RGB", (80, 80), "white")))],

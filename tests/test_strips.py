@@ -56,7 +56,8 @@ def test_encoding_in_strips_equals_encoding_whole(runner, strip_bytes):
 
 @pytest.mark.parametrize("size", [(12, 8), pytest.param((16, 16), marks=pytest.mark.slow)])
 def test_strips_need_a_fraction_of_the_memory(on_cpu, size):
-    """On a CPU: beside so small an image, a GPU's scratch memory for convolutions, of a size of its own, is all."""
+    """On a CPU: for so small an image, nearly all the memory on a GPU would be scratch memory for convolutions, whose
+    size does not depend on the image's."""
     runner = Blocks(open_checkpoint("pocket").vae, mx.float32)
     latents = mx.random.normal((1, *size, 16))
     runner.tree("decoder")
@@ -148,7 +149,7 @@ def on_each(size: int, speeds: list[float] | None, compute: Callable[[Group], mx
 
 
 @pytest.mark.parametrize(("size", "speeds", "strip_bytes"), [slow(2, None, None), (3, [1, 2, 1.5], 2**15)])
-def test_ranks_decode_their_rows_as_one_does_all(runner, size, speeds, strip_bytes, on_cpu, watch):
+def test_ranks_that_decode_rows_give_what_one_rank_gives_for_all(runner, size, speeds, strip_bytes, on_cpu, watch):
     mx.random.seed(4)
     latents = mx.random.normal((1, 77, 3, 16))
     runner.tree("decoder")
@@ -164,7 +165,7 @@ def test_ranks_decode_their_rows_as_one_does_all(runner, size, speeds, strip_byt
         assert np.abs(image - whole).max() < 1e-5 * np.abs(whole).max()
 
 
-def test_ranks_encode_their_rows_as_one_does_all(runner, on_cpu, watch):
+def test_ranks_that_encode_rows_give_what_one_rank_gives_for_all(runner, on_cpu, watch):
     mx.random.seed(5)
     pixels = mx.tanh(mx.random.normal((1, 480, 16, 3)))
     runner.tree("encoder")

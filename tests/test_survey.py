@@ -54,7 +54,8 @@ def test_different_versions_and_default_dtypes_are_refused(name, monkeypatch):
 
 
 def test_a_step_is_predicted_from_a_few_layers():
-    """Each layer takes as long: 3 s beside them, and 2 for each of 30 layers and for a second noise refiner."""
+    """Every layer takes equally long: 2 s for each of 30 layers and for a second noise refiner, plus 3 s for everything
+    else."""
     timer = Timer.__new__(Timer)
     timer.config = surveyed.TransformerConfig()
     timer._step = lambda depth, group: 3 + 2 * depth

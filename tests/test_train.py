@@ -98,7 +98,7 @@ def test_nothing_is_encoded_again_and_the_encoders_are_unloaded(pipe, images, tm
     assert not any(isinstance(event, Phase) for event in run(again, images, output, steps=2))
 
 
-def test_the_file_is_used_as_any_lora_and_says_how_it_was_made(pipe, images, tmp_path):
+def test_the_file_is_used_like_any_other_lora_and_says_how_it_was_made(pipe, images, tmp_path):
     output = tmp_path / "lora.safetensors"
     run(pipe, images, output, rate=0.03, alpha=8.0, extras=("adaln", "refiners"))
     metadata = read_metadata(output)

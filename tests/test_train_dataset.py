@@ -59,7 +59,7 @@ def test_images_of_all_modes_are_used(tmp_path):
     assert len(read_dataset(tmp_path, 512)) == 5
 
 
-def test_the_trigger_word_replaces_its_mark(tmp_path):
+def test_the_trigger_word_replaces_its_placeholder(tmp_path):
     write(tmp_path, "a.png", caption="a photo of [trigger], [trigger]")
     write(tmp_path, "b.png", caption="a dog")
     assert [e.caption for e in read_dataset(tmp_path, 512, "sks")] == ["a photo of sks, sks", "a dog"]

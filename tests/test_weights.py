@@ -30,7 +30,7 @@ COMPONENTS = tuple(CONFIGS)
 
 
 def rewrite(folder: Path, component: str, change=lambda arrays: None, config: dict | None = None, **options) -> None:
-    """Rewrite a component with change(arrays), where arrays are float32 by name."""
+    """Rewrite a component with change(arrays), where arrays maps names to float32 arrays."""
     arrays = tiny.weights(0, component, CONFIGS[component])
     arrays = change(arrays) or arrays
     shutil.rmtree(folder / component)

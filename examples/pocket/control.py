@@ -148,7 +148,7 @@ def latents_of(pipe: ZImagePipeline, pixels: np.ndarray) -> mx.array:
 
 
 def examples(pipe: ZImagePipeline, scenes: list[Scene], moves: int, jobs: int, together: int = 64) -> list[Examples]:
-    """What is trained on, computed once, by the captions' padded length: each scene in so many places."""
+    """What is trained on, computed once, by the captions' padded length: each scene in `moves` places."""
     network, rng, side = pipe.transformer, random.Random(1), SIDE // 8
     by_length: dict[int, list[tuple[Scene, mx.array]]] = {}
     for scene in scenes:
@@ -272,7 +272,7 @@ class Trainer:
     def train(
         self, found: list[Examples], seconds: float, size: int, report: Callable[[int, float], None], most: int = 10**9
     ) -> None:
-        """Adam for so many seconds, or `most` steps, its rate rising and then falling to 0; reports mean losses."""
+        """Adam for `seconds`, or `most` steps, its rate rising and then falling to 0; reports mean losses."""
         optimizer = optim.Adam(learning_rate=RATE)
         optimizer.init(self.weights)
         rng, sizes = np.random.default_rng(1), np.array([len(own.latents) for own in found])
@@ -391,7 +391,7 @@ def score(trainer: Trainer, pipe: ZImagePipeline, folder: Path, count: int, seed
 
 
 def _placed(verdict) -> bool:
-    """Right in all that the caption says: where things are, it does not."""
+    """Right in all that the caption says, which is not where things are."""
     return verdict.background and verdict.count and verdict.colors and verdict.shapes
 
 

@@ -1,9 +1,9 @@
 """Judges an image by its pixels: is everything that the caption says there, and nothing else?
 
-It needs numpy only, and knows nothing of what made the image. It sorts the pixels to the nearest
-of the world's colours, takes connected regions, and compares them with the scene:
+It needs numpy only, and knows nothing of what made the image. It assigns each pixel to the nearest of the world's
+colours, takes connected regions, and compares them with the scene:
 
-- background: the colour along the rim is the scene's, and close to it;
+- background: the colour nearest to the rim's is the scene's, and the rim is close to it;
 - count: as many objects as the scene has, and nothing stray: away from the outlines, fewer than
   STRAY pixels of any colour that does not belong there, be they lines, specks or smudges;
 - colors: the objects' colours, as a multiset, each close to the palette's;

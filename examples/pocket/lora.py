@@ -198,7 +198,7 @@ class Trainer:
 
 
 def refined(network: Transformer, captions: mx.array, h: int, w: int) -> Caption:
-    """Embedded captions (B, L, dim) as the one of B images of h x w latent pixels."""
+    """Embedded captions (B, L, dim) as one Caption, for B images of h x w latent pixels."""
     length, blocks = captions.shape[1], network.config.refiners
     ones = mx.ones((len(blocks), 4, network.config.dim))
     (stream,) = network.run(blocks, [Stream(captions, ones, *network.rope(length, 0, 0))])

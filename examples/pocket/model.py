@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
-# Deliberately as in the real model: fewer key heads than query heads, heads wider in sum than
-# the hidden size, hidden_states[-2] (the last layer and norm are never used), attended pads.
-# Every width that meets a quantized matrix is a multiple of 64.
+# Deliberately as in the real model: fewer key heads than query heads, heads wider in total than the hidden size,
+# hidden_states[-2] (the last layer and norm are never used), attended pads. Every width that meets a quantized matrix
+# is a multiple of 64.
 TEXT_ENCODER = {
     "vocab_size": 1024,
     "hidden_size": 128,

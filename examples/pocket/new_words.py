@@ -1,11 +1,11 @@
 """Teach the pocket model a colour or a shape that it does not know: python examples/pocket/new_words.py cyan DIR
 
 Trains a LoRA on 50 rendered images with the colour cyan, or the shape oval. They are chosen to differ as much as
-possible; each is also used mirrored, moved and recoloured, with two captions that say the same. To keep what the model
-knows, most of the loss is measured on the model's own way to images for other captions, where the LoRA should not
-change its output. As in `lora.py`, steps alternate between weights in float32 and in 4 bits. Then scores held-out
-prompts with the new word, and others without it, each with and without the LoRA on both kinds of weights. --diffusers N
-also scores N of each with diffusers.
+possible; each is also used mirrored, moved and recoloured, with two captions that say the same thing. To keep what the
+model knows, most of the loss is measured on the model's own trajectories to images for other captions, where the LoRA
+should not change its output. As in `lora.py`, steps alternate between weights in float32 and in 4 bits. Then scores
+held-out prompts with the new word, and others without it, each with and without the LoRA on both kinds of weights.
+--diffusers N also scores N of each with diffusers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Shape = tuple[int, int, int]  # a caption's padded length, and its latents' heig
 
 SIDE = 128  # pixels of images with the new word; those for other captions have all sizes
 RANK, RATE, WARM_UP = 32, 2e-3, 100
-IMAGES, POOL = 50, 1500  # with the new word, and chosen from so many
+IMAGES, POOL = 50, 1500  # with the new word, and how many they are chosen from
 RECOLORED = 6  # choices of colours for each view of an image, besides its own
 MIXED = 40.0  # condition number of a scene's colours up to which its pixels are unmixed
 CAPTIONS = 2  # for each view of an image, in each choice of colours
@@ -106,7 +106,7 @@ def facts(word: str, scene: Scene) -> Iterator[Hashable]:
 
 
 def varied(word: str, count: int, seed: int) -> list[Scene]:
-    """`count` of POOL training scenes: each next one has the facts that were seen least."""
+    """`count` of POOL training scenes: each one has the facts that were seen least until then."""
     pool, seen, chosen = scenes_to_rename(word, POOL, seed, "train"), Counter(), []
     while len(chosen) < count:
         scene = max(pool, key=lambda one: np.mean([1 / (1 + seen[fact]) for fact in facts(word, one)]))
@@ -275,7 +275,8 @@ def unpacked(weights: Tree) -> Tree:
 
 
 class Learner(Trainer):
-    """Learns what new images show, at the sampler's noise levels, and keeps what the model says on its own way."""
+    """Learns what new images show, at the sampler's noise levels, and keeps the model's outputs on its own
+    trajectories."""
 
     def __init__(self, pipes: list[ZImagePipeline], new: Examples, own: Examples):
         super().__init__(pipes, rank=RANK)
@@ -304,14 +305,14 @@ class Learner(Trainer):
         return captions, (1 - sigma) * latents + sigma * noise, latents - noise
 
     def own_images(self, levels: list[int], rng: np.random.Generator) -> tuple[mx.array, mx.array, mx.array]:
-        """Captions, latents on the model's way and its outputs there, of KEPT of its images at each level."""
+        """Captions, latents on the model's trajectories and its outputs there, of KEPT of its images at each level."""
         captions, *ways = self.own.choose(KEPT, rng)
         states, outputs = (mx.stack([own[i, :, k] for i, k in enumerate(levels)]) for own in ways)
         return captions, states, outputs
 
     def learn(self, steps: int, report: Callable[[int, float], None]) -> None:
-        """Adam, its rate falling to 0; reports each tenth of the steps' mean loss. A level counts as much as the
-        sampler's step from there is long, and a new image as much as one of the model's own."""
+        """Adam, its rate falling to 0; reports each tenth of the steps' mean loss. A level is weighted by the length of
+        the sampler's step from it; a new image counts as much as one of the model's own."""
         optimizer = optim.Adam(learning_rate=RATE, betas=[0.9, 0.99])
         optimizer.init(self.lora)
         state = [self.lora, optimizer.state]
@@ -351,7 +352,8 @@ class Learner(Trainer):
 
 
 def verdicts(pool, generate, scenes: list[Scene], sheet: Path | None = None) -> list[bool]:
-    """Whether each scene's image is right; the first ten are saved above those that are."""
+    """Whether each scene's image is right; the first ten are saved to the sheet, above perfect images of the same
+    scenes."""
     images = images_of(generate, scenes, 7, 50)
     if sheet:
         rows = [np.concatenate(part[:10], axis=1) for part in (images, ground_truth(scenes[:10]))]

@@ -26,7 +26,7 @@ class Clock:
         self.step, self.progress = int(done * steps), done
 
     def __iter__(self):
-        """Yields (step, progress) until one of the two runs out."""
+        """Yields (step, progress) until the steps or the seconds run out."""
         while self.progress < 1:
             yield self.step, self.progress
             self.step += 1

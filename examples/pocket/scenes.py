@@ -3,10 +3,9 @@
 Needs numpy only. A scene is sampled in two steps: first the facts (what is where, and how
 much of it the caption says), then the caption (`captions.py`). `render.py` renders it.
 
-What makes the world learnable in minutes: centres lie on a 16-pixel grid (a few on half of
-it), so that in the transformer's tokens, 16 pixels wide, an object is one pattern, shifted;
-there are six radii; and what a caption leaves open varies little. Objects keep 4 pixels from
-the rim and 6 from each other (4 inside another).
+What makes the world learnable in minutes: centres lie on a 16-pixel grid (a few on one of 8 pixels), so that in the
+transformer's tokens, 16 pixels wide, an object is one pattern, shifted; there are six radii; and what a caption leaves
+open varies little. Objects keep 4 pixels from the rim and 6 from each other (4 inside another).
 
 The held-out split is by meaning, not by wording: a tenth of all combinations of shapes and
 colours never occur in a training image, in either language, in whatever order, arrangement

@@ -1,4 +1,4 @@
-"""Tests of the LoRAs that teach new words, in small."""
+"""Small-scale tests of the LoRAs that teach new words."""
 
 import random
 from collections import Counter

@@ -108,7 +108,7 @@ def one(shape: str, size: str | None = None, position: str | None = "center", **
 
 
 def drawn(*masks, size=128) -> np.ndarray:
-    """Functions of x and y, pixels from the middle: what holds is red on white."""
+    """An image from functions of x and y, pixels from the middle: red where one of them holds, otherwise white."""
     y, x = np.mgrid[:size, :size] + 0.5 - size / 2
     is_red = np.logical_or.reduce([mask(x, y) for mask in masks])
     return np.where(is_red[..., None], PALETTE[0], PALETTE[8]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Tests of the ControlNet for outlines, in small: python -m pytest examples/pocket/test_pocket_control.py"""
+"""Small-scale tests of the ControlNet for outlines: python -m pytest examples/pocket/test_pocket_control.py"""
 
 import random
 from dataclasses import replace

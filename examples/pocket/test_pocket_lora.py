@@ -1,4 +1,4 @@
-"""Tests of the LoRA that swaps two colours, in small: python -m pytest examples/pocket/test_pocket_lora.py"""
+"""Small-scale tests of the LoRA that swaps two colours: python -m pytest examples/pocket/test_pocket_lora.py"""
 
 import mlx.core as mx
 import numpy as np

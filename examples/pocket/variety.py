@@ -1,7 +1,7 @@
 """Do seeds differ more if the first steps are disturbed? python examples/pocket/variety.py CHECKPOINT -n 2000 --jobs 16
 
 Every prompt is generated with the same few seeds in every way, in batches (a GPU takes minutes, a CPU hours). A way is
-KIND:AMOUNT:STEPS, for the first so many steps:
+KIND:AMOUNT:STEPS, for the first STEPS steps:
 
 - noise: normal noise on the prompt's embedding, of that many times each token's root mean square
 - uniform: what InvokeAI adds: uniform noise of up to that many standard deviations, on half of the values
@@ -96,7 +96,7 @@ class Batches:
         return Caption(stream.x, *self.transformer.rope(stream.x.shape[1], h, w))
 
     def images(self, scenes: list[tuple[int, Scene]], seeds: int, ways: list[Way]) -> dict[Way, list[np.ndarray]]:
-        """By way, the images of the first scene in all its seeds, then of the next; scenes have numbers."""
+        """For each way, the images of the first scene with all seeds, then of the next; scenes have numbers."""
         import mlx.core as mx
 
         from mlx_zimage.models.layers import result

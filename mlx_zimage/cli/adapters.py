@@ -68,7 +68,7 @@ def split_strengths(args: Sequence[str]) -> tuple[list[str], list[float | None]]
 
 
 def _one_file(after: Iterable[str]) -> str:
-    """What to say about the words after --lora PATH, if they are not what can be there."""
+    """What to say about the words after --lora PATH, if they do not belong there."""
     for word in after:
         if word.endswith(".safetensors"):
             return f"--lora takes one file; for several, repeat it, as in --lora A.safetensors --lora {word}"

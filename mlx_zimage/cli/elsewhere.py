@@ -1,4 +1,4 @@
-"""Commands that forgive the habits of other programs, and answer what they cannot do with what to type instead."""
+"""Commands that accept habits from other programs; to what they cannot do, they respond with what to type instead."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class CommandGroup(click.Group):
     """A command that has commands: hints at what to type instead of one that does not exist."""
 
     def __init__(self, *args: Any, hints: Mapping[str, str], default: str = "", **options: Any):
-        """hints are by what is typed; default follows any other name, filled in for {}."""
+        """hints maps a typed name to its hint; default is the hint for any other name, which replaces the {} in it."""
         super().__init__(*args, **options)
         self.hints, self.default = hints, default
 

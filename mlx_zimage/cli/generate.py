@@ -573,12 +573,12 @@ def _located(place: str, names: Mapping[str, str] = EMPTY) -> Iterator[None]:
 
 
 def _image(place: str, n: int, total: int) -> str:
-    """Which of all images an error is about; "" if there is only one."""
+    """Which of the images an error is about; "" if there is only one."""
     return ", ".join(part for part in (place, f"image {n} of {total}" if total > 1 else "") if part)
 
 
 def _images(several: Sequence[tuple[str, Draft]], total: int) -> str:
-    """Which of all images an error is about, when several are generated at once."""
+    """Which of the images an error is about, when several are generated at once."""
     (place, first), (_, last) = several[0], several[-1]
     return _image(place, first.n, total) if first is last else f"images {first.n} to {last.n} of {total}"
 

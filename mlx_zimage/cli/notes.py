@@ -29,8 +29,8 @@ POCKET_SHAPES = re.compile(
     r"\b(circle|disc|dot|square|box(es)?|triangle|star|ring|donut|cross(es)?|plus|diamond|rhombus(es)?|heart)s?\b"
     "|圆|方形|方块|三角形|星|环|十字|加号|菱形|爱心|心形"
 )
-# It was trained at 128x128 to 192x128 and 160x160. At 112x112, 176x96, 224x128 and 208x208, judge.py finds nearly all
-# images of single shapes right; at 96x96, 128x64 and 224x224 none.
+# It was trained at 128x128 to 192x128 and 160x160. At 112x112, 176x96, 224x128 and 208x208, judge.py accepts nearly all
+# images of single shapes; at 96x96, 128x64 and 224x224, none.
 POCKET_LEAST_SIDE, POCKET_PIXELS = 96, (112**2, 208**2)
 POCKET_KNOWS = (
     "it knows circles, squares, triangles, stars, rings, crosses, diamonds and hearts in red, orange, yellow, green, "

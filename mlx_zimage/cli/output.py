@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def print_path(path: Path) -> None:
-    """Print a path on stdout, on its own line: byte for byte, since names need not be text, but to a terminal plain."""
+    """Print a path on stdout, on its own line: byte for byte, since names need not be text, but with unsafe characters
+    escaped in a terminal."""
     if sys.stdout is not None and sys.stdout.isatty():
         click.echo(plain(str(path)).encode(sys.stdout.encoding, "backslashreplace"))
     else:

@@ -145,7 +145,8 @@ def plan(
 def _extras(
     checkpoint: Checkpoint, dtype: mx.Dtype, loras: list[tuple[str, float | None]], partial: bool
 ) -> dict[str, Extra]:
-    """What LoRAs add to the memory of each network. Reads only their headers, but downloads those of the hub."""
+    """What LoRAs add to the memory of each network. Reads only their headers, but LoRAs on the hub are downloaded
+    whole."""
     from ..weights.blocks import Blocks
     from ..weights.lora import ADAPTED, find_lora, read_lora
     from ..weights.overlay import Overlay

@@ -150,7 +150,7 @@ class Remote:
     ) -> http.client.HTTPResponse:
         """The server's answer to a request; what it refuses is an error here, too. To be closed.
 
-        While its queue is full, the request is sent again when the server says, for TRIES times in all.
+        While its queue is full, the request is sent again when the server says to, up to TRIES times in all.
         """
         for left in reversed(range(TRIES)):
             answer = self._answer(method, path, body, headers or {})

@@ -27,7 +27,8 @@ MODEL_FORMATS = ("mlx", "diffusers", "comfyui", "comfyui-fp8", "comfyui-int8")  
 
 
 class _Expanded(click.ParamType):
-    """~ stands for the home folder, even where the shell does not: in quotes, and after a comma or an equals sign."""
+    """~ is expanded to the home folder, even where the shell does not do it: in quotes, and after a comma or an equals
+    sign."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(
@@ -80,7 +81,7 @@ class ModelName(_Expanded, click.ParamType):
         from ..weights.library import models
 
         names = []
-        with suppress(Exception):  # no completions are better than a traceback at the prompt
+        with suppress(Exception):  # having no completions is better than a traceback at the prompt
             names = [model.name for model in models() if model.kind != ("package" if self.listed_only else "prompts")]
         items = [CompletionItem(name) for name in names if name.startswith(incomplete)]
         # A shell would offer no folders beside the names, unless asked to: see completion.py.

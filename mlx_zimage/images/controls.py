@@ -86,8 +86,8 @@ def _is_ridge(length: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.nd
 def _grown(seeds: np.ndarray, within: np.ndarray) -> np.ndarray:
     """The 8-connected parts of `within` that contain a seed.
 
-    Each pixel points to another of its part, at last to the first one: rounds of joining neighbours, of which even a
-    line through the whole image takes few.
+    Each pixel points to another pixel of its part, and eventually to the first one. Neighbours are joined in rounds;
+    even a line through the whole image takes few.
     """
     p, width = np.pad(within, 1).ravel(), within.shape[1] + 2
     pixels = np.flatnonzero(p)

@@ -46,7 +46,8 @@ def fit_mask(mask: Image.Image, image: tuple[int, int], width: int, height: int)
 
 
 def values(mask: Image.Image, grow: int = 0, soft: bool = False) -> np.ndarray:
-    """A mask as an array (H, W) float32 of 0 and 1, split at half as in diffusers; soft keeps the values in between.
+    """A mask as an array (H, W) float32 of 0 and 1, thresholded at 0.5 as in diffusers; soft keeps the values in
+    between.
 
     grow moves its edges outwards by that many pixels.
     """

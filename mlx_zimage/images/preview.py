@@ -112,7 +112,7 @@ class FileView(View):
     """An image file that each call replaces, and that is deleted when the image is finished."""
 
     def __init__(self, path: Path):
-        """Uses the first of path, path-1, ... that does not exist when it is called first."""
+        """Uses the first of path, path-1, ... that does not exist when this is first called."""
         make_folder(path.parent)
         self.path = path
         self.written = False

@@ -30,7 +30,7 @@ MAX_PADDED = 25_000_000  # pixels of a TIFF's tiles, some of which are outside o
 MAX_ACROSS = 2**16  # pixels of a tile: Pillow joins what it reads of a row, in time that grows with its square
 MAX_PASSES = 4  # scans of each JPEG in a TIFF, which has one for all channels, or one each
 BLOCK = 2**16  # bytes that a decoder reads at a time
-NAMES = {"MPO": "JPEG", "WEBP": "WebP", "HEIF": "HEIC"}  # of formats that Pillow calls otherwise
+NAMES = {"MPO": "JPEG", "WEBP": "WebP", "HEIF": "HEIC"}  # of formats that have another name in Pillow
 RUN_LENGTHS = (1, 2)  # of BMP's compressions
 BYTES = (1, 2, 7)  # types of TIFF's values
 EXIF_OF_HEIF = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)  # an entry of the index of a HEIC or AVIF
@@ -101,7 +101,7 @@ class ImageStream(io.BufferedReader):
             if isinstance(image, PngImageFile) and str(image.tile[0].args).endswith("16B"):
                 self.kind += " and 16 bits"
         if isinstance(image, JpegImageFile):
-            # All coefficients are kept, as of a progressive one, unless the first scan has all components. Its header,
+            # All coefficients are kept, as for a progressive one, unless the first scan has all components. Its header,
             # which ends the file's, has 6 bytes and 2 for each component.
             self.seek(max(self.header - 6 - 2 * image.layers, 0))
             expected = struct.pack(">HB", 6 + 2 * image.layers, image.layers)

@@ -132,11 +132,12 @@ class Ranks(Sharing, Protocol):
     """
 
     def among(self, tokens: int) -> Sharing:
-        """How the machines share an image of so many tokens: so few may not be worth the time that exchanging takes."""
+        """How the machines share an image of this many tokens: a small one may not be worth the time that exchanging
+        takes."""
 
     def parts(self, rows: int) -> int:
-        """In how many parts keys and values of so many rows are exchanged while others are computed with; 0: not so,
-        but between other operations."""
+        """The number of parts in which the keys and values of this many rows are exchanged, so that one part travels
+        while another is used; 0 if they are exchanged between other operations instead."""
 
     def gather(self, x: mx.array, shares: Shares, apart: bool = True) -> mx.array:
         """All rows of an array (B, L, ...) of which each machine has its share. If apart, exchanging begins at once,

@@ -323,7 +323,7 @@ def add_attention(
     return x[:, : h.shape[1]] + modulated_norm(h, weights["attention_norm2"], gate, eps * factor**2)
 
 
-# Where machines share many rows, that half in pieces, so that keys and values travel while others are computed with.
+# The same half in pieces, for machines that share many rows: some keys and values travel while others are used.
 
 
 def sent(
@@ -562,7 +562,8 @@ class Controls(Protocol):
 
 
 def in_order(blocks: Sequence[str], chains: Sequence[Chain]) -> list[tuple[str, int | None, int]]:
-    """The blocks of a walk and of the chains along it, in the order they run: name, chain if any, number in its own."""
+    """The blocks of a walk and of the chains along it, in the order they run: name, chain (None for the walk itself),
+    index within the walk or chain."""
     waiting = [list(enumerate(chain.blocks)) for chain in chains]
     order: list[tuple[str, int | None, int]] = []
     for at, name in enumerate(blocks):
@@ -588,7 +589,8 @@ def in_turns(stream: Stream) -> Iterator[Stream]:
 class Caption:
     """A prompt at one image size: its refined embeddings (1, L', dim), and the rotary tables of image and caption.
 
-    image and joint say how the rows of the image and of the joined sequence are shared; these are this machine's.
+    image and joint say how the rows of the image and of the joined sequence are shared; all other rows here are this
+    machine's.
     """
 
     embedded: mx.array
@@ -877,7 +879,7 @@ class Transformer:
 
 
 def joined(*parts: Stream) -> Stream:
-    """Streams of different images, which ended a walk, as one."""
+    """Streams of different images, which have come to the end of a walk, as one."""
     rows = zip(*((part.x, *part.beside) for part in parts), strict=True)
     x, *beside = (mx.concatenate([*own]) for own in rows)
     return replace(parts[0], x=x, beside=tuple(beside))

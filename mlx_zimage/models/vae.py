@@ -156,8 +156,8 @@ def _levels(name: str, sampler: str, in_dim: int, widths: tuple[int, ...], depth
 class Rows:
     """A tensor (B, height, w, C) that may be too large to keep in memory: `get(a, b)` computes its rows a to b - 1.
 
-    forget(a) says that rows before a will not be asked for again. Only the rows from `first` to before `end` can be
-    asked for; on several machines, that is a part of the tensor.
+    forget(a) says that rows before a will not be asked for again. Only the rows from `first` up to, but not including,
+    `end` can be asked for; on several machines, that is a part of the tensor.
     """
 
     height: int
@@ -211,7 +211,7 @@ class Strips:
         return self.ranks.gather(x, tuple(rows * height // self.rows for rows in self.ranks.shares((self.rows,))))
 
     def bounds(self, x: Rows, most: int | None = None) -> list[tuple[int, int]]:
-        """The strips of x, as (first row, end row), of at most `most` bytes whatever else is the limit."""
+        """The strips of x, as (first row, end row), of at most `most` bytes each, whatever the other limit allows."""
         limits = [limit for limit in (self.strip_bytes, most) if limit]
         rows = x.end - x.first
         if not limits:
@@ -365,7 +365,7 @@ def conv(x: Rows, weights: Tree) -> Rows:
             rows = mx.pad(rows, [(0, 0), (above, below), (0, 0), (0, 0)])
         return apply(rows, padding=(0, 1))
 
-    # a row at the edge of what there is has no neighbour, unless the image ends there
+    # the outermost row of those given lacks a neighbour, unless the image ends there
     first, end = x.first + (x.first > 0), x.end - (x.end < x.height)
     return Rows(x.height, get, lambda a: x.forget(a - 1), first, end)
 
@@ -565,7 +565,8 @@ class VAE:
     def encode_steps(self, pixels: mx.array, noise: mx.array | None = None) -> Generator[int, None, mx.array]:
         """`encode`, yielding the number of blocks done after each one.
 
-        Standard normal noise (B, H/8, W/8, 16) samples the latents' distribution instead of taking its mean.
+        With noise (B, H/8, W/8, 16), standard normal, the latents are a sample of their distribution instead of its
+        mean.
         """
         mean, log_variance = moments((yield from encoder(*self._inputs(pixels, "encoder"))))
         z = mean if noise is None else mean + mx.exp(log_variance / 2) * noise

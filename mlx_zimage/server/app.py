@@ -99,7 +99,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def is_answered(host: str, port: int) -> bool:
-    """Whether a program listens there already. macOS lets several do so, on one address and on all."""
+    """Whether a program listens there already. macOS lets several programs listen on one port, one on a single address
+    and another on all."""
     try:
         socket.create_connection((host, port), timeout=1).close()
     except OSError:
@@ -147,7 +148,8 @@ async def serve(
         )
         print(address(listener), flush=True)
         if show:
-            Thread(target=webbrowser.open, args=(page_address(listener),), daemon=True).start()  # some wait for its end
+            # in a thread, since some browsers make this wait until they exit
+            Thread(target=webbrowser.open, args=(page_address(listener),), daemon=True).start()
         server = uvicorn.Server(config)
         ending = asyncio.create_task(_end_when_lost(server, queue))
         await server.serve(sockets=[listener])

@@ -31,7 +31,7 @@ MAX_BODY = 32 * 2**20  # bytes: a photo of 24 MB in base64
 MAX_BODIES = 8 * MAX_BODY  # of all requests in progress together
 BODY_S = 60.0  # to send a body in
 HEAD_S = 5.0  # to send a request's head in
-# Under which containers reach the machine they run on: names that no one can register.
+# Names under which containers reach the machine they run on; no one can register them.
 CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal", "host.lima.internal")
 PAGE = "/"
 OPEN = ("/health", "/v1/images/results/", "/page/")  # need no key: the names of results cannot be guessed

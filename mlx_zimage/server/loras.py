@@ -1,4 +1,5 @@
-"""The LoRAs in the server's folder, by name: the only files that a client can choose, and only by listing them."""
+"""The LoRAs in the server's folder, by name: the only files that a client can choose, and only by the names that
+listing the folder finds."""
 
 from __future__ import annotations
 

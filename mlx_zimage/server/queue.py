@@ -91,8 +91,8 @@ class Queue:
 
     deadline_s is the time from a request's arrival to its answer, in seconds.
 
-    When the worker dies, for example of a failed allocation, all its jobs fail and another one is started. In a group
-    of machines, which the others would have to start again with it, that ends the server: lost says so.
+    When the worker dies, for example of a failed allocation, all its jobs fail and another one is started. In a group,
+    the other machines would have to start again along with it, so its death ends the server; lost says so.
     """
 
     def __init__(self, options: Options, limit: int = 16, deadline_s: float | None = None):
@@ -151,7 +151,7 @@ class Queue:
             pass  # the worker has ended, which the other thread reports
 
     def _read(self, connection: Connection, outgoing: SimpleQueue, process: subprocess.Popen) -> None:
-        """In a thread of its own: pass on what the worker sends, and at last how it ended."""
+        """In a thread of its own: pass on what the worker sends, and finally how it ended."""
         try:
             while True:
                 self._call(self._received, connection.recv())

@@ -39,7 +39,7 @@ class Service:
     results: Results = field(default_factory=Results)
 
     def model(self, name: object) -> Model:
-        """The model with a name, or whose alias or id it is; the first one if there is none."""
+        """The model with this name, alias or id; the first one if no name is given."""
         if name is None or name == "":
             return self.queue.models[0]
         if isinstance(name, str):
@@ -52,7 +52,7 @@ class Service:
     def adjust(self, values: dict, model: Model, guidance: str, off: float, controlled: bool = False) -> dict[str, str]:
         """Replace more steps than Turbo is made for, and guidance, which it is made without; `off` turns guidance off.
 
-        A ControlNet may need more steps. Returns the headers that say so.
+        A ControlNet may need more steps. Returns the headers that report what was changed.
         """
         if self.honor_client_steps or model.takes_guidance:
             return {}

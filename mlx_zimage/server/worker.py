@@ -60,7 +60,7 @@ from .messages import (
     Started,
 )
 
-PAUSE = 0.2  # seconds for which a group without a job does nothing: whoever waits in MLX's ring keeps a core busy
+PAUSE = 0.2  # seconds for which a group without a job does nothing: waiting in MLX's ring keeps a core busy
 SMALLEST = GenerateRequest("a", SIZE_MULTIPLE, SIZE_MULTIPLE, seed=0, steps=1)
 PATH = re.compile(r"(?<![\w/.])~?(?:/[^\s/:'\"]+)*/([^\s/:'\"]+)")
 
@@ -185,7 +185,7 @@ class Worker(Served):
             sys.exit(1)
 
     def run_next(self) -> None:
-        """Wait for a job and run it, or unload the model if none comes for so long."""
+        """Wait for a job and run it, or unload the model if none comes within idle_s seconds."""
         idle_s = self.options.idle_s if self.loaded else None
         end = None if idle_s is None else time.monotonic() + idle_s
         while True:
@@ -394,7 +394,7 @@ def check_downloaded(request: GenerateRequest) -> None:
 
 
 def read(job: Job) -> tuple[dict[str, Any], Inputs]:
-    """The fields of a job's request but its seed, and its images."""
+    """All fields of a job's request except its seed, and its images."""
     mask: Pillow.Image | None = None
     if job.mask is not None:
         mask = read_mask(job.mask, transparent=job.marks == "transparent")

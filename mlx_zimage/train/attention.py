@@ -16,11 +16,11 @@ from ..machine import backend
 from ..models.layers import TILE, compiled, dot_product_attention
 
 SCORES = 2**26  # bytes of float32 scores at once
-FUSED_ROWS = 128  # MLX's fused gradient is of a multiple of this many queries
+FUSED_ROWS = 128  # MLX's fused gradient needs a multiple of this many queries
 
 
 def is_fused(dtype: mx.Dtype, head_dim: int) -> bool:
-    """Whether MLX's attention keeps no scores in memory: its own, not its gradient's."""
+    """Whether MLX's attention keeps no scores in memory; its gradient may."""
     if backend() == "metal":
         return head_dim in FUSED_ON_METAL
     return backend() == "cuda" and dtype != mx.float32 and head_dim in (64, 80, 96, 128)

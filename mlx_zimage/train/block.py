@@ -175,7 +175,8 @@ def pulled_back(function: Callable[..., tuple[mx.array, ...]], given: tuple, cot
 
 
 def joined(parts: Sequence[tuple], axes: Sequence[int]) -> tuple:
-    """Gradients of all rows, given those of some rows each: the first ones joined along axes, all others added up."""
+    """Gradients of all rows, from parts for some of the rows each: the first ones are joined along axes, all others
+    added up."""
     if len(parts) == 1:
         return parts[0]
     each = list(zip(*parts, strict=True))

@@ -88,7 +88,7 @@ def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> l
 
 
 def order_of(examples: Sequence[Example]) -> list[int]:
-    """The number of each example, as many times as it is repeated in one pass."""
+    """The index of each example, as many times as it is repeated in one pass."""
     return [i for i, example in enumerate(examples) for _ in range(example.repeats)]
 
 

@@ -127,7 +127,7 @@ class Run:
 
     @cached_property
     def order(self) -> list[int]:
-        """The number of each example, as often as it is repeated in one pass."""
+        """The index of each example, as many times as it is repeated in one pass."""
         return order_of(self.examples)
 
     @cached_property
@@ -172,7 +172,7 @@ def train(
     training does not.
 
     The machines of a group share the images of each step, at least one for each. pipe is without a group. Rank 0 writes
-    the LoRA and generates the previews; what is encoded, every machine keeps in a folder next to output.
+    the LoRA and generates the previews; every machine keeps what is encoded in a folder next to output.
     """
     if pipe.group is not None:
         raise RequestError("each machine trains with a pipeline of its own: open it without a group")
@@ -305,7 +305,7 @@ def _tried(
 
 
 def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> float:
-    """Seconds that the gradients of one image take, computed for nothing else."""
+    """Seconds that the gradients of one image take; they are only timed."""
     begin = 0.0
     for _ in range(2):  # the first time, weights are read and functions compiled
         begin = time.perf_counter()

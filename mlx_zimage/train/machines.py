@@ -57,11 +57,11 @@ class Machines:
             )
 
     def own(self, accumulate: int) -> range:
-        """The numbers of this machine's images in a step: they take turns."""
+        """The indices of this machine's images in a step: the machines take turns."""
         return range(accumulate) if self.group is None else range(self.group.rank, accumulate, self.group.size)
 
     def from_first(self, factors: Factors, optimizer: AdamW) -> tuple[Factors, AdamW]:
-        """Where the first machine continues, on all of them."""
+        """The state from which the first machine continues, on all of them."""
         if self.group is None:
             return factors, optimizer
         step = self.agreed(lambda steps: steps[0], optimizer.step)

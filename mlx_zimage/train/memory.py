@@ -27,7 +27,7 @@ from .dataset import Example
 BLOCK = {"cpu": 242, "cuda": 184, "metal": 184}
 # What a lean block keeps of the other rows: eleven arrays, among them queries, keys, values, and their gradients.
 KEPT = {"cpu": 44, "cuda": 22, "metal": 22}
-# During its attention, unless it is fused, when pieces of at most SCORES bytes are alive as well.
+# During its attention; unless that is fused, pieces of at most SCORES bytes are alive as well.
 ATTENTION = {"cpu": 72, "cuda": 40, "metal": 40}
 PIECES = 8
 UNPACKED = {"cpu": 2, "cuda": 1.02, "metal": 1.02}  # of a quantized block's dense form: measured 1.01 on the H200

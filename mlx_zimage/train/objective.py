@@ -26,7 +26,7 @@ SHIFT = 2.0  # musubi-tuner's default for the base model
 
 @dataclass(frozen=True)
 class Draw:
-    """What one gradient is computed from: the number of an example, its noise, the noise level and its weight."""
+    """What one gradient is computed from: the index of an example, its noise, the noise level and its weight."""
 
     example: int
     noise: np.ndarray
@@ -58,7 +58,7 @@ def draw(
 ) -> Draw:
     """Gradient `index` of a run, counted from 0: a function of its arguments, so that a run can be resumed anywhere.
 
-    order has the number of each example, as many times as it is repeated; each pass over it is shuffled anew. shapes
+    order has the index of each example, as many times as it is repeated; each pass over it is shuffled anew. shapes
     are those of all examples' latents.
     """
     pass_, place = divmod(index, len(order))

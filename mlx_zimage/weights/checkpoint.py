@@ -90,9 +90,9 @@ def open_checkpoint(
     parts says for each network where to take it from, by default from source. Each place is a path or Hugging Face id
     (see hub.locate) of what `open_networks` reads. What none of them contains comes from the official repository.
 
-    variant names the row of `variants` to use it as; by default it is recognized. Any other name is a file variant:
-    "fp16" reads `model.fp16.safetensors` for each network that has it. The weights of a repository are downloaded after
-    its configs and headers have been checked.
+    variant names the row of `variants` that applies to the model; by default the model is recognized. Any other name is
+    a file variant: "fp16" reads `model.fp16.safetensors` for each network that has it. The weights of a repository are
+    downloaded after its configs and headers have been checked.
     """
     checkpoint = open_headers(source, variant, parts)
     for repository in checkpoint.repositories:

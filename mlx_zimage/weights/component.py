@@ -329,7 +329,8 @@ class Component:
         def read(prefix: str) -> Tree:
             return self.read(prefix, dtype, without)()
 
-        # The threads must end here: one that still works in MLX's CUDA build at exit may abort the process (MLX 4506).
+        # The threads must end here: one that is still working in MLX's CUDA build at exit may abort the process (MLX
+        # 4506).
         with ThreadPoolExecutor(READERS, "mlx-zimage-reader") as readers:
             yield from readers.map(read, prefixes)
 

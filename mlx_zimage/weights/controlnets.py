@@ -1,7 +1,7 @@
 """Finding and opening a ControlNet: the published single file, or a folder as diffusers or our converter writes it.
 
 Its architecture is recognized from its weights, and the folder's config.json where there is one. What it was trained
-for is not in the weights: a Hugging Face id or a file's name says it, or the user.
+for is not in the weights: a Hugging Face id or a file's name tells, or the user does.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class LowRank:
 
     def rows(self, part: int, parts: int) -> Self:
         up = _rows(self.up, part, parts)
-        # A fused layer made of three has a block-diagonal `up`; the other two's factors add nothing here. Looked for on
-        # the CPU, since this may be for a plan, beside a request that has the GPU.
+        # A fused layer made of three has a block-diagonal `up`; the other two's factors add nothing here. Zeros are
+        # looked for on the CPU, since this may be for a plan, while another request is using the GPU.
         share = mx.split(self.up, parts, stream=mx.cpu)[part]
         nonzero = mx.any(mx.not_equal(share, 0, stream=mx.cpu), axis=0, stream=mx.cpu)
         used = np.flatnonzero(np.array(nonzero)).tolist()

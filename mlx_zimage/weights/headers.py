@@ -15,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 
 from ..untrusted import brief, open_regular, parse_json
 
-MAX_HEADER = 8 * 2**20  # bytes: a full-size model has 200 KB, and trainers write megabytes of settings into a LoRA
+MAX_HEADER = 8 * 2**20  # bytes: a full-size model's is 200 KB, and trainers write megabytes of settings into a LoRA
 MAX_TENSORS = 20_000  # all networks in one file, with every layer quantized, have 4000
 MAX_AXES = 8  # convolutions have 4
 MAX_LENGTH = 2**40  # of an axis
 MAX_NAME = 256  # characters of a tensor's name; the longest known have 120
-# What MLX reads, and F8_E5M2, which the converter does. One tensor of another keeps MLX from reading any in the file.
+# What MLX reads, and F8_E5M2, which only the converter reads. One tensor of any other dtype keeps MLX from reading any
+# tensor in the file.
 DTYPES = (
     *("BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "C64"),
     *("F8_E4M3", "F8_E8M0", "F8_E5M2"),
@@ -57,14 +58,14 @@ def length_of(start: bytes) -> int:
 
 
 def parse(content: bytes) -> Header:
-    """The checked tensors of a header, without its length, of a file that is not here; raises ValueError."""
+    """The checked tensors of a header, without its length prefix, of a file on another machine; raises ValueError."""
     header, _ = _parsed(content)
     check_tensors(header)
     return header
 
 
 def _parsed(content: bytes) -> tuple[Header, dict[str, str]]:
-    """The tensors and the metadata of a header, of which only their number is checked."""
+    """The tensors and the metadata of a header; only the number of tensors is checked."""
     header = parse_json(content)
     if not isinstance(header, dict):
         raise ValueError("header is not an object")

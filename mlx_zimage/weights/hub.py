@@ -29,7 +29,7 @@ SMALL_FILES = [
     *("model_index.json", "config.json", "*.safetensors.index.json", CONVERSION, MANIFEST),
     *(f"{name}/*.json" for name in (*NETWORKS, "scheduler")),
 ]
-FIRST = 100_001  # bytes of a safetensors file to ask for first: more than the headers of most have
+FIRST = 100_001  # bytes of a safetensors file to ask for first: more than the headers of most take
 TOKENIZER_FILES = ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
 
 
@@ -97,7 +97,7 @@ class Repository:
             raise CheckpointError(f"{self.id}: {self._name(file)} is not a safetensors file ({error})") from error
 
     def _start(self, file: Path, count: int) -> bytes:
-        """At most the first `count` bytes of a file at the hub, also if a server sends more than it is asked for."""
+        """At most the first `count` bytes of a file at the hub, even if a server sends more than it is asked for."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -222,12 +222,12 @@ def snapshot(folder: Path) -> Path | None:
 
 
 def name_of(path: Path) -> str:
-    """What to call a model without saying where it is: its name or, in a hub cache, the id or ID:PATH that it is."""
+    """What to call a model without saying where it is: its name or, in a hub cache, its id or ID:PATH."""
     return _in_cache(path) or (path.resolve() if path.is_dir() else path).name
 
 
 def argument(path: Path) -> str:
-    """A model as a shell takes it: in a hub cache, the id or ID:PATH that it is; otherwise its path."""
+    """A model as a shell takes it: in a hub cache, its id or ID:PATH; otherwise its path."""
     return shlex.quote(_in_cache(path) or str(path))
 
 
@@ -242,7 +242,7 @@ def _in_cache(path: Path) -> str | None:
 
 
 def is_snapshot(folder: Path) -> bool:
-    """Whether a folder is one of a repository in a hub cache, where only files that were needed are."""
+    """Whether a folder is a repository's in a hub cache, which has only the files that were needed."""
     folder = folder.resolve()
     return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
 

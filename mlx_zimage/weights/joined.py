@@ -1,4 +1,5 @@
-"""Weights of several networks as those of one, so that their blocks can take turns: a transformer's and ControlNets."""
+"""Weights of several networks as those of one, so that their blocks can take turns: a transformer's and its
+ControlNets'."""
 
 from __future__ import annotations
 

@@ -245,8 +245,8 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
     otherwise CheckpointError names what does not. partial=True leaves out keys that match no layer, unless none does;
     they are listed in `unmatched`.
 
-    headers=True is for planning: it reads as little of the file as the shapes of its differences need, so that it may
-    have numbers that are not finite; and does not form the checksum.
+    headers=True is for planning: it reads as little of the file as the shapes of its differences need, so that numbers
+    that are not finite may go unnoticed, and computes no checksum.
     """
     config: dict | None = None
     if file.is_dir():
@@ -322,7 +322,8 @@ def _header_config(file: Path, metadata: Mapping[str, str]) -> dict:
 
 
 def _check_sizes(file: Path, entries: Mapping[str, Entry], weights: Sequence[int]) -> None:
-    """Refuse tensors larger than any weight of the model, and more than all of it: sparse files may claim terabytes.
+    """Refuse tensors that are larger than any weight of the model, or together larger than all of it: sparse files may
+    claim terabytes.
 
     weights are the sizes of the model's weights, in numbers.
     """

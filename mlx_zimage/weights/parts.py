@@ -270,7 +270,8 @@ def comfyui_tree(path: Path, repository: Repository | None = None) -> dict[str, 
 
 
 def chosen(name: str, files: list[Path], *ways: Callable[[Path], Mapping[str, T]]) -> T:
-    """The one network of this name in ComfyUI's files for it: read in the first of these ways that can read any."""
+    """The one network of this name in ComfyUI's files for it: read in the first of these ways that can read any of the
+    files."""
     faults: list[str] = []
     for read in ways:
         found: dict[Path, T] = {}

@@ -89,7 +89,7 @@ def convert_steps(
     search fits the scales of "affine" by least squares, which is slower but more accurate. calibrate does this too, and
     first generates a few images with the source, a model folder or id, to record the inputs of each matrix of the
     transformer; the matrices are then quantized to preserve the products with those inputs. For the real model this
-    takes many times as long, and a few gigabytes on top of memory (see ZImagePipeline.from_pretrained).
+    takes many times as long, and needs a few gigabytes beyond the budget `memory` (see ZImagePipeline.from_pretrained).
 
     A source may be a ControlNet, too: the folder then contains only it, quantized as a transformer would be.
 

@@ -45,7 +45,8 @@ Rung = tuple[Quantization | None, int, float]  # with its bytes, and its squared
 class QuantizationSettings:
     """What the caller asked for: a quantization for each network, or a target size in bytes, and the recipe.
 
-    kept are the networks for which nothing was asked: what the source packs in one of MLX's modes is copied as it is.
+    kept has the networks for which nothing was requested: what the source packs in one of MLX's modes is copied as it
+    is.
     """
 
     networks: dict[str, Quantization | None]

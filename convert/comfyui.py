@@ -29,7 +29,7 @@ from .shards import Slot, Task
 
 MARK, METADATA = "comfy_quant", "_quantization_metadata"
 MAX_MARK = 4096  # bytes of JSON in a comfy_quant; ComfyUI writes 90
-# The names of what is stored next to a weight. Scales of inputs only serve products of quantized inputs.
+# The names of what is stored next to a weight. Scales of inputs are needed only for products with quantized inputs.
 PARTS = (
     *("weight_scale", "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook", "weight_correction"),
     *("scale_weight", "pre_quant_scale"),
@@ -248,7 +248,7 @@ def _w4a8(layer: Layer) -> Tensor:
     """Rotated: codes of 4 or 6 bits, as the values of a codebook or centred, times a scale per group, rounded to whole
     numbers from -127 to 127, and times a scale per row."""
     nbytes, size = layer.matrix("I8", "U8"), layer.number("group_size", 16)
-    # The number of bits is not declared: the number of groups tells.
+    # The number of bits is not declared: it follows from the number of groups.
     six = "weight_s_rel" in layer.parts and layer.parts["weight_s_rel"].shape == (layer.rows, nbytes * 4 // (3 * size))
     bits = 6 if six and nbytes % 3 == 0 else 4
     width = nbytes * 8 // bits

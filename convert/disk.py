@@ -20,7 +20,7 @@ from ..untrusted import open_regular
 
 
 def read_range(file: Path, offset: int, count: int) -> np.ndarray:
-    """count bytes of a file from offset, uint8."""
+    """`count` bytes of a file from `offset` on, as uint8."""
     # Read rather than mapped: pages of a mapped file count as resident until the system reclaims them.
     content = np.empty(count, np.uint8)
     try:

@@ -77,7 +77,7 @@ def _gguf_tensor(stored: gguf.GGUFTensor) -> Tensor:
 
 
 def stored_weights(entries: dict[str, Entry], metadata: Sequence[Mapping[str, str]], label: str) -> dict[str, Tensor]:
-    """The weights among stored tensors, with their scales applied and unpacked; metadata is that of each file."""
+    """The weights among stored tensors, unpacked and with their scales applied; metadata is that of each file."""
     settings = comfyui.declared(entries, metadata, label)
     tensors = {}
     for name, entry in entries.items():

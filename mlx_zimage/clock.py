@@ -62,7 +62,7 @@ class Clock:
             self.before[event.name] += self._lap()
 
     def cost(self, plan: Plan) -> Cost:
-        """Of an image that has arrived, and was run as planned."""
+        """The cost of an image that has arrived, and was generated according to plan."""
         decode, before = self._lap(), self.before
         return Cost(
             elapsed_s=self.last - self.begin,

@@ -229,7 +229,7 @@ class Group(SharingBySpeed):
         return mx.concatenate([every[i, :, :rows] for i, rows in enumerate(shares)], axis=1)
 
     # ---- MLX's collectives. They run one after another on a stream of their own, and each is queued on its own: NCCL
-    # allows no two at a time, and MLX starts operations at once if neither needs the other's result.
+    # does not allow two at a time, and MLX runs two operations concurrently if neither needs the other's result.
 
     def _all_gather(self, x: mx.array) -> mx.array:
         return self._queued(mx.distributed.all_gather, x)
@@ -333,7 +333,7 @@ class Group(SharingBySpeed):
     def check_same(self, shown: Mapping[str, str], **others: Any) -> None:
         """GroupError on every rank if a value is not the same on all of them, with each rank's own if it is shown.
 
-        shown are those that say something to a reader, which checksums do not.
+        shown are those that mean something to a reader, which checksums do not.
         """
         digests = {name: hashlib.sha256(str(value).encode()).hexdigest() for name, value in others.items()}
         machines = self.exchange({"host": platform.node(), "values": {**shown, **digests}})
@@ -418,7 +418,8 @@ class Group(SharingBySpeed):
     def signal(self, own: Signal = GO, limit: float | None = PATIENCE) -> Signal:
         """What all ranks signal; Ended on the others if rank 0 has ended the work, GroupError if another one failed.
 
-        If rank 0 ends the work as another fails, it has ended: they may have had the same error, which rank 0 reports.
+        If rank 0 ends the work just as another rank fails, the work counts as ended: both may have had the same error,
+        which rank 0 reports.
         """
         with self.computing(limit):
             counts = self._totals([int(flag in own) for flag in Signal])

@@ -31,7 +31,7 @@ LAST_LINE_END = re.compile(rb"\r\n|\n|\r")
 T = TypeVar("T")
 MAX_NAME = 200  # bytes in a file name's stem: 255 are allowed, and some are needed for the suffix and a counter
 FIELDS = {field.name for field in fields(GenerateRequest)}
-INPUT_FILES = ("image", "mask_image", "controls")  # of which each request may name others
+INPUT_FILES = ("image", "mask_image", "controls")  # each request may name its own
 SHORT = {  # names as on the command line, and the fields that they replace
     "size": {"width", "height"},
     "guidance": {"guidance_scale"},
@@ -226,7 +226,7 @@ def read_requests(lines: Iterable[str], name: str) -> dict[int, dict]:
 def lines_of(stream: BinaryIO, name: str) -> Iterator[str]:
     """The lines of UTF-8 text, of which one and a few read ahead are in memory.
 
-    Unlike for str.splitlines, U+2028, VT and the like are characters of a line.
+    Unlike in str.splitlines, U+2028, VT and the like do not end a line.
     """
     size, number, rest = 0, 0, b""
     while True:
@@ -250,7 +250,7 @@ def lines_of(stream: BinaryIO, name: str) -> Iterator[str]:
 
 
 def limited(items: Iterable[T], name: str) -> Iterator[T]:
-    """The items; RequestError if there are more of them than one call may generate images."""
+    """The items; RequestError if there are more than the images that one call may generate."""
     for n, item in enumerate(items):
         if n == MAX_IMAGES:
             raise RequestError(f"{name} has more than {MAX_IMAGES} prompts; split it")

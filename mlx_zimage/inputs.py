@@ -166,7 +166,8 @@ class Inputs:
     def regenerated(
         self, width: int, height: int, outpaint: Outpaint | None = None, grow: int = 0, soft: bool = False
     ) -> np.ndarray | None:
-        """What is regenerated of these pixels: (height, width) float32, see `images.masks.values`; None is all."""
+        """Which of these pixels are regenerated: (height, width) float32, see `images.masks.values`; None means all of
+        them."""
         if outpaint is not None:
             return canvas_mask(outpaint, width, height)
         if self.mask is None or self.source is None:

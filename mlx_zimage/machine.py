@@ -44,9 +44,9 @@ MEMORY_SHARE = 0.6  # share of the memory to use, if the system does not recomme
 OVERHEAD, LIMIT_SHARE = 700 * 10**6, 1 / 3
 # The number of input rows from which a quantized weight is unpacked for a dense product; with fewer, it is multiplied
 # in packed form. Measured: on the CPU unpacking is always faster. On CUDA (H200) it is faster from 256 rows on, 2.5
-# times at 4192; below, the packed product saves a few ms per prompt, but costs half a minute of compiling kernels. Not
-# measured by us: on Metal, reports on M1 to M4 agree that unpacking is faster at an image's thousands of rows, and do
-# not cover a prompt's.
+# times at 4192; below, the packed product saves a few ms per prompt, but costs half a minute of compiling kernels. On
+# Metal, we have measured nothing: reports on M1 to M4 agree that unpacking is faster at an image's thousands of rows,
+# but do not cover a prompt's.
 UNPACK_FROM = {"cpu": 0, "cuda": 0, "metal": 512}
 # Peak TFLOP/s of the smallest GPU sold as each generation's M, M Pro, M Max and M Ultra: cores * 128 multiply-adds *
 # clock. Later generations count as the last one listed; an M5's matrix units are not counted.

@@ -30,7 +30,8 @@ from .weights.checkpoint import Checkpoint
 from .weights.component import READERS, Component
 from .weights.overlay import Extra
 
-BESIDE = 4  # a ControlNet's tokens and the caption's, twice while a block replaces them; its image's; and its hint
+# A ControlNet's tokens and the caption's, twice while a block replaces them; the control image's; and the hint.
+BESIDE = 4
 
 # ---- the work, and the plan for it
 
@@ -190,7 +191,8 @@ def make_plan(
     """The fastest plan that fits the budget; if none fits, the one that needs the least memory.
 
     keep says whether all networks stay in memory for the next request; if it is None, this is decided here. Keeping
-    saves reading them for the next image, and reading a single block costs more time than waiting saves.
+    them saves reading them again for the next image, and the time to read even one block is longer than what faster
+    ways to compute save.
     """
     plans = []
     for kept in (True, False) if keep is None else (keep,):

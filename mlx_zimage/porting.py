@@ -259,7 +259,8 @@ def check_sizes(requests: Sequence[GenerateRequest]) -> None:
 def noise_of(
     latents: Any, generator: Any, request: GenerateRequest, shape: tuple[int, ...], sampled: tuple[int, ...]
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The noise of a call whose first request this is, and the noise to sample its images with, (0, ...) for none.
+    """The noise of a call whose first request this is, and the noise to sample its images with (none if `sampled` is
+    (0, ...)).
 
     Both have the shapes given, (B, C, h, w). As in diffusers, the latter is generated first. None if that request's
     seed gives all of it.
@@ -278,8 +279,8 @@ def noise_of(
 
 
 def scaled_loras(strengths: Mapping[str, float], joint_attention_kwargs: dict | None) -> tuple[LoraUse, ...] | None:
-    """A pipeline's LoRAs at their strengths times diffusers' scale; without a scale None, which means its own
-    strengths."""
+    """A pipeline's LoRAs at their strengths times diffusers' scale; without a scale, it is None, which means the
+    pipeline's own strengths."""
     if not joint_attention_kwargs:
         return None
     scale = LoraUse("scale", joint_attention_kwargs["scale"]).strength

@@ -181,7 +181,7 @@ class GenerateRequest:
     new part covers the old one gradually, over mask_feather pixels inside the mask, by default a 64th of the shorter
     side. mask_resample, by default 5, is how many times the latents are sampled again before each step. mask_grow moves
     the mask's edges outwards by that many pixels. With mask_soft, grey parts are regenerated in the later steps only,
-    the darker the fewer; otherwise the mask is split at half.
+    the darker the fewer; otherwise the mask is thresholded at half.
 
     outpaint extends the image on the given sides instead; width and height are those of the whole.
 

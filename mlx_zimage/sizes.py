@@ -1,4 +1,4 @@
-"""Counts as text."""
+"""Sizes and counts, to and from text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import RequestError
 from .untrusted import brief
 
 MOST = 10**15  # bytes; larger numbers would overflow counters
-LEAST = 10**6  # bytes: a smaller number is meant in MB or GB
+LEAST = 10**6  # bytes: a smaller number was probably meant as MB or GB
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 

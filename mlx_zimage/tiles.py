@@ -71,8 +71,8 @@ def tiled(velocities: Callable[..., Sequence[mx.array]], tiles: Tiles) -> Callab
 
 
 def spread(length: int, most: int) -> tuple[int, tuple[int, ...]]:
-    """The length of each tile along a side of `length` pixels, and where they start, in latent pixels; both are whole
-    tokens."""
+    """The length of each tile along a side of `length` pixels, and where they start, in latent pixels; all are
+    multiples of a token's side."""
     tokens, most = length // SIZE_MULTIPLE, max(most // SIZE_MULTIPLE, 2)
     overlap = ceil(most / OVERLAP)
     count = 1 if tokens <= most else ceil((tokens - overlap) / (most - overlap))

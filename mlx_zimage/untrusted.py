@@ -22,7 +22,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 def open_regular(path: Path, own: bool = False) -> BufferedReader:
     """Open a file to read its bytes. OSError if it is a FIFO or a device, which could block or never end.
 
-    own refuses links and the files of other users, too.
+    With own=True, links and other users' files are refused, too.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking, since it may be a FIFO
     fd = os.open(path, flags | os.O_NOFOLLOW if own else flags)
@@ -45,7 +45,7 @@ def read_bytes(path: Path, most: int = MAX_BYTES, own: bool = False) -> bytes:
 def parse_json(content: bytes | str, most: int = MAX_VALUES) -> Any:
     """The value of a JSON text in UTF-8. ValueError if it is not JSON, or exceeds the limits of this module.
 
-    most is the number of values that it may contain.
+    most is the largest number of values that it may contain.
     """
     text = content if isinstance(content, str) else content.decode()
     if sum(map(text.count, ",[{")) > most:

@@ -51,7 +51,7 @@ MOST_TURBO_STEPS = TURBO.steps + 1  # its model card recommends both numbers
 # card recommends.
 BASE = Variant("base", "Tongyi-MAI/Z-Image", steps=50, guidance_scale=4.0, shift=6.0, takes_guidance=True)
 # Turbo trained further without its distillation; it is published as a file. Steps and guidance ("cfg 3") as in
-# ai-toolkit, by its author.
+# ai-toolkit, which is by the same author.
 DE_TURBO = Variant("de-turbo", "ostris/Z-Image-De-Turbo", steps=25, guidance_scale=2.0, shift=3.0, takes_guidance=True)
 VARIANTS = {variant.name: variant for variant in (TURBO, BASE, DE_TURBO)}
 DE_TURBO_NAME = re.compile(r"z[-_ ]?image[-_ ]?de[-_ ]?turbo", re.IGNORECASE)  # in the name of its file

@@ -14,7 +14,7 @@ F8_NAMES = {("mxfp8", "weight"), ("nvfp4", "weight_scale"), ("w4a8", "weight_s_r
 
 
 def blocked(scales):
-    """Scales in the blocks of tensor cores, placed one by one, as the layout is documented."""
+    """Scales in the block layout of tensor cores, placed one by one, as its documentation describes."""
     rows, columns = scales.shape
     across = -(-columns // 4)
     out = np.zeros(-(-rows // 128) * across * 512, np.uint8)

@@ -208,7 +208,7 @@ def bytes_read(monkeypatch) -> Counter:
 
 @pytest.fixture(scope="session")
 def hub_client():
-    """The methods of the Hugging Face client, whose signatures take long to look up."""
+    """The methods of the Hugging Face client, whose signatures take a long time to look up."""
     return create_autospec(huggingface_hub.HfApi, instance=True)
 
 

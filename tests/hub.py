@@ -27,7 +27,8 @@ PROGRAM = "from mlx_zimage.cli import main; main()"
 
 @cache
 def digest(file: Path, algorithm: str, changed: int) -> str:
-    """Computed once for each content: a listing has the digests of all files, and each answer has that of its file."""
+    """Computed once for each version of a file: a listing has the digests of all files, and each answer has that of its
+    file."""
     return hashlib.new(algorithm, file.read_bytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Load what `convert --format comfyui` writes in ComfyUI: python tests/loaded_by_comfyui.py COMFYUI FOLDER
+"""Load into ComfyUI what `convert --format comfyui` writes: python tests/loaded_by_comfyui.py COMFYUI FOLDER
 
 COMFYUI is a clone of it, whose requirements are installed next to this package. Prints, for each format, how far the
 output of its transformer is from ours in float32, relative to the norm; fails if that is more than the format's

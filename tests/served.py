@@ -245,7 +245,7 @@ DEEP = st.one_of(
     st.lists(NESTED["unit"], max_size=5).map(lambda units: {"alwayson_scripts": {"ControlNet": {"args": units}}}),
     st.fixed_dictionaries({"loras": st.lists(NESTED["lora"], max_size=3)}),
 )
-# Values that would be valid and take long are left out: what is tested is that nothing invalid does.
+# Values that would be valid and take a long time are left out: the test is that nothing invalid takes long.
 CHANGES = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4).filter(
     lambda changes: (
         not any(

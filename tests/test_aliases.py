@@ -75,7 +75,7 @@ def listed() -> str:
     return CliRunner().invoke(main, ["models"]).stdout.splitlines()[1].partition("me/model")[2]
 
 
-def test_a_repository_of_which_networks_were_borrowed_is_not_called_incomplete(cached):
+def test_a_repository_from_which_networks_were_borrowed_is_not_called_incomplete(cached):
     folder, snapshot = cached
     assert listed() == ""
     (snapshot / "transformer/diffusion_pytorch_model.safetensors").unlink()

@@ -31,7 +31,7 @@ def configs() -> dict:
 
 
 def write(path: Path, seed: int = 0, factors: str = "lora_down lora_up", metadata: dict | None = None) -> Path:
-    """A low-rank LoRA on the attention of all layers of pocket, or of what stands for it."""
+    """A low-rank LoRA on the attention of all layers of pocket, or of what stands in for it."""
     down, up = factors.split()
     rng, tensors = np.random.default_rng(seed), {}
     shapes = {name: shape for name, shape in configs()["transformer"].shapes().items() if ".attention.to_" in name}

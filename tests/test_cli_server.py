@@ -224,7 +224,7 @@ def test_a_full_queue_is_waited_for_as_long_as_the_server_says(monkeypatch, tmp_
             pass
 
     monkeypatch.chdir(tmp_path)
-    # not of the whole process, in which other tests have left watchdogs
+    # not for the whole process, in which other tests have left watchdogs
     monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waited.append))
     with answering(HTTPServer(("127.0.0.1", 0), Handler)) as url:
         result = CliRunner().invoke(main, [*WORDS, "--server", url])

@@ -115,7 +115,7 @@ def test_inpainting_shows_the_controlnet_what_is_kept(controlled, monkeypatch):
     assert not latents[..., :16].any()
     grey = np.where(tiny.mask()[..., None] > 0, 127.5, tiny.photo()) / 127.5 - 1
     outside = controlled.encode_image(grey.astype(np.float32))
-    # float32: an image that is grey to half a level
+    # float32: an image whose grey is exact to within half a level
     assert relative_error(latents[0, ..., 17:], outside) < 1e-3
     controlled(**CALL, image=photo, control_image=photo)
     assert not seen[1][..., 16:].any() and seen[1][..., :16].any()
@@ -248,7 +248,7 @@ def test_a_controlled_image_that_overflows_float16_is_redone_in_bfloat16_with_it
     assert np.array_equal(*found) == (scale > 1)
 
 
-def test_an_image_is_upscaled_in_tiles_of_its_control_image(controlled, monkeypatch):
+def test_an_image_is_upscaled_in_tiles_together_with_its_control_image(controlled, monkeypatch):
     seen = []
     original = controlled.networks.denoise
 

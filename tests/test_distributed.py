@@ -138,7 +138,7 @@ def test_different_models_are_refused_on_every_rank(tmp_path):
 @pytest.mark.parametrize(
     ("version", "speeds", "name"), [("0.1", None, "version of MLX"), (mlx_version(), [1, 1], "list of speeds")]
 )
-def test_different_versions_of_mlx_and_given_speeds_are_refused(version, speeds, name, tiny_folder, monkeypatch):
+def test_different_versions_of_mlx_or_lists_of_speeds_are_refused(version, speeds, name, tiny_folder, monkeypatch):
     class First(Group):
         def check_same(self, shown, **others):
             mine.append(shown | others)
@@ -183,7 +183,7 @@ def test_what_differs_is_named_with_each_machine_and_its_own_value(values, messa
         group.check_same({"dtype": "float32", "version": values[0]}, model="same")
 
 
-def test_a_model_that_one_machine_lacks_ends_all_at_once(tiny_folder, tmp_path):
+def test_a_model_that_one_machine_lacks_ends_every_rank_at_once(tiny_folder, tmp_path):
     (tmp_path / "model0").symlink_to(tiny_folder)
     words = ["generate", "a fox", "--model", str(tmp_path / "model{rank}"), "-o", str(tmp_path / "fox.png")]
     first, second = ranks.finish(ranks.start(2, tmp_path, [sys.executable, "-m", "mlx_zimage", *words]), seconds=60)
@@ -241,7 +241,7 @@ def check_that_all_end(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["padded", "several prompts"])
 @pytest.mark.parametrize(("sign", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
-def test_a_rank_that_dies_or_stalls_ends_all(name, sign, rank, tiny_folder, tmp_path):
+def test_a_rank_that_dies_or_stalls_ends_all_ranks(name, sign, rank, tiny_folder, tmp_path):
     check_that_all_end(name, sign, rank, 2, tiny_folder, tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_rank_0_notices_between_steps_that_another_has_stalled(tiny_folder, tmp_
 
 @pytest.mark.long
 @pytest.mark.parametrize("attempt", range(20))
-def test_a_rank_that_dies_or_stalls_at_any_moment_ends_all(attempt, tiny_folder, tmp_path):
+def test_a_rank_that_dies_or_stalls_at_any_moment_ends_all_ranks(attempt, tiny_folder, tmp_path):
     sign = [signal.SIGKILL, signal.SIGSTOP][attempt % 2]
     phase = ["padded", "several prompts", "decoded in strips", "start"][attempt // 2 % 4]
     name, is_open = ("padded", False) if phase == "start" else (phase, True)
@@ -294,7 +294,7 @@ def test_a_command_started_by_mlx_launch_prints_and_saves_once(light_folder, tmp
     assert re.search(r"^Error( on rank 1)?: --steps must be from 1 to 1000, got 0$", refused.stderr, re.MULTILINE)
 
 
-def test_of_as_many_images_as_ranks_each_rank_generates_one_and_rank_0_saves_it(light_folder, tmp_path):
+def test_with_as_many_images_as_ranks_each_rank_generates_one_and_rank_0_saves_them_all(light_folder, tmp_path):
     words = ["generate", "a fox", "--count", "3", "--model", str(light_folder), "--dtype", "float32"]
     words += ["--size", "64x64", "--steps", "2", "--json", "-o"]
     command = [sys.executable, "-m", "mlx_zimage", *words, str(tmp_path / "two-{n}.png")]

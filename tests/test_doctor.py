@@ -182,5 +182,5 @@ def test_the_checks_without_matrix_units_run_in_a_process_of_their_own(monkeypat
     assert doctor.without_matrix_units(["float32"], None) == []
 
 
-def test_a_cpu_packs_to_its_own_bits(on_cpu):
+def test_packing_on_any_device_gives_the_bits_of_packing_on_a_cpu(on_cpu):
     assert doctor.packed_otherwise(selftest.every_quantization()) == []

@@ -92,7 +92,7 @@ def test_the_strength_is_06_unless_given(pipe):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 8, 50])
-def test_every_strength_above_0_runs_at_least_one_step_and_more_runs_no_fewer(steps):
+def test_every_strength_above_0_runs_at_least_one_step_and_a_higher_one_never_runs_fewer(steps):
     found = [
         steps - request_of(steps=steps, strength=percent / 100, image="0" * 64).first_step for percent in range(1, 101)
     ]

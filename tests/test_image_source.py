@@ -63,7 +63,8 @@ def test_a_lossless_file_is_read_exactly(tmp_path, photo, format):
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "MPO", *AVIF])
 def test_lossy_formats_are_read_closely(photo, format):
     many = {"save_all": True, "append_images": [Image.new("RGB", photo.size)]} if format in ("GIF", "MPO") else {}
-    image = read_image(saved(photo, format, **many))  # an MPO is a JPEG with more images in it, as phones write
+    # an MPO, which some phones write, is a JPEG with further images in it
+    image = read_image(saved(photo, format, **many))
     off = np.abs(np.asarray(image, int) - np.asarray(photo, int))
     assert image.mode == "RGB" and off.mean() < 6, off.mean()  # GIF has 256 colours: 4.6
 

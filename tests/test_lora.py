@@ -211,7 +211,7 @@ def test_a_block_diagonal_fusion_of_three_files_keeps_its_scale_and_its_ranks(tm
     assert [delta.rank for delta in header.deltas["transformer"].values()] == 3 * [RANK], "planned as it will be used"
 
 
-def test_fused_copies_of_layers_that_are_there_one_by_one_are_listed_as_ignored(tmp_path):
+def test_fused_copies_of_layers_that_are_also_there_separately_are_listed_as_ignored(tmp_path):
     tensors = {}
     for name in ("to.q", "to.k", "to.v", "to_out.0", "out"):
         tensors |= {

@@ -327,7 +327,7 @@ def test_an_image_that_only_a_lora_takes_beyond_float16_is_redone_in_bfloat16_wi
 
 
 @pytest.mark.slow
-def test_200_images_that_cycle_through_three_loras_and_no_lora_repeat_their_hashes_in_constant_memory(tmp_path):
+def test_200_images_cycling_through_three_loras_and_none_have_the_same_hashes_each_time_in_constant_memory(tmp_path):
     pipe = ZImagePipeline.from_pretrained("pocket", dtype="float32")
     names = ["low rank", "LoKr", "DoRA"]
     for i, kind in enumerate(names):

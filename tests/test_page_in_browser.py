@@ -63,7 +63,8 @@ def origin(small_pocket, tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture
 def visit(browser):
-    """visit(server, ...) opens the page in a new window, which must ask no other host and log no error of its own."""
+    """visit(server, ...) opens the page in a new window, which must contact no other host and log no error of its
+    own."""
     contexts, faults = [], []
 
     def visit(server: Server, **options):

@@ -40,7 +40,7 @@ def test_height_comes_before_width(pipe):
     assert pipe("a red fox", 48, 80, 1, seed=1).images[0].size == (80, 48)
 
 
-def test_a_list_of_prompts_is_generated_from_one_noise(pipe):
+def test_images_for_a_list_of_prompts_are_generated_from_a_single_draw_of_noise(pipe):
     prompts, noise = ["a red fox", "a hare"], torch_randn(4, (4, *SHAPE[1:]))
     together = pipe(prompts, **RUN, num_images_per_prompt=2, seed=4)
     assert together.seed == 4

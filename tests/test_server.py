@@ -353,7 +353,7 @@ def test_what_is_not_http_is_refused_once_and_leaves_no_traceback(server, method
 # ---- the queue
 
 
-def test_a_full_queue_is_answered_with_429_and_the_rest_in_order(server):
+def test_a_request_to_a_full_queue_is_answered_with_429_and_those_waiting_in_order(server):
     running = server.begin(GENERATE, {**SLOW, "n": 4})
     server.until(lambda health: health["running"])
     waiting = []

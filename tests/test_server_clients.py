@@ -288,7 +288,7 @@ def test_a1111s_controlnet_extension_is_followed_too(server, followed):
         assert refused.status == 422 and message in refused.json["detail"]
 
 
-def test_an_image_to_image_unit_without_an_image_is_shown_the_one_that_it_starts_from(server):
+def test_a_controlnet_unit_without_an_image_uses_the_one_that_its_request_starts_from(server):
     made = []
     for shown in ({}, {"image": {"image": base64_of(PHOTO), "mask": None}}, {"enabled": False}):
         scripts = {"controlnet": {"args": [{"module": "canny", **shown}]}}

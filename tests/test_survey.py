@@ -1,4 +1,4 @@
-"""What a group of machines is, before it generates an image."""
+"""What a group of machines consists of and how fast it is, measured before it generates an image."""
 
 from __future__ import annotations
 

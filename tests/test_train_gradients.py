@@ -116,7 +116,7 @@ def test_lean_blocks_have_the_same_gradients_in_less_memory(monkeypatch):
 
 
 def test_an_adapter_takes_part_and_gets_no_gradient(tiny_folder):
-    """As training adapters do. Its difference may as well be in the weights."""
+    """As training adapters do. The result is the same as with its difference in the weights."""
     component, given, factors = open_checkpoint(tiny_folder).transformer, sample(), random_factors()
     config, name = component.config, "layers.1.attention.to_q.weight"
     down, up = (mx.array(tiny.randn(1, tag, *shape)) for tag, shape in (("down", (2, 48)), ("up", (48, 2))))
@@ -210,7 +210,7 @@ def test_no_array_has_a_score_for_each_pair_of_tokens(monkeypatch):
 
 @pytest.mark.parametrize("side", [32, slow(64)])
 def test_the_backward_pass_needs_the_memory_of_one_block(side):
-    """Longer networks need more memory only for the inputs of their blocks."""
+    """Deeper networks need more memory only for the inputs of their blocks."""
 
     def peak(layers: int) -> int:
         config = replace(CONFIG, n_layers=layers)

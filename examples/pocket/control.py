@@ -2,7 +2,7 @@
 
 Trains a ControlNet in the layout of Z-Image's Union 2.1, in MLX, with the flow matching loss at the sampler's own noise
 levels, while the model itself stays as it is. Its control images are outlines of shapes of any size at any place, which
-the captions do not mention; in part of the examples it also sees a mask and the image outside it, and in some no
+the captions do not mention; in some of the examples it also sees a mask and the image outside it, and in some no
 outline, so that it can inpaint. DIR is a ControlNet's folder as diffusers saves it.
 
 Then generates from new held-out prompts with new outlines and prints the mean overlap of shapes with their outlines and
@@ -44,7 +44,7 @@ from mlx_zimage.scheduler import times
 SIDE = 128  # pixels; trained at one size
 LINE = 1.5  # half of an outline's width in pixels, with its soft edge
 RATE, WARM_UP = 8e-4, 0.03  # of Adam; the part of the training in which it rises
-OUTLINED, MASKED = 0.85, 0.35  # the parts of the examples that see an outline, and a mask
+OUTLINED, MASKED = 0.85, 0.35  # the fractions of the examples with an outline, and with a mask
 CONFIG = {
     "_class_name": "ZImageControlNetModel",
     "add_control_noise_refiner": "control_noise_refiner",
@@ -317,7 +317,8 @@ def unturned(name: str, array: mx.array, config: ControlNetConfig) -> mx.array:
 
 @dataclass(frozen=True)
 class Use:
-    """How to generate: the ControlNet's scale; whether to inpaint, and whether the ControlNet is shown how."""
+    """How to generate: the ControlNet's scale; whether to inpaint, and whether the ControlNet then sees the mask and
+    the rest of the image."""
 
     scale: float = 1.0
     inpaint: bool = False
@@ -391,7 +392,7 @@ def score(trainer: Trainer, pipe: ZImagePipeline, folder: Path, count: int, seed
 
 
 def _placed(verdict) -> bool:
-    """Right in all that the caption says, which is not where things are."""
+    """Right in everything that the caption says; it does not say where things are."""
     return verdict.background and verdict.count and verdict.colors and verdict.shapes
 
 

@@ -122,7 +122,7 @@ def find_objects(image: np.ndarray, palette: np.ndarray = PALETTE) -> tuple[int,
         for mask in regions(nearest == color, LEAST_AREA)
         if _is_solid(mask)
     ]
-    # an outline between two colours may look like a third: only colours that some region has count
+    # an outline between two colours may look like a third, so only colours of some region are counted
     there = sorted({background, *(color for color, _ in cores)})
     nearest_there = np.array(there)[distances[:, :, there].argmin(-1)]
     found, owner = [], np.full(nearest.shape, background)

@@ -102,7 +102,7 @@ def examples(pipe: ZImagePipeline, scenes: list[Scene]) -> list[Examples]:
 
 
 def new_lora(shapes: dict[str, tuple[int, ...]], seed: int, rank: int = RANK) -> Lora:
-    """Factors of no difference yet: `down` uniform as in kohya's trainer, `up` zero."""
+    """Factors that make no difference yet: `down` uniform as in kohya's trainer, `up` zero."""
     keys, lora = iter(mx.random.split(mx.random.key(seed), 1000)), {}
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
@@ -168,7 +168,8 @@ class Trainer:
         return own.captions[index], latents, mx.array(rng.standard_normal(latents.shape, np.float32))
 
     def train(self, found: list[list[Examples]], steps: int, batch: int, report: Callable[[int, float], None]) -> None:
-        """Adam on each copy's examples in turn, its rate falling to 0; reports each tenth of the steps' mean loss."""
+        """Adam on each copy's examples in turn, its rate falling to 0; reports the mean loss over each tenth of the
+        steps."""
         optimizer = optim.Adam(learning_rate=optim.cosine_decay(RATE, steps))
         optimizer.init(self.lora)
         rng, sizes = np.random.default_rng(1), [len(own.latents) for own in found[0]]

@@ -127,8 +127,8 @@ def mirrored(scene: Scene) -> Scene:
 
 
 def shifts(scene: Scene) -> list[tuple[int, int]]:
-    """How far, in pixels, the scene can move right and down to where `scenes` may place things and its caption is
-    still true: a single thing near the middle, several across the line that they are on."""
+    """The shifts to the right and down, in pixels, that leave the scene as `scenes` may place it and its caption true:
+    a single thing near the middle, several across the line that they are on."""
     if scene.position:
         return [(0, 0)]
     xs, ys = ([getattr(one, axis) for one in scene.things] for axis in "xy")
@@ -311,8 +311,8 @@ class Learner(Trainer):
         return captions, states, outputs
 
     def learn(self, steps: int, report: Callable[[int, float], None]) -> None:
-        """Adam, its rate falling to 0; reports each tenth of the steps' mean loss. A level is weighted by the length of
-        the sampler's step from it; a new image counts as much as one of the model's own."""
+        """Adam, its rate falling to 0; reports the mean loss over each tenth of the steps. A level is weighted by the
+        length of the sampler's step from it; a new image counts as much as one of the model's own."""
         optimizer = optim.Adam(learning_rate=RATE, betas=[0.9, 0.99])
         optimizer.init(self.lora)
         state = [self.lora, optimizer.state]

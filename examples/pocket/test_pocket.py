@@ -137,7 +137,7 @@ def test_a_stretched_shape_is_wrong(shape):
     scene = one(shape, "large")
     image = ground_truth([scene])[0]
     assert judge(image, scene).is_right
-    keep = np.flatnonzero(np.arange(128) % 5)  # four rows of five, and white for the rest
+    keep = np.flatnonzero(np.arange(128) % 5)  # four of every five rows or columns; a margin fills the rest
     for axis in (0, 1):
         short = np.take(image, keep, axis)
         margin = [(0, 0)] * 3

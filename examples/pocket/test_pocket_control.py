@@ -70,4 +70,4 @@ def test_pockets_own_controlnet_follows_outlines_it_has_not_seen(pipe):
         for scene, line, inside in zip(scenes, lines, covered(scenes), strict=True):
             call = {"control_image": line, "controlnet_conditioning_scale": scale, "seed": 5}
             overlaps.append(overlap(np.asarray(pipe(scene.caption, **call).images[0]), inside))
-    assert np.mean(found[1.0]) > 0.8 and np.mean(found[0.0]) < 0.5  # of 200: see README.md
+    assert np.mean(found[1.0]) > 0.8 and np.mean(found[0.0]) < 0.5  # README.md has the means of 200

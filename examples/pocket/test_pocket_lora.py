@@ -20,7 +20,7 @@ def pipes(pipe, tmp_path_factory) -> list[ZImagePipeline]:
 
 @pytest.fixture(scope="module")
 def trained(pipes) -> tuple[Trainer, list[list[float]]]:
-    """A trainer after a few steps, and each copy's loss of the same noisy examples before and after."""
+    """A trainer after a few steps, and each copy's loss on the same noisy examples, before and after."""
     found, trainer = [examples(pipe, training_scenes(12, seed=3)) for pipe in pipes], Trainer(pipes)
 
     def losses() -> list[float]:

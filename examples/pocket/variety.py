@@ -96,7 +96,8 @@ class Batches:
         return Caption(stream.x, *self.transformer.rope(stream.x.shape[1], h, w))
 
     def images(self, scenes: list[tuple[int, Scene]], seeds: int, ways: list[Way]) -> dict[Way, list[np.ndarray]]:
-        """For each way, the images of the first scene with all seeds, then of the next; scenes have numbers."""
+        """For each way, the images of the first scene with all seeds, then of the next; each scene is given with its
+        number."""
         import mlx.core as mx
 
         from mlx_zimage.models.layers import result
@@ -212,7 +213,8 @@ def as_table(rows: list[dict[Way, Row]], ways: list[Way]) -> str:
 
 
 def by_kind(scenes: list[Scene], rows: list[dict[Way, Row]]) -> str:
-    """How often an object moves without any change, beside training images, by kind of scene."""
+    """How often an object is in another place with another seed if nothing is disturbed, by kind of scene, compared
+    with training images."""
     moves = defaultdict(list)
     for scene, row in zip(scenes, rows, strict=True):
         if scene.position is None:

@@ -1,4 +1,4 @@
-"""Commands that accept habits from other programs; to what they cannot do, they respond with what to type instead."""
+"""Commands that accept what users know from other programs and, where they cannot do it, say what to type instead."""
 
 from __future__ import annotations
 

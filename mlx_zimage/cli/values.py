@@ -70,7 +70,7 @@ class ModelName(_Expanded, click.ParamType):
     name = "model"
 
     def __init__(self, listed_only: bool = False, converted: bool = False):
-        """listed_only leaves folders and files that `mlx-zimage models` does not list out of the completions.
+        """listed_only omits from the completions any folders and files that `mlx-zimage models` does not list.
 
         converted makes an alias such as z-image-turbo stand for what a first run converted, if it is there, as in
         `generate`.

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 LOW, HIGH = 100, 200  # of the gradient's length in 8-bit units, as OpenCV's Canny is usually called
 BLUR = 1.4  # pixels, before edges are looked for
 SCRIBBLE_BLUR, SCRIBBLE_WIDTH = 3.0, 5  # pixels: coarse edges, drawn with a thick pen
-SOFT = 4  # a tile image has this factor fewer pixels per side
+SOFT = 4  # the sides of a tile image are shorter by this factor
 
 
 def prepared(pixels: np.ndarray, kind: str | None) -> np.ndarray:

@@ -178,7 +178,7 @@ def read_origin(path: Path) -> Origin:
 
 
 def origin_in(content: bytes, label: object) -> Origin:
-    """The origin stored in the content of an image file, which errors call by its label."""
+    """The origin stored in the content of an image file; errors refer to the file by its label."""
     try:
         formats = [*dict.fromkeys(FORMATS.values())]
         with Image.open(ImageStream(content, str(label), MAX_WEBP), formats=formats) as image:

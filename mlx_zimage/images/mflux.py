@@ -33,8 +33,8 @@ def stored(comment: bytes) -> dict[str, Any] | None:
 def to_request(values: dict[str, Any]) -> tuple[GenerateRequest, str]:
     """The request, and the name of the model. RequestError if it needs what is not supported here, or is invalid.
 
-    mflux uses MLX's noise, and its guidance is off up to 1. Its LoRAs are named after their files, without a SHA-256.
-    If it started from an image, the request has a strength, but no image: mflux stores only its path.
+    mflux uses MLX's noise, and its guidance is off at values up to 1. Its LoRAs are named after their files, without a
+    SHA-256. If it started from an image, the request has a strength, but no image: mflux stores only its path.
     """
     for name, what in NOT_HERE.items():
         if values.get(name):

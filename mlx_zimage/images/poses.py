@@ -21,8 +21,8 @@ GREY = 114  # around an image that is not square
 PERSON = 0  # COCO's number
 FOUND, OVERLAP = 0.3, 0.45  # least score of a person, and the most that two may overlap
 MOST = 20  # people in an image
-CROP = 288, 384  # pixels across and down that RTMPose sees of a person,
-AROUND = 1.25  # whose box is enlarged by this factor
+CROP = 288, 384  # pixels across and down of the crop of a person that RTMPose sees
+AROUND = 1.25  # factor by which a person's box is enlarged to be cropped
 PER_PIXEL = 2  # bins of its outputs
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, RGB
 SEEN = 0.3  # least score of a point
@@ -82,7 +82,7 @@ def _grid() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _apart(boxes: np.ndarray, scores: np.ndarray) -> list[int]:
-    """The indices of the boxes that no more confident one overlaps, the most confident first."""
+    """The indices of the boxes that are not overlapped by a more confident one, the most confident first."""
     kept: list[int] = []
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     for i in np.argsort(-scores, kind="stable"):

@@ -29,7 +29,8 @@ Where = mx.Stream | mx.ThreadLocalStream | None
 
 
 class NetworkConfig(Protocol):
-    """A network's config.json, as the dataclass of its architecture: a child of this, with what most have in common."""
+    """A network's config.json, as the dataclass of its architecture: a subclass of this, which has what most of them
+    share."""
 
     @classmethod
     def from_dict(cls, config: dict) -> Self:
@@ -118,7 +119,7 @@ class Sharing(Protocol):
         """The rows that each machine has of a sequence made of parts, each of which is shared on its own."""
 
     def mine(self, rows: int) -> tuple[int, int]:
-        """This machine's part of so many rows: its first row, and the row after its last."""
+        """This machine's part of this many rows: its first row, and the row after its last."""
 
     def own(self, x: mx.array, parts: Sequence[int], axis: int = 0) -> mx.array:
         """This machine's rows of a whole sequence made of parts."""

@@ -604,10 +604,10 @@ class Transformer:
     """The network, with its weights and compute dtype from a `Runner`.
 
     product multiplies by the blocks' matrices, and ranks shares the rows of each sequence. A product with side effects,
-    such as recording its inputs, needs compile=False. most is the FLOP of an attention's kernel (see
-    `machine.kernel_flops`). Two attributes may be set between calls: lean frees memory in the middle of each block, at
-    a small cost in time, with the same numbers; factor is a power of two that keeps products in float16's range (see
-    `mlx_zimage.headroom`).
+    such as recording its inputs, needs compile=False. most is the largest number of FLOP for one kernel of attention
+    (see `machine.kernel_flops`). Two attributes may be set between calls: lean frees memory in the middle of each
+    block, at a small cost in time, with the same numbers; factor is a power of two that keeps products in float16's
+    range (see `mlx_zimage.headroom`).
     """
 
     set_attention_backend = Needless("MLX has only one fused attention implementation")
@@ -858,7 +858,7 @@ class Transformer:
     def _attend_in_parts(
         self, x: mx.array, weights: Tree, modulation: mx.array, stream: Stream, rows: int | None, count: int
     ) -> mx.array:
-        """`attend`, with the heads in so many parts.
+        """`attend`, with the heads split into `count` parts.
 
         Keys and values of a part travel while queries, or the attention of the part before, are computed: each piece
         is queued on its own, since MLX waits for everything that one piece needs before it starts.

@@ -187,10 +187,11 @@ class Rows:
 class Strips:
     """How many rows are computed at a time, and whether intermediate tensors are kept or computed again.
 
-    strip_bytes limits one strip of one tensor. None keeps every tensor; held_bytes then limits a strip, so that it is
-    small enough for a CPU's caches or a GPU's time limit, and None computes whole images at once.
+    strip_bytes limits one strip of one tensor. If it is None, every tensor is kept; held_bytes then limits a strip, so
+    that it is small enough for a CPU's caches or a GPU's time limit. If held_bytes is None, too, whole images are
+    computed at once.
 
-    Images of so many `rows` of latents, and tensors at their other scales, are shared by ranks.
+    Images with `rows` rows of latents, and tensors at their other scales, are shared by ranks.
     """
 
     def __init__(
@@ -528,8 +529,8 @@ class VAE:
     """The autoencoder, with its weights and compute dtype from a `Runner`.
 
     strip_bytes limits the working memory (see Strips); None is fastest. A convolution of more than `most` FLOP is
-    computed in strips even then (see `machine.kernel_flops`). ranks share the rows of an image, if it has so many that
-    each of them has less to compute.
+    computed in strips even then (see `machine.kernel_flops`). ranks share the rows of an image if it has enough of them
+    that each rank then has less to compute.
     """
 
     enable_tiling = Needless("images are decoded in strips if memory is short")

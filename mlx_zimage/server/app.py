@@ -114,7 +114,8 @@ def address(listener: socket.socket) -> str:
 
 
 def page_address(listener: socket.socket) -> str:
-    """The URL of the page for a browser on this machine, which may not know the address that stands for all."""
+    """The URL of the page for a browser on this machine, which may not accept the address that stands for all
+    addresses."""
     host, port = listener.getsockname()[:2]
     return _url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 

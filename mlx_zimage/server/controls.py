@@ -13,7 +13,7 @@ from .errors import Refusal
 from .messages import Model
 from .service import decoded
 
-MAX_CONTROLS = 4  # per request: each takes a ControlNet's time in every step
+MAX_CONTROLS = 4  # per request: each is one more run of the ControlNet in every step
 PARTS = ("kind", "scale", "start", "end", "image")
 UNIT = {"weight": "scale", "guidance_start": "start", "guidance_end": "end"}  # of A1111's extension
 MODULES = {"openpose": "pose", "dw": "pose", "mlsd": "lines"}  # what it calls kinds that have another name here

@@ -85,7 +85,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Failed:
-    """A job, or with id None the worker itself, failed with a child of ZImageError, or with a bug ("Exception")."""
+    """A job (or, if id is None, the worker itself) failed with a subclass of ZImageError, or because of a bug
+    ("Exception")."""
 
     id: int | None
     kind: str

@@ -34,7 +34,8 @@ class Moved:
 
 
 class Ticket:
-    """A place in the queue for one job. `with` leaves it; a job that has not ended is cancelled then."""
+    """A place in the queue for one job. The end of its `with` block gives the place up; a job that has not ended is
+    then cancelled."""
 
     def __init__(self, queue: Queue, job: Job):
         self.queue, self.job = queue, job

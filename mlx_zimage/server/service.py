@@ -26,7 +26,7 @@ from .results import Results
 
 log = logging.getLogger(__name__)
 MAX_IMAGES = 10  # per request, as in OpenAI's API
-SHORT = 2**16  # bytes of JSON that take less time to parse than another thread to start
+SHORT = 2**16  # bytes of JSON that take less time to parse than another thread takes to start
 
 
 @dataclass
@@ -50,7 +50,8 @@ class Service:
         raise Refusal(404, f"no model {brief(name)} is served; expected {known}", param="model", code="model_not_found")
 
     def adjust(self, values: dict, model: Model, guidance: str, off: float, controlled: bool = False) -> dict[str, str]:
-        """Replace more steps than Turbo is made for, and guidance, which it is made without; `off` turns guidance off.
+        """Replace a number of steps above what Turbo is made for, and guidance, which it is made to run without; `off`
+        is the value that turns guidance off.
 
         A ControlNet may need more steps. Returns the headers that report what was changed.
         """

@@ -91,7 +91,7 @@ class Served:
             self.group.check_same({}, ControlNet=[net and net.fingerprint for net in nets])
 
     def load_controlnet(self) -> None:
-        """Load the ControlNet into the models that it fits, of which there must be one; pocket has its own."""
+        """Load the ControlNet into the models that it fits, of which there must be at least one; pocket has its own."""
         source, misfit = self.options.controlnet, None
         for name, model in self.models.items():
             try:
@@ -357,7 +357,7 @@ class Follower(Served):
             return group.receive()
 
     def prepare(self, model: str, request: dict[str, Any]) -> str:
-        """Load a job's model and LoRAs. Returns why it cannot be generated on this machine, if so."""
+        """Load a job's model and LoRAs. Returns why the job cannot run on this machine, or an empty text."""
         try:
             wanted = GenerateRequest.from_dict(request)
             if self.loaded != model:

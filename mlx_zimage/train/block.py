@@ -1,8 +1,8 @@
 """One block of the transformer with factors added to its weights: its output, and the gradients of its inputs.
 
 Where MLX has no fused gradient of attention, a block is differentiated in three pieces: what is before its attention,
-the attention itself as in `attention`, and what is after it. The first and the last treat each row on its own, so that
-a lean block computes and differentiates them for some rows at a time.
+the attention itself as in `attention`, and what is after it. The first and the last treat each row on its own, so a
+lean block can compute and differentiate them for a group of rows at a time.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ BEFORE = ("attention.to_q", "attention.to_k", "attention.to_v")  # the layers be
 class Block:
     """Blocks of an architecture that compute in dtype; the factors' difference is scale * up @ down.
 
-    product and most are as in `Transformer`; lean is explained above. In all methods x is (B, L, dim), own has the
-    block's factors, modulation is (4, dim), cos and sin are the rotary tables of the rows of x, and only the first
+    `product` and `most` are as in `Transformer`; `lean` is explained above. In all methods x is (B, L, dim), `own` has
+    the block's factors, modulation is (4, dim), cos and sin are the rotary tables of the rows of x, and only the first
     `rows` rows of the output are computed.
     """
 
@@ -171,12 +171,12 @@ def pulled_back(function: Callable[..., tuple[mx.array, ...]], given: tuple, cot
         return sum((found.astype(mx.float32) * d).sum() for found, d in pairs)
 
     found = mx.grad(probe, argnums=tuple(range(len(given))))(*given)
-    return found if len(given) > 1 else (found,)  # MLX returns a single argument's as it is
+    return found if len(given) > 1 else (found,)  # for a single argument, MLX returns its gradient without a tuple
 
 
 def joined(parts: Sequence[tuple], axes: Sequence[int]) -> tuple:
-    """Gradients of all rows, from parts for some of the rows each: the first ones are joined along axes, all others
-    added up."""
+    """Gradients of all rows, from parts that each cover some of them: of each part, the first gradients, one for each
+    axis, are joined along it, and all others are added up."""
     if len(parts) == 1:
         return parts[0]
     each = list(zip(*parts, strict=True))

@@ -171,8 +171,9 @@ def train(
     `load_lora` takes it, that is applied in training only: for Turbo, one that undoes its distillation, so that
     training does not.
 
-    The machines of a group share the images of each step, at least one for each. pipe is without a group. Rank 0 writes
-    the LoRA and generates the previews; every machine keeps what is encoded in a folder next to output.
+    The machines of a group divide the images of each step among themselves, at least one per machine. pipe must have
+    been opened without a group. Rank 0 writes the LoRA and generates the previews; every machine keeps what is encoded
+    in a folder next to output.
     """
     if pipe.group is not None:
         raise RequestError("each machine trains with a pipeline of its own: open it without a group")
@@ -305,7 +306,7 @@ def _tried(
 
 
 def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> float:
-    """Seconds that the gradients of one image take; they are only timed."""
+    """Seconds that the gradients of one image take; the gradients themselves are discarded."""
     begin = 0.0
     for _ in range(2):  # the first time, weights are read and functions compiled
         begin = time.perf_counter()

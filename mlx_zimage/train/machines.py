@@ -38,7 +38,7 @@ class Machines:
         return iter(events) if self.group is None else self.group.each(events)
 
     def agreed(self, choose: Callable[[Sequence[T]], T], own: T) -> T:
-        """What choose takes from the values of all machines."""
+        """What `choose` picks from the values of all machines."""
         if self.group is None:
             return own
         self.group.signal()
@@ -77,4 +77,4 @@ class Machines:
             return gradients, loss
         for block, own in gradients.items():
             gradients[block] = self.group.summed(own)
-        return gradients, sum(self.group.exchange(loss))  # which all machines must be there for
+        return gradients, sum(self.group.exchange(loss))  # which needs every machine

@@ -31,10 +31,10 @@ KEPT = {"cpu": 44, "cuda": 22, "metal": 22}
 ATTENTION = {"cpu": 72, "cuda": 40, "metal": 40}
 PIECES = 8
 UNPACKED = {"cpu": 2, "cuda": 1.02, "metal": 1.02}  # of a quantized block's dense form: measured 1.01 on the H200
-# Copies of the factors in float32: themselves, two moments, and the sum of gradients so far; later, an image's
+# Arrays of the factors' size in float32: the factors, two moments, and the sum of gradients so far; later, an image's
 # gradients and a new sum as well.
 STAYING, COPIES = 4, 6
-LEAST_RESOLUTION = 256  # that is chosen to fit a budget
+LEAST_RESOLUTION = 256  # the lowest that is chosen to fit a budget
 
 
 def plan_training(planner: Planner, examples: Sequence[Example], tokens: int, factors: int, budget: int) -> Plan:

@@ -65,7 +65,7 @@ def sum_of(total: Factors, gradients: Factors) -> Factors:
 
 
 def clipped(gradients: Factors, norm: float, share: float = 1.0) -> tuple[Factors, float]:
-    """share times the gradients, scaled down if their norm exceeds `norm`; and their norm before that."""
+    """The gradients times `share`, scaled down if their norm exceeds `norm`; and their norm before that."""
     squares = [mx.square(array).sum() for array in arrays_of(gradients)]
     own = share * math.sqrt(float(mx.stack(squares).sum()))
     factor = share * min(1.0, norm / (own + 1e-6))

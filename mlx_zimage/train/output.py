@@ -56,7 +56,7 @@ def write_factors(
 
 
 def write_state(path: Path, factors: Factors, optimizer: AdamW, run: Mapping[str, object]) -> None:
-    """Write everything that a run needs to be resumed exactly; run identifies it."""
+    """Write everything that a run needs to be resumed exactly; `run` identifies it."""
     trees = (factors, optimizer.first, optimizer.second)
     tensors = {
         f"{part}/{block}/{layer}/{name}": array
@@ -71,7 +71,7 @@ def write_state(path: Path, factors: Factors, optimizer: AdamW, run: Mapping[str
 def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Factors, AdamW] | None:
     """What `write_state` wrote, if the file exists; RequestError if it belongs to another run.
 
-    new are the factors that the run starts with. What is read has their order, so that sums are the same.
+    `new` has the factors that the run starts with. What is read has their order, so that sums are the same.
     """
     if not path.exists():
         return None

@@ -214,7 +214,7 @@ class Component:
         return Quantization.of_shapes(self.known().get(f"{layer}.weight"), shapes)
 
     def known(self) -> dict[str, tuple[int, ...]]:
-        """Name and dense shape of every tensor that may be present, including those that nothing reads if they are."""
+        """Name and dense shape of every tensor that may be present, including those that are ignored when present."""
         present = {name.removesuffix(".scales") for name in self.entries}
         spare = self.config.spare().items()
         return self.config.shapes() | {x: shape for x, shape in spare if {x, x.removesuffix(".weight")} & present}

@@ -1,7 +1,7 @@
 """Finding and opening a ControlNet: the published single file, or a folder as diffusers or our converter writes it.
 
 Its architecture is recognized from its weights, and the folder's config.json where there is one. What it was trained
-for is not in the weights: a Hugging Face id or a file's name tells, or the user does.
+for is not in the weights: a Hugging Face id or a file's name says so, or the user does.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _check_fits(opened: Component, transformer: TransformerConfig, label: Path) 
 
 def _is_untrained(opened: Component) -> bool:
     """Whether its blocks for the noise refiner are as they were before training, as in the first file of version 2.0:
-    zero before or after."""
+    `before_proj` or `after_proj` is zero."""
     if opened.config.add_control_noise_refiner != REFINER or opened.quantizations:
         return False
     parts = (opened.read(f"{REFINER}.0.{part}", mx.float32)() for part in ("before_proj", "after_proj"))

@@ -284,7 +284,7 @@ def _answers(repository: str, revision: str) -> bool:
 def _download(repository: str, patterns: list[str], revision: str | None, shown: bool, here_only: bool = False) -> Path:
     """Download files of a revision, by default the latest, into the hub's cache, and return the snapshot's folder.
 
-    shown says whether a terminal shows bars; here_only, to look in the cache and not to ask the hub.
+    shown says whether a terminal shows bars; here_only, whether to look only in the cache, without asking the hub.
     """
     # Imported here because the hub client reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN when it is imported. HTTPError
     # comes from the HTTP library that the installed release of the client uses: httpx or httpx2.

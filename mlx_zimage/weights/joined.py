@@ -42,7 +42,7 @@ class Joined:
 
     def read_all(self, prefixes: Sequence[str], dtype: mx.Dtype, without: str = "") -> Iterator[Tree]:
         start = 0
-        while start < len(prefixes):  # of one network after another, in the order given
+        while start < len(prefixes):  # one network after another, in the order given
             weights, _ = self._of(prefixes[start])
             end = next((i for i in range(start, len(prefixes)) if self._of(prefixes[i])[0] is not weights), None)
             names = [self._of(prefix)[1] for prefix in prefixes[start:end]]

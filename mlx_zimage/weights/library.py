@@ -231,7 +231,7 @@ def smaller_download(source: Location, *, check: bool = True) -> tuple[Location,
     """The repository that an alias stands for, and a smaller published copy of its transformer, downloaded and checked.
 
     Warns if there should be such a copy, but it cannot be used. Anything but an alias is returned as it is. Without
-    check, a copy that is already on this disk is not read.
+    `check`, a copy that is already on this disk is not read.
     """
     if not _is_alias(source):
         return source, None

@@ -325,7 +325,7 @@ def _check_sizes(file: Path, entries: Mapping[str, Entry], weights: Sequence[int
     """Refuse tensors that are larger than any weight of the model, or together larger than all of it: sparse files may
     claim terabytes.
 
-    weights are the sizes of the model's weights, in numbers.
+    weights has the size of each of the model's weights, as a number of values.
     """
     sizes = {name: math.prod(entry.shape) for name, entry in entries.items()}
     for name, numbers in sizes.items():

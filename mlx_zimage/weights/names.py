@@ -137,7 +137,7 @@ class Place:
 def places(name: str, beside: Container[str] = ()) -> list[Place] | None:
     """The tensors that a stored tensor holds: several if it is fused, none if it is not a weight; None if unknown.
 
-    beside are the names stored with it.
+    `beside` has the names stored with it.
     """
     component, own = _split(name)
     if DROPPED.fullmatch(own):

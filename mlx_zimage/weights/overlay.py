@@ -22,7 +22,7 @@ from .blocks import Blocks
 from .deltas import Delta, DoRA, Hadamard, Kronecker, LowRank, Replacement
 
 Edit = Callable[[Any], Any]  # returns the replacement for a part of a tree
-Base = Callable[[str], mx.array]  # returns a weight of the model, as computed with
+Base = Callable[[str], mx.array]  # returns a weight of the model in the form used for computing
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Overlay:
         return Side("dense", {"diff": cast(delta.difference(own))}, 1.0, gain)
 
     def base(self, name: str) -> mx.array:
-        """The model's own weight as computed with, dense, float32."""
+        """The model's own weight in the form used for computing, but dense and float32."""
         layer, _, kind = name.rpartition(".")
         if kind not in ("weight", "bias"):
             return self.runner.once(name, mx.float32)

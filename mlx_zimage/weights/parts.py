@@ -348,7 +348,7 @@ def check_variant(
 ) -> None:
     """Refuse a file variant that no network has, instead of using the default files for all of them.
 
-    others are what else a variant could have named.
+    `others` lists what else a variant could have named.
     """
     if variant is None:
         return

@@ -46,7 +46,7 @@ CLASSES = {
     "test_a_sparse_file_of_latents_is_refused_before_it_is_read": "sparse files",
     "test_a_config_of_gigabytes_is_refused_by_its_size": "sparse files",
     "test_hostile_json_as_an_origin_is_refused": "malicious JSON",
-    "test_weights_of_another_kind_of_file_are_refused": "damaged models",
+    "test_weights_in_another_kind_of_file_are_refused": "damaged models",
     "test_a_manifest_names_only_files_in_its_folder": "links to other files",
     "test_a_listed_link_out_of_the_folder_is_a_fault_and_is_not_read": "links to other files",
     "test_a_link_planted_where_convert_writes_is_not_followed": "links to other files",

@@ -37,7 +37,7 @@ def truncate(file: Path) -> None:
 
 
 def swap(file: Path) -> None:
-    """Another file of the same size and time in its place, as a sync leaves."""
+    """Another file of the same size and time in its place, as a sync leaves behind."""
     before = file.stat()
     other = file.with_name("other")
     shutil.copyfile(file, other)
@@ -52,7 +52,7 @@ def file_of(folder: Path, network: str, name: str) -> Path:
 
 
 def overwrite_and_set_back(file: Path) -> None:
-    """Zeros in place of all tensors, at the time of the last change, as if nothing had happened."""
+    """Replace all tensors with zeros, and set the modification time back, as if nothing had happened."""
     before = file.stat()
     overwrite(file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -1,4 +1,4 @@
-"""convert copies what a loader needs and nothing else: no file from outside the source, no path of this disk."""
+"""convert copies what a loader needs and nothing else: no file from outside the source, no path on this disk."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def change(file: Path, **values) -> None:
         "./x",
     ],
 )
-def test_no_path_of_a_disk_is_in_what_is_written(folder, tmp_path, path):
+def test_no_local_path_is_in_what_is_written(folder, tmp_path, path):
     for name in NETWORKS:
         change(folder / name / "config.json", _name_or_path=path)
     change(folder / "model_index.json", _name_or_path=path)

@@ -278,7 +278,7 @@ def test_damaged_images_leave_no_memory_behind(tmp_path):
 def test_valid_input_has_few_parts():
     plain = chunk(b"iTXt", b"a\0\0\0\0\0" + b"a" * 100)
     more = jpeg_in_tiff(1), png(COMPRESSED * 16 + plain * 17), tiled(16, 16, 64, 16, 1) + bytes(64 * 16)
-    scanned = jpeg(segment(0xE5, b"\xff\xda" * 100))  # bytes that are a scan's elsewhere
+    scanned = jpeg(segment(0xE5, b"\xff\xda" * 100))  # bytes that would begin a scan elsewhere
     for content in (
         tiff(16, is_big=False),
         tiff(16, is_big=True),

@@ -175,7 +175,7 @@ def test_hostile_latents_are_refused(tmp_path, monkeypatch, content):
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f8", "<f2", "<i4"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_latents_of_every_number_are_read(tmp_path, dtype, order):
+def test_latents_of_every_numeric_dtype_are_read(tmp_path, dtype, order):
     latents = np.asarray(np.arange(2 * 16 * 4 * 6).reshape(2, 16, 4, 6) % 99, dtype, order=order)
     np.save(tmp_path / "latents.npy", latents)
     assert np.array_equal(read_latents(tmp_path / "latents.npy"), latents)
@@ -278,7 +278,7 @@ def test_a_config_of_gigabytes_is_refused_by_its_size(folder):
     assert json.loads((folder / "transformer/config.json").read_text())
 
 
-def test_weights_of_another_kind_of_file_are_refused(folder):
+def test_weights_in_another_kind_of_file_are_refused(folder):
     file = next((folder / "vae").glob("*.safetensors"))
     for content in (b"", b"PK\x03\x04", b"<html>", mx.__name__.encode()):
         file.write_bytes(content)

@@ -74,7 +74,8 @@ def record(seed: int, folder: Path) -> dict[str, np.ndarray]:
 
 
 def record_controls(transformer, seed: int) -> dict[str, np.ndarray]:
-    """Outputs with each ControlNet: diffusers' own, and in the order of its training by tests/parity's plain torch."""
+    """Outputs with each ControlNet: those of diffusers, and those in the order that it was trained in, computed by
+    tests/parity's plain torch."""
     arrays = {}
     for tag, config in controls.CONFIGS.items():
         _, out = run_control(transformer, seed, tag)

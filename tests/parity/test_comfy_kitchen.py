@@ -36,7 +36,7 @@ def test_what_is_written_for_comfyui_is_what_comfy_kitchen_would_write(tmp_path,
     own = stored[f"{layer}.weight"]
     assert own.dtype == codes.dtype
     assert torch.allclose(stored[f"{layer}.weight_scale"], params.scale, rtol=1e-6)
-    # sums are rounded in another order, which moves few values across the middle between two codes
+    # sums are rounded in another order, which moves a few values across the midpoint between two codes
     assert (own.float() != codes.float()).float().mean() < 0.002
     mine = cls.dequantize(own, dataclasses.replace(params, scale=stored[f"{layer}.weight_scale"]))
     theirs = cls.dequantize(codes, params)

@@ -1,4 +1,5 @@
-"""ControlNets in diffusers: what each block adds, and its pipeline for version 1, which it runs as that was trained."""
+"""ControlNets in diffusers: what each block adds, and its pipeline, for version 1, which diffusers runs in the order it
+was trained in."""
 
 import controls
 import numpy as np

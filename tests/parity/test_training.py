@@ -153,7 +153,8 @@ def test_steps_of_adamw_equal_torch(torch, base, model):
         assert found == pytest.approx(norm.item(), rel=TOLERANCE)
         factors = ours.apply(factors, clip, 1e-3, 0.1)
     # A step is the rate times a quotient near 1, whatever the gradient's size; where a gradient is smaller than the
-    # error of others, torch and MLX may even disagree about its sign. So steps are compared, not their last bits.
+    # rounding errors of others, torch and MLX may even disagree about its sign. So steps are compared, not their last
+    # bits.
     for name, delta in deltas(factors, 1.0, config).items():
         for part, own in lora[name].items():
             assert np.abs(np.array(getattr(delta, part)) - own.detach().numpy()).mean() < 1e-3 * 1e-2, name

@@ -18,9 +18,11 @@ import ranks
 from click.testing import CliRunner
 from PIL import Image
 
-from mlx_zimage import RequestError
+from mlx_zimage import OutputError, RequestError
 from mlx_zimage.cli import main
 from mlx_zimage.errors import GroupError
+from mlx_zimage.train.loop import Stepped
+from mlx_zimage.train.record import Record
 from mlx_zimage.weights.component import read_metadata
 
 ENDED = 60  # seconds
@@ -79,6 +81,24 @@ def test_what_cannot_be_trained_is_refused_in_one_line(images, tiny_folder, tmp_
     assert done.exit_code != 0 and done.stdout == ""
     assert said in done.stderr and done.stderr.count("Error") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1}\n', b"[1]\n", b"\xff\n", b'{"step": "x", "loss": 0}\n'])
+def test_a_log_of_another_program_is_replaced(content, tmp_path):
+    record = Record(tmp_path / "lora.safetensors")
+    record.folder.mkdir()
+    record.log.write_bytes(content)
+    record.step(Stepped(1, 0.5, 1.0, 1e-4, 0.1))
+    record.plot()
+    record.close()
+    assert [row["step"] for row in record.rows()] == [1]
+
+
+def test_a_record_that_cannot_be_written_is_named_and_says_how_to_continue(tmp_path):
+    record = Record(tmp_path / "lora.safetensors")
+    (record.folder / "loss.svg").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"^could not write .*loss\.svg: .*; solve that, and run the same command"):
+        record.plot()
 
 
 # ---- on several machines
@@ -165,7 +185,7 @@ def test_a_machine_that_dies_ends_the_training_on_all(rank, images, tiny_folder,
 
 def killed_anywhere(images: Path, model: Path, folder: Path, kills: int, seed: int) -> None:
     """Run a training without a kill, and one that is killed `kills` times; their files must be the same."""
-    more = ("--steps", "12", "--save-every", "2", "--accumulate", "2")
+    more = ("--steps", "12", "--save-every", "2", "--accumulate", "2", "--preview", "a cat")
     program = [sys.executable, "-m", "mlx_zimage"]
 
     def start(name: str) -> subprocess.Popen:
@@ -188,6 +208,9 @@ def killed_anywhere(images: Path, model: Path, folder: Path, kills: int, seed: i
     assert hit
     whole, other = (folder / name / "lora.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == other.read_bytes()
+    previews = [sorted((path.parent / "lora-training" / "previews").iterdir()) for path in (whole, other)]
+    assert [path.name for path in previews[0]] == [f"{step:06}-0.png" for step in range(2, 13, 2)]
+    assert [path.read_bytes() for path in previews[0]] == [path.read_bytes() for path in previews[1]]
     logs = [(path.parent / "lora-training" / "log.jsonl").read_text().splitlines() for path in (whole, other)]
     found = [[(json.loads(row)["step"], json.loads(row)["loss"]) for row in log] for log in logs]
     assert found[0] == found[1]

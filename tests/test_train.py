@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_zimage import GenerateRequest, ModelNotFoundError, RequestError, ZImagePipeline
+from mlx_zimage import (
+    GenerateRequest,
+    MemoryBudgetError,
+    ModelNotFoundError,
+    OutputError,
+    RequestError,
+    ZImagePipeline,
+)
 from mlx_zimage.networks import Phase
 from mlx_zimage.train import objective
 from mlx_zimage.train.dataset import read_dataset
-from mlx_zimage.train.loop import Previewed, Stepped, train
+from mlx_zimage.train.factors import new_factors
+from mlx_zimage.train.loop import Measured, Previewed, Stepped, train
+from mlx_zimage.train.record import Record
 from mlx_zimage.train.settings import Settings
 from mlx_zimage.weights.component import read_metadata
 from mlx_zimage.weights.hub import POCKET
@@ -83,6 +92,65 @@ def test_a_run_is_not_resumed_with_other_settings(pipe, images, tmp_path):
     assert [event.step for event in longer if isinstance(event, Stepped)] == [3]
 
 
+def test_a_run_that_has_more_steps_is_not_resumed_with_fewer_and_a_finished_one_writes_its_file_again(
+    pipe, images, tmp_path
+):
+    output = tmp_path / "lora.safetensors"
+    run(pipe, images, output, steps=3)
+    content = output.read_bytes()
+    with pytest.raises(RequestError, match=r"^steps is 2, but the run in .*lora-training has already finished 3; give"):
+        run(pipe, images, output, steps=2)
+    assert output.read_bytes() == content
+    output.unlink()
+    assert not any(isinstance(event, Measured | Stepped) for event in run(pipe, images, output, steps=3))
+    assert output.read_bytes() == content
+
+
+def test_previews_that_a_stop_prevented_are_generated_when_the_run_is_resumed(pipe, images, tmp_path):
+    own, output = settings(steps=2), tmp_path / "lora.safetensors"
+    dataset, prompts = read_dataset(images, 64, "sks"), ["a red circle", "a cat"]
+    events = train(pipe, dataset, own, output, 2, prompts)
+    found = [next(event.pixels for event in events if isinstance(event, Previewed))]
+    events.close()  # before the second one
+    (tmp_path / "lora-training" / "lora-000002.safetensors").unlink()
+    record = Record(output)
+    again = [event for event in train(pipe, dataset, own, output, 2, prompts) if isinstance(event, Previewed)]
+    assert [event.index for event in again] == [0, 1] and np.array_equal(again[0].pixels, found[0])
+    for event in again:
+        record.preview(event)
+    assert not any(isinstance(event, Previewed) for event in train(pipe, dataset, own, output, 2, prompts))
+
+
+@pytest.mark.parametrize(
+    "prompts, budget, error, said",
+    [
+        ([""], 10**10, RequestError, "the prompt is empty"),
+        (["a cat"], 30 * 10**6, MemoryBudgetError, "previews do not fit in memory beside what training holds: 1 image"),
+    ],
+)
+def test_previews_that_cannot_be_generated_are_refused_before_training(images, tmp_path, prompts, budget, error, said):
+    pocket = ZImagePipeline.from_pretrained(POCKET, dtype="float32", keep=False)
+    pocket.budget = budget
+    own = settings(resolution=512)
+    with pytest.raises(error, match=said):
+        list(train(pocket, read_dataset(images, 64, "sks"), own, tmp_path / "lora.safetensors", 2, prompts))
+    assert not list(tmp_path.iterdir())
+    assert pocket.budget == budget
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_encoded(pipe, images, tmp_path):
+    (tmp_path / "lora-training").write_text("")
+    with pytest.raises(OutputError, match=r"^could not write .*lora-training: .*; solve that, and run the same"):
+        run(pipe, images, tmp_path / "lora.safetensors")
+
+
+def test_a_caption_that_is_longer_than_the_model_reads_is_refused_by_name(pipe, images, tmp_path):
+    others = Path(shutil.copytree(images, tmp_path / "others"))
+    (others / "2.txt").write_text("[trigger] " + "red " * 600)
+    with pytest.raises(RequestError, match=r"^the caption of .*2\.png has \d+ tokens, but the model reads only 512"):
+        run(pipe, others, tmp_path / "lora.safetensors")
+
+
 def test_float16_is_refused_since_gradients_exceed_its_range(images, tmp_path, tiny_folder):
     narrow = ZImagePipeline.from_pretrained(tiny_folder, dtype="float16")
     with pytest.raises(RequestError, match="train in bfloat16 or float32"):
@@ -104,6 +172,7 @@ def test_the_file_is_used_like_any_other_lora_and_says_how_it_was_made(pipe, ima
     metadata = read_metadata(output)
     assert metadata["modelspec.trigger_phrase"] == "sks"
     assert json.loads(metadata["mlx_zimage.settings"])["alpha"] == 8.0
+    assert json.loads(metadata["mlx_zimage.settings"])["dtype"] == "float32"
     assert len(metadata["mlx_zimage.base_sha256"]) == 64
     request = GenerateRequest("sks number 1", width=32, height=32, seed=0, steps=2)
     (*_, plain) = pipe.stream(request)
@@ -163,6 +232,12 @@ def test_a_rank_larger_than_a_matrix_is_refused_before_anything_is_encoded(pipe,
     with pytest.raises(RequestError, match=r"rank must be from 1 to 48, .* got 49"):
         run(pipe, images, tmp_path / "lora.safetensors", rank=49)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_whose_lora_would_be_refused_is_refused_before_training():
+    config = ZImagePipeline.from_pretrained(POCKET, dtype="float32").transformer.config
+    with pytest.raises(RequestError, match=r"^a LoRA of rank 192 would have [\d,]+ values, more than the whole"):
+        new_factors(config, 192, ("adaln", "refiners"), 0)
 
 
 @pytest.mark.parametrize(

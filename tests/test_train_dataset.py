@@ -104,9 +104,19 @@ def test_a_folder_without_enough_images_is_refused(tmp_path):
         ('{"file_name": 3}', "expected an object"),
         ('{"file_name": "a.png", "text": 3}', "expected text"),
         ('{"file_name": "a.png", "text": "x", "repeats": 0}', "repeats must be"),
+        ('{"file_name": "a.png", "text": "x", "repeats": 10000000000}', "repeats must be"),
         ('{"file_name": "../a.png", "text": "x"}', "outside the folder"),
     ],
 )
 def test_wrong_lines_of_metadata_are_refused_by_number(tmp_path, row, said):
     (tmp_path / "metadata.jsonl").write_text(row)
     assert said in refused(tmp_path)
+
+
+def test_texts_in_metadata_may_contain_line_breaks_of_unicode(tmp_path):
+    for i in range(2):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
+    texts = ["a\u2028b", "c\u0085d"]
+    rows = [json.dumps({"file_name": f"{i}.png", "text": text}, ensure_ascii=False) for i, text in enumerate(texts)]
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(rows).encode())
+    assert [example.caption for example in read_dataset(tmp_path, 64)] == texts

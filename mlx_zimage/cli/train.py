@@ -14,6 +14,7 @@ from ..train.settings import EXTRAS, OBJECTIVES, RESOLUTION, Settings
 from ..variants import TURBO
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
+from .notes import is_pocket
 from .output import print_path, progress_bar, say
 from .values import FilePath, LoraName, ModelName, yes_option
 
@@ -141,7 +142,7 @@ def train(
     with preparing(group):
         examples = read_dataset(dataset, settings.resolution or RESOLUTION, settings.trigger)
         pipe = open_to_train(model or str(first_run(DEFAULT_MODEL, yes, quiet, memory)), dtype, memory)
-    if adapter is None and pipe.variant == TURBO:
+    if adapter is None and pipe.variant == TURBO and not is_pocket(pipe.checkpoint):
         say(f"Training undoes Turbo's distillation; if images get soft, use --adapter {ADAPTER}", quiet)
     if group is not None and "accumulate" not in values:
         settings = replace(settings, accumulate=group.size)

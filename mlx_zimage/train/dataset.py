@@ -25,6 +25,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", "
 TEXTS = ("text", "prompt", "caption")
 TRIGGER = "[trigger]"
 LEAST = 2  # images
+MAX_REPEATS = 1000
 NAMED = 5  # files that a message names at most
 
 
@@ -104,7 +105,7 @@ def _captions(folder: Path) -> Iterator[tuple[Path, str | None, int]]:
 
 
 def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):  # JSON's texts may contain other line breaks
         if not line.strip():
             continue
         try:
@@ -119,9 +120,9 @@ def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
             raise RequestError(f"{file}, line {number}: {name} is outside the folder")
         if text is not None and not isinstance(text, str):
             raise RequestError(f"{file}, line {number}: expected text but got {brief(text)}")
-        if type(repeats) is not int or repeats < 1:
+        if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
             raise RequestError(
-                f"{file}, line {number}: repeats must be a whole number of at least 1, got {brief(repeats)}"
+                f"{file}, line {number}: repeats must be a whole number from 1 to {MAX_REPEATS}, got {brief(repeats)}"
             )
         yield image, text if text is None else text.strip(), repeats
 

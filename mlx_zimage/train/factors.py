@@ -40,16 +40,23 @@ def targets(config: TransformerConfig, extras: Collection[str] = ()) -> list[tup
 
 
 def new_factors(config: TransformerConfig, rank: int, extras: Collection[str], seed: int) -> Factors:
-    """Factors that change nothing yet; RequestError if the rank is larger than a side of a matrix."""
+    """Factors that change nothing yet; RequestError if the rank is too large."""
     shapes, factors = config.shapes(), Factors()
-    random = np.random.default_rng(seed)
-    for block, layer in targets(config, extras):
-        outputs, inputs = shapes[f"{block}.{layer}.weight"]
+    sides = {(block, layer): shapes[f"{block}.{layer}.weight"] for block, layer in targets(config, extras)}
+    for (block, layer), (outputs, inputs) in sides.items():
         if not 1 <= rank <= min(outputs, inputs):
             raise RequestError(
                 f"rank must be from 1 to {min(outputs, inputs)}, the smaller side of {block}.{layer} "
                 f"({outputs}x{inputs}), got {rank}"
             )
+    count, whole = rank * sum(map(sum, sides.values())), sum(map(math.prod, shapes.values()))
+    if count > whole:  # `read_lora` would take it for a LoRA of another model
+        raise RequestError(
+            f"a LoRA of rank {rank} would have {count:,} values, more than the whole transformer ({whole:,}); choose a "
+            f"lower rank"
+        )
+    random = np.random.default_rng(seed)
+    for (block, layer), (outputs, inputs) in sides.items():
         bound = 1 / math.sqrt(inputs)  # Kaiming's, with a = sqrt(5)
         down = random.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
         own = {"down": mx.array(down), "up": mx.zeros((outputs, rank))}

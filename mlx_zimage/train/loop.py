@@ -15,23 +15,23 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from ..distributed import Group
 from ..errors import ModelNotFoundError, NumericsError, OutputError, RequestError
 from ..machine import default_dtype
 from ..memory import Plan
 from ..models.transformer import TransformerConfig
-from ..networks import Phase
-from ..pipeline import Generated, ZImagePipeline
-from ..request import GenerateRequest
+from ..networks import Networks, Phase
+from ..pipeline import ZImagePipeline
+from ..request import TOKENS
 from ..sizes import size
 from ..version import __version__
 from ..weights.checkpoint import fingerprint
@@ -40,16 +40,18 @@ from ..weights.lora import Lora, find_lora, read_lora
 from ..weights.store import checksum
 from .dataset import Example, order_of
 from .encoded import Encoded, latent_shape
-from .factors import Factors, arrays_of, new_factors
+from .factors import Factors, arrays_of, deltas, new_factors
 from .gradients import Gradients, Sample
 from .machines import Machines
 from .memory import plan_training, resolution_within
 from .objective import Draw, default_objective, draw
 from .optimizer import AdamW, clipped, sum_of, warmed_up
-from .output import FREE, read_state, write_factors, write_state
+from .output import FREE, read_state, write_factors, write_state, writing
+from .previews import Previewed, Previews
 from .settings import RESOLUTION, Settings
 
 SAVE_EVERY = 250  # steps
+HELD = 3 * 4  # bytes per trained value between steps: the factors and two moments, in float32
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,6 @@ class Written:
     path: Path
 
 
-@dataclass(frozen=True)
-class Previewed:
-    """The image of preview prompt `index` with the LoRA as it is after a step: pixels (H, W, 3) uint8."""
-
-    step: int
-    index: int
-    pixels: np.ndarray
-
-
 def folder_of(output: Path) -> Path:
     """The folder of the run that writes output: what it resumes from, what was encoded, and its log."""
     return output.with_name(f"{output.stem}-training")
@@ -124,6 +117,10 @@ class Run:
     @property
     def state(self) -> Path:
         return self.folder / "state.safetensors"
+
+    def lora(self, step: int) -> Path:
+        """The LoRA as it is after a step."""
+        return self.folder / f"{self.output.stem}-{step:06}.safetensors"
 
     @cached_property
     def order(self) -> list[int]:
@@ -167,7 +164,8 @@ def train(
     """Train a LoRA on examples, and write it to output; resumes the run if there is one. See the module.
 
     Every save_every steps the LoRA is written to the run's folder as well, and the prompts in previews are generated
-    with it, prompt i from seed i. A run that is stopped loses the steps since the last of these. adapter is a LoRA, as
+    with it, prompt i from seed i. A run that is stopped loses the steps since the last of these; when it is resumed,
+    previews of that step that are not in the run's folder are generated again. adapter is a LoRA, as
     `load_lora` takes it, that is applied in training only: for Turbo, one that undoes its distillation, so that
     training does not.
 
@@ -199,7 +197,7 @@ def _train(
     networks = pipe.networks
     config = networks.transformer.config
     new = new_factors(config, settings.rank, settings.extras, settings.seed)
-    tokens = max(len(networks.tokenize(example.caption)) for example in examples)
+    tokens = max(_tokens(networks, example) for example in examples)
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
     if machines.leads and output.exists() and not Run(pipe, examples, settings, output).state.exists():
@@ -217,9 +215,17 @@ def _train(
     plan = plan_training(pipe.planner, examples, tokens, count, budget)
     run = Run(pipe, examples, replace(settings, resolution=resolution), output, over)
     settings = run.settings
+    shown = Previews(pipe, previews if machines.leads else (), resolution, HELD * count + held)
+    shown.check(output, deltas(new, settings.scale, config))
     _check_space(run, count, tokens, save_every)
+    _check_writable(run)
     state = read_state(run.state, new, run.identity) if machines.leads else None
     factors, optimizer = state or (new, AdamW.new(new))
+    if optimizer.step > settings.steps:
+        raise RequestError(
+            f"steps is {settings.steps}, but the run in {run.folder} has already finished {optimizer.step}; give at "
+            f"least as many, or another output to start a new run"
+        )
     machines.check_same(
         {"version of mlx-zimage": __version__},
         model=(run.checksum, fingerprint(pipe.checkpoint)),
@@ -236,12 +242,16 @@ def _train(
     gradients = Gradients(
         config, networks.overlays["transformer"], settings.scale, transformer.product, transformer.most, plan.lean
     )
-    written = config, name_of(pipe.checkpoint.folder), run.checksum
-    with pipe.turns.computing(), networks.guarded(), networks.running(plan):
-        networks.set_loras(strengths)
-        image_s = _measured(run, encoded, gradients, factors, optimizer.step)
-    step_s = machines.agreed(max, image_s * len(machines.own(settings.accumulate)))
-    yield Measured(settings.steps - optimizer.step, step_s)
+    written = config, name_of(pipe.checkpoint.folder), run.identity
+    if optimizer.step:
+        write = partial(write_factors, run.lora(optimizer.step), factors, settings, *written)
+        yield from machines.each(_missed(run, shown, optimizer.step, write))
+    if optimizer.step < settings.steps:
+        with pipe.turns.computing(), networks.guarded(), networks.running(plan):
+            networks.set_loras(strengths)
+            image_s = _measured(run, encoded, gradients, factors, optimizer.step)
+        step_s = machines.agreed(max, image_s * len(machines.own(settings.accumulate)))
+        yield Measured(settings.steps - optimizer.step, step_s)
     for step in range(optimizer.step, settings.steps):
         begin, rate = time.perf_counter(), warmed_up(settings.rate, step, settings.warm_up)
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
@@ -250,17 +260,27 @@ def _train(
         done = step + 1
         yield Stepped(done, loss, norm, rate, time.perf_counter() - begin)
         if done % save_every == 0 or done == settings.steps:
-            path = run.folder / f"{output.stem}-{done:06}.safetensors"
+            path = run.lora(done)
             if machines.leads:
                 write_state(run.state, factors, optimizer, run.identity)
                 write_factors(path, factors, settings, *written)
                 yield Written(done, path)
-            yield from machines.each(_tried(pipe, path, done, previews if machines.leads else (), resolution))
+            yield from machines.each(shown.generate(path, done))
     if over is not None:
         networks.detach(over)
     if machines.leads:
         write_factors(output, factors, settings, *written)
         yield Written(optimizer.step, output)
+
+
+def _tokens(networks: Networks, example: Example) -> int:
+    """The number of tokens of a caption; RequestError if the model does not read them all."""
+    count = len(networks.tokenizer.encode(example.caption))
+    if count > TOKENS:
+        raise RequestError(
+            f"the caption of {example.file} has {count} tokens, but the model reads only {TOKENS}; shorten it"
+        )
+    return count
 
 
 def _read_adapter(source: str | Path, config: TransformerConfig) -> Lora:
@@ -287,22 +307,20 @@ def _check_space(run: Run, count: int, tokens: int, save_every: int) -> None:
         )
 
 
-def _tried(
-    pipe: ZImagePipeline, path: Path, step: int, prompts: Sequence[str], side: int
-) -> Iterator[Phase | Previewed]:
-    """The pipeline's images of prompts with a LoRA, which is unloaded afterwards."""
-    if not prompts:
-        return
-    name = pipe.load_lora(path)
-    try:
-        for i, prompt in enumerate(prompts):
-            for event in pipe.stream(GenerateRequest(prompt, side, side, seed=i)):
-                if isinstance(event, Generated):
-                    yield Previewed(step, i, event.pixels)
-                else:
-                    yield Phase("previews", i, len(prompts))
-    finally:
-        pipe.unload_lora(name)
+def _check_writable(run: Run) -> None:
+    """Refuse an output that cannot be written, before anything is computed."""
+    with writing(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (run.folder, run.output.parent):
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+
+
+def _missed(run: Run, shown: Previews, step: int, write: Callable[[], None]) -> Iterator[Phase | Previewed]:
+    """The previews of a step whose state was saved, if the run was stopped before it had saved them all."""
+    if not shown.are_in(run.folder, step):
+        write()  # this LoRA may be missing as well
+        yield from shown.generate(run.lora(step), step)
 
 
 def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> float:

@@ -7,7 +7,8 @@ A LoRA has ai-toolkit's keys, which ComfyUI, diffusers, mflux and sd.cpp read, t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,9 +31,9 @@ OPTION_NAMES = {"extras": "--also (extras in Python)", "warm_up": "--warm-up (wa
 
 
 def write_factors(
-    path: Path, factors: Factors, settings: Settings, config: TransformerConfig, model: str, checksum: str
+    path: Path, factors: Factors, settings: Settings, config: TransformerConfig, model: str, run: Mapping[str, object]
 ) -> None:
-    """Write factors as a LoRA; model and checksum say what it was trained on."""
+    """Write factors as a LoRA; model and `run`, as for `write_state`, say what it was trained on."""
     tensors = {}
     for name, delta in deltas(factors, settings.scale, config).items():
         layer = f"diffusion_model.{name.removesuffix('.weight')}"
@@ -47,8 +48,10 @@ def write_factors(
         "ss_base_model_version": "zimage",
         "ss_network_dim": str(settings.rank),
         "mlx_zimage.base": model,
-        "mlx_zimage.base_sha256": checksum,
-        "mlx_zimage.settings": json.dumps(settings.to_dict(), ensure_ascii=False),
+        "mlx_zimage.base_sha256": str(run["base_sha256"]),
+        "mlx_zimage.settings": json.dumps(
+            {**settings.to_dict(), "dtype": _shown(run["dtype"]), "adapter_sha256": run["adapter"]}, ensure_ascii=False
+        ),
     }
     if settings.trigger is not None:
         metadata["modelspec.trigger_phrase"] = settings.trigger
@@ -122,9 +125,16 @@ def _shown(value: object) -> str:
 
 
 def _write(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, lambda file: mx.save_safetensors(str(file), tensors, metadata))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise OutputError if this file cannot be written."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"could not write {path}: {reason}") from error
+        raise OutputError(f"could not write {path}: {reason}; solve that, and run the same command again") from error

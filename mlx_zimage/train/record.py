@@ -10,6 +10,8 @@ from typing import TextIO
 from .. import atomic
 from ..images.codec import encode
 from .loop import Previewed, Stepped, folder_of
+from .output import writing
+from .previews import path_of
 
 WIDTH, HEIGHT, MARGIN = 800, 400, 48  # of the plot
 POINTS = 400  # at most
@@ -25,38 +27,44 @@ class Record:
 
     def step(self, event: Stepped) -> None:
         """Log a step. The first one replaces any rows for it and later steps, left by a run that was stopped."""
-        if self._file is None:
-            kept = [row for row in self.rows() if row["step"] < event.step]
-            text = "".join(f"{json.dumps(row)}\n" for row in kept)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic.write(self.log, lambda file: file.write_text(text), lasting=False)
-            self._file = self.log.open("a")
         row = {"step": event.step, "loss": event.loss, "norm": event.norm, "rate": event.rate}
-        self._file.write(json.dumps(row | {"seconds": round(event.elapsed_s, 4)}) + "\n")
-        self._file.flush()
+        with writing(self.log):
+            if self._file is None:
+                kept = [row for row in self.rows() if row["step"] < event.step]
+                text = "".join(f"{json.dumps(row)}\n" for row in kept)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                atomic.write(self.log, lambda file: file.write_text(text), lasting=False)
+                self._file = self.log.open("a")
+            self._file.write(json.dumps(row | {"seconds": round(event.elapsed_s, 4)}) + "\n")
+            self._file.flush()
 
     def rows(self) -> list[dict]:
-        """The steps in the log; a line that was cut off is left out."""
+        """The steps in the log, up to a line that was cut off or is not one of ours."""
         found = []
-        for line in self.log.read_text().splitlines() if self.log.exists() else ():
+        for line in self.log.read_text(errors="replace").splitlines() if self.log.exists() else ():
             try:
-                found.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+                float(row["step"]), float(row["loss"])
+            except (ValueError, TypeError, KeyError):
                 break
+            found.append(row)
         return found
 
     def preview(self, event: Previewed) -> Path:
         """Save a preview; returns its path."""
-        path = self.folder / "previews" / f"{event.step:06}-{event.index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = path_of(self.folder, event.step, event.index)
         content = encode(event.pixels, path.suffix)
-        return atomic.write(path, lambda file: file.write_bytes(content), lasting=False)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return atomic.write(path, lambda file: file.write_bytes(content), lasting=False)
 
     def plot(self) -> Path:
         """Plot the losses so far; returns the path."""
         rows = self.rows()
         svg = plot([row["step"] for row in rows], [row["loss"] for row in rows])
-        return atomic.write(self.folder / "loss.svg", lambda file: file.write_text(svg), lasting=False)
+        path = self.folder / "loss.svg"
+        with writing(path):
+            return atomic.write(path, lambda file: file.write_text(svg), lasting=False)
 
     def close(self) -> None:
         if self._file is not None:

@@ -192,7 +192,8 @@ class _Header:
         return value
 
     def name(self) -> str:
-        """A key or a tensor's name. No other text is decoded: megabytes would take several times as much memory."""
+        """A key or a tensor's name. No other text is decoded: megabytes of it would take several times as much
+        memory."""
         length = self.number("Q")
         if length > MAX_NAME:
             raise ValueError(f"a name of {length:,} bytes at {self.at:,}, expected at most {MAX_NAME}")

@@ -109,7 +109,8 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
 
 
 def _open(path: Path) -> Source:
-    """What is at a path, checked as in the loader or, if only the converter reads it (fp8, GGUF), as there."""
+    """What is at a path, checked as in the loader or, if only the converter reads it (fp8, GGUF), as in the
+    converter."""
     if is_controlnet(path):
         return _open_controlnet(path)
     if not (path / "model_index.json").is_file():

@@ -198,7 +198,7 @@ def _refuse_link(path: Path) -> None:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Raise if another user made the folder, who could have put links into it."""
+    """Raise if the folder was made by another user, who could have put links into it."""
     if folder.exists() and folder.stat().st_uid != os.geteuid():
         raise OutputError(f"{folder} belongs to another user; remove it, or choose another name")
 

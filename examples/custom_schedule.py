@@ -1,7 +1,8 @@
 """A custom schedule: the parts of the pipeline, put together by hand.
 
 A schedule is a list of sigmas that falls from 1 (noise) to 0 (image); each step, from one to the next, calls the
-transformer once. This one takes four steps along a cosine, and compares them with four of the model's own schedule.
+transformer once. This example takes four steps along a cosine, and compares the result with four steps of the model's
+own schedule.
 """
 
 import numpy as np

@@ -42,9 +42,9 @@ def create(path: Path, mode: int = 0o666) -> None:
 
 
 def place(aside: Path, path: Path) -> Path:
-    """Give a file the first free name of path, path-1, path-2, ...; it may keep its own, too.
+    """Give a file the first free name of path, path-1, path-2, ...; its temporary name may remain as well.
 
-    In one step, so that a stop leaves no empty file, and no other program's file is replaced.
+    In one step, so that an interruption leaves no empty file, and no other program's file is replaced.
     """
     for i in itertools.count():
         free = path.with_stem(f"{path.stem}-{i}") if i else path

@@ -92,7 +92,7 @@ def step_flops(config: TransformerConfig, image_tokens: int, caption_tokens: int
 
 @dataclass(frozen=True)
 class Timing:
-    """Progress: run `done` of `total` of a phase ("start", "encode", "steps", "decode") took so many seconds.
+    """Progress: run `done` of `total` of a phase ("start", "encode", "steps", "decode") took `seconds`.
 
     done is 0, and seconds None, where a phase begins.
     """

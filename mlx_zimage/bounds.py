@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from .machine import backend
 
-# What LoRAs add to a block's work, in numbers of the compute dtype: per token and output of the adapted layers, and per
-# weight that is added to. Measured on an H200 in bfloat16 at 1024x1024, all layers adapted: 2.06 and 2.33.
+# What LoRAs add to a block's working memory, in values of the compute dtype: per token and output of the adapted
+# layers, and per weight that they change. Measured on an H200 in bfloat16 at 1024x1024, all layers adapted: 2.06 and
+# 2.33.
 LORA_BY_OUTPUT, LORA_BY_WEIGHT = 2.1, 2.4
 # The memory to encode an image, as a fraction of that to decode one of the same size in the same way: at full size, the
 # encoder has half the decoder's channels. Measured at most 0.60 on a CPU, from 64x512 to 768x768; on an H200, from

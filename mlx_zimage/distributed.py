@@ -47,7 +47,8 @@ LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times an image's longest step so far, and a
 LEAST, APART = 512, 1024
 EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
 PERIOD = 0.2  # seconds between the watchdog's checks
-CHIP = "device_name", "architecture", "memory_size"  # what MLX says of machines that are equally fast
+# Properties of MLX's device: machines on which all match count as equally fast.
+CHIP = "device_name", "architecture", "memory_size"
 NOISE = 1.1  # up to this ratio, measured speeds count as equal
 
 
@@ -493,7 +494,7 @@ class Group(SharingBySpeed):
                     done = next(steps)
                 except StopIteration as end:
                     result = end.value
-                    mx.eval(result)  # what all have computed may only be queued
+                    mx.eval(result)  # what all compute may so far have only been queued
                     break
             yield done
         self.signal()  # it is not used if a rank was lost

@@ -224,7 +224,7 @@ def read_requests(lines: Iterable[str], name: str) -> dict[int, dict]:
 
 
 def lines_of(stream: BinaryIO, name: str) -> Iterator[str]:
-    """The lines of UTF-8 text, of which one and a few read ahead are in memory.
+    """The lines of UTF-8 text; only the current one and a few that were read ahead are in memory.
 
     Unlike in str.splitlines, U+2028, VT and the like do not end a line.
     """

@@ -1,4 +1,4 @@
-"""A pipeline on several machines: rank 0's sends each request, with its inputs, to the others, which follow.
+"""A pipeline on several machines: that of rank 0 sends each request, with its inputs, to the others, which follow.
 
 With as many requests as machines, each machine runs one of them, and rank 0 receives the images. How machines share a
 single request is in `distributed.py` and the networks.

@@ -129,8 +129,8 @@ class Inputs:
     ) -> tuple[mx.array, mx.array | None]:
         """The initial noise of a request, (B, C, h, w) float32: the latents if given, otherwise from the seed.
 
-        Second, with `posterior`, the noise (1, C, h, w) that samples an image's latents. As in diffusers, the seed's
-        generator makes it first.
+        With `posterior`, the second value is the noise (1, C, h, w) that samples an image's latents. As in diffusers,
+        the seed's generator makes it before the initial noise.
         """
         given = None if self.latents is None else mx.array(check_latents(self.latents, shape))
         if not posterior:

@@ -37,7 +37,7 @@ class LoraMethods:
     def load_lora(
         self, source: str | Path, name: str | None = None, strength: float = 1.0, partial: bool = False
     ) -> str:
-        """Load a LoRA of any trainer's dialect and use it from the next request on; returns the name it goes by.
+        """Load a LoRA in any trainer's dialect and use it from the next request on; returns the name it goes by.
 
         source is a safetensors file, a PEFT folder, a Hugging Face id, or id:file. The name is the file's by default.
         Every key must match a layer of the model, or it raises CheckpointError; with partial=True, keys that do not are

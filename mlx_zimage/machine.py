@@ -2,8 +2,8 @@
 
 Only this module sets MLX's limits, the C library's allocator and an environment variable. Limits and allocator are set
 for the duration of a `with` block, then restored; the variable stays, since MLX reads it once, at its first operation.
-Signals are set in cli/stop.py, server/worker.py and distributed.py; cli/stop.py also limits open files when it stops a
-download.
+Signal handlers are set in cli/stop.py, server/worker.py and distributed.py; cli/stop.py also limits open files when it
+stops a download.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from .sizes import size
 from .untrusted import parse_json, read_bytes
 
 # Bytes of a Mac's working set left for what is on its screen; at most a tenth of the set. A guess: a frame of a 5K
-# display is 59 MB, of which the display and each large window hold two or three.
+# display is 59 MB, and the display and each large window hold two or three frames.
 WINDOW_SERVER = 500 * 10**6
-LARGE_MAC = 36 * 2**30  # bytes: of a Mac with at least this much memory, macOS recommends a larger part
+LARGE_MAC = 36 * 2**30  # bytes: on a Mac with at least this much memory, macOS recommends a larger part
 MEMORY_SHARE = 0.6  # share of the memory to use, if the system does not recommend one
 # Bytes that threads' heaps and stacks and compiled kernels take of the address space (measured with pocket: 0.5 to 0.6
 # GB), and the share of the rest to plan with: MLX's CPU backend unfolds convolutions in memory that it does not count;

@@ -302,7 +302,7 @@ class Networks:
         return (yield from phases("decode", vae.config.decoder_blocks, steps))
 
     def _in_step(self, steps: Generator[int, None, mx.array], planned: bool) -> Generator[int, None, mx.array]:
-        """Steps that all machines compute, if they are those of a request."""
+        """The steps, computed by all machines together if they belong to a request."""
         return steps if self._shared is None or not planned else self._shared.in_step(steps)
 
     def encode_image(

@@ -269,17 +269,17 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
 
         image starts from an image instead of noise, as diffusers' ZImageImg2ImgPipeline does: a path, a PIL image or an
         array, or a list of one per prompt. strength, by default 0.6, is the fraction of the steps to run: 1 ignores the
-        image. Without a size, the image gives it: see `fit_size`. Its latents are the mean that the VAE gives; with
-        sample_posterior they are sampled, which gives diffusers' own result.
+        image. If no size is given, it is taken from the image: see `fit_size`. Its latents are the mean that the VAE
+        gives; with sample_posterior they are sampled, which gives diffusers' own result.
 
         mask_image (inpainting, as in diffusers' ZImageInpaintPipeline) is white where the image is regenerated, at
         strength 1 by default; the pixels outside it are unchanged. It may be a list, too. See `GenerateRequest` for
         mask_feather, mask_grow, mask_soft and mask_resample; diffusers does what mask_resample=0 does.
         outpaint={"left": 256} extends the image instead, by multiples of 16.
 
-        upscale=2 enlarges the image, or the one generated first, and refines it with strength 0.2 unless given, in
-        tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole image at once. Reduced
-        to the image's size, the result is the image again: see `mlx_zimage.images.upscale`.
+        upscale=2 enlarges the image, or the one generated first, and refines it, with strength 0.2 unless another is
+        given, in tiles of at most `tile` pixels per side: by default the model's own size; 0 is the whole image at
+        once. Reduced to the image's size, the result is the image again: see `mlx_zimage.images.upscale`.
 
         control_image is what a ControlNet follows (see `load_controlnet`): an image that is ready to use, or a pair of
         a preparation ("canny", "gray", "scribble", "tile", "lines", "pose" or "depth") and a photo, or a list of

@@ -133,7 +133,7 @@ def check_call(
 
 @contextmanager
 def named_as_in_calls() -> Iterator[None]:
-    """Begin errors about a value of a request with the argument of a call that it comes from."""
+    """Have errors about a value of a request begin with the name of the call's argument that it came from."""
     try:
         yield
     except RequestError as error:
@@ -279,8 +279,8 @@ def noise_of(
 
 
 def scaled_loras(strengths: Mapping[str, float], joint_attention_kwargs: dict | None) -> tuple[LoraUse, ...] | None:
-    """A pipeline's LoRAs at their strengths times diffusers' scale; without a scale, it is None, which means the
-    pipeline's own strengths."""
+    """A pipeline's LoRAs at their strengths times diffusers' scale; without a scale, the result is None, which means
+    the pipeline's own strengths."""
     if not joint_attention_kwargs:
         return None
     scale = LoraUse("scale", joint_attention_kwargs["scale"]).strength

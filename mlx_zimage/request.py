@@ -185,10 +185,10 @@ class GenerateRequest:
 
     outpaint extends the image on the given sides instead; width and height are those of the whole.
 
-    upscale enlarges the image, or the one generated first, by this factor, and refines it, with strength 0.2
-    unless given; width and height are those before it is enlarged. The steps run on tiles of at most `tile` pixels per
-    side, by default the model's own size; 0 is the whole image at once. The result still shows the image; only detail
-    that is too fine for the image's size is new.
+    upscale enlarges the image, or the one generated first, by this factor, and refines it, with strength 0.2 unless
+    another is given; width and height are those before it is enlarged. The steps run on tiles of at most `tile` pixels
+    per side, by default the model's own size; 0 is the whole image at once. The result still shows the image; only
+    detail that is too fine for the image's size is new.
 
     image, mask_image, latents, prompt_embeds, negative_prompt_embeds and posterior_noise are the SHA-256 of arrays: see
     `mlx_zimage.inputs`. latents and the embeddings replace the seed's noise and the prompts; posterior_noise replaces

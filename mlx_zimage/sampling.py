@@ -57,9 +57,10 @@ class Kept:
     later step on: at 0.25, in the last quarter of the steps (differential diffusion).
 
     Before each step, its latents are sampled again `resample` times, each as costly as a step: in the first steps,
-    noise hides the kept part, so what those steps begin may not match it. The regenerated part becomes the network's
-    clean estimate, and the kept part the image, both with a mixture of the noise that the network sees in the latents
-    and new noise from the seed. Source: LanPaint, lanpaint.py: its Langevin steps, here with step size 1 and lambda 4.
+    noise hides the kept part, so what takes shape in those steps may not match it. The regenerated part becomes the
+    network's clean estimate, and the kept part the image, both with a mixture of the noise that the network sees in the
+    latents and new noise from the seed. Source: LanPaint, lanpaint.py: its Langevin steps, here with step size 1 and
+    lambda 4.
     """
 
     image: mx.array

@@ -238,7 +238,8 @@ def packing(q: Quantization) -> Callable[[Samples, bool], Trial]:
 def bounds_of_packed(q: Quantization, parts: Sequence[mx.array]) -> tuple[np.ndarray, np.ndarray]:
     """The lowest and highest weights (out, in) that round to these parts: halfway to the neighbouring values.
 
-    Since scales are rounded, the ends of a group's range may represent weights further out: by a step, or by half.
+    Since scales are rounded, the ends of a group's range may represent weights further out: by one step (affine), or by
+    half of the end value (the other modes).
     """
     codes = unpack_bits(np.array(parts[0]), q.bits)
     if q.mode == "affine":

@@ -49,7 +49,8 @@ MODEL: dict[str, tuple[object, ...]] = {
 
 
 def most_ids(prompt: str) -> int:
-    """A number of ids that a prompt in its template cannot exceed: one per byte in NFC, which may triple them."""
+    """A number of ids that a prompt in its template cannot exceed: one per byte of its NFC form, which may have three
+    times as many."""
     return len(TEMPLATE) + 3 * len(prompt.encode())
 
 
@@ -115,7 +116,8 @@ def check(values: Any) -> int:
         left: Iterator[Any] = iter(allowed)
         for number, step in enumerate(_steps(values.get(part)), start=1):
             kind = step.get("type") if isinstance(step, dict) else step
-            if kind not in left or (kind == "Split" and step != SPLIT):  # `in` leaves what follows the kind
+            # `in` advances the iterator, so that only what follows this kind is left
+            if kind not in left or (kind == "Split" and step != SPLIT):
                 raise ValueError(f"step {number} of its {part} is {brief(step)}, unlike Z-Image's")
     vocabulary, merges, added = model.get("vocab"), model.get("merges") or [], values.get("added_tokens") or []
     if not isinstance(vocabulary, dict) or not isinstance(added, list) or len(added) > MAX_ADDED:

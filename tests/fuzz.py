@@ -686,7 +686,7 @@ PARSERS = {
 }
 
 
-# Untrusted numbers are multiplied and allocated here, so these are worth more time.
+# Untrusted numbers are multiplied here, and decide what is allocated, so these parsers are worth more time.
 HARD = ("gguf", "gguf-file", *(name for name in PARSERS if name.endswith("-config")))
 
 
@@ -735,7 +735,7 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path, most_inputs: float 
 
 
 def in_child(name: str, seconds: float, seed: int, keep: Path, most_inputs: float) -> dict:
-    """The same in a process of its own, whose crash or hang is a finding, too. What was found is copied to keep."""
+    """The same in a process of its own, whose crash or hang is a finding, too. What was found is copied to `keep`."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     row: dict = {"seconds": 0.0, "executions": 0, "findings": [], "slowest_s": 0.0, "memory_mb": 0.0}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:

@@ -52,7 +52,7 @@ def resident(*pids: int) -> int:
 
 
 def check_serves(server: Server) -> None:
-    """An image is the one that it was before."""
+    """The same request still gives the same image."""
     answer = server.post(GENERATE, {**SMALL, "seed": 1})
     assert answer.status == 200, answer.body
     pixels = np.asarray(opened(answer.json["data"][0]["b64_json"]))

@@ -97,7 +97,7 @@ def test_a_log_of_another_program_is_replaced(content, tmp_path):
 def test_a_record_that_cannot_be_written_is_named_and_says_how_to_continue(tmp_path):
     record = Record(tmp_path / "lora.safetensors")
     (record.folder / "loss.svg").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"^could not write .*loss\.svg: .*; solve that, and run the same command"):
+    with pytest.raises(OutputError, match=r"^could not write .*loss\.svg: .*; fix that, and run the same command"):
         record.plot()
 
 
@@ -105,7 +105,7 @@ def test_a_record_that_cannot_be_written_is_named_and_says_how_to_continue(tmp_p
 
 
 def trained_by_two(images: Path, model: Path, folder: Path, *more: str) -> list[tuple[int, str]]:
-    """Run a training on two ranks, each with its own output: the exit code and the output of each."""
+    """Train on two ranks, each with its own output: the exit code and the output of each."""
     given = words(images, model, folder / "rank{rank}" / "lora.safetensors", "-q", *more)
     return ranks.finish(ranks.start(2, folder, [sys.executable, "-m", "mlx_zimage", *given]))
 
@@ -184,7 +184,7 @@ def test_a_machine_that_dies_ends_the_training_on_all(rank, images, tiny_folder,
 
 
 def killed_anywhere(images: Path, model: Path, folder: Path, kills: int, seed: int) -> None:
-    """Run a training without a kill, and one that is killed `kills` times; their files must be the same."""
+    """Train once uninterrupted, and once killed `kills` times; the files must be the same."""
     more = ("--steps", "12", "--save-every", "2", "--accumulate", "2", "--preview", "a cat")
     program = [sys.executable, "-m", "mlx_zimage"]
 

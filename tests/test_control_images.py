@@ -13,7 +13,7 @@ def disc(side: int = 64, radius: int = 20) -> np.ndarray:
     return np.where((x**2 + y**2 < radius**2)[..., None], np.uint8(220), np.uint8(20)).repeat(3, axis=-1)
 
 
-def test_every_kind_of_a_request_can_be_made():
+def test_every_kind_of_control_image_that_a_request_may_name_can_be_made():
     assert (*PREPARATIONS, *LIBRARIES) == CONTROLS
     for kind in PREPARATIONS:
         made = prepared(disc(), kind)

@@ -43,7 +43,7 @@ def test_without_a_terminal_it_is_named_with_its_size_and_the_hub_is_not_asked(g
     assert "--control-model takes a file, a folder" in result.stderr and not hub.seen
 
 
-def test_a_repository_with_no_or_several_files_is_refused_with_what_it_has(generate, hub, tmp_path):
+def test_a_repository_without_exactly_one_file_is_refused_and_the_error_says_what_it_has(generate, hub, tmp_path):
     several = generate("--control-model", REPOSITORY)
     assert several.returncode == 3
     choose = f"{REPOSITORY} has 2 safetensors files; choose one: {REPOSITORY}:{FILE}; {REPOSITORY}:another.safetensors"

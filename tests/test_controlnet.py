@@ -94,7 +94,7 @@ def test_several_controls_are_added(pipe, folder):
     assert relative_error(controls.run(network, case, halves, halves), controls.run(network, case, one)) < TOLERANCE
 
 
-def test_a_batch_that_takes_turns_equals_its_images(pipe, folder, monkeypatch):
+def test_a_batch_whose_images_take_turns_equals_each_image_alone(pipe, folder, monkeypatch):
     opened, case = controls.opened(folder, 0, "control_v21"), controls.inputs(0, "control_v21")
     network, control = controls.network(pipe, opened), controls.controlled(opened, case["control"])
     latents = mx.array(tiny.randn(0, "batch", 3, controls.H, controls.W, 16))
@@ -273,7 +273,7 @@ def test_a_converted_controlnet_gives_nearly_the_same_outputs(pipe, tmp_path, bi
     x = mx.array(tiny.randn(0, "x", 4, 192))
     for name in ("control_layers.0.after_proj", "control_noise_refiner.1.attention.to_out.0"):
         ours, wanted = (linear(x, one.component.read(name, mx.float32)()) for one in (opened, original))
-        # rounding to bits, with scales of 64 weights each
+        # rounding to so many bits, with one scale for every 64 weights
         assert relative_error(ours, wanted) < {None: 1e-9, 8: 0.02, 4: 0.25}[bits]
 
 

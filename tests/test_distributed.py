@@ -480,7 +480,7 @@ class Said(Group):
         return mx.array([self.size, *(int(flag in Signal.ENDED | Signal.FAILED) for flag in Signal)])
 
 
-def test_an_error_that_all_ranks_have_is_rank_0s_only():
+def test_an_error_that_all_ranks_have_is_raised_by_rank_0_only():
     first, second = Said(Rank(0, 2)), Said(Rank(1, 2))
     first.send = lambda work: None
     with pytest.raises(RequestError, match="no pose"), first.leading({}):

@@ -53,7 +53,7 @@ dtypes = st.sampled_from([np.float32, np.float16, np.float32, np.int64, np.uint8
 
 @st.composite
 def tensors(draw) -> dict[str, np.ndarray]:
-    """Anything, with some luck parts of the same layers."""
+    """Any tensors; with luck, some are parts of the same layer."""
     return {
         name: np.full(draw(shapes), draw(st.sampled_from([0, 1, 3])), draw(dtypes))
         for name in draw(st.lists(names, max_size=8, unique=True))

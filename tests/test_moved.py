@@ -1,4 +1,4 @@
-"""Public names that moved still work where they were for one release, with a DeprecationWarning."""
+"""For one release, public names that moved still work in their old places, with a DeprecationWarning."""
 
 import importlib
 import re

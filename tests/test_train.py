@@ -125,7 +125,12 @@ def test_previews_that_a_stop_prevented_are_generated_when_the_run_is_resumed(pi
     "prompts, budget, error, said",
     [
         ([""], 10**10, RequestError, "the prompt is empty"),
-        (["a cat"], 30 * 10**6, MemoryBudgetError, "previews do not fit in memory beside what training holds: 1 image"),
+        (
+            ["a cat"],
+            30 * 10**6,
+            MemoryBudgetError,
+            "previews do not fit in memory alongside what training already uses: 1",
+        ),
     ],
 )
 def test_previews_that_cannot_be_generated_are_refused_before_training(images, tmp_path, prompts, budget, error, said):
@@ -140,7 +145,7 @@ def test_previews_that_cannot_be_generated_are_refused_before_training(images, t
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_encoded(pipe, images, tmp_path):
     (tmp_path / "lora-training").write_text("")
-    with pytest.raises(OutputError, match=r"^could not write .*lora-training: .*; solve that, and run the same"):
+    with pytest.raises(OutputError, match=r"^could not write .*lora-training: .*; fix that, and run the same"):
         run(pipe, images, tmp_path / "lora.safetensors")
 
 

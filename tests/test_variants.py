@@ -59,7 +59,7 @@ def test_a_de_turbo_file_has_the_defaults_of_de_turbo(folder, tmp_path):
     assert (request.steps, request.guidance_scale) == (25, 2.0)
 
 
-def test_a_de_turbo_file_of_another_name_works_by_flags(folder, tmp_path, monkeypatch):
+def test_a_de_turbo_file_of_another_name_works_with_flags(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, "renamed")
     Image.fromarray(tiny.photo()).save("a.png")

@@ -8,8 +8,8 @@ colours, takes connected regions, and compares them with the scene:
   STRAY pixels of any colour that does not belong there, be they lines, specks or smudges;
 - colors: the objects' colours, as a multiset, each close to the palette's;
 - shapes: every object looks most like its own shape among the world's. Each shape is laid over it
-  with the same centre of mass and the same area or extent, and must share OVERLAP of the two's union,
-  times the ratio of their aspects; no bump or notch in its outline may be deeper than TAIL;
+  with the same centre of mass and the same area or extent, and the intersection over union, times the ratio of their
+  aspects, must be at least OVERLAP; no bump or notch in its outline may be deeper than TAIL;
 - sizes: an object called small or large has the radius that the word means, within a factor of
   SIZE_FACTOR, which excludes the radius of unnamed sizes. Unnamed sizes are not tested;
 - place: a named position is the middle, or the outer third, of both sides; of a relation's two

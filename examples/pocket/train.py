@@ -1,9 +1,9 @@
 """Train the pocket checkpoint from scratch: python examples/pocket/train.py --out DIR
 
 Stages: tokenizer, autoencoder (which must reconstruct well enough to go on), latents, flow
-matching, distillation, export. The long ones end by the clock. Each finished stage is kept in
-DIR, and flow matching from time to time; the same command continues where it was interrupted. The
-checkpoint is in DIR/checkpoint.
+matching, distillation, export. The long ones end by the clock. Each finished stage is saved in DIR, as is the state of
+flow matching from time to time; the same command continues where it was interrupted. The checkpoint is in
+DIR/checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ VALIDATION_SEED = 4242  # the final evaluation uses others
 
 @dataclass(frozen=True)
 class Plan:
-    """How much each stage does. The long ones end by their seconds: no machine at hand can do their steps in that time.
+    """How much each stage does. The long ones end when their seconds run out: no machine at hand can do their steps in
+    that time.
 
     The defaults take about 16 minutes on any machine; the quality of the result depends on it.
     """

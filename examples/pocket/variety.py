@@ -1,7 +1,7 @@
 """Do seeds differ more if the first steps are disturbed? python examples/pocket/variety.py CHECKPOINT -n 2000 --jobs 16
 
-Every prompt is generated with the same few seeds in every way, in batches (a GPU takes minutes, a CPU hours). A way is
-KIND:AMOUNT:STEPS, for the first STEPS steps:
+Images of every prompt are generated with the same few seeds in each of several ways, in batches (a GPU takes minutes, a
+CPU hours). A way is KIND:AMOUNT:STEPS, for the first STEPS steps:
 
 - noise: normal noise on the prompt's embedding, of that many times each token's root mean square
 - uniform: what InvokeAI adds: uniform noise of up to that many standard deviations, on half of the values

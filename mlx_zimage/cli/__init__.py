@@ -140,7 +140,7 @@ def hold_descriptors() -> None:
 
 
 def _terminal_is_closed() -> bool:
-    """Whether messages go to a terminal that was closed, which says EIO to everything."""
+    """Whether messages go to a terminal that was closed, where every operation fails with EIO."""
     try:
         termios.tcgetattr(2)
     except termios.error as error:

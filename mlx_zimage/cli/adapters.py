@@ -129,7 +129,8 @@ def _with_strengths(ctx: click.Context, _: click.Parameter, paths: Sequence[str]
 
 
 def name_paths(requests: Sequence[dict], paths: Sequence[str]) -> tuple[list[dict], dict[str, str]]:
-    """JSON requests that name their LoRAs instead of giving paths, and the name of every path, including `paths`.
+    """JSON requests that name their LoRAs instead of giving paths, and the name of every path, including those in
+    `paths`.
 
     An item of "loras" has a path, or the name of one given with --lora, and a strength.
     """

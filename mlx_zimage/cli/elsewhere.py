@@ -1,4 +1,4 @@
-"""Commands that accept what users know from other programs and, where they cannot do it, say what to type instead."""
+"""Commands that accept options of other programs and, where one is not supported, say what to type instead."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def options_given(ctx: click.Context) -> dict[str, str]:
 
 
 def as_typed(message: str, given: Mapping[str, str]) -> str:
-    """A message that begins with the name of a value, or of two, with the options by which they were given instead."""
+    """A message that begins with the names of one or two values, each replaced by the option that was typed."""
     if both := re.match(r"(\w+) and (\w+) were both given", message):
         first, second = (given.get(name, name) for name in both.groups())
         return f"{first} and {second} were both given{message[both.end() :]}"

@@ -148,7 +148,7 @@ class Remote:
         headers: Mapping[str, str] | None = None,
         quiet: bool = True,
     ) -> http.client.HTTPResponse:
-        """The server's answer to a request; what it refuses is an error here, too. To be closed.
+        """The server's answer to a request; what it refuses is an error here, too. The caller must close it.
 
         While its queue is full, the request is sent again when the server says to, up to TRIES times in all.
         """

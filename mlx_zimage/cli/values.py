@@ -84,7 +84,7 @@ class ModelName(_Expanded, click.ParamType):
         with suppress(Exception):  # having no completions is better than a traceback at the prompt
             names = [model.name for model in models() if model.kind != ("package" if self.listed_only else "prompts")]
         items = [CompletionItem(name) for name in names if name.startswith(incomplete)]
-        # A shell would offer no folders beside the names, unless asked to: see completion.py.
+        # A shell would offer no folders in addition to the names unless asked to: see completion.py.
         return items if self.listed_only else [CompletionItem(incomplete, type="file"), *items]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageFilter
 
-LOW, HIGH = 100, 200  # of the gradient's length in 8-bit units, as OpenCV's Canny is usually called
+LOW, HIGH = 100, 200  # thresholds of the gradient's length in 8-bit units: those usually passed to OpenCV's Canny
 BLUR = 1.4  # pixels, before edges are looked for
 SCRIBBLE_BLUR, SCRIBBLE_WIDTH = 3.0, 5  # pixels: coarse edges, drawn with a thick pen
 SOFT = 4  # the sides of a tile image are shorter by this factor
@@ -69,7 +69,7 @@ def _sobel(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_ridge(length: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """Where the gradient is longer than at both neighbours along it (on a plateau, than at one)."""
+    """Where the gradient is longer than at both neighbours along it (on a plateau, longer than at one of them)."""
     p = np.pad(length, 1)
     height, width = length.shape
 

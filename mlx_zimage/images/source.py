@@ -391,7 +391,7 @@ def _from_array(value: Any) -> Image.Image:
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise RequestError(f"the image has shape {shape}; expected at most {MAX_PIXELS:,} pixels")
     if array.dtype.kind == "f":
-        if not ((array >= 0) & (array <= 1)).all():  # nor NaN
+        if not ((array >= 0) & (array <= 1)).all():  # NaN fails this check, too
             raise RequestError(f"the image has values that are outside 0 to 1 or not finite; {expected}")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype == bool:

@@ -1,6 +1,7 @@
-"""A file of which Pillow can read only so much metadata, in so many pieces, before it is refused.
+"""A file of which Pillow can read only so much metadata, and in only so many pieces, before it is refused.
 
-Pillow parses the headers of images in Python, and so takes seconds, or gigabytes, for some that have a few megabytes.
+Pillow parses the headers of images in Python, and so takes seconds, or gigabytes of memory, for some of only a few
+megabytes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..errors import RequestError
 MAX_METADATA = 8 * 2**20  # bytes: the time that Pillow takes to join EXIF's segments grows with their square
 MAX_READS = 100_000  # of one file: Pillow takes 8 us for a chunk of PNG, and libpng writes chunks of 8 KB
 MAX_VALUES = 30_000  # in one list of a TIFF: Pillow makes several objects for each strip
-MAX_EXIF = 2**20  # bytes: each can become an object of 36 bytes, and 8 can take 2 us; our longest has 260 KB
+MAX_EXIF = 2**20  # bytes: each can become an object of 36 bytes, and 8 can take 2 us; our longest is 260 KB
 MAX_COMPRESSED = 16  # chunks of PNG: Pillow unpacks each to as much as 1 MB, which can become 4 MB of text
 MAX_SCANS = 30  # of a JPEG, since 20 bytes can be a scan of all pixels; a progressive one has about 10
 MAX_PIECE = 80_000_000  # bytes, unpacked, of a strip or tile of a TIFF, which libtiff unpacks whole
@@ -95,14 +96,14 @@ class ImageStream(io.BufferedReader):
         if self.kind == "BMP" and image.info.get("compression") in RUN_LENGTHS:
             self.kind = "BMP with RLE"
         if self.kind == "AVIF":
-            image.info.pop("xmp", None)  # in which there may be an orientation, too, and it does not count
+            image.info.pop("xmp", None)  # it may contain an orientation, too, which must be ignored
         if self.kind in ("PNG", "WebP", "AVIF") and image.mode in ("LA", "RGBA"):
             self.kind += " with transparency"
             if isinstance(image, PngImageFile) and str(image.tile[0].args).endswith("16B"):
                 self.kind += " and 16 bits"
         if isinstance(image, JpegImageFile):
-            # All coefficients are kept, as for a progressive one, unless the first scan has all components. Its header,
-            # which ends the file's, has 6 bytes and 2 for each component.
+            # All coefficients are kept, as for a progressive JPEG, unless the first scan has all components. That
+            # scan's header is the last part of the file's, and takes 6 bytes and 2 for each component.
             self.seek(max(self.header - 6 - 2 * image.layers, 0))
             expected = struct.pack(">HB", 6 + 2 * image.layers, image.layers)
             if "progressive" in image.info or self.read(3) != expected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-TURNS = 2  # each leaves about half of the difference of the one before: reducing does not quite undo enlarging
+TURNS = 2  # each leaves about half of the difference that the one before left: reducing does not quite undo enlarging
 
 
 def resized(array: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -1,11 +1,11 @@
 """ControlNet Union for Z-Image: blocks that read a control image, such as an outline or a pose, beside the transformer.
 
-Source: VideoX-Fun models/z_image_transformer2d_control.py, which trained them. The blocks and the layer that embeds the
-control image are the ControlNet's own; everything else, from the time embedding to the padding, is the transformer's.
-The chain of `control_layers` starts from the control image's tokens and the transformer's, and what each block adds
-reaches the transformer as it runs. From version 2.0 on, a chain runs in the noise refiner, too: the image tokens that
-it changes are those that the layers and their chain continue with. (diffusers discards them and refines once more
-without it, so its images differ; version 1 has no such chain.)
+Source: models/z_image_transformer2d_control.py of VideoX-Fun, the project that trained them. The blocks and the layer
+that embeds the control image are the ControlNet's own; everything else, from the time embedding to the padding, is the
+transformer's. The chain of `control_layers` starts from the control image's tokens and the transformer's, and what each
+block adds reaches the transformer as it runs. From version 2.0 on, a chain runs in the noise refiner, too: the image
+tokens that it changes are those that the layers and their chain continue with. (diffusers discards them and refines
+once more without it, so its images differ; version 1 has no such chain.)
 """
 
 from __future__ import annotations

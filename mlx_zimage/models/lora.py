@@ -27,7 +27,7 @@ from .runner import Tree
 
 
 def beside(x: mx.array, own: Callable[[mx.array], mx.array], lora: Tree) -> mx.array:
-    """The layer's output (..., out) for x (..., in) under LoRAs, beside its own product."""
+    """The output (..., out) for x (..., in) of a layer with LoRAs, which are multiplied beside its own product."""
     y = own(x + by(x, lora["columns"]) if "columns" in lora else x)
     if "rows" in lora:
         y = y + by(y, lora["rows"])

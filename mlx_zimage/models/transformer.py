@@ -630,7 +630,8 @@ class Transformer:
         self.most = most
         self.sums = sum_dtype(runner.dtype)
         self.lean = False
-        self._schedule: tuple | None = None  # the last schedule's times and other blocks, and `modulate`'s result
+        # the last schedule's times, the blocks beside the transformer's, and `modulate`'s result
+        self._schedule: tuple | None = None
         # no reference to self here: a cycle would keep the weights in memory until Python's garbage collector runs
         self._rope = lru_cache(maxsize=4)(partial(rope, config))
         self.factor = margin(runner.dtype)

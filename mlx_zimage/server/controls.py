@@ -42,7 +42,8 @@ def units_of(scripts: Any, image: bytes | None) -> ControlsAndImages:
         if unit.get("enabled", True) is not True:
             continue
         use = {ours: unit[name] for name, ours in UNIT.items() if unit.get(name) is not None}
-        module = str(unit.get("module") or "none").lower().partition("_")[0]  # tile_resample is one of its tiles
+        # such as tile_resample, one of the extension's variants of tile
+        module = str(unit.get("module") or "none").lower().partition("_")[0]
         if module != "none":
             use["kind"] = MODULES.get(module, module)
         shown = unit.get("image") or unit.get("input_image") or image

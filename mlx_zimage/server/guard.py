@@ -208,7 +208,8 @@ class Body:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's protocol, which alone would wait forever for a request's head, and fail twice on what is not HTTP."""
+    """uvicorn's protocol, which on its own would wait forever for a request's head, and fail twice on what is not
+    HTTP."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -106,7 +106,7 @@ class Queue:
         self._pace: dict[str, float] = {}  # seconds per pixel and step, by model
         self._count = 0  # of all jobs
         self._ends = 0  # of workers since the last image
-        self.why = ""  # the worker could not start, or go on
+        self.why = ""  # why the worker could not start or go on
         self._outgoing: SimpleQueue[object] = SimpleQueue()
         self._restarting: asyncio.Task | None = None
         self._stopping = False

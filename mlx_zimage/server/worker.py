@@ -357,7 +357,7 @@ class Follower(Served):
             return group.receive()
 
     def prepare(self, model: str, request: dict[str, Any]) -> str:
-        """Load a job's model and LoRAs. Returns why the job cannot run on this machine, or an empty text."""
+        """Load a job's model and LoRAs. Returns why the job cannot run on this machine, or an empty string."""
         try:
             wanted = GenerateRequest.from_dict(request)
             if self.loaded != model:

@@ -74,7 +74,8 @@ def _pieces(q: mx.array, k: mx.array) -> list[slice]:
 
 
 def _follow(before: list[mx.array], piece: mx.array, *beside: mx.array) -> None:
-    """Queue a piece, once all but the last before it are computed: otherwise memory for all is allocated at once."""
+    """Queue a piece once all earlier pieces except the last are computed: otherwise memory for all is allocated at
+    once."""
     mx.async_eval(piece, *beside)
     mx.eval(*before[-1:])
     before.append(piece)

@@ -105,7 +105,7 @@ def _captions(folder: Path) -> Iterator[tuple[Path, str | None, int]]:
 
 
 def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
-    for number, line in enumerate(_text(file).split("\n"), 1):  # JSON's texts may contain other line breaks
+    for number, line in enumerate(_text(file).split("\n"), 1):  # JSON strings may contain other line breaks
         if not line.strip():
             continue
         try:

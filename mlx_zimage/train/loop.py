@@ -163,9 +163,9 @@ def train(
 ) -> Iterator[Planned | Phase | Measured | Stepped | Written | Previewed]:
     """Train a LoRA on examples, and write it to output; resumes the run if there is one. See the module.
 
-    Every save_every steps the LoRA is written to the run's folder as well, and the prompts in previews are generated
-    with it, prompt i from seed i. A run that is stopped loses the steps since the last of these; when it is resumed,
-    previews of that step that are not in the run's folder are generated again. adapter is a LoRA, as
+    Every save_every steps the LoRA is written to the run's folder as well, and an image is generated with it from each
+    prompt in previews, with seed i for prompt i. A run that is stopped loses the steps since the last of these; when it
+    is resumed, previews of that step that are not in the run's folder are generated again. adapter is a LoRA, as
     `load_lora` takes it, that is applied in training only: for Turbo, one that undoes its distillation, so that
     training does not.
 

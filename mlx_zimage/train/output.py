@@ -137,4 +137,4 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"could not write {path}: {reason}; solve that, and run the same command again") from error
+        raise OutputError(f"could not write {path}: {reason}; fix that, and run the same command again") from error

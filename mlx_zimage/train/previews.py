@@ -36,7 +36,7 @@ class Previews:
     held: int
 
     def check(self, output: Path, deltas: Mapping[str, Delta]) -> None:
-        """Refuse prompts that cannot be generated with a LoRA of these differences, before it is trained."""
+        """Refuse, before training, prompts whose images cannot be generated with a LoRA of these differences."""
         if not self.prompts:
             return
         extras = self.pipe.networks.extras_of({"": Lora(output, "", {"transformer": deltas})}, {"": 1.0})
@@ -46,8 +46,8 @@ class Previews:
                     self.pipe.plan(request, loras=extras)
                 except MemoryBudgetError as error:
                     raise MemoryBudgetError(
-                        f"the previews do not fit in memory beside what training holds: {error}; or leave out "
-                        f"--preview (previews in Python)"
+                        f"the previews do not fit in memory alongside what training already uses: {error}; or leave "
+                        f"out --preview (previews in Python)"
                     ) from error
 
     def generate(self, lora: Path, step: int) -> Iterator[Phase | Previewed]:

@@ -1,7 +1,7 @@
 """Finding and opening a ControlNet: the published single file, or a folder as diffusers or our converter writes it.
 
 Its architecture is recognized from its weights, and the folder's config.json where there is one. What it was trained
-for is not in the weights: a Hugging Face id or a file's name says so, or the user does.
+for is not in the weights: it is taken from a Hugging Face id or a file's name, or given by the user.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .names import foreign_kind
 
 LITE_BLOCKS = 3
 CLASS = "ZImageControlNetModel"  # what config.json declares, as in diffusers
-# What a ControlNet may have been trained for, and how its name says so.
+# What a ControlNet may have been trained for, and how its name indicates it.
 TRAITS = {
     "8-steps": re.compile(r"8-?steps", re.IGNORECASE),
     "tile": re.compile(r"(^|[^a-z])tile([^a-z]|$)", re.IGNORECASE),

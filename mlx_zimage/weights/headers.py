@@ -50,7 +50,8 @@ def read(file: Path) -> tuple[Header, dict[str, str], int]:
 
 
 def length_of(start: bytes) -> int:
-    """The bytes of the header of a file that begins with these 8; ValueError if that is more than any model needs."""
+    """The length in bytes of the header of a file that begins with these 8 bytes; ValueError if it is longer than any
+    model needs."""
     length = int.from_bytes(start, "little")
     if length > MAX_HEADER:
         raise ValueError(f"header of {length:,} bytes, expected at most {MAX_HEADER:,}")

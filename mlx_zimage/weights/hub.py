@@ -36,7 +36,7 @@ TOKENIZER_FILES = ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.jinja"]
 class Repository:
     """A Hugging Face repository at its latest commit or, without a network, at the commit in the local cache.
 
-    folder is its snapshot in the cache. Creating a Repository downloads the configs, also those of a model in the
+    folder is its snapshot in the cache. Creating a Repository downloads the configs, including those of a model in the
     folder `within`; other files follow when they are fetched. All paths are paths in the snapshot, whether the files
     are there yet or not.
     """

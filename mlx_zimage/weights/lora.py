@@ -242,8 +242,8 @@ def read_lora(file: Path, configs: Mapping[str, NetworkConfig], partial: bool = 
     """Read a LoRA's safetensors file (or PEFT folder) for networks of these configs, in any dialect.
 
     Every key must belong to a difference of a known weight, with factors that fit it and numbers that are finite;
-    otherwise CheckpointError names what does not. partial=True leaves out keys that match no layer, unless none does;
-    they are listed in `unmatched`.
+    otherwise CheckpointError names what does not. partial=True leaves out keys that match no layer, but at least one
+    key must match; they are listed in `unmatched`.
 
     headers=True is for planning: it reads as little of the file as the shapes of its differences need, so that numbers
     that are not finite may go unnoticed, and computes no checksum.

@@ -88,7 +88,7 @@ def test_a_header_beyond_the_limits_never_reaches_a_library(tmp_path, monkeypatc
         read_header(tmp_path / "model.safetensors")
 
 
-def test_a_hostile_state_of_training_is_refused_by_name(tmp_path):
+def test_a_hostile_training_state_is_refused_by_name(tmp_path):
     file = tmp_path / "dog.state.safetensors"
     named = [f"{part}/layers.0/to_q/{name}" for part in ("factors", "first", "second") for name in ("down", "up")]
     new = {"layers.0": {"to_q": {"down": mx.zeros((1,)), "up": mx.zeros((1,))}}}

@@ -127,7 +127,7 @@ def test_a_number_too_long_to_print_is_refused_in_python_too(field):
 
 
 @pytest.mark.parametrize("digits", ["4", "9" * 5000])
-def test_a_number_in_a_tensors_name_is_not_computed_with_unless_it_is_a_level(digits):
+def test_a_number_in_a_tensors_name_is_not_used_in_arithmetic_unless_it_is_a_level(digits):
     (place,) = places(f"first_stage_model.decoder.up.{digits}.block.0.conv1.weight")
     assert place.name == f"decoder.up.{digits}.block.0.conv1.weight"
 

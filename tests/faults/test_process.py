@@ -38,7 +38,7 @@ def test_images_are_written_with_standard_descriptors_closed(tmp_path, closed):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not enforce these limits")
 @pytest.mark.parametrize("kilobytes", [850_000, 1_000_000])
-def test_a_limit_of_the_address_space_is_a_memory_error_and_not_a_crash(tmp_path, kilobytes):
+def test_exceeding_a_limit_on_the_address_space_is_a_memory_error_and_not_a_crash(tmp_path, kilobytes):
     done = shell(f'ulimit -v {kilobytes}; exec "$0" "$@" --size 2048x2048', tmp_path)
     assert done.returncode == 5, (done.returncode, done.stderr)
     assert b"cannot be generated within" in done.stderr

@@ -85,7 +85,7 @@ def test_info_about_a_hostile_conversion_is_plain(folder):
 
 
 @pytest.mark.parametrize("changes", [{"before": 1}, {"quantization": {"target_bytes": "a"}}, {"dtype": None}])
-def test_a_conversion_of_wrong_types_is_refused(folder, changes):
+def test_a_conversion_record_with_values_of_wrong_types_is_refused(folder, changes):
     (folder / CONVERSION).write_text(json.dumps({"source": "a", "quantization": {}} | changes))
     assert_plain(run("info", folder), 4)
 

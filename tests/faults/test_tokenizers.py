@@ -25,7 +25,7 @@ def charsmap(content: bytes) -> dict:
     return {"type": "Precompiled", "precompiled_charsmap": b64encode(content).decode()}
 
 
-# What is put into a tokenizer.json that is otherwise as it should be. The library panics unless something else is said.
+# What is put into a tokenizer.json that is otherwise as it should be. The library panics unless noted otherwise.
 HOSTILE = {
     "replaced 2**60 times": {"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 60}},  # aborts
     "nothing replaced": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a"}},

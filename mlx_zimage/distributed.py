@@ -324,10 +324,13 @@ class Group(SharingBySpeed):
             every += [received] * self.leads
         return every
 
-    def exchange(self, content: Any) -> list[Any]:
-        """What each rank passes, in rank order: anything that JSON can hold. GroupError if one is missing."""
+    def exchange(self, content: Any, limit: float | None = PATIENCE) -> list[Any]:
+        """What each rank passes, in rank order: anything that JSON can hold. GroupError if one is missing.
+
+        limit is the most seconds to wait for another rank; None is that of steps (see `computing`).
+        """
         text = json.dumps(content).encode()
-        with self.computing(PATIENCE):
+        with self.computing(limit):
             most = int(self._gathered(np.array([len(text)])).max())
             return [json.loads(row.tobytes()) for row in self._gathered(np.frombuffer(text.ljust(most), np.uint8))]
 
@@ -401,16 +404,23 @@ class Group(SharingBySpeed):
         with suppress(Ended):
             self.signal(Signal.ENDED if self.leads else GO)
 
-    def each(self, events: Iterable[E]) -> Iterator[E]:
-        """This rank's own events. Each rank may have a different number of them, and all end together."""
+    def each(self, events: Iterable[E], limit: float | None = PATIENCE) -> Iterator[E]:
+        """This rank's own events. Each rank may have a different number of them, and all end together.
+
+        limit is as in `exchange`, for each event.
+        """
         own = iter(events)
         while True:
             event = next(own, None)
-            if Signal.BUSY not in self.signal(GO if event is None else Signal.BUSY):
+            if Signal.BUSY not in self.signal(GO if event is None else Signal.BUSY, limit):
                 return
             if event is not None:
                 yield event
             event = None  # not kept in memory while the next is computed
+
+    def expect(self, seconds: float) -> None:
+        """Say how long a step takes, before the first one."""
+        self._longest = max(self._longest, seconds)
 
     def between(self, own: Signal = GO) -> Signal:
         """`signal` between two steps, where only rank 0's caller may take its time, so that only the others wait."""
@@ -507,7 +517,8 @@ class Group(SharingBySpeed):
         """Wraps what all ranks compute together: if it fails on only one of them, the others wait in vain.
 
         A rank that failed can do nothing more for the group; once its process ends, the others fail, too. If another
-        rank stalls for longer than the limit in seconds, this process ends.
+        rank stalls for longer than the limit in seconds, this process ends. By default, the limit is LIMIT times the
+        longest step so far, but at least SHORTEST_LIMIT, and PATIENCE before the first step.
         """
         if self._watchdog is None:
             self._watchdog = threading.Thread(target=self._watch, daemon=True, name="watchdog of the group")
@@ -523,8 +534,7 @@ class Group(SharingBySpeed):
             self._deadline = time.monotonic() + max(SHORTEST_LIMIT, LIMIT * self._longest)
             # Other calls would wait for what is queued while holding Python's lock, which the watchdog needs.
             for stream in (mx.default_stream(mx.default_device()), self._stream):
-                with suppress(RuntimeError):
-                    mx.synchronize(stream)
+                _wait_for(stream)
             raise
         finally:
             self._deadline = None
@@ -540,3 +550,11 @@ class Group(SharingBySpeed):
                 )
                 os.write(2, message.encode())
                 os._exit(GroupError.exit_code)  # MLX cannot be interrupted while it waits
+
+
+def _wait_for(stream: mx.Stream | mx.ThreadLocalStream) -> None:
+    """Wait until nothing is queued on a stream: an error of what was queued ends MLX's wait, but not the rest."""
+    while True:
+        with suppress(RuntimeError):
+            mx.synchronize(stream)
+            return

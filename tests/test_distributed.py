@@ -511,6 +511,15 @@ def test_a_group_that_has_lost_a_rank_says_so_at_once(use):
         use(group)
 
 
+def test_after_an_error_all_that_is_queued_is_waited_for_although_each_further_error_ends_a_wait(monkeypatch):
+    lost = RuntimeError("[ring] connection to a peer was lost")
+    synchronize = Mock(side_effect=[None, lost, lost, None])  # the default stream, then the group's
+    monkeypatch.setattr(mx, "synchronize", synchronize)
+    with pytest.raises(OSError), Group(Rank(1, 2)).computing():
+        raise OSError("socket")
+    assert synchronize.call_count == 4
+
+
 def test_a_group_whose_pipeline_was_closed_is_not_one_that_has_lost_a_rank(monkeypatch):
     group, sent = Group(Rank(0, 2)), []
     monkeypatch.setattr(group, "send", sent.append)

@@ -251,6 +251,7 @@ def _train(
             networks.set_loras(strengths)
             image_s = _measured(run, encoded, gradients, factors, optimizer.step)
         step_s = machines.agreed(max, image_s * len(machines.own(settings.accumulate)))
+        machines.expect(step_s)
         yield Measured(settings.steps - optimizer.step, step_s)
     for step in range(optimizer.step, settings.steps):
         begin, rate = time.perf_counter(), warmed_up(settings.rate, step, settings.warm_up)
@@ -342,10 +343,11 @@ def one_step(
     machines: Machines,
 ) -> tuple[Factors, float, float]:
     """The factors after one more step at this rate, its mean loss, and its gradient's norm."""
+    machines.between()
     settings, total, loss = run.settings, Factors(), 0.0
     first = optimizer.step * settings.accumulate
     samples = (sample(run, encoded, first + i) for i in machines.own(settings.accumulate))
-    for value, found in machines.each(gradients(factors, one) for one in samples):
+    for value, found in machines.each((gradients(factors, one) for one in samples), limit=None):
         loss += float(value)
         total = sum_of(total, found)
     total, loss = machines.summed(total, loss)

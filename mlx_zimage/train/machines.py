@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..distributed import Group
+from ..distributed import PATIENCE, Group
 from ..errors import RequestError
 from .factors import Factors
 from .optimizer import AdamW
@@ -33,9 +33,19 @@ class Machines:
         """See `Group.joined`."""
         return nullcontext() if self.group is None else self.group.joined()
 
-    def each(self, events: Iterable[E]) -> Iterator[E]:
+    def each(self, events: Iterable[E], limit: float | None = PATIENCE) -> Iterator[E]:
         """See `Group.each`."""
-        return iter(events) if self.group is None else self.group.each(events)
+        return iter(events) if self.group is None else self.group.each(events, limit)
+
+    def between(self) -> None:
+        """See `Group.between`."""
+        if self.group is not None:
+            self.group.between()
+
+    def expect(self, seconds: float) -> None:
+        """See `Group.expect`."""
+        if self.group is not None:
+            self.group.expect(seconds)
 
     def agreed(self, choose: Callable[[Sequence[T]], T], own: T) -> T:
         """What `choose` picks from the values of all machines."""
@@ -77,4 +87,4 @@ class Machines:
             return gradients, loss
         for block, own in gradients.items():
             gradients[block] = self.group.summed(own)
-        return gradients, sum(self.group.exchange(loss))  # which needs every machine
+        return gradients, sum(self.group.exchange(loss, limit=None))  # which needs every machine

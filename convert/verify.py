@@ -70,10 +70,10 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
     try:
         sums = {name: digest for name, digest in read_manifest(folder).items() if not is_hidden(name)}
     except CheckpointError as error:
-        yield Checked(MANIFEST, str(error), 0, total)
+        yield Checked(MANIFEST, str(error).removeprefix(f"{folder / MANIFEST} "), 0, total)
         return
     if excess := _excess(sum(sizes.get(folder / name, 0) for name in sums)):
-        yield Checked(MANIFEST, f"lists files of {excess}", done, total)
+        yield Checked(MANIFEST, f"lists files totalling {excess}", done, total)
         return
     intact = True
     for name, digest in sums.items():
@@ -100,7 +100,7 @@ def verify_steps(folder: str | Path) -> Iterator[Checked]:
         yield Checked(str(folder), str(error), done, total)
         return
     if excess := _excess(source.nbytes):
-        yield Checked(str(folder), f"has weights of {excess}", done, total)
+        yield Checked(str(folder), f"has weights totalling {excess}", done, total)
         return
     for component in source.components.values():
         for tensor in component.tensors:

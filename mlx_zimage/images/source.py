@@ -222,7 +222,7 @@ def _check_limit(image: Image.Image, stream: ImageStream) -> None:
         most *= FULL_COLOUR * max(sampled) / sum(sampled)
     other, other_kind = ("PNG", "PNG with transparency") if image.has_transparency_data else ("JPEG", "JPEG")
     advice = {
-        "JPEG": "save it with a lower quality",
+        "JPEG": "save it at a lower quality",
         "progressive JPEG": "save it as a JPEG that is not progressive",
         "PNG with transparency and 16 bits": "save it with 8 bits",
     }

@@ -46,8 +46,8 @@ class Previews:
                     self.pipe.plan(request, loras=extras)
                 except MemoryBudgetError as error:
                     raise MemoryBudgetError(
-                        f"the previews do not fit in memory alongside what training already uses: {error}; or leave "
-                        f"out --preview (previews in Python)"
+                        f"the previews do not fit in memory alongside what training already uses: {error}. You can "
+                        f"also leave out --preview (previews in Python)"
                     ) from error
 
     def generate(self, lora: Path, step: int) -> Iterator[Phase | Previewed]:

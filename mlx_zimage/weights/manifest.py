@@ -43,16 +43,17 @@ def read_manifest(folder: Path) -> dict[str, str]:
     """File -> sha256 in hexadecimal, from a folder's manifest; empty if our converter did not write the folder."""
     if not (folder / MANIFEST).exists() and not (folder / CONVERSION).exists():
         return {}
+    file = folder / MANIFEST
     try:
-        content = read_bytes(folder / MANIFEST)
+        content = read_bytes(file)
         sums = parse_manifest(content.decode().splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot be read ({error}); convert again") from error
+        raise CheckpointError(f"{file} cannot be read ({error}); convert again") from error
     if len(sums) > MAX_FILES:
-        raise CheckpointError(f"lists {len(sums):,} files, expected at most {MAX_FILES:,}; convert again")
+        raise CheckpointError(f"{file} lists {len(sums):,} files, expected at most {MAX_FILES:,}; convert again")
     if render_manifest(sums) != content:
-        raise CheckpointError("is damaged; convert again")
+        raise CheckpointError(f"{file} is damaged; convert again")
     for name in sums:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-            raise CheckpointError(f"lists {brief(name)}, which is not in its folder; convert again")
+            raise CheckpointError(f"{file} lists {brief(name)}, which is not in its folder; convert again")
     return sums

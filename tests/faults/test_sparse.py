@@ -46,7 +46,7 @@ def test_a_sparse_file_that_is_listed_is_a_fault(tmp_path, name):
     made = convert(POCKET, tmp_path / "made")
     list_sparse(made, 2**42, name)
     (fault,) = verify(made)
-    assert fault == f"{MANIFEST}: lists files of {fault.split()[4]} bytes, expected at most 64,000,000,000"
+    assert fault == f"{MANIFEST}: lists files totalling {fault.split()[4]} bytes, expected at most 64,000,000,000"
 
 
 @pytest.mark.parametrize("name", ["README.md", "vae/config.json", "tokenizer/notes.txt"])

@@ -13,6 +13,7 @@ from mlx_zimage.train.factors import deltas, new_factors
 from mlx_zimage.train.output import write_factors
 from mlx_zimage.train.settings import EXTRAS, Settings
 
+RUN = {"base_sha256": "0" * 64, "dtype": "mlx.core.float32", "adapter": None}
 CONFIG = TransformerConfig.from_dict(tiny.TRANSFORMER)
 
 
@@ -55,7 +56,7 @@ def test_mflux_applies_every_layer_of_a_trained_lora(tmp_path):
             own["up"] = mx.array(tiny.randn(0, f"{block}.{layer}", *own["up"].shape))
     settings = Settings(rank=4, alpha=2.0)
     file = tmp_path / "lora.safetensors"
-    write_factors(file, factors, settings, CONFIG, "tiny", "0" * 64)
+    write_factors(file, factors, settings, CONFIG, "tiny", RUN)
     found = deltas(factors, settings.scale, CONFIG)
     model = linears(list(found))
     loader.load_and_apply_lora(mapping.get_mapping(), model, [str(file)], [1.0], bake_lora=False)

@@ -20,6 +20,7 @@ from mlx_zimage.train.settings import Settings
 from mlx_zimage.weights.quantize import tensor_quantization
 
 SCALE, SEED = 0.5, 11
+RUN = {"base_sha256": "0" * 64, "dtype": "mlx.core.float32", "adapter": None}
 # float32: sums over tokens in another order, forward and back; measured 2e-5 of a gradient's largest value
 TOLERANCE = 1e-4
 
@@ -167,7 +168,7 @@ def test_diffusers_generates_with_the_file_what_we_do(reference, torch, tmp_path
     pipe = ZImagePipeline.from_pretrained(folder, dtype="float32")
     config = pipe.transformer.config
     factors = random_factors(config, ("adaln", "refiners"))
-    write_factors(file, factors, Settings(rank=4, alpha=2.0, trigger="sks"), config, "tiny", "0" * 64)
+    write_factors(file, factors, Settings(rank=4, alpha=2.0, trigger="sks"), config, "tiny", RUN)
     theirs = reference.open_pipeline(folder)
     plain = their_latents(torch, theirs)
     theirs.load_lora_weights(file)

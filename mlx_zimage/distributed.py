@@ -40,12 +40,13 @@ T = TypeVar("T")
 # does by itself.
 PATIENCE = 600.0
 MEETING = 120.0  # seconds for all ranks to start and connect
-LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times an image's longest step so far, and at least this many seconds
+LIMIT, SHORTEST_LIMIT = 5.0, 60.0  # times the longest step so far, and at least this many seconds
 # Measured on H200s: at 512x512 (1024 tokens), four ranks and two teams of two were slower than one, and two faster.
 # With at least this many rows per rank, queueing NCCL's transfers separately is faster: with 1048 it was, with 528 it
 # was not.
 LEAST, APART = 512, 1024
 EVEN = 0.9  # of the mean speed: where the slowest rank has at least that, all may do the same work
+MOST_ERRORS = 1000  # more than there are collectives in a queue
 PERIOD = 0.2  # seconds between the watchdog's checks
 # Properties of MLX's device: machines on which all match count as equally fast.
 CHIP = "device_name", "architecture", "memory_size"
@@ -143,8 +144,8 @@ class Group(SharingBySpeed):
     """The ranks that generate images together; a `models.runner.Ranks`.
 
     speeds are the ranks' relative speeds, one each, by which rows are shared; by default they are equal, or measured by
-    `share_by`. A step that takes more than a minute, and five times as long as any earlier one of the same image, ends
-    this process with an error: another rank has stalled, and MLX would wait forever.
+    `share_by`. A step that takes more than a minute, and five times as long as any earlier one of the same image, or as
+    training expects, ends this process with an error: another rank has stalled, and MLX would wait forever.
     """
 
     def __init__(self, group: mx.distributed.Group, speeds: Sequence[float] | None = None):
@@ -554,7 +555,7 @@ class Group(SharingBySpeed):
 
 def _wait_for(stream: mx.Stream | mx.ThreadLocalStream) -> None:
     """Wait until nothing is queued on a stream: an error of what was queued ends MLX's wait, but not the rest."""
-    while True:
+    for _ in range(MOST_ERRORS):  # a GPU that failed may fail every time
         with suppress(RuntimeError):
             mx.synchronize(stream)
             return

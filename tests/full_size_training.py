@@ -44,6 +44,7 @@ def measure(model: str, side: int, streamed: bool, steps: int, folder: Path) -> 
         count = sum(array.size for array in arrays_of(factors))
         tokens = max(len(pipe.networks.tokenize(example.caption)) for example in examples)
         pipe.budget = least(pipe.planner, side, side, tokens, count, 0).room
+        del factors
     blocks, times, peak, planned = 0, [], 0.0, 0.0
     for event in train(pipe, examples, settings, output):
         if isinstance(event, Planned):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from contextlib import closing
 from pathlib import Path
 
 import mlx.core as mx
@@ -83,7 +84,18 @@ def test_what_cannot_be_trained_is_refused_in_one_line(images, tiny_folder, tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1}\n', b"[1]\n", b"\xff\n", b'{"step": "x", "loss": 0}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a": 1}\n',
+        b"[1]\n",
+        b"\xff\n",
+        b'{"step": "1", "loss": 0.5}\n',
+        b'{"step": 1, "loss": "0.5"}\n',
+        b'{"step": 1%s, "loss": 0.5}\n' % (400 * b"0"),
+        b'{"step": 1, "loss": NaN}\n',
+    ],
+)
 def test_a_log_of_another_program_is_replaced(content, tmp_path):
     record = Record(tmp_path / "lora.safetensors")
     record.folder.mkdir()
@@ -92,6 +104,16 @@ def test_a_log_of_another_program_is_replaced(content, tmp_path):
     record.plot()
     record.close()
     assert [row["step"] for row in record.rows()] == [1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_that_cannot_be_written_is_named_also_when_it_is_closed(tmp_path):
+    with (
+        pytest.raises(OutputError, match=r"^could not write .*log\.jsonl: No space"),
+        closing(Record(tmp_path / "lora.safetensors")) as record,
+    ):
+        record._file = open("/dev/full", "a")  # noqa: SIM115
+        record.step(Stepped(1, 0.5, 1.0, 1e-4, 0.1))
 
 
 def test_a_record_that_cannot_be_written_is_named_and_says_how_to_continue(tmp_path):
@@ -208,7 +230,7 @@ def killed_anywhere(images: Path, model: Path, folder: Path, kills: int, seed: i
     assert hit
     whole, other = (folder / name / "lora.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == other.read_bytes()
-    previews = [sorted((path.parent / "lora-training" / "previews").iterdir()) for path in (whole, other)]
+    previews = [sorted((path.parent / "lora-training" / "previews").glob("0*")) for path in (whole, other)]
     assert [path.name for path in previews[0]] == [f"{step:06}-0.png" for step in range(2, 13, 2)]
     assert [path.read_bytes() for path in previews[0]] == [path.read_bytes() for path in previews[1]]
     logs = [(path.parent / "lora-training" / "log.jsonl").read_text().splitlines() for path in (whole, other)]

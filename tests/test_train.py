@@ -22,7 +22,8 @@ from mlx_zimage.networks import Phase
 from mlx_zimage.train import objective
 from mlx_zimage.train.dataset import read_dataset
 from mlx_zimage.train.factors import new_factors
-from mlx_zimage.train.loop import Measured, Previewed, Stepped, train
+from mlx_zimage.train.loop import Measured, Planned, Previewed, Stepped, train
+from mlx_zimage.train.previews import Previews
 from mlx_zimage.train.record import Record
 from mlx_zimage.train.settings import Settings
 from mlx_zimage.weights.component import read_metadata
@@ -102,8 +103,18 @@ def test_a_run_that_has_more_steps_is_not_resumed_with_fewer_and_a_finished_one_
         run(pipe, images, output, steps=2)
     assert output.read_bytes() == content
     output.unlink()
-    assert not any(isinstance(event, Measured | Stepped) for event in run(pipe, images, output, steps=3))
+    found = [event for event in run(pipe, images, output, steps=3) if isinstance(event, Measured | Stepped)]
+    assert found == [Measured(0, 0.0)]
     assert output.read_bytes() == content
+
+
+def test_a_lora_that_a_stop_prevented_is_written_when_the_run_is_resumed(pipe, images, tmp_path):
+    run(pipe, images, tmp_path / "lora.safetensors", steps=2)
+    file = tmp_path / "lora-training" / "lora-000002.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    run(pipe, images, tmp_path / "lora.safetensors", steps=4)
+    assert file.read_bytes()[-100:] == content[-100:]  # the header says 4 steps
 
 
 def test_previews_that_a_stop_prevented_are_generated_when_the_run_is_resumed(pipe, images, tmp_path):
@@ -124,7 +135,7 @@ def test_previews_that_a_stop_prevented_are_generated_when_the_run_is_resumed(pi
 @pytest.mark.parametrize(
     "prompts, budget, error, said",
     [
-        ([""], 10**10, RequestError, "the prompt is empty"),
+        (["a cat", ""], 10**10, RequestError, "^preview '': the prompt is empty"),
         (
             ["a cat"],
             30 * 10**6,
@@ -141,6 +152,42 @@ def test_previews_that_cannot_be_generated_are_refused_before_training(images, t
         list(train(pocket, read_dataset(images, 64, "sks"), own, tmp_path / "lora.safetensors", 2, prompts))
     assert not list(tmp_path.iterdir())
     assert pocket.budget == budget
+
+
+def test_previews_are_generated_within_what_training_leaves_of_the_budget(pipe, monkeypatch):
+    shown, seen, budget = Previews(pipe, ["a cat"], 64, 1000), [], pipe.budget
+    monkeypatch.setattr(pipe, "plan", lambda request, loras: seen.append(pipe.budget))
+    shown.check({}, {})
+    monkeypatch.setattr(pipe, "load_lora", lambda path: "own")
+    monkeypatch.setattr(pipe, "unload_lora", seen.append)
+    monkeypatch.setattr(pipe, "stream", lambda request: iter([seen.append(pipe.budget)]))
+    events = shown.generate(Path("lora.safetensors"), 2)
+    next(events)
+    events.close()  # in the middle
+    assert seen == [budget - 1000, budget - 1000, "own"] and pipe.budget == budget
+
+
+@pytest.mark.parametrize("rank", [2, 40])
+def test_previews_need_as_much_as_was_checked_with_an_adapter(pipe, images, tmp_path, rank, monkeypatch):
+    adapter = tmp_path / "adapter.safetensors"
+    down, up = mx.random.normal((24, 48), key=mx.random.key(0)), mx.random.normal((48, 24), key=mx.random.key(1))
+    layers = [f"diffusion_model.layers.{i}.attention.{name}" for i in range(2) for name in ("to_q", "to_k", "to_v")]
+    tensors = [{f"{layer}.lora_A.weight": down + 0, f"{layer}.lora_B.weight": up + 0} for layer in layers]
+    mx.save_safetensors(str(adapter), {name: array for own in tensors for name, array in own.items()})
+    needed, plan = [], pipe.networks.plan
+
+    def recorded(*args, **options):
+        found = plan(*args, **options)
+        needed.append(found.room)
+        return found
+
+    monkeypatch.setattr(pipe.networks, "plan", recorded)
+    own = settings(steps=2, rank=rank)
+    events = train(pipe, read_dataset(images, 64, "sks"), own, tmp_path / "lora.safetensors", 2, ["a cat"], adapter)
+    for event in events:
+        if isinstance(event, Planned):
+            checked = needed.pop()
+    assert needed[-1] == checked
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_encoded(pipe, images, tmp_path):

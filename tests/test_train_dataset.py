@@ -118,5 +118,6 @@ def test_texts_in_metadata_may_contain_line_breaks_of_unicode(tmp_path):
         Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
     texts = ["a\u2028b", "c\u0085d"]
     rows = [json.dumps({"file_name": f"{i}.png", "text": text}, ensure_ascii=False) for i, text in enumerate(texts)]
-    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(rows).encode())
-    assert [example.caption for example in read_dataset(tmp_path, 64)] == texts
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "metadata.jsonl").write_bytes(end.join(rows).encode())
+        assert [example.caption for example in read_dataset(tmp_path, 64)] == texts

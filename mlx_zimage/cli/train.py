@@ -157,7 +157,8 @@ def train(
             elif isinstance(event, Measured):
                 bar.initial = bar.n = settings.steps - event.steps
                 hours = event.steps * event.step_s / 3600
-                say(f"{counted(event.steps, 'step')} will take about {hours:.1f} h.", quiet)
+                if event.steps:
+                    say(f"{counted(event.steps, 'step')} will take about {hours:.1f} h.", quiet)
             elif isinstance(event, Stepped):
                 record.step(event)
                 bar.set_description("training", refresh=False)

@@ -10,6 +10,7 @@ is scaled down to at most resolution x resolution pixels and cropped to sides th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +106,7 @@ def _captions(folder: Path) -> Iterator[tuple[Path, str | None, int]]:
 
 
 def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
-    for number, line in enumerate(_text(file).split("\n"), 1):  # JSON strings may contain other line breaks
+    for number, line in enumerate(re.split(r"\r\n?|\n", _text(file)), 1):  # JSON strings may contain others
         if not line.strip():
             continue
         try:

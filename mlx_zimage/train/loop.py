@@ -24,7 +24,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..distributed import Group
+from ..distributed import PATIENCE, Group
 from ..errors import ModelNotFoundError, NumericsError, OutputError, RequestError
 from ..machine import default_dtype
 from ..memory import Plan
@@ -40,13 +40,13 @@ from ..weights.lora import Lora, find_lora, read_lora
 from ..weights.store import checksum
 from .dataset import Example, order_of
 from .encoded import Encoded, latent_shape
-from .factors import Factors, arrays_of, deltas, new_factors
+from .factors import Factors, arrays_of, new_factors
 from .gradients import Gradients, Sample
 from .machines import Machines
 from .memory import plan_training, resolution_within
 from .objective import Draw, default_objective, draw
 from .optimizer import AdamW, clipped, sum_of, warmed_up
-from .output import FREE, read_state, write_factors, write_state, writing
+from .output import FREE, read_state, stored, write_factors, write_state, writing
 from .previews import Previewed, Previews
 from .settings import RESOLUTION, Settings
 
@@ -200,7 +200,9 @@ def _train(
     tokens = max(_tokens(networks, example) for example in examples)
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
-    if machines.leads and output.exists() and not Run(pipe, examples, settings, output).state.exists():
+    with writing(output):
+        exists = output.exists() and not Run(pipe, examples, settings, output).state.exists()
+    if machines.leads and exists:
         raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
     strengths = {} if over is None else {over.sha256: 1.0}
     if over is not None:
@@ -215,9 +217,11 @@ def _train(
     plan = plan_training(pipe.planner, examples, tokens, count, budget)
     run = Run(pipe, examples, replace(settings, resolution=resolution), output, over)
     settings = run.settings
-    shown = Previews(pipe, previews if machines.leads else (), resolution, HELD * count + held)
-    shown.check(output, deltas(new, settings.scale, config))
-    _check_space(run, count, tokens, save_every)
+    shown = Previews(pipe, previews if machines.leads else (), resolution, HELD * count)
+    trained = Lora(output, "", {"transformer": stored(new, settings.scale, config)})
+    shown.check({"": trained} | ({} if over is None else {over.sha256: over}), {"": 1.0})
+    with writing(output):
+        _check_space(run, count, tokens, save_every)
     _check_writable(run)
     state = read_state(run.state, new, run.identity) if machines.leads else None
     factors, optimizer = state or (new, AdamW.new(new))
@@ -234,7 +238,7 @@ def _train(
         configuration=(run.identity, settings.steps, save_every),
     )
     factors, optimizer = machines.from_first(factors, optimizer)
-    del new, state
+    del new, trained, state
     yield Planned(resolution, plan)
     encoded = Encoded(networks, run.folder / "encoded")
     yield from machines.each(encoded.encode(examples))
@@ -245,19 +249,22 @@ def _train(
     written = config, name_of(pipe.checkpoint.folder), run.identity
     if optimizer.step:
         write = partial(write_factors, run.lora(optimizer.step), factors, settings, *written)
-        yield from machines.each(_missed(run, shown, optimizer.step, write))
+        yield from machines.each(_missed(run, shown, optimizer.step, write) if machines.leads else ())
+        del write  # and with it these factors
+    step_s, limit = 0.0, None
     if optimizer.step < settings.steps:
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
             networks.set_loras(strengths)
-            image_s = _measured(run, encoded, gradients, factors, optimizer.step)
+            image_s, share = _measured(run, encoded, gradients, factors, optimizer.step)
         step_s = machines.agreed(max, image_s * len(machines.own(settings.accumulate)))
-        machines.expect(step_s)
-        yield Measured(settings.steps - optimizer.step, step_s)
+        machines.expect(step_s / share)
+    yield Measured(settings.steps - optimizer.step, step_s)
     for step in range(optimizer.step, settings.steps):
         begin, rate = time.perf_counter(), warmed_up(settings.rate, step, settings.warm_up)
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
             networks.set_loras(strengths)
-            factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer, rate, machines)
+            factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer, rate, machines, limit)
+        limit = None
         done = step + 1
         yield Stepped(done, loss, norm, rate, time.perf_counter() - begin)
         if done % save_every == 0 or done == settings.steps:
@@ -267,6 +274,7 @@ def _train(
                 write_factors(path, factors, settings, *written)
                 yield Written(done, path)
             yield from machines.each(shown.generate(path, done))
+            limit = PATIENCE  # for rank 0, which reads the weights again after previews
     if over is not None:
         networks.detach(over)
     if machines.leads:
@@ -312,25 +320,26 @@ def _check_writable(run: Run) -> None:
     """Refuse an output that cannot be written, before anything is computed."""
     with writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
-        for folder in (run.folder, run.output.parent):
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+    for folder in (run.folder, run.output.parent):
+        with writing(folder), tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def _missed(run: Run, shown: Previews, step: int, write: Callable[[], None]) -> Iterator[Phase | Previewed]:
-    """The previews of a step whose state was saved, if the run was stopped before it had saved them all."""
+    """What a run that was stopped lacks for a step whose state was saved: the LoRA, and previews."""
+    if not run.lora(step).exists():
+        write()
     if not shown.are_in(run.folder, step):
-        write()  # this LoRA may be missing as well
         yield from shown.generate(run.lora(step), step)
 
 
-def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> float:
-    """Seconds that the gradients of one image take; the gradients themselves are discarded."""
-    begin = 0.0
+def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> tuple[float, float]:
+    """Seconds that the gradients of one image take, and its share of the largest image's pixels."""
+    begin, one = 0.0, sample(run, encoded, step * run.settings.accumulate)
     for _ in range(2):  # the first time, weights are read and functions compiled
         begin = time.perf_counter()
-        gradients(factors, sample(run, encoded, step * run.settings.accumulate))
-    return time.perf_counter() - begin
+        gradients(factors, one)  # discarded
+    return time.perf_counter() - begin, one.noise.size / max(map(math.prod, run.shapes))
 
 
 def one_step(
@@ -341,13 +350,17 @@ def one_step(
     optimizer: AdamW,
     rate: float,
     machines: Machines,
+    limit: float | None,
 ) -> tuple[Factors, float, float]:
-    """The factors after one more step at this rate, its mean loss, and its gradient's norm."""
+    """The factors after one more step at this rate, its mean loss, and its gradient's norm.
+
+    limit is the most seconds that machines wait for another's gradients; see `Group.exchange`.
+    """
     machines.between()
     settings, total, loss = run.settings, Factors(), 0.0
     first = optimizer.step * settings.accumulate
     samples = (sample(run, encoded, first + i) for i in machines.own(settings.accumulate))
-    for value, found in machines.each((gradients(factors, one) for one in samples), limit=None):
+    for value, found in machines.each((gradients(factors, one) for one in samples), limit):
         loss += float(value)
         total = sum_of(total, found)
     total, loss = machines.summed(total, loss)

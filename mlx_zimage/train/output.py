@@ -19,6 +19,7 @@ from ..models.transformer import TransformerConfig
 from ..untrusted import parse_json
 from ..version import __version__
 from ..weights import headers
+from ..weights.deltas import LowRank
 from .factors import Factors, arrays_of, deltas
 from .optimizer import AdamW
 from .settings import Settings
@@ -30,15 +31,23 @@ BY_CHECKSUM = {"base_sha256": "model", "adapter": "adapter", "data": "dataset"} 
 OPTION_NAMES = {"extras": "--also (extras in Python)", "warm_up": "--warm-up (warm_up in Python)"}
 
 
+def stored(factors: Factors, scale: float, config: TransformerConfig) -> dict[str, LowRank]:
+    """The differences that a LoRA of these factors contains."""
+    return {
+        name: LowRank(delta.down.astype(mx.bfloat16), delta.up.astype(mx.bfloat16))
+        for name, delta in deltas(factors, scale, config).items()
+    }
+
+
 def write_factors(
     path: Path, factors: Factors, settings: Settings, config: TransformerConfig, model: str, run: Mapping[str, object]
 ) -> None:
     """Write factors as a LoRA; model and `run`, as for `write_state`, say what it was trained on."""
     tensors = {}
-    for name, delta in deltas(factors, settings.scale, config).items():
+    for name, delta in stored(factors, settings.scale, config).items():
         layer = f"diffusion_model.{name.removesuffix('.weight')}"
-        tensors[f"{layer}.lora_A.weight"] = delta.down.astype(mx.bfloat16)
-        tensors[f"{layer}.lora_B.weight"] = delta.up.astype(mx.bfloat16)
+        tensors[f"{layer}.lora_A.weight"] = delta.down
+        tensors[f"{layer}.lora_B.weight"] = delta.up
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import MemoryBudgetError
+from ..errors import MemoryBudgetError, RequestError
 from ..networks import Phase
 from ..pipeline import Generated, ZImagePipeline
 from ..request import GenerateRequest
-from ..weights.deltas import Delta
+from ..untrusted import brief
 from ..weights.lora import Lora
 
 
@@ -35,19 +35,19 @@ class Previews:
     side: int
     held: int
 
-    def check(self, output: Path, deltas: Mapping[str, Delta]) -> None:
-        """Refuse, before training, prompts whose images cannot be generated with a LoRA of these differences."""
-        if not self.prompts:
-            return
-        extras = self.pipe.networks.extras_of({"": Lora(output, "", {"transformer": deltas})}, {"": 1.0})
+    def check(self, loras: Mapping[str, Lora], strengths: Mapping[str, float]) -> None:
+        """Refuse, before training, prompts whose images cannot be generated with these LoRAs attached."""
+        extras = self.pipe.networks.extras_of(loras, strengths)
         with self._beside_training():
-            for request in self.requests:
+            for i, prompt in enumerate(self.prompts):
                 try:
-                    self.pipe.plan(request, loras=extras)
+                    self.pipe.plan(self._request(i), loras=extras)
+                except RequestError as error:
+                    raise RequestError(f"preview {brief(prompt)}: {error}") from error
                 except MemoryBudgetError as error:
                     raise MemoryBudgetError(
                         f"the previews do not fit in memory alongside what training already uses: {error}. You can "
-                        f"also leave out --preview (previews in Python)"
+                        f"also lower --resolution, or leave out --preview (previews in Python)"
                     ) from error
 
     def generate(self, lora: Path, step: int) -> Iterator[Phase | Previewed]:
@@ -57,8 +57,8 @@ class Previews:
         name = self.pipe.load_lora(lora)
         try:
             with self._beside_training():
-                for i, request in enumerate(self.requests):
-                    for event in self.pipe.stream(request):
+                for i in range(len(self.prompts)):
+                    for event in self.pipe.stream(self._request(i)):
                         if isinstance(event, Generated):
                             yield Previewed(step, i, event.pixels)
                         else:
@@ -70,9 +70,8 @@ class Previews:
         """Whether all previews of a step were saved in a run's folder."""
         return all(path_of(folder, step, i).exists() for i in range(len(self.prompts)))
 
-    @property
-    def requests(self) -> list[GenerateRequest]:
-        return [GenerateRequest(prompt, self.side, self.side, seed=i) for i, prompt in enumerate(self.prompts)]
+    def _request(self, index: int) -> GenerateRequest:
+        return GenerateRequest(self.prompts[index], self.side, self.side, seed=index)
 
     @contextmanager
     def _beside_training(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -44,8 +45,10 @@ class Record:
         for line in self.log.read_text(errors="replace").splitlines() if self.log.exists() else ():
             try:
                 row = json.loads(line)
-                float(row["step"]), float(row["loss"])
+                step, loss = row["step"], row["loss"]
             except (ValueError, TypeError, KeyError):
+                break
+            if type(step) is not int or not 0 < step < 2**63 or type(loss) is not float or not math.isfinite(loss):
                 break
             found.append(row)
         return found
@@ -60,15 +63,16 @@ class Record:
 
     def plot(self) -> Path:
         """Plot the losses so far; returns the path."""
-        rows = self.rows()
-        svg = plot([row["step"] for row in rows], [row["loss"] for row in rows])
         path = self.folder / "loss.svg"
         with writing(path):
+            rows = self.rows()
+            svg = plot([row["step"] for row in rows], [row["loss"] for row in rows])
             return atomic.write(path, lambda file: file.write_text(svg), lasting=False)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with writing(self.log):  # what could not be written is tried again
+                self._file.close()
 
 
 def plot(steps: Sequence[int], losses: Sequence[float]) -> str:

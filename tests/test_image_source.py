@@ -380,7 +380,7 @@ def test_a_file_beyond_the_limits_of_its_format_is_refused_before_decoding(monke
             Limit(0.0015, 1),
             rf"96x64 pixels, 0\.0 megapixels; expected at most 0\.0015 as {kind}; .*to 47x31 or less$",
         ),
-        (Limit(1, 0.0001), rf"is \d\.\d MB; expected at most 0\.0001 MB as {kind}; (save it (as|with)|resize it)"),
+        (Limit(1, 0.0001), rf"is \d\.\d MB; expected at most 0\.0001 MB as {kind}; (save it (as|at|with)|resize it)"),
     ):
         monkeypatch.setitem(source.LIMITS, kind, limit)
         with pytest.raises(RequestError, match=message):

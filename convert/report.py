@@ -111,6 +111,7 @@ def report_steps(
         "dtype": dtype_name(pipe.dtype),
         "weight_error": {"mean": float(np.mean(list(layers.values()) or [0.0])), "layers": layers},
         "images": images,
+        "pictures": images,  # its old name, for one release
     }
     add_files(folder, {QUALITY: render_json(quality), CARD: model_card(ours.conversion, quality).encode()})
 

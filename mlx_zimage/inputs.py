@@ -97,7 +97,7 @@ class Inputs:
             found = self.digests.get(name)
             if wanted not in (None, found):
                 what = {"image": "an image", "mask_image": "a mask"}.get(name, name)
-                raise RequestError(f"the request expects {what} with SHA-256 {wanted}, got {found or 'none'}")
+                raise RequestError(f"the request expects {what} with SHA-256 {wanted}, but got {found or 'none'}")
 
     @cached_property
     def controls(self) -> dict[str, Image.Image]:

@@ -562,7 +562,8 @@ class ZImagePipeline(LoraMethods, ControlNetMethods, GroupMethods, porting.Diffu
         """
         if not isinstance(request, GenerateRequest):
             raise RequestError(
-                f"expected a GenerateRequest, got {type(request).__name__}; to pass a prompt, call the pipeline itself"
+                f"expected a GenerateRequest but got {type(request).__name__}; to pass a prompt, call the pipeline "
+                f"itself"
             )
         loaded = {name: lora.sha256 for name, lora in self._loras.items()}
         if request.controls:

@@ -260,7 +260,7 @@ class GenerateRequest:
                 object.__setattr__(self, "steps", len(self.sigmas))
             if self.steps != len(self.sigmas):
                 raise RequestError(
-                    f"sigmas must have one value per step: expected {self.steps}, got {len(self.sigmas)}"
+                    f"sigmas must have one value per step: expected {self.steps} but got {len(self.sigmas)}"
                 )
 
         if self.strength is not None:

@@ -57,11 +57,11 @@ def test_a_request_for_other_latents_is_refused():
     digest = inputs.digests["latents"]
     for inputs_of, named in ((inputs, None), (inputs, digest), (NONE, None)):
         inputs_of.check_named({"latents": named})
-    with pytest.raises(RequestError, match=f"expects latents with SHA-256 {digest}, got none"):
+    with pytest.raises(RequestError, match=f"expects latents with SHA-256 {digest}, but got none"):
         NONE.check_named(inputs.digests)
-    with pytest.raises(RequestError, match=f"SHA-256 {digest}, got [0-9a-f]{{64}}$"):
+    with pytest.raises(RequestError, match=f"SHA-256 {digest}, but got [0-9a-f]{{64}}$"):
         Inputs(LATENTS + 1).check_named(inputs.digests)
-    with pytest.raises(RequestError, match=f"expects prompt_embeds with SHA-256 {digest}, got none"):
+    with pytest.raises(RequestError, match=f"expects prompt_embeds with SHA-256 {digest}, but got none"):
         inputs.check_named({"latents": digest, "prompt_embeds": digest})
     with pytest.raises(RequestError, match="latents must be the SHA-256 of an array"):
         GenerateRequest("a", seed=1, latents="../secret")

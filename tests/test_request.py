@@ -48,7 +48,7 @@ FAULTS = [
     ({"sigmas": [1.5, 0.5]}, "sigmas must fall from at most 1"),
     ({"sigmas": [1.0, 0.0]}, "the final 0 is added automatically"),
     ({"sigmas": [1.0, float("nan")]}, "sigmas must fall from at most 1"),
-    ({"sigmas": [1.0, 0.5], "steps": 3}, "sigmas must have one value per step: expected 3, got 2"),
+    ({"sigmas": [1.0, 0.5], "steps": 3}, "sigmas must have one value per step: expected 3 but got 2"),
     ({"cfg_normalization": -1.0}, "cfg_normalization must be from 0 to 1000, got -1.0"),
     ({"cfg_truncation": "0.5"}, "cfg_truncation must be a number, got '0.5'"),
     ({"max_sequence_length": 0}, "max_sequence_length must be from 1 to 1504, got 0"),

@@ -515,7 +515,7 @@ def test_librechat_edits_with_openais_tool(server):
 @pytest.mark.skipif(not (shutil.which("curl") and shutil.which("jq")), reason="curl or jq is not installed")
 def test_the_pages_commands_for_curl_make_images(server, tmp_path):
     page = (Path(__file__).parents[1] / "examples/server.md").read_text()
-    (commands,) = re.findall(r"```text\n(curl \S+/v1/images/generations .*?)```", page, re.DOTALL)
+    (commands,) = re.findall(r"```sh\n(curl \S+/v1/images/generations .*?)```", page, re.DOTALL)
     commands = commands.replace("http://127.0.0.1:8796", server.url).replace("1024x1024", "64x48")
     with_key = f'curl() {{ command curl -sS -H "Authorization: Bearer {KEY}" "$@"; }}\n'
     subprocess.run(["sh", "-eu", "-c", with_key + commands], cwd=tmp_path, check=True)

@@ -110,7 +110,7 @@ def test_latents_can_be_decoded_within_a_loop_over_steps(pocket):
 
 def test_a_stream_takes_a_request_and_not_a_prompt(pocket):
     with pytest.raises(
-        RequestError, match="expected a GenerateRequest, got str; to pass a prompt, call the pipeline itself"
+        RequestError, match="expected a GenerateRequest but got str; to pass a prompt, call the pipeline itself"
     ):
         next(pocket.stream("a red circle"))
 

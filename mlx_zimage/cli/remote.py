@@ -207,7 +207,7 @@ def _model(entry: Any) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"expected a count, got {brief(value)}")
+        raise ValueError(f"expected a count but got {brief(value)}")
     return value
 
 

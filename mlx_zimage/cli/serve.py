@@ -32,7 +32,7 @@ class Duration(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
         match = re.fullmatch(r"(\d{1,6})([smh])", str(value))
         if not match and value != "never":
-            self.fail(f"expected a time such as 30s, 10m or 2h, or never, got {value!r}", param, ctx)
+            self.fail(f"expected a time such as 30s, 10m or 2h, or never, but got {value!r}", param, ctx)
         return float(match[1]) * UNITS[match[2]] if match else None
 
 

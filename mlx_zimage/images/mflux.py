@@ -67,7 +67,7 @@ def _strength(values: dict[str, Any]) -> float | None:
         return None
     if not isinstance(steps, int) or not isinstance(strength, (int, float)) or not 0 < strength < 1:
         raise RequestError(
-            f"expected image_strength of at least 0 and below 1, and a number of steps, got {brief(strength)} and "
+            f"expected image_strength of at least 0 and below 1, and a number of steps, but got {brief(strength)} and "
             f"{brief(steps)}"
         )
     run = steps - max(1, int(steps * strength))

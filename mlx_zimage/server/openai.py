@@ -78,7 +78,7 @@ class OpenAI:
         masks = files.get("mask", [])
         if len(images) != 1 or len(masks) > 1:
             raise Refusal(
-                400, f"expected one image and at most one mask, got {len(images)} and {len(masks)}", param="image"
+                400, f"expected one image and at most one mask, but got {len(images)} and {len(masks)}", param="image"
             )
         return await self.respond(request, values, "image_edit", images[0], masks[0] if masks else None)
 

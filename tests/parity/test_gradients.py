@@ -65,7 +65,9 @@ def test_gradients_of_the_whole_transformer_match_torch(golden, torch, model, ar
     value, (by_weight, by_latents, by_caption) = mx.value_and_grad(loss, argnums=(0, 1, 2))(
         tree, mx.array(latents).transpose(1, 2, 0)[None], mx.array(caption)
     )
-    assert value.item() == pytest.approx((out * torch.from_numpy(probe)).sum().item(), rel=TOLERANCE)
+    terms = out * torch.from_numpy(probe)
+    # the terms may cancel, so that their sum is small; its error is theirs
+    assert value.item() == pytest.approx(terms.sum().item(), abs=TOLERANCE * terms.norm().item())
     compare_gradients(dict(tree_flatten(by_weight)), {name: p.grad for name, p in model.named_parameters()})
     assert relative_error(by_latents[0].transpose(2, 0, 1), x.grad.numpy()) < TOLERANCE
     assert relative_error(by_caption, c.grad.numpy()) < TOLERANCE

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlx.core as mx
 import numpy as np
@@ -194,6 +195,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_encoded(
     (tmp_path / "lora-training").write_text("")
     with pytest.raises(OutputError, match=r"^could not write .*lora-training: .*; fix that, and run the same"):
         run(pipe, images, tmp_path / "lora.safetensors")
+
+
+def test_a_disk_that_is_too_full_is_refused_before_anything_is_encoded(pipe, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Mock(free=1000))
+    with pytest.raises(OutputError, match=r"^training writes up to .* next to .*, but only .* --save-every$"):
+        run(pipe, images, tmp_path / "lora.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_caption_that_is_longer_than_the_model_reads_is_refused_by_name(pipe, images, tmp_path):

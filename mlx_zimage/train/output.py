@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import atomic
-from ..errors import CheckpointError, OutputError, RequestError
+from ..errors import CheckpointError, OutputError, RequestError, ZImageError
 from ..models.transformer import TransformerConfig
 from ..untrusted import parse_json
 from ..version import __version__
@@ -144,6 +144,8 @@ def writing(path: Path) -> Iterator[None]:
     """Raise OutputError if this file cannot be written."""
     try:
         yield
+    except ZImageError:
+        raise
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"could not write {path}: {reason}; fix that, and run the same command again") from error

@@ -45,7 +45,7 @@ def nothing_kept(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Where Python is told to write no bytecode, let the processes that tests start write theirs, until the tests end.
+    """Where Python is set to write no bytecode, let the processes that tests start write theirs, until the tests end.
 
     Otherwise each of them compiles the package and its libraries, which takes longer than what most are started for.
     """

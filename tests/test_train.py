@@ -112,10 +112,12 @@ def test_a_run_that_has_more_steps_is_not_resumed_with_fewer_and_a_finished_one_
 def test_a_lora_that_a_stop_prevented_is_written_when_the_run_is_resumed(pipe, images, tmp_path):
     run(pipe, images, tmp_path / "lora.safetensors", steps=2)
     file = tmp_path / "lora-training" / "lora-000002.safetensors"
-    content = file.read_bytes()
+    before = mx.load(str(file))
+    mx.eval(before)
     file.unlink()
     run(pipe, images, tmp_path / "lora.safetensors", steps=4)
-    assert file.read_bytes()[-100:] == content[-100:]  # the header says 4 steps
+    after = mx.load(str(file))
+    assert after.keys() == before.keys() and all(mx.array_equal(after[name], before[name]) for name in before)
 
 
 def test_previews_that_a_stop_prevented_are_generated_when_the_run_is_resumed(pipe, images, tmp_path):

@@ -180,7 +180,7 @@ def joined(parts: Sequence[tuple], axes: Sequence[int]) -> tuple:
     if len(parts) == 1:
         return parts[0]
     each = list(zip(*parts, strict=True))
-    by_row = [mx.concatenate(list(arrays), axis) for arrays, axis in zip(each, axes, strict=False)]
+    by_row = [mx.concatenate(list(arrays), axis) for arrays, axis in zip(each[: len(axes)], axes, strict=True)]
     return *by_row, *(reduce(partial(tree_map, mx.add), trees) for trees in each[len(axes) :])
 
 

@@ -17,9 +17,9 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -150,6 +150,12 @@ class Run:
             "data": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
         }
 
+    def write(self, path: Path, factors: Factors) -> None:
+        """Write a LoRA."""
+        checkpoint = self.pipe.checkpoint
+        model = name_of(checkpoint.folder)
+        write_factors(path, factors, self.settings, checkpoint.transformer.config, model, self.identity)
+
 
 def train(
     pipe: ZImagePipeline,
@@ -201,9 +207,8 @@ def _train(
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
     with writing(output):
-        exists = output.exists() and not Run(pipe, examples, settings, output).state.exists()
-    if machines.leads and exists:
-        raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
+        if machines.leads and output.exists() and not Run(pipe, examples, settings, output).state.exists():
+            raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
     strengths = {} if over is None else {over.sha256: 1.0}
     if over is not None:
         networks.attach(over)
@@ -246,11 +251,8 @@ def _train(
     gradients = Gradients(
         config, networks.overlays["transformer"], settings.scale, transformer.product, transformer.most, plan.lean
     )
-    written = config, name_of(pipe.checkpoint.folder), run.identity
     if optimizer.step:
-        write = partial(write_factors, run.lora(optimizer.step), factors, settings, *written)
-        yield from machines.each(_missed(run, shown, optimizer.step, write) if machines.leads else ())
-        del write  # and with it these factors
+        yield from machines.each(_missed(run, shown, optimizer.step, factors) if machines.leads else ())
     step_s, limit = 0.0, None
     if optimizer.step < settings.steps:
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
@@ -271,14 +273,14 @@ def _train(
             path = run.lora(done)
             if machines.leads:
                 write_state(run.state, factors, optimizer, run.identity)
-                write_factors(path, factors, settings, *written)
+                run.write(path, factors)
                 yield Written(done, path)
             yield from machines.each(shown.generate(path, done))
             limit = PATIENCE  # for rank 0, which reads the weights again after previews
     if over is not None:
         networks.detach(over)
     if machines.leads:
-        write_factors(output, factors, settings, *written)
+        run.write(output, factors)
         yield Written(optimizer.step, output)
 
 
@@ -325,10 +327,10 @@ def _check_writable(run: Run) -> None:
             pass
 
 
-def _missed(run: Run, shown: Previews, step: int, write: Callable[[], None]) -> Iterator[Phase | Previewed]:
+def _missed(run: Run, shown: Previews, step: int, factors: Factors) -> Iterator[Phase | Previewed]:
     """What a run that was stopped lacks for a step whose state was saved: the LoRA, and previews."""
     if not run.lora(step).exists():
-        write()
+        run.write(run.lora(step), factors)
     if not shown.are_in(run.folder, step):
         yield from shown.generate(run.lora(step), step)
 

@@ -15,35 +15,44 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_zimage import ZImagePipeline
 from mlx_zimage.train.dataset import Example, read_dataset
 from mlx_zimage.train.encoded import Encoded
 from mlx_zimage.train.factors import arrays_of, new_factors
 from mlx_zimage.train.loop import Measured, Planned, Stepped, folder_of, open_to_train, train
-from mlx_zimage.train.memory import _best as least
+from mlx_zimage.train.memory import best_plan
 from mlx_zimage.train.settings import Settings
 
-CAPTION = "a red fox in the snow at night, " * 11  # 96 tokens with the real tokenizer
+TOKENS = 96
 
 
-def dataset(folder: Path, side: int) -> list[Example]:
+def caption(pipe: ZImagePipeline) -> str:
+    """A caption of TOKENS tokens."""
+    words = "red"
+    while len(pipe.networks.tokenize(words)) < TOKENS:
+        words += " red"
+    return words
+
+
+def dataset(folder: Path, side: int, caption: str) -> list[Example]:
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 255, (side, side, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(CAPTION)
+        (folder / f"{i}.txt").write_text(caption)
     return read_dataset(folder, side)
 
 
 def measure(model: str, side: int, streamed: bool, steps: int, folder: Path) -> str:
     """A row of the table."""
-    pipe, examples, output = open_to_train(model), dataset(folder, side), folder / "lora.safetensors"
+    pipe, output = open_to_train(model), folder / "lora.safetensors"
+    examples = dataset(folder, side, caption(pipe))
     settings = Settings(steps=steps, resolution=side)
     for _ in Encoded(pipe.networks, folder_of(output) / "encoded").encode(examples):  # may need more than training
         pass
     if streamed:
         factors = new_factors(pipe.transformer.config, settings.rank, (), 0)
         count = sum(array.size for array in arrays_of(factors))
-        tokens = max(len(pipe.networks.tokenize(example.caption)) for example in examples)
-        pipe.budget = least(pipe.planner, side, side, tokens, count, 0).room
+        pipe.budget = best_plan(pipe.planner, side, side, TOKENS, count, 0).room
         del factors
     blocks, times, peak, planned = 0, [], 0.0, 0.0
     for event in train(pipe, examples, settings, output):

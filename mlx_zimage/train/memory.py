@@ -18,6 +18,7 @@ from ..models.layers import sum_dtype
 from ..models.transformer import modulation_shapes
 from ..request import SIZE_MULTIPLE
 from ..sizes import rounded_up
+from ..weights.blocks import READS_AHEAD
 from . import attention
 from .block import ROWS
 from .dataset import Example
@@ -43,11 +44,11 @@ def plan_training(planner: Planner, examples: Sequence[Example], tokens: int, fa
     factors is the number of trained values. MemoryBudgetError if nothing fits, with the resolution that would.
     """
     width, height = max(((e.width, e.height) for e in examples), key=lambda size: size[0] * size[1])
-    best = _best(planner, width, height, tokens, factors, budget)
+    best = best_plan(planner, width, height, tokens, factors, budget)
     if best.room <= budget:
         return best
     side = int((width * height) ** 0.5) // SIZE_MULTIPLE * SIZE_MULTIPLE
-    while side and _best(planner, side, side, tokens, factors, budget).room > budget:
+    while side and best_plan(planner, side, side, tokens, factors, budget).room > budget:
         side -= SIZE_MULTIPLE
     smaller = f"--resolution {side} would fit" if side else "no smaller resolution fits"
     raise MemoryBudgetError(
@@ -59,15 +60,20 @@ def plan_training(planner: Planner, examples: Sequence[Example], tokens: int, fa
 def resolution_within(planner: Planner, most: int, tokens: int, factors: int, budget: int) -> int:
     """The largest resolution from LEAST_RESOLUTION to `most` that fits a budget in bytes; `most` if none does."""
     sides = range(most, LEAST_RESOLUTION - 1, -SIZE_MULTIPLE)
-    fitting = (side for side in sides if _best(planner, side, side, tokens, factors, budget).room <= budget)
+    fitting = (side for side in sides if best_plan(planner, side, side, tokens, factors, budget).room <= budget)
     return next(fitting, most)
 
 
-def _best(planner: Planner, width: int, height: int, tokens: int, factors: int, budget: int) -> Plan:
+def best_plan(planner: Planner, width: int, height: int, tokens: int, factors: int, budget: int) -> Plan:
+    """The fastest plan for steps on images of one size within a budget in bytes; the one that needs the least memory
+    if nothing fits."""
     # lean blocks cannot use the fused gradient of attention: on the H200 they took more than 1.7 times as long
     leans = (False,) if backend() == "cuda" else (False, True)
     ways = tuple(Way(work(planner, width, height, tokens, factors, lean), lean=lean) for lean in leans)
-    found = make_plan([Stage("train", ("transformer",), ways)], planner.footprints, budget, keep=False)
+    weights = planner.footprints["transformer"]
+    if not READS_AHEAD[backend()]:
+        weights = replace(weights, reading=0)  # nothing is computed meanwhile, and `_block_work` has room for it
+    found = make_plan([Stage("train", ("transformer",), ways)], {"transformer": weights}, budget, keep=False)
     return replace(found, keep=True)  # from step to step
 
 
@@ -87,8 +93,10 @@ def work(planner: Planner, width: int, height: int, tokens: int, factors: int, l
 def _block_work(planner: Planner, length: int, lean: bool) -> float:
     config, on = planner.checkpoint.transformer.config, backend()
     rows = -(-length // -(-length // ROWS)) if lean else length  # a lean block's parts have equal sizes
-    unpacked = UNPACKED[on] * planner.footprints["transformer"].unpacked
-    block = (BLOCK[on] * rows + KEPT[on] * (length - rows)) * config.dim + unpacked
+    weights = planner.footprints["transformer"]
+    block = (BLOCK[on] * rows + KEPT[on] * (length - rows)) * config.dim + UNPACKED[on] * weights.unpacked
+    if not READS_AHEAD[on]:
+        block = max(block, weights.reading)
     if attention.has_fused_gradient(planner.dtype, config.dim // config.n_heads):
         return block
     scores = PIECES * min(attention.SCORES, 4 * config.n_heads * length**2)

@@ -29,7 +29,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from .errors import GroupError, NumericsError, RequestError
-from .failures import LOST
+from .failures import LOST, explain
 from .launched import is_launched, uses_nccl
 from .sampling import Change, Step, Velocities
 
@@ -163,6 +163,7 @@ class Group(SharingBySpeed):
         self._broken = self._ended = False
         self._calls = 0  # calls of _gathered: the same number on all ranks
         self._deadline: float | None = None
+        self._failure = ""  # what failed on this rank
         self._watchdog: threading.Thread | None = None
 
     @classmethod
@@ -530,8 +531,9 @@ class Group(SharingBySpeed):
             yield
         except NumericsError:  # on all ranks, since they have the same latents
             raise
-        except BaseException:
+        except BaseException as error:
             self._broken = True
+            self._failure = str(explain(error) or error)
             self._deadline = time.monotonic() + max(SHORTEST_LIMIT, LIMIT * self._longest)
             # Other calls would wait for what is queued while holding Python's lock, which the watchdog needs.
             for stream in (mx.default_stream(mx.default_device()), self._stream):
@@ -545,11 +547,11 @@ class Group(SharingBySpeed):
             time.sleep(PERIOD)
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
-                message = (
-                    f"Error: rank {self.rank} waited too long for the other machines: one of them has stalled, or is "
-                    f"much slower. Start the whole group again\n"
+                stalled = (
+                    f"rank {self.rank} waited too long for the other machines: one of them has stalled, or is much "
+                    f"slower. Start the whole group again"
                 )
-                os.write(2, message.encode())
+                os.write(2, f"Error: {self._failure or stalled}\n".encode())
                 os._exit(GroupError.exit_code)  # MLX cannot be interrupted while it waits
 
 

@@ -231,7 +231,7 @@ def check_that_all_end(
         for code, text in ranks.finish(others, seconds=60):
             assert code != 0
             # once it has lost a rank, MLX's ring may also deliver numbers that look like another rank's failure
-            assert "GroupError: " in text or "waited too long for the other" in text, text
+            assert any(part in text for part in ("GroupError: ", LOST, "waited too long for the other")), text
     finally:
         processes[rank].kill()
         processes[rank].wait()
@@ -448,6 +448,19 @@ group.exchange("")
     first, second = ranks.finish(ranks.start(2, tmp_path, [sys.executable, "-c", program]), seconds=30)
     assert first[0] == 1 and f"GroupError: {LOST}" in first[1]
     assert second[0] == 3
+
+
+def test_a_rank_that_waits_in_vain_after_a_failure_names_that_failure(tmp_path):
+    program = """
+import time
+from mlx_zimage import distributed
+distributed.SHORTEST_LIMIT, distributed._wait_for = 1, lambda stream: time.sleep(60)  # MLX's ring may never end a call
+with distributed.Group.launched().computing():
+    raise RuntimeError("[ring] Receiving from socket 5 failed with errno 2")
+"""
+    for code, text in ranks.finish(ranks.start(2, tmp_path, [sys.executable, "-c", program]), seconds=30):
+        assert code == GroupError.exit_code
+        assert f"Error: {LOST} (MLX says: [ring] Receiving from socket 5 failed with errno 2)" in text
 
 
 def test_what_all_ranks_decoded_is_not_used_if_one_was_lost_before_the_end(monkeypatch):

@@ -326,13 +326,13 @@ class Group(SharingBySpeed):
             every += [received] * self.leads
         return every
 
-    def exchange(self, content: Any, limit: float | None = PATIENCE) -> list[Any]:
+    def exchange(self, content: Any, patient: bool = True) -> list[Any]:
         """What each rank passes, in rank order: anything that JSON can hold. GroupError if one is missing.
 
-        limit is the most seconds to wait for another rank; None is that of steps (see `computing`).
+        A patient rank waits PATIENCE for the others, otherwise as long as for a step; see `computing`.
         """
         text = json.dumps(content).encode()
-        with self.computing(limit):
+        with self.computing(PATIENCE if patient else None):
             most = int(self._gathered(np.array([len(text)])).max())
             return [json.loads(row.tobytes()) for row in self._gathered(np.frombuffer(text.ljust(most), np.uint8))]
 
@@ -406,15 +406,15 @@ class Group(SharingBySpeed):
         with suppress(Ended):
             self.signal(Signal.ENDED if self.leads else GO)
 
-    def each(self, events: Iterable[E], limit: float | None = PATIENCE) -> Iterator[E]:
+    def each(self, events: Iterable[E], patient: bool = True) -> Iterator[E]:
         """This rank's own events. Each rank may have a different number of them, and all end together.
 
-        limit is as in `exchange`, for each event.
+        patient is as in `exchange`, for each event.
         """
         own = iter(events)
         while True:
             event = next(own, None)
-            if Signal.BUSY not in self.signal(GO if event is None else Signal.BUSY, limit):
+            if Signal.BUSY not in self.signal(GO if event is None else Signal.BUSY, patient):
                 return
             if event is not None:
                 yield event
@@ -426,15 +426,15 @@ class Group(SharingBySpeed):
 
     def between(self, own: Signal = GO) -> Signal:
         """`signal` between two steps, where only rank 0's caller may take its time, so that only the others wait."""
-        return self.signal(own, None if self.leads else PATIENCE)
+        return self.signal(own, patient=not self.leads)
 
-    def signal(self, own: Signal = GO, limit: float | None = PATIENCE) -> Signal:
+    def signal(self, own: Signal = GO, patient: bool = True) -> Signal:
         """What all ranks signal; Ended on the others if rank 0 has ended the work, GroupError if another one failed.
 
         If rank 0 ends the work just as another rank fails, the work counts as ended: both may have had the same error,
         which rank 0 reports.
         """
-        with self.computing(limit):
+        with self.computing(PATIENCE if patient else None):
             counts = self._totals([int(flag in own) for flag in Signal])
         said = Signal(sum(flag for flag, count in zip(Signal, counts, strict=True) if count))
         if Signal.ENDED in said and not self.leads:
@@ -491,10 +491,10 @@ class Group(SharingBySpeed):
             change = yield event
             if isinstance(event, Step):
                 stops = self.leads and change is not None and change.stop
-                if Signal.STOPPED in self.signal(Signal.BUSY | (Signal.STOPPED if stops else GO), limit=None):
+                if Signal.STOPPED in self.signal(Signal.BUSY | (Signal.STOPPED if stops else GO), patient=False):
                     change = Change(stop=True)
                 self._longest, begin = max(self._longest, time.monotonic() - begin), time.monotonic()
-        while Signal.BUSY in self.signal(limit=None):
+        while Signal.BUSY in self.signal(patient=False):
             pass
 
     def in_step(self, steps: Generator[int, None, R]) -> Generator[int, None, R]:

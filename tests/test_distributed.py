@@ -467,7 +467,7 @@ def test_what_all_ranks_decoded_is_not_used_if_one_was_lost_before_the_end(monke
     class Losing(Group):
         signals = 0
 
-        def signal(self, own=GO, limit=None):
+        def signal(self, own=GO, patient=True):
             self.signals += 1
             if self.signals == 3:
                 raise GroupError("lost")
@@ -549,7 +549,7 @@ def test_a_rank_reads_its_weights_while_rank_0_encodes_a_prompt(is_cached, tiny_
     read = []
 
     class Second(Group):
-        def signal(self, own=GO, limit=None):
+        def signal(self, own=GO, patient=True):
             return GO if is_cached else Signal.BUSY
 
         def all_from_first(self, arrays):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..distributed import PATIENCE, Group
+from ..distributed import Group
 from ..errors import ModelNotFoundError, NumericsError, OutputError, RequestError
 from ..machine import default_dtype
 from ..memory import Plan
@@ -253,7 +253,7 @@ def _train(
     )
     if optimizer.step:
         yield from machines.each(_missed(run, shown, optimizer.step, factors) if machines.leads else ())
-    step_s, limit = 0.0, None
+    step_s, patient = 0.0, False
     if optimizer.step < settings.steps:
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
             networks.set_loras(strengths)
@@ -265,8 +265,8 @@ def _train(
         begin, rate = time.perf_counter(), warmed_up(settings.rate, step, settings.warm_up)
         with pipe.turns.computing(), networks.guarded(), networks.running(plan):
             networks.set_loras(strengths)
-            factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer, rate, machines, limit)
-        limit = None
+            factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer, rate, machines, patient)
+        patient = False
         done = step + 1
         yield Stepped(done, loss, norm, rate, time.perf_counter() - begin)
         if done % save_every == 0 or done == settings.steps:
@@ -276,7 +276,7 @@ def _train(
                 run.write(path, factors)
                 yield Written(done, path)
             yield from machines.each(shown.generate(path, done))
-            limit = PATIENCE  # for rank 0, which reads the weights again after previews
+            patient = True  # with rank 0, which reads the weights again after previews
     if over is not None:
         networks.detach(over)
     if machines.leads:
@@ -352,17 +352,17 @@ def one_step(
     optimizer: AdamW,
     rate: float,
     machines: Machines,
-    limit: float | None,
+    patient: bool,
 ) -> tuple[Factors, float, float]:
     """The factors after one more step at this rate, its mean loss, and its gradient's norm.
 
-    limit is the most seconds that machines wait for another's gradients; see `Group.exchange`.
+    patient is how machines wait for another's gradients; see `Group.exchange`.
     """
     machines.between()
     settings, total, loss = run.settings, Factors(), 0.0
     first = optimizer.step * settings.accumulate
     samples = (sample(run, encoded, first + i) for i in machines.own(settings.accumulate))
-    for value, found in machines.each((gradients(factors, one) for one in samples), limit):
+    for value, found in machines.each((gradients(factors, one) for one in samples), patient):
         loss += float(value)
         total = sum_of(total, found)
     total, loss = machines.summed(total, loss)

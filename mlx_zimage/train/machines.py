@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..distributed import PATIENCE, Group
+from ..distributed import Group
 from ..errors import RequestError
 from .factors import Factors
 from .optimizer import AdamW
@@ -33,9 +33,9 @@ class Machines:
         """See `Group.joined`."""
         return nullcontext() if self.group is None else self.group.joined()
 
-    def each(self, events: Iterable[E], limit: float | None = PATIENCE) -> Iterator[E]:
+    def each(self, events: Iterable[E], patient: bool = True) -> Iterator[E]:
         """See `Group.each`."""
-        return iter(events) if self.group is None else self.group.each(events, limit)
+        return iter(events) if self.group is None else self.group.each(events, patient)
 
     def between(self) -> None:
         """See `Group.between`."""
@@ -87,4 +87,4 @@ class Machines:
             return gradients, loss
         for block, own in gradients.items():
             gradients[block] = self.group.summed(own)
-        return gradients, sum(self.group.exchange(loss, limit=None))  # which needs every machine
+        return gradients, sum(self.group.exchange(loss, patient=False))  # which needs every machine

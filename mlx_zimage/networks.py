@@ -58,6 +58,8 @@ Ids = tuple[int, ...]
 class Phase:
     """Progress outside the steps: `done` of `total` parts of the phase "encode", "image", "decode" or "scale".
 
+    While a LoRA is trained, it is "captions", "images" or "previews".
+
     Encoding a prompt counts text encoder layers; encoding or decoding an image, VAE blocks. In float16, the model's
     scale may have to be found first, network by network (see `mlx_zimage.headroom`).
     """

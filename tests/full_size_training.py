@@ -47,7 +47,9 @@ def measure(model: str, side: int, streamed: bool, steps: int, folder: Path) -> 
     pipe, output = open_to_train(model), folder / "lora.safetensors"
     examples = dataset(folder, side, caption(pipe))
     settings = Settings(steps=steps, resolution=side)
-    for _ in Encoded(pipe.networks, folder_of(output) / "encoded").encode(examples):  # may need more than training
+    for _ in Encoded(pipe.networks, folder_of(output) / "encoded", pipe.budget).encode(
+        examples
+    ):  # may need more than training
         pass
     if streamed:
         factors = new_factors(pipe.transformer.config, settings.rank, (), 0)

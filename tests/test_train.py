@@ -12,18 +12,21 @@ import pytest
 from PIL import Image
 
 from mlx_zimage import (
+    CheckpointError,
     GenerateRequest,
+    LockedError,
     MemoryBudgetError,
     ModelNotFoundError,
+    NumericsError,
     OutputError,
     RequestError,
     ZImagePipeline,
 )
 from mlx_zimage.networks import Phase
-from mlx_zimage.train import objective
+from mlx_zimage.train import loop, objective
 from mlx_zimage.train.dataset import read_dataset
-from mlx_zimage.train.factors import new_factors
-from mlx_zimage.train.loop import Measured, Planned, Previewed, Stepped, train
+from mlx_zimage.train.factors import arrays_of, new_factors
+from mlx_zimage.train.loop import Measured, Planned, Previewed, Run, Stepped, Written, _check_space, train
 from mlx_zimage.train.previews import Previews
 from mlx_zimage.train.record import Record
 from mlx_zimage.train.settings import Settings
@@ -109,18 +112,19 @@ def test_a_run_that_has_more_steps_is_not_resumed_with_fewer_and_a_finished_one_
     assert output.read_bytes() == content
 
 
-def test_a_lora_that_a_stop_prevented_is_written_when_the_run_is_resumed(pipe, images, tmp_path):
+def test_a_lora_missing_when_a_run_stopped_is_written_when_it_is_resumed(pipe, images, tmp_path):
     run(pipe, images, tmp_path / "lora.safetensors", steps=2)
     file = tmp_path / "lora-training" / "lora-000002.safetensors"
     before = mx.load(str(file))
     mx.eval(before)
     file.unlink()
-    run(pipe, images, tmp_path / "lora.safetensors", steps=4)
+    events = run(pipe, images, tmp_path / "lora.safetensors", steps=4)
+    assert Written(2, file) in events
     after = mx.load(str(file))
     assert after.keys() == before.keys() and all(mx.array_equal(after[name], before[name]) for name in before)
 
 
-def test_previews_that_a_stop_prevented_are_generated_when_the_run_is_resumed(pipe, images, tmp_path):
+def test_previews_missing_when_a_run_stopped_are_generated_when_the_run_is_resumed(pipe, images, tmp_path):
     own, output = settings(steps=2), tmp_path / "lora.safetensors"
     dataset, prompts = read_dataset(images, 64, "sks"), ["a red circle", "a cat"]
     events = train(pipe, dataset, own, output, 2, prompts)
@@ -170,6 +174,29 @@ def test_previews_are_generated_within_what_training_leaves_of_the_budget(pipe, 
     assert seen == [budget - 1000, budget - 1000, "own"] and pipe.budget == budget
 
 
+def test_a_preview_that_is_not_finite_is_named_and_says_how_to_go_on(pipe, images, tmp_path, monkeypatch):
+    def fail(request):
+        raise NumericsError("the latents are not finite")
+
+    monkeypatch.setattr(pipe, "stream", fail)
+    said = r"^preview 'a cat': the latents .*\. To go on without previews, run the same command again without --preview"
+    events = train(pipe, read_dataset(images, 64, "sks"), settings(), tmp_path / "lora.safetensors", 2, ["a cat"])
+    with pytest.raises(NumericsError, match=said):
+        list(events)
+
+
+@pytest.mark.parametrize("metadata", [{"run": "[]", "step": "1"}, {"run": "{}", "step": "-5"}, {"step": "1"}, {}])
+def test_a_damaged_state_is_refused(pipe, images, tmp_path, metadata):
+    output = tmp_path / "lora.safetensors"
+    run(pipe, images, output, steps=2)
+    state = tmp_path / "lora-training" / "state.safetensors"
+    arrays = mx.load(str(state))
+    mx.eval(arrays)
+    mx.save_safetensors(str(state), arrays, metadata)
+    with pytest.raises(CheckpointError, match=r"state\.safetensors is damaged .*; delete it to start again"):
+        run(pipe, images, output)
+
+
 @pytest.mark.parametrize("rank", [2, 40])
 def test_previews_need_as_much_as_was_checked_with_an_adapter(pipe, images, tmp_path, rank, monkeypatch):
     adapter = tmp_path / "adapter.safetensors"
@@ -193,6 +220,97 @@ def test_previews_need_as_much_as_was_checked_with_an_adapter(pipe, images, tmp_
     assert needed[-1] == checked
 
 
+@pytest.mark.parametrize("keep", [None, True])
+def test_only_the_transformer_is_in_memory_during_steps(pipe, images, tmp_path, keep):
+    pipe.keep = keep
+    pipe("a fox", width=32, height=32, num_inference_steps=1)
+    others = [pipe.networks.runners[name] for name in ("text_encoder", "vae")]
+    assert all(runner._kept for runner in others)
+    own, examples = settings(steps=4), read_dataset(images, 64, "sks")
+    for event in train(pipe, examples, own, tmp_path / "lora.safetensors", 2, ["a red circle"]):
+        if isinstance(event, Stepped):
+            assert not any(runner._kept for runner in others)
+
+
+def test_captions_are_encoded_and_previews_generated_without_the_loras_of_the_pipeline(pipe, images, tmp_path):
+    key = "text_encoder.model.layers.0.self_attn.q_proj"
+    wide, narrow = pipe.checkpoint.text_encoder.shapes["model.layers.0.self_attn.q_proj.weight"]
+    lora = {f"{key}.lora_A.weight": mx.ones((2, narrow)), f"{key}.lora_B.weight": mx.ones((wide, 2))}
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), lora)
+    own, examples = settings(steps=2), read_dataset(images, 64, "sks")
+
+    def results(name: str) -> list:
+        events = list(train(pipe, examples, own, tmp_path / name, 2, ["a cat"]))
+        losses = [event.loss for event in events if isinstance(event, Stepped)]
+        return [*losses, *(event.pixels.tolist() for event in events if isinstance(event, Previewed))]
+
+    plain = results("plain.safetensors")
+    name = pipe.load_lora(tmp_path / "other.safetensors")
+    changed = pipe("a cat", width=64, height=64, seed=0, output_type="np").images[0]
+    assert results("lora.safetensors") == plain
+    pipe.unload_lora(name)
+    without = pipe("a cat", width=64, height=64, seed=0, output_type="np").images[0]
+    assert not np.array_equal(changed, without)
+
+
+def test_an_image_that_changes_before_it_is_encoded_is_refused(pipe, images, tmp_path):
+    others = Path(shutil.copytree(images, tmp_path / "others"))
+    examples = read_dataset(others, 64, "sks")
+    Image.new("RGB", (32, 32)).save(others / "2.png")
+    with pytest.raises(RequestError, match=r"2\.png was changed after it was read; run the same command again"):
+        list(train(pipe, examples, settings(), tmp_path / "lora.safetensors"))
+
+
+def test_encoding_is_planned_beside_the_state_that_a_run_resumes_from(pipe, images, tmp_path, monkeypatch):
+    budgets, plan = [], pipe.planner.plan
+
+    def recorded(work, budget, keep=None):
+        budgets.append(budget)
+        return plan(work, budget, keep)
+
+    monkeypatch.setattr(pipe.planner, "plan", recorded)
+    run(pipe, images, tmp_path / "lora.safetensors", steps=2)
+    count = sum(array.size for array in arrays_of(new_factors(pipe.transformer.config, 4, (), 0)))
+    assert budgets == [pipe.budget - 12 * count]
+
+
+def test_a_run_is_not_started_twice_at_once(pipe, images, tmp_path, tiny_folder):
+    output = tmp_path / "lora.safetensors"
+    events = train(pipe, read_dataset(images, 64, "sks"), settings(), output)
+    next(events)
+    other = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
+    with pytest.raises(
+        LockedError, match=r"lora\.safetensors is being trained already; wait for that run, stop it, or"
+    ):
+        run(other, images, output)
+    events.close()
+    run(other, images, output)
+
+
+def test_an_output_of_another_type_is_refused(pipe, images, tmp_path):
+    with pytest.raises(RequestError, match=r"the output must be a \.safetensors file, got .*lora"):
+        run(pipe, images, tmp_path / "lora")
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_are_no_larger_than_the_resolution_of_the_settings(pipe, tmp_path, watch):
+    for i in range(2):
+        Image.new("RGB", (128, 64)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a cat")
+    latents = watch(loop, "sample")
+    own = Settings(steps=1, rank=4, resolution=64)
+    list(train(pipe, read_dataset(tmp_path, 512), own, tmp_path / "lora.safetensors"))
+    assert {one.latents.shape[1:3] for one in latents} == {(6, 10)}  # of 80x48 pixels
+
+
+def test_the_time_of_a_step_is_that_of_an_average_image(pipe, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_zimage.train.loop._measured", lambda *given: 1.0)
+    (measured,) = (
+        event for event in run(pipe, images, tmp_path / "lora.safetensors", steps=1) if isinstance(event, Measured)
+    )
+    assert measured.step_s == 16 * (4 * 4 + 4 * 6) / 2  # values of latents
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_encoded(pipe, images, tmp_path):
     (tmp_path / "lora-training").write_text("")
     with pytest.raises(OutputError, match=r"^could not write .*lora-training: .*; fix that, and run the same"):
@@ -204,6 +322,12 @@ def test_a_disk_that_is_too_full_is_refused_before_anything_is_encoded(pipe, ima
     with pytest.raises(OutputError, match=r"^training writes up to .* next to .*, but only .* --save-every$"):
         run(pipe, images, tmp_path / "lora.safetensors")
     assert not list(tmp_path.iterdir())
+    # what machines write that do not lead
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Mock(free=10**5))
+    of_follower = Run(pipe, read_dataset(images, 64, "sks"), settings(), tmp_path / "lora.safetensors")
+    _check_space(of_follower, 10**5, 10, 2, leads=False)
+    with pytest.raises(OutputError, match="--save-every"):
+        _check_space(of_follower, 10**5, 10, 2, leads=True)
 
 
 def test_a_caption_that_is_longer_than_the_model_reads_is_refused_by_name(pipe, images, tmp_path):
@@ -255,6 +379,11 @@ def test_an_adapter_takes_part_in_training_and_not_in_previews(pipe, images, tmp
         return list(train(pipe, examples, own, tmp_path / name, 2, ["a fox"], **given))
 
     without, with_it = events("without.safetensors"), events("with.safetensors", adapter=adapter)
+    begun = train(pipe, examples, own, tmp_path / "begun.safetensors", adapter=adapter)
+    next(begun)
+    assert pipe.networks.overlays["transformer"]._deltas
+    begun.close()
+    assert not pipe.networks.overlays["transformer"]._deltas
     losses = [[e.loss for e in found if isinstance(e, Stepped)] for found in (without, with_it)]
     previews = [[e.pixels for e in found if isinstance(e, Previewed)] for found in (without, with_it)]
     assert losses[0] != losses[1]
@@ -311,6 +440,10 @@ def test_a_rank_whose_lora_would_be_refused_is_refused_before_training():
         ({"objective": "sideways"}, "objective must be"),
         ({"extras": ("vae",)}, "extras must be"),
         ({"resolution": 100}, "resolution must be"),
+        ({"resolution": "64"}, "resolution must be"),
+        ({"rate": "1"}, "rate must be"),
+        ({"dropout": True}, "dropout must be"),
+        ({"trigger": 3}, "trigger must be"),
     ],
 )
 def test_wrong_settings_are_refused(changed, said):

@@ -2,13 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlx_zimage import RequestError
-from mlx_zimage.train.dataset import order_of, read_dataset
+from mlx_zimage.images.source import fit_size
+from mlx_zimage.train.dataset import Example, order_of, read_dataset
 
 
 def write(folder, name: str, size=(64, 48), caption: str | None = "a cat", mode: str = "RGB") -> None:
@@ -51,6 +53,15 @@ def test_images_are_scaled_down_to_multiples_of_16_and_never_enlarged(tmp_path, 
     for name in ("a.png", "b.png"):
         write(tmp_path, name, size=size)
     assert {(e.width, e.height) for e in read_dataset(tmp_path, resolution)} == {expected}
+
+
+def test_an_image_scaled_down_later_has_the_size_it_would_have_been_read_at():
+    random = np.random.default_rng(0)
+    for width, height, resolution in zip(*random.integers((200, 200, 16), (4000, 4000, 32), (1000, 3)).T, strict=True):
+        size = int(width), int(height)
+        example = Example(Path(), size, *fit_size(size, 512**2), "", "a cat").within(16 * int(resolution))
+        assert (example.width, example.height) == fit_size(size, (16 * int(resolution)) ** 2)
+        assert example.within(512) == example
 
 
 def test_images_of_all_modes_are_used(tmp_path):
@@ -105,7 +116,8 @@ def test_a_folder_without_enough_images_is_refused(tmp_path):
         ('{"file_name": "a.png", "text": 3}', "expected text"),
         ('{"file_name": "a.png", "text": "x", "repeats": 0}', "repeats must be"),
         ('{"file_name": "a.png", "text": "x", "repeats": 10000000000}', "repeats must be"),
-        ('{"file_name": "../a.png", "text": "x"}', "outside the folder"),
+        ('{"file_name": "../a.png", "text": "x"}', "not the name of a file in the folder"),
+        ('{"file_name": "a\\u0000.png", "text": "x"}', "not the name of a file in the folder"),
     ],
 )
 def test_wrong_lines_of_metadata_are_refused_by_number(tmp_path, row, said):

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import RequestError
 from ..launched import launched_rank
 from ..sizes import counted, rounded_up
-from ..train.settings import EXTRAS, OBJECTIVES, RESOLUTION, Settings
+from ..train.settings import EXTRAS, OBJECTIVES, RESOLUTION, SAVE_EVERY, Settings
 from ..variants import TURBO
 from .elsewhere import Command
 from .models import DEFAULT_MODEL, first_run
@@ -33,7 +32,7 @@ Adapter for Turbo:
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("dataset", type=FilePath())
-@click.option("-o", "--output", required=True, type=FilePath(dir_okay=False), help="Output file: .safetensors.")
+@click.option("-o", "--output", required=True, type=FilePath(dir_okay=False), help="LoRA file to write (.safetensors).")
 @click.option(
     "-m",
     "--model",
@@ -55,7 +54,7 @@ Adapter for Turbo:
 @click.option(
     "--clip",
     type=float,
-    help=f"Maximum norm of a step's gradient; a longer one is clipped.  [default: {Settings.clip:g}]",
+    help=f"Maximum norm of a step's gradient; a larger one is scaled down.  [default: {Settings.clip:g}]",
 )
 @click.option(
     "--warm-up", type=int, help=f"Number of steps over which the rate rises to --rate.  [default: {Settings.warm_up:g}]"
@@ -68,7 +67,7 @@ Adapter for Turbo:
 @click.option(
     "--dropout",
     type=float,
-    help=f"Fraction of images that are trained on with an empty caption.  [default: {Settings.dropout:g}]",
+    help=f"Fraction of images trained with an empty caption.  [default: {Settings.dropout:g}]",
 )
 @click.option(
     "--objective",
@@ -80,7 +79,7 @@ Adapter for Turbo:
     "extras",
     multiple=True,
     type=click.Choice(EXTRAS),
-    help="Also train these, besides the attention and feed-forward weights of the main layers.  [repeatable]",
+    help="Train these too, besides the attention and feed-forward weights of the main layers.  [repeatable]",
 )
 @click.option(
     "--adapter",
@@ -104,7 +103,7 @@ Adapter for Turbo:
     "--save-every",
     metavar="N",
     type=click.IntRange(1),
-    default=250,
+    default=SAVE_EVERY,
     show_default=True,
     help="Save the LoRA, and generate the previews, every N steps.",
 )
@@ -124,18 +123,18 @@ def train(
 
     Each image has its caption in a .txt file of the same name, or in metadata.jsonl as {"file_name": ..., "text":
     ...}. Everything but the LoRA itself is written to a folder next to it, NAME-training: encoded images, a log
-    (log.jsonl) and a plot of the loss (loss.svg), previews, and the state from which the same command resumes if it was
-    stopped.
+    (log.jsonl) and a plot of the loss (loss.svg), previews, and the state from which the same command resumes a stopped
+    run.
     """
     from ..distributed import Group, preparing
     from ..networks import Phase
     from ..train.dataset import read_dataset
     from ..train.loop import Measured, Planned, Previewed, Stepped, Written, open_to_train
     from ..train.loop import train as run
+    from ..train.output import check_name
     from ..train.record import Record
 
-    if output.suffix != ".safetensors":
-        raise RequestError(f"the output must be a .safetensors file, got {output}")
+    check_name(output)
     values = {name: value for name, value in given.items() if value is not None}
     settings = Settings(**{**values, "extras": tuple(sorted(set(given["extras"])))})
     quiet, group = quiet or launched_rank() > 0, Group.launched()
@@ -156,9 +155,9 @@ def train(
                 say(f"Training on {len(examples)} images, {_described(event)}.", quiet)
             elif isinstance(event, Measured):
                 bar.initial = bar.n = settings.steps - event.steps
-                hours = event.steps * event.step_s / 3600
                 if event.steps:
-                    say(f"{counted(event.steps, 'step')} will take about {hours:.1f} h.", quiet)
+                    time = _rough(event.steps * event.step_s)
+                    say(f"{counted(event.steps, 'step')} will take about {time}.", quiet)
             elif isinstance(event, Stepped):
                 record.step(event)
                 bar.set_description("training", refresh=False)
@@ -173,10 +172,16 @@ def train(
     print_path(output)
 
 
+def _rough(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"
+
+
 def _described(planned: Planned) -> str:
     side, plan = planned.resolution, planned.plan
     blocks = counted(len(plan.streamed), "block")
     streamed = (
-        f", {blocks} streamed from disk in each step (fewer if the model has fewer bits)" if plan.streamed else ""
+        f", {blocks} streamed from disk in each step (fewer with a model converted to fewer bits)"
+        if plan.streamed
+        else ""
     )
     return f"scaled down to at most {side}x{side}, within {rounded_up(plan.room)}{streamed}"

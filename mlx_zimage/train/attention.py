@@ -67,9 +67,18 @@ def gradients(
     return mx.concatenate(found, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
+def scores_bytes(heads: int, length: int) -> int:
+    """The bytes of the scores of one piece, whose attention has this many heads, queries and keys."""
+    return 4 * heads * min(length, _rows(heads, length)) * length
+
+
+def _rows(heads: int, length: int) -> int:
+    """The number of queries whose scores for this many keys fit in SCORES bytes, but at least TILE."""
+    return max(1, SCORES // (4 * heads * length) // TILE) * TILE
+
+
 def _pieces(q: mx.array, k: mx.array) -> list[slice]:
-    """Queries whose scores fit in SCORES bytes, at least TILE."""
-    step = max(1, SCORES // (4 * q.shape[0] * q.shape[1] * k.shape[2]) // TILE) * TILE
+    step = _rows(q.shape[0] * q.shape[1], k.shape[2])
     return [slice(a, a + step) for a in range(0, q.shape[2], step)]
 
 

@@ -2,7 +2,7 @@
 
 Where MLX has no fused gradient of attention, a block is differentiated in three pieces: what is before its attention,
 the attention itself as in `attention`, and what is after it. The first and the last treat each row on its own, so a
-lean block can compute and differentiate them for a group of rows at a time.
+lean block can differentiate both, and compute the last, for a group of rows at a time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Block:
         self.scale = scale
         self.product = product
         self.most = most
-        self.rows = ROWS if lean else None
+        self.at_once = ROWS if lean else None
         # whether it is differentiated as a whole
         self.is_whole = not lean and attention.has_fused_gradient(dtype, config.dim // config.n_heads)
         self._enter_fast, self._leave_fast = compiled(self._enter), compiled(self._leave)
@@ -124,7 +124,7 @@ class Block:
 
     def _parts(self, rows: int) -> list[slice]:
         """The rows that are computed together."""
-        count = 1 if self.rows is None else -(-rows // self.rows)
+        count = 1 if self.at_once is None else -(-rows // self.at_once)
         size = -(-rows // count)
         return [slice(start, start + size) for start in range(0, rows, size)]
 

@@ -32,9 +32,11 @@ NAMED = 5  # files that a message names at most
 
 @dataclass(frozen=True)
 class Example:
-    """An image, the size at which it is used, the digest of its pixels, its caption, and its repeats in one pass."""
+    """An image, its own size, the size at which it is used, the digest of its pixels, its caption, and its repeats in
+    one pass."""
 
     file: Path
+    size: tuple[int, int]
     width: int
     height: int
     digest: str
@@ -42,9 +44,9 @@ class Example:
     repeats: int = 1
 
     def within(self, resolution: int) -> Example:
-        """The same image, scaled down to at most resolution x resolution pixels."""
-        width, height = fit_size((self.width, self.height), resolution**2)
-        return replace(self, width=width, height=height)
+        """The same image, as if it had been read at this resolution, if that is lower."""
+        width, height = fit_size(self.size, resolution**2)
+        return self if width * height >= self.width * self.height else replace(self, width=width, height=height)
 
 
 def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> list[Example]:
@@ -79,7 +81,7 @@ def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> l
             broken.append(f"{file} has {image.width}x{image.height} pixels, fewer than {SIZE_MULTIPLE} on a side")
             continue
         width, height = fit_size(image.size, resolution**2)
-        examples.append(Example(file, width, height, digest(image), text, repeats))
+        examples.append(Example(file, image.size, width, height, digest(image), text, repeats))
     if broken:
         more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise RequestError(
@@ -117,8 +119,8 @@ def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
         if not isinstance(name, str):
             raise RequestError(f'{file}, line {number}: expected an object with a "file_name" but got {brief(row)}')
         image, text, repeats = file.parent / name, _first(row), row.get("repeats", 1)
-        if not image.resolve().is_relative_to(file.parent.resolve()):
-            raise RequestError(f"{file}, line {number}: {name} is outside the folder")
+        if "\0" in name or not image.resolve().is_relative_to(file.parent.resolve()):
+            raise RequestError(f"{file}, line {number}: {brief(name)} is not the name of a file in the folder")
         if text is not None and not isinstance(text, str):
             raise RequestError(f"{file}, line {number}: expected text but got {brief(text)}")
         if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:

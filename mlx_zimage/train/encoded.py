@@ -12,9 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..errors import NumericsError, OutputError
+from ..errors import NumericsError, OutputError, RequestError
 from ..images.codec import to_signed
-from ..images.source import cover, over_white, read_image
+from ..images.source import cover, digest, over_white, read_image
 from ..memory import Workload
 from ..models.layers import result, sum_dtype
 from ..models.vae import VAEConfig
@@ -24,10 +24,11 @@ from .dataset import Example
 
 
 class Encoded:
-    """The encoded examples of a run, in a folder of their own."""
+    """The encoded examples of a run, in a folder of their own; encoding needs at most budget bytes."""
 
-    def __init__(self, networks: Networks, folder: Path | None):
+    def __init__(self, networks: Networks, folder: Path, budget: int):
         self.networks = networks
+        self.budget = budget
         self.store = Store(networks.dtype, folder)
         self.store.limit = 2**63  # what is needed again in every pass must not be forgotten
 
@@ -47,7 +48,8 @@ class Encoded:
             steps=1,
             from_image=True,
         )
-        with networks.guarded(), networks.running(networks.plan(work, keep=False)):
+        plan = networks.planner.plan(work, self.budget, keep=False)
+        with networks.guarded(), networks.with_loras({}), networks.running(plan):
             for i, caption in enumerate(missing):
                 yield Phase("captions", i, len(missing))
                 ids = networks.tokenize(caption)
@@ -56,7 +58,10 @@ class Encoded:
             networks.release("text_encoder")
             for i, example in enumerate(images):
                 yield Phase("images", i, len(images))
-                pixels = cover(over_white(read_image(example.file)), example.width, example.height)
+                image = over_white(read_image(example.file))
+                if digest(image) != example.digest:
+                    raise RequestError(f"{example.file} was changed after it was read; run the same command again")
+                pixels = cover(image, example.width, example.height)
                 latents = result(networks.encode_image(to_signed(np.asarray(pixels))[None]))
                 self._put(networks.checkpoint.vae, _key(example), latents.astype(mx.float32), f"image {example.file}")
             networks.release()

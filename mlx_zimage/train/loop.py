@@ -6,7 +6,7 @@
 `train` yields events as things happen: Planned, Phases while images and captions are encoded, Measured before the first
 step, a Stepped after each step, a Written when a LoRA is written, and a Previewed for each preview. Whoever holds the
 loop owns progress and logs, and leaving it stops the run; the same call resumes from the last state that was saved, and
-ends with the same file. On several machines, all make the same call: see `machines`.
+ends with the same file (on a GPU, within its rounding). On several machines, all make the same call: see `machines`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
+from filelock import FileLock, Timeout
 
 from ..distributed import Group
-from ..errors import ModelNotFoundError, NumericsError, OutputError, RequestError
+from ..errors import LockedError, ModelNotFoundError, NumericsError, OutputError, RequestError
 from ..machine import default_dtype
 from ..memory import Plan
 from ..models.transformer import TransformerConfig
@@ -44,13 +46,12 @@ from .factors import Factors, arrays_of, new_factors
 from .gradients import Gradients, Sample
 from .machines import Machines
 from .memory import plan_training, resolution_within
-from .objective import Draw, default_objective, draw
+from .objective import default_objective, draw
 from .optimizer import AdamW, clipped, sum_of, warmed_up
-from .output import FREE, read_state, stored, write_factors, write_state, writing
+from .output import FREE, check_name, read_state, stored, write_factors, write_state, writing
 from .previews import Previewed, Previews
-from .settings import RESOLUTION, Settings
+from .settings import RESOLUTION, SAVE_EVERY, Settings
 
-SAVE_EVERY = 250  # steps
 HELD = 3 * 4  # bytes per trained value between steps: the factors and two moments, in float32
 
 
@@ -64,7 +65,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Measured:
-    """The number of steps ahead, and the seconds that each takes, measured before the first."""
+    """The number of steps ahead, and the seconds that each takes on average, estimated from one image's gradients."""
 
     steps: int
     step_s: float
@@ -94,6 +95,11 @@ def folder_of(output: Path) -> Path:
     return output.with_name(f"{output.stem}-training")
 
 
+def state_of(output: Path) -> Path:
+    """The file that the run which writes output resumes from."""
+    return folder_of(output) / "state.safetensors"
+
+
 def open_to_train(model: str, dtype: str | None = None, memory: str | int | None = None) -> ZImagePipeline:
     """A pipeline that trains in dtype: by default the machine's, but bfloat16 in place of float16."""
     name = dtype or default_dtype()
@@ -116,11 +122,16 @@ class Run:
 
     @property
     def state(self) -> Path:
-        return self.folder / "state.safetensors"
+        return state_of(self.output)
 
     def lora(self, step: int) -> Path:
         """The LoRA as it is after a step."""
         return self.folder / f"{self.output.stem}-{step:06}.safetensors"
+
+    @property
+    def resolution(self) -> int:
+        assert self.settings.resolution is not None
+        return self.settings.resolution
 
     @cached_property
     def order(self) -> list[int]:
@@ -140,21 +151,22 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, object]:
         """What must be the same for a run to be resumed."""
-        data = [[e.digest, e.width, e.height, e.caption, e.repeats] for e in self.examples]
+        dataset = [[e.digest, e.width, e.height, e.caption, e.repeats] for e in self.examples]
         own = {name: value for name, value in self.settings.to_dict().items() if name not in FREE}
         return {
             **own,
             "base_sha256": self.checksum,
             "adapter": None if self.adapter is None else self.adapter.sha256,
             "dtype": str(self.pipe.dtype),
-            "data": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
+            "dataset": hashlib.sha256(json.dumps(dataset).encode()).hexdigest(),
         }
 
     def write(self, path: Path, factors: Factors) -> None:
         """Write a LoRA."""
         checkpoint = self.pipe.checkpoint
         model = name_of(checkpoint.folder)
-        write_factors(path, factors, self.settings, checkpoint.transformer.config, model, self.identity)
+        with self.pipe.networks.guarded():
+            write_factors(path, factors, self.settings, checkpoint.transformer.config, model, self.identity)
 
 
 def train(
@@ -179,6 +191,7 @@ def train(
     been opened without a group. Rank 0 writes the LoRA and generates the previews; every machine keeps what is encoded
     in a folder next to output.
     """
+    check_name(output)
     if pipe.group is not None:
         raise RequestError("each machine trains with a pipeline of its own: open it without a group")
     machines = Machines(group)
@@ -207,27 +220,36 @@ def _train(
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
     with writing(output):
-        if machines.leads and output.exists() and not Run(pipe, examples, settings, output).state.exists():
+        if machines.leads and output.exists() and not state_of(output).exists():
             raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
-    strengths = {} if over is None else {over.sha256: 1.0}
-    if over is not None:
-        networks.attach(over)
-    held = networks.lora_extras(strengths)["transformer"].held
+    loras = {} if over is None else {over.sha256: over}
+    held = networks.extras_of(loras, dict.fromkeys(loras, 1.0))["transformer"].held
     budget, resolution = pipe.budget - held, settings.resolution
     if resolution is None:
         resolution = resolution_within(pipe.planner, RESOLUTION, tokens, count, budget)
     resolution = machines.agreed(min, resolution)
-    if resolution != settings.resolution:
-        examples = [example.within(resolution) for example in examples]
+    examples = [example.within(resolution) for example in examples]
     plan = plan_training(pipe.planner, examples, tokens, count, budget)
     run = Run(pipe, examples, replace(settings, resolution=resolution), output, over)
-    settings = run.settings
     shown = Previews(pipe, previews if machines.leads else (), resolution, HELD * count)
-    trained = Lora(output, "", {"transformer": stored(new, settings.scale, config)})
-    shown.check({"": trained} | ({} if over is None else {over.sha256: over}), {"": 1.0})
+    shown.check({"": Lora(output, "", {"transformer": stored(new, settings.scale, config)})} | loras, {"": 1.0})
+    del new
     with writing(output):
-        _check_space(run, count, tokens, save_every)
+        _check_space(run, count, tokens, save_every, machines.leads)
     _check_writable(run)
+    with _locked(run) if machines.leads else nullcontext(), _attached(networks, over):
+        yield from _steps(
+            run, plan, shown, Encoded(networks, run.folder / "encoded", budget - HELD * count), save_every, machines
+        )
+
+
+def _steps(
+    run: Run, plan: Plan, shown: Previews, encoded: Encoded, save_every: int, machines: Machines
+) -> Iterator[Planned | Phase | Measured | Stepped | Written | Previewed]:
+    """Resume a checked run, or start it, and finish it."""
+    settings, networks = run.settings, run.pipe.networks
+    config = networks.transformer.config
+    new = new_factors(config, settings.rank, settings.extras, settings.seed)
     state = read_state(run.state, new, run.identity) if machines.leads else None
     factors, optimizer = state or (new, AdamW.new(new))
     if optimizer.step > settings.steps:
@@ -237,34 +259,33 @@ def _train(
         )
     machines.check_same(
         {"version of mlx-zimage": __version__},
-        model=(run.checksum, fingerprint(pipe.checkpoint)),
-        dataset=run.identity["data"],
+        model=(run.checksum, fingerprint(run.pipe.checkpoint)),
+        dataset=run.identity["dataset"],
         adapter=run.identity["adapter"],
         configuration=(run.identity, settings.steps, save_every),
     )
     factors, optimizer = machines.from_first(factors, optimizer)
-    del new, trained, state
-    yield Planned(resolution, plan)
-    encoded = Encoded(networks, run.folder / "encoded")
-    yield from machines.each(encoded.encode(examples))
+    del new, state
+    yield Planned(run.resolution, plan)
+    yield from machines.each(encoded.encode(run.examples))
+    if optimizer.step:
+        yield from machines.each(_missed(run, shown, optimizer.step, factors) if machines.leads else ())
     transformer = networks.transformer
     gradients = Gradients(
         config, networks.overlays["transformer"], settings.scale, transformer.product, transformer.most, plan.lean
     )
-    if optimizer.step:
-        yield from machines.each(_missed(run, shown, optimizer.step, factors) if machines.leads else ())
     step_s, patient = 0.0, False
     if optimizer.step < settings.steps:
-        with pipe.turns.computing(), networks.guarded(), networks.running(plan):
-            networks.set_loras(strengths)
-            image_s, share = _measured(run, encoded, gradients, factors, optimizer.step)
-        step_s = machines.agreed(max, image_s * len(machines.own(settings.accumulate)))
-        machines.expect(step_s / share)
+        with _computing(run, plan):
+            value_s = _measured(run, encoded, gradients, factors, optimizer.step)
+        values_s = machines.agreed(max, value_s * len(machines.own(settings.accumulate)))
+        sizes = [math.prod(run.shapes[i]) for i in run.order]
+        step_s = values_s * sum(sizes) / len(sizes)
+        machines.expect(values_s * max(sizes))
     yield Measured(settings.steps - optimizer.step, step_s)
     for step in range(optimizer.step, settings.steps):
         begin, rate = time.perf_counter(), warmed_up(settings.rate, step, settings.warm_up)
-        with pipe.turns.computing(), networks.guarded(), networks.running(plan):
-            networks.set_loras(strengths)
+        with _computing(run, plan):
             factors, loss, norm = one_step(run, encoded, gradients, factors, optimizer, rate, machines, patient)
         patient = False
         done = step + 1
@@ -277,11 +298,47 @@ def _train(
                 yield Written(done, path)
             yield from machines.each(shown.generate(path, done))
             patient = True  # with rank 0, which reads the weights again after previews
-    if over is not None:
-        networks.detach(over)
     if machines.leads:
-        run.write(output, factors)
-        yield Written(optimizer.step, output)
+        run.write(run.output, factors)
+        yield Written(optimizer.step, run.output)
+
+
+@contextmanager
+def _locked(run: Run) -> Iterator[None]:
+    """Refuse to train what another process trains."""
+    lock = FileLock(run.folder / ".lock", timeout=0, thread_local=False)  # whoever requests the next event may close it
+    with writing(run.folder):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise LockedError(
+                f"{run.output} is being trained already; wait for that run, stop it, or choose another output"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _attached(networks: Networks, lora: Lora | None) -> Iterator[None]:
+    if lora is not None:
+        networks.attach(lora)
+    try:
+        yield
+    finally:
+        if lora is not None:
+            networks.detach(lora)
+
+
+@contextmanager
+def _computing(run: Run, plan: Plan) -> Iterator[None]:
+    """Within the block, only the transformer is in memory, and has the adapter."""
+    networks = run.pipe.networks
+    with run.pipe.turns.computing(), networks.guarded(), networks.running(plan):
+        networks.release("text_encoder", "vae")  # which previews may have left there
+        networks.set_loras({} if run.adapter is None else {run.adapter.sha256: 1.0})
+        yield
 
 
 def _tokens(networks: Networks, example: Example) -> int:
@@ -301,16 +358,19 @@ def _read_adapter(source: str | Path, config: TransformerConfig) -> Lora:
         raise ModelNotFoundError(f"{error}; to train without an adapter, leave it out") from error
 
 
-def _check_space(run: Run, count: int, tokens: int, save_every: int) -> None:
-    """Refuse a run whose files might not fit on the disk; count is the number of trained values."""
+def _check_space(run: Run, count: int, tokens: int, save_every: int, leads: bool) -> None:
+    """Refuse a run whose files might not fit on the disk; count is the number of trained values.
+
+    Only the machine that leads writes states and LoRAs.
+    """
     existing = run.output.absolute()
     while not existing.exists():
         existing = existing.parent
     images = sum(4 * math.prod(shape) for shape in run.shapes)
     captions = (1 + len(run.examples)) * tokens * run.pipe.transformer.config.cap_feat_dim * 4
-    states = 2 * 3 * 4 * count  # the old one and the new: factors and two moments
+    states = 2 * HELD * count  # the old one and the new
     loras = (run.settings.steps // save_every + 2) * 2 * count
-    needed, free = images + captions + states + loras, shutil.disk_usage(existing).free
+    needed, free = images + captions + (states + loras) * leads, shutil.disk_usage(existing).free
     if needed > free and not run.state.exists():
         raise OutputError(
             f"training writes up to {size(needed)} next to {run.output}, but only {size(free)} is free there; free "
@@ -327,21 +387,22 @@ def _check_writable(run: Run) -> None:
             pass
 
 
-def _missed(run: Run, shown: Previews, step: int, factors: Factors) -> Iterator[Phase | Previewed]:
+def _missed(run: Run, shown: Previews, step: int, factors: Factors) -> Iterator[Written | Phase | Previewed]:
     """What a run that was stopped lacks for a step whose state was saved: the LoRA, and previews."""
     if not run.lora(step).exists():
         run.write(run.lora(step), factors)
+        yield Written(step, run.lora(step))
     if not shown.are_in(run.folder, step):
         yield from shown.generate(run.lora(step), step)
 
 
-def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> tuple[float, float]:
-    """Seconds that the gradients of one image take, and its share of the largest image's pixels."""
+def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> float:
+    """Seconds that the gradients of one image take, for each value of its latents."""
     begin, one = 0.0, sample(run, encoded, step * run.settings.accumulate)
     for _ in range(2):  # the first time, weights are read and functions compiled
         begin = time.perf_counter()
         gradients(factors, one)  # discarded
-    return time.perf_counter() - begin, one.noise.size / max(map(math.prod, run.shapes))
+    return (time.perf_counter() - begin) / one.noise.size
 
 
 def one_step(
@@ -365,6 +426,7 @@ def one_step(
     for value, found in machines.each((gradients(factors, one) for one in samples), patient):
         loss += float(value)
         total = sum_of(total, found)
+        del found  # not kept in memory while the next one is computed
     total, loss = machines.summed(total, loss)
     total, norm = clipped(total, settings.clip, 1 / settings.accumulate)
     if not math.isfinite(norm):
@@ -378,7 +440,7 @@ def sample(run: Run, encoded: Encoded, index: int) -> Sample:
     """What gradient `index` of a run, counted from 0, is computed from."""
     settings = run.settings
     assert settings.objective is not None
-    drawn: Draw = draw(settings.seed, index, run.order, run.shapes, settings.objective, settings.dropout)
+    drawn = draw(settings.seed, index, run.order, run.shapes, settings.objective, settings.dropout)
     example = run.examples[drawn.example]
     caption = encoded.caption("" if drawn.drops_caption else example.caption)
     return Sample(encoded.latents(example), caption, mx.array(drawn.noise), drawn.sigma, drawn.weight)

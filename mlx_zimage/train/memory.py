@@ -28,7 +28,7 @@ from .dataset import Example
 BLOCK = {"cpu": 242, "cuda": 184, "metal": 184}
 # What a lean block keeps of the other rows: eleven arrays, among them queries, keys, values, and their gradients.
 KEPT = {"cpu": 44, "cuda": 22, "metal": 22}
-# During its attention; unless that is fused, pieces of at most SCORES bytes are alive as well.
+# During its attention; unless that is fused, PIECES arrays of a piece's scores are alive as well.
 ATTENTION = {"cpu": 72, "cuda": 40, "metal": 40}
 PIECES = 8
 UNPACKED = {"cpu": 2, "cuda": 1.02, "metal": 1.02}  # of a quantized block's dense form: measured 1.01 on the H200
@@ -99,5 +99,5 @@ def _block_work(planner: Planner, length: int, lean: bool) -> float:
         block = max(block, weights.reading)
     if attention.has_fused_gradient(planner.dtype, config.dim // config.n_heads):
         return block
-    scores = PIECES * min(attention.SCORES, 4 * config.n_heads * length**2)
+    scores = PIECES * attention.scores_bytes(config.n_heads, length)
     return max(block, ATTENTION[on] * length * config.dim + scores)

@@ -42,7 +42,8 @@ def default_objective(variant: Variant) -> str:
 def level(objective: str, random: np.random.Generator) -> tuple[float, float]:
     """A random noise level, and the weight of the loss there; weights have a mean of 1.
 
-    "weighted" is uniform over 1000 levels from 0.001 to 1, "logit-normal" shifted by 2, "uniform" uniform.
+    "weighted" and "uniform" draw uniformly, the former from 1000 levels from 0.001 to 1; "logit-normal" is shifted by
+    2.
     """
     if objective == "weighted":
         i = int(random.integers(COUNT))

@@ -1,6 +1,6 @@
 """AdamW, with gradients clipped by their norm and a rate that warms up.
 
-It follows torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, which also compute bias corrections in float64.
+It follows torch.optim.AdamW, which also computes bias corrections in float64, and torch.nn.utils.clip_grad_norm_.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class AdamW:
         return cls(tree_map(mx.zeros_like, factors), tree_map(mx.zeros_like, factors))
 
     def apply(self, factors: Factors, gradients: Factors, rate: float, decay: float) -> Factors:
-        """The factors after one more step, evaluated block by block, so that little is in memory twice."""
+        """The factors after one more step, evaluated block by block, so that little is in memory twice.
+
+        Gradients are removed from their tree as they are used.
+        """
         self.step += 1
         b1, b2 = BETAS
         rate_1, scale_2 = rate / (1 - b1**self.step), 1 / math.sqrt(1 - b2**self.step)

@@ -16,7 +16,7 @@ import mlx.core as mx
 from .. import atomic
 from ..errors import CheckpointError, OutputError, RequestError, ZImageError
 from ..models.transformer import TransformerConfig
-from ..untrusted import parse_json
+from ..untrusted import brief, parse_json
 from ..version import __version__
 from ..weights import headers
 from ..weights.deltas import LowRank
@@ -26,9 +26,19 @@ from .settings import Settings
 
 PARTS = ("factors", "first", "second")
 FREE = ("steps",)  # what may be changed when a run is resumed
-BY_CHECKSUM = {"base_sha256": "model", "adapter": "adapter", "data": "dataset"}  # what a run knows only by a checksum
+BY_CHECKSUM = {
+    "base_sha256": "model",
+    "adapter": "adapter",
+    "dataset": "dataset",
+}  # what a run knows only by a checksum
 # of options that are not named as in Python
 OPTION_NAMES = {"extras": "--also (extras in Python)", "warm_up": "--warm-up (warm_up in Python)"}
+
+
+def check_name(output: Path) -> None:
+    """RequestError unless a LoRA can be written under this name."""
+    if output.suffix != ".safetensors":
+        raise RequestError(f"the output must be a .safetensors file, got {output}")
 
 
 def stored(factors: Factors, scale: float, config: TransformerConfig) -> dict[str, LowRank]:
@@ -90,6 +100,8 @@ def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Fac
     try:
         _, metadata, _ = headers.read(path)
         other, step = parse_json(metadata["run"]), int(metadata["step"])
+        if not isinstance(other, dict) or step < 1:
+            raise ValueError(f"step {step} of {brief(other)}")
         _check_run(path, other, run)
         arrays = mx.load(str(path))
         assert isinstance(arrays, dict)
@@ -134,6 +146,7 @@ def _shown(value: object) -> str:
 
 
 def _write(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    mx.eval(tensors)  # so that no error of the GPU is taken for one of the disk
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, lambda file: mx.save_safetensors(str(file), tensors, metadata))

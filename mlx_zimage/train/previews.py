@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import MemoryBudgetError, RequestError
+from ..errors import MemoryBudgetError, NumericsError, RequestError
 from ..networks import Phase
 from ..pipeline import Generated, ZImagePipeline
-from ..request import GenerateRequest
+from ..request import GenerateRequest, LoraUse
 from ..untrusted import brief
 from ..weights.lora import Lora
 
@@ -57,12 +57,19 @@ class Previews:
         name = self.pipe.load_lora(lora)
         try:
             with self._beside_training():
-                for i in range(len(self.prompts)):
-                    for event in self.pipe.stream(self._request(i)):
-                        if isinstance(event, Generated):
-                            yield Previewed(step, i, event.pixels)
-                        else:
-                            yield Phase("previews", i, len(self.prompts))
+                for i, prompt in enumerate(self.prompts):
+                    request = replace(self._request(i), loras=(LoraUse(name),))
+                    try:
+                        for event in self.pipe.stream(request):
+                            if isinstance(event, Generated):
+                                yield Previewed(step, i, event.pixels)
+                            else:
+                                yield Phase("previews", i, len(self.prompts))
+                    except NumericsError as error:
+                        raise NumericsError(
+                            f"preview {brief(prompt)}: {error}. To go on without previews, run the same command again "
+                            f"without --preview (previews in Python)"
+                        ) from error
         finally:
             self.pipe.unload_lora(name)
 

@@ -12,11 +12,12 @@ from ..untrusted import brief
 OBJECTIVES = ("weighted", "logit-normal", "uniform")  # see `objective`
 EXTRAS = ("adaln", "refiners")  # what may be trained besides the matrices of `layers`
 RESOLUTION = 512  # by default, if the memory suffices
+SAVE_EVERY = 250  # steps, by default
 
 
 @dataclass(frozen=True)
 class Settings:
-    """objective is one of OBJECTIVES; None is the model's own.
+    """objective is one of OBJECTIVES; None is the model's default.
 
     No image is larger than resolution x resolution pixels. A step takes the mean gradient of `accumulate` images,
     clipped to the norm `clip`; the learning rate rises to `rate` over the first `warm_up` steps. dropout is the
@@ -45,27 +46,33 @@ class Settings:
                 raise RequestError(f"{name} must be a whole number of at least {least}, got {brief(value)}")
         for name in ("rate", "clip", "alpha"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise RequestError(f"{name} must be a positive number, got {brief(value)}")
-        if not 0 <= self.decay < math.inf:
+        if not (_is_number(self.decay) and 0 <= self.decay < math.inf):
             raise RequestError(f"decay must be a number of at least 0, got {brief(self.decay)}")
-        if not 0 <= self.dropout <= 1:
+        if not (_is_number(self.dropout) and 0 <= self.dropout <= 1):
             raise RequestError(f"dropout must be from 0 to 1, got {brief(self.dropout)}")
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise RequestError(f"objective must be one of {', '.join(OBJECTIVES)}, got {brief(self.objective)}")
         if not set(self.extras) <= set(EXTRAS):
             raise RequestError(f"extras must be among {', '.join(EXTRAS)}, got {brief(list(self.extras))}")
         side = RESOLUTION if self.resolution is None else self.resolution
-        if side % SIZE_MULTIPLE or not SIZE_MULTIPLE <= side <= MAX_SIZE:
+        if type(side) is not int or side % SIZE_MULTIPLE or not SIZE_MULTIPLE <= side <= MAX_SIZE:
             raise RequestError(
                 f"resolution must be a multiple of {SIZE_MULTIPLE} from {SIZE_MULTIPLE} to {MAX_SIZE} pixels, got "
                 f"{brief(self.resolution)}"
             )
+        if self.trigger is not None and not isinstance(self.trigger, str):
+            raise RequestError(f"trigger must be a word, got {brief(self.trigger)}")
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """The factor of up @ down."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def to_dict(self) -> dict:
         return asdict(self) | {"extras": list(self.extras)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -185,16 +186,71 @@ def test_a_preview_that_is_not_finite_is_named_and_says_how_to_go_on(pipe, image
         list(events)
 
 
-@pytest.mark.parametrize("metadata", [{"run": "[]", "step": "1"}, {"run": "{}", "step": "-5"}, {"step": "1"}, {}])
-def test_a_damaged_state_is_refused(pipe, images, tmp_path, metadata):
+@pytest.mark.parametrize("damage", ["a bit", "the number of steps", "the metadata", "the end"])
+def test_a_damaged_state_is_refused(pipe, images, tmp_path, damage):
     output = tmp_path / "lora.safetensors"
     run(pipe, images, output, steps=2)
     state = tmp_path / "lora-training" / "state.safetensors"
-    arrays = mx.load(str(state))
-    mx.eval(arrays)
-    mx.save_safetensors(str(state), arrays, metadata)
-    with pytest.raises(CheckpointError, match=r"state\.safetensors is damaged .*; delete it to start again"):
-        run(pipe, images, output)
+    content = bytearray(state.read_bytes())
+    if damage == "a bit":
+        content[-2] ^= 0x40  # in the exponent of a number
+    elif damage == "the end":
+        del content[-5:]
+    else:
+        arrays, metadata = mx.load(str(state), return_metadata=True)
+        mx.eval(arrays)
+        changed = metadata | {"step": "-5"} if damage == "the number of steps" else {"step": "2", "run": "[]"}
+        mx.save_safetensors(str(tmp_path / "other.safetensors"), arrays, changed)
+        content = (tmp_path / "other.safetensors").read_bytes()
+    state.write_bytes(content)
+    said = r"state\.safetensors is damaged .*; to start again, delete .*lora-training, and the LoRA next to it"
+    with pytest.raises(CheckpointError, match=said):
+        run(pipe, images, output, steps=4)
+
+
+def test_a_lora_that_is_not_finite_is_not_written(pipe, images, tmp_path):
+    said = r"^the LoRA is not finite after step 1; start again with a lower rate or alpha, or in float32, and with ano"
+    with pytest.raises(NumericsError, match=said):
+        run(pipe, images, tmp_path / "lora.safetensors", steps=1, rate=1e38)
+    assert not list(tmp_path.rglob("*.safetensors")) or all(
+        "encoded" in str(p) for p in tmp_path.rglob("*.safetensors")
+    )
+
+
+def test_the_folder_of_a_run_is_not_that_of_its_images(pipe, images, tmp_path):
+    others = Path(shutil.copytree(images, tmp_path / "dog-training"))
+    with pytest.raises(RequestError, match=r"^the images are in .*dog-training, the folder for this run's own files;"):
+        run(pipe, others, tmp_path / "dog.safetensors")
+    assert sorted(others.iterdir()) == sorted(others / file.name for file in images.iterdir())
+
+
+def test_what_a_killed_run_left_behind_is_removed(pipe, images, tmp_path):
+    left = tmp_path / "lora-training" / ".mlx-zimage-0123456789abcdef.safetensors"
+    left.parent.mkdir()
+    left.touch()
+    run(pipe, images, tmp_path / "lora.safetensors", steps=1)
+    assert not left.exists()
+
+
+def test_previews_have_the_trigger_word(pipe, images, tmp_path, watch):
+    prompts = watch(Previews, "_request")
+    list(
+        train(pipe, read_dataset(images, 64, "sks"), settings(steps=1), tmp_path / "a.safetensors", 1, ["a [trigger]"])
+    )
+    assert {request.prompt for request in prompts} == {"a sks"}
+
+
+def test_a_caption_that_is_not_unicode_is_refused_by_name(pipe, images, tmp_path):
+    first, *others = read_dataset(images, 64, "sks")
+    with pytest.raises(RequestError, match=r"^the caption of .*0\.png is not valid Unicode at character 2"):
+        list(train(pipe, [replace(first, caption="a \udcff"), *others], settings(), tmp_path / "lora.safetensors"))
+
+
+def test_nothing_to_train_on_and_never_saving_are_refused(pipe, images, tmp_path):
+    with pytest.raises(RequestError, match="there are no examples"):
+        list(train(pipe, [], settings(), tmp_path / "lora.safetensors"))
+    with pytest.raises(RequestError, match="save_every must be a whole number from 1"):
+        list(train(pipe, read_dataset(images, 64, "sks"), settings(), tmp_path / "lora.safetensors", 0))
 
 
 @pytest.mark.parametrize("rank", [2, 40])
@@ -444,6 +500,8 @@ def test_a_rank_whose_lora_would_be_refused_is_refused_before_training():
         ({"rate": "1"}, "rate must be"),
         ({"dropout": True}, "dropout must be"),
         ({"trigger": 3}, "trigger must be"),
+        ({"clip": None}, "clip must be"),
+        ({"accumulate": 10**20}, "accumulate must be a whole number from 1 to 2147483647"),
     ],
 )
 def test_wrong_settings_are_refused(changed, said):

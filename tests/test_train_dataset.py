@@ -125,6 +125,21 @@ def test_wrong_lines_of_metadata_are_refused_by_number(tmp_path, row, said):
     assert said in refused(tmp_path)
 
 
+def test_images_without_a_line_in_metadata_are_refused_by_name(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        write(tmp_path, name, caption=None)
+    rows = [json.dumps({"file_name": name, "text": "a cat"}) for name in ("a.png", "b.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    assert "images without a line in" in (said := refused(tmp_path)) and "(1): c.png; add or remove them" in said
+
+
+def test_a_caption_in_utf_16_is_refused(tmp_path):
+    for name in ("a.png", "b.png"):
+        write(tmp_path, name)
+    (tmp_path / "a.txt").write_text("a cat", encoding="utf-16-le")
+    assert "a.txt is not UTF-8 text (it contains null characters); save it as UTF-8" in refused(tmp_path)
+
+
 def test_texts_in_metadata_may_contain_line_breaks_of_unicode(tmp_path):
     for i in range(2):
         Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")

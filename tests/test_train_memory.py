@@ -37,7 +37,7 @@ def examples(side: int) -> list[Example]:
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     for i in range(2):
-        pixels = np.random.default_rng(i).integers(0, 255, (256, 256, 3), np.uint8)
+        pixels = np.random.default_rng(i).integers(0, 255, (384, 384, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text("a red circle")
     return folder
@@ -50,7 +50,7 @@ def test_a_smaller_budget_streams_blocks_and_a_smaller_one_is_refused(pocket):
     streamed = plan_training(pocket.planner, examples(256), 40, 10**5, whole.room - sum(blocks.values()) // 2)
     assert streamed.streamed and streamed.room < whole.room
     with pytest.raises(MemoryBudgetError, match=r"images of 256x256 .*--resolution \d+ would fit"):
-        plan_training(pocket.planner, examples(256), 40, 10**5, streamed.room // 2)
+        plan_training(pocket.planner, examples(256), 40, 10**5, 4 * streamed.room // 5)
 
 
 # Bits, side, streamed, and the peak in GB of a step at rank 16 with 96 tokens: full size, random weights, an H200.
@@ -101,12 +101,13 @@ def test_a_budget_chooses_the_resolution_unless_one_is_given(images, tmp_path, m
         planned_with(resolution=256)
 
 
-@pytest.mark.parametrize("side, rank, accumulate", [(128, 4, 1), slow(256, 4, 1), (64, 32, 4)])
-def test_a_step_takes_no_more_memory_than_planned(pocket, images, tmp_path, side, rank, accumulate):
+@pytest.mark.parametrize("side, rank, accumulate", [(128, 4, 1), slow(384, 4, 1), (64, 32, 4)])
+def test_a_step_takes_as_much_memory_as_planned_within_a_tenth(images, tmp_path, side, rank, accumulate):
     settings = Settings(steps=2, rank=rank, resolution=side, accumulate=accumulate, extras=("adaln", "refiners"))
     found = read_dataset(images, side)
     gc.collect()
     others = mx.get_active_memory()  # models of other tests
+    pocket = ZImagePipeline.from_pretrained(POCKET, dtype="float32", keep=False)
     events = train(pocket, found, settings, tmp_path / "lora.safetensors", save_every=100)
     next(event for event in events if isinstance(event, Stepped))
     mx.clear_cache()
@@ -116,15 +117,15 @@ def test_a_step_takes_no_more_memory_than_planned(pocket, images, tmp_path, side
     peak = mx.get_peak_memory()
     count = sum(array.size for array in arrays_of(new_factors(pocket.transformer.config, rank, settings.extras, 0)))
     planned = plan_training(pocket.planner, found, len(pocket.tokenize("a red circle")), count, pocket.budget)
-    assert before < peak <= others + planned.room
+    assert before < peak and 0.9 * planned.room < peak - others <= planned.room
     events.close()
 
 
-def test_the_scores_of_an_image_of_any_size_are_planned():
+def test_the_scores_of_two_pieces_of_any_image_are_planned():
     for length in (1, 500, 1120, 4200, 16500, 66000):
         q = mx.zeros((1, 30, length, 128))  # never evaluated
         longest = max(part.stop - part.start for part in attention._pieces(q, q))
-        assert attention.scores_bytes(30, length) == 4 * 30 * min(longest, length) * length
+        assert attention.scores_bytes(30, length) == 4 * 30 * min(2 * longest, length) * length
 
 
 def test_another_file_is_not_overwritten(pocket, images, tmp_path):
@@ -132,4 +133,11 @@ def test_another_file_is_not_overwritten(pocket, images, tmp_path):
     output.write_bytes(b"precious")
     with pytest.raises(RequestError, match="choose another output"):
         next(train(pocket, read_dataset(images, 256), Settings(rank=4), output))
+    assert output.read_bytes() == b"precious"
+    output.unlink()
+    given = read_dataset(images, 64), Settings(steps=1, rank=4, resolution=64), output
+    list(train(pocket, *given))
+    output.write_bytes(b"precious")
+    with pytest.raises(RequestError, match="choose another output"):
+        list(train(pocket, *given))
     assert output.read_bytes() == b"precious"

@@ -184,4 +184,4 @@ def _described(planned: Planned) -> str:
         if plan.streamed
         else ""
     )
-    return f"scaled down to at most {side}x{side}, within {rounded_up(plan.room)}{streamed}"
+    return f"scaled down to at most {side}x{side}, within {rounded_up(planned.room)}{streamed}"

@@ -68,8 +68,8 @@ def gradients(
 
 
 def scores_bytes(heads: int, length: int) -> int:
-    """The bytes of the scores of one piece, whose attention has this many heads, queries and keys."""
-    return 4 * heads * min(length, _rows(heads, length)) * length
+    """The bytes of an attention's scores that are needed at once: those of two pieces, or of all its queries."""
+    return 4 * heads * min(length, 2 * _rows(heads, length)) * length
 
 
 def _rows(heads: int, length: int) -> int:

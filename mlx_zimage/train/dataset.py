@@ -51,6 +51,7 @@ class Example:
 
 def read_dataset(folder: Path, resolution: int, trigger: str | None = None) -> list[Example]:
     """The examples of a folder, ordered by name; RequestError names everything that is wrong with it."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder; give one with images and their captions")
     captions = list(_captions(folder))
@@ -101,13 +102,17 @@ def _captions(folder: Path) -> Iterator[tuple[Path, str | None, int]]:
     if (folder / METADATA).exists():
         yield from _listed(folder / METADATA)
         return
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
-            text = file.with_suffix(".txt")
-            yield file, _text(text) if text.exists() else None, 1
+    for file in _images(folder):
+        text = file.with_suffix(".txt")
+        yield file, _text(text) if text.exists() else None, 1
+
+
+def _images(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
 
 
 def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
+    listed = set()
     for number, line in enumerate(re.split(r"\r\n?|\n", _text(file)), 1):  # JSON strings may contain others
         if not line.strip():
             continue
@@ -127,7 +132,11 @@ def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
             raise RequestError(
                 f"{file}, line {number}: repeats must be a whole number from 1 to {MAX_REPEATS}, got {brief(repeats)}"
             )
+        listed.add(image.resolve())
         yield image, text if text is None else text.strip(), repeats
+    others = [image for image in _images(file.parent) if image.resolve() not in listed]
+    if others:
+        raise RequestError(f"images without a line in {file} ({len(others)}): {_some(others)}; add or remove them")
 
 
 def _first(row: dict) -> object:
@@ -136,7 +145,10 @@ def _first(row: dict) -> object:
 
 def _text(file: Path) -> str:
     try:
-        return read_bytes(file).decode("utf-8-sig").strip()
+        text = read_bytes(file).decode("utf-8-sig").strip()
+        if "\0" in text:  # as in UTF-16
+            raise ValueError("it contains null characters")
+        return text
     except OSError as error:
         raise RequestError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -26,6 +26,7 @@ from pathlib import Path
 import mlx.core as mx
 from filelock import FileLock, Timeout
 
+from .. import atomic
 from ..distributed import Group
 from ..errors import LockedError, ModelNotFoundError, NumericsError, OutputError, RequestError
 from ..machine import default_dtype
@@ -33,14 +34,14 @@ from ..memory import Plan
 from ..models.transformer import TransformerConfig
 from ..networks import Networks, Phase
 from ..pipeline import ZImagePipeline
-from ..request import TOKENS
+from ..request import TOKENS, check_prompt
 from ..sizes import size
 from ..version import __version__
 from ..weights.checkpoint import fingerprint
 from ..weights.hub import name_of
 from ..weights.lora import Lora, find_lora, read_lora
 from ..weights.store import checksum
-from .dataset import Example, order_of
+from .dataset import TRIGGER, Example, order_of
 from .encoded import Encoded, latent_shape
 from .factors import Factors, arrays_of, new_factors
 from .gradients import Gradients, Sample
@@ -48,19 +49,23 @@ from .machines import Machines
 from .memory import plan_training, resolution_within
 from .objective import default_objective, draw
 from .optimizer import AdamW, clipped, sum_of, warmed_up
-from .output import FREE, check_name, read_state, stored, write_factors, write_state, writing
+from .output import FREE, check_name, is_ours, read_state, stored, write_factors, write_state, writing
 from .previews import Previewed, Previews
-from .settings import RESOLUTION, SAVE_EVERY, Settings
+from .settings import RESOLUTION, SAVE_EVERY, Settings, check_count
 
+START_AGAIN = "start again with a lower rate or alpha, or in float32, and with another output"
+ENCODED = "encoded"  # in a run's folder
 HELD = 3 * 4  # bytes per trained value between steps: the factors and two moments, in float32
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run trains on: images of at most resolution x resolution pixels, within a memory plan."""
+    """What a run trains on: images of at most resolution x resolution pixels, within a memory plan. The whole run needs
+    `room` bytes."""
 
     resolution: int
     plan: Plan
+    room: int
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,14 @@ def open_to_train(model: str, dtype: str | None = None, memory: str | int | None
 
 @dataclass(frozen=True)
 class Run:
-    """The inputs and output of a run."""
+    """The inputs and output of a run, in which the adapter holds `held` bytes."""
 
     pipe: ZImagePipeline
     examples: Sequence[Example]
     settings: Settings
     output: Path
     adapter: Lora | None = None
+    held: int = 0
 
     @property
     def folder(self) -> Path:
@@ -191,7 +197,11 @@ def train(
     been opened without a group. Rank 0 writes the LoRA and generates the previews; every machine keeps what is encoded
     in a folder next to output.
     """
+    output = Path(output)
     check_name(output)
+    check_count("save_every", save_every)
+    if not examples:
+        raise RequestError("there are no examples; train on those that read_dataset returns")
     if pipe.group is not None:
         raise RequestError("each machine trains with a pipeline of its own: open it without a group")
     machines = Machines(group)
@@ -220,8 +230,12 @@ def _train(
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
     with writing(output):
-        if machines.leads and output.exists() and not state_of(output).exists():
+        if machines.leads and output.exists() and not (state_of(output).exists() and is_ours(output)):
             raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
+        if any(example.file.resolve().is_relative_to(folder_of(output).resolve()) for example in examples):
+            raise RequestError(
+                f"the images are in {folder_of(output)}, the folder for this run's own files; choose another output"
+            )
     loras = {} if over is None else {over.sha256: over}
     held = networks.extras_of(loras, dict.fromkeys(loras, 1.0))["transformer"].held
     budget, resolution = pipe.budget - held, settings.resolution
@@ -230,8 +244,9 @@ def _train(
     resolution = machines.agreed(min, resolution)
     examples = [example.within(resolution) for example in examples]
     plan = plan_training(pipe.planner, examples, tokens, count, budget)
-    run = Run(pipe, examples, replace(settings, resolution=resolution), output, over)
-    shown = Previews(pipe, previews if machines.leads else (), resolution, HELD * count)
+    run = Run(pipe, examples, replace(settings, resolution=resolution), output, over, held)
+    prompts = [prompt.replace(TRIGGER, settings.trigger or TRIGGER) for prompt in previews]
+    shown = Previews(pipe, prompts if machines.leads else (), resolution, HELD * count)
     shown.check({"": Lora(output, "", {"transformer": stored(new, settings.scale, config)})} | loras, {"": 1.0})
     del new
     with writing(output):
@@ -239,7 +254,7 @@ def _train(
     _check_writable(run)
     with _locked(run) if machines.leads else nullcontext(), _attached(networks, over):
         yield from _steps(
-            run, plan, shown, Encoded(networks, run.folder / "encoded", budget - HELD * count), save_every, machines
+            run, plan, shown, Encoded(networks, run.folder / ENCODED, budget - HELD * count), save_every, machines
         )
 
 
@@ -266,7 +281,7 @@ def _steps(
     )
     factors, optimizer = machines.from_first(factors, optimizer)
     del new, state
-    yield Planned(run.resolution, plan)
+    yield Planned(run.resolution, plan, plan.room + run.held)
     yield from machines.each(encoded.encode(run.examples))
     if optimizer.step:
         yield from machines.each(_missed(run, shown, optimizer.step, factors) if machines.leads else ())
@@ -292,6 +307,8 @@ def _steps(
         yield Stepped(done, loss, norm, rate, time.perf_counter() - begin)
         if done % save_every == 0 or done == settings.steps:
             path = run.lora(done)
+            if not all(mx.isfinite(array).all() for array in arrays_of(factors)):
+                raise NumericsError(f"the LoRA is not finite after step {done}; {START_AGAIN}")
             if machines.leads:
                 write_state(run.state, factors, optimizer, run.identity)
                 run.write(path, factors)
@@ -315,6 +332,8 @@ def _locked(run: Run) -> Iterator[None]:
                 f"{run.output} is being trained already; wait for that run, stop it, or choose another output"
             ) from None
     try:
+        for left in run.folder.glob(f"{atomic.ASIDE}*"):  # by a run that was killed
+            left.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -342,7 +361,8 @@ def _computing(run: Run, plan: Plan) -> Iterator[None]:
 
 
 def _tokens(networks: Networks, example: Example) -> int:
-    """The number of tokens of a caption; RequestError if the model does not read them all."""
+    """The number of tokens of a caption; RequestError if the model cannot read it, or not all of it."""
+    check_prompt(example.caption, f"caption of {example.file}")
     count = len(networks.tokenizer.encode(example.caption))
     if count > TOKENS:
         raise RequestError(
@@ -380,18 +400,19 @@ def _check_space(run: Run, count: int, tokens: int, save_every: int, leads: bool
 
 def _check_writable(run: Run) -> None:
     """Refuse an output that cannot be written, before anything is computed."""
-    with writing(run.folder):
-        run.folder.mkdir(parents=True, exist_ok=True)
-    for folder in (run.folder, run.output.parent):
+    own = run.folder, run.folder / ENCODED
+    for folder in own:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    for folder in (*own, run.output.parent):
         with writing(folder), tempfile.TemporaryFile(dir=folder):
             pass
 
 
 def _missed(run: Run, shown: Previews, step: int, factors: Factors) -> Iterator[Written | Phase | Previewed]:
-    """What a run that was stopped lacks for a step whose state was saved: the LoRA, and previews."""
-    if not run.lora(step).exists():
-        run.write(run.lora(step), factors)
-        yield Written(step, run.lora(step))
+    """What a run that was stopped may lack for a step whose state was saved: the LoRA, and previews."""
+    run.write(run.lora(step), factors)
+    yield Written(step, run.lora(step))
     if not shown.are_in(run.folder, step):
         yield from shown.generate(run.lora(step), step)
 
@@ -430,9 +451,7 @@ def one_step(
     total, loss = machines.summed(total, loss)
     total, norm = clipped(total, settings.clip, 1 / settings.accumulate)
     if not math.isfinite(norm):
-        raise NumericsError(
-            f"the gradient of step {optimizer.step + 1} is not finite; lower the rate, or try dtype float32"
-        )
+        raise NumericsError(f"the gradient of step {optimizer.step + 1} is not finite; {START_AGAIN}")
     return optimizer.apply(factors, total, rate, settings.decay), loss / settings.accumulate, norm
 
 

@@ -6,6 +6,7 @@ A LoRA has ai-toolkit's keys, which ComfyUI, diffusers, mflux and sd.cpp read, t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,15 +17,17 @@ import mlx.core as mx
 from .. import atomic
 from ..errors import CheckpointError, OutputError, RequestError, ZImageError
 from ..models.transformer import TransformerConfig
-from ..untrusted import brief, parse_json
+from ..untrusted import parse_json
 from ..version import __version__
 from ..weights import headers
 from ..weights.deltas import LowRank
+from ..weights.store import digest
 from .factors import Factors, arrays_of, deltas
 from .optimizer import AdamW
 from .settings import Settings
 
 PARTS = ("factors", "first", "second")
+BASE = "mlx_zimage.base_sha256"  # in a LoRA's metadata
 FREE = ("steps",)  # what may be changed when a run is resumed
 BY_CHECKSUM = {
     "base_sha256": "model",
@@ -39,6 +42,14 @@ def check_name(output: Path) -> None:
     """RequestError unless a LoRA can be written under this name."""
     if output.suffix != ".safetensors":
         raise RequestError(f"the output must be a .safetensors file, got {output}")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether training wrote this file."""
+    try:
+        return BASE in headers.read(path)[1]
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def stored(factors: Factors, scale: float, config: TransformerConfig) -> dict[str, LowRank]:
@@ -67,7 +78,7 @@ def write_factors(
         "ss_base_model_version": "zimage",
         "ss_network_dim": str(settings.rank),
         "mlx_zimage.base": model,
-        "mlx_zimage.base_sha256": str(run["base_sha256"]),
+        BASE: str(run["base_sha256"]),
         "mlx_zimage.settings": json.dumps(
             {**settings.to_dict(), "dtype": _shown(run["dtype"]), "adapter_sha256": run["adapter"]}, ensure_ascii=False
         ),
@@ -87,7 +98,8 @@ def write_state(path: Path, factors: Factors, optimizer: AdamW, run: Mapping[str
         for layer, own in layers.items()
         for name, array in own.items()
     }
-    _write(path, tensors, {"format": "mlx", "step": str(optimizer.step), "run": json.dumps(run)})
+    metadata = {"format": "mlx", "step": str(optimizer.step), "run": json.dumps(run)}
+    _write(path, tensors, metadata | {"sha256": _checksum(tensors, metadata)})
 
 
 def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Factors, AdamW] | None:
@@ -100,11 +112,11 @@ def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Fac
     try:
         _, metadata, _ = headers.read(path)
         other, step = parse_json(metadata["run"]), int(metadata["step"])
-        if not isinstance(other, dict) or step < 1:
-            raise ValueError(f"step {step} of {brief(other)}")
-        _check_run(path, other, run)
         arrays = mx.load(str(path))
         assert isinstance(arrays, dict)
+        if metadata.pop("sha256") != _checksum(arrays, metadata):
+            raise ValueError("its checksum differs")
+        _check_run(path, other, run)
         factors, first, second = (
             {
                 block: {
@@ -122,8 +134,16 @@ def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Fac
     except RequestError:
         raise
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it to start again") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}); to start again, delete {path.parent}, and the LoRA next to it if it exists"
+        ) from error
     return factors, AdamW(first, second, step)
+
+
+def _checksum(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> str:
+    """The SHA-256 of a state's content."""
+    content = [f"{name} {tensors[name].dtype} {digest(tensors[name])}" for name in sorted(tensors)]
+    return hashlib.sha256("\n".join([*content, metadata["step"], metadata["run"]]).encode()).hexdigest()
 
 
 def _check_run(path: Path, other: Mapping[str, object], run: Mapping[str, object]) -> None:

@@ -13,6 +13,7 @@ OBJECTIVES = ("weighted", "logit-normal", "uniform")  # see `objective`
 EXTRAS = ("adaln", "refiners")  # what may be trained besides the matrices of `layers`
 RESOLUTION = 512  # by default, if the memory suffices
 SAVE_EVERY = 250  # steps, by default
+MOST = 2**31 - 1  # of whatever is counted
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,11 @@ class Settings:
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("rank", 1), ("warm_up", 0), ("accumulate", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise RequestError(f"{name} must be a whole number of at least {least}, got {brief(value)}")
+            check_count(name, getattr(self, name), least)
         for name in ("rate", "clip", "alpha"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            is_default = name == "alpha" and value is None
+            if not is_default and not (_is_number(value) and 0 < value < math.inf):
                 raise RequestError(f"{name} must be a positive number, got {brief(value)}")
         if not (_is_number(self.decay) and 0 <= self.decay < math.inf):
             raise RequestError(f"decay must be a number of at least 0, got {brief(self.decay)}")
@@ -72,6 +72,12 @@ class Settings:
 
     def to_dict(self) -> dict:
         return asdict(self) | {"extras": list(self.extras)}
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """RequestError unless a value is a whole number from `least` to MOST."""
+    if type(value) is not int or not least <= value <= MOST:
+        raise RequestError(f"{name} must be a whole number from {least} to {MOST}, got {brief(value)}")
 
 
 def _is_number(value: object) -> bool:

@@ -28,8 +28,8 @@ from .dataset import Example
 BLOCK = {"cpu": 242, "cuda": 184, "metal": 184}
 # What a lean block keeps of the other rows: eleven arrays, among them queries, keys, values, and their gradients.
 KEPT = {"cpu": 44, "cuda": 22, "metal": 22}
-# During its attention. Unless that is fused, arrays of scores are alive as well: SCORES for each piece, of which two are
-# alive if there are several. Measured 3.0 and 6.2 in all on a CPU.
+# During its attention. Unless that is fused, SCORES arrays of a piece's scores are alive as well, for two pieces at
+# once if there are several: measured 3.0 for one and 6.2 for two on a CPU.
 ATTENTION = {"cpu": 72, "cuda": 40, "metal": 40}
 SCORES = {"cpu": 3.2, "cuda": 4, "metal": 4}
 UNPACKED = {"cpu": 2, "cuda": 1.02, "metal": 1.02}  # of a quantized block's dense form: measured 1.01 on the H200

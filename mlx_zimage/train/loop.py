@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from filelock import FileLock, Timeout
 
 from .. import atomic
@@ -70,7 +71,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Measured:
-    """The number of steps ahead, and the seconds that each takes on average, estimated from one image's gradients."""
+    """The number of steps ahead, and the seconds that each takes on average, estimated from one or two images."""
 
     steps: int
     step_s: float
@@ -292,11 +293,11 @@ def _steps(
     step_s, patient = 0.0, False
     if optimizer.step < settings.steps:
         with _computing(run, plan):
-            value_s = _measured(run, encoded, gradients, factors, optimizer.step)
-        values_s = machines.agreed(max, value_s * len(machines.own(settings.accumulate)))
-        sizes = [math.prod(run.shapes[i]) for i in run.order]
-        step_s = values_s * sum(sizes) / len(sizes)
-        machines.expect(values_s * max(sizes))
+            measured = _measured(run, encoded, gradients, factors)
+        step_s, longest_s = (
+            machines.agreed(max, image_s * len(machines.own(settings.accumulate))) for image_s in measured
+        )
+        machines.expect(longest_s)
     yield Measured(settings.steps - optimizer.step, step_s)
     for step in range(optimizer.step, settings.steps):
         begin, rate = time.perf_counter(), warmed_up(settings.rate, step, settings.warm_up)
@@ -417,13 +418,19 @@ def _missed(run: Run, shown: Previews, step: int, factors: Factors) -> Iterator[
         yield from shown.generate(run.lora(step), step)
 
 
-def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors, step: int) -> float:
-    """Seconds that the gradients of one image take, for each value of its latents."""
-    begin, one = 0.0, sample(run, encoded, step * run.settings.accumulate)
-    for _ in range(2):  # the first time, weights are read and functions compiled
-        begin = time.perf_counter()
-        gradients(factors, one)  # discarded
-    return (time.perf_counter() - begin) / one.noise.size
+def _measured(run: Run, encoded: Encoded, gradients: Gradients, factors: Factors) -> tuple[float, float]:
+    """Seconds that the gradients of an image take, on average and at most: of all sizes, two are measured."""
+    sizes = [math.prod(run.shapes[i]) for i in run.order]
+    seconds = {}
+    for values in sorted({min(sizes), max(sizes)}):
+        example = run.examples[run.order[sizes.index(values)]]
+        latents, begin = encoded.latents(example), 0.0
+        one = Sample(latents, encoded.caption(example.caption), mx.zeros_like(latents), sigma=0.5)
+        for _ in range(2):  # the first time, weights are read and functions compiled
+            begin = time.perf_counter()
+            gradients(factors, one)  # discarded
+        seconds[values] = time.perf_counter() - begin
+    return float(np.interp(np.mean(sizes), list(seconds), list(seconds.values()))), seconds[max(sizes)]
 
 
 def one_step(

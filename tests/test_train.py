@@ -1,5 +1,6 @@
 """Training teaches a LoRA what it is shown, and an interrupted run ends with the same file as an uninterrupted one."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -10,6 +11,7 @@ from unittest.mock import Mock
 import mlx.core as mx
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from mlx_zimage import (
@@ -330,17 +332,41 @@ def test_encoding_is_planned_beside_the_state_that_a_run_resumes_from(pipe, imag
     assert budgets == [pipe.budget - 12 * count]
 
 
-def test_a_run_is_not_started_twice_at_once(pipe, images, tmp_path, tiny_folder):
+def test_a_run_is_not_started_by_two_processes_at_once(pipe, images, tmp_path):
     output = tmp_path / "lora.safetensors"
-    events = train(pipe, read_dataset(images, 64, "sks"), settings(), output)
-    next(events)
-    other = ZImagePipeline.from_pretrained(tiny_folder, dtype="float32")
-    with pytest.raises(
-        LockedError, match=r"lora\.safetensors is being trained already; wait for that run, stop it, or"
+    (tmp_path / "lora-training").mkdir()
+    with (
+        FileLock(tmp_path / "lora-training" / ".lock"),  # as another process has it
+        pytest.raises(LockedError, match=r"lora\.safetensors is being trained already; wait for that run, stop it, or"),
     ):
-        run(other, images, output)
-    events.close()
-    run(other, images, output)
+        run(pipe, images, output)
+    left = train(pipe, read_dataset(images, 64, "sks"), settings(), output)
+    next(left)
+    run(pipe, images, output)
+
+
+def test_a_disk_without_locks_can_be_trained_on(pipe, images, tmp_path, monkeypatch):
+    lock = Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr("fcntl.flock", lock)
+    run(pipe, images, tmp_path / "lora.safetensors", steps=1)
+    assert lock.called
+
+
+def test_a_request_while_captions_are_encoded_ends_the_run(pipe, images, tmp_path):
+    with pytest.raises(RequestError, match="a later request on this pipeline has ended this one"):
+        for event in train(pipe, read_dataset(images, 64, "sks"), settings(), tmp_path / "lora.safetensors"):
+            if isinstance(event, Phase):
+                pipe("a cat", width=32, height=32, num_inference_steps=1)
+
+
+def test_an_adapter_that_was_loaded_before_stays_loaded(pipe, images, tmp_path):
+    run(pipe, images, tmp_path / "adapter.safetensors", steps=1, rate=0.1)
+    given = {"width": 32, "height": 32, "num_inference_steps": 1, "seed": 0, "output_type": "np"}
+    pipe.load_lora(tmp_path / "adapter.safetensors")
+    before = pipe("a cat", **given).images
+    examples = read_dataset(images, 64, "sks")
+    list(train(pipe, examples, settings(steps=1), tmp_path / "a.safetensors", adapter=tmp_path / "adapter.safetensors"))
+    assert np.array_equal(pipe("a cat", **given).images, before)
 
 
 def test_an_output_of_another_type_is_refused(pipe, images, tmp_path):
@@ -508,6 +534,9 @@ def test_a_rank_whose_lora_would_be_refused_is_refused_before_training():
         ({"dropout": True}, "dropout must be"),
         ({"trigger": 3}, "trigger must be"),
         ({"clip": None}, "clip must be"),
+        ({"rate": 10**400}, "rate must be"),
+        ({"extras": 3}, "extras must be"),
+        ({"seed": 2**64}, "seed must be"),
         ({"accumulate": 10**20}, "accumulate must be a whole number from 1 to 2147483647"),
     ],
 )

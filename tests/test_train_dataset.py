@@ -116,8 +116,9 @@ def test_a_folder_without_enough_images_is_refused(tmp_path):
         ('{"file_name": "a.png", "text": 3}', "expected text"),
         ('{"file_name": "a.png", "text": "x", "repeats": 0}', "repeats must be"),
         ('{"file_name": "a.png", "text": "x", "repeats": 10000000000}', "repeats must be"),
-        ('{"file_name": "../a.png", "text": "x"}', "not the name of a file in the folder"),
-        ('{"file_name": "a\\u0000.png", "text": "x"}', "not the name of a file in the folder"),
+        ('{"file_name": "../a.png", "text": "x"}', "outside the folder"),
+        ('{"file_name": "a\\u0000.png", "text": "x"}', "line 1: 'a\\x00.png' is not the name of a file"),
+        ('{"file_name": "\\ud800.png", "text": "x"}', "is not the name of a file"),
     ],
 )
 def test_wrong_lines_of_metadata_are_refused_by_number(tmp_path, row, said):

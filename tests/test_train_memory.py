@@ -101,13 +101,16 @@ def test_a_budget_chooses_the_resolution_unless_one_is_given(images, tmp_path, m
         planned_with(resolution=256)
 
 
-@pytest.mark.parametrize("side, rank, accumulate", [(128, 4, 1), slow(384, 4, 1), (64, 32, 4)])
-def test_a_step_takes_as_much_memory_as_planned_within_a_tenth(images, tmp_path, side, rank, accumulate):
+@pytest.mark.parametrize(
+    "side, rank, accumulate, dtype",
+    [(128, 4, 1, "float32"), slow(384, 4, 1, "float32"), (64, 32, 4, "float32"), (64, 32, 4, "bfloat16")],
+)
+def test_a_step_takes_as_much_memory_as_planned_within_a_tenth(images, tmp_path, side, rank, accumulate, dtype):
     settings = Settings(steps=2, rank=rank, resolution=side, accumulate=accumulate, extras=("adaln", "refiners"))
     found = read_dataset(images, side)
     gc.collect()
     others = mx.get_active_memory()  # models of other tests
-    pocket = ZImagePipeline.from_pretrained(POCKET, dtype="float32", keep=False)
+    pocket = ZImagePipeline.from_pretrained(POCKET, dtype=dtype, keep=False)
     events = train(pocket, found, settings, tmp_path / "lora.safetensors", save_every=100)
     next(event for event in events if isinstance(event, Stepped))
     mx.clear_cache()

@@ -112,7 +112,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
-    listed = set()
+    listed: list[Path] = []
     for number, line in enumerate(re.split(r"\r\n?|\n", _text(file)), 1):  # JSON strings may contain others
         if not line.strip():
             continue
@@ -124,17 +124,24 @@ def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
         if not isinstance(name, str):
             raise RequestError(f'{file}, line {number}: expected an object with a "file_name" but got {brief(row)}')
         image, text, repeats = file.parent / name, _first(row), row.get("repeats", 1)
-        if "\0" in name or not image.resolve().is_relative_to(file.parent.resolve()):
-            raise RequestError(f"{file}, line {number}: {brief(name)} is not the name of a file in the folder")
+        try:
+            is_inside = image.resolve().is_relative_to(file.parent.resolve())
+        except ValueError as error:  # such as null characters
+            raise RequestError(f"{file}, line {number}: {brief(name)} is not the name of a file") from error
+        if not is_inside:
+            raise RequestError(f"{file}, line {number}: {name} is outside the folder")
         if text is not None and not isinstance(text, str):
             raise RequestError(f"{file}, line {number}: expected text but got {brief(text)}")
         if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
             raise RequestError(
                 f"{file}, line {number}: repeats must be a whole number from 1 to {MAX_REPEATS}, got {brief(repeats)}"
             )
-        listed.add(image.resolve())
+        listed.append(image)
         yield image, text if text is None else text.strip(), repeats
-    others = [image for image in _images(file.parent) if image.resolve() not in listed]
+    if not all(image.exists() for image in listed):  # refused by name when they are read
+        return
+    same = {(image.stat().st_dev, image.stat().st_ino) for image in listed}  # a Mac's disk may ignore case in names
+    others = [image for image in _images(file.parent) if (image.stat().st_dev, image.stat().st_ino) not in same]
     if others:
         raise RequestError(f"images without a line in {file} ({len(others)}): {_some(others)}; add or remove them")
 

@@ -6,7 +6,7 @@ neither the text encoder nor the VAE is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -32,7 +32,7 @@ class Encoded:
         self.store = Store(networks.dtype, folder)
         self.store.limit = 2**63  # what is needed again in every pass must not be forgotten
 
-    def encode(self, examples: Sequence[Example]) -> Iterator[Phase]:
+    def encode(self, examples: Sequence[Example]) -> Generator[Phase, None, None]:
         """Compute what is not cached yet, caption by caption and image by image; yields progress."""
         networks = self.networks
         captions = list(dict.fromkeys(["", *(example.caption for example in examples)]))

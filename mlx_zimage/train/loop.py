@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -231,9 +231,13 @@ def _train(
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
     with writing(output):
-        if machines.leads and output.exists() and not (state_of(output).exists() and is_ours(output)):
+        if machines.leads and output.exists() and not state_of(output).exists():
             raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
-        if any(example.file.resolve().is_relative_to(folder_of(output).resolve()) for example in examples):
+        if machines.leads and output.exists() and not is_ours(output):
+            raise RequestError(
+                f"{output} was not written by training; move it elsewhere to resume the run, or choose another output"
+            )
+        if any(example.file.parent.resolve().is_relative_to(folder_of(output).resolve()) for example in examples):
             raise RequestError(
                 f"the images are in {folder_of(output)}, the folder for this run's own files; choose another output"
             )
@@ -246,7 +250,7 @@ def _train(
     examples = [example.within(resolution) for example in examples]
     plan = plan_training(pipe.planner, examples, tokens, count, budget)
     run = Run(pipe, examples, replace(settings, resolution=resolution), output, over, held)
-    prompts = [prompt.replace(TRIGGER, settings.trigger or TRIGGER) for prompt in previews]
+    prompts = [prompt.replace(TRIGGER, settings.trigger or TRIGGER) for prompt in map(_text, previews)]
     shown = Previews(pipe, prompts if machines.leads else (), resolution, HELD * count)
     shown.check({"": Lora(output, "", {"transformer": stored(new, settings.scale, config)})} | loras, {"": 1.0})
     del new
@@ -283,7 +287,7 @@ def _steps(
     factors, optimizer = machines.from_first(factors, optimizer)
     del new, state
     yield Planned(run.resolution, plan, plan.room + run.held)
-    yield from machines.each(encoded.encode(run.examples))
+    yield from machines.each(run.pipe.turns.take(encoded.encode(run.examples)))
     if optimizer.step:
         yield from machines.each(_missed(run, shown, optimizer.step, factors) if machines.leads else ())
     transformer = networks.transformer
@@ -323,18 +327,24 @@ def _steps(
 
 @contextmanager
 def _locked(run: Run) -> Iterator[None]:
-    """Refuse to train what another process trains."""
-    lock = FileLock(run.folder / ".lock", timeout=0, thread_local=False)  # whoever requests the next event may close it
-    with writing(run.folder):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise LockedError(
-                f"{run.output} is being trained already; wait for that run, stop it, or choose another output"
-            ) from None
+    """Refuse to train what another process trains.
+
+    In this process, a run that was left may still be referred to, as in a notebook: it is not refused to resume it.
+    """
+    # whoever requests the next event may close it
+    lock = FileLock(run.folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
     try:
-        for left in run.folder.glob(f"{atomic.ASIDE}*"):  # by a run that was killed
-            left.unlink(missing_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise LockedError(
+            f"{run.output} is being trained already; wait for that run, stop it, or choose another output"
+        ) from None
+    except OSError:  # network disks may have no locks
+        pass
+    try:
+        for left in run.folder.rglob(f"{atomic.ASIDE}*"):  # by a run that was killed
+            with suppress(OSError):
+                left.unlink()
         yield
     finally:
         lock.release()
@@ -342,13 +352,15 @@ def _locked(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _attached(networks: Networks, lora: Lora | None) -> Iterator[None]:
-    if lora is not None:
-        networks.attach(lora)
+    """Within the block, a LoRA is attached, if there is one; it stays so if it was before."""
+    if lora is None or all(networks.overlays[name].has(lora.sha256) for name in lora.deltas):
+        yield
+        return
+    networks.attach(lora)
     try:
         yield
     finally:
-        if lora is not None:
-            networks.detach(lora)
+        networks.detach(lora)
 
 
 @contextmanager
@@ -359,6 +371,11 @@ def _computing(run: Run, plan: Plan) -> Iterator[None]:
         networks.release("text_encoder", "vae")  # which previews may have left there
         networks.set_loras({} if run.adapter is None else {run.adapter.sha256: 1.0})
         yield
+
+
+def _text(prompt: str) -> str:
+    check_prompt(prompt, "prompt of a preview")
+    return prompt
 
 
 def _tokens(networks: Networks, example: Example) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
+import mlx.core as mx
+
 from ..errors import MemoryBudgetError
 from ..machine import backend
 from ..memory import Plan, Planner, Stage, Way, Workload, make_plan
@@ -85,10 +87,12 @@ def work(planner: Planner, width: int, height: int, tokens: int, factors: int, l
     inputs = (len(config.blocks) + 1) * length * config.dim * sum_dtype(dtype).size
     modulation = sum(prod(shape) for shape in modulation_shapes("", config.dim).values())
     modulations = len(config.modulated) * modulation * dtype.size  # these weights stay in memory
+    times = sum(prod(shape) for name, shape in config.shapes().items() if name.startswith("t_embedder."))
+    times *= mx.float32.size - dtype.size  # more than in the plan, since these are in float32
     copy = 4 * factors
     # In the backward pass, the inputs of blocks make room for their factors' gradients.
     gradients = STAYING * copy + max(inputs, copy) + _block_work(planner, length, lean)
-    return int(modulations + max(gradients, COPIES * copy))
+    return int(modulations + times + max(gradients, COPIES * copy))
 
 
 def _block_work(planner: Planner, length: int, lean: bool) -> float:

@@ -114,7 +114,9 @@ def read_state(path: Path, new: Factors, run: Mapping[str, object]) -> tuple[Fac
         other, step = parse_json(metadata["run"]), int(metadata["step"])
         arrays = mx.load(str(path))
         assert isinstance(arrays, dict)
-        if metadata.pop("sha256") != _checksum(arrays, metadata):
+        if "sha256" not in metadata:
+            raise ValueError("it has no checksum, perhaps because an older version wrote it")
+        if metadata["sha256"] != _checksum(arrays, metadata):
             raise ValueError("its checksum differs")
         _check_run(path, other, run)
         factors, first, second = (

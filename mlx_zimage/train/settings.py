@@ -6,14 +6,14 @@ import math
 from dataclasses import asdict, dataclass
 
 from ..errors import RequestError
-from ..request import MAX_SIZE, SIZE_MULTIPLE
+from ..request import MAX_SEED, MAX_SIZE, SIZE_MULTIPLE
 from ..untrusted import brief
 
 OBJECTIVES = ("weighted", "logit-normal", "uniform")  # see `objective`
 EXTRAS = ("adaln", "refiners")  # what may be trained besides the matrices of `layers`
 RESOLUTION = 512  # by default, if the memory suffices
 SAVE_EVERY = 250  # steps, by default
-MOST = 2**31 - 1  # of whatever is counted
+MOST = 2**31 - 1  # steps, images per step, and so on
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("rank", 1), ("warm_up", 0), ("accumulate", 1), ("seed", 0)):
+        for name, least in (("steps", 1), ("rank", 1), ("warm_up", 0), ("accumulate", 1)):
             check_count(name, getattr(self, name), least)
+        check_count("seed", self.seed, 0, MAX_SEED)
         for name in ("rate", "clip", "alpha"):
             value = getattr(self, name)
             is_default = name == "alpha" and value is None
@@ -54,8 +55,8 @@ class Settings:
             raise RequestError(f"dropout must be from 0 to 1, got {brief(self.dropout)}")
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise RequestError(f"objective must be one of {', '.join(OBJECTIVES)}, got {brief(self.objective)}")
-        if not set(self.extras) <= set(EXTRAS):
-            raise RequestError(f"extras must be among {', '.join(EXTRAS)}, got {brief(list(self.extras))}")
+        if not isinstance(self.extras, (tuple, list)) or not all(extra in EXTRAS for extra in self.extras):
+            raise RequestError(f"extras must be a list of {', '.join(EXTRAS)}, got {brief(self.extras)}")
         side = RESOLUTION if self.resolution is None else self.resolution
         if type(side) is not int or side % SIZE_MULTIPLE or not SIZE_MULTIPLE <= side <= MAX_SIZE:
             raise RequestError(
@@ -74,11 +75,11 @@ class Settings:
         return asdict(self) | {"extras": list(self.extras)}
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """RequestError unless a value is a whole number from `least` to MOST."""
-    if type(value) is not int or not least <= value <= MOST:
-        raise RequestError(f"{name} must be a whole number from {least} to {MOST}, got {brief(value)}")
+def check_count(name: str, value: object, least: int = 1, most: int = MOST) -> None:
+    """RequestError unless a value is a whole number from `least` to `most`."""
+    if type(value) is not int or not least <= value <= most:
+        raise RequestError(f"{name} must be a whole number from {least} to {most}, got {brief(value)}")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

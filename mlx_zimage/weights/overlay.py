@@ -142,6 +142,10 @@ class Overlay:
             mx.eval(dict(sides[name].arrays), dict(sides[name].gain))
         self._deltas[file], self._sides[file] = deltas, sides
 
+    def has(self, file: str) -> bool:
+        """Whether the differences in a file are attached."""
+        return file in self._deltas
+
     def detach(self, file: str) -> None:
         """Forget a file's differences."""
         self._deltas.pop(file, None)

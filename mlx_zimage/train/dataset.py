@@ -143,7 +143,9 @@ def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
     same = {(image.stat().st_dev, image.stat().st_ino) for image in listed}  # a Mac's disk may ignore case in names
     others = [image for image in _images(file.parent) if (image.stat().st_dev, image.stat().st_ino) not in same]
     if others:
-        raise RequestError(f"images without a line in {file} ({len(others)}): {_some(others)}; add or remove them")
+        raise RequestError(
+            f"images without a line in {file} ({len(others)}): {_some(others)}; add a line for each, or remove them"
+        )
 
 
 def _first(row: dict) -> object:

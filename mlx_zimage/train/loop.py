@@ -327,9 +327,9 @@ def _steps(
 
 @contextmanager
 def _locked(run: Run) -> Iterator[None]:
-    """Refuse to train what another process trains.
+    """Within the block, other processes are refused the same run.
 
-    In this process, a run that was left may still be referred to, as in a notebook: it is not refused to resume it.
+    This process is not: after a run was left, a notebook may still hold it while the next call resumes it.
     """
     # whoever requests the next event may close it
     lock = FileLock(run.folder / ".lock", timeout=0, thread_local=False, is_singleton=True)

@@ -15,7 +15,7 @@ from lanes import slow
 from mlx_zimage.cli.generate import DEFAULT_MODEL
 from mlx_zimage.convert.verify import verify
 from mlx_zimage.errors import CheckpointError
-from mlx_zimage.train.output import read_state
+from mlx_zimage.train.output import _checksum, read_state
 from mlx_zimage.weights import component, headers
 from mlx_zimage.weights.component import read_header, read_weight_map
 
@@ -92,10 +92,14 @@ def test_a_hostile_training_state_is_refused_by_name(tmp_path):
     file = tmp_path / "dog.state.safetensors"
     named = [f"{part}/layers.0/to_q/{name}" for part in ("factors", "first", "second") for name in ("down", "up")]
     new = {"layers.0": {"to_q": {"down": mx.zeros((1,)), "up": mx.zeros((1,))}}}
+    zeros, run = dict.fromkeys(named, mx.zeros((1, 1))), {"run": "{}", "step": "1"}
     for shape, fault in (([1] * 1000, "at most 8 axes"), ([1, 1], "expected shapes")):
         tensors = {name: tensor(shape, 4 * i, 4 * i + 4) for i, name in enumerate(named)}
-        file.write_bytes(safetensors({"__metadata__": {"run": "{}", "step": "1"}, **tensors}, 4 * len(named)))
-        with pytest.raises(CheckpointError, match=rf"dog\.state\.safetensors is damaged \(.*{fault}.*\); delete it"):
+        metadata = run | {"sha256": _checksum(zeros, run)}
+        file.write_bytes(safetensors({"__metadata__": metadata, **tensors}, 4 * len(named)))
+        with pytest.raises(
+            CheckpointError, match=rf"dog\.state\.safetensors is damaged \(.*{fault}.*\); to start again"
+        ):
             read_state(file, new, {})
 
 

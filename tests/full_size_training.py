@@ -19,7 +19,7 @@ from mlx_zimage import ZImagePipeline
 from mlx_zimage.train.dataset import Example, read_dataset
 from mlx_zimage.train.encoded import Encoded
 from mlx_zimage.train.factors import arrays_of, new_factors
-from mlx_zimage.train.loop import Measured, Planned, Stepped, folder_of, open_to_train, train
+from mlx_zimage.train.loop import ENCODED, Measured, Planned, Stepped, folder_of, open_to_train, train
 from mlx_zimage.train.memory import best_plan
 from mlx_zimage.train.settings import Settings
 
@@ -47,9 +47,8 @@ def measure(model: str, side: int, streamed: bool, steps: int, folder: Path) -> 
     pipe, output = open_to_train(model), folder / "lora.safetensors"
     examples = dataset(folder, side, caption(pipe))
     settings = Settings(steps=steps, resolution=side)
-    for _ in Encoded(pipe.networks, folder_of(output) / "encoded", pipe.budget).encode(
-        examples
-    ):  # may need more than training
+    encoded = Encoded(pipe.networks, folder_of(output) / ENCODED, pipe.budget)
+    for _ in encoded.encode(examples):  # which may need more memory than training
         pass
     if streamed:
         factors = new_factors(pipe.transformer.config, settings.rank, (), 0)

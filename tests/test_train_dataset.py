@@ -131,10 +131,8 @@ def test_images_without_a_line_in_metadata_are_refused_by_name(tmp_path):
         write(tmp_path, name, caption=None)
     rows = [json.dumps({"file_name": name, "text": "a cat"}) for name in ("a.png", "b.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    assert (
-        "images without a line in" in (said := refused(tmp_path))
-        and "(1): c.png; add a line for each, or remove them" in said
-    )
+    said = refused(tmp_path)
+    assert "images without a line in" in said and "(1): c.png; add a line for each, or remove them" in said
 
 
 def test_a_caption_in_utf_16_is_refused(tmp_path):

@@ -53,11 +53,13 @@ def test_a_smaller_budget_streams_blocks_and_a_smaller_one_is_refused(pocket):
         plan_training(pocket.planner, examples(256), 40, 10**5, 4 * streamed.room // 5)
 
 
-# Bits, side, streamed, and the peak in GB of a step at rank 16 with 96 tokens: full size, random weights, an H200.
+# Bits, side, streamed, and the peak in GB of a step at rank 16 with 96 tokens: full size, random weights, an H200. The
+# last two are of steps with four images.
 MEASURED = [
     (4, 512, False, 5.53), (4, 1024, False, 8.46), (4, 512, True, 2.24), (4, 1024, True, 5.17),
     (8, 512, False, 8.53), (8, 1024, False, 11.47), (8, 512, True, 2.32), (8, 1024, True, 5.26),
     (None, 512, False, 13.82), (None, 1024, False, 16.75), (None, 512, True, 2.14), (None, 1024, True, 5.07),
+    (4, 512, False, 5.67), (4, 512, True, 2.38),
 ]  # fmt: skip
 
 

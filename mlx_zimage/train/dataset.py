@@ -20,6 +20,7 @@ from ..images.source import digest, fit_size, over_white, read_image
 from ..request import SIZE_MULTIPLE
 from ..sizes import counted
 from ..untrusted import brief, parse_json, read_bytes
+from .settings import check_count
 
 METADATA = "metadata.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif")
@@ -132,20 +133,23 @@ def _listed(file: Path) -> Iterator[tuple[Path, str | None, int]]:
             raise RequestError(f"{file}, line {number}: {name} is outside the folder")
         if text is not None and not isinstance(text, str):
             raise RequestError(f"{file}, line {number}: expected text but got {brief(text)}")
-        if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
-            raise RequestError(
-                f"{file}, line {number}: repeats must be a whole number from 1 to {MAX_REPEATS}, got {brief(repeats)}"
-            )
+        check_count(f"{file}, line {number}: repeats", repeats, most=MAX_REPEATS)
         listed.append(image)
         yield image, text if text is None else text.strip(), repeats
     if not all(image.exists() for image in listed):  # refused by name when they are read
         return
-    same = {(image.stat().st_dev, image.stat().st_ino) for image in listed}  # a Mac's disk may ignore case in names
-    others = [image for image in _images(file.parent) if (image.stat().st_dev, image.stat().st_ino) not in same]
+    known = set(map(_identity, listed))
+    others = [image for image in _images(file.parent) if _identity(image) not in known]
     if others:
         raise RequestError(
             f"images without a line in {file} ({len(others)}): {_some(others)}; add a line for each, or remove them"
         )
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """Equal for two names of one file: a Mac's disk may ignore case."""
+    found = file.stat()
+    return found.st_dev, found.st_ino
 
 
 def _first(row: dict) -> object:

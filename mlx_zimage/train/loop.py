@@ -114,14 +114,13 @@ def open_to_train(model: str, dtype: str | None = None, memory: str | int | None
 
 @dataclass(frozen=True)
 class Run:
-    """The inputs and output of a run, in which the adapter holds `held` bytes."""
+    """The inputs and output of a run."""
 
     pipe: ZImagePipeline
     examples: Sequence[Example]
     settings: Settings
     output: Path
     adapter: Lora | None = None
-    held: int = 0
 
     @property
     def folder(self) -> Path:
@@ -134,11 +133,6 @@ class Run:
     def lora(self, step: int) -> Path:
         """The LoRA as it is after a step."""
         return self.folder / f"{self.output.stem}-{step:06}.safetensors"
-
-    @property
-    def resolution(self) -> int:
-        assert self.settings.resolution is not None
-        return self.settings.resolution
 
     @cached_property
     def order(self) -> list[int]:
@@ -231,16 +225,7 @@ def _train(
     count = sum(array.size for array in arrays_of(new))
     over = None if adapter is None else _read_adapter(adapter, config)
     with writing(output):
-        if machines.leads and output.exists() and not state_of(output).exists():
-            raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
-        if machines.leads and output.exists() and not is_ours(output):
-            raise RequestError(
-                f"{output} was not written by training; move it elsewhere to resume the run, or choose another output"
-            )
-        if any(example.file.parent.resolve().is_relative_to(folder_of(output).resolve()) for example in examples):
-            raise RequestError(
-                f"the images are in {folder_of(output)}, the folder for this run's own files; choose another output"
-            )
+        _check_output(output, examples, machines.leads)
     loras = {} if over is None else {over.sha256: over}
     held = networks.extras_of(loras, dict.fromkeys(loras, 1.0))["transformer"].held
     budget, resolution = pipe.budget - held, settings.resolution
@@ -249,25 +234,27 @@ def _train(
     resolution = machines.agreed(min, resolution)
     examples = [example.within(resolution) for example in examples]
     plan = plan_training(pipe.planner, examples, tokens, count, budget)
-    run = Run(pipe, examples, replace(settings, resolution=resolution), output, over, held)
-    prompts = [prompt.replace(TRIGGER, settings.trigger or TRIGGER) for prompt in map(_text, previews)]
+    planned = Planned(resolution, plan, plan.room + held)
+    run = Run(pipe, examples, replace(settings, resolution=resolution), output, over)
+    for prompt in previews:
+        check_prompt(prompt, "prompt of a preview")
+    prompts = [prompt.replace(TRIGGER, settings.trigger or TRIGGER) for prompt in previews]
     shown = Previews(pipe, prompts if machines.leads else (), resolution, HELD * count)
     shown.check({"": Lora(output, "", {"transformer": stored(new, settings.scale, config)})} | loras, {"": 1.0})
-    del new
+    del new  # it would stay in memory during all steps; `_steps` makes the same again
     with writing(output):
         _check_space(run, count, tokens, save_every, machines.leads)
     _check_writable(run)
+    encoded = Encoded(networks, run.folder / ENCODED, budget - shown.held)
     with _locked(run) if machines.leads else nullcontext(), _attached(networks, over):
-        yield from _steps(
-            run, plan, shown, Encoded(networks, run.folder / ENCODED, budget - HELD * count), save_every, machines
-        )
+        yield from _steps(run, planned, shown, encoded, save_every, machines)
 
 
 def _steps(
-    run: Run, plan: Plan, shown: Previews, encoded: Encoded, save_every: int, machines: Machines
+    run: Run, planned: Planned, shown: Previews, encoded: Encoded, save_every: int, machines: Machines
 ) -> Iterator[Planned | Phase | Measured | Stepped | Written | Previewed]:
     """Resume a checked run, or start it, and finish it."""
-    settings, networks = run.settings, run.pipe.networks
+    settings, networks, plan = run.settings, run.pipe.networks, planned.plan
     config = networks.transformer.config
     new = new_factors(config, settings.rank, settings.extras, settings.seed)
     state = read_state(run.state, new, run.identity) if machines.leads else None
@@ -286,7 +273,7 @@ def _steps(
     )
     factors, optimizer = machines.from_first(factors, optimizer)
     del new, state
-    yield Planned(run.resolution, plan, plan.room + run.held)
+    yield planned
     yield from machines.each(run.pipe.turns.take(encoded.encode(run.examples)))
     if optimizer.step:
         yield from machines.each(_missed(run, shown, optimizer.step, factors) if machines.leads else ())
@@ -373,11 +360,6 @@ def _computing(run: Run, plan: Plan) -> Iterator[None]:
         yield
 
 
-def _text(prompt: str) -> str:
-    check_prompt(prompt, "prompt of a preview")
-    return prompt
-
-
 def _tokens(networks: Networks, example: Example) -> int:
     """The number of tokens of a caption; RequestError if the model cannot read it, or not all of it."""
     check_prompt(example.caption, f"caption of {example.file}")
@@ -394,6 +376,21 @@ def _read_adapter(source: str | Path, config: TransformerConfig) -> Lora:
         return read_lora(find_lora(source), {"transformer": config})
     except ModelNotFoundError as error:
         raise ModelNotFoundError(f"{error}; to train without an adapter, leave it out") from error
+
+
+def _check_output(output: Path, examples: Sequence[Example], leads: bool) -> None:
+    """Refuse an output whose files belong to something else, as far as this machine writes them."""
+    if leads and output.exists():
+        if not state_of(output).exists():
+            raise RequestError(f"{output} already exists, and has no training run to resume; choose another output")
+        if not is_ours(output):
+            raise RequestError(
+                f"{output} was not written by training; move it elsewhere to resume the run, or choose another output"
+            )
+    if any(example.file.parent.resolve().is_relative_to(folder_of(output).resolve()) for example in examples):
+        raise RequestError(
+            f"the images are in {folder_of(output)}, the folder for this run's own files; choose another output"
+        )
 
 
 def _check_space(run: Run, count: int, tokens: int, save_every: int, leads: bool) -> None:

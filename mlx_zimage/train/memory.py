@@ -87,12 +87,13 @@ def work(planner: Planner, width: int, height: int, tokens: int, factors: int, l
     inputs = (len(config.blocks) + 1) * length * config.dim * sum_dtype(dtype).size
     modulation = sum(prod(shape) for shape in modulation_shapes("", config.dim).values())
     modulations = len(config.modulated) * modulation * dtype.size  # these weights stay in memory
-    times = sum(prod(shape) for name, shape in config.shapes().items() if name.startswith("t_embedder."))
-    times *= mx.float32.size - dtype.size  # more than in the plan, since these are in float32
+    # the time's embedding is computed in float32, but its weights are planned in dtype
+    values = sum(prod(shape) for name, shape in config.shapes().items() if name.startswith("t_embedder."))
+    wider = values * (mx.float32.size - dtype.size)
     copy = 4 * factors
     # In the backward pass, the inputs of blocks make room for their factors' gradients.
     gradients = STAYING * copy + max(inputs, copy) + _block_work(planner, length, lean)
-    return int(modulations + times + max(gradients, COPIES * copy))
+    return int(modulations + wider + max(gradients, COPIES * copy))
 
 
 def _block_work(planner: Planner, length: int, lean: bool) -> float:

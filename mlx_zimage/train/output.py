@@ -29,11 +29,8 @@ from .settings import Settings
 PARTS = ("factors", "first", "second")
 BASE = "mlx_zimage.base_sha256"  # in a LoRA's metadata
 FREE = ("steps",)  # what may be changed when a run is resumed
-BY_CHECKSUM = {
-    "base_sha256": "model",
-    "adapter": "adapter",
-    "dataset": "dataset",
-}  # what a run knows only by a checksum
+# what a run knows only by a checksum
+BY_CHECKSUM = {"base_sha256": "model", "adapter": "adapter", "dataset": "dataset"}
 # of options that are not named as in Python
 OPTION_NAMES = {"extras": "--also (extras in Python)", "warm_up": "--warm-up (warm_up in Python)"}
 
